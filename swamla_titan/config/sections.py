@@ -1,0 +1,165 @@
+"""The sections of a TOML file: one dataclass each, one documented and bounded line per key."""
+
+from dataclasses import dataclass, field
+
+from swamla_titan.fields import key
+from swamla_titan.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    dump_folder: str = key("outputs/run", "Folder that receives everything the run writes.")
+    seed: int = key(0, "Seed of the initial weights, dropout and the order of the data.", minimum=0, maximum=2**62)
+    deterministic: bool = key(False, "Bit-identical results on repetition, at some cost in speed.")
+
+
+@dataclass(frozen=True)
+class Data:
+    source: str = key(
+        "huggingface",
+        "builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed.",
+        choices=("builtin", "local", "huggingface"),
+    )
+    path: str = key(
+        "",
+        "local: a .txt, .md, .jsonl, .json or .parquet file or a folder of them; huggingface: dataset name or folder.",
+    )
+    name: str = key("", "huggingface: configuration of the dataset.")
+    split: str = key("train", "huggingface: split of the dataset.")
+    text_key: str = key("text", "Field that holds a document's text in jsonl, parquet and Hugging Face rows.")
+    text_separator: str = key("", "String between the documents of a text file; empty: a file is one document.")
+    max_document_mib: int = key(64, "Largest document accepted, in MiB of text.", minimum=1)
+    tokenizer: str = key(
+        "gpt2",
+        "byte; gpt2 or another tiktoken encoding (r50k_base, p50k_base, cl100k_base, o200k_base); "
+        "or the path of a .tiktoken file.",
+    )
+    streams: int = key(64, "Logical streams that the corpus is dealt into; part of the order of the data.", minimum=1)
+    shuffle_documents: int = key(
+        1000, "Documents shuffled together within a stream; 1: keep the order of the files.", minimum=1
+    )
+    num_workers: int = key(1, "Loader processes per rank; 0: read in the training process.", minimum=0)
+    document_mask: bool = key(False, "Attention and positions stop at document boundaries.")
+
+
+@dataclass(frozen=True)
+class Training:
+    seq_len: int = key(2048, "Tokens a sequence.", minimum=1)
+    local_batch_size: int = key(8, "Sequences a rank computes at a time (one micro-batch).", minimum=1)
+    global_batch_size: int = key(8, "Sequences a step, over all ranks and micro-batches.", minimum=1)
+    steps: int = key(1000, "Optimizer steps of the whole run.", minimum=1)
+    max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm; 0: never.", minimum=0)
+    compute_dtype: str = key(
+        "bfloat16", "Type of activations and products; weights are kept in float32.", choices=("bfloat16", "float32")
+    )
+    fp32_precision: str = key(
+        "tf32", "How CUDA multiplies float32 matrices: tf32 is fast, ieee is exact.", choices=("tf32", "ieee")
+    )
+    gc_interval: int = key(100, "Steps between runs of Python's garbage collector; 0: leave it automatic.", minimum=0)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: str = key("adamw", "Optimizer.", choices=("adamw",))
+    lr: float = key(3e-4, "Peak learning rate.", minimum=0)
+    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, below=1)
+    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, below=1)
+    eps: float = key(1e-8, "Added to the denominator.", above=0)
+    weight_decay: float = key(0.1, "Decoupled weight decay of matrices; norms and biases have none.", minimum=0)
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    name: str = key(
+        "cosine", "Shape after warm-up; wsd holds the peak and decays at the end.", choices=("cosine", "wsd", "linear")
+    )
+    warmup_steps: int = key(100, "Steps of linear warm-up to the peak.", minimum=0)
+    decay_steps: int = key(0, "wsd: steps of the final decay; 0: a tenth of training.steps.", minimum=0)
+    min_lr_ratio: float = key(0.1, "Learning rate at the end, as a share of the peak.", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    data_parallel: str = key("fsdp", "Sharding of data-parallel ranks.", choices=("fsdp", "hsdp", "ddp"))
+    dp_shard: int = key(-1, "Ranks that share one copy of the weights; -1: the rest.", choices=(-1, 1))
+    dp_replicate: int = key(1, "Copies of the weights.", choices=(1,))
+    tensor: int = key(1, "Tensor-parallel ranks.", choices=(1,))
+    context: int = key(1, "Context-parallel ranks.", choices=(1,))
+    pipeline: int = key(1, "Pipeline stages.", choices=(1,))
+
+
+@dataclass(frozen=True)
+class Compile:
+    enabled: bool = key(True, "torch.compile each block and the loss.")
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    mode: str = key("none", "Recompute activations in the backward pass.", choices=("none",))
+
+
+@dataclass(frozen=True)
+class Float8:
+    recipe: str = key("off", "float8 training.", choices=("off",))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    interval: int = key(500, "Steps between checkpoints; the last step is always saved.", minimum=1)
+    keep_latest: int = key(3, "Checkpoints kept; 0: all.", minimum=0)
+    async_mode: str = key("disabled", "Writing in the background.", choices=("disabled",))
+
+
+@dataclass(frozen=True)
+class Validation:
+    interval: int = key(250, "Steps between validations on held-out text; 0: never.", minimum=0)
+    path: str = key("", "Validation text, read like data.path; empty: documents held out of the training data.")
+    fraction: float = key(
+        0.005,
+        "Share of documents held out of training, chosen by their text; only without validation.path.",
+        minimum=0,
+        below=1,
+    )
+    max_tokens: int = key(500_000, "Most tokens a validation uses.", minimum=1)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    log_interval: int = key(10, "Steps between log lines.", minimum=1)
+    tensorboard: bool = key(True, "Write TensorBoard events.")
+    wandb: bool = key(False, "Log to Weights & Biases; needs the extra `wandb`.")
+    wandb_project: str = key("swamla-titan", "Weights & Biases project.")
+    progress_bar: bool = key(True, "Show a progress bar when the output is a terminal.")
+
+
+@dataclass(frozen=True)
+class Profiling:
+    enabled: bool = key(False, "Record a profile of some steps into traces/.")
+    start_step: int = key(10, "First step recorded.", minimum=1)
+    num_steps: int = key(3, "Steps recorded.", minimum=1)
+
+
+@dataclass(frozen=True)
+class FaultTolerance:
+    """No keys yet: recovery from faults beyond checkpoint and resume is open work."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole, checked configuration. `model.vocab_size` 0 stands for the tokenizer's vocabulary."""
+
+    job: Job = field(default_factory=Job)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_schedule: LRSchedule = field(default_factory=LRSchedule)
+    parallel: Parallel = field(default_factory=Parallel)
+    compile: Compile = field(default_factory=Compile)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    float8: Float8 = field(default_factory=Float8)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)

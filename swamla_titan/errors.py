@@ -1,0 +1,18 @@
+"""The two ways in which a command ends early, and the exit codes users and launchers see."""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command again to go on
+
+
+class UserError(Exception):
+    """Something the user gave (file, key, data, checkpoint) cannot be used.
+
+    The command line prints the message alone, without a traceback, and exits with 2. The message says what is
+    wrong, where, and what to change.
+    """
+
+
+class RunFailed(Exception):
+    """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1."""

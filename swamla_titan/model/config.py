@@ -1,0 +1,109 @@
+"""The shape of a model: everything its mathematics depends on, and nothing else."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from swamla_titan.fields import field_types, key, value_problem
+
+VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
+FFN_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a SWA-MLA language model.
+
+    Raises ValueError that lists every problem when the numbers do not fit together.
+    """
+
+    num_layers: int = key(12, "Number of blocks.", minimum=1)
+    dim: int = key(1024, "Width of the residual stream.", minimum=2)
+    num_heads: int = key(16, "Query heads, in both kinds of block.", minimum=1)
+    num_kv_heads: int = key(0, "Key/value heads of SWA blocks (grouped-query attention); 0: num_heads.", minimum=0)
+    vocab_size: int = key(50257, "Real token ids; in a TOML file 0 means the tokenizer's.", minimum=0)
+    max_seq_len: int = key(2048, "Longest sequence the model accepts, in tokens.", minimum=1)
+    ffn_hidden_dim: int = key(0, "Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256.", minimum=0)
+    norm: str = key(
+        "rmsnorm", "Normalisation before attention, feed-forward and head.", choices=("rmsnorm", "dynamic_tanh")
+    )
+    tie_embeddings: bool = key(True, "The output head uses the embedding's weight.")
+    swa_layers_per_cycle: int = key(2, "Sliding-window blocks at the start of each cycle of layers.", minimum=0)
+    mla_layers_per_cycle: int = key(1, "Latent-attention blocks at the end of each cycle of layers.", minimum=0)
+    swa_window: int = key(256, "Keys a query sees in SWA blocks, itself counted.", minimum=1)
+    swa_sink_size: int = key(
+        4, "First tokens of the document that every later query of it sees in SWA blocks.", minimum=0
+    )
+    qk_norm: bool = key(False, "RMSNorm over each query and key head of SWA blocks, before the rotation.")
+    q_lora_rank: int = key(0, "MLA: rank of the query projection; 0: one full matrix.", minimum=0)
+    kv_lora_rank: int = key(256, "MLA: width of the latent that keys and values are made from.", minimum=1)
+    qk_nope_head_dim: int = key(128, "MLA: width of a head's query/key part without position.", minimum=1)
+    qk_rope_head_dim: int = key(64, "MLA: width of the rotary part; its key is shared by all heads.", minimum=2)
+    v_head_dim: int = key(128, "MLA: width of a head's value.", minimum=1)
+    rope_theta: float = key(10000.0, "Base of the rotary frequencies, in both kinds of block.", above=0)
+    swa_rope_theta: float = key(0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0)
+    mla_rope_theta: float = key(0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0)
+    rope_scaling: float = key(1.0, "Linear position scaling: positions are divided by this factor.", above=0)
+    dropout: float = key(0.0, "Dropout on the output of attention and feed-forward, in training.", minimum=0, below=1)
+    z_loss: float = key(0.0, "Weight of the squared log-partition in the training loss.", minimum=0)
+    label_smoothing: float = key(0.0, "Share of the target spread evenly over the vocabulary.", minimum=0, below=1)
+
+    def __post_init__(self) -> None:
+        problems = self.problems(dataclasses.asdict(self))
+        if problems:
+            raise ValueError("; ".join(f"{name}: {text}" for name, text in problems))
+
+    @classmethod
+    def problems(cls, values: dict[str, object]) -> list[tuple[str, str]]:
+        """(field, what is wrong) for each value that is of a wrong type, out of range or contradicts another."""
+        types = field_types(cls)
+        found = []
+        for field in dataclasses.fields(cls):
+            problem = value_problem(field, types[field.name], values[field.name])
+            if problem:
+                found.append((field.name, f"{values[field.name]!r}: {problem}"))
+        return found or _contradictions(values)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: vocab_size rounded up to a multiple of 128."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a SWA head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of SWA blocks."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of SwiGLU."""
+        return self.ffn_hidden_dim or -(-8 * self.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    @property
+    def block_kinds(self) -> list[Literal["swa", "mla"]]:
+        """Kind of each layer, first to last."""
+        cycle = self.swa_layers_per_cycle + self.mla_layers_per_cycle
+        return ["swa" if i % cycle < self.swa_layers_per_cycle else "mla" for i in range(self.num_layers)]
+
+
+def _contradictions(values: dict[str, object]) -> list[tuple[str, str]]:
+    number = {name: value for name, value in values.items() if isinstance(value, int)}
+    found = []
+    if number["dim"] % number["num_heads"]:
+        found.append(("num_heads", f"{number['num_heads']} does not divide dim = {number['dim']}"))
+    elif (number["dim"] // number["num_heads"]) % 2:
+        found.append(
+            ("num_heads", f"dim / num_heads = {number['dim'] // number['num_heads']} must be even to be rotated")
+        )
+    if number["num_kv_heads"] and number["num_heads"] % number["num_kv_heads"]:
+        found.append(("num_kv_heads", f"{number['num_kv_heads']} does not divide num_heads = {number['num_heads']}"))
+    if number["qk_rope_head_dim"] % 2:
+        found.append(("qk_rope_head_dim", f"{number['qk_rope_head_dim']} must be even to be rotated"))
+    if number["swa_layers_per_cycle"] + number["mla_layers_per_cycle"] == 0:
+        found.append(("swa_layers_per_cycle", "a cycle needs at least one layer of either kind"))
+    return found
