@@ -1,0 +1,7 @@
+"""Configuration: one dataclass per TOML section, and the way from a file to a checked `Config`."""
+
+from swamla_titan.config.load import Override, load_config, split_overrides, to_toml
+from swamla_titan.config.sections import Config
+from swamla_titan.config.shipped import find_config, shipped_configs
+
+__all__ = ["Config", "Override", "find_config", "load_config", "shipped_configs", "split_overrides", "to_toml"]

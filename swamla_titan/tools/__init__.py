@@ -1,0 +1,1 @@
+"""Commands around a run: check, generate, configurations."""

@@ -1,0 +1,152 @@
+"""The command `swamla-titan`: parses, then calls a room."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RunFailed, UserError
+
+
+@dataclass
+class Train:
+    """Train, or go on from the newest checkpoint in job.dump_folder.
+
+    Any key of the file can be overridden: `--section.key value`. `swamla-titan config show CONFIG` lists all keys.
+    """
+
+    config: Positional[str]
+    """A TOML file or the name of a shipped configuration."""
+
+
+@dataclass
+class Check:
+    """Report whether this machine, and a configuration, are fit for training."""
+
+    config: Positional[str | None] = None
+    """A TOML file or the name of a shipped configuration; without it only the machine is checked."""
+
+
+@dataclass
+class Generate:
+    """Continue prompts with a trained model."""
+
+    checkpoint: Positional[str]
+    """A checkpoint folder, or the dump folder of a run: its newest whole checkpoint."""
+
+    prompt: tuple[str, ...] = ("The",)
+    """Texts to continue; several are computed as one batch."""
+
+    max_new_tokens: int = 200
+    """Most tokens to add to each prompt."""
+
+    temperature: float = 0.8
+    """0 takes the likeliest token every time; higher is more varied."""
+
+    top_k: int = 0
+    """Sample among the k likeliest tokens only; 0: among all."""
+
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+@dataclass
+class ConfigList:
+    """List the shipped configurations and the model flavors with their true parameter counts."""
+
+
+@dataclass
+class ConfigShow:
+    """Print a configuration with every key resolved and explained."""
+
+    config: Positional[str]
+    """A TOML file or the name of a shipped configuration."""
+
+
+@dataclass
+class ConfigCopy:
+    """Copy a shipped configuration to a file of your own."""
+
+    config: Positional[str]
+    """Name of a shipped configuration, or a TOML file."""
+
+    destination: Positional[str]
+    """File to write; it must not exist."""
+
+
+@dataclass
+class ConfigCommand:
+    """List, show or copy configurations."""
+
+    action: (
+        Annotated[ConfigList, subcommand("ls")]
+        | Annotated[ConfigShow, subcommand("show")]
+        | Annotated[ConfigCopy, subcommand("cp")]
+    )
+
+
+Command = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Check, subcommand("check")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[ConfigCommand, subcommand("config")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (see `swamla_titan.errors`)."""
+    try:
+        overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="swamla-titan",
+            description="Pretraining for hybrid sliding-window + latent-attention language models.",
+            args=rest,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+        if isinstance(command, ConfigCommand):
+            command = command.action
+        if overrides and not isinstance(command, Train | Check | ConfigShow):
+            raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
+        return _run(command, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _run(command: object, overrides: list[Override]) -> int:
+    # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
+    match command:
+        case Train(config=name):
+            from swamla_titan.train import train
+
+            return train(load_config(find_config(name), overrides))
+        case Check(config=name):
+            from swamla_titan.tools.check import check
+
+            return check(name, overrides)
+        case Generate():
+            from swamla_titan.tools.generate import generate_from_checkpoint
+
+            generate_from_checkpoint(**vars(command))
+        case ConfigList():
+            from swamla_titan.tools.configs import list_configs
+
+            list_configs()
+        case ConfigShow(config=name):
+            print(to_toml(load_config(find_config(name), overrides), comments=True))
+        case ConfigCopy(config=name, destination=destination):
+            from swamla_titan.tools.configs import copy_config
+
+            copy_config(name, destination)
+    return EXIT_DONE

@@ -1,0 +1,206 @@
+"""From a TOML file and command-line overrides to a checked `Config`, or one message with every error in it.
+
+Precedence: command line > TOML file > flavor > default.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from swamla_titan.config.rules import contradictions
+from swamla_titan.config.sections import Config
+from swamla_titan.errors import UserError
+from swamla_titan.fields import expectation, field_types, value_problem
+from swamla_titan.model import FLAVORS, ModelConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SECTIONS: dict[str, type] = {name: kind for name, kind in field_types(Config).items()}
+
+
+class Override(NamedTuple):
+    """One `--section.key value` of the command line; the value is still text."""
+
+    section: str
+    key: str
+    text: str
+
+
+def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
+    """Read and check a file.
+
+    Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
+    the value, what is allowed and the nearest valid key.
+    """
+    path = Path(path)
+    errors: list[str] = []
+    tables = _read_tables(path, errors)
+    for override in overrides:
+        _apply_override(override, tables, errors)
+
+    values: dict[str, dict[str, Any]] = {}
+    for section, table in tables.items():
+        if section in SECTIONS:
+            values[section] = _checked_values(section, table, errors)
+    model_values = values.pop("model", {})
+    config = None
+    if not errors:
+        model = _resolve_model(model_values, errors)
+    if not errors:
+        config = Config(model=model, **{name: SECTIONS[name](**table) for name, table in values.items()})
+        errors += [f"[{section}] {name}: {problem}" for section, name, problem in contradictions(config)]
+    if errors or config is None:
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise UserError(f"{path}: {count} in the configuration\n" + "\n".join(f"  {line}" for line in errors))
+    return config
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Take `--section.key value` and `--section.key=value` out of a command line.
+
+    Returns the overrides and the remaining arguments. Raises UserError where a value is missing.
+    """
+    overrides, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, text = argument.partition("=")
+        if not (name.startswith("--") and "." in name):
+            rest.append(argument)
+            continue
+        if not equals:
+            following = next(remaining, None)
+            if following is None or (following.startswith("--") and "." in following):
+                raise UserError(f"{name}: a value must follow, as in `{name} VALUE` or `{name}=VALUE`")
+            text = following
+        section, _, key = name[2:].partition(".")
+        overrides.append(Override(section, key, text))
+    return overrides, rest
+
+
+def _read_tables(path: Path, errors: list[str]) -> dict[str, dict[str, Any]]:
+    """The file's tables; sections that do not exist are reported, with the nearest that does."""
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); `swamla-titan config ls` lists configs") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+    tables = {}
+    for name, table in content.items():
+        if not isinstance(table, dict):
+            hint = f"; did you mean it in [{_home_of(name)}]?" if _home_of(name) else ""
+            errors.append(f"{name} = {table!r}: every key belongs in a section{hint}")
+        elif name not in SECTIONS:
+            errors.append(f"[{name}]: unknown section{_nearest(name, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+        else:
+            tables[name] = dict(table)
+    return tables
+
+
+def _apply_override(override: Override, tables: dict[str, dict[str, Any]], errors: list[str]) -> None:
+    """Put a command-line value, converted to the key's type, over the file's."""
+    section, key, text = override
+    where = f"--{section}.{key} {text}"
+    if section not in SECTIONS:
+        errors.append(f"{where}: unknown section `{section}`{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+        return
+    kind = _key_types(section).get(key)
+    if kind is None:
+        errors.append(f"{where}: {_unknown_key(section, key)}")
+        return
+    value: Any = text
+    if kind is bool:
+        value = {"true": True, "false": False}.get(text, text)
+    elif kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text
+    tables.setdefault(section, {})[key] = value
+
+
+def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """The table's values with the types of their keys; mistakes are reported."""
+    cls, types = SECTIONS[section], _key_types(section)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    checked = {}
+    for key, value in table.items():
+        if key not in types:
+            errors.append(f"[{section}] {key} = {_toml(value)}: {_unknown_key(section, key)}")
+        elif key == "flavor" and section == "model":
+            if value not in FLAVORS:
+                close = _nearest(str(value), FLAVORS)
+                errors.append(f"[model] flavor = {_toml(value)}: unknown flavor{close}; flavors: {', '.join(FLAVORS)}")
+            checked[key] = value
+        elif value_problem(fields[key], types[key], value):
+            errors.append(f"[{section}] {key} = {_toml(value)}: {value_problem(fields[key], types[key], value)}")
+        else:
+            checked[key] = types[key](value)
+    return checked
+
+
+def _resolve_model(given: dict[str, Any], errors: list[str]) -> ModelConfig:
+    """Flavor, then the keys that were given. The vocabulary is the tokenizer's unless it was given."""
+    flavor = given.pop("flavor", None)
+    base = dataclasses.asdict(FLAVORS[flavor] if flavor else ModelConfig())
+    merged = base | {"vocab_size": 0} | given
+    errors += [f"[model] {name}: {problem}" for name, problem in ModelConfig.problems(merged)]
+    return ModelConfig() if errors else ModelConfig(**merged)
+
+
+def _key_types(section: str) -> dict[str, type]:
+    """Valid keys of a section and their types; `flavor` belongs to [model] though it is no property of a model."""
+    return ({"flavor": str} if section == "model" else {}) | field_types(SECTIONS[section])
+
+
+def _unknown_key(section: str, key: str) -> str:
+    valid = _key_types(section)
+    if not valid:
+        return "unknown key; this section has no keys yet"
+    elsewhere = _home_of(key)
+    hint = _nearest(key, valid) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
+    return f"unknown key{hint}; keys of [{section}]: {', '.join(valid)}"
+
+
+def _home_of(key: str) -> str | None:
+    """The section that has this key, if there is one."""
+    return next((section for section in SECTIONS if key in _key_types(section)), None)
+
+
+def _nearest(word: str, valid: Any) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _toml(value: Any) -> str:
+    """A value as it would stand in a TOML file."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for a character that JSON leaves bare.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def to_toml(config: Config, comments: bool = False) -> str:
+    """The whole configuration as a TOML file that loads to the same `Config`."""
+    lines = []
+    for section in SECTIONS:
+        values = getattr(config, section)
+        lines.append(f"[{section}]")
+        for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            if comments:
+                allowed = expectation(field, type(value))
+                lines.append(f"# {field.metadata['doc']} ({allowed})")
+            lines.append(f"{field.name} = {_toml(value)}")
+        lines.append("")
+    return "\n".join(lines)

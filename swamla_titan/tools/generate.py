@@ -1,0 +1,74 @@
+"""`generate`: continue prompts with the model of a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from swamla_titan.config import load_config
+from swamla_titan.data import load_tokenizer
+from swamla_titan.errors import UserError
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.generation import generate
+from swamla_titan.train.checkpoint import CONFIG, Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.manifest import MANIFEST, Damaged, verify
+
+
+def find_checkpoint(name: str) -> Path:
+    """The checkpoint folder `name`, or the newest whole one of the dump folder `name`.
+
+    Raises UserError if there is none, or if the one asked for is damaged.
+    """
+    path = Path(name)
+    if (path / MANIFEST).exists() or (path / CONFIG).exists() and not (path / "checkpoints").exists():
+        try:
+            verify(path)
+        except Damaged as error:
+            raise UserError(f"{path}: {error}") from None
+        return path
+    newest = Checkpoints(path / "checkpoints", keep_latest=0).newest_whole()
+    if newest is None:
+        raise UserError(f"{path}: neither a checkpoint nor the dump folder of a run that has one")
+    return newest
+
+
+def generate_from_checkpoint(
+    checkpoint: str,
+    prompt: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Print each prompt with its continuation, which ends at the end-of-text token or after `max_new_tokens`.
+
+    Raises UserError for a checkpoint that cannot be used, and for sampling values or lengths out of range.
+    """
+    path = find_checkpoint(checkpoint)
+    config = load_config(path / CONFIG)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = SWAMLAModel(config.model).to(device)
+    load_tensors(path, tensors_of(model))
+    model.compute_dtype = getattr(torch, config.training.compute_dtype) if device.type == "cuda" else torch.float32
+    model.eval()
+    # An empty prompt starts as a document does: after the end of the one before.
+    prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in prompt]
+    generator = torch.Generator(device=device).manual_seed(seed)
+    try:
+        continuations = generate(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_token=tokenizer.eot_id,
+            generator=generator,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for text, tokens in zip(prompt, continuations):
+        print(text + tokenizer.decode([token for token in tokens if token != tokenizer.eot_id]))
+        if len(prompt) > 1:
+            print("-" * 40)

@@ -1,0 +1,181 @@
+"""Checkpoints on disk: written through DCP to a temporary folder, committed whole, verified on loading.
+
+checkpoints/step-00000100/
+    .metadata, *.distcp    tensors: model, optimizer, random states (torch.distributed.checkpoint)
+    train.json             step, counters, data cursors, identity of the run, versions
+    config.toml            the resolved configuration
+    manifest.json          size and SHA-256 of each of the above
+"""
+
+import json
+import logging
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+import swamla_titan
+from swamla_titan.errors import UserError
+from swamla_titan.train.manifest import TEMPORARY_PREFIX, Damaged, commit, is_ours, verify
+
+logger = logging.getLogger(__name__)
+
+RECORD = "train.json"
+CONFIG = "config.toml"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Record:
+    """What a checkpoint holds beside tensors.
+
+    `identity` names what must be equal for the run to be the same run: shape of the model, data, tokenizer and what
+    fixes the order of the data. `cursors` maps each stream's number to its position.
+    """
+
+    step: int
+    tokens: int
+    cursors: dict[int, dict[str, Any]]
+    identity: dict[str, Any]
+    replaced_bytes: int = 0
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "swamla_titan": swamla_titan.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+    )
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """The live tensors to save or to load into, by name; loading writes them in place.
+
+    A tied output head is the embedding's tensor and is left out. Of the optimizer only tensors are taken: learning
+    rates and the like follow from the configuration and the step.
+    """
+    weights = get_model_state_dict(model)
+    seen: set[int] = set()
+    tensors: dict[str, Any] = {"model": {}}
+    for name, weight in weights.items():
+        if id(weight) not in seen and weight.data_ptr() not in seen:
+            tensors["model"][name] = weight
+            seen.add(weight.data_ptr())
+    if optimizer is not None:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+        tensors["optimizer"] = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `folder`."""
+
+    def __init__(self, folder: Path, keep_latest: int) -> None:
+        self.folder = folder
+        self.keep_latest = keep_latest
+
+    def save(self, tensors: dict[str, Any], record: Record, config_text: str) -> Path:
+        """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        final = self.folder / f"step-{record.step:08d}"
+        temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
+        temporary.mkdir()
+        dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
+        (temporary / CONFIG).write_text(config_text)
+        commit(temporary, final)
+        self._retain()
+        return final
+
+    def newest_whole(self) -> Path | None:
+        """The newest undamaged checkpoint; None if there is no checkpoint at all.
+
+        Damaged ones are named and passed over. Raises UserError if every one is damaged: a run must not silently
+        start again from nothing.
+        """
+        damaged = []
+        for path in self._finished():
+            try:
+                verify(path)
+                return path
+            except Damaged as error:
+                damaged.append(f"{path}: {error}")
+                logger.warning("checkpoint passed over: %s", damaged[-1])
+        if damaged:
+            raise UserError(
+                "no whole checkpoint to resume from:\n  "
+                + "\n  ".join(damaged)
+                + "\nrestore one of them, or start anew with another job.dump_folder"
+            )
+        return None
+
+    def _finished(self) -> Iterator[Path]:
+        """Folders named like checkpoints, newest first."""
+        if self.folder.is_dir():
+            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+            yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+    def _retain(self) -> None:
+        ours = [path for path in self._finished() if is_ours(path)]
+        for path in ours[self.keep_latest :] if self.keep_latest else []:
+            # Renamed first: a crash while deleting must not leave a half-empty folder that looks like a checkpoint.
+            doomed = path.rename(path.with_name(TEMPORARY_PREFIX + path.name))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_record(path: Path) -> Record:
+    """The record of a checkpoint; raises UserError if it cannot be read."""
+    try:
+        content = json.loads((path / RECORD).read_text())
+        content["cursors"] = {int(stream): cursor for stream, cursor in content["cursors"].items()}
+        return Record(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
+
+
+def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Fill `tensors` in place from a checkpoint that may hold more.
+
+    Raises UserError that names the tensors that are missing or of another shape, before any is written.
+    """
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    problems = []
+    for group, members in tensors.items():
+        for name, tensor in members.items():
+            entry = stored.get(f"{group}.{name}")
+            if entry is None:
+                problems.append(f"{group}.{name} is missing")
+            elif tuple(entry.size) != tuple(tensor.shape):
+                problems.append(f"{group}.{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} here")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
+    dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def refuse_other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise UserError that shows the difference, if a checkpoint is of another run than this one."""
+    names = sorted(there.keys() | here.keys())
+    missing = "nothing"
+    differences = [
+        f"{name}: {there.get(name, missing)!r} in the checkpoint, {here.get(name, missing)!r} now"
+        for name in names
+        if there.get(name, missing) != here.get(name, missing)
+    ]
+    if differences:
+        raise UserError(
+            f"{path} belongs to another run:\n  "
+            + "\n  ".join(differences)
+            + "\nput these back, or give this run its own job.dump_folder"
+        )

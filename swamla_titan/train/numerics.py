@@ -1,0 +1,28 @@
+"""Process-wide switches of numerics: one place, set before anything compiles."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from swamla_titan.config import Config
+
+
+def set_numerics(config: Config, device: torch.device) -> None:
+    """Precision of float32 products, determinism and seeds.
+
+    TF32 goes through `torch.set_float32_matmul_precision` alone: torch refuses a mix with its newer
+    `fp32_precision` attributes, and the compiler reads both but only this call keeps the two in step.
+    On the CPU float32 stays exact, as TF32 there would mean bfloat16 products on some processors.
+    """
+    tf32 = config.training.fp32_precision == "tf32" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    if config.job.deterministic:
+        # cuBLAS is reproducible only with a fixed workspace, and reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    random.seed(config.job.seed)
+    np.random.seed(config.job.seed % 2**32)
+    torch.manual_seed(config.job.seed)

@@ -1,0 +1,39 @@
+"""A profile of some steps, for chrome://tracing or Perfetto."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from swamla_titan.config.sections import Profiling
+
+logger = logging.getLogger(__name__)
+
+
+class StepProfiler:
+    """Records steps start_step .. start_step + num_steps - 1 into traces/steps-A-B.json, once."""
+
+    def __init__(self, config: Profiling, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self._profile: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """Start recording if this is the first step to record; steps count from 1."""
+        if self.config.enabled and step == self.config.start_step:
+            activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+            self._profile = profile(activities=activities, record_shapes=True)
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """Stop and write after the last step to record."""
+        if self._profile and step == self.config.start_step + self.config.num_steps - 1:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._profile.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"steps-{self.config.start_step}-{step}.json"
+            self._profile.export_chrome_trace(str(path))
+            self._profile = None
+            logger.info("profile written to %s", path)

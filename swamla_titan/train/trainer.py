@@ -1,0 +1,267 @@
+"""The trainer: what a run is made of, and the loop over its steps."""
+
+import dataclasses
+import gc
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamla_titan.config import Config, to_toml
+from swamla_titan.data import BatchLoader, StepBatch, ValidationSet, data_fingerprint, load_tokenizer, micro_batch_count
+from swamla_titan.data import micro_batches, open_source
+from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.flavors import parameter_counts
+from swamla_titan.model.flops import training_flops_per_token
+from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
+from swamla_titan.parallel.parallelize import parallelize
+from swamla_titan.parallel.world import join_world
+from swamla_titan.train.checkpoint import Checkpoints, Record, load_tensors, read_record, refuse_other_run, tensors_of
+from swamla_titan.train.identity import run_identity
+from swamla_titan.train.logs import log_to_folder
+from swamla_titan.train.metrics import MetricsLogger, step_line
+from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.profiling import StepProfiler
+from swamla_titan.train.random_state import random_state, set_random_state
+from swamla_titan.train.signals import StopRequest
+from swamla_titan.train.throughput import Throughput
+from swamla_titan.train.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run: built from a configuration, resumed from its newest whole checkpoint if there is one.
+
+    Raises UserError for anything wrong with the configuration, tokenizer, data or checkpoint before it writes to
+    the dump folder.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.world = join_world()
+        self.device = self.world.device
+        set_numerics(config, self.device)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        self.config = config = with_vocabulary(config, tokenizer.vocab_size)
+        self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
+        self.rows = min(config.training.local_batch_size, -(-config.training.global_batch_size // self.world.size))
+
+        source = open_source(config.data, config.validation)
+        self.identity = run_identity(config, data_fingerprint(config.data, source, tokenizer))
+        self.folder = Path(config.job.dump_folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest)
+        newest = self.checkpoints.newest_whole()
+        record = read_record(newest) if newest else Record(step=0, tokens=0, cursors={}, identity=self.identity)
+        if newest:
+            refuse_other_run(newest, record.identity, self.identity)
+
+        self.validator = None
+        if config.validation.interval:
+            held_out = ValidationSet.build(config.data, config.validation, source, tokenizer, config.training.seq_len)
+            self.validator = Validator(held_out, self.world, self.rows)
+
+        self.model = SWAMLAModel(config.model)
+        self.model.init_weights(config.job.seed)
+        self.model.to(self.device)
+        parallelize(self.model, config)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        if newest:
+            self._load(newest)
+        self.step, self.tokens, self.replaced = record.step, record.tokens, record.replaced_bytes
+
+        prepare_folder(self.folder, to_toml(config))
+        log_to_folder(self.folder, self.world.rank)
+        self.loader = BatchLoader(
+            config.data,
+            config.validation,
+            config.training,
+            source,
+            tokenizer,
+            seed=config.job.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=self.step,
+            cursors=record.cursors,
+        )
+        self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
+        self.profiler = StepProfiler(config.profiling, self.folder / "traces")
+        flops = training_flops_per_token(config.model, config.training.seq_len)
+        self.throughput = Throughput(self.device, self.world.size, flops, self.tokens_per_step)
+        self.stop = StopRequest()
+        self._announce(newest, tokenizer.name)
+
+    def run(self) -> int:
+        """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
+        config = self.config
+        first_step = self.step + 1
+        batches = iter(self.loader)
+        if config.training.gc_interval:
+            gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
+        while self.step < config.training.steps:
+            self.profiler.before_step(self.step + 1)
+            with self.throughput.data_wait():
+                batch = self._next_batch(batches)
+            loss, grad_norm = self.train_step(batch)
+            self.step += 1
+            self.tokens += self.tokens_per_step
+            self.metrics.advance()
+            self.profiler.after_step(self.step)
+
+            last = self.step == config.training.steps or self.stop.received is not None
+            save = last or self.step % config.checkpoint.interval == 0
+            if last or save or self.step == first_step or self.step % config.metrics.log_interval == 0:
+                self._log_step(loss, grad_norm)
+            if self.validator and (self.step % config.validation.interval == 0 or self.step == config.training.steps):
+                self._validate(self.validator)
+            if save:
+                self._save()
+            if config.training.gc_interval and self.step % config.training.gc_interval == 0:
+                gc.collect(1)
+            if self.stop.received and self.step < config.training.steps:
+                logger.info("stopped by %s after step %d; the same command goes on", self.stop.received.name, self.step)
+                return EXIT_STOPPED
+        return EXIT_DONE
+
+    def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on this rank's part of a global batch, without waiting for the device.
+
+        Returns the mean loss over the global batch's targets and the gradient norm before clipping, on the device.
+        """
+        training = self.config.training
+        lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
+        set_learning_rate(self.optimizer, lr)
+        count = micro_batch_count(self.step, training.global_batch_size, self.config.data.streams, self.world.size, self.rows)
+        loss = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches(batch, self.rows, count):
+            inputs = micro_batch.to(self.device)
+            # A sum over the global count: the mean over the global batch, however it is cut in micro-batches.
+            part = self.model(inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=self.tokens_per_step)
+            part.backward()
+            loss += part.detach()
+        grad_norm = clip_gradients(self.model, training.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, grad_norm
+
+    def close(self) -> None:
+        """Stop the loader's processes and flush the metrics."""
+        gc.enable()
+        self.stop.forget()
+        self.loader.close()
+        self.metrics.close()
+
+    def _next_batch(self, batches: Any) -> StepBatch:
+        """The next step's batch. If the data turns out bad, what was learnt so far is saved before the run ends."""
+        try:
+            batch: StepBatch = next(batches)
+        except (UserError, RunFailed):
+            if self.step > 0:
+                self._save()
+            raise
+        if batch.replaced and not self.replaced:
+            logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
+        self.replaced += batch.replaced
+        return batch
+
+    def _log_step(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Read the step's values from the device, which waits for it, and send them to the logs."""
+        values: dict[str, float | int] = {
+            "tokens": self.tokens,
+            "loss": loss.item(),
+            "grad_norm": grad_norm.item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        values |= self.throughput.read()
+        eta = (self.config.training.steps - self.step) * values["step_seconds"]
+        self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            raise RunFailed(
+                f"step {self.step}: loss {values['loss']}, gradient norm {values['grad_norm']}. "
+                "The weights are lost; the last checkpoint is whole. Lower optimizer.lr, or lengthen "
+                "lr_schedule.warmup_steps, and start the same command again"
+            )
+
+    def _validate(self, validator: Validator) -> None:
+        with self.throughput.paused():
+            values = validator(self.model)
+        line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
+        self.metrics.log(self.step, values, line)
+
+    def _save(self) -> None:
+        with self.throughput.paused():
+            cursors = self.loader.state_dict()
+            record = Record(self.step, self.tokens, cursors, self.identity, self.replaced)
+            tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
+            path = self.checkpoints.save(tensors, record, to_toml(self.config))
+        logger.info("checkpoint %s", path)
+
+    def _load(self, path: Path) -> None:
+        tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
+        load_tensors(path, tensors)
+        set_random_state(tensors["random"], self.device)
+
+    def _announce(self, resumed: Path | None, tokenizer_name: str) -> None:
+        config, training = self.config, self.config.training
+        total, without_embeddings = parameter_counts(config.model)
+        kinds = config.model.block_kinds
+        logger.info(
+            "model: %s parameters (%s without embeddings), %d SWA + %d MLA layers, %s",
+            f"{total:,}",
+            f"{without_embeddings:,}",
+            kinds.count("swa"),
+            kinds.count("mla"),
+            training.compute_dtype if self.model.compute_dtype else "float32",
+        )
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        logger.info(
+            "on %s: %d steps of %d sequences of %d %s tokens, %d at a time",
+            device, training.steps, training.global_batch_size, training.seq_len, tokenizer_name, self.rows,
+        )
+        if resumed:
+            logger.info("resumed from %s", resumed)
+        if self.step >= training.steps:
+            logger.info("all %d steps are done; raise training.steps, or choose another job.dump_folder", training.steps)
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """The configuration with the tokenizer's vocabulary in the model, unless a larger one was asked for.
+
+    Raises UserError if the model's vocabulary is too small for the tokenizer.
+    """
+    given = config.model.vocab_size
+    if 0 < given < vocab_size:
+        raise UserError(
+            f"model.vocab_size = {given} is smaller than the {vocab_size} tokens of "
+            f'data.tokenizer = "{config.data.tokenizer}"; leave it out to use the tokenizer\'s'
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a global L2 norm of at most `max_norm` (0: leave them); returns the norm before."""
+    parameters = list(model.parameters())
+    if max_norm > 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def prepare_folder(folder: Path, config_text: str) -> None:
+    """Make the dump folder and write the resolved configuration; raises UserError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(config_text)
+    except OSError as error:
+        raise UserError(f"job.dump_folder = {folder}: cannot be written ({error.strerror})") from None
+
+
+def train(config: Config) -> int:
+    """Run a configuration to its end; returns the exit code."""
+    trainer = Trainer(config)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
