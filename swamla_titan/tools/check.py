@@ -1,0 +1,182 @@
+"""`check`: is this machine, and a configuration, fit for training? One line each, with a remedy where it is not."""
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from swamla_titan.config import Config, Override, find_config, load_config
+from swamla_titan.data import load_tokenizer, open_source
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.flavors import parameter_counts
+from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.throughput import peak_flops
+from swamla_titan.train.trainer import with_vocabulary
+
+SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
+
+
+class Finding(NamedTuple):
+    """One line of the report: `state` is ok, warning or failure."""
+
+    state: str
+    subject: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:<8} {self.subject:<11} {self.text}" + (f"  -> {self.remedy}" if self.remedy else "")
+
+
+Probe = Callable[[Config, torch.device], Finding]
+
+
+def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
+    """Print the report; returns 0 without failures, 2 if the configuration or its data are at fault, else 1."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config, inputs = Config(), [_tokenizer]
+    about_input: list[Finding] = []
+    if name is not None:
+        try:
+            config = load_config(find_config(name), overrides)
+            inputs = [_tokenizer, _data, _model]
+            about_input = [Finding("ok", "config", f"{name} is valid")]
+        except UserError as error:
+            inputs = []
+            about_input = [Finding("failure", "config", str(error), "`swamla-titan config show debug` explains each key")]
+    elif overrides:
+        raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
+    set_numerics(config, device)
+    about_machine = [_answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, _disk)]
+    about_input += [_answer(probe, config, device) for probe in inputs]
+    for finding in about_machine + about_input:
+        print(finding, flush=True)
+    if name is not None and any(finding.state == "failure" for finding in about_input):
+        return EXIT_BAD_INPUT
+    return EXIT_FAILED if any(finding.state == "failure" for finding in about_machine) else EXIT_DONE
+
+
+def _answer(probe: Probe, config: Config, device: torch.device) -> Finding:
+    """A probe's finding; one that breaks is itself a failure to report, not the end of the report."""
+    try:
+        return probe(config, device)
+    except UserError as error:
+        return Finding("failure", probe.__name__.removeprefix("_"), str(error))
+    except Exception as error:
+        return Finding("failure", probe.__name__.removeprefix("_"), f"{type(error).__name__}: {error}")
+
+
+def _python(config: Config, device: torch.device) -> Finding:
+    version = platform.python_version()
+    if sys.version_info < (3, 10):
+        return Finding("failure", "python", version, "install Python 3.10 or newer")
+    return Finding("ok", "python", f"{version} on {platform.platform()}")
+
+
+def _torch(config: Config, device: torch.device) -> Finding:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("torchao", "torchdata", "datasets"))
+    text = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {others}"
+    if not (2, 11) <= release < (2, 14):
+        return Finding("failure", "torch", text, "install a tested version: pip install 'torch>=2.11,<2.14'")
+    return Finding("ok", "torch", text)
+
+
+def _gpu(config: Config, device: torch.device) -> Finding:
+    if device.type == "cpu":
+        has_driver = shutil.which("nvidia-smi") is not None
+        remedy = "torch sees no GPU: is it a CPU build, or does the driver suit CUDA?" if has_driver else ""
+        return Finding("warning" if has_driver else "ok", "gpu", f"none, {torch.get_num_threads()} CPU threads", remedy)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    free = torch.cuda.mem_get_info(device)[0] / 2**30
+    text = f"{len(names)} x {names[0]}, {memory:.0f} GiB ({free:.0f} free)"
+    if free < 0.9 * memory:
+        return Finding("warning", "gpu", text, "another program holds GPU memory: see nvidia-smi")
+    if peak_flops(device) is None:
+        return Finding("warning", "gpu", text, "its peak is not in train/throughput.py, so no MFU will be reported")
+    return Finding("ok", "gpu", text)
+
+
+def _tf32(config: Config, device: torch.device) -> Finding:
+    """Measured, not read from a flag: TF32 keeps 10 bits of mantissa, so products show it."""
+    if device.type == "cpu":
+        return Finding("ok", "tf32", "float32 products are exact on the CPU")
+    matrix = torch.randn(512, 512, device=device)
+    exact = matrix.double() @ matrix.double()
+    error = ((matrix @ matrix).double() - exact).norm() / exact.norm()
+    found = "tf32" if error > 1e-5 else "ieee"
+    text = f"float32 products are {found} (relative error {error:.0e})"
+    wanted = config.training.fp32_precision
+    if found != wanted:
+        return Finding("warning", "tf32", text, f'training.fp32_precision = "{wanted}" has no effect on this GPU')
+    return Finding("ok", "tf32", text)
+
+
+def _float8(config: Config, device: torch.device) -> Finding:
+    if device.type == "cpu":
+        return Finding("ok", "float8", "no GPU: emulated only")
+    major, minor = torch.cuda.get_device_capability(device)
+    able = (major, minor) >= (8, 9)
+    return Finding("ok", "float8", f"compute capability {major}.{minor}: {'yes' if able else 'no, needs 8.9'}")
+
+
+def _attention(config: Config, device: torch.device) -> Finding:
+    """Run a small model forward and backward through the fast paths and hold it against the plain ones."""
+    shape = ModelConfig(num_layers=2, swa_layers_per_cycle=1, dim=256, num_heads=2, vocab_size=256, max_seq_len=512)
+    model = SWAMLAModel(shape).to(device)
+    tokens = torch.randint(256, (2, 512), device=device)
+    gradients = []
+    for backend in ("auto", "reference"):
+        model.attention_backend = backend
+        model.zero_grad()
+        model(tokens, tokens).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
+    error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+    paths = "SWA FlexAttention, MLA SDPA" if device.type == "cuda" else "SWA and MLA SDPA"
+    text = f"{paths}: gradients within {error:.0e} of plain attention"
+    if not error < 2e-2:
+        return Finding("failure", "attention", text, "these versions of torch and the driver compute attention wrongly")
+    return Finding("ok", "attention", text)
+
+
+def _disk(config: Config, device: torch.device) -> Finding:
+    folder = Path(config.job.dump_folder).resolve()
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    total, _ = parameter_counts(_resolved(config).model)
+    # float32 weights and two moments; one checkpoint more than is kept exists while it is written.
+    needed = total * 12 * ((config.checkpoint.keep_latest or 10) + 1)
+    text = f"{free / 2**30:.1f} GiB free under {existing}; checkpoints take {needed / 2**30:.1f} GiB"
+    if free < needed:
+        return Finding("failure", "disk", text, "free some space, lower checkpoint.keep_latest or move job.dump_folder")
+    return Finding("ok", "disk", text)
+
+
+def _tokenizer(config: Config, device: torch.device) -> Finding:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ids = tokenizer.encode(SAMPLE)
+    text = f"{config.data.tokenizer}: {tokenizer.vocab_size} tokens, sample of {len(SAMPLE)} characters in {len(ids)}"
+    if tokenizer.decode(ids) != SAMPLE:
+        return Finding("failure", "tokenizer", f"{text} does not decode to itself", "choose another data.tokenizer")
+    return Finding("ok", "tokenizer", f"{text}, round trip exact")
+
+
+def _data(config: Config, device: torch.device) -> Finding:
+    source = open_source(config.data, config.validation)
+    return Finding("ok", "data", f"{config.data.source} {config.data.path}".strip() + f": {source.num_units} units")
+
+
+def _model(config: Config, device: torch.device) -> Finding:
+    total, without_embeddings = parameter_counts(_resolved(config).model)
+    return Finding("ok", "model", f"{total:,} parameters, {without_embeddings:,} without embeddings")
+
+
+def _resolved(config: Config) -> Config:
+    return with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)

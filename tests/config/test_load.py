@@ -1,0 +1,149 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.config import Config, Override, load_config, shipped_configs, split_overrides, to_toml
+from swamla_titan.config.load import SECTIONS
+from swamla_titan.errors import UserError
+from swamla_titan.model import FLAVORS
+
+
+@pytest.fixture
+def toml(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+BUILTIN = '[data]\nsource = "builtin"\n'
+
+
+def message(path: Path, *overrides: Override) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_precedence_is_command_line_then_file_then_flavor_then_default(toml):
+    path = toml(BUILTIN + '[model]\nflavor = "debug"\ndim = 256\nnum_layers = 4\n[training]\nseq_len = 128\n')
+    config = load_config(path, [Override("model", "num_layers", "3"), Override("training", "steps", "7")])
+    assert config.model.num_layers == 3  # command line over file
+    assert config.model.dim == 256  # file over flavor
+    assert config.model.kv_lora_rank == FLAVORS["debug"].kv_lora_rank  # flavor over default
+    assert config.training.seq_len == 128
+    assert config.training.steps == 7
+    assert config.optimizer.beta2 == 0.95  # default
+
+
+def test_a_flavor_on_the_command_line_replaces_the_file_s(toml):
+    config = load_config(toml(BUILTIN + '[model]\nflavor = "debug"\n'), [Override("model", "flavor", "base")])
+    assert dataclasses.replace(config.model, vocab_size=50257) == FLAVORS["base"]
+
+
+def test_every_error_of_a_file_is_reported_at_once(toml):
+    path = toml(
+        """
+stray = 1
+[trainning]
+steps = 3
+[training]
+steps = "ten"
+seq_length = 5
+local_batch_size = 0
+max_grad_norm = true
+[checkpoint]
+async_mode = "asynchronous"
+[model]
+flavor = "smal"
+"""
+    )
+    text = message(path, Override("optimizer", "learning_rate", "1"), Override("job", "deterministic", "yes"))
+    assert str(path) in text
+    assert "8 errors" in text.splitlines()[0] or "9 errors" in text.splitlines()[0]
+    for part in (
+        "stray = 1: every key belongs in a section",
+        "[trainning]: unknown section; did you mean `training`?",
+        '[training] steps = "ten": expected a whole number >= 1',
+        "[training] seq_length = 5: unknown key; did you mean `seq_len`?",
+        "[training] local_batch_size = 0: expected a whole number >= 1",
+        "[training] max_grad_norm = true: expected a number >= 0",
+        '[checkpoint] async_mode = "asynchronous": expected only "disabled"',
+        '[model] flavor = "smal": unknown flavor; did you mean `small`?',
+        "--optimizer.learning_rate 1: unknown key",
+        '[job] deterministic = "yes": expected true or false',
+    ):
+        assert part in text, part
+
+
+def test_a_key_of_another_section_is_pointed_there(toml):
+    assert "did you mean it in [optimizer]?" in message(toml(BUILTIN + "[training]\nlr = 1.0\n"))
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("[model]\ndim = 100\nnum_heads = 16\n", "[model] num_heads: 16 does not divide dim = 100"),
+        ("[model]\nqk_rope_head_dim = 63\n", "[model] qk_rope_head_dim: 63 must be even"),
+        ("[training]\nseq_len = 4096\n", "longer than model.max_seq_len = 2048"),
+        ("[lr_schedule]\ndecay_steps = 5\n", 'applies to name = "wsd"'),
+        ('[lr_schedule]\nname = "wsd"\ndecay_steps = 950\n', "more than training.steps = 1000"),
+        ("[validation]\nfraction = 0\n", "0 holds nothing out"),
+        ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
+        ("[parallel]\ntensor = 2\n", "expected only 1"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(toml, text, part):
+    assert part in message(toml(BUILTIN + text))
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ('[data]\nsource = "local"\n', 'data.source = "local" needs a file or folder'),
+        ('[data]\nsource = "huggingface"\n', "needs the name of a dataset"),
+        ('[data]\nsource = "builtin"\npath = "x"\n', "would not be read"),
+        ('[data]\nsource = "builtin"\nname = "x"\n', "names a Hugging Face configuration"),
+        ('[data]\nsource = "builtin"\ntext_separator = "x"\n', "applies to local text files"),
+    ],
+)
+def test_a_source_and_its_path_must_agree(toml, text, part):
+    assert part in message(toml(text))
+
+
+def test_a_missing_file_and_a_file_that_is_no_toml(toml, tmp_path):
+    assert "cannot be read" in message(tmp_path / "none.toml")
+    assert "not a TOML file" in message(toml("[training\nsteps = 1"))
+
+
+def test_overrides_are_taken_out_of_a_command_line():
+    overrides, rest = split_overrides(["train", "--training.steps", "5", "x.toml", "--model.dim=-1", "--help"])
+    assert overrides == [Override("training", "steps", "5"), Override("model", "dim", "-1")]
+    assert rest == ["train", "x.toml", "--help"]
+    with pytest.raises(UserError, match="a value must follow"):
+        split_overrides(["--training.steps"])
+    with pytest.raises(UserError, match="a value must follow"):
+        split_overrides(["--training.steps", "--model.dim", "3"])
+
+
+def test_every_section_and_key_survives_writing_and_reading(toml):
+    path = toml(BUILTIN + '[job]\ndump_folder = "a \\"b\\" \\\\ ü"\n[model]\nflavor = "debug"\nrope_theta = 5e5\n')
+    config = load_config(path)
+    for comments in (False, True):
+        assert load_config(toml(to_toml(config, comments))) == config
+    assert [section for section in SECTIONS if f"[{section}]" not in to_toml(config)] == []
+
+
+def test_every_shipped_configuration_loads():
+    assert "debug" in shipped_configs()
+    for path in shipped_configs().values():
+        assert isinstance(load_config(path), Config)
+
+
+def test_every_key_has_a_meaning():
+    for cls in SECTIONS.values():
+        for field in dataclasses.fields(cls):
+            assert field.metadata["doc"].endswith("."), field.name
