@@ -110,7 +110,9 @@ def _apply_override(override: Override, tables: dict[str, dict[str, Any]], error
     section, key, text = override
     where = f"--{section}.{key} {text}"
     if section not in SECTIONS:
-        errors.append(f"{where}: unknown section `{section}`{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+        errors.append(
+            f"{where}: unknown section `{section}`{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}"
+        )
         return
     kind = _key_types(section).get(key)
     if kind is None:

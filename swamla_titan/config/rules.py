@@ -15,7 +15,11 @@ def contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             f"{training.seq_len} is longer than model.max_seq_len = {config.model.max_seq_len}; raise that or shorten this",
         )
     if data.source == "builtin" and data.path:
-        yield "data", "path", f'"{data.path}" would not be read by data.source = "builtin"; use "local" or remove the path'
+        yield (
+            "data",
+            "path",
+            f'"{data.path}" would not be read by data.source = "builtin"; use "local" or remove the path',
+        )
     if data.source != "builtin" and not data.path:
         wanted = "a file or folder" if data.source == "local" else "the name of a dataset"
         yield "data", "path", f'data.source = "{data.source}" needs {wanted} here'

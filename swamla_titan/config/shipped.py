@@ -6,7 +6,10 @@ import swamla_titan
 from swamla_titan.errors import UserError
 
 # In a checkout the folder stands beside the package; in an installed wheel it is inside it.
-_CANDIDATES = [Path(swamla_titan.__file__).parents[1] / "train_configs", Path(swamla_titan.__file__).parent / "train_configs"]
+_CANDIDATES = [
+    Path(swamla_titan.__file__).parents[1] / "train_configs",
+    Path(swamla_titan.__file__).parent / "train_configs",
+]
 
 
 def shipped_configs() -> dict[str, Path]:

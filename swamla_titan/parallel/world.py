@@ -30,7 +30,9 @@ def join_world() -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != 1:
-        raise UserError(f"started as one of {size} processes, but this version trains on one: start it without torchrun")
+        raise UserError(
+            f"started as one of {size} processes, but this version trains on one: start it without torchrun"
+        )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -49,11 +49,15 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
             about_input = [Finding("ok", "config", f"{name} is valid")]
         except UserError as error:
             inputs = []
-            about_input = [Finding("failure", "config", str(error), "`swamla-titan config show debug` explains each key")]
+            about_input = [
+                Finding("failure", "config", str(error), "`swamla-titan config show debug` explains each key")
+            ]
     elif overrides:
         raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
     set_numerics(config, device)
-    about_machine = [_answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, _disk)]
+    about_machine = [
+        _answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, _disk)
+    ]
     about_input += [_answer(probe, config, device) for probe in inputs]
     for finding in about_machine + about_input:
         print(finding, flush=True)

@@ -105,5 +105,10 @@ def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> A
         ) from None
     # The run's id follows from the folder, so a resumed run goes on in the same W&B run.
     return wandb.init(
-        project=config.wandb_project, name=folder.name, id=folder.resolve().name, resume="allow", dir=folder, config=run_config
+        project=config.wandb_project,
+        name=folder.name,
+        id=folder.resolve().name,
+        resume="allow",
+        dir=folder,
+        config=run_config,
     )

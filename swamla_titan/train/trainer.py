@@ -134,7 +134,9 @@ class Trainer:
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
         set_learning_rate(self.optimizer, lr)
-        count = micro_batch_count(self.step, training.global_batch_size, self.config.data.streams, self.world.size, self.rows)
+        count = micro_batch_count(
+            self.step, training.global_batch_size, self.config.data.streams, self.world.size, self.rows
+        )
         loss = torch.zeros((), device=self.device)
         for micro_batch in micro_batches(batch, self.rows, count):
             inputs = micro_batch.to(self.device)
@@ -216,15 +218,26 @@ class Trainer:
             kinds.count("mla"),
             training.compute_dtype if self.model.compute_dtype else "float32",
         )
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        device = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
         logger.info(
             "on %s: %d steps of %d sequences of %d %s tokens, %d at a time",
-            device, training.steps, training.global_batch_size, training.seq_len, tokenizer_name, self.rows,
+            device,
+            training.steps,
+            training.global_batch_size,
+            training.seq_len,
+            tokenizer_name,
+            self.rows,
         )
         if resumed:
             logger.info("resumed from %s", resumed)
         if self.step >= training.steps:
-            logger.info("all %d steps are done; raise training.steps, or choose another job.dump_folder", training.steps)
+            logger.info(
+                "all %d steps are done; raise training.steps, or choose another job.dump_folder", training.steps
+            )
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
