@@ -46,7 +46,7 @@ def pip(*arguments: str) -> str:
     if UNREACHABLE.search(ran.stderr):
         reason = "pip cannot reach its package index. Without a network, name a Python that has everything: PYTHON=..."
     else:
-        errors = [line for line in ran.stderr.splitlines() if line.lower().startswith("error: ")]
+        errors = re.findall(r"^ERROR: (.*)", ran.stderr, re.MULTILINE)
         reason = errors[-1] if errors else f"pip stopped with exit code {ran.returncode}"
     raise InstallFailed(f"{reason}\nall that pip said is in {LOG}")
 
