@@ -1,14 +1,13 @@
 .PHONY: checks format test
-PYTHON ?= $(shell [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+
+# $(call in_environment,COMMANDS): "$$python" in them is the Python that scripts/environment.sh finds; PYTHON=... names one.
+in_environment = @python=$$(scripts/environment.sh dev,offline dev,offline) && set -ex && $(1)
 
 checks:
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	$(call in_environment,"$$python" -m ruff format --check . && "$$python" -m ruff check . && "$$python" -m mypy)
 
 format:
-	$(PYTHON) -m ruff format .
-	$(PYTHON) -m ruff check --fix .
+	$(call in_environment,"$$python" -m ruff format . && "$$python" -m ruff check --fix .)
 
 test:
 	./run_tests.sh

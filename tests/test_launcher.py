@@ -1,0 +1,289 @@
+"""run_train.sh and the scripts that find a Python, with stubs in place of Python: nothing is trained or installed."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Calls itself fit if asked (unless STUB_UNFIT is set), else writes down how it was called.
+STUB = """#!/bin/sh
+case "$1" in
+*/check_environment.py) [ -z "$STUB_UNFIT" ] && echo "stub $0" || { echo "torch is not installed"; exit 1; } ;;
+*)
+  {
+    printf '%s\\n' "$@"
+    echo "cuda=${CUDA_VISIBLE_DEVICES-unset}"
+    echo "pythonpath=$PYTHONPATH"
+    echo "cwd=$PWD"
+  } >"$RECORD"
+  exit "${STUB_EXIT:-0}"
+  ;;
+esac
+"""
+
+
+def write_script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Repository:
+    """A copy of the launcher's files and a caller's folder elsewhere; only this folder's `bin` has a Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "repository"
+        self.caller = folder / "caller"
+        self.record = folder / "record"
+        self.bin = folder / "bin"
+        self.caller.mkdir(parents=True)
+        (self.root / "train_configs").mkdir(parents=True)
+        (self.root / "train_configs/debug.toml").touch()
+        for name in ("run_train.sh", "run_tests.sh", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        self.stub = write_script(folder / "stub", STUB)
+        for command in ("bash", "sh", "cat", "dirname", "env", "grep", "mkdir", "rm", "sed", "touch", "tr"):
+            path = shutil.which(command)
+            assert path
+            self.bin.mkdir(exist_ok=True)
+            (self.bin / command).symlink_to(path)
+
+    def run(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"PATH": str(self.bin), "HOME": os.environ["HOME"], "RECORD": str(self.record)}
+        command = [str(self.root / script), *arguments]
+        return subprocess.run(
+            command, cwd=self.caller, env=environment | variables, capture_output=True, text=True, timeout=60
+        )
+
+    def train(self, *arguments: str, **variables: str) -> list[str]:
+        """What the stub wrote down, after a run that must succeed."""
+        ran = self.run("run_train.sh", *arguments, PYTHON=str(self.stub), **variables)
+        assert ran.returncode == 0, ran.stderr
+        return self.record.read_text().splitlines()
+
+    def set_gpus(self, count: int) -> None:
+        lines = "\n".join(f"echo 'GPU {index}: a GPU'" for index in range(count))
+        write_script(self.bin / "nvidia-smi", f"#!/bin/sh\n{lines}\n")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path)
+
+
+@pytest.mark.parametrize("overrides", [(), ("--training.steps", "3", "--job.dump_folder=a b")])
+def test_default_config_and_overrides_pass_unchanged(repository: Repository, overrides: tuple[str, ...]) -> None:
+    recorded = repository.train(*overrides)
+    config = f"{repository.root}/train_configs/debug.toml"
+    assert recorded[: 4 + len(overrides)] == ["-m", "swamla_titan", "train", config, *overrides]
+    assert f"pythonpath={repository.root}" in recorded
+    assert f"cwd={repository.caller}" in recorded
+
+
+def test_config_of_the_callers_folder_comes_before_the_repositorys(repository: Repository) -> None:
+    (repository.root / "mine.toml").touch()
+    assert repository.train("mine.toml")[3] == f"{repository.root}/mine.toml"
+    (repository.caller / "mine.toml").touch()
+    assert repository.train("mine.toml", "--a.b", "1")[3:6] == ["mine.toml", "--a.b", "1"]
+    absolute = str(repository.caller / "mine.toml")
+    assert repository.train(absolute)[3] == absolute
+
+
+def test_pythonpath_is_kept(repository: Repository) -> None:
+    assert f"pythonpath={repository.root}:/elsewhere" in repository.train(PYTHONPATH="/elsewhere")
+
+
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_exit_code_of_the_trainer_arrives(repository: Repository, code: int) -> None:
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), STUB_EXIT=str(code))
+    assert ran.returncode == code
+
+
+@pytest.mark.parametrize("ngpu", ["0", "none"])
+def test_ngpu_zero_hides_the_gpus(repository: Repository, ngpu: str) -> None:
+    assert "cuda=" in repository.train(NGPU=ngpu, CUDA_VISIBLE_DEVICES="0,1")
+
+
+@pytest.mark.parametrize("variables", [{"NGPU": "1"}, {"NNODES": "1"}, {"NNODES": "1:1"}, {"NGPU": ""}])
+def test_one_process_leaves_the_gpus_alone(repository: Repository, variables: dict[str, str]) -> None:
+    assert "cuda=unset" in repository.train(**variables)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"NGPU": "2"}, "NGPU=2: this version trains on one process; set NGPU=1"),
+        ({"NGPU": "-1"}, "NGPU=-1: expected"),
+        ({"NGPU": "two"}, "NGPU=two: expected"),
+        ({"NGPU": "01"}, "NGPU=01: expected"),
+        ({"NNODES": "2"}, "NNODES=2: this version trains on one process"),
+        ({"NNODES": "1:4"}, "NNODES=1:4: this version trains on one process"),
+        ({"NNODES": "4:"}, "NNODES=4:: expected"),
+        ({"NNODES": "0"}, "NNODES=0: expected"),
+    ],
+)
+def test_refusals(repository: Repository, variables: dict[str, str], message: str) -> None:
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), **variables)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    assert not repository.record.exists()
+
+
+def test_missing_config_is_refused_before_the_environment_is_looked_for(repository: Repository) -> None:
+    ran = repository.run("run_train.sh", "absent.toml")
+    assert ran.returncode == 2
+    assert "no file absent.toml in" in ran.stderr
+
+
+def test_several_gpus_without_ngpu_train_on_one_with_a_notice(repository: Repository) -> None:
+    repository.set_gpus(4)
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub))
+    assert ran.returncode == 0
+    assert "4 GPUs are there; this version trains on one process" in ran.stderr
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), CUDA_VISIBLE_DEVICES="3")
+    assert "notice" not in ran.stderr
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), CUDA_VISIBLE_DEVICES="2,3")
+    assert "2 GPUs are there" in ran.stderr
+
+
+def test_help(repository: Repository) -> None:
+    ran = repository.run("run_train.sh", "--help")
+    assert ran.returncode == 0
+    for word in ("usage:", "CONFIG", "NGPU", "NNODES", "RDZV_ENDPOINT", "RDZV_ID", "MAX_RESTARTS", "LOG_RANK"):
+        assert word in ran.stdout
+
+
+def test_tests_run_in_the_repository_with_the_arguments_given(repository: Repository) -> None:
+    ran = repository.run("run_tests.sh", "-k", "a or b", PYTHON=str(repository.stub))
+    assert ran.returncode == 0
+    recorded = repository.record.read_text().splitlines()
+    assert recorded[:4] == ["-m", "pytest", "-k", "a or b"]
+    assert f"cwd={repository.root}" in recorded
+
+
+def test_order_in_which_a_python_is_looked_for(repository: Repository) -> None:
+    active = write_script(repository.caller / "active/bin/python", STUB)
+    own = write_script(repository.root / ".venv/bin/python", STUB)
+    on_path = write_script(repository.bin / "python3", STUB)
+
+    def found(**variables: str) -> str:
+        ran = repository.run("scripts/environment.sh", **variables)
+        assert ran.stderr == f"using stub {ran.stdout}"
+        return ran.stdout.strip()
+
+    environment = {"VIRTUAL_ENV": str(repository.caller / "active")}
+    assert found(PYTHON=str(repository.stub), **environment) == str(repository.stub)
+    assert found(**environment) == str(active)
+    assert found() == str(own)
+    (repository.root / ".venv/.incomplete").touch()  # an installation was cut off
+    assert found() == str(on_path)
+
+
+def test_python_that_cannot_be_used_is_an_error(repository: Repository) -> None:
+    ran = repository.run("scripts/environment.sh", PYTHON=str(repository.stub), STUB_UNFIT="1")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "cannot be used: torch is not installed" in ran.stderr
+    ran = repository.run("scripts/environment.sh", PYTHON="absent")
+    assert (ran.returncode, ran.stderr) == (2, "error: PYTHON=absent: no such command\n")
+
+
+def test_no_python_at_all_is_an_error(repository: Repository) -> None:
+    ran = repository.run("scripts/environment.sh")
+    assert ran.returncode == 1
+    assert "no Python that pyproject.toml allows is on PATH" in ran.stderr
+
+
+def test_python_without_venv_names_the_package_to_install(repository: Repository) -> None:
+    # New enough, without what the project requires, and without venv.
+    write_script(repository.bin / "python3.11", '#!/bin/sh\ncase "$2" in *version_info*) exit 0 ;; *) exit 1 ;; esac\n')
+    ran = repository.run("scripts/environment.sh")
+    assert ran.returncode == 1
+    assert "apt-get install python3-venv" in ran.stderr
+    assert not (repository.root / ".venv").exists()
+
+
+def write_project(folder: Path, *dependencies: str, dev: str = "", python: str = ">=3.10") -> Path:
+    path = folder / "pyproject.toml"
+    path.write_text(
+        f'[project]\nname = "x"\nrequires-python = "{python}"\ndependencies = {list(dependencies)}\n'
+        f"[project.optional-dependencies]\ndev = {[dev] if dev else []}\n"
+    )
+    return path
+
+
+def install_fake(folder: Path, name: str, version: str) -> None:
+    information = folder / "site" / f"{name}-{version}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def check(folder: Path, pyproject: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "scripts/check_environment.py"), "--pyproject", str(pyproject), *arguments]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(folder / "site")}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("installed", ["2.11.0+cu130", "2.13.0+cpu", "2.13.5"])
+def test_versions_in_range_fit(tmp_path: Path, installed: str) -> None:
+    install_fake(tmp_path, "fake_torch", installed)
+    ran = check(tmp_path, write_project(tmp_path, "fake-torch>=2.11,<2.14", "absent>=1; python_version < '3'"))
+    assert ran.returncode == 0, ran.stdout
+    assert ran.stdout.startswith("Python 3.")
+
+
+@pytest.mark.parametrize("installed", ["2.10.0+cpu", "2.14.0"])
+def test_versions_out_of_range_are_named(tmp_path: Path, installed: str) -> None:
+    install_fake(tmp_path, "fake_torch", installed)
+    ran = check(tmp_path, write_project(tmp_path, "absent>=1", "fake-torch>=2.11,<2.14"))
+    assert ran.returncode == 1
+    missing, wrong = ran.stdout.splitlines()
+    assert missing == "absent>=1 is not installed"
+    assert wrong.startswith("fake-torch")
+    assert wrong.endswith(f"{installed} is installed")
+
+
+def test_extras_count_only_if_named(tmp_path: Path) -> None:
+    pyproject = write_project(tmp_path, dev="absent==0.17.*")
+    assert check(tmp_path, pyproject).returncode == 0
+    ran = check(tmp_path, pyproject, "--extras", "dev")
+    assert (ran.returncode, ran.stdout) == (1, "absent==0.17.* is not installed\n")
+    ran = check(tmp_path, pyproject, "--extras", "dev,other")
+    assert (ran.returncode, ran.stdout) == (1, "pyproject.toml has no extra other; it has dev\n")
+
+
+def test_python_out_of_range_is_named(tmp_path: Path) -> None:
+    ran = check(tmp_path, write_project(tmp_path, python=">=4"))
+    assert ran.returncode == 1
+    assert ran.stdout.startswith("Python >=4 is needed, this is 3.")
+
+
+@pytest.fixture
+def installer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("install_requirements")
+
+
+@pytest.mark.parametrize(
+    "offered, chosen",
+    [
+        ("2.15.0, 2.14.0+cpu, 2.13.1, 2.13.0+cpu, 2.13.0, 2.12.0+cpu, 2.9.0", "2.13.0+cpu"),
+        ("2.13.0+cu130, 2.13.0, 2.10.0+cpu", None),
+    ],
+)
+def test_newest_cpu_build_in_range(
+    installer: ModuleType, monkeypatch: pytest.MonkeyPatch, offered: str, chosen: "str | None"
+) -> None:
+    monkeypatch.setattr(installer, "pip", lambda *arguments: f"torch (2.15.0)\nAvailable versions: {offered}\n")
+    torch = installer.packaging("requirements").Requirement("torch>=2.11,<2.14")
+    assert installer.newest_cpu_build(torch, []) == chosen
