@@ -1,0 +1,67 @@
+"""Helpers that start the real command line and read what it left."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from swamla_titan.cli import main
+
+
+def train(config: Path, *overrides: str) -> int:
+    """Train in this process; returns the exit code."""
+    return main(["train", str(config), *overrides])
+
+
+def start(config: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """Train in a process of its own."""
+    command = [sys.executable, "-m", "swamla_titan", "train", str(config), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+    """Wait until `path` exists; fail if the process ends first."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.002)
+
+
+def metrics(folder: Path, name: str = "loss") -> dict[int, float]:
+    """step -> value, of the last line that has it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    loaded = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(loaded, checkpoint_id=path, no_dist=True)
+    return loaded
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Tensors bit for bit, counters and cursors."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("optimizer.") for name in a)
+    assert any(name.startswith("random.") for name in a)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    record, expected = (json.loads((path / "train.json").read_text()) for path in (one, other))
+    assert record == expected
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every file under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,147 @@
+"""A run that is killed and started again equals one that was not, bit for bit."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.train.checkpoint import Checkpoints
+from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "run", tmp_path / "undisturbed"
+
+
+def undisturbed(tiny: Path, folder: Path, *overrides: str) -> None:
+    assert train(tiny, "--job.dump_folder", str(folder), *overrides) == 0
+
+
+def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path):
+    run, whole = folders(tmp_path)
+    undisturbed(tiny, whole)
+    process = start(tiny)
+    wait_for(checkpoint(run, 15), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not checkpoint(run, 30).exists(), "killed too late"
+    assert train(tiny) == 0
+    assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
+    assert metrics(run) == metrics(whole)
+    assert metrics(run, "val_loss") == metrics(whole, "val_loss")
+    assert metrics(run, "lr") == metrics(whole, "lr")
+
+
+def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_path):
+    """The builtin corpus in windows of 64 tokens; 5 sequences from 6 streams: cursors stand at different places."""
+    run, whole = folders(tmp_path)
+    undisturbed(tiny, whole, "--checkpoint.interval", "7", "--data.num_workers", "0")
+    for workers, step in (("2", 7), ("0", 14), ("1", 21)):
+        process = start(tiny, "--checkpoint.interval", "7", "--data.num_workers", workers)
+        wait_for(checkpoint(run, step), process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert train(tiny, "--checkpoint.interval", "7", "--data.num_workers", "0") == 0
+    assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, number):
+    run, whole = folders(tmp_path)
+    undisturbed(tiny, whole)
+    process = start(tiny)
+    wait_for(run / "metrics.jsonl", process)
+    while not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name}" in output
+    saved = Checkpoints(run / "checkpoints", 0).newest_whole()
+    assert saved is not None
+    assert json.loads((saved / "train.json").read_text())["step"] < 30
+    assert train(tiny) == 0
+    assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, capsys):
+    assert train(tiny, "--training.steps", "3") == 0
+    before = {name: content for name, content in snapshot(tmp_path / "run").items() if not name.startswith("logs/")}
+    assert train(tiny, "--training.steps", "3") == 0
+    after = snapshot(tmp_path / "run")
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capsys):
+    run, whole = folders(tmp_path)
+    undisturbed(tiny, whole)
+    assert train(tiny) == 0
+    victim = next(checkpoint(run, 30).glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    assert train(tiny) == 0
+    output = capsys.readouterr().out
+    assert "step-00000030" in output
+    assert f"{victim.name} has changed since it was written" in output
+    assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing file", "no manifest"])
+def test_if_every_checkpoint_is_damaged_the_run_is_refused(tiny, tmp_path, capsys, damage):
+    assert train(tiny, "--training.steps", "2") == 0
+    only = checkpoint(tmp_path / "run", 2)
+    data = next(only.glob("*.distcp"))
+    if damage == "cut":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif damage == "missing file":
+        data.unlink()
+    else:
+        (only / "manifest.json").unlink()
+    before = snapshot(tmp_path / "run")
+    assert train(tiny) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (("--model.dim", "128"), "model.dim: 64 in the checkpoint, 128 now"),
+        (("--training.global_batch_size", "6"), "training.global_batch_size: 5 in the checkpoint, 6 now"),
+        (("--job.seed", "1"), "job.seed: 0 in the checkpoint, 1 now"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny, tmp_path, capsys, overrides, part):
+    assert train(tiny, "--training.steps", "2") == 0
+    before = snapshot(tmp_path / "run")
+    assert train(tiny, *overrides) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another run" in error
+    assert part in error
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(tiny, tmp_path, capsys):
+    assert train(tiny, "--training.steps", "2") == 0
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text(f"document {i} " * 200)
+    before = snapshot(tmp_path / "run")
+    assert train(tiny, "--data.source", "local", "--data.path", str(text)) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_only_the_newest_k_are_kept_and_a_stranger_s_folder_is_left_alone(tiny, tmp_path):
+    mine = tmp_path / "run" / "checkpoints" / "step-00000001"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("not a checkpoint")
+    (mine.parent / "step-best").mkdir()
+    # The folder has no manifest, so the first start refuses it; named otherwise it is none of our business.
+    mine = mine.rename(mine.with_name("step-1"))
+    assert train(tiny, "--training.steps", "6", "--checkpoint.interval", "2", "--checkpoint.keep_latest", "2") == 0
+    left = sorted(path.name for path in mine.parent.iterdir())
+    assert left == ["step-00000004", "step-00000006", "step-1", "step-best"]
