@@ -64,8 +64,10 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
         seen: Tensor = sees(query, key, 0, window, sink)
         return seen
 
-    starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
-    return _tiles(starts, window, sink, mask_mod)
+    # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
+    with torch.inference_mode(False):
+        starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
+        return _tiles(starts, window, sink, mask_mod)
 
 
 def _tiles(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:

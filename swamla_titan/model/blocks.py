@@ -13,7 +13,11 @@ from swamla_titan.model.swa import SlidingWindowAttention
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x)), with dropout on both terms in training."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)), with dropout on both terms in training.
+
+    Each kind has a `forward` of its own although they read alike: torch.compile counts recompilations per function, and
+    two kinds, in training and evaluation, with and without gradients, would use up one function's limit of 8.
+    """
 
     def __init__(self, config: ModelConfig, attention: SlidingWindowAttention | LatentAttention) -> None:
         super().__init__()
@@ -22,10 +26,6 @@ class Block(nn.Module):
         self.ffn_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
-
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self._add(x, self.attention(self.attention_norm(x), context))
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
         """`forward` that also fills this layer's cache."""
@@ -46,9 +46,17 @@ class SWABlock(Block):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, SlidingWindowAttention(config))
 
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return self._add(x, self.attention(self.attention_norm(x), context))
+
 
 class MLABlock(Block):
     """Block with multi-head latent attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LatentAttention(config))
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return self._add(x, self.attention(self.attention_norm(x), context))
