@@ -1,0 +1,1 @@
+"""Fast paths, each beside the plain PyTorch it is tested against."""

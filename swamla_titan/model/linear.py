@@ -1,0 +1,20 @@
+"""The one kind of matrix product in the model."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """x W^T, computed in x's dtype whatever W is kept in.
+
+    Mixed precision is this cast and nothing else: float32 master weights meet bfloat16 activations here. Where the
+    weights already have x's dtype (FSDP2 with bfloat16 parameters, or a float32 run) the cast does nothing. It stays an
+    nn.Linear, which is what float8 conversion and tensor parallelism look for.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return F.linear(x, self.weight.to(x.dtype))

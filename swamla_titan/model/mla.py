@@ -1,0 +1,92 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one small latent."""
+
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.kernels.attention import attention
+from swamla_titan.model.cache import MLACache
+from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.linear import Linear
+from swamla_titan.model.norms import RMSNorm
+from swamla_titan.model.rope import rotate
+
+
+class LatentAttention(nn.Module):
+    """Causal attention whose keys are [part from the latent, one rotary key shared by all heads].
+
+    Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.nope_dim = config.qk_nope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.v_dim = config.v_head_dim
+        self.latent_dim = config.kv_lora_rank
+        self.qk_dim = self.nope_dim + self.rope_dim
+        self.scale = self.qk_dim**-0.5
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank:
+            self.wq_a = Linear(config.dim, self.q_lora_rank)
+            self.q_norm = RMSNorm(self.q_lora_rank)
+            self.wq_b = Linear(self.q_lora_rank, config.num_heads * self.qk_dim)
+        else:
+            self.wq = Linear(config.dim, config.num_heads * self.qk_dim)
+        self.wkv_a = Linear(config.dim, self.latent_dim + self.rope_dim)
+        self.kv_norm = RMSNorm(self.latent_dim)
+        self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
+        self.wo = Linear(config.num_heads * self.v_dim, config.dim)
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        latent, rope_key = self.compress(x, context)
+        return self._attend(x, latent, rope_key, context)
+
+    def prefill(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
+        """`forward` that also fills the cache."""
+        latent, rope_key = self.compress(x, context)
+        cache.fill(latent, rope_key.squeeze(2))
+        return self._attend(x, latent, rope_key, context)
+
+    def decode(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
+        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mla_mask is [B, 1, 1, tokens so far].
+
+        The latent's up-projection is absorbed into query and output, so keys and values are never made:
+        q . (W_k c) = (W_k^T q) . c, and sum_s p_s (W_v c_s) = W_v (sum_s p_s c_s). It reads `wkv_b.weight` itself,
+        which only a decode on plain parameters may do; training goes through the modules.
+        """
+        latent, rope_key = self.compress(x, context)
+        latents, rope_keys = cache.append(latent, rope_key.squeeze(2))  # [B, S, R], [B, S, rope]
+        q_nope, q_rope = self.queries(x, context)
+        up = self.wkv_b.weight.to(x.dtype).unflatten(0, (-1, self.nope_dim + self.v_dim))  # [H, nope + v, R]
+        w_key, w_value = up.split([self.nope_dim, self.v_dim], dim=1)
+        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_key)  # [B, 1, H, R]
+        scores = torch.einsum("bthr,bsr->bhts", q_latent, latents) + torch.einsum("bthp,bsp->bhts", q_rope, rope_keys)
+        scores = scores.to(torch.promote_types(x.dtype, torch.float32)) * self.scale
+        assert isinstance(context.mla_mask, Tensor)
+        weights = scores.masked_fill(~context.mla_mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
+        mixed = torch.einsum("bhts,bsr->bthr", weights, latents)
+        out: Tensor = self.wo(torch.einsum("bthr,hvr->bthv", mixed, w_value).flatten(2))
+        return out
+
+    def queries(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """[B, T, dim] -> queries without position [B, T, H, nope] and rotated queries [B, T, H, rope]."""
+        query = self.wq_b(self.q_norm(self.wq_a(x))) if self.q_lora_rank else self.wq(x)
+        q_nope, q_rope = query.unflatten(-1, (-1, self.qk_dim)).split([self.nope_dim, self.rope_dim], dim=-1)
+        return q_nope, rotate(q_rope, context.mla_rotation)
+
+    def compress(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """[B, T, dim] -> what decoding keeps: normed latent [B, T, R] and rotated shared key [B, T, 1, rope]."""
+        latent, rope_key = self.wkv_a(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        return self.kv_norm(latent), rotate(rope_key.unsqueeze(2), context.mla_rotation)
+
+    def _attend(self, x: Tensor, latent: Tensor, rope_key: Tensor, context: SequenceContext) -> Tensor:
+        q_nope, q_rope = self.queries(x, context)
+        keys_values = self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))  # [B, T, H, nope + v]
+        k_nope, value = keys_values.split([self.nope_dim, self.v_dim], dim=-1)
+        query = torch.cat([q_nope, q_rope], dim=-1)  # [B, T, H, nope + rope]
+        key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
+        out = attention(query, key, value, context.mla_mask, self.scale, reference=context.reference)  # [B, T, H, v]
+        projected: Tensor = self.wo(out.flatten(2))
+        return projected

@@ -1,0 +1,180 @@
+"""The SWA-MLA language model on one device: embedding, blocks, norm, head, loss."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy
+from swamla_titan.model.blocks import Block, MLABlock, SWABlock
+from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.init import initial_value
+from swamla_titan.model.linear import Linear
+from swamla_titan.model.norms import build_norm
+
+
+class SWAMLAModel(nn.Module):
+    """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
+
+    Three attributes may be set from outside:
+    `compute_dtype`: dtype of the activations; None: that of the weights.
+    `attention_backend`: "auto" (the fastest that the device has), "masked" (SDPA under boolean masks) or "reference"
+    (explicit scores; slow, for comparisons).
+    `loss_function`: kernels.cross_entropy or a compiled version of it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build the layers and, unless on the meta device, draw their values with seed 0.
+
+        Raises ValueError if config.vocab_size is 0 ("take the tokenizer's") and so still unknown.
+        """
+        super().__init__()
+        if config.vocab_size == 0:
+            raise ValueError("vocab_size = 0: set it to the number of ids of the tokenizer")
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.attention_backend = "auto"
+        self.loss_function: Callable[..., Tensor] = cross_entropy
+
+        kinds: dict[str, type[SWABlock] | type[MLABlock]] = {"swa": SWABlock, "mla": MLABlock}
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.dim)
+        # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
+        self.blocks = nn.ModuleDict({str(i): kinds[kind](config) for i, kind in enumerate(config.block_kinds)})
+        self.norm = build_norm(config)
+        self.head = Linear(config.dim, config.padded_vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.init_weights(0)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all parameters anew; each from its own generator, see model/init.py."""
+
+        def draw(named: tuple[str, Tensor]) -> None:
+            name, parameter = named
+            # no_grad is a thread's own, hence again here
+            with torch.no_grad():
+                parameter.copy_(initial_value(name, parameter.shape, self.config.num_layers, seed))
+
+        # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
+        with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+            list(pool.map(draw, self.named_parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Dtype of the residual stream: compute_dtype, or the weights' own."""
+        return self.compute_dtype or next(self.parameters()).dtype
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        loss_denominator: Tensor | float | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size] of tokens [B, T] int64, or with `targets` [B, T] the loss, a float32 scalar.
+
+        `document_ids` [B, T]: a row is cut wherever the id changes, tokens see their own document only, and positions
+        restart in each. The loss is the mean cross-entropy over targets that are not -100 (0 if there are none), or
+        their sum over `loss_denominator`: with the global batch's number of valid targets there, the losses of its
+        micro-batches add up to the batch's mean, whatever each holds. z_loss and label_smoothing of the config apply in
+        training mode only; eval() gives the plain cross-entropy.
+
+        Token ids must be below vocab_size; that is not checked, for it would wait for the GPU. Raises ValueError for
+        tensors of a wrong shape or dtype and for rows longer than max_seq_len.
+        """
+        self._check(tokens, targets, document_ids)
+        context = self.context(tokens.shape[1], document_ids)
+        x = self.embed(tokens)  # [B, T, dim]
+        for block in self.blocks.values():
+            x = block(x, context)
+        logits = self.head(self.norm(x))  # [B, T, padded vocabulary]
+        if targets is None:
+            return self._real_vocabulary(logits)
+        return self.loss(logits, targets, loss_denominator)
+
+    def context(self, seq_len: int, document_ids: Tensor | None = None) -> SequenceContext:
+        """What the blocks share in a forward pass over rows of `seq_len` tokens."""
+        return SequenceContext.build(
+            self.config, seq_len, document_ids, self.device, self.activation_dtype, self.attention_backend
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] int64 -> [B, T, dim] in the activations' dtype; everything after follows it."""
+        x: Tensor = self.embedding(tokens)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
+    def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
+        """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T]."""
+        total = self.loss_function(
+            logits.flatten(0, 1),
+            targets.flatten(),
+            self.config.vocab_size,
+            z_loss=self.config.z_loss if self.training else 0.0,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
+        if loss_denominator is None:
+            loss_denominator = (targets != IGNORE).sum().clamp(min=1)
+        return total / loss_denominator
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: DecodeCache, lengths: Tensor | None = None) -> Tensor:
+        """Read prompts into the cache: tokens [B, T] padded on the left -> logits after the last, [B, vocab_size].
+
+        `lengths` [B] are the prompts' own lengths, None: all T. What stands in the padding does not matter.
+        """
+        self._check(tokens, None, None)
+        cache.start(tokens, lengths)
+        # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel anew.
+        real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
+        backend = "reference" if self.attention_backend == "reference" else "masked"
+        context = SequenceContext.build(self.config, tokens.shape[1], real, self.device, self.activation_dtype, backend)
+        x = self.embed(tokens)
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            x = block.prefill(x, context, cache.layers[name])
+        return self._real_vocabulary(self.head(self.norm(x[:, -1])))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+        """Append one token a row, tokens [B, 1] -> logits of the next, [B, vocab_size]."""
+        self._check(tokens, None, None)
+        if tokens.shape != (cache.clock.starts.shape[0], 1):
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)}: decode takes one a row, ({cache.clock.starts.shape[0]}, 1)"
+            )
+        context = cache.next_context(reference=self.attention_backend == "reference")
+        x = self.embed(tokens)
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            x = block.decode(x, context, cache.layers[name])
+        cache.clock.length += 1
+        return self._real_vocabulary(self.head(self.norm(x[:, 0])))
+
+    def _real_vocabulary(self, logits: Tensor) -> Tensor:
+        return logits[..., : self.config.vocab_size]
+
+    def _check(self, tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: expected [batch, length] of torch.int64")
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"tokens of length {tokens.shape[1]} exceed max_seq_len = {self.config.max_seq_len}: "
+                "cut them, or build the model with a larger max_seq_len"
+            )
+        if targets is not None and (targets.shape != tokens.shape or targets.dtype != torch.int64):
+            raise ValueError(
+                f"targets {tuple(targets.shape)} {targets.dtype}: expected {tuple(tokens.shape)} of torch.int64"
+            )
+        if document_ids is not None and document_ids.shape != tokens.shape:
+            raise ValueError(f"document_ids {tuple(document_ids.shape)}: expected {tuple(tokens.shape)}")

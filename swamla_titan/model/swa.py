@@ -1,0 +1,65 @@
+"""Sliding-window attention with sinks: local, with the first tokens of the document always in view."""
+
+from torch import Tensor, nn
+
+from swamla_titan.kernels.attention import attention
+from swamla_titan.model.cache import SWACache
+from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.linear import Linear
+from swamla_titan.model.norms import RMSNorm
+from swamla_titan.model.rope import rotate
+
+
+class SlidingWindowAttention(nn.Module):
+    """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
+
+    Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
+    tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_key = config.num_heads // config.kv_heads
+        self.scale = config.head_dim**-0.5
+        self.wqkv = Linear(config.dim, (config.num_heads + 2 * config.kv_heads) * config.head_dim)
+        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
+        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        query, key, value = self.project(x, context)
+        return self._attend(query, key, value, context)
+
+    def prefill(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
+        """`forward` that also fills the cache."""
+        query, key, value = self.project(x, context)
+        cache.fill(key, value)
+        return self._attend(query, key, value, context)
+
+    def decode(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
+        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.swa_mask is over the cache's slots."""
+        query, key, value = self.project(x, context)
+        cache.append(key, value, context.positions)
+        return self._attend(query, cache.keys, cache.values, context)
+
+    def project(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, dim] -> rotated queries [B, T, H, D], rotated keys and values [B, T, G, D]."""
+        groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim))  # [B, T, G, H/G + 2, D]
+        query, key, value = groups.split([self.queries_per_key, 1, 1], dim=-2)
+        query = rotate(self.q_norm(query.flatten(2, 3)), context.swa_rotation)  # [B, T, H, D]
+        key = rotate(self.k_norm(key.squeeze(-2)), context.swa_rotation)  # [B, T, G, D]
+        return query, key, value.squeeze(-2)
+
+    def split_qkv(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`wqkv.weight` -> query [H D, dim], key [G D, dim] and value [G D, dim] weights, head by head."""
+        groups = weight.unflatten(0, (-1, self.queries_per_key + 2, self.head_dim))
+        query, key, value = groups.split([self.queries_per_key, 1, 1], dim=1)
+        return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
+        out = attention(query, key, value, context.swa_mask, self.scale, reference=context.reference)  # [B, T, H, D]
+        projected: Tensor = self.wo(out.flatten(2))
+        return projected
