@@ -1,0 +1,28 @@
+"""Text -> documents -> tokens -> packed sequences, in an order that is a function of the step.
+
+corpus = open_corpus(config.data, config.validation, config.job.seed)
+with BatchLoader(corpus, seq_len=2048, global_batch_size=64, rank=0, world_size=1) as loader:
+    for batch in loader: ...
+"""
+
+from swamla_titan.data.batches import IGNORED, MicroBatch, StepBatch, micro_batch_count, micro_batches
+from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
+from swamla_titan.data.loader import BatchLoader
+from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
+from swamla_titan.data.validation_set import ValidationSet, build_validation_set
+
+__all__ = [
+    "IGNORED",
+    "BatchLoader",
+    "Corpus",
+    "MicroBatch",
+    "StepBatch",
+    "Tokenizer",
+    "ValidationSet",
+    "build_validation_set",
+    "fingerprint_changes",
+    "load_tokenizer",
+    "micro_batch_count",
+    "micro_batches",
+    "open_corpus",
+]

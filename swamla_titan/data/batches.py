@@ -1,0 +1,66 @@
+"""A step's batch, and how it is cut into micro-batches of one fixed shape."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORED = -100  # as a target: not counted in the loss
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of a step's global batch; it may be empty.
+
+    `sequences` [n] are the global numbers of the rows, ascending; `document_ids` is there with data.document_mask;
+    `replaced` counts the stretches of bytes that were no UTF-8 in documents begun in this step.
+    """
+
+    step: int
+    sequences: torch.Tensor  # [n] int64
+    tokens: torch.Tensor  # [n, T] int64
+    targets: torch.Tensor  # [n, T] int64
+    document_ids: torch.Tensor | None  # [n, T] int64
+    replaced: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """[local_batch_size, T]; rows from `rows` on are fillers whose targets are all -100."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor | None
+    rows: int
+
+
+def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterator[MicroBatch]:
+    """A rank's sequences in `count` micro-batches: the same shape and number on every rank, filled up where short."""
+    assert len(batch.tokens) <= local_batch_size * count, "count comes from micro_batch_count"
+    for index in range(count):
+        rows = slice(index * local_batch_size, (index + 1) * local_batch_size)
+        ids = batch.document_ids
+        yield fill_rows(batch.tokens[rows], batch.targets[rows], None if ids is None else ids[rows], local_batch_size)
+
+
+def micro_batch_count(step: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
+    """Micro-batches of a step: what the rank with the most sequences needs. Every rank computes it by itself."""
+    numbers = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
+    most = int(np.bincount(numbers % streams % world_size).max())
+    return -(-most // local_batch_size)
+
+
+def fill_rows(tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, rows: int) -> MicroBatch:
+    """A micro-batch of `rows` rows: those given, then fillers without targets."""
+    given, seq_len = tokens.shape
+    if given == rows:
+        return MicroBatch(tokens, targets, document_ids, given)
+
+    def filled(part: torch.Tensor, value: int) -> torch.Tensor:
+        whole = torch.full((rows, seq_len), value, dtype=part.dtype, pin_memory=part.is_pinned())
+        whole[:given] = part
+        return whole
+
+    ids = None if document_ids is None else filled(document_ids, 0)
+    return MicroBatch(filled(tokens, 0), filled(targets, IGNORED), ids, given)

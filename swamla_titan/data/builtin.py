@@ -1,0 +1,40 @@
+"""The source that is always there: the topics of Python's own documentation."""
+
+import hashlib
+import platform
+from collections.abc import Iterator
+
+from swamla_titan.data.document import Document, Position
+from swamla_titan.errors import UserError
+
+
+class BuiltinSource:
+    """Every topic of `pydoc_data.topics`, sorted by name, is a unit of one document (about 80, half a megabyte)."""
+
+    def __init__(self) -> None:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise UserError(
+                "data.source = builtin: this Python has no pydoc_data.topics. "
+                "Use data.source = local with text of your own."
+            ) from error
+        self._topics: list[tuple[str, str]] = sorted(topics.items())
+
+    @property
+    def num_units(self) -> int:
+        return len(self._topics)
+
+    @property
+    def fingerprint(self) -> str:
+        # The text changes with Python's version, and it is small: hash it whole.
+        digest = hashlib.blake2b(digest_size=16)
+        for name, text in self._topics:
+            digest.update(f"{name}\0{text}\0".encode())
+        return digest.hexdigest()
+
+    def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
+        if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
+            return
+        name, text = self._topics[unit]
+        yield Document(text, 0, {"ordinal": 1}, f"topic {name} of Python {platform.python_version()}")

@@ -1,0 +1,83 @@
+"""A document, and what every source of documents can do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from swamla_titan.errors import UserError
+
+MIB = 1 << 20
+
+# Where to go on reading inside a unit: small, made of JSON types. "ordinal" is the number, within the unit, of the
+# document read next; the other keys are the source's own.
+Position = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, with what is needed to read on behind it.
+
+    `ordinal` numbers the documents of a unit from 0; `position` is the place just after this document; `label` says
+    where it came from; `replaced` counts the stretches of bytes that were not UTF-8 and became U+FFFD.
+    """
+
+    text: str
+    ordinal: int
+    position: Position
+    label: str
+    replaced: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing but white space: there is nothing to learn from it, and it is skipped everywhere."""
+        return not self.text or self.text.isspace()
+
+
+class Source(Protocol):
+    """A fixed, ordered list of units (files, parts of files, shards) that can be read independently."""
+
+    @property
+    def num_units(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content as far as names and sizes tell, not with the folder it lies in."""
+        ...
+
+    def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
+        """Documents of a unit from `position` (None: its start) on.
+
+        Only those with `ordinal % every == offset` are given, the others are passed over as cheaply as possible.
+        Raises UserError for input that cannot be used, RunFailed if a remote source stops answering.
+        """
+        ...
+
+
+def decode_utf8(data: bytes) -> tuple[str, int]:
+    """Text of UTF-8 bytes, and how many stretches of bytes were no UTF-8 and became U+FFFD."""
+    try:
+        return data.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", errors="replace")
+        return text, text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
+
+
+def replace_surrogates(text: str) -> tuple[str, int]:
+    """JSON can spell half a surrogate pair, which no encoding can write: each becomes U+FFFD and is counted."""
+    if text.isascii():
+        return text, 0
+    try:
+        text.encode("utf-8")
+        return text, 0
+    except UnicodeEncodeError:
+        clean = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in text)
+        return clean, clean.count("\ufffd") - text.count("\ufffd")
+
+
+def too_large(where: str, size: int | None, max_document_bytes: int, advice: str = "") -> UserError:
+    """The error for a document above data.max_document_mib; `size` None means that it was not read to its end."""
+    found = f"a document of {size / MIB:.1f} MiB" if size is not None else "a document"
+    return UserError(
+        f"{where}: {found} is larger than data.max_document_mib = {max_document_bytes // MIB}. "
+        f"Raise data.max_document_mib{advice}."
+    )

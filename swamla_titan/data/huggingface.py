@@ -1,0 +1,120 @@
+"""Data sets read with Hugging Face's `datasets`, streamed: from the Hub, or from a local folder."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.data._utils.worker as torch_worker
+
+from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
+from swamla_titan.errors import RunFailed, UserError
+
+
+class HuggingFaceSource:
+    """One split of a data set; a unit is a shard, as `datasets` counts them (a file, or a row group of one)."""
+
+    def __init__(
+        self, path: str, *, name: str, split: str, text_key: str, max_document_bytes: int, streams: int
+    ) -> None:
+        import datasets  # takes a second, and only this source needs it
+
+        if not path:
+            raise UserError("data.path is empty: give the name of a data set, or a folder that holds one.")
+        self._label = " ".join(part for part in (path, name, f"[{split}]") if part)
+        self._text_key = text_key
+        self._max_document_bytes = max_document_bytes
+        try:
+            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True)
+            if dataset.num_shards < streams and hasattr(dataset, "reshard"):
+                # By row groups instead of files, where the format allows it; it opens every file, which is only
+                # worth its time while there are too few shards for the streams.
+                dataset = dataset.reshard()
+            columns = dataset.column_names
+        except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
+            raise UserError(
+                f"data.path, data.name, data.split: {self._label} cannot be loaded: {_reason(error)}. "
+                "Check the three keys and the network."
+            ) from error
+        if columns is not None:
+            self._require_column(columns)
+            dataset = dataset.select_columns([text_key])
+        self._dataset = dataset
+        self._num_units: int = dataset.num_shards
+        identity = repr((path.rstrip("/\\").replace("\\", "/").split("/")[-1], name, split, text_key, self._num_units))
+        self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+    @property
+    def num_units(self) -> int:
+        return self._num_units
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
+        shard = self._dataset.shard(num_shards=self._num_units, index=unit)
+        first = 0
+        if position:
+            first = position["ordinal"]
+            shard.load_state_dict(json.loads(position["state"]))
+        rows = iter(shard)
+        for ordinal in itertools.count(first):
+            where = f"{self._label}, shard {unit}, row {ordinal}"
+            try:
+                with _outside_of_a_loader_worker():
+                    row = next(rows, None)
+            except (OSError, TimeoutError) as error:  # HTTP errors are OSErrors too
+                raise RunFailed(f"{where}: reading stopped: {_reason(error)}") from error
+            except Exception as error:
+                raise UserError(f"{where}: cannot be read: {_reason(error)}") from error
+            if row is None:
+                return
+            if ordinal % every == offset:
+                # The state as text: it is stored as it stands, and nothing else looks into it.
+                state = json.dumps(shard.state_dict())
+                text, replaced = self._text(row, where)
+                yield Document(text, ordinal, {"ordinal": ordinal + 1, "state": state}, where, replaced)
+
+    def _text(self, row: dict[str, Any], where: str) -> tuple[str, int]:
+        if self._text_key not in row:
+            self._require_column(list(row))
+        value = row[self._text_key]
+        if value is None:
+            return "", 0
+        if not isinstance(value, str):
+            raise UserError(
+                f'{where}: the column "{self._text_key}" is not a string but {value!r:.60}. '
+                "Set data.text_key to the column that holds the text."
+            )
+        if len(value) > self._max_document_bytes:
+            raise too_large(where, len(value), self._max_document_bytes)
+        return replace_surrogates(value)
+
+    def _require_column(self, columns: list[str]) -> None:
+        if self._text_key not in columns:
+            raise UserError(
+                f'{self._label}: no column "{self._text_key}". '
+                f"Set data.text_key to one of the columns there: {', '.join(columns)}."
+            )
+
+
+@contextmanager
+def _outside_of_a_loader_worker() -> Iterator[None]:
+    """Hides torch's loader worker from `datasets` while it reads.
+
+    In a worker it would deal the shards out over the workers by itself, and a unit here is one shard: every worker
+    but the first would see an empty data set. Which unit is read by whom is decided by the streams.
+    """
+    info = torch_worker._worker_info
+    torch_worker._worker_info = None
+    try:
+        yield
+    finally:
+        torch_worker._worker_info = info
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__

@@ -1,0 +1,202 @@
+"""Batches for the trainer: a function of the step alone, however many ranks and loader workers make them."""
+
+import atexit
+import json
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from swamla_titan.data.batches import StepBatch
+from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.packing import document_ids, initial_cursor
+from swamla_titan.data.worker import CURSORS, Portion, StepDataset, ignore_signals
+from swamla_titan.errors import RunFailed, UserError
+
+PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
+
+
+class BatchLoader(Iterator[StepBatch]):
+    """Endless iterator over one rank's part of each step's global batch.
+
+    Global sequence g comes from stream g % streams, step n (from 0) takes the sequences [n * G, (n + 1) * G), and rank
+    r of R owns the streams s with s % R == r. To resume, give the cursors of all streams, merged from what
+    `state_dict` gave on every rank, and the number of the step to come.
+
+    Worker processes start with the first batch (or `start`) and live until `close`. They are made by a fork server:
+    forking the training process itself would copy its threads' locks and its CUDA state, and starting each worker
+    from nothing would import torch once per worker. The server imports once, and being no child of the trainer's, a
+    worker that dies interrupts nothing: the next batch raises RunFailed.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int | None = None,
+        cursors: dict[int, dict[str, Any]] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        """`num_workers` None takes data.num_workers. UserError if the cursors do not fit the configuration."""
+        streams = corpus.data.streams
+        workers = corpus.data.num_workers if num_workers is None else num_workers
+        if cursors is None:
+            assert start_step == 0, "a later step needs cursors"
+            cursors = {stream: initial_cursor() for stream in range(streams)}
+        else:
+            cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
+            _check_cursors(cursors, streams, start_step, global_batch_size)
+        own = list(range(rank, streams, world_size))
+        self._cursors = {stream: cursors[stream] for stream in own}  # as given; later ones come from the loader
+        self._eot_id = corpus.tokenizer.eot_id
+        self._document_mask = corpus.data.document_mask
+        self._step = start_step
+        self._seq_len = seq_len
+        # Without workers the one reader is in this process.
+        self._portions = max(1, workers)
+        self._pin = torch.cuda.is_available()
+        dataset = StepDataset(corpus, own, seq_len, global_batch_size, start_step, self._cursors)
+        # A generator of its own: the loader draws seeds from it, and must not advance the trainer's random state.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
+            self._loader = StatefulDataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_unchanged,
+                worker_init_fn=ignore_signals,
+                multiprocessing_context=_fork_server() if workers else None,
+                prefetch_factor=PREFETCH_STEPS if workers else None,
+                generator=torch.Generator(),
+            )
+        self._items: Iterator[Portion] | None = None
+        self._delivered = False
+
+    def start(self) -> None:
+        """Starts the workers and their reading ahead, so that it runs beside other preparations; else the first batch
+        does. Returns when they are up."""
+        if self._items is None:
+            # The interpreter's own end waits for workers, and they ignore its SIGTERM: they are ended before that.
+            atexit.register(self.close)
+            self._items = self._guarded(lambda: iter(self._loader))
+
+    def __next__(self) -> StepBatch:
+        self.start()
+        portions = []
+        for _ in range(self._portions):
+            portion = self._guarded(lambda: next(self._items))  # type: ignore[arg-type]
+            if portion.error is not None:
+                raise portion.error
+            portions.append(portion)
+        batch = self._merge(portions)
+        self._step += 1
+        self._delivered = True
+        return batch
+
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """{stream: cursor} of the streams this rank owns, just after the batch that was delivered last."""
+        if not self._delivered:
+            return dict(self._cursors)
+        cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(self._loader.state_dict())}
+        assert cursors.keys() == self._cursors.keys(), "each stream has one owner"
+        return cursors
+
+    def close(self) -> None:
+        """Ends the workers. They hold nothing that is not in the cursors, so they are not asked but ended."""
+        atexit.unregister(self.close)
+        items, self._items = self._items, None
+        workers = getattr(items, "_workers", [])
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+        if workers:
+            items._shutdown_workers()  # type: ignore[union-attr]  # closes the queues; nobody is left to wait for
+        self._loader._iterator = None
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _merge(self, portions: list[Portion]) -> StepBatch:
+        numbers = np.concatenate([portion.sequences for portion in portions])
+        order = np.argsort(numbers)
+        rows = np.concatenate([portion.tokens for portion in portions])[order]  # [n, T + 1] int32
+        size = (len(rows), self._seq_len)
+        tokens = torch.empty(size, dtype=torch.int64, pin_memory=self._pin)
+        targets = torch.empty(size, dtype=torch.int64, pin_memory=self._pin)
+        packed = torch.from_numpy(rows)
+        tokens.copy_(packed[:, :-1])
+        targets.copy_(packed[:, 1:])
+        ids = None
+        if self._document_mask:
+            ids = document_ids(tokens, self._eot_id)
+            ids = ids.pin_memory() if self._pin else ids
+        replaced = sum(portion.replaced for portion in portions)
+        return StepBatch(self._step, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced)
+
+    def _guarded(self, work: Any) -> Any:
+        try:
+            return work()
+        except (RuntimeError, ValueError, EOFError, ConnectionError) as error:
+            # What torch raises, as no class of its own, when a worker is gone.
+            gone = [worker.exitcode for worker in getattr(self._items, "_workers", []) if not worker.is_alive()]
+            message = str(error)
+            if not gone and "exited unexpectedly" not in message and "worker has failed" not in message:
+                raise
+            code = f" (exit code {gone[0]})" if gone else ""
+            raise RunFailed(
+                f"A data loader process ended unexpectedly{code}. Mostly the machine is out of memory: look at the "
+                "kernel's log, lower data.num_workers or data.shuffle_documents, and resume from the last checkpoint."
+            ) from error
+
+
+def _unchanged(item: Portion) -> Portion:
+    # torch's default would move arrays into shared memory, of which containers often have little.
+    return item
+
+
+def _fork_server() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _find_cursors(state: Any) -> Iterator[tuple[str, str]]:
+    """The streams' cursors, wherever in its state the loader keeps what its workers sent."""
+    if isinstance(state, dict):
+        for name, value in state.items():
+            if name == CURSORS:
+                yield from value.items()
+            else:
+                yield from _find_cursors(value)
+
+
+def _check_cursors(cursors: dict[int, dict[str, Any]], streams: int, start_step: int, global_batch_size: int) -> None:
+    if cursors.keys() != set(range(streams)):
+        raise UserError(
+            f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors)} streams. "
+            f"Set data.streams = {len(cursors)}, or start a new run."
+        )
+    total = sum(cursor["sequences"] for cursor in cursors.values())
+    start = start_step * global_batch_size
+    # Streams take turns, so at sequence `start` every stream has given one for each g < start with g % streams = s.
+    if any(cursor["sequences"] != len(range(stream, start, streams)) for stream, cursor in cursors.items()):
+        was = f" = {total // start_step}, as it was" if start_step and total % start_step == 0 else " as it was"
+        raise UserError(
+            f"training.global_batch_size = {global_batch_size} puts step {start_step} at sequence {start} of the "
+            f"data, but the checkpoint's data stand at {total}. Set training.global_batch_size{was}."
+        )

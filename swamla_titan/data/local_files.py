@@ -1,0 +1,105 @@
+"""Files and folders on disk."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+from swamla_titan.data.document import Document, Position, too_large
+from swamla_titan.data.parquet import row_groups
+from swamla_titan.data.text_units import FileRange, WholeFile
+from swamla_titan.errors import UserError
+
+TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
+KNOWN = (*TEXT, *JSON_LINES, *PARQUET)
+
+# Files of many documents are cut in ranges of this many bytes: enough ranges that streams need not share one (each
+# of them would read it all), not so many that opening files costs more than reading them.
+MIN_RANGE, MAX_RANGE = 64 << 10, 16 << 20
+RANGES_PER_STREAM = 4
+
+
+class Unit(Protocol):
+    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]: ...
+
+
+class LocalSource:
+    """A file, or every known file below a folder, sorted by path; hidden files and folders are passed over.
+
+    `setting` names the configuration key that `path` came from, for messages.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        text_key: str,
+        text_separator: str,
+        max_document_bytes: int,
+        streams: int,
+        setting: str = "data.path",
+    ) -> None:
+        root, names = find_files(path, setting)
+        sizes = [os.path.getsize(os.path.join(root, name)) for name in names]
+        digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
+        for name, size in zip(names, sizes):
+            digest.update(f"{name.replace(os.sep, '/')}\0{size}\0".encode("utf-8", errors="surrogateescape"))
+        self._fingerprint = digest.hexdigest()
+
+        cut_in_ranges = (*JSON_LINES, *TEXT) if text_separator else JSON_LINES
+        total = sum(size for name, size in zip(names, sizes) if name.lower().endswith(cut_in_ranges))
+        range_size = max(MIN_RANGE, min(MAX_RANGE, total // (RANGES_PER_STREAM * streams)))
+        self._units: list[Unit] = []
+        for name, size in zip(names, sizes):
+            file = os.path.join(root, name)
+            if name.lower().endswith(PARQUET):
+                self._units += row_groups(file, text_key, max_document_bytes)
+            elif name.lower().endswith(cut_in_ranges):
+                json_key = text_key if name.lower().endswith(JSON_LINES) else None
+                separator = b"\n" if json_key is not None else text_separator.encode()
+                for start in range(0, size, range_size):
+                    end = min(size, start + range_size)
+                    self._units.append(FileRange(file, size, start, end, separator, max_document_bytes, json_key))
+            else:
+                if size > max_document_bytes:
+                    raise too_large(file, size, max_document_bytes, ", or split the file by data.text_separator")
+                self._units.append(WholeFile(file, max_document_bytes))
+
+    @property
+    def num_units(self) -> int:
+        return len(self._units)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
+        return self._units[unit].read(position, every, offset)
+
+
+def find_files(path: str, setting: str) -> tuple[str, list[str]]:
+    """(folder, sorted names below it) of the files that `path` stands for. UserError if there are none."""
+    known = ", ".join(KNOWN)
+    if not path:
+        raise UserError(f"{setting} is empty: give a file or folder ({known}).")
+    if not os.path.exists(path):
+        raise UserError(f"{setting}: {path} does not exist.")
+    if not os.path.isdir(path):
+        if not path.lower().endswith(KNOWN):
+            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {known}.")
+        return os.path.dirname(path), [os.path.basename(path)]
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}") from error
+
+    names = []
+    for folder, folders, files in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [
+            os.path.relpath(os.path.join(folder, name), path)
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(KNOWN)
+        ]
+    if not names:
+        raise UserError(f"{setting}: {path} holds no file of a known kind. Known: {known}.")
+    return path, sorted(names)

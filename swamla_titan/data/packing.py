@@ -1,0 +1,119 @@
+"""Documents cut to fill sequences: no padding, no target lost, no target twice."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.streams import DocumentStream, StreamDocument, data_changed
+from swamla_titan.data.tokenizer import Tokenizer
+
+
+class TokenCache:
+    """Tokens of documents; the last few long ones are kept, for streams of one process that read the same document.
+
+    That happens when a corpus has fewer documents than streams: 64 streams over one book would tokenize it 64 times.
+    """
+
+    LONG_CHARS = 1 << 18
+    MAX_TOKENS = 1 << 26  # kept in all, 4 bytes each
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def tokens(self, document: StreamDocument) -> np.ndarray:
+        """int32 [n + 1]: the tokens of the text and the end-of-text token behind them."""
+        if len(document.text) < self.LONG_CHARS:
+            return self._encode(document.text)
+        tokens = self._kept.pop(document.key, None)
+        if tokens is None:
+            tokens = self._encode(document.text)
+        self._kept[document.key] = tokens
+        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > self.MAX_TOKENS:
+            self._kept.popitem(last=False)
+        return tokens
+
+    def _encode(self, text: str) -> np.ndarray:
+        return with_eot(self._tokenizer, text)
+
+
+def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """int32 [n + 1]: tokens of a document, end-of-text last."""
+    tokens = tokenizer.encode_array(text)
+    return np.append(tokens, np.int32(tokenizer.eot_id))
+
+
+class PackedStream:
+    """A stream's documents as one row of tokens, cut in sequences of T + 1 tokens that overlap by one.
+
+    The last target of a sequence is the first input of the next, so every token but the very first is a target
+    exactly once.
+    """
+
+    def __init__(
+        self, corpus: Corpus, stream: int, seq_len: int, cache: TokenCache, cursor: dict[str, Any] | None = None
+    ) -> None:
+        if cursor is not None and cursor["sequences"] == 0:
+            cursor = None  # of a stream that was never read: the same as none
+        self._seq_len = seq_len
+        self._cache = cache
+        self._documents = DocumentStream(corpus, stream, cursor)
+        self._tokens = np.empty(0, dtype=np.int32)
+        self._offset = 0  # of the next sequence's first token, in the document's tokens
+        self.replaced = 0  # stretches of bytes that were no UTF-8, in documents begun so far by this object
+        self._sequences = 0
+        if cursor is not None:
+            # The document was begun, and its replacements counted, before the cursor was saved.
+            self._tokens = cache.tokens(self._documents.next_document())
+            self._offset = cursor["token"]
+            self._sequences = cursor["sequences"]
+            if self._offset >= len(self._tokens):
+                raise data_changed()
+
+    def next_sequence(self) -> np.ndarray:
+        """int32 [T + 1]: tokens [:-1] are inputs, [1:] their targets."""
+        sequence = np.empty(self._seq_len + 1, dtype=np.int32)
+        filled = 0
+        while filled < self._seq_len:
+            self._begin_next_document_at_end()
+            part = self._tokens[self._offset : self._offset + self._seq_len - filled]
+            sequence[filled : filled + len(part)] = part
+            filled += len(part)
+            self._offset += len(part)
+        # The last target is looked at, not taken: the next sequence begins with it.
+        self._begin_next_document_at_end()
+        sequence[filled] = self._tokens[self._offset]
+        self._sequences += 1
+        return sequence
+
+    def cursor(self) -> dict[str, Any]:
+        """The place of the next sequence's first token (JSON types), and how many sequences there were before it."""
+        if self._sequences == 0:
+            return initial_cursor()
+        return {**self._documents.cursor(), "token": self._offset, "sequences": self._sequences}
+
+    def _begin_next_document_at_end(self) -> None:
+        if self._offset < len(self._tokens):
+            return
+        first = len(self._tokens) == 0
+        document = self._documents.next_document()
+        self._tokens = self._cache.tokens(document)
+        self.replaced += document.replaced
+        self._offset = int(self._documents.start_fraction() * len(self._tokens)) if first else 0
+
+
+def initial_cursor() -> dict[str, Any]:
+    """The cursor of a stream that was not read yet."""
+    return {"epoch": 0, "unit": 0, "position": None, "document": 0, "borrows": False, "token": 0, "sequences": 0}
+
+
+def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:
+    """Number of each token's document within its row, from 0: [N, T] -> [N, T] int64.
+
+    End of text belongs to the document it ends: ids[t] = number of eot in tokens[:t].
+    """
+    ends = tokens == eot_id
+    return ends.cumsum(dim=-1) - ends.long()

@@ -1,0 +1,90 @@
+"""Parquet files: each row group is a unit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from swamla_titan.data.document import Document, Position, decode_utf8, too_large
+from swamla_titan.data.text_units import readable
+from swamla_titan.errors import UserError
+
+BATCH_BYTES = 8 << 20  # text decoded at a time
+
+
+def row_groups(path: str, column: str, max_document_bytes: int) -> "list[RowGroup]":
+    """The units of a file. UserError if it is no parquet file, or has no text column of that name."""
+    try:
+        with readable(path), pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except pa.ArrowException as error:
+        raise _damaged(path, error) from error
+    if column not in schema.names:
+        raise UserError(
+            f'{path}: no column "{column}". Set data.text_key to one of the columns there: {", ".join(schema.names)}.'
+        )
+    kind = schema.field(column).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(test(values) for test in _TEXT_TYPES):
+        raise UserError(
+            f'{path}: the column "{column}" does not hold strings but {kind}. '
+            "Set data.text_key to the column that holds the text."
+        )
+    return [RowGroup(path, group, column, max_document_bytes) for group in range(metadata.num_row_groups)]
+
+
+_TEXT_TYPES = [
+    getattr(pa.types, name)
+    for name in ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
+    if hasattr(pa.types, name)  # the views came later than the oldest pyarrow supported
+]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of one row group; a document is a row. Reading on from a row passes over the rows before it."""
+
+    path: str
+    group: int
+    column: str
+    max_document_bytes: int
+
+    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
+        start = position["ordinal"] if position else 0
+        try:
+            with readable(self.path), pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+                row_group = file.metadata.row_group(self.group)
+                rows = max(1, row_group.num_rows)
+                # total_byte_size covers all columns: an upper bound, so a batch holds at most about BATCH_BYTES.
+                batch_size = max(1, min(4096, BATCH_BYTES * rows // max(1, row_group.total_byte_size)))
+                ordinal = 0
+                for batch in file.iter_batches(batch_size, [self.group], [self.column], use_threads=False):
+                    if ordinal + batch.num_rows > start:
+                        yield from self._documents(batch.column(0), ordinal, start, every, offset)
+                    ordinal += batch.num_rows
+        except pa.ArrowException as error:
+            raise _damaged(self.path, error) from error
+
+    def _documents(self, values: Any, first: int, start: int, every: int, offset: int) -> Iterator[Document]:
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        # As bytes, not strings: pyarrow would raise for text that is no UTF-8, here it is replaced and counted.
+        values = values.cast(pa.large_binary())
+        for ordinal in range(max(first, start), first + len(values)):
+            if ordinal % every != offset:
+                continue
+            data = values[ordinal - first].as_py() or b""  # null: an empty document
+            label = f"{self.path}, row {ordinal} of row group {self.group}"
+            if len(data) > self.max_document_bytes:
+                raise too_large(label, len(data), self.max_document_bytes)
+            text, replaced = decode_utf8(data)
+            yield Document(text, ordinal, {"ordinal": ordinal + 1}, label, replaced)
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: not a whole parquet file ({str(error).splitlines()[0][:200]}). Write or download it again, "
+        "or remove it."
+    )

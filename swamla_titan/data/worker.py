@@ -1,0 +1,126 @@
+"""What a loader process does: advance its streams, and hand over its part of each step with their cursors."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.packing import PackedStream, TokenCache
+from swamla_titan.errors import RunFailed, UserError
+
+CURSORS = "stream_cursors"  # key of the cursors in the loader's state
+
+
+@dataclass
+class Portion:
+    """A worker's part of one step. `error` instead of data where it could not be read."""
+
+    sequences: np.ndarray  # [n] int64, global numbers, ascending
+    tokens: np.ndarray  # [n, T + 1] int32
+    replaced: int
+    error: UserError | RunFailed | None = None
+
+
+def _failed(error: UserError | RunFailed) -> Portion:
+    return Portion(np.empty(0, np.int64), np.empty((0, 0), np.int32), 0, error)
+
+
+def ignore_signals(worker: int) -> None:
+    """Runs first in every loader process.
+
+    Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes of the job; what follows from them is decided in
+    the training process, which still needs its batches until the last step is saved. It ends the workers itself, and
+    they end themselves when it is gone.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: their number is the user's to choose
+
+
+class StepDataset(IterableDataset[Portion]):
+    """Endless: item k of a worker is its part of step `start_step + k`, from the streams numbered `streams`."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        streams: list[int],
+        seq_len: int,
+        global_batch_size: int,
+        start_step: int,
+        cursors: dict[int, dict[str, Any]],
+    ) -> None:
+        self.corpus = corpus
+        self.streams = streams
+        self.seq_len = seq_len
+        self.global_batch_size = global_batch_size
+        self.start_step = start_step
+        self.cursors = cursors
+
+    def __iter__(self) -> "StepIterator":
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        return StepIterator(self, self.streams[worker::workers])
+
+
+class StepIterator(Iterator[Portion]):
+    """The iterator of one worker; its state is what StatefulDataLoader sends along with every item."""
+
+    def __init__(self, dataset: StepDataset, streams: list[int]) -> None:
+        self._dataset = dataset
+        self._step = dataset.start_step
+        self._numbers = np.array(streams, dtype=np.int64)
+        self._streams: dict[int, PackedStream] = {}  # opened when first needed
+        self._cache = TokenCache(dataset.corpus.tokenizer)
+        # As text: they are copied and compared at every step, and only those that moved are written anew.
+        self._cursors = {str(stream): json.dumps(dataset.cursors[stream]) for stream in streams}
+
+    def __next__(self) -> Portion:
+        try:
+            portion = self._portion()
+        except (UserError, RunFailed) as error:
+            # As a value: raised here it would reach the user wrapped in the worker's traceback.
+            portion = _failed(error)
+        except MemoryError:
+            portion = _failed(
+                RunFailed("Reading the data ran out of memory: lower data.num_workers or data.shuffle_documents.")
+            )
+        self._step += 1
+        return portion
+
+    def state_dict(self) -> dict[str, Any]:
+        return {CURSORS: dict(self._cursors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # StatefulDataLoader asks both methods of a stateful iterator, but a resumed loader is built anew from the
+        # cursors of all streams: only so can it have another number of ranks and workers.
+        raise NotImplementedError("a loader is resumed by BatchLoader(cursors=...)")
+
+    def _portion(self) -> Portion:
+        size = self._dataset.global_batch_size
+        numbers = np.arange(self._step * size, (self._step + 1) * size, dtype=np.int64)
+        owners = numbers % self._dataset.corpus.data.streams
+        mine = np.isin(owners, self._numbers)
+        rows = np.empty((int(mine.sum()), self._dataset.seq_len + 1), dtype=np.int32)
+        replaced = 0
+        for row, owner in zip(rows, owners[mine].tolist()):
+            stream = self._stream(owner)
+            before = stream.replaced
+            row[:] = stream.next_sequence()
+            replaced += stream.replaced - before
+        for owner in set(owners[mine].tolist()):
+            self._cursors[str(owner)] = json.dumps(self._streams[owner].cursor())
+        return Portion(numbers[mine], rows, replaced)
+
+    def _stream(self, number: int) -> PackedStream:
+        if number not in self._streams:
+            dataset = self._dataset
+            self._streams[number] = PackedStream(
+                dataset.corpus, number, dataset.seq_len, self._cache, dataset.cursors[number]
+            )
+        return self._streams[number]
