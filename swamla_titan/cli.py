@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RunFailed, UserError
@@ -105,17 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         command = tyro.cli(
-            Command,  # type: ignore[arg-type]
+            Command,
             prog="swamla-titan",
             description="Pretraining for hybrid sliding-window + latent-attention language models.",
             args=rest,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
         )
-        if isinstance(command, ConfigCommand):
-            command = command.action
-        if overrides and not isinstance(command, Train | Check | ConfigShow):
+        if overrides and not isinstance(getattr(command, "action", command), Train | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
-        return _run(command, overrides)
+        return _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -128,8 +126,9 @@ def _run(command: object, overrides: list[Override]) -> int:
     # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
     match command:
         case Train(config=name):
-            from swamla_titan.train import train
+            from swamla_titan.train import log_to_console, train
 
+            log_to_console()
             return train(load_config(find_config(name), overrides))
         case Check(config=name):
             from swamla_titan.tools.check import check

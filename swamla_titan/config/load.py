@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SECTIONS: dict[str, type] = {name: kind for name, kind in field_types(Config).items()}
+SECTIONS: dict[str, type] = field_types(Config)
 
 
 class Override(NamedTuple):
@@ -44,19 +44,18 @@ def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
     tables = _read_tables(path, errors)
     for override in overrides:
         _apply_override(override, tables, errors)
-
-    values: dict[str, dict[str, Any]] = {}
-    for section, table in tables.items():
-        if section in SECTIONS:
-            values[section] = _checked_values(section, table, errors)
-    model_values = values.pop("model", {})
-    config = None
-    if not errors:
-        model = _resolve_model(model_values, errors)
-    if not errors:
-        config = Config(model=model, **{name: SECTIONS[name](**table) for name, table in values.items()})
-        errors += [f"[{section}] {name}: {problem}" for section, name, problem in contradictions(config)]
-    if errors or config is None:
+    checked = {section: _checked_values(section, table, errors) for section, table in tables.items()}
+    # Keys that tie others together are checked as well, with defaults where a value was refused: all errors at once.
+    refused = {
+        f"{section}.{key}" for section, table in tables.items() for key in table.keys() - checked[section].keys()
+    }
+    model = _resolve_model(checked.pop("model", {}), refused, errors)
+    config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
+    for keys, problem in contradictions(config):
+        if not refused.intersection(keys):
+            section, _, key = keys[0].partition(".")
+            errors.append(f"[{section}] {key}: {problem}")
+    if errors:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
         raise UserError(f"{path}: {count} in the configuration\n" + "\n".join(f"  {line}" for line in errors))
     return config
@@ -138,10 +137,11 @@ def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> d
         if key not in types:
             errors.append(f"[{section}] {key} = {_toml(value)}: {_unknown_key(section, key)}")
         elif key == "flavor" and section == "model":
-            if value not in FLAVORS:
+            if value in FLAVORS:
+                checked[key] = value
+            else:
                 close = _nearest(str(value), FLAVORS)
                 errors.append(f"[model] flavor = {_toml(value)}: unknown flavor{close}; flavors: {', '.join(FLAVORS)}")
-            checked[key] = value
         elif value_problem(fields[key], types[key], value):
             errors.append(f"[{section}] {key} = {_toml(value)}: {value_problem(fields[key], types[key], value)}")
         else:
@@ -149,13 +149,17 @@ def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> d
     return checked
 
 
-def _resolve_model(given: dict[str, Any], errors: list[str]) -> ModelConfig:
+def _resolve_model(given: dict[str, Any], refused: set[str], errors: list[str]) -> ModelConfig:
     """Flavor, then the keys that were given. The vocabulary is the tokenizer's unless it was given."""
     flavor = given.pop("flavor", None)
     base = dataclasses.asdict(FLAVORS[flavor] if flavor else ModelConfig())
     merged = base | {"vocab_size": 0} | given
-    errors += [f"[model] {name}: {problem}" for name, problem in ModelConfig.problems(merged)]
-    return ModelConfig() if errors else ModelConfig(**merged)
+    problems = ModelConfig.problems(merged)
+    if problems:
+        refused.update(f"model.{name}" for name, _ in problems)
+        errors += [f"[model] {name}: {problem}" for name, problem in problems]
+        return ModelConfig()
+    return ModelConfig(**merged)
 
 
 def _key_types(section: str) -> dict[str, type]:

@@ -15,7 +15,7 @@ def list_configs() -> None:
         first = path.read_text().splitlines()[0].removeprefix("#").strip()
         print(f"  {name:<16} {first}")
     print("\nModel flavors (parameters with the GPT-2 vocabulary, `debug` with bytes):")
-    print(flavor_table())
+    print("\n".join(flavor_table()))
 
 
 def copy_config(name: str, destination: str) -> None:

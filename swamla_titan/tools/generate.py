@@ -19,7 +19,7 @@ def find_checkpoint(name: str) -> Path:
     Raises UserError if there is none, or if the one asked for is damaged.
     """
     path = Path(name)
-    if (path / MANIFEST).exists() or (path / CONFIG).exists() and not (path / "checkpoints").exists():
+    if (path / MANIFEST).exists() or ((path / CONFIG).exists() and not (path / "checkpoints").exists()):
         try:
             verify(path)
         except Damaged as error:

@@ -12,7 +12,9 @@ import logging
 import platform
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 import swamla_titan
@@ -62,11 +65,11 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     A tied output head is the embedding's tensor and is left out. Of the optimizer only tensors are taken: learning
     rates and the like follow from the configuration and the step.
     """
-    weights = get_model_state_dict(model)
-    seen: set[int] = set()
     tensors: dict[str, Any] = {"model": {}}
-    for name, weight in weights.items():
-        if id(weight) not in seen and weight.data_ptr() not in seen:
+    seen = set()
+    for name, weight in get_model_state_dict(model).items():
+        assert isinstance(weight, torch.Tensor), name
+        if weight.data_ptr() not in seen:
             tensors["model"][name] = weight
             seen.add(weight.data_ptr())
     if optimizer is not None:
@@ -91,7 +94,8 @@ class Checkpoints:
         final = self.folder / f"step-{record.step:08d}"
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
         temporary.mkdir()
-        dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        with _alone_is_fine():
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
         (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
         (temporary / CONFIG).write_text(config_text)
         commit(temporary, final)
@@ -156,12 +160,22 @@ def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
             entry = stored.get(f"{group}.{name}")
             if entry is None:
                 problems.append(f"{group}.{name} is missing")
-            elif tuple(entry.size) != tuple(tensor.shape):
-                problems.append(f"{group}.{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} here")
+            elif not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
+                shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else "no tensor"
+                problems.append(f"{group}.{name} is {shape} there and {tuple(tensor.shape)} here")
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
-    dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without DCP's warning that one process without a process group saves and loads alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def refuse_other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 
 from swamla_titan.config import Config, to_toml
-from swamla_titan.data import BatchLoader, StepBatch, ValidationSet, data_fingerprint, load_tokenizer, micro_batch_count
-from swamla_titan.data import micro_batches, open_source
+from swamla_titan.data import (
+    BatchLoader,
+    StepBatch,
+    build_validation_set,
+    load_tokenizer,
+    micro_batch_count,
+    micro_batches,
+    open_corpus,
+)
 from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.flavors import parameter_counts
@@ -50,8 +57,8 @@ class Trainer:
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         self.rows = min(config.training.local_batch_size, -(-config.training.global_batch_size // self.world.size))
 
-        source = open_source(config.data, config.validation)
-        self.identity = run_identity(config, data_fingerprint(config.data, source, tokenizer))
+        corpus = open_corpus(config.data, config.validation, config.job.seed, tokenizer)
+        self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest)
         newest = self.checkpoints.newest_whole()
@@ -61,7 +68,8 @@ class Trainer:
 
         self.validator = None
         if config.validation.interval:
-            held_out = ValidationSet.build(config.data, config.validation, source, tokenizer, config.training.seq_len)
+            held_out = build_validation_set(corpus, config.validation, config.training.seq_len)
+            assert held_out is not None, "the configuration's rules ask for a path or a fraction"
             self.validator = Validator(held_out, self.world, self.rows)
 
         self.model = SWAMLAModel(config.model)
@@ -76,16 +84,13 @@ class Trainer:
         prepare_folder(self.folder, to_toml(config))
         log_to_folder(self.folder, self.world.rank)
         self.loader = BatchLoader(
-            config.data,
-            config.validation,
-            config.training,
-            source,
-            tokenizer,
-            seed=config.job.seed,
+            corpus,
+            seq_len=config.training.seq_len,
+            global_batch_size=config.training.global_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
+            cursors=record.cursors if newest else None,
             start_step=self.step,
-            cursors=record.cursors,
         )
         self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces")

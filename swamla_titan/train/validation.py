@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from swamla_titan.data import ValidationSet, micro_batches
+from swamla_titan.data import IGNORED, ValidationSet
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.world import World, sum_over_ranks
 
@@ -17,10 +17,9 @@ class Validator:
 
     def __init__(self, held_out: ValidationSet, world: World, local_batch_size: int) -> None:
         self.world = world
-        mine, count = held_out.share(world.rank, world.size, local_batch_size)
-        self.micro_batches = micro_batches(mine, local_batch_size, count)
-        self.num_targets = held_out.num_targets
-        self.num_bytes = held_out.num_bytes
+        self.micro_batches = list(held_out.micro_batches(world.rank, world.size, local_batch_size))
+        self.num_targets = int((held_out.targets != IGNORED).sum())
+        self.num_bytes = int(held_out.target_bytes.sum())
 
     @torch.no_grad()
     def __call__(self, model: SWAMLAModel) -> dict[str, float]:
@@ -31,8 +30,8 @@ class Validator:
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.micro_batches:
-            batch = batch.to(self.world.device)
-            total += model(batch.tokens, batch.targets, batch.document_ids, loss_denominator=1)
+            inputs = batch.to(self.world.device)
+            total += model(inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=1)
         model.train()
         nats = sum_over_ranks(total).item()
         return {

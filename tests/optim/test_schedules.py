@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_every_schedule_ends_at_the_minimum_and_never_rises_after_warm_up(name):
     values = curve(LRSchedule(name=name, warmup_steps=10, min_lr_ratio=0.2), 100)
     assert values[-1] == pytest.approx(0.2)
     assert max(values) == pytest.approx(1.0)
-    assert all(later <= earlier for earlier, later in zip(values[10:], values[11:]))
+    assert all(later <= earlier for earlier, later in pairwise(values[10:]))
 
 
 def test_cosine_follows_its_formula():
