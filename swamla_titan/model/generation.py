@@ -64,7 +64,9 @@ def sample(
     """One token id per row, [B] int64, from logits [B, V]; the options as in `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
+    # Below the maximum first: a tiny temperature then gives 0 and -inf, not inf - inf.
+    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    probabilities = restrict(logits / temperature, top_k, top_p).softmax(dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 

@@ -1,0 +1,50 @@
+"""The reference against arithmetic by hand, and the CPU's fast path against the reference."""
+
+import pytest
+import torch
+
+from swamla_titan.kernels.attention import attention, reference_attention
+from swamla_titan.kernels.masks import dense_mask, document_starts
+
+
+def test_reference_is_a_softmax_average_of_the_keys_seen():
+    query = torch.randn(2, 4, 7, 8, dtype=torch.float64)  # [B, H, T, D]
+    key = torch.randn(2, 2, 7, 8, dtype=torch.float64)  # [B, G, S, D]
+    value = torch.randn(2, 2, 7, 5, dtype=torch.float64)
+    mask = dense_mask(document_starts(torch.tensor([[0] * 7, [0, 0, 0, 1, 1, 1, 1]])), 2, 1)
+    out = reference_attention(query, key, value, mask, 0.3)
+    for b in range(2):
+        for h in range(4):
+            for t in range(7):
+                seen = [s for s in range(7) if mask[b, 0, t, s]]
+                weights = torch.stack([(0.3 * query[b, h, t] @ key[b, h // 2, s]).exp() for s in seen])
+                expected = sum(w * value[b, h // 2, s] for w, s in zip(weights, seen)) / weights.sum()
+                torch.testing.assert_close(out[b, h, t], expected)
+
+
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("widths", [(16, 16), (24, 16)])
+@pytest.mark.parametrize("kind", ["causal", "window", "documents", "window+documents"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_sdpa_equals_the_reference_in_value_and_gradient(heads, key_heads, widths, kind, dtype, tolerance):
+    qk, v = widths
+    shapes = [(2, 37, heads, qk), (2, 37, key_heads, qk), (2, 37, key_heads, v)]
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    ids = (torch.rand(2, 37) < 0.1).cumsum(dim=1) if "documents" in kind else torch.zeros(1, 37)
+    mask = None if kind == "causal" else dense_mask(document_starts(ids), 6 if "window" in kind else None, 2)
+    fast = attention(*inputs, mask, qk**-0.5)
+    plain = attention(*inputs, mask, qk**-0.5, reference=True)
+    assert fast.shape == (2, 37, heads, v)
+    torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
+    upstream = torch.randn_like(fast)
+    for a, b in zip(torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(plain, inputs, upstream)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_reference_softmax_is_float32_for_bfloat16_inputs():
+    # 300 equal scores: in bfloat16 the weights 1/300 and their sum would be rounded to 3 digits.
+    query = torch.zeros(1, 1, 300, 8, dtype=torch.bfloat16)
+    value = torch.ones(1, 1, 300, 8, dtype=torch.bfloat16)
+    out = reference_attention(query, query, value, None, 1.0)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=4e-3, atol=0)
