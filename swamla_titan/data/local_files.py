@@ -48,7 +48,7 @@ class LocalSource:
 
         cut_in_ranges = (*JSON_LINES, *TEXT) if text_separator else JSON_LINES
         total = sum(size for name, size in zip(names, sizes) if name.lower().endswith(cut_in_ranges))
-        range_size = max(MIN_RANGE, min(MAX_RANGE, total // (RANGES_PER_STREAM * streams)))
+        range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * streams))))
         self._units: list[Unit] = []
         for name, size in zip(names, sizes):
             file = os.path.join(root, name)

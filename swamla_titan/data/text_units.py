@@ -58,8 +58,11 @@ class FileRange:
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         with readable(self.path), open(self.path, "rb") as file:
-            end = self._document_start(file, self.end)
             start = position["byte"] if position else self._document_start(file, self.start)
+            if start is None:
+                raise self._too_large(self.start)
+            # Where the last document has no end in sight, reading it from its start finds it too large.
+            end = self._document_start(file, self.end) or self.size
             ordinal = position["ordinal"] if position else 0
             for data, at, after in self._split(file, start, end):
                 if at == 0:
@@ -73,8 +76,11 @@ class FileRange:
                     )
                 ordinal += 1
 
-    def _document_start(self, file: BinaryIO, cut: int) -> int:
-        """First byte at or after `cut` that follows a separator; the file's first byte and its end count as well."""
+    def _document_start(self, file: BinaryIO, cut: int) -> int | None:
+        """First byte at or after `cut` that follows a separator; the file's first byte and its end count as well.
+
+        None if there is no separator for longer than a document may be.
+        """
         if cut <= 0 or cut >= self.size:
             return max(0, min(cut, self.size))
         at = max(0, cut - len(self.separator))
@@ -91,7 +97,7 @@ class FileRange:
             at += len(chunk)
             tail = window[len(window) - len(self.separator) + 1 :]
             if at - cut > self.max_document_bytes + CHUNK:
-                raise self._too_large(cut)
+                return None
 
     def _split(self, file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
         """(document, its first byte, first byte after it and its separator), from `start` to `end`."""
@@ -115,7 +121,7 @@ class FileRange:
             consumed = 0
             if len(buffer) > self.max_document_bytes + len(self.separator):
                 raise self._too_large(at)
-            chunk = file.read(min(CHUNK, end - at - len(buffer)))
+            chunk = file.read(max(0, min(CHUNK, end - at - len(buffer))))
             if not chunk:
                 break
             buffer += chunk

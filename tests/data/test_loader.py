@@ -1,0 +1,316 @@
+"""The batch of a step does not depend on ranks, workers and restarts; workers end as they should."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data.corpus import all_documents
+from swamla_titan.data.packing import document_ids
+from swamla_titan.data.worker import StepDataset, StepIterator
+from swamla_titan.errors import RunFailed, UserError
+
+SEQ_LEN = 32
+
+
+def loaders(corpus, size, world_size, workers=0, cursors=None, start_step=0):
+    return [
+        BatchLoader(
+            corpus,
+            seq_len=SEQ_LEN,
+            global_batch_size=size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=workers,
+            cursors=cursors,
+            start_step=start_step,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def global_batch(ranks):
+    """One step of all ranks: {global sequence number: (inputs, targets)}."""
+    merged = {}
+    for loader in ranks:
+        batch = next(loader)
+        assert batch.sequences.tolist() == sorted(batch.sequences.tolist())
+        for number, tokens, targets in zip(batch.sequences.tolist(), batch.tokens, batch.targets):
+            assert number not in merged
+            merged[number] = (tokens.tolist(), targets.tolist())
+    return merged
+
+
+def read(loader, steps):
+    for _ in range(steps):
+        next(loader)
+
+
+def all_cursors(ranks):
+    """What a checkpoint holds: every stream's cursor, through JSON and so under a string."""
+    merged = {}
+    for loader in ranks:
+        state = loader.state_dict()
+        assert not state.keys() & merged.keys()
+        merged |= state
+    return json.loads(json.dumps(merged))
+
+
+def simulated(corpus, size, world_size, workers, steps):
+    """Like the loaders, but with the workers' parts read here, without processes."""
+    streams = corpus.data.streams
+    cursors = all_cursors(loaders(corpus, size, 1))
+    parts = []
+    for rank in range(world_size):
+        own = list(range(rank, streams, world_size))
+        dataset = StepDataset(corpus, own, SEQ_LEN, size, 0, {s: cursors[str(s)] for s in own})
+        parts += [StepIterator(dataset, own[worker::workers]) for worker in range(workers)]
+    result = []
+    for _ in range(steps):
+        merged = {}
+        for part in parts:
+            portion = next(part)
+            for number, row in zip(portion.sequences.tolist(), portion.tokens.tolist()):
+                assert number not in merged
+                merged[number] = (row[:-1], row[1:])
+        result.append(merged)
+    return result
+
+
+@pytest.fixture
+def corpus(maker):
+    maker.write(maker.texts(60), files=5)
+    return maker.open(streams=6, shuffle_documents=4)
+
+
+@pytest.mark.parametrize("size", [5, 12])  # 5 sequences a step divide by none of the numbers of ranks
+def test_global_batch_is_the_same_for_all_ranks_and_workers(corpus, size):
+    one = loaders(corpus, size, 1)
+    reference = [global_batch(one) for _ in range(8)]
+    for step, batch in enumerate(reference):
+        assert sorted(batch) == list(range(step * size, (step + 1) * size))
+    for world_size in (2, 3, 4, 8):
+        ranks = loaders(corpus, size, world_size)
+        assert [global_batch(ranks) for _ in range(8)] == reference
+    for world_size, workers in [(1, 1), (1, 3), (2, 3), (3, 1), (4, 3)]:
+        assert simulated(corpus, size, world_size, workers, 8) == reference
+
+
+def test_worker_processes_give_the_same_batches_and_cursors(corpus):
+    reference = loaders(corpus, 5, 1)
+    for workers in (1, 3):
+        with loaders(corpus, 5, 1, workers)[0] as loader:
+            assert loader.state_dict() == loaders(corpus, 5, 1)[0].state_dict()
+            for step in range(6):
+                batch, expected = next(loader), next(reference[0])
+                assert batch.step == expected.step == step
+                assert torch.equal(batch.sequences, expected.sequences)
+                assert torch.equal(batch.tokens, expected.tokens)
+                assert torch.equal(batch.targets, expected.targets)
+                assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+                # the workers are steps ahead of this cursor
+                assert loader.state_dict() == reference[0].state_dict()
+        reference = loaders(corpus, 5, 1)
+
+
+def test_resume_twice_over_epochs_with_other_ranks_and_workers(corpus):
+    straight = loaders(corpus, 5, 1)
+    expected = [global_batch(straight) for _ in range(60)]
+    assert max(cursor["epoch"] for cursor in straight[0].state_dict().values()) >= 2
+    ranks = loaders(corpus, 5, 2)
+    found = [global_batch(ranks) for _ in range(7)]
+    ranks = loaders(corpus, 5, 3, 0, all_cursors(ranks), 7)
+    found += [global_batch(ranks) for _ in range(30)]
+    with loaders(corpus, 5, 1, 2, all_cursors(ranks), 37)[0] as loader:
+        found += [global_batch([loader]) for _ in range(13)]
+        cursors = all_cursors([loader])
+    ranks = loaders(corpus, 5, 4, 0, cursors, 50)
+    found += [global_batch(ranks) for _ in range(10)]
+    assert found == expected
+    assert all_cursors(ranks) == all_cursors(straight)
+
+
+def test_resume_before_the_first_step_and_before_a_stream_was_read(corpus):
+    fresh = loaders(corpus, 2, 1)
+    again = loaders(corpus, 2, 2, 0, all_cursors(fresh), 0)
+    assert [global_batch(again) for _ in range(2)] == [global_batch(fresh) for _ in range(2)]
+    again = loaders(corpus, 2, 2, 0, all_cursors(fresh), 2)  # streams 4 and 5 come next, for the first time
+    assert [global_batch(again) for _ in range(5)] == [global_batch(fresh) for _ in range(5)]
+
+
+def test_seeds_differ(maker, corpus):
+    assert global_batch(loaders(corpus, 6, 1)) != global_batch(loaders(maker.open(streams=6, seed=8), 6, 1))
+
+
+def test_fewer_documents_than_streams(maker):
+    maker.write(["only one document", "and another"])
+    corpus = maker.open(streams=8)
+    reference = loaders(corpus, 8, 1)
+    expected = [global_batch(reference) for _ in range(10)]
+    ranks = loaders(corpus, 8, 3)
+    assert [global_batch(ranks) for _ in range(10)] == expected
+    ranks = loaders(corpus, 8, 5, 0, all_cursors(ranks), 10)
+    assert global_batch(ranks) == global_batch(reference)
+
+
+def test_more_ranks_than_streams_leaves_some_empty(corpus):
+    ranks = loaders(corpus, 4, 8)
+    batches = [next(loader) for loader in ranks]
+    assert [len(batch.tokens) for batch in batches] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert batches[7].tokens.shape == batches[7].targets.shape == (0, SEQ_LEN)
+    assert ranks[7].state_dict() == {}
+
+
+def test_no_held_out_text_is_trained_on(maker):
+    texts = maker.texts(40)
+    maker.write(texts)
+    corpus = maker.open(Validation(fraction=0.25))
+    (loader,) = loaders(corpus, 8, 1)
+    text = "".join(corpus.tokenizer.decode(row.tolist()) + "|" for _ in range(40) for row in next(loader).tokens)
+    held_out = [document.text for document in all_documents(corpus.source) if document in corpus.held_out]
+    assert len(held_out) == 10
+    assert not any(document.split(":")[0] + ":" in text for document in held_out)
+    assert all(document.split(":")[0] + ":" in text for document in texts if document not in held_out)
+
+
+def test_document_mask_gives_ids(maker, corpus):
+    assert next(loaders(corpus, 4, 1)[0]).document_ids is None
+    (loader,) = loaders(maker.open(streams=6, document_mask=True), 4, 1)
+    batch = next(loader)
+    assert torch.equal(batch.document_ids, document_ids(batch.tokens, 256))
+    assert batch.document_ids.max() > 0
+
+
+def test_replaced_bytes_reach_the_trainer(maker):
+    (maker.folder / "a.txt").write_bytes(b"\xff" * 40)
+    (maker.folder / "b.txt").write_bytes(b"good" * 40)
+    (loader,) = loaders(maker.open(streams=2, shuffle_documents=1), 2, 1)
+    assert [next(loader).replaced for _ in range(2)] == [40, 0]
+
+
+def test_random_state_of_the_trainer_is_left_alone(corpus):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with loaders(corpus, 4, 1, 1)[0] as loader:
+        next(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cursors_that_do_not_fit_are_refused(corpus, maker):
+    ranks = loaders(corpus, 6, 1)
+    for _ in range(4):
+        global_batch(ranks)
+    cursors = all_cursors(ranks)
+    with pytest.raises(UserError, match=r"global_batch_size = 3 .* stand at 24.*global_batch_size = 6, as it was"):
+        loaders(corpus, 3, 1, 0, cursors, 4)
+    with pytest.raises(UserError, match=r"data\.streams = 7, but .* 6 streams\. Set data\.streams = 6"):
+        loaders(maker.open(streams=7), 6, 1, 0, cursors, 4)
+    del cursors["0"]
+    with pytest.raises(UserError, match="5 streams"):
+        loaders(corpus, 6, 1, 0, cursors, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_the_users_message(maker, workers):
+    maker.write(maker.texts(30))
+    corpus = maker.open(streams=2, shuffle_documents=2)
+    path = maker.folder / "part-0.jsonl"
+    lines = path.read_text().splitlines()
+    lines[20] = "{" + "x" * (len(lines[20]) - 1)
+    path.write_text("\n".join(lines) + "\n")
+    with loaders(corpus, 4, 1, workers)[0] as loader, pytest.raises(UserError) as error:
+        read(loader, 100)
+    assert str(error.value).startswith(f"{path}, line 21: not valid JSON")
+    assert "Traceback" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_killed_worker_ends_the_run_with_a_message(corpus):
+    with loaders(corpus, 4, 1, 1)[0] as loader:
+        next(loader)
+        os.kill(loader._items._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(RunFailed, match=r"data loader process ended unexpectedly.*out of memory.*num_workers"):
+            read(loader, 100)
+
+
+def test_workers_outlive_the_schedulers_signals_and_end_with_close(corpus):
+    loader = loaders(corpus, 4, 1, 1)[0]
+    next(loader)
+    worker = loader._items._workers[0]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    for _ in range(20):
+        next(loader)
+    assert worker.is_alive()
+    start = time.perf_counter()
+    loader.close()
+    loader.close()
+    assert time.perf_counter() - start < 2
+    assert not worker.is_alive()
+
+
+SCRIPT = """
+import os, signal, sys, time
+from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data import BatchLoader, open_corpus
+
+if __name__ == "__main__":
+    corpus = open_corpus(Data(source="builtin", tokenizer="byte"), Validation(), 0)
+    loader = BatchLoader(corpus, seq_len=64, global_batch_size=8, num_workers=2)
+    next(loader)
+    if sys.argv[1] == "ctrl-c":
+        os.killpg(0, signal.SIGINT)
+        time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "no close"])
+def test_a_script_that_ends_leaves_no_worker_and_no_workers_traceback(tmp_path, how):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), how],
+        capture_output=True,
+        check=False,
+        text=True,
+        start_new_session=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert time.perf_counter() - start < 30
+    assert done.stderr.count("Traceback") == (1 if how == "ctrl-c" else 0), done.stderr
+    assert ("KeyboardInterrupt" in done.stderr) == (how == "ctrl-c")
+
+
+def test_parquet_and_huggingface_through_workers(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(2):
+        rows = [f"file {number} row {i} " * 3 for i in range(20)]
+        pq.write_table(pa.table({"text": rows}), folder / f"{number}.parquet", row_group_size=4)
+    keys = {"path": str(folder), "tokenizer": "byte", "streams": 4, "shuffle_documents": 3}
+    for source in ("local", "huggingface"):
+        corpus = open_corpus(Data(source=source, **keys), Validation(fraction=0), 0)
+        straight = loaders(corpus, 4, 1)
+        expected = [global_batch(straight) for _ in range(30)]
+        # Two workers: `datasets` would by itself deal the shards of every unit out over them.
+        with loaders(corpus, 4, 1, 2)[0] as loader:
+            found = [global_batch([loader]) for _ in range(11)]
+            cursors = all_cursors([loader])
+        ranks = loaders(corpus, 4, 2, 0, cursors, 11)
+        found += [global_batch(ranks) for _ in range(19)]
+        assert found == expected
+        text = "".join(
+            bytes(tokens[:-1]).decode("latin1") if max(tokens) < 256 else "" for b in found for tokens, _ in b.values()
+        )
+        assert "file 0" in text
+        assert "file 1" in text

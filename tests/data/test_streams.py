@@ -1,0 +1,196 @@
+"""The order of documents: who owns which, what an epoch is, and going on from a cursor."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data.corpus import all_documents, fingerprint_changes, open_corpus
+from swamla_titan.data.held_out import HeldOut, text_hash
+from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation, shares
+from swamla_titan.errors import UserError
+
+
+def one_epoch(corpus, stream, epoch=0):
+    """A stream's texts in one epoch."""
+    documents = DocumentStream(corpus, stream)
+    found = []
+    while True:
+        document = documents.next_document()
+        if documents.cursor()["epoch"] > epoch:
+            return found
+        if documents.cursor()["epoch"] == epoch:
+            found.append(document.text)
+
+
+@pytest.mark.parametrize("streams, units", [(4, 1), (4, 3), (4, 4), (4, 9), (1, 5), (64, 7)])
+def test_every_document_of_a_unit_has_one_owner(streams, units):
+    owners = Counter()
+    for stream in range(streams):
+        for share in shares(stream, streams, units):
+            owners.update((share.unit, ordinal) for ordinal in range(share.offset, 100, share.every))
+    assert owners == Counter({(unit, ordinal): 1 for unit in range(units) for ordinal in range(100)})
+
+
+@pytest.mark.parametrize("files, shuffle", [(1, 1), (1, 10), (3, 10), (4, 1), (11, 10)])
+def test_an_epoch_has_every_training_document_once(maker, files, shuffle):
+    texts = maker.texts(100)
+    maker.write(texts, files)
+    corpus = maker.open(Validation(fraction=0.1), shuffle_documents=shuffle)
+    for epoch in (0, 1):
+        found = [text for stream in range(4) for text in one_epoch(corpus, stream, epoch)]
+        held_out = [document.text for document in all_documents(corpus.source) if document in corpus.held_out]
+        assert len(held_out) == 10
+        assert sorted(found + held_out) == sorted(texts)
+
+
+def test_files_keep_their_order_without_shuffling(maker):
+    texts = maker.texts(40)
+    maker.write(texts, files=2)
+    corpus = maker.open(shuffle_documents=1, streams=1)
+    for epoch in (0, 1):
+        assert one_epoch(corpus, 0, epoch) == texts[0::2] + texts[1::2]
+
+
+def test_order_differs_by_epoch_seed_and_stream_only(maker):
+    maker.write(maker.texts(60))
+    corpus = maker.open(streams=1, shuffle_documents=30)
+    first, second = one_epoch(corpus, 0, 0), one_epoch(corpus, 0, 1)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert one_epoch(maker.open(streams=1, shuffle_documents=30), 0) == first
+    assert one_epoch(maker.open(streams=1, shuffle_documents=30, seed=8), 0) != first
+
+
+def test_shuffle_stays_within_blocks(maker):
+    texts = maker.texts(20)
+    maker.write(texts)
+    found = one_epoch(maker.open(streams=1, shuffle_documents=5), 0)
+    for start in range(0, 20, 5):
+        assert sorted(found[start : start + 5]) == sorted(texts[start : start + 5])
+    assert found != texts
+
+
+def test_units_are_shuffled(maker):
+    for i in range(12):
+        (maker.folder / f"{i:02}.txt").write_text(f"file {i}")
+    found = one_epoch(maker.open(streams=1), 0)
+    assert found != sorted(found, key=lambda text: int(text.split()[1]))
+
+
+def test_permutation_never_changes():
+    # numpy's own shuffles may change between releases; cursors of old checkpoints may not
+    assert permutation(8, 1, 2, 3).tolist() == [1, 2, 4, 6, 5, 0, 7, 3]
+    assert permutation(8, 1, 2, 4).tolist() == [2, 5, 4, 6, 0, 3, 1, 7]
+
+
+def test_blocks_are_bounded_in_size(maker, monkeypatch):
+    monkeypatch.setattr("swamla_titan.data.streams.BLOCK_CHARS", 1000)
+    texts = [f"{i}" + "x" * 400 for i in range(30)]
+    maker.write(texts)
+    documents = DocumentStream(maker.open(streams=1), 0)
+    documents.next_document()
+    assert len(documents._block) == 3
+    assert sorted(one_epoch(maker.open(streams=1), 0)) == sorted(texts)
+    assert BLOCK_CHARS <= 64 << 20
+
+
+@pytest.mark.parametrize("shuffle", [1, 4, 1000])
+@pytest.mark.parametrize("files", [1, 5])
+def test_resume_from_every_document(maker, files, shuffle):
+    maker.write(maker.texts(17), files)
+    corpus = maker.open(shuffle_documents=shuffle, streams=2)
+    whole = DocumentStream(corpus, 1)
+    texts, cursors = [], []
+    for _ in range(30):  # more than three epochs
+        texts.append(whole.next_document().text)
+        cursors.append(json.loads(json.dumps(whole.cursor())))
+    assert cursors[-1]["epoch"] > 2
+    for start, cursor in enumerate(cursors):
+        again = DocumentStream(corpus, 1, cursor)
+        assert [again.next_document().text for _ in range(30 - start)] == texts[start:]
+
+
+def test_streams_without_documents_borrow(maker):
+    texts = ["one document", "another one", "the third"]
+    maker.write(texts)
+    corpus = maker.open(streams=8)
+    found = {}
+    for stream in range(8):
+        documents = DocumentStream(corpus, stream)
+        found[stream] = [documents.next_document().text for _ in range(9)]
+        assert documents.borrows == (stream >= 3)
+        assert (documents.start_fraction() > 0) == (stream >= 3)
+        again = DocumentStream(corpus, stream, documents.cursor())
+        assert [again.next_document().text, again.next_document().text][0] == found[stream][-1]
+    assert {text for stream in range(3) for text in found[stream]} == set(texts)
+    for stream in range(3, 8):
+        assert set(found[stream]) == set(texts)
+    assert len({tuple(found[stream]) for stream in range(3, 8)}) > 1
+
+
+def test_everything_held_out_is_refused(maker):
+    maker.write(["one", "two"])
+    corpus = maker.open()
+    everything = type(corpus)(corpus.data, corpus.source, corpus.tokenizer, HeldOut(2**64), corpus.seed)
+    with pytest.raises(UserError, match="every document of the training data is held out"):
+        DocumentStream(everything, 0).next_document()
+
+
+def test_held_out_share_of_a_small_corpus_is_exact(maker):
+    maker.write(maker.texts(50))
+    for fraction, count in [(0.001, 1), (0.1, 5), (0.99, 49)]:
+        corpus = maker.open(Validation(fraction=fraction))
+        assert sum(document in corpus.held_out for document in all_documents(corpus.source)) == count
+    assert maker.open(Validation(fraction=0)).held_out == HeldOut(0)
+    assert maker.open(Validation(fraction=0.1, path="elsewhere.txt")).held_out == HeldOut(0)
+
+
+def test_builtin_holds_out_several_topics():
+    corpus = open_corpus(Data(source="builtin", tokenizer="byte"), Validation(fraction=0.1), 0)
+    documents = list(all_documents(corpus.source))
+    held_out = {document.text for document in documents if document in corpus.held_out}
+    assert len(held_out) == round(0.1 * len({document.text for document in documents})) > 3
+
+
+def test_held_out_share_of_a_large_corpus(maker, monkeypatch):
+    monkeypatch.setattr("swamla_titan.data.held_out.SMALL_DOCUMENTS", 20)
+    maker.write(maker.texts(1000))
+    corpus = maker.open(Validation(fraction=0.1))
+    assert corpus.held_out.threshold == int(0.1 * 2**64)
+    count = sum(document in corpus.held_out for document in all_documents(corpus.source))
+    assert 50 < count < 150
+
+
+def test_one_document_cannot_be_held_out(maker):
+    maker.write(["the only one", "the only one", ""])
+    with pytest.raises(UserError, match=r"single document.*data\.text_separator.*validation\.fraction = 0"):
+        maker.open(Validation(fraction=0.1))
+
+
+def test_the_hash_of_a_text_never_changes():
+    assert text_hash("held out") == 7921109290846398415
+
+
+def test_data_that_changed_under_a_cursor_are_refused(maker):
+    maker.write(maker.texts(40))
+    documents = DocumentStream(maker.open(streams=1, shuffle_documents=10), 0)
+    for _ in range(38):
+        documents.next_document()
+    maker.write(maker.texts(5))
+    with pytest.raises(UserError, match="data have changed"):
+        DocumentStream(maker.open(streams=1, shuffle_documents=10), 0, documents.cursor())
+
+
+def test_fingerprint(maker):
+    maker.write(maker.texts(10))
+    saved = json.loads(json.dumps(maker.open().fingerprint()))
+    assert fingerprint_changes(saved, maker.open().fingerprint()) == []
+    assert fingerprint_changes(saved, maker.open(streams=5).fingerprint()) == [
+        "data.streams: 4 in the checkpoint, 5 now"
+    ]
+    assert len(fingerprint_changes(saved, maker.open(seed=8).fingerprint())) == 1
+    maker.write(maker.texts(11))
+    (change,) = fingerprint_changes(saved, maker.open().fingerprint())
+    assert change.startswith("source:")

@@ -1,0 +1,113 @@
+"""Held-out text: what is in it, in which order, and how ranks share it."""
+
+import math
+
+import pytest
+import torch
+
+from swamla_titan.config.sections import Validation
+from swamla_titan.data import IGNORED, build_validation_set
+from swamla_titan.data.corpus import all_documents
+from swamla_titan.data.packing import document_ids
+from swamla_titan.errors import UserError
+
+SEQ_LEN = 24
+EOT = 256
+
+
+def held_out_row(corpus):
+    row = []
+    for document in all_documents(corpus.source):
+        if document in corpus.held_out:
+            row += [*document.text.encode(), EOT]
+    return row
+
+
+def flat_targets(part):
+    return part.targets[part.targets != IGNORED].tolist()
+
+
+def test_held_out_documents_in_order_and_no_target_lost(maker):
+    maker.write(maker.texts(50), files=3)
+    validation = Validation(fraction=0.3)
+    corpus = maker.open(validation, document_mask=True)
+    row = held_out_row(corpus)
+    found = build_validation_set(corpus, validation, SEQ_LEN)
+    assert len(row) > 5 * SEQ_LEN
+    assert flat_targets(found) == row[1:]
+    assert found.tokens.flatten()[: len(row) - 1].tolist() == row[:-1]
+    assert found.tokens.shape == found.targets.shape == (math.ceil((len(row) - 1) / SEQ_LEN), SEQ_LEN)
+    assert torch.equal(found.document_ids, document_ids(found.tokens, EOT))
+    # the byte tokenizer: a byte each, none for end of text and for what is ignored
+    text = (found.targets != IGNORED) & (found.targets != EOT)
+    assert torch.equal(found.target_bytes, text.long())
+
+
+def test_bytes_of_targets_are_the_bytes_of_the_text(maker):
+    maker.write([f"naïve text number {i} — with wörds" for i in range(8)])
+    validation = Validation(fraction=0.5)
+    corpus = maker.open(validation, tokenizer="gpt2")
+    found = build_validation_set(corpus, validation, SEQ_LEN)
+    texts = [document.text for document in all_documents(corpus.source) if document in corpus.held_out]
+    first = len(corpus.tokenizer.token_bytes(int(found.tokens[0, 0])))  # the only token that is no target
+    assert int(found.target_bytes.sum()) == sum(len(text.encode()) for text in texts) - first
+
+
+def test_stops_at_max_tokens(maker, monkeypatch):
+    maker.write(maker.texts(200))
+    validation = Validation(fraction=0.5, max_tokens=100)
+    corpus = maker.open(validation)
+    read = []
+    whole = corpus.source.read
+
+    def counted(*args):
+        for document in whole(*args):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(corpus.source, "read", counted)
+    found = build_validation_set(corpus, validation, SEQ_LEN)
+    assert flat_targets(found) == held_out_row(corpus)[1:101]
+    assert len(read) < 250  # of which held_out_row read 200
+
+
+def test_validation_path(maker, tmp_path):
+    maker.write(maker.texts(5))
+    (tmp_path / "val.txt").write_text("validation text")
+    validation = Validation(path=str(tmp_path / "val.txt"))
+    found = build_validation_set(maker.open(validation), validation, SEQ_LEN)
+    assert flat_targets(found) == [*b"validation text", EOT][1:]
+    assert found.document_ids is None
+
+
+def test_nothing_to_validate_on(maker, tmp_path):
+    maker.write(maker.texts(5))
+    assert build_validation_set(maker.open(), Validation(fraction=0), SEQ_LEN) is None
+    for path, part in [("none.txt", "validation.path: .*none.txt does not exist"), ("empty.txt", "holds no text")]:
+        (tmp_path / "empty.txt").write_text("")
+        validation = Validation(path=str(tmp_path / path))
+        with pytest.raises(UserError, match=part):
+            build_validation_set(maker.open(validation), validation, SEQ_LEN)
+
+
+def test_a_share_that_holds_out_nothing_is_refused(maker, monkeypatch):
+    monkeypatch.setattr("swamla_titan.data.held_out.SMALL_DOCUMENTS", 2)
+    maker.write(maker.texts(5))
+    validation = Validation(fraction=1e-9)
+    with pytest.raises(UserError, match=r"validation\.fraction = 1e-09 holds out no document"):
+        build_validation_set(maker.open(validation), validation, SEQ_LEN)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("local", [1, 4])
+def test_ranks_get_equally_many_micro_batches(maker, world_size, local):
+    maker.write(maker.texts(50))
+    validation = Validation(fraction=0.5)
+    found = build_validation_set(maker.open(validation), validation, SEQ_LEN)
+    parts = [list(found.micro_batches(rank, world_size, local)) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(batch.tokens.shape == (local, SEQ_LEN) for part in parts for batch in part)
+    kept = [row for part in parts for batch in part for row in batch.targets[: batch.rows].tolist()]
+    assert sorted(kept) == sorted(found.targets.tolist())
+    filler = [batch.targets[batch.rows :] for part in parts for batch in part]
+    assert torch.cat(filler).eq(IGNORED).all()
