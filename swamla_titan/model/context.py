@@ -50,7 +50,9 @@ class SequenceContext:
         def mask(window: int | None, sink: int) -> Tensor | BlockMask | None:
             if document_ids is None and (window is None or window >= seq_len):
                 return None  # plain causal, which has kernels of its own
-            if not fast:
+            # FlexAttention's float32 kernel wants more shared memory for MLA's wide heads than a GPU has.
+            too_wide_for_flex = window is None and dtype == torch.float32
+            if not fast or too_wide_for_flex:
                 return dense_mask(starts, window, sink)
             if document_ids is None:
                 return block_mask_of_one_document(seq_len, window, sink, device)

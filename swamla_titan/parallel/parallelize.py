@@ -15,5 +15,5 @@ def parallelize(model: SWAMLAModel, config: Config) -> None:
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     if config.compile.enabled:
         for block in model.blocks.values():
-            block.compile(fullgraph=True)
-        model.loss_function = torch.compile(model.loss_function, fullgraph=True)
+            block.compile(fullgraph=True, dynamic=False)
+        model.loss_function = torch.compile(model.loss_function, fullgraph=True, dynamic=False)

@@ -22,9 +22,9 @@ def _fresh_compiler():
     torch._dynamo.reset()  # each case has shapes of its own; together they would exceed the recompilation limit
 
 
-def context(seq_len, window, sink, documents, backend):
+def context(seq_len, window, sink, documents, backend, dtype=torch.bfloat16):
     config = ModelConfig(swa_window=window, swa_sink_size=sink)
-    return SequenceContext.build(config, seq_len, documents, torch.device("cuda"), torch.float32, backend)
+    return SequenceContext.build(config, seq_len, documents, torch.device("cuda"), dtype, backend)
 
 
 def random_documents(batch, seq_len):
@@ -71,7 +71,7 @@ def random_inputs(shapes, dtype):
 )
 def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, window, sink, ids, "auto").swa_mask
+    mask = context(seq_len, window, sink, ids, "auto", dtype).swa_mask
     exact_mask = context(seq_len, window, sink, ids, "reference").swa_mask
     if documents or window < seq_len:
         assert isinstance(mask, BlockMask)
@@ -84,9 +84,12 @@ def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink
 @pytest.mark.parametrize("seq_len", [512, 333])
 def test_mla(dtype, documents, seq_len):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, 64, 4, ids, "auto").mla_mask
+    mask = context(seq_len, 64, 4, ids, "auto", dtype).mla_mask
     exact_mask = context(seq_len, 64, 4, ids, "reference").mla_mask
-    assert isinstance(mask, BlockMask) if documents else mask is None
+    if documents:
+        assert isinstance(mask, BlockMask) == (dtype == torch.bfloat16)
+    else:
+        assert mask is None
     shapes = [(2, seq_len, 4, 192), (2, seq_len, 4, 192), (2, seq_len, 4, 128)]
     check(random_inputs(shapes, dtype), mask, exact_mask, 192**-0.5)
 
