@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--flavor", default="small")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
-    parser.add_argument("--rows", type=int, default=4, help="sequences the plain loop computes at a time")
+    parser.add_argument("--rows", type=int, default=8, help="sequences the plain loop computes at a time")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--lr", type=float, default=3e-4)
