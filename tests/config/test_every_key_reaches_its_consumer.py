@@ -438,7 +438,7 @@ def min_lr_ratio(run: Runner) -> None:
 
 
 def only(key: str, allowed: str, *others: str) -> Callable[[Runner], None]:
-    """The case of a key with one allowed value: every other that the contract knows is refused, before anything runs."""
+    """The case of a key with one allowed value: every other is refused before anything runs."""
 
     def case(run: Runner) -> None:
         section, _, name = key.partition(".")
