@@ -43,7 +43,9 @@ fraction = 0.02
 log_interval = 5
 """)
     command = [sys.executable, "-m", "swamla_titan", "train", str(config), *arguments.overrides]
-    subprocess.run(command, check=True)
+    code = subprocess.run(command).returncode
+    if code != 0:
+        return {"exit_code": code}
     lines = [json.loads(line) for line in (folder / flavor / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     steady = [line for line in steps if line["step"] > arguments.steps // 4]

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,8 @@ class HuggingFaceSource:
             dataset = dataset.select_columns([text_key])
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
-        identity = repr((path.rstrip("/\\").replace("\\", "/").split("/")[-1], name, split, text_key, self._num_units))
+        known_as = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path  # a folder may move
+        identity = repr((known_as, name, split, text_key, self._num_units))
         self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @property

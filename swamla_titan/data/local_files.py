@@ -7,7 +7,7 @@ from typing import Protocol
 
 from swamla_titan.data.document import Document, Position, too_large
 from swamla_titan.data.parquet import row_groups
-from swamla_titan.data.text_units import FileRange, WholeFile
+from swamla_titan.data.text_units import FileRange, WholeFile, readable
 from swamla_titan.errors import UserError
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
@@ -40,7 +40,7 @@ class LocalSource:
         setting: str = "data.path",
     ) -> None:
         root, names = find_files(path, setting)
-        sizes = [os.path.getsize(os.path.join(root, name)) for name in names]
+        sizes = [_size(os.path.join(root, name)) for name in names]
         digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
         for name, size in zip(names, sizes):
             digest.update(f"{name.replace(os.sep, '/')}\0{size}\0".encode("utf-8", errors="surrogateescape"))
@@ -103,3 +103,8 @@ def find_files(path: str, setting: str) -> tuple[str, list[str]]:
     if not names:
         raise UserError(f"{setting}: {path} holds no file of a known kind. Known: {known}.")
     return path, sorted(names)
+
+
+def _size(path: str) -> int:
+    with readable(path):  # a link may point to nothing
+        return os.path.getsize(path)

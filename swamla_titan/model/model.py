@@ -46,10 +46,21 @@ class SWAMLAModel(nn.Module):
         self.blocks = nn.ModuleDict({str(i): kinds[kind](config) for i, kind in enumerate(config.block_kinds)})
         self.norm = build_norm(config)
         self.head = Linear(config.dim, config.padded_vocab_size)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_weights()
         if not self.embedding.weight.is_meta:
             self.init_weights(0)
+
+    def tie_weights(self) -> None:
+        """Make head and embedding share their weight if the config says so; nothing where a stage has but one."""
+        embedding, head = getattr(self, "embedding", None), getattr(self, "head", None)
+        if self.config.tie_embeddings and embedding is not None and head is not None:
+            head.weight = embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SWAMLAModel":
+        # to_empty and every move off the meta device make a new parameter for each module that held a shared one.
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

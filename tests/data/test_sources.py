@@ -145,6 +145,11 @@ def test_missing_path(tmp_path):
     assert "data.path is empty" in refused("")
 
 
+def test_link_to_nothing(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    assert f"{tmp_path}/a.txt: cannot be read: No such file" in refused(tmp_path)
+
+
 def test_unknown_kind(tmp_path):
     (tmp_path / "a.doc").write_text("x")
     for path in (tmp_path / "a.doc", tmp_path):
@@ -273,6 +278,12 @@ def test_huggingface_reads_and_resumes(dataset_folder):
     assert source.num_units >= 2
     assert texts(source) == rows
     check_positions(source)
+    moved = folder.parent / "elsewhere" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    assert open_source(Data(source="huggingface", path=str(moved))).fingerprint == source.fingerprint
+    other = open_source(Data(source="huggingface", path=str(moved), text_key="id"))
+    assert other.fingerprint != source.fingerprint
 
 
 def test_huggingface_messages(dataset_folder):

@@ -1,0 +1,119 @@
+"""Every field of ModelConfig reaches what it is for. A new field without a case here fails the test."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
+
+from swamla_titan.model import ModelConfig
+
+# field -> (another value, what it must change). "shapes": names or shapes of the parameters; "logits": the output of
+# the same weights; "loss": the training loss of the same weights and logits; "accepts": which lengths are taken.
+CASES = {
+    "num_layers": (4, "shapes"),
+    "dim": (40, "shapes"),
+    "num_heads": (2, "shapes"),
+    "num_kv_heads": (2, "shapes"),
+    "vocab_size": (200, "shapes"),
+    "max_seq_len": (24, "accepts"),
+    "ffn_hidden_dim": (0, "shapes"),
+    "norm": ("dynamic_tanh", "shapes"),
+    "tie_embeddings": (False, "shapes"),
+    "swa_layers_per_cycle": (1, "shapes"),
+    "mla_layers_per_cycle": (0, "shapes"),
+    "swa_window": (5, "logits"),
+    "swa_sink_size": (2, "logits"),
+    "qk_norm": (True, "shapes"),
+    "q_lora_rank": (14, "shapes"),
+    "kv_lora_rank": (13, "shapes"),
+    "qk_nope_head_dim": (11, "shapes"),
+    "qk_rope_head_dim": (4, "shapes"),
+    "v_head_dim": (8, "shapes"),
+    "rope_theta": (50.0, "logits"),
+    "swa_rope_theta": (50.0, "logits"),
+    "mla_rope_theta": (50.0, "logits"),
+    "rope_scaling": (4.0, "logits"),
+    "dropout": (0.3, "loss"),
+    "z_loss": (0.1, "loss"),
+    "label_smoothing": (0.1, "loss"),
+}
+
+
+def observe(config):
+    torch.manual_seed(0)
+    model = build(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tokens = random_tokens(2, 20)
+    logits = model(tokens)
+    loss = model.train()(tokens, tokens)
+    accepts = []
+    for length in (20, 30):
+        try:
+            model(random_tokens(1, length))
+            accepts.append(length)
+        except ValueError:
+            pass
+    return {"shapes": shapes, "logits": logits, "loss": loss, "accepts": accepts}
+
+
+def test_every_field_has_a_case():
+    assert set(CASES) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_field_reaches_its_consumer(field):
+    value, aspect = CASES[field]
+    assert value != getattr(TINY, field)
+    before, after = observe(TINY), observe(replace(TINY, **{field: value}))
+    if aspect in ("shapes", "accepts"):
+        assert after[aspect] != before[aspect]
+        return
+    assert after["shapes"] == before["shapes"]
+    difference = (after[aspect] - before[aspect]).abs().max()
+    assert difference > 1e-3
+    if aspect == "loss":
+        assert torch.equal(after["logits"], before["logits"])
+
+
+@pytest.mark.parametrize("kind, own, other", [(ALL_SWA, "swa", "mla"), (ALL_MLA, "mla", "swa")])
+def test_theta_and_scaling_reach_each_kind(kind, own, other):
+    tokens = random_tokens(1, 20)
+
+    def logits(**changes):
+        torch.manual_seed(0)
+        return build(**kind, **changes)(tokens)
+
+    plain = logits()
+    for change in ({"rope_theta": 50.0}, {"rope_scaling": 4.0}, {f"{own}_rope_theta": 50.0}):
+        assert (logits(**change) - plain).abs().max() > 1e-3, change
+    assert torch.equal(logits(**{f"{other}_rope_theta": 50.0}), plain)
+    assert torch.equal(logits(rope_theta=50.0), logits(**{f"{own}_rope_theta": 50.0}))
+
+
+def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
+    model = build(qk_norm=True, **ALL_SWA)
+    tokens = random_tokens(1, 20)
+    before = model(tokens)
+    for block in model.blocks.values():
+        groups = block.attention.wqkv.weight.data.unflatten(0, (4, 3, 8))  # one query, key and value per head
+        groups[:, :2] *= 100
+    torch.testing.assert_close(model(tokens), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"num_heads": 5}, "num_heads"),
+        ({"dim": 36}, "num_heads"),  # heads of 9 cannot be rotated
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"qk_rope_head_dim": 5}, "qk_rope_head_dim"),
+        ({"swa_layers_per_cycle": 0, "mla_layers_per_cycle": 0}, "swa_layers_per_cycle"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"norm": "layernorm"}, "norm"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_name(changes, field):
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        replace(TINY, **changes)

@@ -1,0 +1,109 @@
+"""Decoding with caches equals the full forward, token by token, for rows of different length."""
+
+import pytest
+import torch
+from tiny import ALL_MLA, ALL_SWA, build, random_tokens
+
+from swamla_titan.model.cache import DecodeCache, MLACache, SWACache
+
+LENGTHS = [1, 2, 5, 14]  # shorter than the sink, between, longer than the window
+NEW = 22  # far past window and sink
+SHAPES = [
+    {},
+    ALL_SWA,
+    ALL_MLA,
+    {"swa_window": 2, "swa_sink_size": 5},  # window smaller than sink
+    {"swa_window": 1, "swa_sink_size": 0},
+    {"swa_window": 60, "swa_sink_size": 3},  # window larger than the cache
+    {"num_kv_heads": 2, "q_lora_rank": 14, "qk_norm": True},
+    {"norm": "dynamic_tanh", "tie_embeddings": False, "rope_scaling": 2.0, "swa_rope_theta": 77.0},
+]
+
+
+def largest_difference(model, steps=NEW):
+    """Decode random texts beside the full forward; the largest difference of logits at any step."""
+    longest = max(LENGTHS)
+    texts = [random_tokens(length + steps) for length in LENGTHS]
+    padded = torch.stack([torch.cat([random_tokens(longest - n), text[:n]]) for n, text in zip(LENGTHS, texts)])
+    cache = DecodeCache(model, len(texts), longest + steps)
+    logits = model.prefill(padded, cache, torch.tensor(LENGTHS))
+    worst = 0.0
+    for step in range(steps + 1):
+        for row, (length, text) in enumerate(zip(LENGTHS, texts)):
+            with torch.no_grad():
+                full = model(text[None, : length + step])[0, -1]
+            worst = max(worst, (logits[row] - full).abs().max().item())
+        if step < steps:
+            next_tokens = torch.stack([text[length + step] for length, text in zip(LENGTHS, texts)])
+            logits = model.decode(next_tokens[:, None], cache)
+    return worst
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("changes", SHAPES)
+def test_equals_the_full_forward_in_float64(changes, backend):
+    model = build(**changes)
+    model.attention_backend = backend
+    assert largest_difference(model) < 1e-11
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_equals_the_full_forward_in_float32(changes):
+    model = build(torch.float32, **changes)
+    model.init_weights(3)
+    assert largest_difference(model) < 1e-5
+
+
+def test_bfloat16_activations_stay_near():
+    model = build(torch.float32)
+    model.init_weights(3)
+    model.compute_dtype = torch.bfloat16
+    assert largest_difference(model) < 0.02  # the logits are of size 0.3; bfloat16 has 3 digits
+
+
+def test_a_cache_can_be_used_again():
+    model = build()
+    cache = DecodeCache(model, 2, 30)
+    long, short = random_tokens(2, 20), random_tokens(2, 4)
+    model.prefill(long, cache)
+    model.decode(random_tokens(2, 1), cache)
+    with torch.no_grad():
+        torch.testing.assert_close(model.prefill(short, cache), model(short)[:, -1])
+        token = random_tokens(2, 1)
+        torch.testing.assert_close(model.decode(token, cache), model(torch.cat([short, token], dim=1))[:, -1])
+
+
+def test_sizes_are_what_the_design_says_and_do_not_grow():
+    model = build(num_kv_heads=2)
+    cache = DecodeCache(model, 2, 40)
+    swa, mla = cache.layers["0"], cache.layers["2"]
+    assert isinstance(swa, SWACache)
+    assert isinstance(mla, MLACache)
+    assert swa.keys.shape == swa.values.shape == (2, 6 + 3, 2, 8)  # window + sink, kv heads, head_dim
+    assert mla.latents.shape == (2, 40, 12)
+    assert mla.rope_keys.shape == (2, 40, 6)
+    storage = [t.data_ptr() for t in (swa.keys, swa.values, mla.latents, mla.rope_keys)]
+    model.prefill(random_tokens(2, 20), cache)
+    for _ in range(10):
+        model.decode(random_tokens(2, 1), cache)
+    assert storage == [t.data_ptr() for t in (swa.keys, swa.values, mla.latents, mla.rope_keys)]
+
+
+def test_misuse_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="max_seq_len = 64"):
+        DecodeCache(model, 1, 65)
+    cache = DecodeCache(model, 2, 5)
+    with pytest.raises(ValueError, match="call prefill"):
+        model.decode(random_tokens(2, 1), cache)
+    for prompts in (random_tokens(2, 6), random_tokens(3, 5), random_tokens(2, 0)):
+        with pytest.raises(ValueError, match="do not fit a cache of 2 x"):
+            model.prefill(prompts, cache)
+    for lengths in ([0, 1], [1, 6], [1]):
+        with pytest.raises(ValueError, match="lengths"):
+            model.prefill(random_tokens(2, 5), cache, torch.tensor(lengths))
+    model.prefill(random_tokens(2, 5), cache)
+    with pytest.raises(ValueError, match="one a row"):
+        model.decode(random_tokens(2, 2), cache)
+    with pytest.raises(ValueError, match="full: 5 tokens"):
+        model.decode(random_tokens(2, 1), cache)

@@ -1,0 +1,120 @@
+"""Generation: greedy equals argmax of the full forward; what top_k and top_p leave; stops and refusals."""
+
+import pytest
+import torch
+from tiny import build, random_tokens
+
+from swamla_titan.model.generation import generate, restrict, sample
+
+PROMPTS = [[3], [5, 9, 11, 2, 7, 30, 31, 32, 33], [1, 2]]
+
+
+def greedy(model, prompt, count):
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+def test_temperature_zero_is_the_argmax_of_the_full_forward():
+    model = build()
+    assert generate(model, PROMPTS, 15, temperature=0) == [greedy(model, prompt, 15) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}])
+def test_narrow_sampling_is_greedy(options):
+    model = build()
+    assert generate(model, PROMPTS, 10, **options) == generate(model, PROMPTS, 10, temperature=0)
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    model = build()
+    together = generate(model, PROMPTS, 12, temperature=0)
+    assert together == [generate(model, [prompt], 12, temperature=0)[0] for prompt in PROMPTS]
+
+
+def test_stop_token_ends_a_row_and_all_rows_end_the_loop(monkeypatch):
+    model = build()
+    free = generate(model, PROMPTS, 15, temperature=0)
+    stop = free[0][4]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(model, PROMPTS, 15, temperature=0, stop_token=stop) == expected
+    calls = []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda *args: calls.append(1) or decode(*args))
+    generate(model, PROMPTS[:1], 15, temperature=0, stop_token=stop)
+    assert len(calls) == free[0].index(stop)
+
+
+def test_sampling_follows_the_generator_and_the_mode_is_restored():
+    model = build(dropout=0.3).train()
+    first, again, other = (
+        generate(model, PROMPTS, 10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert model.training
+
+
+def test_padding_columns_are_never_sampled():
+    model = build()  # 50 real columns of 128
+    with torch.no_grad():
+        model.embedding.weight[50:] = 1e3  # if they took part, they would win
+    out = generate(model, [[1]] * 8, 30, temperature=5.0)
+    assert max(max(row) for row in out) < 50
+    logits = torch.randn(4, 6)
+    assert sample(logits, 100.0, 0, 1.0).shape == (4,)
+
+
+def kept(logits, top_k, top_p):
+    return [set(row.isfinite().nonzero()[:, 0].tolist()) for row in restrict(logits, top_k, top_p)]
+
+
+def test_top_k_and_top_p_leave_the_right_tokens():
+    probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]])
+    logits = probabilities.log()
+    assert kept(logits, 0, 1.0) == [{0, 1, 2, 3}] * 2
+    assert kept(logits, 2, 1.0)[0] == {1, 3}
+    assert kept(logits, 9, 1.0) == [{0, 1, 2, 3}] * 2
+    # The smallest set whose probability reaches top_p.
+    assert kept(logits, 0, 0.35) == [{1}, {0}]
+    assert kept(logits, 0, 0.65) == [{1, 3}, {0}]
+    assert kept(logits, 0, 0.75) == [{1, 2, 3}, {0}]
+    # top_p after top_k: of {1, 3} the first alone has 4/7.
+    assert kept(logits, 2, 0.55)[0] == {1}
+    assert kept(logits, 2, 0.65)[0] == {1, 3}
+
+
+def test_restricted_sampling_has_the_right_frequencies():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log().expand(4000, 4)
+    drawn = sample(logits, 1.0, 3, 1.0, torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(frequencies, torch.tensor([0.0, 4 / 9, 2 / 9, 3 / 9]), atol=0.03, rtol=0)
+    hot = sample(logits, 2.0, 0, 1.0, torch.Generator().manual_seed(0))
+    expected = (logits[0] / 2).softmax(dim=0)
+    torch.testing.assert_close(torch.bincount(hot, minlength=4) / 4000, expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "at least one"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 50]], {}, "token 50: the vocabulary is 0 ... 49"),
+        ([[1], [1] * 60], {"max_new_tokens": 5}, "prompt 1 has 60 tokens.*max_seq_len = 64"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"temperature": float("nan")}, "temperature"),
+        ([[1]], {"top_k": -1}, "top_k"),
+        ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"top_p": 1.1}, "top_p"),
+        ([[1]], {"stop_token": 50}, "stop_token"),
+    ],
+)
+def test_wrong_requests_are_refused(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build(), prompts, **{"max_new_tokens": 3} | options)
+
+
+def test_a_request_may_fill_the_model_to_its_end():
+    assert len(generate(build(), [[1] * 60], 4, temperature=0)[0]) == 4
+    assert len(generate(build(), [random_tokens(3).tolist()], 61)[0]) == 61

@@ -1,0 +1,76 @@
+"""Whole blocks compiled on a GPU, against the plain reference in float64. Run with -m gpu."""
+
+import copy
+
+import pytest
+import torch
+
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.cache import DecodeCache
+
+pytestmark = pytest.mark.gpu
+
+
+def models(compute_dtype, **changes):
+    """(model on its fast path with compiled blocks, the same weights in float64 on the reference)."""
+    torch._dynamo.reset()
+    config = ModelConfig(num_layers=3, dim=512, num_heads=4, vocab_size=1000, swa_window=128, **changes)
+    exact = SWAMLAModel(config).cuda()
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)
+    fast = copy.deepcopy(exact)
+    fast.compute_dtype = compute_dtype
+    for block in fast.blocks.values():
+        block.compile(fullgraph=True, dynamic=False)
+    exact.double().attention_backend = "reference"
+    return fast, exact
+
+
+@pytest.mark.parametrize("compute_dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "qk_norm": True, "q_lora_rank": 128}])
+def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents, changes):
+    fast, exact = models(compute_dtype, **changes)
+    for seq_len in (512, 300):
+        tokens = torch.randint(0, 1000, (2, seq_len + 1), device="cuda")
+        tokens, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        ids = (torch.rand(2, seq_len, device="cuda") < 0.01).cumsum(dim=1) if documents else None
+        fast.zero_grad()
+        exact.zero_grad()
+        loss, exact_loss = fast(tokens, targets, ids), exact(tokens, targets, ids)
+        loss.backward()
+        exact_loss.backward()
+        assert abs(loss.item() / exact_loss.item() - 1) < tolerance
+        for (name, a), b in zip(fast.named_parameters(), exact.parameters()):
+            error = ((a.grad.double() - b.grad).norm() / b.grad.norm()).item()
+            assert error < 2 * tolerance, f"gradient of {name} at length {seq_len}: {error}"
+
+
+def test_new_documents_do_not_compile_anew():
+    fast, _ = models(torch.bfloat16)
+    tokens = torch.randint(0, 1000, (2, 512), device="cuda")
+    for step in range(4):
+        ids = (torch.rand(2, 512, device="cuda") < 0.01).cumsum(dim=1)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            fast(tokens, tokens, ids).backward()
+
+
+def test_training_after_a_validation_in_inference_mode():
+    fast, _ = models(torch.bfloat16)
+    tokens = torch.randint(0, 1000, (2, 512), device="cuda")
+    fast.eval()
+    with torch.inference_mode():
+        fast(tokens, tokens)
+    fast.train()(tokens, tokens).backward()
+
+
+def test_decode_on_the_gpu_equals_the_full_forward():
+    _, exact = models(torch.bfloat16)
+    tokens = torch.randint(0, 1000, (2, 200), device="cuda")
+    cache = DecodeCache(exact, 2, 200)
+    logits = exact.prefill(tokens[:, :190], cache)
+    for end in range(190, 200):
+        torch.testing.assert_close(logits, exact(tokens[:, :end])[:, -1].detach(), rtol=1e-9, atol=1e-9)
+        logits = exact.decode(tokens[:, end : end + 1], cache)
