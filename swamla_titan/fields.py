@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import math
 from typing import Any, get_type_hints
 
 
@@ -50,7 +51,8 @@ def expectation(field: "dataclasses.Field[Any]", kind: type) -> str:
 def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> str | None:
     """None if `value` has the field's type and range, else what was expected.
 
-    A whole number is accepted where a number is asked for; a boolean is never a number, and NaN is never in range.
+    A whole number is accepted where a number is asked for; a boolean is never a number, and NaN and infinity are never
+    in range.
     """
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -60,7 +62,7 @@ def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> st
         fits = value in limits["choices"]
     if fits and kind in (int, float):
         fits = (
-            value == value
+            math.isfinite(value)
             and value >= limits.get("minimum", value)
             and value <= limits.get("maximum", value)
             and not ("above" in limits and value <= limits["above"])

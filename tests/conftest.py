@@ -1,5 +1,12 @@
 import logging
+import os
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Models this small are fastest on one thread, and threads that wait for a busy core make them ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -62,3 +69,31 @@ def _undo_process_wide_switches():
         package.removeHandler(handler)
         handler.close()
     package.propagate = True
+
+
+class WandbStub(ModuleType):
+    """What of the package `wandb` is called: `init`, and `log` and `finish` of the run it gives."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+
+    def init(self, **arguments: Any) -> "WandbStub":
+        self.inits.append(arguments)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> WandbStub:
+    """A package `wandb` that needs no network and no account."""
+    stub = WandbStub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    return stub

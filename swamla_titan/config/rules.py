@@ -50,6 +50,11 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"warm-up and decay take {schedule.warmup_steps + schedule.decay_steps} steps, "
             f"more than training.steps = {training.steps}",
         )
+    if config.profiling.enabled and config.profiling.start_step > training.steps:
+        yield Contradiction(
+            ("profiling.start_step", "profiling.enabled", "training.steps"),
+            f"{config.profiling.start_step} is after the last step, training.steps = {training.steps}",
+        )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),

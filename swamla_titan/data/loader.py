@@ -79,7 +79,7 @@ class BatchLoader(Iterator[StepBatch]):
                 generator=torch.Generator(),
             )
         self._items: Iterator[Portion] | None = None
-        self._delivered = False
+        self._state: dict[str, Any] | None = None  # the loader's, just after the step that was delivered last
 
     def start(self) -> None:
         """Starts the workers and their reading ahead, so that it runs beside other preparations; else the first batch
@@ -99,14 +99,15 @@ class BatchLoader(Iterator[StepBatch]):
             portions.append(portion)
         batch = self._merge(portions)
         self._step += 1
-        self._delivered = True
+        # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
+        self._state = self._loader.state_dict()
         return batch
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """{stream: cursor} of the streams this rank owns, just after the batch that was delivered last."""
-        if not self._delivered:
+        if self._state is None:
             return dict(self._cursors)
-        cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(self._loader.state_dict())}
+        cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(self._state)}
         assert cursors.keys() == self._cursors.keys(), "each stream has one owner"
         return cursors
 

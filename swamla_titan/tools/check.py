@@ -1,5 +1,6 @@
 """`check`: is this machine, and a configuration, fit for training? One line each, with a remedy where it is not."""
 
+import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             config = load_config(find_config(name), overrides)
-            inputs = [_tokenizer, _data, _model]
+            inputs = [_folder, _tokenizer, _data, _model]
             about_input = [Finding("ok", "config", f"{name} is valid")]
         except UserError as error:
             inputs = []
@@ -54,8 +55,9 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     elif overrides:
         raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
     set_numerics(config, device)
+    disk = _disk if about_input and inputs else _free_disk
     about_machine = [
-        _answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, _disk)
+        _answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, disk)
     ]
     about_input += [_answer(probe, config, device) for probe in inputs]
     for finding in about_machine + about_input:
@@ -147,17 +149,40 @@ def _attention(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "attention", text)
 
 
-def _disk(config: Config, device: torch.device) -> Finding:
+def _existing(config: Config) -> Path:
+    """The dump folder, or the nearest one above it that exists."""
     folder = Path(config.job.dump_folder).resolve()
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    return next(parent for parent in [folder, *folder.parents] if parent.exists())
+
+
+def _free_disk(config: Config, device: torch.device) -> Finding:
+    existing = _existing(config)
+    return Finding("ok", "disk", f"{shutil.disk_usage(existing).free / 2**30:.1f} GiB free under {existing}")
+
+
+def _disk(config: Config, device: torch.device) -> Finding:
+    """Free space against what the run's checkpoints take."""
+    try:
+        total, _ = parameter_counts(_resolved(config).model)
+    except UserError:
+        return _free_disk(config, device)  # the lines on tokenizer and model say why nothing is known of its size
+    existing = _existing(config)
     free = shutil.disk_usage(existing).free
-    total, _ = parameter_counts(_resolved(config).model)
     # float32 weights and two moments; one checkpoint more than is kept exists while it is written.
     needed = total * 12 * ((config.checkpoint.keep_latest or 10) + 1)
     text = f"{free / 2**30:.1f} GiB free under {existing}; checkpoints take {needed / 2**30:.1f} GiB"
     if free < needed:
         return Finding("failure", "disk", text, "free some space, lower checkpoint.keep_latest or move job.dump_folder")
     return Finding("ok", "disk", text)
+
+
+def _folder(config: Config, device: torch.device) -> Finding:
+    existing = _existing(config)
+    if not existing.is_dir():
+        return Finding("failure", "folder", f"{existing} is a file", "choose another job.dump_folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return Finding("failure", "folder", f"{existing} must not be written", "choose another job.dump_folder")
+    return Finding("ok", "folder", f"{config.job.dump_folder} can be written")
 
 
 def _tokenizer(config: Config, device: torch.device) -> Finding:

@@ -23,7 +23,7 @@ def copy_config(name: str, destination: str) -> None:
     source, target = find_config(name), Path(destination)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists; choose another name or remove it")
     try:
         shutil.copyfile(source, target)

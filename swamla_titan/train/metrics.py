@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,18 +97,28 @@ def _open_for_appending(path: Path) -> Any:
     return path.open("a", encoding="utf-8")
 
 
-def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
+def require_wandb() -> Any:
+    """The package `wandb`; raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             'metrics.wandb = true needs the package wandb: pip install "swamla-titan[wandb]", or set it to false'
         ) from None
-    # The run's id follows from the folder, so a resumed run goes on in the same W&B run.
-    return wandb.init(
+    return wandb
+
+
+def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
+    # The id lies in the dump folder, so a resumed run goes on in its own W&B run. The folder's name would not do:
+    # it may be that of another run of the same project.
+    id_file = folder / "wandb" / "run-id.txt"
+    if not id_file.exists():
+        id_file.parent.mkdir(exist_ok=True)
+        id_file.write_text(secrets.token_hex(8))
+    return require_wandb().init(
         project=config.wandb_project,
-        name=folder.name,
-        id=folder.resolve().name,
+        name=folder.resolve().name,
+        id=id_file.read_text().strip(),
         resume="allow",
         dir=folder,
         config=run_config,

@@ -12,12 +12,16 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Records steps start_step .. start_step + num_steps - 1 into traces/steps-A-B.json, once."""
+    """Records steps start_step .. start_step + num_steps - 1 into traces/steps-A-B.json, once.
+
+    Of a run that ends in between, the steps until then.
+    """
 
     def __init__(self, config: Profiling, folder: Path) -> None:
         self.config = config
         self.folder = folder
         self._profile: profile | None = None
+        self._last_step = 0
 
     def before_step(self, step: int) -> None:
         """Start recording if this is the first step to record; steps count from 1."""
@@ -28,12 +32,19 @@ class StepProfiler:
 
     def after_step(self, step: int) -> None:
         """Stop and write after the last step to record."""
-        if self._profile and step == self.config.start_step + self.config.num_steps - 1:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._profile.stop()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"steps-{self.config.start_step}-{step}.json"
-            self._profile.export_chrome_trace(str(path))
-            self._profile = None
-            logger.info("profile written to %s", path)
+        self._last_step = step
+        if step == self.config.start_step + self.config.num_steps - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Stop and write what is being recorded: a profiler left running crashes the interpreter at its end."""
+        if self._profile is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._profile.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"steps-{self.config.start_step}-{self._last_step}.json"
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        logger.info("profile written to %s", path)

@@ -30,7 +30,7 @@ from swamla_titan.parallel.world import join_world
 from swamla_titan.train.checkpoint import Checkpoints, Record, load_tensors, read_record, refuse_other_run, tensors_of
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.logs import log_to_folder
-from swamla_titan.train.metrics import MetricsLogger, step_line
+from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
@@ -81,8 +81,8 @@ class Trainer:
             self._load(newest)
         self.step, self.tokens, self.replaced = record.step, record.tokens, record.replaced_bytes
 
-        prepare_folder(self.folder, to_toml(config))
-        log_to_folder(self.folder, self.world.rank)
+        self._saved_step = record.step
+
         self.loader = BatchLoader(
             corpus,
             seq_len=config.training.seq_len,
@@ -92,6 +92,11 @@ class Trainer:
             cursors=record.cursors if newest else None,
             start_step=self.step,
         )
+        if config.metrics.wandb:
+            require_wandb()
+        # From here on nothing is refused any more.
+        prepare_folder(self.folder, to_toml(config))
+        log_to_folder(self.folder, self.world.rank)
         self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces")
         flops = training_flops_per_token(config.model, config.training.seq_len)
@@ -155,10 +160,11 @@ class Trainer:
         return loss, grad_norm
 
     def close(self) -> None:
-        """Stop the loader's processes and flush the metrics."""
+        """Stop the loader's processes, write a profile that was begun and flush the metrics."""
         gc.enable()
         self.stop.forget()
         self.loader.close()
+        self.profiler.close()
         self.metrics.close()
 
     def _next_batch(self, batches: Any) -> StepBatch:
@@ -166,7 +172,7 @@ class Trainer:
         try:
             batch: StepBatch = next(batches)
         except (UserError, RunFailed):
-            if self.step > 0:
+            if self.step > self._saved_step:
                 self._save()
             raise
         if batch.replaced and not self.replaced:
@@ -204,6 +210,7 @@ class Trainer:
             record = Record(self.step, self.tokens, cursors, self.identity, self.replaced)
             tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
             path = self.checkpoints.save(tensors, record, to_toml(self.config))
+            self._saved_step = self.step
         logger.info("checkpoint %s", path)
 
     def _load(self, path: Path) -> None:
@@ -268,12 +275,19 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
 
 
 def prepare_folder(folder: Path, config_text: str) -> None:
-    """Make the dump folder and write the resolved configuration; raises UserError where that is impossible."""
+    """Make the dump folder and write the resolved configuration; raises UserError where that is impossible.
+
+    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "logs"):
+            (folder / name).mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").open("a").close()
         (folder / "config.toml").write_text(config_text)
     except OSError as error:
-        raise UserError(f"job.dump_folder = {folder}: cannot be written ({error.strerror})") from None
+        reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"job.dump_folder = {folder}: cannot be written ({reason})") from None
 
 
 def train(config: Config) -> int:

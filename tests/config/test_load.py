@@ -101,6 +101,8 @@ def test_a_key_of_another_section_is_pointed_there(toml):
         ('[lr_schedule]\nname = "wsd"\ndecay_steps = 950\n', "more than training.steps = 1000"),
         ("[validation]\nfraction = 0\n", "0 holds nothing out"),
         ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
+        ("[training]\nmax_grad_norm = inf\n", "expected a number >= 0"),
+        ("[profiling]\nenabled = true\nstart_step = 1001\n", "after the last step, training.steps = 1000"),
         ("[parallel]\ntensor = 2\n", "expected only 1"),
     ],
 )

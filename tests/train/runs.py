@@ -1,10 +1,17 @@
 """Helpers that start the real command line and read what it left."""
 
+import contextlib
+import fcntl
 import json
+import os
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -65,3 +72,21 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Content of every file under a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextlib.contextmanager
+def terminal(columns: int = 100) -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A terminal: a file to put in place of sys.stderr, and a function that gives what was written there."""
+    near, far = os.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    os.set_blocking(near, False)
+
+    def read() -> str:
+        try:
+            return os.read(near, 1 << 16).decode()
+        except BlockingIOError:
+            return ""
+
+    with os.fdopen(far, "w") as file:
+        yield file, read
+    os.close(near)

@@ -1,0 +1,139 @@
+"""`check`: a line for each thing, an exit code for the whole."""
+
+import shutil
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+
+from swamla_titan.cli import main
+from swamla_titan.tools import check as module
+from tests.train.runs import snapshot
+
+MACHINE = ["python", "torch", "gpu", "tf32", "float8", "attention", "disk"]
+INPUT = ["config", "folder", "tokenizer", "data", "model"]
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str) -> tuple[int, dict[str, str]]:
+        """Exit code, and subject -> line."""
+        capsys.readouterr()
+        code = main(["check", *arguments])
+        lines = capsys.readouterr().out.splitlines()
+        return code, {line.split()[1]: line for line in lines}
+
+    return run
+
+
+def states(lines: dict[str, str]) -> dict[str, str]:
+    return {subject: line.split()[0] for subject, line in lines.items()}
+
+
+def test_the_machine_alone(report):
+    code, lines = report()
+    assert list(lines) == [*MACHINE, "tokenizer"]
+    assert set(states(lines).values()) <= {"ok", "warning"}
+    assert code == 0
+    assert torch.__version__ in lines["torch"]
+    assert "gradients within" in lines["attention"]
+    assert "GiB free under" in lines["disk"]
+    assert "checkpoints take" not in lines["disk"]  # nobody said of which model
+    assert "gpt2: 50257 tokens" in lines["tokenizer"]
+    assert "round trip exact" in lines["tokenizer"]
+
+
+def test_a_configuration_that_is_fit_and_nothing_is_written(tiny, tmp_path, report):
+    before = snapshot(tmp_path)
+    code, lines = report(str(tiny))
+    assert list(lines) == [*MACHINE, *INPUT]
+    assert set(states(lines).values()) <= {"ok", "warning"}
+    assert code == 0
+    assert "byte: 257 tokens" in lines["tokenizer"]
+    assert "228,864 parameters" in lines["model"]
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_are_checked_too(tiny, tmp_path, report):
+    assert report(str(tiny), "--data.source", "local", "--data.path", str(tmp_path / "nowhere"))[0] == 2
+    assert "2 independently readable" not in report(str(tiny))[1]["data"]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    _, lines = report(str(tiny), "--data.source", "local", "--data.path", str(tmp_path))
+    assert "2 independently readable" in lines["data"]
+
+
+def test_overrides_without_a_configuration_are_refused(capsys):
+    assert main(["check", "--training.steps", "3"]) == 2
+    assert "give a configuration too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides, subject, part",
+    [
+        (("--data.source", "local", "--data.path", "/nowhere"), "data", "/nowhere does not exist"),
+        (("--data.tokenizer", "gpt5"), "tokenizer", 'there is no tokenizer "gpt5"'),
+        (("--model.vocab_size", "9"), "model", "smaller than the 257 tokens"),
+        (("--job.dump_folder", __file__ + "/run"), "folder", "is a file  -> choose another job.dump_folder"),
+    ],
+)
+def test_input_that_is_at_fault_gives_2_and_a_line_that_says_so(tiny, report, overrides, subject, part):
+    code, lines = report(str(tiny), *overrides)
+    assert code == 2
+    assert states(lines)[subject] == "failure"
+    assert part in lines[subject]
+    assert "failure" not in [states(lines)[name] for name in MACHINE]
+
+
+def test_an_invalid_configuration_shows_every_error_and_the_machine_is_still_checked(tiny, capsys):
+    assert main(["check", str(tiny), "--training.steps", "0", "--optimizer.lr", "fast"]) == 2
+    output = capsys.readouterr().out
+    assert "failure  config" in output
+    assert "[training] steps = 0: expected a whole number >= 1" in output
+    assert '[optimizer] lr = "fast": expected a number >= 0' in output
+    assert "-> `swamla-titan config show debug` explains each key" in output
+    assert "ok       attention" in output
+
+
+def test_a_disk_too_small_for_the_checkpoints_gives_1_and_a_remedy(tiny, report, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 228_864 * 12 * 4 - 1))
+    code, lines = report(str(tiny))
+    assert code == 1
+    assert lines["disk"].startswith("failure  disk")
+    assert lines["disk"].endswith("-> free some space, lower checkpoint.keep_latest or move job.dump_folder")
+    assert report(str(tiny), "--checkpoint.keep_latest", "2")[0] == 0
+    assert report()[0] == 0
+
+
+def test_an_untested_torch_gives_1_and_a_remedy(report, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.3.1+cpu")
+    code, lines = report()
+    assert code == 1
+    assert lines["torch"].startswith("failure  torch")
+    assert "-> install a tested version: pip install 'torch>=2.11,<2.14'" in lines["torch"]
+
+
+def test_attention_that_is_wrong_is_found(report, monkeypatch):
+    """One path computes something else than the other."""
+    real = module.SWAMLAModel.forward
+
+    def wrong(self, tokens, targets=None):
+        return real(self, tokens if self.attention_backend == "reference" else tokens.roll(1, 1), targets)
+
+    monkeypatch.setattr(module.SWAMLAModel, "forward", wrong)
+    code, lines = report()
+    assert code == 1
+    assert lines["attention"].startswith("failure  attention")
+
+
+def test_a_probe_that_breaks_is_a_line_and_not_the_end(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr(module.metadata, "version", lambda name: 1 / 0)
+    code, lines = report()
+    assert code == 1
+    assert lines["torch"].startswith("failure  torch       ZeroDivisionError")
+    assert list(lines) == [*MACHINE, "tokenizer"]

@@ -1,0 +1,98 @@
+"""`config ls`, `config show` and `config cp`."""
+
+import dataclasses
+
+import pytest
+
+from swamla_titan.cli import main
+from swamla_titan.config import Override, load_config, shipped_configs
+from swamla_titan.config.load import SECTIONS
+from swamla_titan.model import FLAVORS
+from swamla_titan.model.flavors import parameter_counts
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["config", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(["config", *arguments]) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_ls_names_every_configuration_with_its_first_line_and_every_flavor_with_its_size(output):
+    lines = output("ls").splitlines()
+    for name, path in shipped_configs().items():
+        first = path.read_text().splitlines()[0].lstrip("# ").removeprefix(f"{name}: ")
+        assert any(line.split()[:1] == [name] and line.endswith(first) for line in lines), name
+    for name, shape in FLAVORS.items():
+        size = f"{parameter_counts(shape)[0] / 1e6:,.1f}M"
+        assert any(f"| `{name}` |" in line and f"| {size} |" in line for line in lines), name
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_show_loads_to_the_same_configuration(output, tmp_path, name):
+    shown = tmp_path / "shown.toml"
+    shown.write_text(output("show", name))
+    assert load_config(shown) == load_config(shipped_configs()[name])
+
+
+def test_show_explains_every_key_and_applies_overrides(output, tiny, tmp_path):
+    text = output("show", str(tiny), "--optimizer.lr", "0.125", "--model.dim=96")
+    for cls in SECTIONS.values():
+        for field in dataclasses.fields(cls):
+            assert f"# {field.metadata['doc']} (" in text
+            assert f"\n{field.name} = " in text
+    assert "\nlr = 0.125\n" in text
+    (tmp_path / "shown.toml").write_text(text)
+    overrides = [Override("optimizer", "lr", "0.125"), Override("model", "dim", "96")]
+    assert load_config(tmp_path / "shown.toml") == load_config(tiny, overrides)
+
+
+def test_show_refuses_what_train_would(refusal, tiny):
+    assert "[model] dim = 0: expected a whole number >= 2" in refusal("show", str(tiny), "--model.dim", "0")
+    message = refusal("show", "smal")
+    assert "smal: no such file, nor a shipped configuration (base, debug, small)" in message
+
+
+def test_cp_writes_a_copy_that_keeps_the_comments(output, tmp_path):
+    target = tmp_path / "mine.toml"
+    assert f"./run_train.sh {target}" in output("cp", "small", str(target))
+    assert target.read_text() == shipped_configs()["small"].read_text()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    output("cp", str(target), str(folder))
+    assert (folder / "mine.toml").read_text() == target.read_text()
+
+
+def test_cp_never_overwrites(refusal, tmp_path):
+    target = tmp_path / "mine.toml"
+    target.write_text("precious")
+    assert f"{target} exists; choose another name or remove it" in refusal("cp", "small", str(target))
+    assert target.read_text() == "precious"
+    (tmp_path / "small.toml").write_text("precious")
+    assert "small.toml exists" in refusal("cp", "small", str(tmp_path))
+    (tmp_path / "link.toml").symlink_to(tmp_path / "nowhere.toml")
+    assert "link.toml exists" in refusal("cp", "small", str(tmp_path / "link.toml"))
+    assert not (tmp_path / "nowhere.toml").exists()
+
+
+def test_cp_to_a_folder_that_is_not_there(refusal, tmp_path):
+    message = refusal("cp", "small", str(tmp_path / "no" / "mine.toml"))
+    assert "cannot be written (No such file or directory)" in message
+
+
+def test_an_unknown_name_lists_those_there_are(refusal, tmp_path):
+    assert "(base, debug, small)" in refusal("cp", "tiny", str(tmp_path / "x.toml"))
+    assert not (tmp_path / "x.toml").exists()

@@ -1,0 +1,147 @@
+"""`generate` on a real checkpoint of a run of three steps."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.cli import main
+from tests.conftest import TINY
+from tests.train.runs import checkpoint, snapshot, train
+
+LINE = "-" * 40 + "\n"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dump folder of a finished run."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "tiny.toml"
+    config.write_text(TINY.format(folder=folder))
+    settings = (
+        "--training.steps",
+        "3",
+        "--optimizer.lr",
+        "0.01",
+        "--checkpoint.interval",
+        "2",
+        "--checkpoint.keep_latest",
+        "0",
+    )
+    assert train(config, *settings, "--data.num_workers", "0", "--validation.interval", "0") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]):
+    def run(folder: Path, *arguments: str) -> str:
+        """What the command prints."""
+        capsys.readouterr()
+        assert main(["generate", str(folder), *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]):
+    def run(folder: Path, *arguments: str) -> str:
+        """The one message of a command that is refused; it prints nothing else."""
+        capsys.readouterr()
+        assert main(["generate", str(folder), *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("error: ") == 1
+        return captured.err
+
+    return run
+
+
+def test_a_dump_folder_stands_for_its_newest_checkpoint(trained, generate):
+    arguments = ("--prompt", "The", "--max-new-tokens", "30", "--temperature", "2")
+    text = generate(trained, *arguments)
+    assert text.startswith("The")
+    assert len(text) > len("The\n")
+    assert generate(checkpoint(trained, 3), *arguments) == text
+    assert generate(checkpoint(trained, 2), *arguments) != text
+
+
+def test_a_seed_gives_its_text_again_and_another_seed_another(trained, generate):
+    texts = [generate(trained, "--max-new-tokens", "30", "--seed", seed) for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_of_a_batch_are_continued_as_they_are_alone(trained, generate):
+    prompts = ["The import statement", "A", "", "Two\nlines of naïve text"]
+    arguments = ("--max-new-tokens", "20", "--temperature", "0", "--prompt")
+    alone = [generate(trained, *arguments, prompt) for prompt in prompts]
+    assert len(set(alone)) == len(prompts)
+    assert generate(trained, *arguments, *prompts) == "".join(text + LINE for text in alone)
+
+
+def test_no_more_than_max_new_tokens_and_fewer_are_a_beginning_of_more(trained, generate):
+    """At temperature 0 this model gives ASCII: a token is a character."""
+    few, more = (
+        generate(trained, "--temperature", "0", "--prompt", "Some", "--max-new-tokens", n).removesuffix("\n")
+        for n in ("7", "20")
+    )
+    assert more.isascii()
+    assert len(few) == len("Some") + 7
+    assert len(more) == len("Some") + 20
+    assert more.startswith(few)
+
+
+def test_the_last_length_that_fits(trained, generate, refusal):
+    room = 512 - len("Some")
+    assert generate(trained, "--prompt", "Some", "--max-new-tokens", str(room))
+    message = refusal(trained, "--prompt", "Some", "--max-new-tokens", str(room + 1))
+    assert "prompt 0 has 4 tokens, which with max_new_tokens = 509 exceeds max_seq_len = 512" in message
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (("--max-new-tokens", "0"), "max_new_tokens = 0: expected >= 1"),
+        (("--prompt", "x" * 600), "prompt 0 has 600 tokens"),
+        (("--temperature", "-1"), "temperature = -1.0: expected >= 0"),
+        (("--top-k", "-1"), "top_k = -1: expected >= 0"),
+        (("--top-p", "0"), "top_p = 0.0: expected > 0 and <= 1"),
+        (("--prompt",), "prompts: expected at least one"),
+    ],
+)
+def test_values_out_of_range_are_refused(trained, refusal, arguments, part):
+    assert part in refusal(trained, *arguments)
+
+
+def test_sampling_options_reach_the_sampler(trained, generate):
+    greedy = generate(trained, "--max-new-tokens", "20", "--temperature", "0")
+    for narrow in (("--top-k", "1"), ("--top-p", "1e-6"), ("--temperature", "1e-6")):
+        assert generate(trained, "--max-new-tokens", "20", *narrow) == greedy
+    assert generate(trained, "--max-new-tokens", "20", "--temperature", "5") != greedy
+
+
+def test_a_damaged_checkpoint_is_refused_where_it_was_asked_for_by_name(trained, tmp_path, generate, refusal):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    data = next(checkpoint(run, 3).glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    before = snapshot(run)
+    assert f"{data.name} has changed since it was written" in refusal(checkpoint(run, 3))
+    # The newest whole one of a run is another.
+    assert generate(run, "--temperature", "2") == generate(checkpoint(run, 2), "--temperature", "2")
+    (checkpoint(run, 2) / "manifest.json").unlink()
+    assert "manifest.json is missing: the checkpoint was not finished" in refusal(checkpoint(run, 2))
+    assert "no whole checkpoint" in refusal(run)
+    (checkpoint(run, 2) / "manifest.json").write_text(before["checkpoints/step-00000002/manifest.json"].decode())
+    assert snapshot(run) == before
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, refusal):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert f"{path}: neither a checkpoint nor the dump folder of a run that has one" in refusal(path)
+
+
+def test_keys_of_the_configuration_are_refused(trained, refusal):
+    assert "--model.dim: this command takes no configuration keys" in refusal(trained, "--model.dim", "3")
