@@ -139,9 +139,9 @@ class BatchLoader(Iterator[StepBatch]):
         size = (len(rows), self._seq_len)
         tokens = torch.empty(size, dtype=torch.int64, pin_memory=self._pin)
         targets = torch.empty(size, dtype=torch.int64, pin_memory=self._pin)
-        packed = torch.from_numpy(rows)
-        tokens.copy_(packed[:, :-1])
-        targets.copy_(packed[:, 1:])
+        # By NumPy: torch would wake all its threads for this, which takes 10 ms where the copy takes 0.1.
+        tokens.numpy()[:] = rows[:, :-1]
+        targets.numpy()[:] = rows[:, 1:]
         ids = None
         if self._document_mask:
             ids = document_ids(tokens, self._eot_id)

@@ -80,7 +80,6 @@ class Trainer:
         if newest:
             self._load(newest)
         self.step, self.tokens, self.replaced = record.step, record.tokens, record.replaced_bytes
-
         self._saved_step = record.step
 
         self.loader = BatchLoader(

@@ -49,8 +49,10 @@ def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, number):
     run, whole = folders(tmp_path)
-    undisturbed(tiny, whole)
-    process = start(tiny)
+    # Five micro-batches a step: slow enough for the signal to come in time, on a busy machine too.
+    slow = ("--training.local_batch_size", "1")
+    undisturbed(tiny, whole, *slow)
+    process = start(tiny, *slow)
     wait_for(run / "metrics.jsonl", process)
     while not (run / "metrics.jsonl").read_text():
         assert process.poll() is None
@@ -61,7 +63,7 @@ def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, number)
     saved = Checkpoints(run / "checkpoints", 0).newest_whole()
     assert saved is not None
     assert json.loads((saved / "train.json").read_text())["step"] < 30
-    assert train(tiny) == 0
+    assert train(tiny, *slow) == 0
     assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
 
 
