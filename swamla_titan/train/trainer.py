@@ -120,7 +120,8 @@ class Trainer:
             self.metrics.advance()
             self.profiler.after_step(self.step)
 
-            last = self.step == config.training.steps or self.stop.received is not None
+            stopped_by = self.stop.received  # read once: a signal later in this step is for the next one
+            last = self.step == config.training.steps or stopped_by is not None
             save = last or self.step % config.checkpoint.interval == 0
             if last or save or self.step == first_step or self.step % config.metrics.log_interval == 0:
                 self._log_step(loss, grad_norm)
@@ -130,8 +131,8 @@ class Trainer:
                 self._save()
             if config.training.gc_interval and self.step % config.training.gc_interval == 0:
                 gc.collect(1)
-            if self.stop.received and self.step < config.training.steps:
-                logger.info("stopped by %s after step %d; the same command goes on", self.stop.received.name, self.step)
+            if stopped_by and self.step < config.training.steps:
+                logger.info("stopped by %s after step %d; the same command goes on", stopped_by.name, self.step)
                 return EXIT_STOPPED
         return EXIT_DONE
 
