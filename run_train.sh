@@ -6,7 +6,8 @@ usage() {
 usage: ./run_train.sh [CONFIG] [--section.key value ...]
 
 Trains with the settings of the TOML file CONFIG, train_configs/debug.toml if none is given. A relative CONFIG is
-looked for in the current folder, then in the repository. What follows overrides keys of the file.
+looked for in the current folder, then in the repository; the name of a shipped configuration will do as well. What
+follows overrides keys of the file.
 
   NGPU      GPUs to use; 0 or none: train on the CPU (default: what is there, at most 1 in this version)
   NNODES    machines the run spans (default 1, the only number this version takes)
@@ -47,8 +48,13 @@ case ${1:-} in
     ;;
 esac
 if [[ ! -f $config ]]; then
-  [[ $config != /* && -f $root/$config ]] || refuse "no file $config in $PWD or $root"
-  config=$root/$config
+  if [[ -f $root/train_configs/$config.toml ]]; then
+    config=$root/train_configs/$config.toml
+  elif [[ $config != /* && -f $root/$config ]]; then
+    config=$root/$config
+  else
+    refuse "no file $config in $PWD or $root, nor a shipped configuration of that name"
+  fi
 fi
 
 nnodes=${NNODES:-1}

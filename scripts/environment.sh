@@ -41,7 +41,7 @@ new_enough() {
 # Prints the first Python on PATH that can make virtual environments.
 find_base_python() {
   local name without_venv=
-  for name in python3.13 python3.12 python3.11 python3.10 python3; do
+  for name in python3 python3.13 python3.12 python3.11 python3.10; do
     new_enough "$name" || continue
     if "$name" -c 'import ensurepip, venv' 2>/dev/null; then
       command -v "$name"

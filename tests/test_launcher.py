@@ -139,6 +139,12 @@ def test_refusals(repository: Repository, variables: dict[str, str], message: st
     assert not repository.record.exists()
 
 
+def test_the_name_of_a_shipped_config_will_do(repository: Repository) -> None:
+    ran = repository.run("run_train.sh", "debug", "--training.steps", "5")
+    assert ran.returncode == 0, ran.stderr
+    assert str(repository.root / "train_configs/debug.toml") in repository.record.read_text().splitlines()
+
+
 def test_missing_config_is_refused_before_the_environment_is_looked_for(repository: Repository) -> None:
     ran = repository.run("run_train.sh", "absent.toml")
     assert ran.returncode == 2

@@ -115,12 +115,12 @@ class Validation:
     interval: int = key(250, "Steps between validations on held-out text; 0: never.", minimum=0)
     path: str = key("", "Validation text, read like data.path; empty: documents held out of the training data.")
     fraction: float = key(
-        0.005,
+        0.01,
         "Share of documents held out of training, chosen by their text; only without validation.path.",
         minimum=0,
         below=1,
     )
-    max_tokens: int = key(500_000, "Most tokens a validation uses.", minimum=1)
+    max_tokens: int = key(262_144, "Most tokens a validation uses.", minimum=1)
 
 
 @dataclass(frozen=True)

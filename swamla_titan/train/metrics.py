@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import secrets
 import sys
 from pathlib import Path
@@ -40,7 +41,9 @@ class MetricsLogger:
 
     def log(self, step: int, values: Values, line: str) -> None:
         """Write the values of a step everywhere, and `line` to the console and the log."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
+        # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in values.items():

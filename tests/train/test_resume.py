@@ -46,6 +46,21 @@ def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_
     assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path):
+    run, whole = folders(tmp_path)
+    fast = ("--compile.enabled", "true", "--training.compute_dtype", "bfloat16", "--checkpoint.interval", "10")
+    undisturbed(tiny, whole, *fast)
+    process = start(tiny, *fast)
+    wait_for(checkpoint(run, 10), process, seconds=200)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not checkpoint(run, 30).exists(), "killed too late"
+    assert train(tiny, *fast) == 0
+    assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
+    assert metrics(run) == metrics(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, number):
     run, whole = folders(tmp_path)
