@@ -59,8 +59,9 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _undo_process_wide_switches():
-    """Training sets determinism, log handlers and seeds for the whole process; tests share it."""
+def _a_process_as_new():
+    """Training sets determinism, log handlers and seeds for the whole process, and tests share it."""
+    torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")

@@ -3,5 +3,15 @@
 from swamla_titan.config.load import Override, load_config, split_overrides, to_toml
 from swamla_titan.config.sections import Config
 from swamla_titan.config.shipped import find_config, shipped_configs
+from swamla_titan.config.vocabulary import with_vocabulary
 
-__all__ = ["Config", "Override", "find_config", "load_config", "shipped_configs", "split_overrides", "to_toml"]
+__all__ = [
+    "Config",
+    "Override",
+    "find_config",
+    "load_config",
+    "shipped_configs",
+    "split_overrides",
+    "to_toml",
+    "with_vocabulary",
+]

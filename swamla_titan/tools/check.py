@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from swamla_titan.config import Config, Override, find_config, load_config
+from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.data import load_tokenizer, open_corpus
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.flavors import parameter_counts
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
-from swamla_titan.train.trainer import with_vocabulary
 
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
 

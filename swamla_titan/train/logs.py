@@ -1,8 +1,7 @@
-"""Log lines: to the console without breaking the progress bar, and to logs/ in the dump folder."""
+"""Log lines on the console, which do not break the progress bar."""
 
 import logging
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -24,11 +23,3 @@ def log_to_console(level: int = logging.INFO) -> None:
     console = _Console()
     console.setFormatter(_FORMAT)
     package.addHandler(console)
-
-
-def log_to_folder(folder: Path, rank: int) -> None:
-    """Also append them to logs/rank-N.log under the dump folder."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("swamla_titan").addHandler(handler)

@@ -1,6 +1,5 @@
 """The trainer: what a run is made of, and the loop over its steps."""
 
-import dataclasses
 import gc
 import logging
 import math
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from swamla_titan.config import Config, to_toml
+from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.data import (
     BatchLoader,
     StepBatch,
@@ -22,14 +21,14 @@ from swamla_titan.data import (
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.flavors import parameter_counts
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
+from swamla_titan.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.world import join_world
+from swamla_titan.train.announce import announce
 from swamla_titan.train.checkpoint import Checkpoints, Record, load_tensors, read_record, refuse_other_run, tensors_of
+from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
-from swamla_titan.train.logs import log_to_folder
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.profiling import StepProfiler
@@ -101,7 +100,7 @@ class Trainer:
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, self.world.size, flops, self.tokens_per_step)
         self.stop = StopRequest()
-        self._announce(newest, tokenizer.name)
+        announce(config, self.device, tokenizer.name, self.rows, self.step, newest)
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
@@ -134,6 +133,7 @@ class Trainer:
             if stopped_by and self.step < config.training.steps:
                 logger.info("stopped by %s after step %d; the same command goes on", stopped_by.name, self.step)
                 return EXIT_STOPPED
+        logger.info('done; let it write: swamla-titan generate %s --prompt "The"', self.folder)
         return EXIT_DONE
 
     def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,77 +217,6 @@ class Trainer:
         tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
         load_tensors(path, tensors)
         set_random_state(tensors["random"], self.device)
-
-    def _announce(self, resumed: Path | None, tokenizer_name: str) -> None:
-        config, training = self.config, self.config.training
-        total, without_embeddings = parameter_counts(config.model)
-        kinds = config.model.block_kinds
-        logger.info(
-            "model: %s parameters (%s without embeddings), %d SWA + %d MLA layers, %s",
-            f"{total:,}",
-            f"{without_embeddings:,}",
-            kinds.count("swa"),
-            kinds.count("mla"),
-            training.compute_dtype if self.model.compute_dtype else "float32",
-        )
-        device = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        logger.info(
-            "on %s: %d steps of %d sequences of %d %s tokens, %d at a time",
-            device,
-            training.steps,
-            training.global_batch_size,
-            training.seq_len,
-            tokenizer_name,
-            self.rows,
-        )
-        if resumed:
-            logger.info("resumed from %s", resumed)
-        if self.step >= training.steps:
-            logger.info(
-                "all %d steps are done; raise training.steps, or choose another job.dump_folder", training.steps
-            )
-
-
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """The configuration with the tokenizer's vocabulary in the model, unless a larger one was asked for.
-
-    Raises UserError if the model's vocabulary is too small for the tokenizer.
-    """
-    given = config.model.vocab_size
-    if 0 < given < vocab_size:
-        raise UserError(
-            f"model.vocab_size = {given} is smaller than the {vocab_size} tokens of "
-            f'data.tokenizer = "{config.data.tokenizer}"; leave it out to use the tokenizer\'s'
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
-
-
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale gradients down to a global L2 norm of at most `max_norm` (0: leave them); returns the norm before."""
-    parameters = list(model.parameters())
-    if max_norm > 0:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def prepare_folder(folder: Path, config_text: str) -> None:
-    """Make the dump folder and write the resolved configuration; raises UserError where that is impossible.
-
-    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoints", "logs"):
-            (folder / name).mkdir(exist_ok=True)
-        (folder / "metrics.jsonl").open("a").close()
-        (folder / "config.toml").write_text(config_text)
-    except OSError as error:
-        reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"job.dump_folder = {folder}: cannot be written ({reason})") from None
 
 
 def train(config: Config) -> int:

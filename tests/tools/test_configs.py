@@ -63,7 +63,7 @@ def test_show_explains_every_key_and_applies_overrides(output, tiny, tmp_path):
 def test_show_refuses_what_train_would(refusal, tiny):
     assert "[model] dim = 0: expected a whole number >= 2" in refusal("show", str(tiny), "--model.dim", "0")
     message = refusal("show", "smal")
-    assert "smal: no such file, nor a shipped configuration (base, debug, small)" in message
+    assert "smal: no such file, nor a shipped configuration (base, debug, local, small)" in message
 
 
 def test_cp_writes_a_copy_that_keeps_the_comments(output, tmp_path):
@@ -94,5 +94,5 @@ def test_cp_to_a_folder_that_is_not_there(refusal, tmp_path):
 
 
 def test_an_unknown_name_lists_those_there_are(refusal, tmp_path):
-    assert "(base, debug, small)" in refusal("cp", "tiny", str(tmp_path / "x.toml"))
+    assert "(base, debug, local, small)" in refusal("cp", "tiny", str(tmp_path / "x.toml"))
     assert not (tmp_path / "x.toml").exists()
