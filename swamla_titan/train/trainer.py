@@ -193,9 +193,9 @@ class Trainer:
         self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise RunFailed(
-                f"step {self.step}: loss {values['loss']}, gradient norm {values['grad_norm']}. This step is not saved. "
-                "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again; if the loss "
-                "had risen for long, move the newest checkpoints away first"
+                f"step {self.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; this step is not saved. "
+                "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again. If the "
+                "loss had risen for long, move the newest checkpoints away first"
             )
 
     def _validate(self, validator: Validator) -> None:
