@@ -1,5 +1,6 @@
 """The command `swamla-titan`: parses, then calls a room."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has seen enough; Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
 
 
 def _run(command: object, overrides: list[Override]) -> int:

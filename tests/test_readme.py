@@ -5,7 +5,7 @@ from pathlib import Path
 
 from swamla_titan.cli import main
 from swamla_titan.config import shipped_configs
-from swamla_titan.model.flavors import flavor_table
+from swamla_titan.model.sizes import flavor_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,6 +6,7 @@ Precedence: command line > TOML file > flavor > default.
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_OVERRIDE = re.compile(r"--[\w-]+\.[\w-]+")
 SECTIONS: dict[str, type] = field_types(Config)
 
 
@@ -70,12 +72,12 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
     remaining = iter(arguments)
     for argument in remaining:
         name, equals, text = argument.partition("=")
-        if not (name.startswith("--") and "." in name):
+        if not _OVERRIDE.fullmatch(name):
             rest.append(argument)
             continue
         if not equals:
             following = next(remaining, None)
-            if following is None or (following.startswith("--") and "." in following):
+            if following is None or _OVERRIDE.fullmatch(following.partition("=")[0]):
                 raise UserError(f"{name}: a value must follow, as in `{name} VALUE` or `{name}=VALUE`")
             text = following
         section, _, key = name[2:].partition(".")

@@ -1,14 +1,15 @@
 """The configurations that come with the package."""
 
+import sysconfig
 from pathlib import Path
 
 import swamla_titan
 from swamla_titan.errors import UserError
 
-# In a checkout the folder stands beside the package; in an installed wheel it is inside it.
+# In a checkout the folder stands beside the package; a wheel installs it among the environment's data.
 _CANDIDATES = [
     Path(swamla_titan.__file__).parents[1] / "train_configs",
-    Path(swamla_titan.__file__).parent / "train_configs",
+    Path(sysconfig.get_path("data")) / "share" / "swamla-titan" / "train_configs",
 ]
 
 

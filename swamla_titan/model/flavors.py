@@ -1,13 +1,10 @@
-"""Model shapes by name, and their true sizes.
+"""Model shapes by name; model/sizes.py counts their parameters.
 
 `small`, `base`, `large` and `xl` are given shapes. The names that are numbers say the size, embeddings included, within
 3%: shaped for speed (heads of 128, widths divisible by 256, as wide as a sensible depth allows).
 """
 
-import torch
-
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.model import SWAMLAModel
 
 _400M = ModelConfig(num_layers=12, dim=1536, num_heads=12)
 
@@ -35,27 +32,3 @@ FLAVORS: dict[str, ModelConfig] = {
     "800m": ModelConfig(num_layers=15, dim=2048, num_heads=16, ffn_hidden_dim=5120),
     "2b": ModelConfig(num_layers=24, dim=2560, num_heads=20),
 }
-
-
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those without embedding and head), counted on the module itself; tied weights once."""
-    with torch.device("meta"):
-        model = SWAMLAModel(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    outside = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
-    return total, total - sum(outside.values())
-
-
-def flavor_table() -> list[str]:
-    """Rows of a Markdown table of the flavors, heading included."""
-    rows = [
-        "| flavor | layers | dim | heads | FFN | parameters | without embeddings |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, config in FLAVORS.items():
-        total, inner = parameter_counts(config)
-        rows.append(
-            f"| `{name}` | {config.num_layers} | {config.dim} | {config.num_heads} | {config.ffn_width} "
-            f"| {total / 1e6:,.1f}M | {inner / 1e6:,.1f}M |"
-        )
-    return rows

@@ -14,7 +14,7 @@ from swamla_titan.config import Config, Override, find_config, load_config, with
 from swamla_titan.data import load_tokenizer, open_corpus
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.flavors import parameter_counts
+from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 

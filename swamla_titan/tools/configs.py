@@ -5,7 +5,7 @@ from pathlib import Path
 
 from swamla_titan.config import find_config, shipped_configs
 from swamla_titan.errors import UserError
-from swamla_titan.model.flavors import flavor_table
+from swamla_titan.model.sizes import flavor_table
 
 
 def list_configs() -> None:

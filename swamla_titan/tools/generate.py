@@ -9,7 +9,7 @@ from swamla_titan.data import load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import generate
-from swamla_titan.train.checkpoint import CONFIG, Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
 from swamla_titan.train.manifest import MANIFEST, Damaged, verify
 
 
@@ -46,7 +46,8 @@ def generate_from_checkpoint(
     """
     path = find_checkpoint(checkpoint)
     config = load_config(path / CONFIG)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    vocabulary = path / VOCABULARY
+    tokenizer = load_tokenizer(str(vocabulary) if vocabulary.exists() else config.data.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SWAMLAModel(config.model).to(device)
     load_tensors(path, tensors_of(model))

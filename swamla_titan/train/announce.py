@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.model.flavors import parameter_counts
+from swamla_titan.model.sizes import parameter_counts
 
 logger = logging.getLogger(__name__)
 

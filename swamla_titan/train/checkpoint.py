@@ -4,6 +4,7 @@ checkpoints/step-00000100/
     .metadata, *.distcp    tensors: model, optimizer, random states (torch.distributed.checkpoint)
     train.json             step, counters, data cursors, identity of the run, versions
     config.toml            the resolved configuration
+    tokenizer.tiktoken     the vocabulary, where it was read from a file
     manifest.json          size and SHA-256 of each of the above
 """
 
@@ -23,17 +24,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 import swamla_titan
-from swamla_titan.errors import UserError
+from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.train.manifest import TEMPORARY_PREFIX, Damaged, commit, is_ours, verify
 
 logger = logging.getLogger(__name__)
 
 RECORD = "train.json"
 CONFIG = "config.toml"
+VOCABULARY = "tokenizer.tiktoken"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -85,20 +88,36 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_latest: int) -> None:
         self.folder = folder
         self.keep_latest = keep_latest
+        self._damaged: set[Path] = set()  # found so by newest_whole
 
-    def save(self, tensors: dict[str, Any], record: Record, config_text: str) -> Path:
-        """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder."""
+    def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes]) -> Path:
+        """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder.
+
+        `files` are stored beside tensors and record, by name. Raises RunFailed, leaving nothing half-written, where
+        the disk does not take it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         final = self.folder / f"step-{record.step:08d}"
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
-        temporary.mkdir()
-        with _alone_is_fine():
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-        (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
-        (temporary / CONFIG).write_text(config_text)
-        commit(temporary, final)
+        try:
+            temporary.mkdir()
+            with _alone_is_fine():
+                dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+            (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
+            commit(temporary, final)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free / 2**30
+            reason = str(error).strip().splitlines()[-1]
+            raise RunFailed(
+                f"{final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and start the "
+                "same command again: it goes on from the checkpoint before"
+            ) from error
+        self._damaged.discard(final)
         self._retain()
         return final
 
@@ -114,6 +133,7 @@ class Checkpoints:
                 verify(path)
                 return path
             except Damaged as error:
+                self._damaged.add(path)
                 damaged.append(f"{path}: {error}")
                 logger.warning("checkpoint passed over: %s", damaged[-1])
         if damaged:
@@ -131,7 +151,8 @@ class Checkpoints:
             yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
     def _retain(self) -> None:
-        ours = [path for path in self._finished() if is_ours(path)]
+        # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step.
+        ours = [path for path in self._finished() if is_ours(path) and path not in self._damaged]
         for path in ours[self.keep_latest :] if self.keep_latest else []:
             # Renamed first: a crash while deleting must not leave a half-empty folder that looks like a checkpoint.
             doomed = path.rename(path.with_name(TEMPORARY_PREFIX + path.name))

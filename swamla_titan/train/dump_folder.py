@@ -1,9 +1,54 @@
 """The folder that receives everything a run writes."""
 
+import fcntl
 import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from swamla_titan.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder against other runs, which would commit and delete each other's checkpoints.
+
+    The operating system lets go when the process ends, however it ends. Raises UserError if another process holds it,
+    or if the folder cannot be made. A folder made here in which nothing was written is removed again.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"job.dump_folder = {folder}: another run writes there ({lock.read().strip()}); "
+                "wait for its end or stop it, or choose another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
+    return UserError(f"job.dump_folder = {folder}: cannot be written ({reason})")
 
 
 def prepare_folder(folder: Path, config_text: str) -> None:
@@ -18,8 +63,7 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         (folder / "metrics.jsonl").open("a").close()
         (folder / "config.toml").write_text(config_text)
     except OSError as error:
-        reason = f"{error.filename} is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"job.dump_folder = {folder}: cannot be written ({reason})") from None
+        raise _unusable(folder, error) from None
 
 
 def log_to_folder(folder: Path, rank: int) -> None:

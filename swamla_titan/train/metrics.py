@@ -105,9 +105,7 @@ def require_wandb() -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(
-            'metrics.wandb = true needs the package wandb: pip install "swamla-titan[wandb]", or set it to false'
-        ) from None
+        raise UserError("metrics.wandb = true needs the package: pip install wandb, or set it to false") from None
     return wandb
 
 

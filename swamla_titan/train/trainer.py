@@ -26,8 +26,17 @@ from swamla_titan.optim import build_optimizer, clip_gradients, lr_factor, set_l
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.world import join_world
 from swamla_titan.train.announce import announce
-from swamla_titan.train.checkpoint import Checkpoints, Record, load_tensors, read_record, refuse_other_run, tensors_of
-from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
+from swamla_titan.train.checkpoint import (
+    CONFIG,
+    VOCABULARY,
+    Checkpoints,
+    Record,
+    load_tensors,
+    read_record,
+    refuse_other_run,
+    tensors_of,
+)
+from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.numerics import set_numerics
@@ -47,7 +56,8 @@ class Trainer:
     the dump folder.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest) -> None:
+        self.stop = stop
         self.world = join_world()
         self.device = self.world.device
         set_numerics(config, self.device)
@@ -93,13 +103,13 @@ class Trainer:
         if config.metrics.wandb:
             require_wandb()
         # From here on nothing is refused any more.
-        prepare_folder(self.folder, to_toml(config))
+        if self.step < config.training.steps:  # else the folder tells of the run that is finished
+            prepare_folder(self.folder, to_toml(config))
         log_to_folder(self.folder, self.world.rank)
         self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces")
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, self.world.size, flops, self.tokens_per_step)
-        self.stop = StopRequest()
         announce(config, self.device, tokenizer.name, self.rows, self.step, newest)
 
     def run(self) -> int:
@@ -113,7 +123,7 @@ class Trainer:
             self.profiler.before_step(self.step + 1)
             with self.throughput.data_wait():
                 batch = self._next_batch(batches)
-            loss, grad_norm = self.train_step(batch)
+            self.outcome = self.train_step(batch)
             self.step += 1
             self.tokens += self.tokens_per_step
             self.metrics.advance()
@@ -123,7 +133,7 @@ class Trainer:
             last = self.step == config.training.steps or stopped_by is not None
             save = last or self.step % config.checkpoint.interval == 0
             if last or save or self.step == first_step or self.step % config.metrics.log_interval == 0:
-                self._log_step(loss, grad_norm)
+                self._log_step()
             if self.validator and (self.step % config.validation.interval == 0 or self.step == config.training.steps):
                 self._validate(self.validator)
             if save:
@@ -162,7 +172,6 @@ class Trainer:
     def close(self) -> None:
         """Stop the loader's processes, write a profile that was begun and flush the metrics."""
         gc.enable()
-        self.stop.forget()
         self.loader.close()
         self.profiler.close()
         self.metrics.close()
@@ -180,8 +189,9 @@ class Trainer:
         self.replaced += batch.replaced
         return batch
 
-    def _log_step(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
+        loss, grad_norm = self.outcome
         values: dict[str, float | int] = {
             "tokens": self.tokens,
             "loss": loss.item(),
@@ -191,9 +201,14 @@ class Trainer:
         values |= self.throughput.read()
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raise RunFailed if the last step's loss or gradient norm is no number: its weights must not be kept."""
+        loss, grad_norm = (value.item() for value in self.outcome)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise RunFailed(
-                f"step {self.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; this step is not saved. "
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; this step is not saved. "
                 "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again. If the "
                 "loss had risen for long, move the newest checkpoints away first"
             )
@@ -205,13 +220,20 @@ class Trainer:
         self.metrics.log(self.step, values, line)
 
     def _save(self) -> None:
+        self._require_finite()
         with self.throughput.paused():
             cursors = self.loader.state_dict()
             record = Record(self.step, self.tokens, cursors, self.identity, self.replaced)
             tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
-            path = self.checkpoints.save(tensors, record, to_toml(self.config))
+            path = self.checkpoints.save(tensors, record, self._files())
             self._saved_step = self.step
         logger.info("checkpoint %s", path)
+
+    def _files(self) -> dict[str, bytes]:
+        """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
+        files = {CONFIG: to_toml(self.config).encode()}
+        vocabulary = Path(self.config.data.tokenizer)
+        return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
     def _load(self, path: Path) -> None:
         tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
@@ -221,8 +243,14 @@ class Trainer:
 
 def train(config: Config) -> int:
     """Run a configuration to its end; returns the exit code."""
-    trainer = Trainer(config)
+    stop = StopRequest()
     try:
-        return trainer.run()
+        with exclusive(Path(config.job.dump_folder)):
+            trainer = Trainer(config, stop)
+            stop.finish_step_first = True
+            try:
+                return trainer.run()
+            finally:
+                trainer.close()
     finally:
-        trainer.close()
+        stop.forget()

@@ -8,7 +8,7 @@ from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.flavors import parameter_counts
+from swamla_titan.model.sizes import parameter_counts
 
 
 @pytest.fixture

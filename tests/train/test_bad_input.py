@@ -170,7 +170,7 @@ def test_a_tokenizer_that_is_not_there(tiny, capsys, monkeypatch):
 
 def test_wandb_that_is_not_installed(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert 'pip install "swamla-titan[wandb]"' in refused_over(capsys, tiny, "--metrics.wandb", "true")
+    assert "pip install wandb" in refused_over(capsys, tiny, "--metrics.wandb", "true")
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "logs"])

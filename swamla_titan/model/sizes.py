@@ -1,0 +1,31 @@
+"""True parameter counts, of the module itself."""
+
+import torch
+
+from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.flavors import FLAVORS
+from swamla_titan.model.model import SWAMLAModel
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, those without embedding and head), counted on the module itself; tied weights once."""
+    with torch.device("meta"):
+        model = SWAMLAModel(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    outside = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
+    return total, total - sum(outside.values())
+
+
+def flavor_table() -> list[str]:
+    """Rows of a Markdown table of the flavors, heading included."""
+    rows = [
+        "| flavor | layers | dim | heads | FFN | parameters | without embeddings |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, config in FLAVORS.items():
+        total, inner = parameter_counts(config)
+        rows.append(
+            f"| `{name}` | {config.num_layers} | {config.dim} | {config.num_heads} | {config.ffn_width} "
+            f"| {total / 1e6:,.1f}M | {inner / 1e6:,.1f}M |"
+        )
+    return rows
