@@ -49,9 +49,12 @@ def generate_from_checkpoint(
     vocabulary = path / VOCABULARY
     tokenizer = load_tokenizer(str(vocabulary) if vocabulary.exists() else config.data.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SWAMLAModel(config.model).to(device)
+    with torch.device("meta"):
+        model = SWAMLAModel(config.model)
+    model.to_empty(device=device)
     load_tensors(path, tensors_of(model))
-    model.compute_dtype = getattr(torch, config.training.compute_dtype) if device.type == "cuda" else torch.float32
+    if device.type == "cuda":  # a CPU is exact, and no slower, in float32
+        model.to(getattr(torch, config.training.compute_dtype))
     model.eval()
     # An empty prompt starts as a document does: after the end of the one before.
     prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in prompt]

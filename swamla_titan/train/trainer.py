@@ -81,9 +81,11 @@ class Trainer:
             assert held_out is not None, "the configuration's rules ask for a path or a fraction"
             self.validator = Validator(held_out, self.world, self.rows)
 
-        self.model = SWAMLAModel(config.model)
-        self.model.init_weights(config.job.seed)
-        self.model.to(self.device)
+        with torch.device("meta"):
+            self.model = SWAMLAModel(config.model)
+        self.model.to_empty(device=self.device)
+        if not newest:
+            self.model.init_weights(config.job.seed)
         parallelize(self.model, config)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if newest:
@@ -130,17 +132,18 @@ class Trainer:
             self.profiler.after_step(self.step)
 
             stopped_by = self.stop.received  # read once: a signal later in this step is for the next one
-            last = self.step == config.training.steps or stopped_by is not None
-            save = last or self.step % config.checkpoint.interval == 0
-            if last or save or self.step == first_step or self.step % config.metrics.log_interval == 0:
+            finished = self.step == config.training.steps
+            save = finished or stopped_by or self.step % config.checkpoint.interval == 0
+            validate = self.validator and (finished or self.step % config.validation.interval == 0)
+            if save or validate or self.step == first_step or self.step % config.metrics.log_interval == 0:
                 self._log_step()
-            if self.validator and (self.step % config.validation.interval == 0 or self.step == config.training.steps):
+            if self.validator and validate:
                 self._validate(self.validator)
             if save:
                 self._save()
             if config.training.gc_interval and self.step % config.training.gc_interval == 0:
                 gc.collect(1)
-            if stopped_by and self.step < config.training.steps:
+            if stopped_by and not finished:
                 logger.info("stopped by %s after step %d; the same command goes on", stopped_by.name, self.step)
                 return EXIT_STOPPED
         logger.info('done; let it write: swamla-titan generate %s --prompt "The"', self.folder)

@@ -133,6 +133,7 @@ def test_overrides_are_taken_out_of_a_command_line():
     overrides, rest = split_overrides(["train", "--training.steps", "5", "x.toml", "--model.dim=-1", "--help"])
     assert overrides == [Override("training", "steps", "5"), Override("model", "dim", "-1")]
     assert rest == ["train", "x.toml", "--help"]
+    assert split_overrides(["--prompt", "--hello. world"]) == ([], ["--prompt", "--hello. world"])
     with pytest.raises(UserError, match="a value must follow"):
         split_overrides(["--training.steps"])
     with pytest.raises(UserError, match="a value must follow"):

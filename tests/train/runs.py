@@ -70,8 +70,9 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content of every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Content of every file under a folder, but for the lock, which names the process that held it last."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,72 @@ def test_only_the_newest_k_are_kept_and_a_stranger_s_folder_is_left_alone(tiny, 
     assert train(tiny, "--training.steps", "6", "--checkpoint.interval", "2", "--checkpoint.keep_latest", "2") == 0
     left = sorted(path.name for path in mine.parent.iterdir())
     assert left == ["step-00000004", "step-00000006", "step-1", "step-best"]
+
+
+def test_a_damaged_checkpoint_never_counts_among_those_kept(tiny, tmp_path):
+    run = tmp_path / "run"
+    assert train(tiny, "--training.steps", "6", "--checkpoint.interval", "2") == 0
+    victim = next(checkpoint(run, 6).glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert train(tiny, "--training.steps", "5", "--checkpoint.interval", "1", "--checkpoint.keep_latest", "1") == 0
+    assert checkpoint(run, 5).exists()
+    newest = Checkpoints(run / "checkpoints", 1).newest_whole()
+    assert newest == checkpoint(run, 5)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    process = start(tiny, "--training.local_batch_size", "1")
+    wait_for(run / "metrics.jsonl", process)
+    assert train(tiny) == 2
+    assert f"another run writes there (process {process.pid} on" in capsys.readouterr().err
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert train(tiny) == 0  # the lock went with its process
+
+
+def test_a_run_refused_before_it_began_leaves_no_folder(tiny, tmp_path):
+    assert train(tiny, "--data.tokenizer", "gtp2") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_the_checkpoint_before(tiny, tmp_path):
+    assert train(tiny, "--training.steps", "2") == 0
+    # The limit stands in for the disk: it is larger than the small files and smaller than the weights.
+    command = f"trap '' XFSZ; ulimit -f 1000; exec {sys.executable} -m swamla_titan train {tiny} --training.steps 4"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith(f"failed: {checkpoint(tmp_path / 'run', 4)} could not be written (")
+    assert "GiB are free there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(tiny, "--training.steps", "4") == 0
+
+
+def test_a_finished_run_s_configuration_is_not_replaced_by_one_that_trained_nothing(tiny, tmp_path):
+    assert train(tiny, "--training.steps", "3") == 0
+    before = (tmp_path / "run" / "config.toml").read_text()
+    assert train(tiny, "--training.steps", "3", "--optimizer.lr", "0.5") == 0
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def test_weights_that_are_no_numbers_are_not_saved_when_the_data_turn_out_bad(tiny, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"document {i} " * 40}) for i in range(60)]
+    text.write_text("\n".join([*lines[:40], "{broken", *lines[40:]]))
+    diverging = ("--optimizer.lr", "1e30", "--training.max_grad_norm", "0", "--lr_schedule.warmup_steps", "0")
+    source = (
+        "--data.source",
+        "local",
+        "--data.path",
+        str(text),
+        "--data.streams",
+        "1",
+        "--data.shuffle_documents",
+        "1",
+    )
+    quiet = ("--metrics.log_interval", "1000", "--validation.interval", "0", "--validation.fraction", "0")
+    long = ("--training.steps", "1000", "--checkpoint.interval", "1000")
+    assert train(tiny, *diverging, *source, *quiet, *long) == 1
+    assert "this step is not saved" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
