@@ -1,5 +1,6 @@
 """`generate` on a real checkpoint of a run of three steps."""
 
+import base64
 import shutil
 from pathlib import Path
 
@@ -145,3 +146,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, refusal):
 
 def test_keys_of_the_configuration_are_refused(trained, refusal):
     assert "--model.dim: this command takes no configuration keys" in refusal(trained, "--model.dim", "3")
+
+
+def test_a_checkpoint_brings_the_vocabulary_that_lay_in_a_file(tiny, generate, tmp_path, monkeypatch):
+    vocabulary = tmp_path / "mine.tiktoken"
+    ranks = [bytes([i]) for i in range(256)] + [b"th", b"the"]
+    vocabulary.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
+    monkeypatch.chdir(tmp_path)
+    assert train(tiny, "--data.tokenizer", "./mine.tiktoken", "--training.steps", "1") == 0
+    vocabulary.unlink()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(checkpoint(tmp_path / "run", 1), moved)
+    monkeypatch.chdir("/")
+    assert generate(moved, "--prompt", "the", "--max-new-tokens", "3").startswith("the")

@@ -145,3 +145,27 @@ def test_the_loss_falls_when_the_model_learns(tiny, tmp_path):
     assert train(tiny, "--data.num_workers", "0", "--validation.interval", "10", "--optimizer.lr", "0.01") == 0
     found = metrics(tmp_path / "run", "val_loss")
     assert found[30] < found[10] < math.log(257)
+
+
+def test_with_document_masks_each_document_is_validated_alone(tiny, tmp_path):
+    text = tmp_path / "held-out.jsonl"
+    texts = [f"document {i}, " * (i % 4 + 1) for i in range(12)]
+    text.write_text("\n".join(json.dumps({"text": each}) for each in texts))
+    losses = {}
+    for mask in ("true", "false"):
+        folder = tmp_path / mask
+        settings = ("--validation.path", str(text), "--data.document_mask", mask, "--job.dump_folder", str(folder))
+        assert train(tiny, *ONE_STEP, *settings) == 0
+        losses[mask] = metrics(folder, "val_loss")[1]
+    row = [token for each in texts for token in (*each.encode(), EOT)]
+    model = untrained(load_config(tmp_path / "true" / "config.toml"))
+    total = 0.0
+    for start in range(0, len(row) - 1, 64):
+        window = row[start : start + 65]
+        inputs, begin = window[:-1], 0
+        ends = [i + 1 for i, token in enumerate(inputs) if token == EOT and i + 1 < len(inputs)] + [len(inputs)]
+        for end in ends:  # the end-of-text token belongs to the document that it ends
+            total += nats(model, window[begin : end + 1], 64)
+            begin = end
+    assert losses["true"] == pytest.approx(total / (len(row) - 1), rel=1e-5)
+    assert losses["false"] != pytest.approx(losses["true"], rel=3e-5)  # so the tolerance above tells them apart
