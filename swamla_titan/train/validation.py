@@ -5,6 +5,7 @@ import math
 import torch
 
 from swamla_titan.data import IGNORED, ValidationSet
+from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.world import World, sum_over_ranks
 
@@ -20,6 +21,11 @@ class Validator:
         self.micro_batches = list(held_out.micro_batches(world.rank, world.size, local_batch_size))
         self.num_targets = int((held_out.targets != IGNORED).sum())
         self.num_bytes = int(held_out.target_bytes.sum())
+        if self.num_bytes == 0:
+            raise UserError(
+                "the validation text is a single token long, so there is nothing to predict: raise "
+                "validation.fraction, give a longer validation.path, or set validation.interval = 0"
+            )
 
     @torch.no_grad()
     def __call__(self, model: SWAMLAModel) -> dict[str, float]:

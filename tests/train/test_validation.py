@@ -169,3 +169,11 @@ def test_with_document_masks_each_document_is_validated_alone(tiny, tmp_path):
             begin = end
     assert losses["true"] == pytest.approx(total / (len(row) - 1), rel=1e-5)
     assert losses["false"] != pytest.approx(losses["true"], rel=3e-5)  # so the tolerance above tells them apart
+
+
+def test_validation_text_of_one_token_is_refused_at_the_start(tiny, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("a")
+    assert train(tiny, *ONE_STEP, "--validation.path", str(text)) == 2
+    assert "nothing to predict" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
