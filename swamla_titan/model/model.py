@@ -66,11 +66,13 @@ class SWAMLAModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw all parameters anew; each from its own generator, see model/init.py."""
 
+        config = self.config
+
         def draw(named: tuple[str, Tensor]) -> None:
             name, parameter = named
             # no_grad is a thread's own, hence again here
             with torch.no_grad():
-                parameter.copy_(initial_value(name, parameter.shape, self.config.num_layers, seed))
+                parameter.copy_(initial_value(name, parameter.shape, config.num_layers, seed, config.tie_embeddings))
 
         # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:

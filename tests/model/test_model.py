@@ -1,6 +1,7 @@
 """SWAMLAModel: what it accepts, its loss, its documents, its first values, its graphs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,21 @@ class TestFirstValues:
             assert torch.equal(parameter, values[name]), name
         assert part.head.weight is part.embedding.weight
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_last_stage_without_the_embedding_has_the_whole_models_head(self, tied):
+        config = replace(TINY, tie_embeddings=tied)
+        whole = SWAMLAModel(config)
+        with torch.device("meta"):
+            part = SWAMLAModel(config)
+        del part.embedding, part.blocks["0"]
+        part.to_empty(device="cpu")
+        part.init_weights(0)
+        values = dict(whole.named_parameters(remove_duplicate=False))
+        assert "head.weight" in dict(part.named_parameters())
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter, values[name]), name
+        assert torch.equal(whole.head.weight, whole.embedding.weight) == tied
+
     def test_wrapped_blocks_keep_their_values(self):
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -265,8 +281,6 @@ def test_compiled_blocks_are_one_graph_and_equal(documents):
 
 def test_block_takes_a_block_mask_in_a_compiled_graph():
     """What runs on a GPU, as far as a CPU can run it: tracing with flex, without its kernel."""
-    from dataclasses import replace
-
     from swamla_titan.kernels.masks import block_mask, document_starts
 
     torch._dynamo.reset()
