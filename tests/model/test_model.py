@@ -11,6 +11,7 @@ from torch import nn
 
 from swamla_titan.model import FLAVORS, MLABlock, ModelConfig, SWABlock, SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
+from swamla_titan.model.init import initial_value
 from swamla_titan.model.linear import Linear
 
 
@@ -161,6 +162,8 @@ def test_dropout_acts_in_training_only():
 
 def test_grouped_gate_up_is_swiglu():
     layer = FeedForward(ModelConfig(dim=64, num_heads=4, ffn_hidden_dim=256)).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)
     x = torch.randn(3, 64, dtype=torch.float64)
     gate, up = layer.split_gate_up(layer.gate_up.weight)
     torch.testing.assert_close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T)
@@ -227,6 +230,30 @@ class TestFirstValues:
         assert part.head.weight is part.embedding.weight
 
     @pytest.mark.parametrize("tied", [True, False])
+    def test_each_weight_is_drawn_once(self, tied, monkeypatch):
+        drawn = []
+
+        def recorded(name, *args):
+            drawn.append(name)
+            return initial_value(name, *args)
+
+        def refused(*args, **keys):
+            raise AssertionError("torch's own first values are drawn")
+
+        for name in ("kaiming_uniform_", "uniform_", "normal_"):
+            monkeypatch.setattr(nn.init, name, refused)
+        monkeypatch.setattr("swamla_titan.model.model.initial_value", recorded)
+        state = torch.get_rng_state()
+        config = replace(TINY, tie_embeddings=tied, q_lora_rank=14, qk_norm=True)
+        model = SWAMLAModel(config)
+        assert sorted(drawn) == sorted(name for name, _ in model.named_parameters())
+        with torch.device("meta"):
+            empty = SWAMLAModel(config)
+        assert len(drawn) == len(list(model.parameters()))
+        assert all(parameter.is_meta for parameter in empty.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("tied", [True, False])
     def test_a_last_stage_without_the_embedding_has_the_whole_models_head(self, tied):
         config = replace(TINY, tie_embeddings=tied)
         whole = SWAMLAModel(config)
@@ -257,6 +284,22 @@ def test_tied_head_is_the_embedding():
     assert untied.head.weight is not untied.embedding.weight
     copied = copy.deepcopy(tied)
     assert copied.head.weight is copied.embedding.weight
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_keeps_the_tie(tied, assign):
+    source = build(tie_embeddings=tied)
+    with torch.device("meta" if assign else "cpu"):
+        plain = SWAMLAModel(source.config)
+    for model in (plain, copy.deepcopy(plain)):
+        model.double().load_state_dict(
+            {name: value.clone() for name, value in source.state_dict().items()}, assign=assign
+        )
+        assert (model.head.weight is model.embedding.weight) == tied
+        assert len(list(model.parameters())) == len(list(source.parameters()))
+        tokens = random_tokens(1, 8)
+        assert torch.equal(model.eval()(tokens), source(tokens))
 
 
 @pytest.mark.parametrize("documents", [False, True])
