@@ -1,10 +1,11 @@
-"""Which form of mask "auto" takes, decided on a CPU for a GPU."""
+"""Which form of mask "auto" takes, decided on a CPU for a GPU; and the rotations' dtype."""
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, build, random_tokens
 
 from swamla_titan.model import ModelConfig, context
+from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext, flex_takes
 
 
@@ -51,3 +52,31 @@ def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, confi
     built = SequenceContext.build(config, 20, ids, torch.device("cuda"), dtype)
     assert built.swa_mask == swa
     assert built.mla_mask == (mla if documents else None)
+
+
+@pytest.mark.parametrize(
+    "activations, wide",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_rotations_are_float32_or_wider_whatever_the_activations(activations, wide):
+    built = SequenceContext.build(TINY, 60, None, torch.device("cpu"), activations)
+    exact = SequenceContext.build(TINY, 60, None, torch.device("cpu"), torch.float64)
+    for name in ("swa_rotation", "mla_rotation"):
+        for ours, theirs in zip(getattr(built, name), getattr(exact, name)):
+            assert ours.dtype == wide
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-7)
+
+
+def test_decoding_s_rotations_are_float32_under_bfloat16_activations():
+    model = build(torch.float32)
+    model.compute_dtype = torch.bfloat16
+    cache = DecodeCache(model, 1, 10)
+    model.prefill(random_tokens(1, 5), cache)
+    following = cache.next_context(reference=False)
+    for rotation in (following.swa_rotation, following.mla_rotation):
+        assert rotation.cos.dtype == rotation.sin.dtype == torch.float32

@@ -160,6 +160,22 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("branch", ["attention", "feed_forward"])
+@pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
+def test_dropout_acts_on_each_branch_by_itself(kind, branch):
+    """With the other branch writing zeros, what a block adds is the branch's output, dropped or doubled."""
+    model = build(dropout=0.5, num_layers=1, **kind)
+    block = model.blocks["0"]
+    with torch.no_grad():
+        (block.feed_forward.down if branch == "attention" else block.attention.wo).weight.zero_()
+    x, context = torch.randn(1, 60, 32, dtype=torch.float64), model.context(60)
+    whole = block.eval()(x, context) - x
+    dropped = block.train()(x, context) - x
+    zero = dropped == 0
+    assert 0.4 < zero.double().mean() < 0.6
+    torch.testing.assert_close(dropped, torch.where(zero, 0.0, 2 * whole))
+
+
 def test_grouped_gate_up_is_swiglu():
     layer = FeedForward(ModelConfig(dim=64, num_heads=4, ffn_hidden_dim=256)).double()
     for parameter in layer.parameters():
