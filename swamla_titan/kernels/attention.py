@@ -25,8 +25,11 @@ _CUDA_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# cuDNN with a mask fails for some shapes ("no execution plans support the graph").
+_CUDA_BACKENDS_UNDER_A_MASK = _CUDA_BACKENDS[1:]
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
 _CUDNN_DETERMINISTIC_MAX_LEN = 16384
+_NO_LIMIT = 2**31
 
 
 def attention(
@@ -80,7 +83,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     }
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, **options)
-    backends = _CUDA_BACKENDS
+    backends = _CUDA_BACKENDS if mask is None else _CUDA_BACKENDS_UNDER_A_MASK
     if query.shape[2] >= _CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
         backends = _CUDA_BACKENDS[1:]
     with sdpa_kernel(backends, set_priority=True):
@@ -88,13 +91,18 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    # Inside a compiled block the outer graph compiles it; bare, it would make the T x T scores in eager mode.
-    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    out: Tensor = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    out: Tensor
+    if torch.compiler.is_compiling():  # inside a compiled block, whose graph it becomes part of
+        out = flex_attention(query, key, value, **options)
+        return out
+    # Bare, it would make the T x T scores in eager mode. Each length compiles anew, as often as there are lengths.
+    with torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT):
+        out = _compiled_flex()(query, key, value, **options)
     return out
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    # fullgraph: with it, running out of recompilations is an error and not a silent fall back to eager.
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+def _compiled_flex(backend: str = "inductor") -> Any:
+    # fullgraph: what cannot be compiled is an error and not a silent fall back to eager.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False, backend=backend)

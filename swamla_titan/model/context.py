@@ -50,9 +50,11 @@ class SequenceContext:
         def mask(window: int | None, sink: int) -> Tensor | BlockMask | None:
             if document_ids is None and (window is None or window >= seq_len):
                 return None  # plain causal, which has kernels of its own
-            # FlexAttention's float32 kernel wants more shared memory for MLA's wide heads than a GPU has.
-            too_wide_for_flex = window is None and dtype == torch.float32
-            if not fast or too_wide_for_flex:
+            if window is None:
+                widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+            else:
+                widths = config.head_dim, config.head_dim
+            if not fast or not flex_takes(dtype, *widths):
                 return dense_mask(starts, window, sink)
             if document_ids is None:
                 return block_mask_of_one_document(seq_len, window, sink, device)
@@ -69,6 +71,17 @@ class SequenceContext:
             mla_mask=mask(None, 0) if "mla" in kinds else None,
             reference=backend == "reference",
         )
+
+
+def flex_takes(dtype: torch.dtype, qk_width: int, v_width: int) -> bool:
+    """Whether FlexAttention's CUDA kernels take heads of these widths in this dtype.
+
+    They have no float64 and no heads narrower than 16, and in float32 heads wider than 128 (MLA's of 192) want more
+    shared memory than a GPU has.
+    """
+    if min(qk_width, v_width) < 16:
+        return False
+    return dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and max(qk_width, v_width) <= 128)
 
 
 def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Rotation, Rotation]:

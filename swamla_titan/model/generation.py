@@ -6,6 +6,9 @@ from torch import Tensor
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.model import SWAMLAModel
 
+# A temperature as good as 0: dividing by one much smaller would overflow float32, or be a division by 0.
+GREEDY_BELOW = 1e-6
+
 
 @torch.no_grad()
 def generate(
@@ -20,9 +23,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt: the new tokens alone, without the stop token that ended them.
 
-    `temperature` 0 takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the fewest of those
-    whose probabilities (after top_k) add up to top_p. A row ends at `stop_token` or after `max_new_tokens`.
-    `generator` must live on the model's device. The model is in evaluation mode meanwhile.
+    `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
+    fewest of those whose probabilities (after top_k) add up to top_p. A row ends at `stop_token` or after
+    `max_new_tokens`. `generator` must live on the model's device. The model is in evaluation mode meanwhile.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
     room for max_new_tokens within max_seq_len.
@@ -62,19 +65,20 @@ def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """One token id per row, [B] int64, from logits [B, V]; the options as in `generate`."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    # Below the maximum first: a tiny temperature then gives 0 and -inf, not inf - inf.
-    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    probabilities = restrict(logits / temperature, top_k, top_p).softmax(dim=-1)
+    probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [B, V] with the tokens that top_k and top_p leave out set to -inf. The likeliest always stays."""
+    """Logits [B, V] with the tokens that top_k and top_p leave out set to -inf. The likeliest always stays.
+
+    Of equally likely tokens at the edge some stay, as many as there is room for.
+    """
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(top_k, dim=-1).indices, True)
+        logits = logits.masked_fill(~kept, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)

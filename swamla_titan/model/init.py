@@ -16,14 +16,18 @@ _RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.down.weight")
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing and torch.compile rename modules
 
 
-def initial_value(name: str, shape: Sequence[int], num_layers: int, seed: int) -> Tensor:
+def initial_value(name: str, shape: Sequence[int], num_layers: int, seed: int, tied: bool) -> Tensor:
     """The first value of parameter `name`, float32 on the CPU.
+
+    `tied`: the head shares the embedding's weight, also where a pipeline's last stage holds the head alone.
 
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 num_layers)), so that the stream's
     variance does not grow with depth; norm weights 1, their biases 0, DynamicTanh's alpha 0.5.
     """
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
+    if tied and name == "head.weight":
+        name = "embedding.weight"
     if name.endswith("alpha"):
         return torch.full(shape, 0.5)
     if name.endswith("bias"):

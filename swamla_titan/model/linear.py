@@ -1,4 +1,4 @@
-"""The one kind of matrix product in the model."""
+"""The one kind of matrix product in the model, and the embedding; SWAMLAModel.init_weights gives them their values."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +9,22 @@ class Linear(nn.Linear):
 
     Mixed precision is this cast and nothing else: float32 master weights meet bfloat16 activations here. Where the
     weights already have x's dtype (FSDP2 with bfloat16 parameters, or a float32 run) the cast does nothing. It stays an
-    nn.Linear, which is what float8 conversion and tensor parallelism look for.
+    nn.Linear, which is what float8 conversion and tensor parallelism look for. Its memory comes as it is found.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: torch's own first values would be drawn and thrown away."""
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without torch's own first values."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in Linear."""

@@ -13,7 +13,7 @@ from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.model.init import initial_value
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.linear import Embedding, Linear
 from swamla_titan.model.norms import build_norm
 
 
@@ -41,12 +41,13 @@ class SWAMLAModel(nn.Module):
         self.loss_function: Callable[..., Tensor] = cross_entropy
 
         kinds: dict[str, type[SWABlock] | type[MLABlock]] = {"swa": SWABlock, "mla": MLABlock}
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.dim)
+        self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
         self.blocks = nn.ModuleDict({str(i): kinds[kind](config) for i, kind in enumerate(config.block_kinds)})
         self.norm = build_norm(config)
         self.head = Linear(config.dim, config.padded_vocab_size)
         self.tie_weights()
+        self.register_load_state_dict_post_hook(_tie_again)
         if not self.embedding.weight.is_meta:
             self.init_weights(0)
 
@@ -66,11 +67,13 @@ class SWAMLAModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw all parameters anew; each from its own generator, see model/init.py."""
 
+        config = self.config
+
         def draw(named: tuple[str, Tensor]) -> None:
             name, parameter = named
             # no_grad is a thread's own, hence again here
             with torch.no_grad():
-                parameter.copy_(initial_value(name, parameter.shape, self.config.num_layers, seed))
+                parameter.copy_(initial_value(name, parameter.shape, config.num_layers, seed, config.tie_embeddings))
 
         # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
@@ -189,3 +192,9 @@ class SWAMLAModel(nn.Module):
             )
         if document_ids is not None and document_ids.shape != tokens.shape:
             raise ValueError(f"document_ids {tuple(document_ids.shape)}: expected {tuple(tokens.shape)}")
+
+
+def _tie_again(model: nn.Module, incompatible_keys: object) -> None:
+    # load_state_dict(assign=True) makes a new parameter for each name of a shared one.
+    assert isinstance(model, SWAMLAModel)
+    model.tie_weights()

@@ -1,5 +1,6 @@
 """Speed and memory of a run between two log lines."""
 
+import re
 import resource
 import sys
 import time
@@ -8,13 +9,15 @@ from contextlib import contextmanager
 
 import torch
 
-# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets; the longest matching name counts.
+# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. The longest name whose words all occur
+# counts.
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "B200": 2250e12,
 }
 
@@ -23,8 +26,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a CUDA device in FLOP/s; None if it is not in the table or is no GPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_BF16_FLOPS if all(word in name for word in key.split())]
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # whole words: an A1000 is no A100
+    known = [key for key in PEAK_BF16_FLOPS if words.issuperset(key.split())]
     return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
 
 

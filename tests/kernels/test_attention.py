@@ -1,10 +1,14 @@
 """The reference against arithmetic by hand, and the CPU's fast path against the reference."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from swamla_titan.kernels import attention as module
 from swamla_titan.kernels.attention import attention, reference_attention
-from swamla_titan.kernels.masks import dense_mask, document_starts
+from swamla_titan.kernels.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
 
 
 def test_reference_is_a_softmax_average_of_the_keys_seen():
@@ -48,3 +52,52 @@ def test_reference_softmax_is_float32_for_bfloat16_inputs():
     out = reference_attention(query, query, value, None, 1.0)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, torch.ones_like(out), rtol=4e-3, atol=0)
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """Bare flex calls as on a GPU, but that the traced graph is run as it is: the CPU has no kernel to wait for."""
+    torch._dynamo.reset()
+    compiled = module._compiled_flex.__wrapped__("eager")
+    monkeypatch.setattr(module, "_compiled_flex", lambda: compiled)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*unfused.*")
+@pytest.mark.parametrize("documents", [False, True])
+@torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=3)
+def test_bare_flex_calls_take_any_number_of_lengths(eager_flex, documents):
+    for seq_len in range(40, 46):
+        query, key, value = (torch.randn(2, seq_len, heads, 16) for heads in (4, 2, 2))
+        if documents:
+            starts = document_starts((torch.rand(2, seq_len) < 0.1).cumsum(dim=1))
+            mask = block_mask(starts, 9, 2)
+        else:
+            starts = torch.zeros(1, seq_len, dtype=torch.int64)
+            mask = block_mask_of_one_document(seq_len, 9, 2, torch.device("cpu"))
+        plain = attention(query, key, value, dense_mask(starts, 9, 2), 0.3, reference=True)
+        torch.testing.assert_close(attention(query, key, value, mask, 0.3), plain)
+    assert torch._dynamo.config.recompile_limit == 2  # other functions keep theirs
+
+
+def test_cudnn_is_not_asked_under_a_mask():
+    assert module._CUDA_BACKENDS[0] == SDPBackend.CUDNN_ATTENTION
+    asked = []
+
+    class OnAGpu(torch.Tensor):
+        """A CPU tensor that says it is on a GPU."""
+
+        is_cuda = True
+
+    def recorded(backends, set_priority):
+        asked.append(backends)
+        return contextlib.nullcontext()
+
+    inputs = [torch.randn(1, 2, 5, 16).as_subclass(OnAGpu) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "sdpa_kernel", recorded)
+        module._sdpa(*inputs, None, 1.0)
+        module._sdpa(*inputs, torch.ones(5, 5, dtype=torch.bool), 1.0)
+    assert SDPBackend.CUDNN_ATTENTION in asked[0]
+    assert asked[1] == [backend for backend in asked[0] if backend != SDPBackend.CUDNN_ATTENTION]

@@ -79,6 +79,17 @@ def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink
     check(random_inputs(shapes, dtype), mask, exact_mask, head_dim**-0.5)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_bare_calls_take_more_lengths_than_dynamo_s_limit(documents):
+    for seq_len in range(130, 130 + 12 * 37, 37):
+        ids = random_documents(2, seq_len) if documents else None
+        mask = context(seq_len, 128, 4, ids, "auto").swa_mask
+        assert isinstance(mask, BlockMask)
+        exact_mask = context(seq_len, 128, 4, ids, "reference").swa_mask
+        shapes = [(2, seq_len, 4, 64)] + 2 * [(2, seq_len, 2, 64)]
+        check(random_inputs(shapes, torch.bfloat16), mask, exact_mask, 64**-0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("seq_len", [512, 333])

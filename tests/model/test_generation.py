@@ -21,7 +21,7 @@ def test_temperature_zero_is_the_argmax_of_the_full_forward():
     assert generate(model, PROMPTS, 15, temperature=0) == [greedy(model, prompt, 15) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}])
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}, {"temperature": 1e-6}])
 def test_narrow_sampling_is_greedy(options):
     model = build()
     assert generate(model, PROMPTS, 10, **options) == generate(model, PROMPTS, 10, temperature=0)
@@ -82,6 +82,38 @@ def test_top_k_and_top_p_leave_the_right_tokens():
     # top_p after top_k: of {1, 3} the first alone has 4/7.
     assert kept(logits, 2, 0.55)[0] == {1}
     assert kept(logits, 2, 0.65)[0] == {1, 3}
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_top_k_keeps_k_also_of_equals(top_k):
+    equal, edge = [0.5] * 6, [2.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    found = kept(torch.tensor([equal, edge]), top_k, 1.0)
+    assert [len(row) for row in found] == [top_k, top_k]
+    assert 0 in found[1]
+    assert top_k == 5 or 5 not in found[1]
+
+
+def test_top_p_reached_exactly_is_enough():
+    # Probabilities of exactly 1/4, whose sums are exact too.
+    assert [len(row) for row in kept(torch.zeros(2, 4), 0, 0.5)] == [2, 2]
+    assert [len(row) for row in kept(torch.zeros(2, 4), 0, 0.25)] == [1, 1]
+    assert [len(row) for row in kept(torch.zeros(2, 4), 0, 0.75)] == [3, 3]
+    assert [len(row) for row in kept(torch.zeros(2, 4), 2, 0.5)] == [1, 1]  # 1/2 each after top_k
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 1e-46, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature, dtype):
+    logits = torch.tensor([[-300.0, 200.0, 199.0], [0.0, -1.0, -2.0], [7.0, 7.0, 7.0]], dtype=dtype)
+    drawn = sample(logits, temperature, 0, 1.0)
+    assert drawn[:2].tolist() == [1, 0]
+    assert torch.equal(drawn, sample(logits, 0, 0, 1.0))
+
+
+def test_the_smallest_temperature_that_divides_takes_large_logits():
+    logits = torch.tensor([[1e5, -1e5, 99999.0], [-1e5, -99999.0, -1e5]])
+    assert sample(logits, 1e-6, 0, 1.0).tolist() == [0, 1]
+    assert sample(logits, 1e-6, 2, 0.5).tolist() == [0, 1]
 
 
 def test_restricted_sampling_has_the_right_frequencies():

@@ -1,6 +1,7 @@
 """SWAMLAModel: what it accepts, its loss, its documents, its first values, its graphs."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from swamla_titan.model import FLAVORS, MLABlock, ModelConfig, SWABlock, SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
+from swamla_titan.model.init import initial_value
 from swamla_titan.model.linear import Linear
 
 
@@ -158,8 +160,26 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("branch", ["attention", "feed_forward"])
+@pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
+def test_dropout_acts_on_each_branch_by_itself(kind, branch):
+    """With the other branch writing zeros, what a block adds is the branch's output, dropped or doubled."""
+    model = build(dropout=0.5, num_layers=1, **kind)
+    block = model.blocks["0"]
+    with torch.no_grad():
+        (block.feed_forward.down if branch == "attention" else block.attention.wo).weight.zero_()
+    x, context = torch.randn(1, 60, 32, dtype=torch.float64), model.context(60)
+    whole = block.eval()(x, context) - x
+    dropped = block.train()(x, context) - x
+    zero = dropped == 0
+    assert 0.4 < zero.double().mean() < 0.6
+    torch.testing.assert_close(dropped, torch.where(zero, 0.0, 2 * whole))
+
+
 def test_grouped_gate_up_is_swiglu():
     layer = FeedForward(ModelConfig(dim=64, num_heads=4, ffn_hidden_dim=256)).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)
     x = torch.randn(3, 64, dtype=torch.float64)
     gate, up = layer.split_gate_up(layer.gate_up.weight)
     torch.testing.assert_close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T)
@@ -225,6 +245,45 @@ class TestFirstValues:
             assert torch.equal(parameter, values[name]), name
         assert part.head.weight is part.embedding.weight
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_each_weight_is_drawn_once(self, tied, monkeypatch):
+        drawn = []
+
+        def recorded(name, *args):
+            drawn.append(name)
+            return initial_value(name, *args)
+
+        def refused(*args, **keys):
+            raise AssertionError("torch's own first values are drawn")
+
+        for name in ("kaiming_uniform_", "uniform_", "normal_"):
+            monkeypatch.setattr(nn.init, name, refused)
+        monkeypatch.setattr("swamla_titan.model.model.initial_value", recorded)
+        state = torch.get_rng_state()
+        config = replace(TINY, tie_embeddings=tied, q_lora_rank=14, qk_norm=True)
+        model = SWAMLAModel(config)
+        assert sorted(drawn) == sorted(name for name, _ in model.named_parameters())
+        with torch.device("meta"):
+            empty = SWAMLAModel(config)
+        assert len(drawn) == len(list(model.parameters()))
+        assert all(parameter.is_meta for parameter in empty.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_last_stage_without_the_embedding_has_the_whole_models_head(self, tied):
+        config = replace(TINY, tie_embeddings=tied)
+        whole = SWAMLAModel(config)
+        with torch.device("meta"):
+            part = SWAMLAModel(config)
+        del part.embedding, part.blocks["0"]
+        part.to_empty(device="cpu")
+        part.init_weights(0)
+        values = dict(whole.named_parameters(remove_duplicate=False))
+        assert "head.weight" in dict(part.named_parameters())
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter, values[name]), name
+        assert torch.equal(whole.head.weight, whole.embedding.weight) == tied
+
     def test_wrapped_blocks_keep_their_values(self):
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -241,6 +300,22 @@ def test_tied_head_is_the_embedding():
     assert untied.head.weight is not untied.embedding.weight
     copied = copy.deepcopy(tied)
     assert copied.head.weight is copied.embedding.weight
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loading_keeps_the_tie(tied, assign):
+    source = build(tie_embeddings=tied)
+    with torch.device("meta" if assign else "cpu"):
+        plain = SWAMLAModel(source.config)
+    for model in (plain, copy.deepcopy(plain)):
+        model.double().load_state_dict(
+            {name: value.clone() for name, value in source.state_dict().items()}, assign=assign
+        )
+        assert (model.head.weight is model.embedding.weight) == tied
+        assert len(list(model.parameters())) == len(list(source.parameters()))
+        tokens = random_tokens(1, 8)
+        assert torch.equal(model.eval()(tokens), source(tokens))
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -265,8 +340,6 @@ def test_compiled_blocks_are_one_graph_and_equal(documents):
 
 def test_block_takes_a_block_mask_in_a_compiled_graph():
     """What runs on a GPU, as far as a CPU can run it: tracing with flex, without its kernel."""
-    from dataclasses import replace
-
     from swamla_titan.kernels.masks import block_mask, document_starts
 
     torch._dynamo.reset()

@@ -74,3 +74,39 @@ def test_decode_on_the_gpu_equals_the_full_forward():
     for end in range(190, 200):
         torch.testing.assert_close(logits, exact(tokens[:, :end])[:, -1].detach(), rtol=1e-9, atol=1e-9)
         logits = exact.decode(tokens[:, end : end + 1], cache)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}])
+def test_what_generate_runs_equals_the_full_forward_of_the_reference(changes):
+    """bfloat16 activations, "auto", prompts of unequal length: the prefill and 20 steps, each row by itself."""
+    lengths, steps = [1, 3, 100, 256, 300, 517], 20  # around the sink, the window, and past both
+    config = ModelConfig(
+        num_layers=3, dim=512, num_heads=4, vocab_size=1000, swa_window=256, swa_sink_size=4, **changes
+    )
+    fast = SWAMLAModel(config).cuda().eval()
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)
+    exact = copy.deepcopy(fast).double()
+    exact.attention_backend = "reference"
+    fast.compute_dtype = torch.bfloat16
+    assert fast.attention_backend == "auto"
+
+    longest = max(lengths)
+    texts = [torch.randint(0, 1000, (length + steps,), device="cuda") for length in lengths]
+    padded = torch.zeros(len(texts), longest, dtype=torch.int64, device="cuda")
+    for row, (length, text) in enumerate(zip(lengths, texts)):
+        padded[row, longest - length :] = text[:length]
+    with torch.no_grad():
+        expected = [exact(text[None])[0] for text in texts]
+    cache = DecodeCache(fast, len(texts), longest + steps)
+    logits = fast.prefill(padded, cache, torch.tensor(lengths, device="cuda"))
+    for step in range(steps + 1):
+        for row, length in enumerate(lengths):
+            wanted = expected[row][length + step - 1]
+            error = ((logits[row].double() - wanted).norm() / wanted.norm()).item()
+            assert error < 3e-2, f"prompt of {length} tokens, step {step}: {error}"
+        if step < steps:
+            tokens = torch.stack([text[length + step] for length, text in zip(lengths, texts)])
+            logits = fast.decode(tokens[:, None], cache)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from swamla_titan.model.norms import DynamicTanh, RMSNorm
@@ -43,6 +44,19 @@ def test_rotation_turns_each_pair_by_its_angle():
         angle = 5 / 2 * 100.0 ** (-2 * i / 8)
         turned = torch.complex(x[0, 0, 0, i], x[0, 0, 0, i + 4]) * complex(math.cos(angle), math.sin(angle))
         torch.testing.assert_close(torch.complex(out[i], out[i + 4]), turned)
+
+
+@pytest.mark.parametrize("dim, theta, scaling", [(128, 10000.0, 1.0), (64, 500000.0, 8.0), (6, 50.0, 3.0)])
+def test_all_angles_are_exact_at_far_positions(dim, theta, scaling):
+    """Against Python's own floats, one angle at a time; float32 anywhere on the way would be off by 1e-3 and more."""
+    positions = [0, 1, 4095, 131_071, 1_000_003]
+    by = rotation(torch.tensor([positions]), dim, theta, scaling, torch.float64)
+    assert by.cos.shape == by.sin.shape == (1, len(positions), 1, dim // 2)
+    for row, position in enumerate(positions):
+        for i in range(dim // 2):
+            angle = position / scaling / math.pow(theta, 2 * i / dim)
+            assert by.cos[0, row, 0, i].item() == pytest.approx(math.cos(angle), abs=1e-8), (position, i)
+            assert by.sin[0, row, 0, i].item() == pytest.approx(math.sin(angle), abs=1e-8), (position, i)
 
 
 def test_rotation_keeps_far_positions_apart_and_activations_in_their_dtype():

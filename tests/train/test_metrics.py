@@ -99,7 +99,11 @@ def test_validation_and_checkpoints_are_not_counted_as_training():
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", None),
+        ("NVIDIA RTX A1000", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )

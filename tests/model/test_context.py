@@ -1,0 +1,82 @@
+"""Which form of mask "auto" takes, decided on a CPU for a GPU; and the rotations' dtype."""
+
+import pytest
+import torch
+from tiny import TINY, build, random_tokens
+
+from swamla_titan.model import ModelConfig, context
+from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.context import SequenceContext, flex_takes
+
+
+@pytest.mark.parametrize(
+    "dtype, widths, taken",
+    [
+        (torch.bfloat16, (192, 128), True),
+        (torch.float16, (192, 128), True),
+        (torch.float32, (192, 128), False),  # out of shared memory
+        (torch.float32, (128, 192), False),
+        (torch.float32, (128, 128), True),
+        (torch.float64, (128, 128), False),
+        (torch.bfloat16, (16, 16), True),
+        (torch.bfloat16, (15, 16), False),
+        (torch.bfloat16, (16, 15), False),
+    ],
+)
+def test_what_flex_takes(dtype, widths, taken):
+    assert flex_takes(dtype, *widths) == taken
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    "config, dtype, swa, mla",
+    [
+        (ModelConfig(swa_window=8), torch.bfloat16, "flex", "flex"),
+        (ModelConfig(swa_window=8), torch.float32, "flex", "dense"),
+        (ModelConfig(swa_window=8), torch.float64, "dense", "dense"),
+        (TINY, torch.bfloat16, "dense", "dense"),  # heads of 8, 16 and 9
+        (ModelConfig(swa_window=8, v_head_dim=8), torch.bfloat16, "flex", "dense"),
+        (ModelConfig(swa_window=8, dim=128, num_heads=16), torch.bfloat16, "dense", "flex"),
+    ],
+)
+def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, config, dtype, documents, swa, mla):
+    """The device is a CUDA device in name only: what would be made on it is recorded, not made."""
+    made = {"block_mask": "flex", "block_mask_of_one_document": "flex", "dense_mask": "dense"}
+    for name, form in made.items():
+        monkeypatch.setattr(context, name, lambda *args, form=form: form)
+    monkeypatch.setattr(context, "rotations", lambda *args: (None, None))
+    for name in ("zeros", "arange"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
+    ids = (torch.arange(20) > 7).long()[None] if documents else None
+    built = SequenceContext.build(config, 20, ids, torch.device("cuda"), dtype)
+    assert built.swa_mask == swa
+    assert built.mla_mask == (mla if documents else None)
+
+
+@pytest.mark.parametrize(
+    "activations, wide",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_rotations_are_float32_or_wider_whatever_the_activations(activations, wide):
+    built = SequenceContext.build(TINY, 60, None, torch.device("cpu"), activations)
+    exact = SequenceContext.build(TINY, 60, None, torch.device("cpu"), torch.float64)
+    for name in ("swa_rotation", "mla_rotation"):
+        for ours, theirs in zip(getattr(built, name), getattr(exact, name)):
+            assert ours.dtype == wide
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-7)
+
+
+def test_decoding_s_rotations_are_float32_under_bfloat16_activations():
+    model = build(torch.float32)
+    model.compute_dtype = torch.bfloat16
+    cache = DecodeCache(model, 1, 10)
+    model.prefill(random_tokens(1, 5), cache)
+    following = cache.next_context(reference=False)
+    for rotation in (following.swa_rotation, following.mla_rotation):
+        assert rotation.cos.dtype == rotation.sin.dtype == torch.float32
