@@ -26,6 +26,10 @@ class BuiltinSource:
         return len(self._topics)
 
     @property
+    def unit_sizes(self) -> list[int]:
+        return [len(text) for _, text in self._topics]
+
+    @property
     def fingerprint(self) -> str:
         # The text changes with Python's version, and it is small: hash it whole.
         digest = hashlib.blake2b(digest_size=16)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data.dealing import ORDER, Share, deal
 from swamla_titan.data.document import Document, Source
 from swamla_titan.data.held_out import HeldOut, choose_held_out
 from swamla_titan.data.sources import open_source
@@ -22,6 +24,11 @@ class Corpus:
     held_out: HeldOut
     seed: int
 
+    @cached_property
+    def dealing(self) -> list[list[Share]]:
+        """What each stream owns."""
+        return deal(self.source.unit_sizes, self.data.streams)
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for saved cursors to mean the same places (JSON types, for checkpoints)."""
         return {
@@ -29,6 +36,7 @@ class Corpus:
             "tokenizer": f"{self.tokenizer.name} {self.tokenizer.fingerprint}",
             "data.streams": self.data.streams,
             "data.shuffle_documents": self.data.shuffle_documents,
+            "order": ORDER,
             "job.seed": self.seed,
             "held out": self.held_out.threshold,
         }

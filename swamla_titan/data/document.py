@@ -1,6 +1,6 @@
 """A document, and what every source of documents can do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,11 @@ class Source(Protocol):
 
     @property
     def num_units(self) -> int: ...
+
+    @property
+    def unit_sizes(self) -> Sequence[int]:
+        """How much text each unit holds, about and in any measure; follows from what the fingerprint covers."""
+        ...
 
     @property
     def fingerprint(self) -> str:

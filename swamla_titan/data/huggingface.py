@@ -53,6 +53,10 @@ class HuggingFaceSource:
         return self._num_units
 
     @property
+    def unit_sizes(self) -> list[int]:
+        return [1] * self._num_units  # unknown before they are read
+
+    @property
     def fingerprint(self) -> str:
         return self._fingerprint
 

@@ -44,30 +44,40 @@ class LocalSource:
         digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
         for name, size in zip(names, sizes):
             digest.update(f"{name.replace(os.sep, '/')}\0{size}\0".encode("utf-8", errors="surrogateescape"))
-        self._fingerprint = digest.hexdigest()
 
         cut_in_ranges = (*JSON_LINES, *TEXT) if text_separator else JSON_LINES
         total = sum(size for name, size in zip(names, sizes) if name.lower().endswith(cut_in_ranges))
         range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * streams))))
         self._units: list[Unit] = []
+        self._unit_sizes: list[int] = []  # in bytes
         for name, size in zip(names, sizes):
             file = os.path.join(root, name)
             if name.lower().endswith(PARQUET):
-                self._units += row_groups(file, text_key, max_document_bytes)
+                groups = row_groups(file, text_key, max_document_bytes)
+                self._units += groups
+                self._unit_sizes += [group.size for group in groups]
+                digest.update(repr([group.size for group in groups]).encode())
             elif name.lower().endswith(cut_in_ranges):
                 json_key = text_key if name.lower().endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else text_separator.encode()
                 for start in range(0, size, range_size):
                     end = min(size, start + range_size)
                     self._units.append(FileRange(file, size, start, end, separator, max_document_bytes, json_key))
+                    self._unit_sizes.append(end - start)
             else:
                 if size > max_document_bytes:
                     raise too_large(file, size, max_document_bytes, ", or split the file by data.text_separator")
                 self._units.append(WholeFile(file, max_document_bytes))
+                self._unit_sizes.append(size)
+        self._fingerprint = digest.hexdigest()
 
     @property
     def num_units(self) -> int:
         return len(self._units)
+
+    @property
+    def unit_sizes(self) -> list[int]:
+        return self._unit_sizes
 
     @property
     def fingerprint(self) -> str:

@@ -7,8 +7,9 @@ import pytest
 
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.corpus import all_documents, fingerprint_changes, open_corpus
+from swamla_titan.data.dealing import deal
 from swamla_titan.data.held_out import HeldOut, text_hash
-from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation, shares
+from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation
 from swamla_titan.errors import UserError
 
 
@@ -28,7 +29,7 @@ def one_epoch(corpus, stream, epoch=0):
 def test_every_document_of_a_unit_has_one_owner(streams, units):
     owners = Counter()
     for stream in range(streams):
-        for share in shares(stream, streams, units):
+        for share in deal([1] * units, streams)[stream]:
             owners.update((share.unit, ordinal) for ordinal in range(share.offset, 100, share.every))
     assert owners == Counter({(unit, ordinal): 1 for unit in range(units) for ordinal in range(100)})
 
