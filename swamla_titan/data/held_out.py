@@ -14,16 +14,27 @@ SMALL_CHARS = 64 << 20
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents whose hash lies below `threshold`; 0 holds out none.
+    """Documents whose hash lies below `threshold` (0 holds out none), and those of the hashes `exact`.
 
     By text, not by place: copies of a document all fall on the same side, and a file that is moved or cut
     differently changes nothing.
     """
 
     threshold: int
+    exact: frozenset[int] = frozenset()
 
     def __contains__(self, document: Document) -> bool:
-        return self.threshold > 0 and text_hash(document.text) < self.threshold
+        if not self.threshold and not self.exact:
+            return False
+        number = text_hash(document.text)
+        return number < self.threshold or number in self.exact
+
+    @property
+    def fingerprint(self) -> int | str:
+        if not self.exact:
+            return self.threshold
+        digest = hashlib.blake2b(repr(sorted(self.exact)).encode(), digest_size=16).hexdigest()
+        return f"{self.threshold} {digest}"
 
 
 def text_hash(text: str) -> int:

@@ -167,8 +167,8 @@ class DocumentStream:
         if not self._epoch_has_text:
             if self.borrows:
                 raise UserError(
-                    "validation.fraction: every document of the training data is held out. "
-                    "Lower it, or give validation.path."
+                    "validation: every document of the training data is held out. "
+                    "Lower validation.fraction, or give a validation.path with other text."
                 )
             self.borrows = True
             self._epoch = -1

@@ -131,6 +131,12 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """int32 [n + 1]: tokens of a document, end-of-text last."""
+    tokens = tokenizer.encode_array(text)
+    return np.append(tokens, np.int32(tokenizer.eot_id))
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `data.tokenizer` names. UserError if there is none, or its vocabulary cannot be had."""
     if name == "byte":
