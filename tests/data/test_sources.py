@@ -286,6 +286,46 @@ def test_huggingface_reads_and_resumes(dataset_folder):
     assert other.fingerprint != source.fingerprint
 
 
+def test_huggingface_fingerprint_follows_the_content_of_a_folder(dataset_folder):
+    folder, _ = dataset_folder
+    before = open_source(Data(source="huggingface", path=str(folder))).fingerprint
+    path = next(folder.glob("0.*"))
+    (folder / f"2{path.suffix}").write_bytes(path.read_bytes())
+    (folder / f"1{path.suffix}").unlink()
+    assert open_source(Data(source="huggingface", path=str(folder))).fingerprint != before
+
+
+def test_huggingface_reads_one_commit_of_the_hub(dataset_folder, monkeypatch, caplog):
+    import datasets
+    import huggingface_hub
+
+    local_dataset = datasets.load_dataset(str(dataset_folder[0]), split="train", streaming=True)
+    asked = []
+
+    def load(path, name, *, revision, **keys):
+        asked.append(revision)
+        return local_dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    commits = ["abc", "abc", "def"]
+    info = type("Info", (), {})
+
+    def dataset_info(self, path, **keys):
+        if not commits:
+            raise ConnectionError("offline mode is enabled")
+        info.sha = commits.pop(0)
+        return info
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    found = [open_source(Data(source="huggingface", path="some/data")).fingerprint for _ in range(3)]
+    assert asked == ["abc", "abc", "def"]
+    assert found[0] == found[1] != found[2]
+    assert not caplog.records
+    open_source(Data(source="huggingface", path="some/data"))
+    assert asked[-1] is None
+    assert "offline mode is enabled" in caplog.text
+
+
 def test_huggingface_messages(dataset_folder):
     folder, _ = dataset_folder
 
