@@ -37,6 +37,9 @@ class BuiltinSource:
             digest.update(f"{name}\0{text}\0".encode())
         return digest.hexdigest()
 
+    def describe(self) -> str:
+        return f"{self.num_units} topics of Python {platform.python_version()}'s documentation"
+
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
             return

@@ -49,6 +49,10 @@ class Source(Protocol):
         """Changes with the content as far as names and sizes tell, not with the folder it lies in."""
         ...
 
+    def describe(self) -> str:
+        """What there is to read, and what is passed over, in a line for the log."""
+        ...
+
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         """Documents of a unit from `position` (None: its start) on.
 

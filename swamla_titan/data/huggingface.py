@@ -65,6 +65,9 @@ class HuggingFaceSource:
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def describe(self) -> str:
+        return f"{self._label}, {self._num_units} shard" + ("" if self._num_units == 1 else "s")
+
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         shard = self._dataset.shard(num_shards=self._num_units, index=unit)
         first = 0

@@ -158,6 +158,35 @@ def test_unknown_kind(tmp_path):
         assert ".jsonl" in message
 
 
+def test_what_is_read_and_what_is_passed_over_is_described(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1200)
+    (tmp_path / "notes.doc").write_text("x")
+    assert local(tmp_path).describe() == "1 file, 1.2 kB in 1 unit; passed over: 1 file of unknown kind (notes.doc)"
+    assert local(tmp_path / "a.txt").describe() == "1 file, 1.2 kB in 1 unit"
+    assert "topics" in open_source(Data(source="builtin")).describe()
+    assert "units" not in open_source(Data(source="huggingface", path=str(tmp_path))).describe()
+
+
+def test_compressed_files_are_not_passed_over(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "b.jsonl.gz"):
+        message = refused(path)
+        for part in ("b.jsonl.gz", "Decompress", 'data.source = "huggingface"'):
+            assert part in message
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.txt").write_text("text x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "circle").symlink_to(folder)
+    (folder / "one").symlink_to(tmp_path / "elsewhere")
+    (folder / "two").symlink_to(tmp_path / "elsewhere")
+    assert texts(local(folder)) == ["text x"]
+
+
 def test_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": null}\n')
