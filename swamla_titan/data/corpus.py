@@ -59,7 +59,7 @@ def open_corpus(data: Data, validation: Validation, seed: int, tokenizer: Tokeni
         read = path_documents(data, validation, tokenizer)
         held_out = HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
     else:
-        held_out = choose_held_out(all_documents(source), validation.fraction)
+        held_out = choose_held_out(all_documents(source), validation.fraction, data.text_separator)
     return Corpus(data, source, tokenizer, held_out, seed)
 
 

@@ -172,6 +172,15 @@ def test_one_document_cannot_be_held_out(maker):
         maker.open(Validation(fraction=0.1))
 
 
+@pytest.mark.parametrize("separator, text", [("\\n\\n", "one\n\ntwo"), ("\n\n", "one\r\n\r\ntwo")])
+def test_a_separator_that_does_not_occur_is_named(maker, separator, text):
+    (maker.folder / "a.txt").write_bytes(text.encode())
+    with pytest.raises(UserError) as error:
+        maker.open(Validation(fraction=0.1), text_separator=separator)
+    for part in (f"data.text_separator = {separator!r} does not divide it", r"$'\n\n' in bash", r"(\r\n)"):
+        assert part in str(error.value)
+
+
 def test_the_hash_of_a_text_never_changes():
     assert text_hash("held out") == 7921109290846398415
 
