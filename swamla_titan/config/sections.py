@@ -27,7 +27,9 @@ class Data:
     name: str = key("", "huggingface: configuration of the dataset.")
     split: str = key("train", "huggingface: split of the dataset.")
     text_key: str = key("text", "Field that holds a document's text in jsonl, parquet and Hugging Face rows.")
-    text_separator: str = key("", "String between the documents of a text file; empty: a file is one document.")
+    text_separator: str = key(
+        "", "String between the documents of a text file, literally; empty: a file is one document."
+    )
     max_document_mib: int = key(64, "Largest document accepted, in MiB of text.", minimum=1)
     tokenizer: str = key(
         "gpt2",
@@ -116,7 +118,8 @@ class Validation:
     path: str = key("", "Validation text, read like data.path; empty: documents held out of the training data.")
     fraction: float = key(
         0.01,
-        "Share of documents held out of training, chosen by their text; only without validation.path.",
+        "Share of documents held out of training, chosen by their text; only without validation.path. "
+        "They stay held out with interval = 0 too; 0: train on all.",
         minimum=0,
         below=1,
     )

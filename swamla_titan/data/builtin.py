@@ -26,12 +26,19 @@ class BuiltinSource:
         return len(self._topics)
 
     @property
+    def unit_sizes(self) -> list[int]:
+        return [len(text) for _, text in self._topics]
+
+    @property
     def fingerprint(self) -> str:
         # The text changes with Python's version, and it is small: hash it whole.
         digest = hashlib.blake2b(digest_size=16)
         for name, text in self._topics:
             digest.update(f"{name}\0{text}\0".encode())
         return digest.hexdigest()
+
+    def describe(self) -> str:
+        return f"{self.num_units} topics of Python {platform.python_version()}'s documentation"
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:

@@ -1,6 +1,6 @@
 """A document, and what every source of documents can do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +40,17 @@ class Source(Protocol):
     def num_units(self) -> int: ...
 
     @property
+    def unit_sizes(self) -> Sequence[int]:
+        """How much text each unit holds, about and in any measure; follows from what the fingerprint covers."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Changes with the content as far as names and sizes tell, not with the folder it lies in."""
+        ...
+
+    def describe(self) -> str:
+        """What there is to read, and what is passed over, in a line for the log."""
         ...
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:

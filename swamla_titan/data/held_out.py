@@ -14,16 +14,27 @@ SMALL_CHARS = 64 << 20
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents whose hash lies below `threshold`; 0 holds out none.
+    """Documents whose hash lies below `threshold` (0 holds out none), and those of the hashes `exact`.
 
     By text, not by place: copies of a document all fall on the same side, and a file that is moved or cut
     differently changes nothing.
     """
 
     threshold: int
+    exact: frozenset[int] = frozenset()
 
     def __contains__(self, document: Document) -> bool:
-        return self.threshold > 0 and text_hash(document.text) < self.threshold
+        if not self.threshold and not self.exact:
+            return False
+        number = text_hash(document.text)
+        return number < self.threshold or number in self.exact
+
+    @property
+    def fingerprint(self) -> int | str:
+        if not self.exact:
+            return self.threshold
+        digest = hashlib.blake2b(repr(sorted(self.exact)).encode(), digest_size=16).hexdigest()
+        return f"{self.threshold} {digest}"
 
 
 def text_hash(text: str) -> int:
@@ -32,12 +43,12 @@ def text_hash(text: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def choose_held_out(documents: Iterable[Document], fraction: float) -> HeldOut:
+def choose_held_out(documents: Iterable[Document], fraction: float, separator: str = "") -> HeldOut:
     """The rule for a corpus, `documents` being its texts in order (as many are read as needed).
 
     In a large corpus a document is held out when its hash falls in the lowest `fraction` of all hashes. In a small
     one that could by chance hold out nothing, or everything; so there the documents with the lowest hashes are
-    taken, `fraction` of them, at least one and never all.
+    taken, `fraction` of them, at least one and never all. `separator` is data.text_separator, for a message.
     """
     if fraction == 0:
         return HeldOut(0)
@@ -51,9 +62,15 @@ def choose_held_out(documents: Iterable[Document], fraction: float) -> HeldOut:
         if len(hashes) > SMALL_DOCUMENTS or chars > SMALL_CHARS:
             return HeldOut(int(fraction * 2**64))
     if len(hashes) < 2:
+        split = "Split it by data.text_separator"
+        if separator:
+            split = (
+                f"data.text_separator = {separator!r} does not divide it; it is taken literally, line ends of Windows "
+                r"(\r\n) included, and on a command line a backslash stays one: write $'\n\n' in bash. Correct it"
+            )
         raise UserError(
-            "validation.fraction: the training data is a single document, so none can be held out. Split it by "
-            "data.text_separator, or give validation.path, or set validation.fraction = 0 to train without validation."
+            f"validation.fraction: the training data is a single document, so none can be held out. {split}, or give "
+            "validation.path, or set validation.fraction = 0 to train without validation."
         )
     count = max(1, min(len(hashes) - 1, round(fraction * len(hashes))))
     return HeldOut(sorted(hashes)[count - 1] + 1)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch.utils.data._utils.worker as torch_worker
 
 from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
 from swamla_titan.errors import RunFailed, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class HuggingFaceSource:
@@ -27,8 +30,10 @@ class HuggingFaceSource:
         self._label = " ".join(part for part in (path, name, f"[{split}]") if part)
         self._text_key = text_key
         self._max_document_bytes = max_document_bytes
+        folder = os.path.isdir(path)
+        revision = None if folder else _commit(path)
         try:
-            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True)
+            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision)
             if dataset.num_shards < streams and hasattr(dataset, "reshard"):
                 # By row groups instead of files, where the format allows it; it opens every file, which is only
                 # worth its time while there are too few shards for the streams.
@@ -44,8 +49,8 @@ class HuggingFaceSource:
             dataset = dataset.select_columns([text_key])
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
-        known_as = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path  # a folder may move
-        identity = repr((known_as, name, split, text_key, self._num_units))
+        content = _names_and_sizes(path) if folder else (path, revision)  # a folder may move
+        identity = repr((content, name, split, text_key, self._num_units))
         self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
     @property
@@ -53,8 +58,15 @@ class HuggingFaceSource:
         return self._num_units
 
     @property
+    def unit_sizes(self) -> list[int]:
+        return [1] * self._num_units  # unknown before they are read
+
+    @property
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def describe(self) -> str:
+        return f"{self._label}, {self._num_units} shard" + ("" if self._num_units == 1 else "s")
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         shard = self._dataset.shard(num_shards=self._num_units, index=unit)
@@ -101,6 +113,30 @@ class HuggingFaceSource:
                 f'{self._label}: no column "{self._text_key}". '
                 f"Set data.text_key to one of the columns there: {', '.join(columns)}."
             )
+
+
+def _commit(path: str) -> str | None:
+    """The commit of a data set of the Hub, so that a whole run reads the same one; None where it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(path, timeout=30).sha
+    except Exception as error:  # offline, or no such data set: loading it says which
+        logger.warning(
+            "data.path: the commit of %s is not known (%s). If the data set changes, a resumed run will not notice.",
+            path,
+            _reason(error),
+        )
+        return None
+
+
+def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [os.path.join(place, name) for name in files if not name.startswith(".")]
+        found += [(os.path.relpath(name, folder), os.path.getsize(name)) for name in names if os.path.exists(name)]
+    return sorted(found)
 
 
 @contextmanager

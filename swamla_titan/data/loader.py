@@ -3,8 +3,10 @@
 import atexit
 import json
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import document_ids, initial_cursor
-from swamla_titan.data.worker import CURSORS, Portion, StepDataset, ignore_signals
+from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
@@ -73,7 +75,7 @@ class BatchLoader(Iterator[StepBatch]):
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=_unchanged,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=partial(settle_worker, os.getpid()),
                 multiprocessing_context=_fork_server() if workers else None,
                 prefetch_factor=PREFETCH_STEPS if workers else None,
                 generator=torch.Generator(),

@@ -8,7 +8,7 @@ import torch
 
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.streams import DocumentStream, StreamDocument, data_changed
-from swamla_titan.data.tokenizer import Tokenizer
+from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
 
 class TokenCache:
@@ -38,12 +38,6 @@ class TokenCache:
 
     def _encode(self, text: str) -> np.ndarray:
         return with_eot(self._tokenizer, text)
-
-
-def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [n + 1]: tokens of a document, end-of-text last."""
-    tokens = tokenizer.encode_array(text)
-    return np.append(tokens, np.int32(tokenizer.eot_id))
 
 
 class PackedStream:

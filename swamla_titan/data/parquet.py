@@ -32,7 +32,13 @@ def row_groups(path: str, column: str, max_document_bytes: int) -> "list[RowGrou
             f'{path}: the column "{column}" does not hold strings but {kind}. '
             "Set data.text_key to the column that holds the text."
         )
-    return [RowGroup(path, group, column, max_document_bytes) for group in range(metadata.num_row_groups)]
+    place = metadata.schema.names.index(column) if column in metadata.schema.names else None
+    groups = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = group.total_byte_size if place is None else group.column(place).total_uncompressed_size
+        groups.append(RowGroup(path, number, column, max_document_bytes, size))
+    return groups
 
 
 _TEXT_TYPES = [
@@ -50,6 +56,7 @@ class RowGroup:
     group: int
     column: str
     max_document_bytes: int
+    size: int  # of its text, in bytes, as the file encodes it
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         start = position["ordinal"] if position else 0

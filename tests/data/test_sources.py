@@ -158,6 +158,35 @@ def test_unknown_kind(tmp_path):
         assert ".jsonl" in message
 
 
+def test_what_is_read_and_what_is_passed_over_is_described(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1200)
+    (tmp_path / "notes.doc").write_text("x")
+    assert local(tmp_path).describe() == "1 file, 1.2 kB in 1 unit; passed over: 1 file of unknown kind (notes.doc)"
+    assert local(tmp_path / "a.txt").describe() == "1 file, 1.2 kB in 1 unit"
+    assert "topics" in open_source(Data(source="builtin")).describe()
+    assert "units" not in open_source(Data(source="huggingface", path=str(tmp_path))).describe()
+
+
+def test_compressed_files_are_not_passed_over(tmp_path):
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "b.jsonl.gz"):
+        message = refused(path)
+        for part in ("b.jsonl.gz", "Decompress", 'data.source = "huggingface"'):
+            assert part in message
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.txt").write_text("text x")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "circle").symlink_to(folder)
+    (folder / "one").symlink_to(tmp_path / "elsewhere")
+    (folder / "two").symlink_to(tmp_path / "elsewhere")
+    assert texts(local(folder)) == ["text x"]
+
+
 def test_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     (tmp_path / "b.jsonl").write_text('{"text": ""}\n{"text": null}\n')
@@ -284,6 +313,46 @@ def test_huggingface_reads_and_resumes(dataset_folder):
     assert open_source(Data(source="huggingface", path=str(moved))).fingerprint == source.fingerprint
     other = open_source(Data(source="huggingface", path=str(moved), text_key="id"))
     assert other.fingerprint != source.fingerprint
+
+
+def test_huggingface_fingerprint_follows_the_content_of_a_folder(dataset_folder):
+    folder, _ = dataset_folder
+    before = open_source(Data(source="huggingface", path=str(folder))).fingerprint
+    path = next(folder.glob("0.*"))
+    (folder / f"2{path.suffix}").write_bytes(path.read_bytes())
+    (folder / f"1{path.suffix}").unlink()
+    assert open_source(Data(source="huggingface", path=str(folder))).fingerprint != before
+
+
+def test_huggingface_reads_one_commit_of_the_hub(dataset_folder, monkeypatch, caplog):
+    import datasets
+    import huggingface_hub
+
+    local_dataset = datasets.load_dataset(str(dataset_folder[0]), split="train", streaming=True)
+    asked = []
+
+    def load(path, name, *, revision, **keys):
+        asked.append(revision)
+        return local_dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    commits = ["abc", "abc", "def"]
+    info = type("Info", (), {})
+
+    def dataset_info(self, path, **keys):
+        if not commits:
+            raise ConnectionError("offline mode is enabled")
+        info.sha = commits.pop(0)
+        return info
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    found = [open_source(Data(source="huggingface", path="some/data")).fingerprint for _ in range(3)]
+    assert asked == ["abc", "abc", "def"]
+    assert found[0] == found[1] != found[2]
+    assert not caplog.records
+    open_source(Data(source="huggingface", path="some/data"))
+    assert asked[-1] is None
+    assert "offline mode is enabled" in caplog.text
 
 
 def test_huggingface_messages(dataset_folder):

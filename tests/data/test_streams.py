@@ -7,8 +7,9 @@ import pytest
 
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.corpus import all_documents, fingerprint_changes, open_corpus
+from swamla_titan.data.dealing import deal
 from swamla_titan.data.held_out import HeldOut, text_hash
-from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation, shares
+from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation
 from swamla_titan.errors import UserError
 
 
@@ -28,7 +29,7 @@ def one_epoch(corpus, stream, epoch=0):
 def test_every_document_of_a_unit_has_one_owner(streams, units):
     owners = Counter()
     for stream in range(streams):
-        for share in shares(stream, streams, units):
+        for share in deal([1] * units, streams)[stream]:
             owners.update((share.unit, ordinal) for ordinal in range(share.offset, 100, share.every))
     assert owners == Counter({(unit, ordinal): 1 for unit in range(units) for ordinal in range(100)})
 
@@ -138,13 +139,15 @@ def test_everything_held_out_is_refused(maker):
         DocumentStream(everything, 0).next_document()
 
 
-def test_held_out_share_of_a_small_corpus_is_exact(maker):
+def test_held_out_share_of_a_small_corpus_is_exact(maker, tmp_path):
     maker.write(maker.texts(50))
     for fraction, count in [(0.001, 1), (0.1, 5), (0.99, 49)]:
         corpus = maker.open(Validation(fraction=fraction))
         assert sum(document in corpus.held_out for document in all_documents(corpus.source)) == count
     assert maker.open(Validation(fraction=0)).held_out == HeldOut(0)
-    assert maker.open(Validation(fraction=0.1, path="elsewhere.txt")).held_out == HeldOut(0)
+    (tmp_path / "elsewhere.txt").write_text("other text")
+    elsewhere = maker.open(Validation(fraction=0.1, path=str(tmp_path / "elsewhere.txt")))
+    assert not any(document in elsewhere.held_out for document in all_documents(elsewhere.source))
 
 
 def test_builtin_holds_out_several_topics():
@@ -167,6 +170,15 @@ def test_one_document_cannot_be_held_out(maker):
     maker.write(["the only one", "the only one", ""])
     with pytest.raises(UserError, match=r"single document.*data\.text_separator.*validation\.fraction = 0"):
         maker.open(Validation(fraction=0.1))
+
+
+@pytest.mark.parametrize("separator, text", [("\\n\\n", "one\n\ntwo"), ("\n\n", "one\r\n\r\ntwo")])
+def test_a_separator_that_does_not_occur_is_named(maker, separator, text):
+    (maker.folder / "a.txt").write_bytes(text.encode())
+    with pytest.raises(UserError) as error:
+        maker.open(Validation(fraction=0.1), text_separator=separator)
+    for part in (f"data.text_separator = {separator!r} does not divide it", r"$'\n\n' in bash", r"(\r\n)"):
+        assert part in str(error.value)
 
 
 def test_the_hash_of_a_text_never_changes():

@@ -9,6 +9,7 @@ from swamla_titan.config.sections import Validation
 from swamla_titan.data import IGNORED, build_validation_set
 from swamla_titan.data.corpus import all_documents
 from swamla_titan.data.packing import document_ids
+from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import UserError
 
 SEQ_LEN = 24
@@ -78,6 +79,22 @@ def test_validation_path(maker, tmp_path):
     found = build_validation_set(maker.open(validation), validation, SEQ_LEN)
     assert flat_targets(found) == [*b"validation text", EOT][1:]
     assert found.document_ids is None
+
+
+def test_text_of_validation_path_is_not_trained_on(maker):
+    texts = maker.texts(40)
+    maker.write(texts, files=4)
+    path = str(maker.folder / "part-1.jsonl")
+    corpus = maker.open(Validation(path=path))
+    left = [document.text for document in all_documents(corpus.source) if document not in corpus.held_out]
+    assert sorted(left) == sorted(set(texts) - set(texts[1::4]))
+    # only what validation reads, and a change of it is a change of the training data
+    part = maker.open(Validation(path=path, max_tokens=len(texts[1]) + 5))
+    held_out = [document.text for document in all_documents(part.source) if document in part.held_out]
+    assert held_out == texts[1:6:4]
+    assert part.fingerprint() != corpus.fingerprint()
+    with pytest.raises(UserError, match="every document of the training data is held out"):
+        DocumentStream(maker.open(Validation(path=str(maker.folder))), 0).next_document()
 
 
 def test_nothing_to_validate_on(maker, tmp_path):
