@@ -196,7 +196,7 @@ def _tokenizer(config: Config, device: torch.device) -> Finding:
 def _data(config: Config, device: torch.device) -> Finding:
     corpus = open_corpus(config.data, config.validation, config.job.seed)
     where = f"{config.data.source} {config.data.path}".strip()
-    return Finding("ok", "data", f"{where}: readable, {corpus.source.num_units} independently readable units")
+    return Finding("ok", "data", f"{where}: {corpus.source.describe()}")
 
 
 def _model(config: Config, device: torch.device) -> Finding:

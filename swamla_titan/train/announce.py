@@ -6,26 +6,26 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.data import Corpus
 from swamla_titan.model.sizes import parameter_counts
 
 logger = logging.getLogger(__name__)
 
 
-def announce(
-    config: Config, device: torch.device, tokenizer_name: str, rows: int, step: int, resumed: Path | None
-) -> None:
-    """Log model, device and batch; `rows` sequences are computed at a time, and `step` steps are already done."""
+def announce(config: Config, device: torch.device, corpus: Corpus, rows: int, step: int, resumed: Path | None) -> None:
+    """Log model, data, device and batch; `rows` sequences are computed at a time, `step` steps are already done."""
     training, kinds = config.training, config.model.block_kinds
     total, without_embeddings = parameter_counts(config.model)
     logger.info(
         f"model: {total:,} parameters ({without_embeddings:,} without embeddings), "
         f"{kinds.count('swa')} SWA + {kinds.count('mla')} MLA layers, {training.compute_dtype}"
     )
+    logger.info(f"data: {corpus.source.describe()}")
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     logger.info(
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
-        f"{tokenizer_name} tokens, {rows} at a time"
+        f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
     if resumed:
         logger.info(f"resumed from {resumed}")

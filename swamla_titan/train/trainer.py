@@ -112,7 +112,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces")
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, self.world.size, flops, self.tokens_per_step)
-        announce(config, self.device, tokenizer.name, self.rows, self.step, newest)
+        announce(config, self.device, corpus, self.rows, self.step, newest)
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""

@@ -60,11 +60,11 @@ def test_a_configuration_that_is_fit_and_nothing_is_written(tiny, tmp_path, repo
 
 def test_overrides_are_checked_too(tiny, tmp_path, report):
     assert report(str(tiny), "--data.source", "local", "--data.path", str(tmp_path / "nowhere"))[0] == 2
-    assert "2 independently readable" not in report(str(tiny))[1]["data"]
+    assert "2 files" not in report(str(tiny))[1]["data"]
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     _, lines = report(str(tiny), "--data.source", "local", "--data.path", str(tmp_path))
-    assert "2 independently readable" in lines["data"]
+    assert "2 files" in lines["data"]
 
 
 def test_overrides_without_a_configuration_are_refused(capsys):
