@@ -117,13 +117,8 @@ class BatchLoader(Iterator[StepBatch]):
         """Ends the workers. They hold nothing that is not in the cursors, so they are not asked but ended."""
         atexit.unregister(self.close)
         items, self._items = self._items, None
-        workers = getattr(items, "_workers", [])
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()
-        if workers:
-            items._shutdown_workers()  # type: ignore[union-attr]  # closes the queues; nobody is left to wait for
+        if hasattr(items, "_workers"):
+            _end_workers(items)
         self._loader._iterator = None
 
     def __enter__(self) -> "BatchLoader":
@@ -165,6 +160,25 @@ class BatchLoader(Iterator[StepBatch]):
                 f"A data loader process ended unexpectedly{code}. Mostly the machine is out of memory: look at the "
                 "kernel's log, lower data.num_workers or data.shuffle_documents, and resume from the last checkpoint."
             ) from error
+
+
+def _end_workers(items: Any) -> None:
+    """Kills the processes of torch's iterator `items` and frees what it holds.
+
+    Not by its own `_shutdown_workers`: that takes a lock which workers take as well, and a worker that was killed
+    while it had it, by us or by the kernel for want of memory, never gives it back.
+    """
+    items._shutdown = True  # nor at its garbage collection
+    for worker in items._workers:
+        worker.kill()
+    for worker in items._workers:
+        worker.join()
+    for queue in (*items._index_queues, items._worker_result_queue):
+        queue.cancel_join_thread()
+        queue.close()
+    if items._worker_pids_set:
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(items))
+        items._worker_pids_set = False
 
 
 def _unchanged(item: Portion) -> Portion:

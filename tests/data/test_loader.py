@@ -259,6 +259,19 @@ def test_workers_outlive_the_schedulers_signals_and_end_with_close(corpus):
     assert not worker.is_alive()
 
 
+def test_close_does_not_wait_for_a_lock_that_a_killed_worker_took_along(corpus):
+    loader = loaders(corpus, 4, 1, 2)[0]
+    next(loader)
+    # Stands in for a worker killed while it looked whether it should stop: nobody will release this.
+    taken = threading.Thread(target=loader._items._workers_done_event._cond.acquire)
+    taken.start()
+    taken.join()
+    closing = threading.Thread(target=loader.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+
+
 SCRIPT = """
 import os, signal, sys, time
 from swamla_titan.config.sections import Data, Validation
