@@ -17,11 +17,6 @@ class World:
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        """The rank that writes what is written once."""
-        return self.rank == 0
-
 
 def join_world() -> World:
     """Read the place that the launcher gave this process; alone without a launcher.

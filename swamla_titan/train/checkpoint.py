@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 import swamla_titan
+from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.train.manifest import TEMPORARY_PREFIX, Damaged, commit, is_ours, verify
 
@@ -201,13 +202,7 @@ def _alone_is_fine() -> Iterator[None]:
 
 def refuse_other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise UserError that shows the difference, if a checkpoint is of another run than this one."""
-    names = sorted(there.keys() | here.keys())
-    missing = "nothing"
-    differences = [
-        f"{name}: {there.get(name, missing)!r} in the checkpoint, {here.get(name, missing)!r} now"
-        for name in names
-        if there.get(name, missing) != here.get(name, missing)
-    ]
+    differences = fingerprint_changes(there, here)
     if differences:
         raise UserError(
             f"{path} belongs to another run:\n  "
