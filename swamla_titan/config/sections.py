@@ -82,22 +82,67 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class Parallel:
-    data_parallel: str = key("fsdp", "Sharding of data-parallel ranks.", choices=("fsdp", "hsdp", "ddp"))
-    dp_shard: int = key(-1, "Ranks that share one copy of the weights; -1: the rest.", choices=(-1, 1))
-    dp_replicate: int = key(1, "Copies of the weights.", choices=(1,))
-    tensor: int = key(1, "Tensor-parallel ranks.", choices=(1,))
-    context: int = key(1, "Context-parallel ranks.", choices=(1,))
-    pipeline: int = key(1, "Pipeline stages.", choices=(1,))
+    data_parallel: str = key(
+        "fsdp",
+        "fsdp: ranks share one copy of the weights; ddp: each has its own; hsdp: dp_replicate copies, each shared by "
+        "dp_shard ranks.",
+        choices=("fsdp", "hsdp", "ddp"),
+    )
+    dp_shard: int = key(-1, "Ranks that share one copy of the weights; -1: the rest (ddp: 1).", minimum=-1)
+    dp_replicate: int = key(1, "Copies of the weights; -1: the rest (ddp: 1 and -1 are the rest).", minimum=-1)
+    tensor: int = key(1, "Ranks that share each matrix product (tensor and sequence parallel).", minimum=1)
+    context: int = key(1, "Ranks that share each sequence (context parallel).", minimum=1)
+    pipeline: int = key(1, "Ranks that share the layers (pipeline parallel).", minimum=1)
+    reshard_after_forward: str = key(
+        "auto",
+        "Free a block's gathered weights after its forward pass; auto: always, except under pipelines.",
+        choices=("auto", "always", "never"),
+    )
+    reduce_every_micro_batch: bool = key(
+        False, "Reduce gradients after each micro-batch, not only the last: less memory, more communication."
+    )
+    cpu_offload: bool = key(False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs).")
+    async_tensor: bool = key(
+        False, "Overlap tensor-parallel communication with the products (GPUs with peer access, compiled)."
+    )
+    pipeline_schedule: str = key(
+        "1F1B",
+        "Order of forward and backward passes in a pipeline, by torch.distributed.pipelining's names.",
+        choices=("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"),
+    )
+    pipeline_stages_per_rank: int = key(
+        0, "Stages a pipeline rank holds; 0: what the schedule needs (1, or 2 for those that interleave).", minimum=0
+    )
 
 
 @dataclass(frozen=True)
 class Compile:
     enabled: bool = key(True, "torch.compile each block and the loss.")
+    cache_folder: str = key(
+        "", "Folder that keeps compiled kernels between runs; empty: TORCHINDUCTOR_CACHE_DIR, or ~/.cache/swamla-titan."
+    )
 
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
-    mode: str = key("none", "Recompute activations in the backward pass.", choices=("none",))
+    mode: str = key(
+        "none",
+        "Recompute activations in the backward pass: of no block, of all, or as `selective` says.",
+        choices=("none", "selective", "full"),
+    )
+    selective: str = key(
+        "operators",
+        "operators: keep the results of attention and of most matrix products, recompute the rest; "
+        "blocks: recompute every `every_n_blocks`-th block.",
+        choices=("operators", "blocks"),
+    )
+    every_n_blocks: int = key(2, 'selective = "blocks": each n-th block is recomputed.', minimum=1)
+    memory_budget: float = key(
+        1.0,
+        'mode = "none", compiled: share of activation memory that the compiler may use; it recomputes what is cheapest.',
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,129 @@
-"""Which process this is among those that train together, and on which device."""
+"""The processes that train together: this one's place among them, its device, and the groups it talks to."""
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from swamla_titan.errors import UserError
+from swamla_titan.config.sections import Parallel
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailed, UserError
+from swamla_titan.parallel.degrees import Degrees, fit_degrees
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` processes, `device` it computes on."""
+    """This process's place: `rank` of `size` processes, laid out [pipeline, replicate, shard, context, tensor].
+
+    Two meshes over the same ranks, None for a process alone. `weights` [pipeline, replicate, shard, tensor] says who
+    holds which part of a parameter; the ranks that share a sequence hold shards of it like any other (or copies, with
+    ddp). `activations` [pipeline, data, context, tensor] says who computes what: `data` ranks read different sequences.
+    """
 
     rank: int
     size: int
     device: torch.device
+    degrees: Degrees
+    weights: DeviceMesh | None = None
+    activations: DeviceMesh | None = None
+    host_group: dist.ProcessGroup | None = None  # all ranks, over the hosts: does not wait for devices
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the `degrees.data` parts of a global batch this rank reads."""
+        return self.coordinate("data")
+
+    def coordinate(self, dimension: str) -> int:
+        """This rank's place along a dimension of the mesh `activations`."""
+        return 0 if self.activations is None else self.activations.get_local_rank(dimension)
+
+    def group(self, dimension: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along a dimension of `activations` alone."""
+        assert self.activations is not None
+        return self.activations.get_group(dimension)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes what there is one of."""
+        return self.rank == 0
+
+    def sum_over_sequences(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks that computed different tokens, in place."""
+        for dimension in ("data", "context"):
+            if self.activations is not None and self.activations[dimension].size() > 1:
+                dist.all_reduce(values, group=self.group(dimension))
+        return values
+
+    def largest(self, value: float) -> float:
+        """The largest value of any rank, on every rank; the hosts wait for each other, their devices do not."""
+        if self.host_group is None:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.host_group)
+        return shared.item()
 
 
-def join_world() -> World:
-    """Read the place that the launcher gave this process; alone without a launcher.
+def launched_size() -> int:
+    """How many processes the launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    Raises UserError for more than one process: parallel plans are not built yet.
+
+def launched_rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_world(parallel: Parallel) -> World:
+    """Take the place that the launcher (torchrun's environment variables) gave this process, and meet the others.
+
+    Raises UserError, before any device is touched, if the degrees of the configuration do not fit.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size != 1:
-        raise UserError(
-            f"started as one of {size} processes, but this version trains on one: start it without torchrun"
-        )
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    size, rank = launched_size(), launched_rank()
+    degrees = fit_degrees(parallel, size)
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+                "Start as many processes as there are GPUs, NGPU in run_train.sh"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    return World(rank=0, size=1, device=device)
+    else:
+        device = torch.device("cpu")
+    if parallel.cpu_offload and device.type == "cpu":
+        raise UserError("parallel.cpu_offload = true needs GPUs to offload from; set it to false")
+    if size == 1:
+        return World(rank=0, size=1, device=device, degrees=degrees)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Bound to its device, NCCL connects at once instead of at the first use.
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None
+        )
+    weights, activations = meshes(degrees, device.type, parallel.data_parallel)
+    host_group = dist.new_group(backend="gloo")
+    return World(rank, size, device, degrees, weights, activations, host_group)
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum of a tensor over all ranks, on every rank."""
+def meshes(degrees: Degrees, device_type: str, data_parallel: str) -> tuple[DeviceMesh, DeviceMesh]:
+    """The meshes `weights` and `activations` of a World; the process group must be there."""
+    pipeline, data, context, tensor = degrees.pipeline, degrees.data, degrees.context, degrees.tensor
+    if data_parallel == "ddp":
+        replicate, shard = data * context, 1
+    else:
+        replicate, shard = degrees.replicate, degrees.shard * context
+    names = ("pipeline", "replicate", "shard", "tensor")
+    weights = init_device_mesh(device_type, (pipeline, replicate, shard, tensor), mesh_dim_names=names)
+    names = ("pipeline", "data", "context", "tensor")
+    activations = init_device_mesh(device_type, (pipeline, data, context, tensor), mesh_dim_names=names)
+    return weights, activations
+
+
+def leave_world() -> None:
+    """Say good-bye to the other processes."""
     if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+        dist.destroy_process_group()
