@@ -34,6 +34,11 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("data.name", "data.source"),
             f'"{data.name}" names a Hugging Face configuration, but data.source = "{data.source}"',
         )
+    if data.revision and data.source != "huggingface":
+        yield Contradiction(
+            ("data.revision", "data.source"),
+            f'"{data.revision}" names a revision on Hugging Face, but data.source = "{data.source}"',
+        )
     if data.text_separator and data.source != "local":
         yield Contradiction(
             ("data.text_separator", "data.source"),

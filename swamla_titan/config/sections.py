@@ -26,6 +26,7 @@ class Data:
     )
     name: str = key("", "huggingface: configuration of the dataset.")
     split: str = key("train", "huggingface: split of the dataset.")
+    revision: str = key("", "huggingface: commit, tag or branch; empty: the newest commit, which is then written here.")
     text_key: str = key("text", "Field that holds a document's text in jsonl, parquet and Hugging Face rows.")
     text_separator: str = key(
         "", "String between the documents of a text file, literally; empty: a file is one document."
@@ -101,7 +102,9 @@ class Parallel:
     reduce_every_micro_batch: bool = key(
         False, "Reduce gradients after each micro-batch, not only the last: less memory, more communication."
     )
-    cpu_offload: bool = key(False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs).")
+    cpu_offload: bool = key(
+        False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs)."
+    )
     async_tensor: bool = key(
         False, "Overlap tensor-parallel communication with the products (GPUs with peer access, compiled)."
     )
@@ -139,7 +142,7 @@ class ActivationCheckpoint:
     every_n_blocks: int = key(2, 'selective = "blocks": each n-th block is recomputed.', minimum=1)
     memory_budget: float = key(
         1.0,
-        'mode = "none", compiled: share of activation memory that the compiler may use; it recomputes what is cheapest.',
+        'mode = "none", compiled: share of activation memory that may be used; the compiler recomputes what is cheapest.',
         minimum=0,
         maximum=1,
     )

@@ -8,6 +8,7 @@ with BatchLoader(corpus, seq_len=2048, global_batch_size=64, rank=0, world_size=
 from swamla_titan.data.batches import IGNORED, MicroBatch, StepBatch, micro_batch_count, micro_batches
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
 from swamla_titan.data.loader import BatchLoader
+from swamla_titan.data.sources import pinned
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
 from swamla_titan.data.validation_set import ValidationSet, build_validation_set
 
@@ -25,4 +26,5 @@ __all__ = [
     "micro_batch_count",
     "micro_batches",
     "open_corpus",
+    "pinned",
 ]

@@ -21,7 +21,15 @@ class HuggingFaceSource:
     """One split of a data set; a unit is a shard, as `datasets` counts them (a file, or a row group of one)."""
 
     def __init__(
-        self, path: str, *, name: str, split: str, text_key: str, max_document_bytes: int, streams: int
+        self,
+        path: str,
+        *,
+        name: str,
+        split: str,
+        text_key: str,
+        max_document_bytes: int,
+        streams: int,
+        revision: str = "",
     ) -> None:
         import datasets  # takes a second, and only this source needs it
 
@@ -31,9 +39,8 @@ class HuggingFaceSource:
         self._text_key = text_key
         self._max_document_bytes = max_document_bytes
         folder = os.path.isdir(path)
-        revision = None if folder else _commit(path)
         try:
-            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision)
+            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision or None)
             if dataset.num_shards < streams and hasattr(dataset, "reshard"):
                 # By row groups instead of files, where the format allows it; it opens every file, which is only
                 # worth its time while there are too few shards for the streams.
@@ -49,7 +56,7 @@ class HuggingFaceSource:
             dataset = dataset.select_columns([text_key])
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
-        content = _names_and_sizes(path) if folder else (path, revision)  # a folder may move
+        content = _names_and_sizes(path) if folder else (path, revision or None)  # a folder may move
         identity = repr((content, name, split, text_key, self._num_units))
         self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
@@ -115,19 +122,24 @@ class HuggingFaceSource:
             )
 
 
-def _commit(path: str) -> str | None:
-    """The commit of a data set of the Hub, so that a whole run reads the same one; None where it cannot be asked."""
+def commit_of(path: str, revision: str) -> str:
+    """The commit that a revision (empty: the newest) of a data set means, so that a whole run reads the same one.
+
+    For a folder, and where the Hub cannot be asked, the revision as it is.
+    """
     from huggingface_hub import HfApi
 
+    if os.path.isdir(path):
+        return revision
     try:
-        return HfApi().dataset_info(path, timeout=30).sha
+        return HfApi().dataset_info(path, revision=revision or None, timeout=30).sha or revision
     except Exception as error:  # offline, or no such data set: loading it says which
         logger.warning(
             "data.path: the commit of %s is not known (%s). If the data set changes, a resumed run will not notice.",
             path,
             _reason(error),
         )
-        return None
+        return revision
 
 
 def _names_and_sizes(folder: str) -> list[tuple[str, int]]:

@@ -1,9 +1,11 @@
 """From the section [data] to the source it names."""
 
+import dataclasses
+
 from swamla_titan.config.sections import Data
 from swamla_titan.data.builtin import BuiltinSource
 from swamla_titan.data.document import MIB, Source
-from swamla_titan.data.huggingface import HuggingFaceSource
+from swamla_titan.data.huggingface import HuggingFaceSource, commit_of
 from swamla_titan.data.local_files import LocalSource
 
 
@@ -20,7 +22,15 @@ def open_source(data: Data) -> Source:
         text_key=data.text_key,
         max_document_bytes=data.max_document_mib * MIB,
         streams=data.streams,
+        revision=data.revision,
     )
+
+
+def pinned(data: Data) -> Data:
+    """The section with `data.revision` as a commit, if it names a data set of the Hub."""
+    if data.source != "huggingface":
+        return data
+    return dataclasses.replace(data, revision=commit_of(data.path, data.revision))
 
 
 def open_local(data: Data, path: str, setting: str) -> LocalSource:

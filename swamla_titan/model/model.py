@@ -64,8 +64,11 @@ class SWAMLAModel(nn.Module):
         return self
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw all parameters anew; each from its own generator, see model/init.py."""
+    def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw all parameters anew; each from its own generator, see model/init.py.
+
+        `write(parameter, value)` puts a whole value, float32 on the CPU, into a parameter that may hold a part of it.
+        """
 
         config = self.config
 
@@ -73,7 +76,7 @@ class SWAMLAModel(nn.Module):
             name, parameter = named
             # no_grad is a thread's own, hence again here
             with torch.no_grad():
-                parameter.copy_(initial_value(name, parameter.shape, config.num_layers, seed, config.tie_embeddings))
+                write(parameter, initial_value(name, parameter.shape, config.num_layers, seed, config.tie_embeddings))
 
         # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from swamla_titan.config.sections import Parallel
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFailed, UserError
+from swamla_titan.errors import UserError
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
 
 
@@ -30,6 +30,11 @@ class World:
     weights: DeviceMesh | None = None
     activations: DeviceMesh | None = None
     host_group: dist.ProcessGroup | None = None  # all ranks, over the hosts: does not wait for devices
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None) -> "World":
+        """The world of a process without others."""
+        return cls(rank=0, size=1, device=device or torch.device("cpu"), degrees=Degrees())
 
     @property
     def data_rank(self) -> int:
@@ -97,7 +102,7 @@ def join_world(parallel: Parallel) -> World:
     if parallel.cpu_offload and device.type == "cpu":
         raise UserError("parallel.cpu_offload = true needs GPUs to offload from; set it to false")
     if size == 1:
-        return World(rank=0, size=1, device=device, degrees=degrees)
+        return World.alone(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Bound to its device, NCCL connects at once instead of at the first use.

@@ -52,7 +52,7 @@ def generate_from_checkpoint(
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
     model.to_empty(device=device)
-    load_tensors(path, tensors_of(model))
+    load_tensors(path, tensors_of([model]))
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
     model.eval()

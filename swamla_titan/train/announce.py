@@ -8,11 +8,12 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.data import Corpus
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.parallel.world import World
 
 logger = logging.getLogger(__name__)
 
 
-def announce(config: Config, device: torch.device, corpus: Corpus, rows: int, step: int, resumed: Path | None) -> None:
+def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int, resumed: Path | None) -> None:
     """Log model, data, device and batch; `rows` sequences are computed at a time, `step` steps are already done."""
     training, kinds = config.training, config.model.block_kinds
     total, without_embeddings = parameter_counts(config.model)
@@ -21,8 +22,10 @@ def announce(config: Config, device: torch.device, corpus: Corpus, rows: int, st
         f"{kinds.count('swa')} SWA + {kinds.count('mla')} MLA layers, {training.compute_dtype}"
     )
     logger.info(f"data: {corpus.source.describe()}")
-    is_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    is_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if world.size > 1:
+        name = f"{world.size} x {name} ({config.parallel.data_parallel}: {world.degrees})"
     logger.info(
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{corpus.tokenizer.name} tokens, {rows} at a time"

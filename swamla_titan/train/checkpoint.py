@@ -14,14 +14,13 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +30,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import swamla_titan
 from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.agreement import agree, from_first
+from swamla_titan.parallel.world import World
 from swamla_titan.train.manifest import TEMPORARY_PREFIX, Damaged, commit, is_ours, verify
 
 logger = logging.getLogger(__name__)
@@ -63,64 +65,84 @@ class Record:
     )
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
     """The live tensors to save or to load into, by name; loading writes them in place.
 
-    A tied output head is the embedding's tensor and is left out. Of the optimizer only tensors are taken: learning
-    rates and the like follow from the configuration and the step.
+    `parts` are the model, or the pipeline stages that this rank holds, each with its optimizer. Names and shapes are
+    those of the whole model whatever the plan, so a checkpoint of one plan loads into any other. A tied output head
+    goes by the embedding's name: on a stage that holds it alone it is a copy. Of the optimizer only tensors are taken:
+    learning rates and the like follow from the configuration and the step.
     """
-    tensors: dict[str, Any] = {"model": {}}
-    seen = set()
-    for name, weight in get_model_state_dict(model).items():
-        assert isinstance(weight, torch.Tensor), name
-        if weight.data_ptr() not in seen:
-            tensors["model"][name] = weight
-            seen.add(weight.data_ptr())
-    if optimizer is not None:
+    tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {})
+    for part in parts:
+        for name, weight in get_model_state_dict(part).items():
+            tensors["model"].setdefault(_stored_name(name, part), weight)
+    for part, optimizer in zip(parts, optimizers):
         options = StateDictOptions(flatten_optimizer_state_dict=True)
-        state = get_optimizer_state_dict(model, optimizer, options=options)
-        tensors["optimizer"] = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        for name, value in get_optimizer_state_dict(part, optimizer, options=options).items():
+            if isinstance(value, torch.Tensor):
+                tensors["optimizer"].setdefault(_stored_name(name, part), value)
     return tensors
+
+
+def _stored_name(name: str, part: nn.Module) -> str:
+    tied = isinstance(part, SWAMLAModel) and part.config.tie_embeddings
+    return re.sub(r"(^|\.)head\.weight", r"\1embedding.weight", name) if tied else name
 
 
 class Checkpoints:
     """The checkpoints of one run, under `folder`."""
 
-    def __init__(self, folder: Path, keep_latest: int) -> None:
+    def __init__(self, folder: Path, keep_latest: int, world: World | None = None) -> None:
         self.folder = folder
         self.keep_latest = keep_latest
+        self.world = world or World.alone()
         self._damaged: set[Path] = set()  # found so by newest_whole
 
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes]) -> Path:
         """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder.
 
-        `files` are stored beside tensors and record, by name. Raises RunFailed, leaving nothing half-written, where
-        the disk does not take it.
+        All ranks write their parts of `tensors`; the first one writes the record and `files`, stored beside them by
+        name, and commits. Raises RunFailed on every rank, leaving nothing half-written, where the disk
+        does not take it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         final = self.folder / f"step-{record.step:08d}"
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
-        try:
+
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir()
-            with _alone_is_fine():
-                dcp.save(tensors, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+
+        def finish() -> None:
             (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
             commit(temporary, final)
+
+        from_first(self.world, lambda: self._or_failed(prepare, temporary))
+        agree(self.world, lambda: self._or_failed(lambda: _write(tensors, temporary, self.world), temporary))
+        from_first(self.world, lambda: self._or_failed(finish, temporary))
+        self._damaged.discard(final)
+        if self.world.is_first:
+            self._retain()
+        return final
+
+    def _or_failed(self, work: Callable[[], None], temporary: Path) -> None:
+        """`work()`; what the disk or DCP raises becomes a RunFailed, and the half-written folder is removed."""
+        try:
+            work()
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free / 2**30
+            existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+            free = shutil.disk_usage(existing).free / 2**30
             reason = str(error).strip().splitlines()[-1]
+            final = temporary.name.removeprefix(TEMPORARY_PREFIX)
             raise RunFailed(
-                f"{final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and start the "
-                "same command again: it goes on from the checkpoint before"
+                f"{self.folder / final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and "
+                "start the same command again: it goes on from the checkpoint before"
             ) from error
-        self._damaged.discard(final)
-        self._retain()
-        return final
 
     def newest_whole(self) -> Path | None:
         """The newest undamaged checkpoint; None if there is no checkpoint at all.
@@ -170,14 +192,19 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
 
 
-def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Fill `tensors` in place from a checkpoint that may hold more.
+def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
+    """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Raises UserError that names the tensors that are missing or of another shape, before any is written.
+    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError that names the
+    tensors that are missing or of another shape, before any is written.
     """
+    world = world or World.alone()
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
+    wanted = {group: members for group, members in tensors.items() if group != "random"}
+    wanted |= {"random": known} if known else {}
     problems = []
-    for group, members in tensors.items():
+    for group, members in wanted.items():
         for name, tensor in members.items():
             entry = stored.get(f"{group}.{name}")
             if entry is None:
@@ -189,7 +216,12 @@ def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
     with _alone_is_fine():
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
+
+
+def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
+    with _alone_is_fine():
+        dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1, process_group=world.host_group)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from swamla_titan.config import Config
 
 
-def set_numerics(config: Config, device: torch.device) -> None:
+def set_numerics(config: Config, device: torch.device, rank: int = 0) -> None:
     """Precision of float32 products, determinism and seeds.
 
     TF32 goes through `torch.set_float32_matmul_precision` alone: torch refuses a mix with its newer
@@ -25,4 +25,10 @@ def set_numerics(config: Config, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
     random.seed(config.job.seed)
     np.random.seed(config.job.seed % 2**32)
-    torch.manual_seed(config.job.seed)
+    torch.manual_seed(seed_of(config.job.seed, rank, 0))
+
+
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """Seed of torch's generators on a rank, at the start of the run or at a step that this rank has no saved state of."""
+    # Ranks hold different tokens, and their dropout must differ. Any odd multipliers would do.
+    return (seed + 0x9E3779B97F4A7C15 * rank + 0xBF58476D1CE4E5B9 * step) % 2**63

@@ -17,9 +17,10 @@ class StepProfiler:
     Of a run that ends in between, the steps until then.
     """
 
-    def __init__(self, config: Profiling, folder: Path) -> None:
+    def __init__(self, config: Profiling, folder: Path, rank: int = 0) -> None:
         self.config = config
         self.folder = folder
+        self.suffix = f"-rank-{rank}" if rank else ""
         self._profile: profile | None = None
         self._last_step = 0
 
@@ -44,7 +45,7 @@ class StepProfiler:
             torch.cuda.synchronize()
         self._profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"steps-{self.config.start_step}-{self._last_step}.json"
+        path = self.folder / f"steps-{self.config.start_step}-{self._last_step}{self.suffix}.json"
         self._profile.export_chrome_trace(str(path))
         self._profile = None
         logger.info("profile written to %s", path)

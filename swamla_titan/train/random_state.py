@@ -3,16 +3,19 @@
 import torch
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies of the CPU generator's state and, on CUDA, of the device's; uint8."""
-    state = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device, rank: int) -> dict[str, torch.Tensor]:
+    """Copies of the CPU generator's state and, on CUDA, of the device's; uint8, named after the rank.
+
+    Ranks draw different numbers (for dropout), so each has states of its own.
+    """
+    state = {f"rank-{rank}.cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+        state[f"rank-{rank}.cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device, rank: int) -> None:
     """Put back what `random_state` gave."""
-    torch.set_rng_state(state["cpu"])
+    torch.set_rng_state(state[f"rank-{rank}.cpu"])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state[f"rank-{rank}.cuda"], device)

@@ -1,8 +1,11 @@
 """The trainer: what a run is made of, and the loop over its steps."""
 
+import dataclasses
 import gc
 import logging
 import math
+import signal
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,22 @@ import torch
 from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.data import (
     BatchLoader,
+    Corpus,
     StepBatch,
+    ValidationSet,
     build_validation_set,
     load_tokenizer,
     micro_batch_count,
     micro_batches,
     open_corpus,
+    pinned,
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
-from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
-from swamla_titan.parallel.parallelize import parallelize
-from swamla_titan.parallel.world import join_world
+from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
+from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
 from swamla_titan.train.checkpoint import (
     CONFIG,
@@ -39,7 +45,7 @@ from swamla_titan.train.checkpoint import (
 from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
-from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.numerics import seed_of, set_numerics
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.signals import StopRequest
@@ -52,67 +58,62 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run: built from a configuration, resumed from its newest whole checkpoint if there is one.
 
-    Raises UserError for anything wrong with the configuration, tokenizer, data or checkpoint before it writes to
-    the dump folder.
+    Every rank builds one. Raises UserError, on every rank, for anything wrong with the configuration, tokenizer, data
+    or checkpoint before it writes to the dump folder.
     """
 
-    def __init__(self, config: Config, stop: StopRequest) -> None:
-        self.stop = stop
-        self.world = join_world()
-        self.device = self.world.device
-        set_numerics(config, self.device)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        self.config = config = with_vocabulary(config, tokenizer.vocab_size)
+    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
+        self.world, self.stop = world, stop
+        self.device = world.device
+        set_numerics(config, self.device, world.rank)
+        config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
+        self.config, corpus, held_out = agree(world, lambda: open_data(config))
+        config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
-        self.rows = min(config.training.local_batch_size, -(-config.training.global_batch_size // self.world.size))
+        self.rows = min(config.training.local_batch_size, -(-config.training.global_batch_size // world.degrees.data))
+        self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
 
-        corpus = open_corpus(config.data, config.validation, config.job.seed, tokenizer)
         self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest)
-        newest = self.checkpoints.newest_whole()
-        record = read_record(newest) if newest else Record(step=0, tokens=0, cursors={}, identity=self.identity)
-        if newest:
-            refuse_other_run(newest, record.identity, self.identity)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
+        newest = from_first(world, self.checkpoints.newest_whole)
+        record = from_first(world, lambda: record_of(newest, self.identity))
 
-        self.validator = None
-        if config.validation.interval:
-            held_out = build_validation_set(corpus, config.validation, config.training.seq_len)
-            assert held_out is not None, "the configuration's rules ask for a path or a fraction"
-            self.validator = Validator(held_out, self.world, self.rows)
-
-        with torch.device("meta"):
-            self.model = SWAMLAModel(config.model)
-        self.model.to_empty(device=self.device)
+        self.model = ParallelModel(config, world)
         if not newest:
             self.model.init_weights(config.job.seed)
-        parallelize(self.model, config)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
         if newest:
-            self._load(newest)
-        self.step, self.tokens, self.replaced = record.step, record.tokens, record.replaced_bytes
+            self._load(newest, record.step)
+        self.step, self.tokens = record.step, record.tokens
+        self.replaced_before, self.replaced = (
+            record.replaced_bytes,
+            0,
+        )  # by all ranks before this start; by this rank since
         self._saved_step = record.step
 
         self.loader = BatchLoader(
             corpus,
             seq_len=config.training.seq_len,
             global_batch_size=config.training.global_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=world.data_rank,
+            world_size=world.degrees.data,
             cursors=record.cursors if newest else None,
             start_step=self.step,
         )
         if config.metrics.wandb:
-            require_wandb()
+            agree(world, require_wandb)
         # From here on nothing is refused any more.
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
-            prepare_folder(self.folder, to_toml(config))
-        log_to_folder(self.folder, self.world.rank)
-        self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
-        self.profiler = StepProfiler(config.profiling, self.folder / "traces")
+            from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
+        log_to_folder(self.folder, world.rank)
+        self.metrics = None
+        if world.is_first:
+            self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
+        self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
-        self.throughput = Throughput(self.device, self.world.size, flops, self.tokens_per_step)
-        announce(config, self.device, corpus, self.rows, self.step, newest)
+        self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
+        announce(config, world, corpus, self.rows, self.step, newest)
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
@@ -128,10 +129,11 @@ class Trainer:
             self.outcome = self.train_step(batch)
             self.step += 1
             self.tokens += self.tokens_per_step
-            self.metrics.advance()
+            if self.metrics:
+                self.metrics.advance()
             self.profiler.after_step(self.step)
 
-            stopped_by = self.stop.received  # read once: a signal later in this step is for the next one
+            stopped_by = self._stopped_by()  # asked once: a signal later in this step is for the next one
             finished = self.step == config.training.steps
             save = finished or stopped_by or self.step % config.checkpoint.interval == 0
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
@@ -156,20 +158,16 @@ class Trainer:
         """
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
-        set_learning_rate(self.optimizer, lr)
         count = micro_batch_count(
-            self.step, training.global_batch_size, self.config.data.streams, self.world.size, self.rows
+            self.step, training.global_batch_size, self.config.data.streams, self.world.degrees.data, self.rows
         )
-        loss = torch.zeros((), device=self.device)
-        for micro_batch in micro_batches(batch, self.rows, count):
-            inputs = micro_batch.to(self.device)
-            # A sum over the global count: the mean over the global batch, however it is cut in micro-batches.
-            part = self.model(inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=self.tokens_per_step)
-            part.backward()
-            loss += part.detach()
-        grad_norm = clip_gradients(self.model, training.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Sums over the global count: the mean over the global batch, however it is cut into micro-batches and ranks.
+        loss = self.model.train_step(list(micro_batches(batch, self.rows, count)), self.tokens_per_step)
+        grad_norm = self.model.clip_gradients(training.max_grad_norm)
+        for optimizer in self.optimizers:
+            set_learning_rate(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad()
         return loss, grad_norm
 
     def close(self) -> None:
@@ -177,20 +175,26 @@ class Trainer:
         gc.enable()
         self.loader.close()
         self.profiler.close()
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
 
     def _next_batch(self, batches: Any) -> StepBatch:
         """The next step's batch. If the data turns out bad, what was learnt so far is saved before the run ends."""
         try:
-            batch: StepBatch = next(batches)
+            batch: StepBatch = agree(self.world, lambda: next(batches))
         except (UserError, RunFailed):
             if self.step > self._saved_step:
                 self._save()
             raise
-        if batch.replaced and not self.replaced:
+        if batch.replaced and not self.replaced + self.replaced_before:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self.replaced += batch.replaced
         return batch
+
+    def _stopped_by(self) -> signal.Signals | None:
+        """The signal that asks to stop, on every rank the same: it may have reached one of them only, or some later."""
+        number = int(self.world.largest(self.stop.received or 0))
+        return signal.Signals(number) if number else None
 
     def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
@@ -199,11 +203,13 @@ class Trainer:
             "tokens": self.tokens,
             "loss": loss.item(),
             "grad_norm": grad_norm.item(),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizers[0].param_groups[0]["lr"],
         }
         values |= self.throughput.read()
-        eta = (self.config.training.steps - self.step) * values["step_seconds"]
-        self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
+        values["memory_gib"] = self.world.largest(values["memory_gib"])
+        if self.metrics:
+            eta = (self.config.training.steps - self.step) * values["step_seconds"]
+            self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
         self._require_finite()
 
     def _require_finite(self) -> None:
@@ -220,14 +226,16 @@ class Trainer:
         with self.throughput.paused():
             values = validator(self.model)
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
-        self.metrics.log(self.step, values, line)
+        if self.metrics:
+            self.metrics.log(self.step, values, line)
 
     def _save(self) -> None:
         self._require_finite()
         with self.throughput.paused():
-            cursors = self.loader.state_dict()
-            record = Record(self.step, self.tokens, cursors, self.identity, self.replaced)
-            tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
+            cursors = merged(self.world, self.loader.state_dict())
+            replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
+            record = Record(self.step, self.tokens, cursors, self.identity, replaced)
+            tensors = self._tensors()
             path = self.checkpoints.save(tensors, record, self._files())
             self._saved_step = self.step
         logger.info("checkpoint %s", path)
@@ -238,22 +246,48 @@ class Trainer:
         vocabulary = Path(self.config.data.tokenizer)
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
-    def _load(self, path: Path) -> None:
-        tensors = tensors_of(self.model, self.optimizer) | {"random": random_state(self.device)}
-        load_tensors(path, tensors)
-        set_random_state(tensors["random"], self.device)
+    def _tensors(self) -> dict[str, Any]:
+        random = {"random": random_state(self.device, self.world.rank)}
+        return tensors_of(self.model.parts, self.optimizers) | random
+
+    def _load(self, path: Path, step: int) -> None:
+        # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
+        torch.manual_seed(seed_of(self.config.job.seed, self.world.rank, step))
+        tensors = self._tensors()
+        load_tensors(path, tensors, self.world)
+        set_random_state(tensors["random"], self.device, self.world.rank)
+
+
+def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:
+    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    corpus = open_corpus(config.data, config.validation, config.job.seed, tokenizer)
+    if not config.validation.interval:
+        return config, corpus, None
+    return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
+
+
+def record_of(newest: Path | None, identity: dict[str, Any]) -> Record:
+    """The record of the checkpoint to resume from, or of a run that begins. UserError if it is of another run."""
+    if newest is None:
+        return Record(step=0, tokens=0, cursors={}, identity=identity)
+    record = read_record(newest)
+    refuse_other_run(newest, record.identity, identity)
+    return record
 
 
 def train(config: Config) -> int:
-    """Run a configuration to its end; returns the exit code."""
+    """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
     stop = StopRequest()
-    try:
-        with exclusive(Path(config.job.dump_folder)):
-            trainer = Trainer(config, stop)
-            stop.finish_step_first = True
-            try:
-                return trainer.run()
-            finally:
-                trainer.close()
-    finally:
-        stop.forget()
+    with ExitStack() as stack:
+        stack.callback(stop.forget)
+        stack.callback(leave_world)
+        world = join_world(config.parallel)
+        folder = Path(config.job.dump_folder)
+        # One rank holds the folder for all; the lock does not travel, so nothing is returned.
+        from_first(world, lambda: stack.enter_context(exclusive(folder)))
+        trainer = Trainer(config, world, stop)
+        stack.callback(trainer.close)
+        stop.finish_step_first = True
+        return trainer.run()

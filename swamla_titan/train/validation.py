@@ -2,12 +2,10 @@
 
 import math
 
-import torch
-
 from swamla_titan.data import IGNORED, ValidationSet
 from swamla_titan.errors import UserError
-from swamla_titan.model import SWAMLAModel
-from swamla_titan.parallel.world import World, sum_over_ranks
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.world import World
 
 
 class Validator:
@@ -17,8 +15,7 @@ class Validator:
     """
 
     def __init__(self, held_out: ValidationSet, world: World, local_batch_size: int) -> None:
-        self.world = world
-        self.micro_batches = list(held_out.micro_batches(world.rank, world.size, local_batch_size))
+        self.micro_batches = list(held_out.micro_batches(world.data_rank, world.degrees.data, local_batch_size))
         self.num_targets = int((held_out.targets != IGNORED).sum())
         self.num_bytes = int(held_out.target_bytes.sum())
         if self.num_bytes == 0:
@@ -27,19 +24,12 @@ class Validator:
                 "validation.fraction, give a longer validation.path, or set validation.interval = 0"
             )
 
-    @torch.no_grad()
-    def __call__(self, model: SWAMLAModel) -> dict[str, float]:
+    def __call__(self, model: ParallelModel) -> dict[str, float]:
         """`val_loss`: mean cross-entropy in nats a target token; `val_bits_per_byte`: the same in bits a byte of text.
 
         The end-of-text token counts in the loss and adds no bytes.
         """
-        model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in self.micro_batches:
-            inputs = batch.to(self.world.device)
-            total += model(inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=1)
-        model.train()
-        nats = sum_over_ranks(total).item()
+        nats = model.evaluate(self.micro_batches).item()
         return {
             "val_loss": nats / self.num_targets,
             "val_bits_per_byte": nats / math.log(2) / self.num_bytes,

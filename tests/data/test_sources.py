@@ -1,5 +1,6 @@
 """What is read from disk, in which units, and every message about input that cannot be read."""
 
+import dataclasses
 import json
 import os
 
@@ -11,7 +12,7 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.corpus import all_documents, open_corpus
 from swamla_titan.data.document import MIB
 from swamla_titan.data.local_files import LocalSource
-from swamla_titan.data.sources import open_source
+from swamla_titan.data.sources import open_source, pinned
 from swamla_titan.data.text_units import FileRange
 from swamla_titan.errors import RunFailed, UserError
 
@@ -346,12 +347,15 @@ def test_huggingface_reads_one_commit_of_the_hub(dataset_folder, monkeypatch, ca
         return info
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    found = [open_source(Data(source="huggingface", path="some/data")).fingerprint for _ in range(3)]
+    data = Data(source="huggingface", path="some/data")
+    found = [open_source(pinned(data)).fingerprint for _ in range(3)]
     assert asked == ["abc", "abc", "def"]
     assert found[0] == found[1] != found[2]
     assert not caplog.records
-    open_source(Data(source="huggingface", path="some/data"))
+    open_source(pinned(data))
     assert asked[-1] is None
+    open_source(pinned(dataclasses.replace(data, revision="v1")))
+    assert asked[-1] == "v1"
     assert "offline mode is enabled" in caplog.text
 
 

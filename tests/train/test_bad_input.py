@@ -186,11 +186,19 @@ def test_a_dump_folder_in_which_nothing_can_be_written(tiny, tmp_path, capsys, n
     assert "cannot be written (Not a directory)" in below
 
 
-def test_more_than_one_process(tiny, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "size, overrides, part",
+    [
+        ("4", ("--parallel.tensor", "3"), "tensor 3 = 3 do not fit 4 processes: start 3, or lower pipeline"),
+        ("4", ("--parallel.dp_shard", "3"), "dp_shard 3 = 3 do not fit 4 processes: start 3, or let"),
+        ("1", ("--parallel.context", "2"), "context 2 = 2 do not fit 1 processes: start 2"),
+    ],
+)
+def test_degrees_that_do_not_fit_the_processes(tiny, tmp_path, capsys, monkeypatch, size, overrides, part):
     assert train(tiny, *SHORT) == 0
     before = snapshot(tmp_path / "run")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "started as one of 2 processes" in refused(capsys, "train", str(tiny), *SHORT)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert part in refused(capsys, "train", str(tiny), *SHORT, *overrides)
     assert snapshot(tmp_path / "run") == before
 
 

@@ -1,0 +1,104 @@
+"""FSDP2, HSDP and DDP: who keeps which part of the weights, and when gradients are summed.
+
+All three are torch's own (fully_shard, arXiv:2304.11277; replicate). Ranks that share a sequence (context parallel)
+hold shards, or copies, like ranks that read different ones: both compute gradients of the same weights, from different
+tokens.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from swamla_titan.config.sections import Parallel
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.world import World
+
+
+def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, compute_dtype: torch.dtype) -> None:
+    """Shard or replicate the model's weights in place, as the configuration says; nothing where a rank is alone."""
+    if world.weights is None:
+        return
+    sizes = world.weights["replicate"].size(), world.weights["shard"].size()
+    if sizes == (1, 1):
+        return
+    if parallel.data_parallel == "ddp":
+        mesh = world.weights["replicate"]
+    elif parallel.data_parallel == "hsdp":
+        mesh = world.weights["replicate", "shard"]
+    else:
+        mesh = world.weights["shard"]
+    wrap(model, parallel, mesh, compute_dtype)
+
+
+def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2, HSDP or DDP over `mesh`: each block is one unit of communication, what lies around them another.
+
+    Weights are gathered in `compute_dtype`; gradients are reduced in float32, and summed: the loss has been divided
+    by the count of the global batch already. A tied embedding and head are one weight, which the whole pass needs:
+    it stays gathered from the first block to the last. Untied, each has a unit of its own, so that the head's gather
+    and the embedding's reduction hide behind the blocks.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the embedding's output sets the dtype of what follows
+    )
+    units: list[nn.Module | list[nn.Module]] = list(model.blocks.values())
+    embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
+    tied = model.config.tie_embeddings and embedding is not None and head is not None
+    if not tied:
+        units = ([embedding] if embedding is not None else []) + units
+    if parallel.data_parallel == "ddp":
+        for unit in units:
+            replicate(unit, mesh=mesh, mp_policy=policy)
+        replicate(model, mesh=mesh, mp_policy=policy)
+    else:
+        offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+        reshard = parallel.reshard_after_forward == "always" or (
+            parallel.reshard_after_forward == "auto" and parallel.pipeline == 1
+        )
+        for unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+        if head is not None and not tied:
+            # The backward pass begins with it: what was freed would be gathered again at once.
+            last = [model.norm, head]
+            fully_shard(last, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for module in _units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
+    _prefetch(model)
+
+
+def _prefetch(model: SWAMLAModel) -> None:
+    """Each block's gather is started while the one before computes, also where the host is late to ask for it."""
+    blocks = [block for block in model.blocks.values() if isinstance(block, FSDPModule)]
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: bool) -> None:
+    """Say before a micro-batch's backward pass what becomes of its gradients; `last`: of the step.
+
+    By default they stay on the rank, unsharded in float32, and are reduced after the last micro-batch only. With
+    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP, DDP) are still
+    reconciled once.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        if every_micro_batch:
+            model.set_requires_all_reduce(last)
+        else:
+            model.set_requires_gradient_sync(last)
+
+
+def _units(model: nn.Module) -> Iterator[FSDPModule]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module

@@ -1,0 +1,93 @@
+"""Every plan trains as one process does: the same losses and gradient norms, step by step, from the real command."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.cli import main
+from tests.conftest import TINY
+from tests.distributed.ranks import on_ranks
+from tests.train.runs import metrics
+
+STEPS = 20
+# Float32 rounds, and training amplifies roundings: a learning rate that learns, but does not dig.
+COMMON = (
+    *("--training.steps", str(STEPS), "--model.dropout", "0", "--optimizer.lr", "1e-3"),
+    *("--data.num_workers", "0", "--checkpoint.interval", "1000"),
+)
+
+
+def run(config: str, *overrides: str) -> int:
+    return main(["train", config, *COMMON, *overrides])
+
+
+def written(folder: Path) -> str:
+    """The path of the configuration that trains in `folder`."""
+    config = folder / "tiny.toml"
+    config.write_text(TINY.format(folder=folder))
+    return str(config)
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    return {name: metrics(folder / "run", name) for name in ("loss", "grad_norm", "val_loss")}
+
+
+@functools.cache
+def alone(*overrides: str) -> dict[str, dict[int, float]]:
+    """The curves of one process; computed once for all plans."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert run(written(Path(folder)), *overrides) == 0
+        return curves(Path(folder))
+
+
+def assert_same_curves(folder: Path, model: tuple[str, ...], tolerance: float = 1e-5) -> None:
+    expected, found = alone(*model), curves(folder)
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=tolerance), name
+    assert len(found["loss"]) == STEPS
+
+
+PLANS = {
+    "fsdp-2": (2, ()),
+    "fsdp-3": (3, ()),
+    "fsdp-4": (4, ()),
+    "fsdp-2-every": (2, ("--parallel.reduce_every_micro_batch", "true", "--training.local_batch_size", "1")),
+    "fsdp-2-never": (2, ("--parallel.reshard_after_forward", "never", "--training.local_batch_size", "1")),
+    "hsdp-2x2": (4, ("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2")),
+    "hsdp-2x2-every": (
+        4,
+        (
+            *("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2", "--parallel.dp_shard", "2"),
+            *("--parallel.reduce_every_micro_batch", "true", "--training.local_batch_size", "1"),
+        ),
+    ),
+    "ddp-2": (2, ("--parallel.data_parallel", "ddp")),
+    "ddp-3": (3, ("--parallel.data_parallel", "ddp", "--training.local_batch_size", "1")),
+    "ddp-3-every": (
+        3,
+        (
+            *("--parallel.data_parallel", "ddp", "--training.local_batch_size", "1"),
+            *("--parallel.reduce_every_micro_batch", "true"),
+        ),
+    ),
+}
+BATCHES = {"divides": ("--training.global_batch_size", "12"), "does not": ("--training.global_batch_size", "5")}
+MODELS = {
+    "tied": (),
+    "untied": (
+        *("--model.tie_embeddings", "false", "--model.norm", "dynamic_tanh", "--data.document_mask", "true"),
+        *("--model.z_loss", "1e-3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
+    ranks, overrides = PLANS[plan]
+    shape = (*BATCHES[batch], *MODELS[model])
+    assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
+    assert_same_curves(tmp_path, shape)
