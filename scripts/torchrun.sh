@@ -5,6 +5,7 @@
 #
 # SIGTERM, SIGUSR1 and SIGINT: the workers save and end, however long that takes; the exit code is 75. A second one
 # three seconds later, or SIGHUP, ends all at once. torchrun ignores these signals: it would give its workers 30 seconds.
+# shellcheck disable=SC2317  # functions called by traps
 set -euo pipefail
 
 python=$1
@@ -18,7 +19,7 @@ agent=       # torchrun's process id
 asked_at=    # when the first signal came, in seconds
 interrupted= # a signal interrupted the wait
 killed_by=   # the number of the signal that ended all at once
-idle=        # torchrun had no workers when it was told to stop
+idle=        # there were no workers when the signal came
 
 # Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet.
 workers() {
@@ -29,6 +30,15 @@ workers() {
     [[ ${1:-} != unaware || ! -e ${file%.pid}.stopping ]] || continue
     if kill -0 "$pid" 2>/dev/null; then printf '%s\n' "$pid"; fi
   done
+}
+
+# said CODE: has a worker ended with this code?
+said() {
+  local file
+  for file in "$folder"/*.code; do
+    if [[ -e $file && $(<"$file") == "$1" ]]; then return 0; fi
+  done
+  return 1
 }
 
 # torchrun first: it would start the workers again.
@@ -47,8 +57,8 @@ stop() {
     # Terminals and schedulers signal the workers as well. Those have a second to say so, and get it only once then.
     sleep 1 || true
     for pid in $(workers unaware); do kill -s "$1" "$pid" 2>/dev/null || true; done
-    # No worker has started, or torchrun is waiting for other machines: there is nothing to save.
-    if [[ -n $agent && -z $(workers) ]]; then
+    # None runs and none has ended well: torchrun waits for other machines, and there is nothing to save.
+    if [[ -n $agent && -z $(workers) ]] && ! said 0 && ! said 2 && ! said 75; then
       idle=1
       kill_all
     fi
@@ -80,21 +90,11 @@ while
   [[ -n $interrupted ]]
 do :; done
 
-# said CODE: has a worker ended with this code?
-said() {
-  local file
-  for file in "$folder"/*.code; do
-    if [[ -e $file && $(<"$file") == "$1" ]]; then return 0; fi
-  done
-  return 1
-}
-
 if [[ -n $killed_by ]]; then
   exit $((128 + killed_by))
 elif said 2; then
   exit 2 # if other workers crashed, it was for want of this one
 elif [[ -n $idle ]]; then
-  if said 0 && ! said 75; then exit 0; fi # all was done, and torchrun waited for the other machines
   exit 75
 elif ((status == 0)); then
   if said 75; then exit 75; fi
