@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # main(["train", CONFIG, WHAT, FOLDER]): each process appends a line for its start to a file of its own.
-TRAINER = '''
+TRAINER = """
 import os, sys, time
 from pathlib import Path
 from swamla_titan.errors import EXIT_STOPPED
@@ -55,7 +55,7 @@ def until_stopped(folder, rank, what):
     time.sleep(2.5)  # a checkpoint
     (folder / f"saved-{rank}").write_text(stop.received.name)
     return EXIT_STOPPED
-'''
+"""
 
 
 class Launch:

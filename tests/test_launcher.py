@@ -184,7 +184,15 @@ def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository)
         *("--local-ranks-filter=1,3", "--redirects=0:2,2:2"),
         *("--standalone", "--local-addr=127.0.0.1"),
     ]
-    assert recorded[4 + len(flags) :][:7] == ["-m", "swamla_titan", "train", config, "--training.steps", "3", "cuda=unset"]
+    assert recorded[4 + len(flags) :][:7] == [
+        "-m",
+        "swamla_titan",
+        "train",
+        config,
+        "--training.steps",
+        "3",
+        "cuda=unset",
+    ]
     assert "unshared=unset" in recorded
     asked = Path(f"{repository.record}.preflight").read_text()
     assert asked == f"-m swamla_titan.tools.preflight 4 4 {config} --training.steps 3\n"
