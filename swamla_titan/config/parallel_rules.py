@@ -94,11 +94,11 @@ def _tensor(config: Config) -> Iterator[Contradiction]:
             ("parallel.async_tensor", "compile.enabled"),
             "true is the compiler's doing, but compile.enabled = false: set that to true or this to false",
         )
-    groups = model.ffn_width // math.gcd(model.ffn_width, GROUP)
     if tensor == 1:
         return
     from swamla_titan.model.feed_forward import GROUP  # torch takes seconds that other configurations are spared
 
+    groups = model.ffn_width // math.gcd(model.ffn_width, GROUP)
     shared = [
         ("num_heads", f"model.num_heads = {model.num_heads}", model.num_heads),
         (
