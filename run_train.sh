@@ -9,12 +9,16 @@ Trains with the settings of the TOML file CONFIG, train_configs/debug.toml if no
 looked for in the current folder, then in the repository; the name of a shipped configuration will do as well. What
 follows overrides keys of the file.
 
-  NGPU      GPUs to use; 0 or none: train on the CPU (default: what is there, at most 1 in this version)
-  NNODES    machines the run spans (default 1, the only number this version takes)
-  PYTHON    the Python to run (default: the active virtual environment, .venv, or python3 if it has all that is
-            required; else .venv is made)
-
-RDZV_ENDPOINT, RDZV_ID, MAX_RESTARTS and LOG_RANK are for runs of several processes, which this version has none of.
+  NGPU           GPUs to use on this machine, a process each; 0 or none: train on the CPU (default: what is there)
+  NPROC          processes on this machine if it trains on the CPU (default 1)
+  NNODES         machines the run spans, or MIN:MAX of an elastic run (default 1); start the same command on each
+  RDZV_ENDPOINT  HOST:PORT at which they meet, one of them; needed for more than one machine
+  RDZV_ID        name of the run there, the same on all (default swamla-titan)
+  MAX_RESTARTS   how often processes that crashed are started again, from the newest checkpoint (default 3; a run of
+                 one process is not)
+  LOG_RANK       the processes of this machine whose output is shown, as in 0,3 (default 0)
+  PYTHON         the Python to run (default: the active virtual environment, .venv, or python3 if it has all that is
+                 required; else .venv is made)
 
 Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 stopped on purpose: the same command goes on.
 USAGE
@@ -58,24 +62,69 @@ if [[ ! -f $config ]]; then
 fi
 
 nnodes=${NNODES:-1}
-[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || refuse "NNODES=$nnodes: expected a number of machines, or MIN:MAX"
-[[ $nnodes == 1 || $nnodes == 1:1 ]] ||
-  refuse "NNODES=$nnodes: this version trains on one process; set NNODES=1 and NGPU=1"
+[[ $nnodes =~ ^([1-9][0-9]*)(:([1-9][0-9]*))?$ ]] || refuse "NNODES=$nnodes: expected a number of machines, or MIN:MAX"
+fewest=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+((fewest <= most)) || refuse "NNODES=$nnodes: the smaller number stands first, NNODES=$most:$fewest"
 
 ngpu=${NGPU:-}
+[[ $ngpu != none ]] || ngpu=0
 if [[ -z $ngpu ]]; then
   ngpu=$(count_gpus)
-  if ((ngpu > 1)); then
-    printf 'run_train.sh: notice: %s GPUs are there; this version trains on one process and uses one\n' "$ngpu" >&2
-    ngpu=1
-  fi
 else
-  [[ $ngpu != none ]] || ngpu=0
   [[ $ngpu =~ ^(0|[1-9][0-9]*)$ ]] || refuse "NGPU=$ngpu: expected a number of GPUs, 0 or none for the CPU"
-  [[ $ngpu == [01] ]] || refuse "NGPU=$ngpu: this version trains on one process; set NGPU=1"
-  [[ $ngpu == 1 ]] || export CUDA_VISIBLE_DEVICES=""
+  [[ $ngpu != 0 ]] || export CUDA_VISIBLE_DEVICES=""
+fi
+[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$NPROC: expected a number of processes"
+nproc=${NPROC:-1}
+if [[ $ngpu != 0 ]]; then
+  [[ -z ${NPROC:-} || $nproc == "$ngpu" ]] ||
+    refuse "NPROC=$nproc is for the CPU, and $ngpu GPUs take a process each: set NGPU=0, or leave NPROC out"
+  nproc=$ngpu
+fi
+
+restarts=${MAX_RESTARTS:-3}
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || refuse "MAX_RESTARTS=$restarts: expected a number"
+shown=${LOG_RANK:-0}
+[[ $shown =~ ^[0-9]+(,[0-9]+)*$ ]] || refuse "LOG_RANK=$shown: expected numbers of processes, as in 0,3"
+hidden=
+for ((rank = 0; rank < nproc; rank++)); do
+  [[ ,$shown, == *,$rank,* ]] || hidden+=,$rank:2
+done
+for rank in ${shown//,/ }; do
+  ((10#$rank < nproc)) || refuse "LOG_RANK=$shown: the processes of this machine are 0 to $((nproc - 1))"
+done
+endpoint=${RDZV_ENDPOINT:-}
+if [[ -n $endpoint ]]; then
+  [[ $endpoint =~ ^([^:]+|\[.*\]):[0-9]+$ ]] || refuse "RDZV_ENDPOINT=$endpoint: expected HOST:PORT"
+elif ((most > 1)); then
+  refuse "NNODES=$nnodes needs RDZV_ENDPOINT=HOST:PORT, the same on every machine: one of them, and a free port there"
 fi
 
 python=$("$root/scripts/environment.sh" "" offline)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m swamla_titan train "$config" "$@"
+if ((most == 1 && nproc == 1)); then
+  exec "$python" -m swamla_titan train "$config" "$@"
+fi
+
+# Several processes: what is wrong with the configuration is said once, before any of them starts.
+processes=
+for ((nodes = fewest; nodes <= most; nodes++)); do processes+=,$((nodes * nproc)); done
+"$python" -m swamla_titan.tools.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
+
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  threads=$((cores / nproc))
+  export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$shown")
+# What the hidden processes say on standard error is kept, for the case that they crash.
+[[ -z $hidden ]] || flags+=(--redirects="${hidden#,}")
+if [[ -n $endpoint ]]; then
+  # Unshared stores: the one that the machines meet at must outlive the processes, or nobody can join again.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RDZV_ID:-swamla-titan}")
+else
+  # A free port for each run. By its number, because a machine need not know its own name.
+  flags+=(--standalone --local-addr=127.0.0.1)
+fi
+exec "$root/scripts/torchrun.sh" "$python" "${flags[@]}" -m swamla_titan train "$config" "$@"

@@ -131,10 +131,11 @@ def _run(command: object, overrides: list[Override]) -> int:
     # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
     match command:
         case Train(config=name):
+            config = load_config(find_config(name), overrides)
             from swamla_titan.train import log_to_console, train
 
             log_to_console()
-            return train(load_config(find_config(name), overrides))
+            return train(config)
         case Check(config=name):
             from swamla_titan.tools.check import check
 

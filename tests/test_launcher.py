@@ -14,12 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Calls itself fit if asked (unless STUB_UNFIT is set), else writes down how it was called.
 STUB = """#!/bin/sh
-case "$1" in
-*/check_environment.py) [ -z "$STUB_UNFIT" ] && echo "stub $0" || { echo "torch is not installed"; exit 1; } ;;
+case "$1 $2" in
+*/check_environment.py*) [ -z "$STUB_UNFIT" ] && echo "stub $0" || { echo "torch is not installed"; exit 1; } ;;
+*swamla_titan.tools.preflight)
+  echo "$@" >"$RECORD.preflight"
+  exit "${STUB_PREFLIGHT:-0}"
+  ;;
 *)
   {
     printf '%s\\n' "$@"
     echo "cuda=${CUDA_VISIBLE_DEVICES-unset}"
+    echo "threads=${OMP_NUM_THREADS-unset}"
+    echo "unshared=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-unset}"
     echo "pythonpath=$PYTHONPATH"
     echo "cwd=$PWD"
   } >"$RECORD"
@@ -27,6 +33,9 @@ case "$1" in
   ;;
 esac
 """
+
+
+TOOLS = ("bash", "sh", "cat", "dirname", "env", "getconf", "grep", "mkdir", "mktemp", "rm", "sed", "touch", "tr")
 
 
 def write_script(path: Path, text: str) -> Path:
@@ -51,7 +60,7 @@ class Repository:
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         self.stub = write_script(folder / "stub", STUB)
-        for command in ("bash", "sh", "cat", "dirname", "env", "grep", "mkdir", "rm", "sed", "touch", "tr"):
+        for command in TOOLS:
             path = shutil.which(command)
             assert path
             self.bin.mkdir(exist_ok=True)
@@ -103,7 +112,7 @@ def test_pythonpath_is_kept(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("code", [1, 2, 75])
-def test_exit_code_of_the_trainer_arrives(repository: Repository, code: int) -> None:
+def test_exit_code_of_a_process_alone_arrives(repository: Repository, code: int) -> None:
     ran = repository.run("run_train.sh", PYTHON=str(repository.stub), STUB_EXIT=str(code))
     assert ran.returncode == code
 
@@ -121,14 +130,20 @@ def test_one_process_leaves_the_gpus_alone(repository: Repository, variables: di
 @pytest.mark.parametrize(
     "variables, message",
     [
-        ({"NGPU": "2"}, "NGPU=2: this version trains on one process; set NGPU=1"),
         ({"NGPU": "-1"}, "NGPU=-1: expected"),
         ({"NGPU": "two"}, "NGPU=two: expected"),
         ({"NGPU": "01"}, "NGPU=01: expected"),
-        ({"NNODES": "2"}, "NNODES=2: this version trains on one process"),
-        ({"NNODES": "1:4"}, "NNODES=1:4: this version trains on one process"),
+        ({"NPROC": "0"}, "NPROC=0: expected"),
+        ({"NPROC": "3", "NGPU": "2"}, "NPROC=3 is for the CPU, and 2 GPUs take a process each: set NGPU=0"),
         ({"NNODES": "4:"}, "NNODES=4:: expected"),
         ({"NNODES": "0"}, "NNODES=0: expected"),
+        ({"NNODES": "4:1"}, "NNODES=4:1: the smaller number stands first, NNODES=1:4"),
+        ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT"),
+        ({"NNODES": "1:4"}, "NNODES=1:4 needs RDZV_ENDPOINT=HOST:PORT"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, "RDZV_ENDPOINT=node0: expected HOST:PORT"),
+        ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many: expected a number"),
+        ({"LOG_RANK": "all"}, "LOG_RANK=all: expected numbers of processes"),
+        ({"LOG_RANK": "0,2", "NPROC": "2"}, "LOG_RANK=0,2: the processes of this machine are 0 to 1"),
     ],
 )
 def test_refusals(repository: Repository, variables: dict[str, str], message: str) -> None:
@@ -150,21 +165,73 @@ def test_missing_config_is_refused_before_the_environment_is_looked_for(reposito
     assert "no file absent.toml in" in ran.stderr
 
 
-def test_several_gpus_without_ngpu_train_on_one_with_a_notice(repository: Repository) -> None:
+def test_every_gpu_that_is_there_is_used(repository: Repository) -> None:
     repository.set_gpus(4)
-    ran = repository.run("run_train.sh", PYTHON=str(repository.stub))
-    assert ran.returncode == 0
-    assert "4 GPUs are there; this version trains on one process" in ran.stderr
-    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), CUDA_VISIBLE_DEVICES="3")
-    assert "notice" not in ran.stderr
-    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), CUDA_VISIBLE_DEVICES="2,3")
-    assert "2 GPUs are there" in ran.stderr
+    assert "--nproc-per-node=4" in repository.train()
+    assert "--nproc-per-node=2" in repository.train(CUDA_VISIBLE_DEVICES="2,3")
+    assert repository.train(CUDA_VISIBLE_DEVICES="3")[1] == "swamla_titan"
+    assert repository.train(NGPU="1")[1] == "swamla_titan"
+
+
+def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository) -> None:
+    recorded = repository.train("debug", "--training.steps", "3", NGPU="4", LOG_RANK="1,3", MAX_RESTARTS="0")
+    config = f"{repository.root}/train_configs/debug.toml"
+    assert recorded[:3] == ["-m", "torch.distributed.run", "--log-dir"]
+    flags = recorded[4 : recorded.index("-m", 1)]
+    assert flags == [
+        *("--signals-to-handle", "SIGQUIT"),
+        *("--nnodes=1", "--nproc-per-node=4", "--max-restarts=0"),
+        *("--local-ranks-filter=1,3", "--redirects=0:2,2:2"),
+        *("--standalone", "--local-addr=127.0.0.1"),
+    ]
+    assert recorded[4 + len(flags) :][:7] == [
+        "-m",
+        "swamla_titan",
+        "train",
+        config,
+        "--training.steps",
+        "3",
+        "cuda=unset",
+    ]
+    assert "unshared=unset" in recorded
+    asked = Path(f"{repository.record}.preflight").read_text()
+    assert asked == f"-m swamla_titan.tools.preflight 4 4 {config} --training.steps 3\n"
+    assert not Path(recorded[3]).parent.exists()  # the folder of the launch
+
+
+def test_machines_meet_at_the_endpoint(repository: Repository) -> None:
+    recorded = repository.train(NGPU="8", NNODES="2", RDZV_ENDPOINT="node0:29400", LOG_RANK="0,1,2,3,4,5,6,7")
+    expected = ["--rdzv-backend=c10d", "--rdzv-endpoint=node0:29400", "--rdzv-id=swamla-titan", "unshared=1"]
+    assert {"--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", *expected} <= set(recorded)
+    assert not any(line.startswith(("--standalone", "--local-addr", "--redirects")) for line in recorded)
+    assert Path(f"{repository.record}.preflight").read_text().split()[2:4] == ["16", "8"]
+    # An elastic run of one process a machine goes through torchrun even where it may start alone.
+    recorded = repository.train(NGPU="0", NNODES="1:4", RDZV_ENDPOINT="[::1]:5", RDZV_ID="mine")
+    expected = ["--nnodes=1:4", "--nproc-per-node=1", "--rdzv-endpoint=[::1]:5", "--rdzv-id=mine", "cuda="]
+    assert set(expected) <= set(recorded)
+    assert Path(f"{repository.record}.preflight").read_text().split()[2:4] == ["1,2,3,4", "0"]
+
+
+def test_processes_on_the_cpu_share_its_cores(repository: Repository) -> None:
+    write_script(repository.bin / "nproc", "#!/bin/sh\necho 12\n")
+    recorded = repository.train(NGPU="0", NPROC="5")
+    assert {"--nproc-per-node=5", "threads=2", "cuda="} <= set(recorded)
+    assert "threads=1" in repository.train(NPROC="13")
+    assert "threads=7" in repository.train(NPROC="5", OMP_NUM_THREADS="7")
+    assert "threads=unset" in repository.train(NPROC="1")
+
+
+def test_what_is_wrong_is_said_before_torchrun_starts(repository: Repository) -> None:
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), NPROC="2", STUB_PREFLIGHT="2")
+    assert ran.returncode == 2
+    assert Path(f"{repository.record}.preflight").exists()
+    assert not repository.record.exists()
 
 
 def test_help(repository: Repository) -> None:
     ran = repository.run("run_train.sh", "--help")
     assert ran.returncode == 0
-    for word in ("usage:", "CONFIG", "NGPU", "NNODES", "RDZV_ENDPOINT", "RDZV_ID", "MAX_RESTARTS", "LOG_RANK"):
+    for word in ("usage:", "CONFIG", "NGPU", "NPROC", "NNODES", "RDZV_ENDPOINT", "RDZV_ID", "MAX_RESTARTS", "LOG_RANK"):
         assert word in ran.stdout
 
 

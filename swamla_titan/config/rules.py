@@ -1,16 +1,10 @@
 """Rules that tie keys together."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from swamla_titan.config.contradiction import Contradiction
+from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
-
-
-class Contradiction(NamedTuple):
-    """`keys` (as section.key) cannot hold together; the first is the one to report it at."""
-
-    keys: tuple[str, ...]
-    problem: str
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
@@ -65,3 +59,4 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("validation.fraction", "validation.path", "validation.interval"),
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
+    yield from parallel_contradictions(config)

@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 
 from swamla_titan.errors import EXIT_STOPPED
+from swamla_titan.parallel.launcher import acknowledge_stop
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -21,6 +22,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        acknowledge_stop()  # before the second signal becomes deadly
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if not self.finish_step_first:

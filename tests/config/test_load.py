@@ -103,7 +103,7 @@ def test_a_key_of_another_section_is_pointed_there(toml):
         ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
         ("[training]\nmax_grad_norm = inf\n", "expected a number >= 0"),
         ("[profiling]\nenabled = true\nstart_step = 1001\n", "after the last step, training.steps = 1000"),
-        ("[parallel]\ntensor = 2\n", "expected only 1"),
+        ("[parallel]\ntensor = 3\n", "[parallel] tensor: 3 ranks cannot share model.num_heads = 16"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(toml, text, part):

@@ -1,6 +1,8 @@
 """`config ls`, `config show` and `config cp`."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.parallel.degrees import fit_degrees
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_show_explains_every_key_and_applies_overrides(output, tiny, tmp_path):
 def test_show_refuses_what_train_would(refusal, tiny):
     assert "[model] dim = 0: expected a whole number >= 2" in refusal("show", str(tiny), "--model.dim", "0")
     message = refusal("show", "smal")
-    assert "smal: no such file, nor a shipped configuration (base, debug, local, small)" in message
+    assert f"smal: no such file, nor a shipped configuration ({', '.join(shipped_configs())})" in message
 
 
 def test_cp_writes_a_copy_that_keeps_the_comments(output, tmp_path):
@@ -94,5 +97,36 @@ def test_cp_to_a_folder_that_is_not_there(refusal, tmp_path):
 
 
 def test_an_unknown_name_lists_those_there_are(refusal, tmp_path):
-    assert "(base, debug, local, small)" in refusal("cp", "tiny", str(tmp_path / "x.toml"))
+    assert f"({', '.join(shipped_configs())})" in refusal("cp", "tiny", str(tmp_path / "x.toml"))
     assert not (tmp_path / "x.toml").exists()
+
+
+def stated_processes(path: Path) -> int:
+    """The number of GPUs in a configuration's first line; one process if it names none."""
+    found = re.search(r"\b(\d+) GPUs", path.read_text().splitlines()[0])
+    return int(found[1]) if found else 1
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_shipped_configuration_fits_the_gpus_that_it_names(name):
+    path = shipped_configs()[name]
+    config = load_config(path)
+    degrees = fit_degrees(config.parallel, stated_processes(path))
+    assert config.training.global_batch_size % (degrees.data * config.training.local_batch_size) == 0
+    assert config.data.streams % degrees.data == 0, "ranks with fewer streams than others would wait"
+
+
+def test_the_configurations_for_several_gpus_are_for_as_many_and_differ_in_what_they_share():
+    shipped = shipped_configs()
+    fitted = {
+        name: (stated_processes(path), str(fit_degrees(load_config(path).parallel, stated_processes(path))))
+        for name, path in shipped.items()
+    }
+    assert {name: value for name, value in fitted.items() if value[0] > 1} == {
+        "ddp": (8, "dp_replicate 8"),
+        "fsdp_node": (8, "dp_shard 8"),
+        "hsdp_4_nodes": (32, "dp_replicate 4 x dp_shard 8"),
+        "tp_fsdp_xl": (32, "dp_shard 4 x tensor 8"),
+        "long_context": (8, "context 8"),
+        "pipeline": (32, "pipeline 4 x dp_shard 8"),
+    }

@@ -12,6 +12,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from swamla_titan.cli import main
+from swamla_titan.config import shipped_configs
 from swamla_titan.data import tokenizer as tokenizer_module
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 
@@ -66,7 +67,7 @@ def refused_over(capsys: pytest.CaptureFixture[str], config: Path, *overrides: s
 
 def test_a_missing_configuration(capsys):
     message = refused(capsys, "train", "nowhere.toml")
-    assert "nowhere.toml: no such file, nor a shipped configuration (base, debug, local, small)" in message
+    assert f"nowhere.toml: no such file, nor a shipped configuration ({', '.join(shipped_configs())})" in message
 
 
 def test_a_configuration_that_is_a_folder_or_no_toml(capsys, tmp_path):

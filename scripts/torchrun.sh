@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Run torchrun, deliver signals to its workers, and end with the workers' own exit code.
+# usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...
+# The other half, and what lies in the folder that both use, is in swamla_titan/parallel/launcher.py.
+#
+# SIGTERM, SIGUSR1 and SIGINT: the workers save and end, however long that takes; the exit code is 75. A second one
+# three seconds later, or SIGHUP, ends all at once. torchrun ignores these signals: it would give its workers 30 seconds.
+# shellcheck disable=SC2317  # functions called by traps
+set -euo pipefail
+
+python=$1
+shift
+folder=$(mktemp -d "${TMPDIR:-/tmp}/swamla-titan.XXXXXX")
+export SWAMLA_TITAN_LAUNCH_FOLDER=$folder
+keep=
+trap '[[ -n $keep ]] || rm -rf "$folder"' EXIT
+
+agent=       # torchrun's process id
+asked_at=    # when the first signal came, in seconds
+interrupted= # a signal interrupted the wait
+killed_by=   # the number of the signal that ended all at once
+idle=        # there were no workers when the signal came
+
+# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet.
+workers() {
+  local file pid
+  for file in "$folder"/*.pid; do
+    [[ -e $file ]] || continue
+    pid=$(<"$file")
+    [[ ${1:-} != unaware || ! -e ${file%.pid}.stopping ]] || continue
+    if kill -0 "$pid" 2>/dev/null; then printf '%s\n' "$pid"; fi
+  done
+}
+
+# said CODE: has a worker ended with this code?
+said() {
+  local file
+  for file in "$folder"/*.code; do
+    if [[ -e $file && $(<"$file") == "$1" ]]; then return 0; fi
+  done
+  return 1
+}
+
+# torchrun first: it would start the workers again.
+kill_all() {
+  local pid
+  [[ -z $agent ]] || kill -KILL "$agent" 2>/dev/null || true
+  for pid in $(workers); do kill -KILL "$pid" 2>/dev/null || true; done
+}
+
+stop() {
+  local pid
+  interrupted=1
+  if [[ -z $asked_at ]]; then
+    asked_at=$SECONDS
+    printf '%s\n' "$1" >"$folder/stop"
+    # Terminals and schedulers signal the workers as well. Those have a second to say so, and get it only once then.
+    sleep 1 || true
+    for pid in $(workers unaware); do kill -s "$1" "$pid" 2>/dev/null || true; done
+    # None runs and none has ended well: torchrun waits for other machines, and there is nothing to save.
+    if [[ -n $agent && -z $(workers) ]] && ! said 0 && ! said 2 && ! said 75; then
+      idle=1
+      kill_all
+    fi
+  elif ((SECONDS - asked_at > 2)); then # sooner, it is the same signal on its second way here
+    end_at_once "$1"
+  fi
+}
+
+end_at_once() {
+  interrupted=1
+  killed_by=$(kill -l "$1")
+  kill_all
+}
+
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+trap 'stop INT' INT
+trap 'end_at_once HUP' HUP
+(
+  trap '' TERM USR1 INT
+  # Some signal must be named for torchrun to handle; SIGQUIT is of no use here.
+  exec "$python" -m torch.distributed.run --log-dir "$folder/logs" --signals-to-handle SIGQUIT "$@"
+) &
+agent=$!
+
+while
+  interrupted=
+  { wait "$agent" && status=0 || status=$?; } 2>/dev/null
+  [[ -n $interrupted ]]
+do :; done
+
+if [[ -n $killed_by ]]; then
+  exit $((128 + killed_by))
+elif said 2; then
+  exit 2 # if other workers crashed, it was for want of this one
+elif [[ -n $idle ]]; then
+  exit 75
+elif ((status == 0)); then
+  if said 75; then exit 75; fi
+  exit 0
+fi
+for file in "$folder"/logs/*/attempt_*/*/stderr.log; do
+  if [[ -s $file ]]; then
+    keep=1
+    printf 'run_train.sh: the errors of the processes not shown (LOG_RANK) are in %s\n' "$folder/logs" >&2
+    break
+  fi
+done
+exit 1

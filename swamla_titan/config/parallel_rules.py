@@ -1,0 +1,212 @@
+"""Rules of [parallel], [compile] and [activation_checkpoint] that hold for any number of processes.
+
+What depends on that number is refused by parallel/degrees.py. Beside what cannot work, a value that is not the default
+and would have no effect is refused: whoever wrote it expects one.
+"""
+
+import math
+from collections.abc import Iterator
+
+from swamla_titan.config.contradiction import Contradiction
+from swamla_titan.config.sections import Config
+
+_STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+_ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two on
+
+
+def parallel_contradictions(config: Config) -> Iterator[Contradiction]:
+    """Every set of keys of these sections, the model and the sequence length that cannot all hold."""
+    yield from _data_parallel(config)
+    yield from _without_shards(config)
+    yield from _tensor(config)
+    yield from _sequence_length(config)
+    yield from _pipeline(config)
+    yield from _compile(config)
+    yield from _activation_checkpoint(config)
+
+
+def _data_parallel(config: Config) -> Iterator[Contradiction]:
+    kind, shard, replicate = config.parallel.data_parallel, config.parallel.dp_shard, config.parallel.dp_replicate
+    both = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.data_parallel")
+    for key, value in (("parallel.dp_shard", shard), ("parallel.dp_replicate", replicate)):
+        if value == 0:
+            yield Contradiction((key,), "0 ranks are none: expected a number from 1, or -1 for the rest")
+    if 0 in (shard, replicate):
+        return
+    if kind == "fsdp" and replicate != 1:
+        yield Contradiction(
+            ("parallel.dp_replicate", "parallel.data_parallel"),
+            f'{replicate}, but data_parallel = "fsdp" keeps one copy of the weights: use "hsdp" for several, each '
+            "shared by dp_shard ranks, or leave dp_replicate out",
+        )
+    if kind == "ddp" and shard not in (-1, 1):
+        yield Contradiction(
+            ("parallel.dp_shard", "parallel.data_parallel"),
+            f'{shard}, but with data_parallel = "ddp" each rank has all weights: use "hsdp" to share each copy among '
+            f'{shard} ranks, "fsdp" for one copy, or leave dp_shard out',
+        )
+    if kind != "hsdp":
+        return
+    if replicate == -1 and shard == -1:
+        yield Contradiction(
+            both, "dp_replicate and dp_shard are both -1, the rest: give one, such as dp_shard = the GPUs of a machine"
+        )
+    elif replicate == 1:
+        yield Contradiction(
+            both,
+            '1 copy of the weights is what data_parallel = "fsdp" has: use that, or give the number of copies, such as '
+            "the number of machines",
+        )
+    elif shard == 1 and config.parallel.context == 1:  # the ranks of a sequence share the weights as well
+        yield Contradiction(
+            ("parallel.dp_shard", *both),
+            'a copy of the weights on 1 rank each is what data_parallel = "ddp" has: use that, or give the ranks that '
+            "share a copy, such as the GPUs of a machine",
+        )
+
+
+def _without_shards(config: Config) -> Iterator[Contradiction]:
+    parallel = config.parallel
+    if parallel.data_parallel != "ddp":
+        return
+    if parallel.cpu_offload:
+        yield Contradiction(
+            ("parallel.cpu_offload", "parallel.data_parallel"),
+            'true, but data_parallel = "ddp" keeps all weights on each GPU: use "fsdp" or "hsdp", or set it to false',
+        )
+    if parallel.reshard_after_forward != "auto":
+        yield Contradiction(
+            ("parallel.reshard_after_forward", "parallel.data_parallel"),
+            f'"{parallel.reshard_after_forward}" has no effect: data_parallel = "ddp" gathers no weights; leave it '
+            'out, or use "fsdp"',
+        )
+
+
+def _tensor(config: Config) -> Iterator[Contradiction]:
+    model, tensor = config.model, config.parallel.tensor
+    if config.parallel.async_tensor and tensor == 1:
+        yield Contradiction(
+            ("parallel.async_tensor", "parallel.tensor"),
+            "true has no effect with tensor = 1: there is no communication to overlap; set it to false or raise tensor",
+        )
+    if config.parallel.async_tensor and not config.compile.enabled:
+        yield Contradiction(
+            ("parallel.async_tensor", "compile.enabled"),
+            "true is the compiler's doing, but compile.enabled = false: set that to true or this to false",
+        )
+    if tensor == 1:
+        return
+    from swamla_titan.model.feed_forward import GROUP  # torch takes seconds that other configurations are spared
+
+    groups = model.ffn_width // math.gcd(model.ffn_width, GROUP)
+    shared = [
+        ("num_heads", f"model.num_heads = {model.num_heads}", model.num_heads),
+        (
+            "ffn_hidden_dim",
+            f"the {groups} groups of {model.ffn_width // groups} hidden units of the feed-forward network "
+            f"(model.ffn_hidden_dim = {model.ffn_width})",
+            groups,
+        ),
+    ]
+    if model.kv_heads != model.num_heads and "swa" in model.block_kinds:
+        shared.append(("num_kv_heads", f"model.num_kv_heads = {model.kv_heads}", model.kv_heads))
+    if model.vocab_size:  # else the tokenizer's, which is not known here
+        padded = model.padded_vocab_size
+        shared.append(("vocab_size", f"the {padded} rows of the padded vocabulary", padded))
+    for key, what, number in shared:
+        if number % tensor:
+            divisors = [degree for degree in range(1, tensor) if number % degree == 0]
+            yield Contradiction(
+                ("parallel.tensor", f"model.{key}", "model.flavor"),
+                f"{tensor} ranks cannot share {what} equally: use tensor = {divisors[-1]}, or change the model",
+            )
+
+
+def _sequence_length(config: Config) -> Iterator[Contradiction]:
+    length, tensor, context = config.training.seq_len, config.parallel.tensor, config.parallel.context
+    # Each rank of `context` takes a stretch from the front of the sequence and one from its end: equal work under a
+    # causal mask. The ranks of `tensor` share each rank's tokens between the matrix products.
+    parts = {"2 x context": 2 * context if context > 1 else 1, "tensor": tensor}
+    unit = math.prod(parts.values())
+    if length % unit:
+        names = " x ".join(name for name, count in parts.items() if count > 1)
+        below, above = length // unit * unit, -(-length // unit) * unit
+        choices = f"{below} or {above}" if below else f"{above}"
+        keys = ("parallel.context", "parallel.tensor") if context > 1 else ("parallel.tensor",)
+        yield Contradiction(
+            ("training.seq_len", *keys), f"{length} must be a multiple of {names} = {unit}: use {choices}"
+        )
+
+
+def _pipeline(config: Config) -> Iterator[Contradiction]:
+    parallel, layers = config.parallel, config.model.num_layers
+    schedule, given = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
+    if parallel.pipeline == 1:
+        if schedule != "1F1B":
+            yield Contradiction(
+                ("parallel.pipeline_schedule", "parallel.pipeline"),
+                f'"{schedule}" has no effect with pipeline = 1: leave it out or raise pipeline',
+            )
+        if given:
+            yield Contradiction(
+                ("parallel.pipeline_stages_per_rank", "parallel.pipeline"),
+                f"{given} has no effect with pipeline = 1: leave it out or raise pipeline",
+            )
+        return
+    needed = _STAGES_PER_RANK[schedule]
+    keys = ("parallel.pipeline_stages_per_rank", "parallel.pipeline_schedule")
+    if given and given != needed and not (given > needed and schedule in _ANY_NUMBER_OF_STAGES):
+        if needed == 1:
+            instead = f'leave it out, or use pipeline_schedule = "{_ANY_NUMBER_OF_STAGES[0]}"'
+        elif given == 1:
+            instead = 'leave it out, or use pipeline_schedule = "1F1B"'
+        else:
+            instead = "leave it out"
+        more = " or more" if schedule in _ANY_NUMBER_OF_STAGES else ""
+        yield Contradiction(keys, f'{given}, but pipeline_schedule = "{schedule}" takes {needed}{more}: {instead}')
+        return
+    per_rank = given or needed
+    stages = parallel.pipeline * per_rank
+    if layers < stages:
+        yield Contradiction(
+            ("parallel.pipeline", "model.num_layers", "model.flavor", *keys),
+            f"{parallel.pipeline} ranks x {per_rank} stages are {stages} stages, more than the {layers} layers of the "
+            f"model: use pipeline <= {max(layers // per_rank, 1)}"
+            + (', or a schedule of one stage a rank, such as "1F1B"' if per_rank > 1 else ""),
+        )
+
+
+def _compile(config: Config) -> Iterator[Contradiction]:
+    if config.compile.cache_folder and not config.compile.enabled:
+        yield Contradiction(
+            ("compile.cache_folder", "compile.enabled"),
+            f'"{config.compile.cache_folder}" has no effect with compile.enabled = false: leave it out or compile',
+        )
+
+
+def _activation_checkpoint(config: Config) -> Iterator[Contradiction]:
+    settings = config.activation_checkpoint
+    mode, budget = settings.mode, settings.memory_budget
+    if budget < 1 and mode != "none":
+        yield Contradiction(
+            ("activation_checkpoint.memory_budget", "activation_checkpoint.mode"),
+            f'{budget} lets the compiler choose what is recomputed, but mode = "{mode}" chooses too: use mode = '
+            '"none", or leave memory_budget out',
+        )
+    if budget < 1 and not config.compile.enabled:
+        yield Contradiction(
+            ("activation_checkpoint.memory_budget", "compile.enabled"),
+            f"{budget} is the compiler's to keep, but compile.enabled = false: set that to true, or use "
+            'mode = "selective" instead',
+        )
+    if settings.selective != "operators" and mode != "selective":
+        yield Contradiction(
+            ("activation_checkpoint.selective", "activation_checkpoint.mode"),
+            f'"{settings.selective}" has no effect with mode = "{mode}": use mode = "selective" or leave it out',
+        )
+    if settings.every_n_blocks != 2 and (mode, settings.selective) != ("selective", "blocks"):
+        yield Contradiction(
+            ("activation_checkpoint.every_n_blocks", "activation_checkpoint.mode", "activation_checkpoint.selective"),
+            f'{settings.every_n_blocks} has no effect with mode = "{mode}" and selective = "{settings.selective}": use '
+            'mode = "selective" and selective = "blocks", or leave it out',
+        )

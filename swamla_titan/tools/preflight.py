@@ -1,0 +1,53 @@
+"""What run_train.sh asks once, before it starts several processes that would each refuse on their own.
+
+usage: python -m swamla_titan.tools.preflight PROCESSES GPUS CONFIG [--section.key value ...]
+
+PROCESSES are the numbers of processes that the run may have, with commas; GPUS is how many this machine must have.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from swamla_titan.config import find_config, load_config, split_overrides
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from swamla_titan.parallel.degrees import fit_degrees
+
+
+def preflight(arguments: Sequence[str]) -> None:
+    """Raises UserError if the configuration is wrong, fits none of the numbers of processes, or GPUs are missing.
+
+    An elastic run may have several numbers of processes; it is refused only where none would do.
+    """
+    overrides, rest = split_overrides(arguments)
+    if len(rest) != 3:
+        raise UserError(f"{' '.join(rest[3:])}: not known; overrides are written --section.key value")
+    processes, gpus, name = rest
+    config = load_config(find_config(name), overrides)
+    refusals = []
+    sizes = [int(size) for size in processes.split(",")]
+    for size in sizes:
+        try:
+            fit_degrees(config.parallel, size)
+        except UserError as refusal:
+            refusals.append(refusal)
+    if len(refusals) == len(sizes):
+        raise refusals[-1]
+    there = torch.cuda.device_count()
+    if there < int(gpus):
+        raise UserError(f"NGPU={gpus}: torch sees {there} here; set NGPU={there}, or NGPU=0 and NPROC for the CPU")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`preflight` as a command: exit code 2 and one message, or 0 and silence."""
+    try:
+        preflight(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

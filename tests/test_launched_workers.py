@@ -1,0 +1,240 @@
+"""run_train.sh with real torchrun and several processes on the CPU, and a small trainer in place of ours.
+
+The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, parallel/launcher.py and
+train/signals.py; what it trains is a script of a few lines.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# main(["train", CONFIG, WHAT, FOLDER]): each process appends a line for its start to a file of its own.
+TRAINER = """
+import os, sys, time
+from pathlib import Path
+from swamla_titan.errors import EXIT_STOPPED
+
+def main():
+    what, folder = sys.argv[3], Path(sys.argv[4])
+    rank = os.environ["RANK"]
+    with open(folder / f"rank-{rank}", "a") as file:
+        file.write(" ".join(os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")) + "\\n")
+    starts = len((folder / f"rank-{rank}").read_text().splitlines())
+    print(f"out of {rank}", flush=True)
+    print(f"err of {rank}", file=sys.stderr, flush=True)
+    if what.isdigit():
+        return int(what)
+    if what == "raised":
+        raise SystemExit(75)
+    if what == "crash" or what == "crash-once" and starts == 1:
+        if rank == "1":
+            raise ZeroDivisionError("by rank 1")
+        time.sleep(60)
+    if what in ("stop", "deaf"):
+        return until_stopped(folder, rank, what)
+    return 0
+
+def until_stopped(folder, rank, what):
+    from swamla_titan.train.signals import StopRequest
+    stop = StopRequest()
+    stop.finish_step_first = True
+    (folder / f"ready-{rank}").touch()
+    end = time.monotonic() + 60
+    while not stop.received or what == "deaf":
+        time.sleep(0.01)
+        assert time.monotonic() < end, "no signal came"
+    time.sleep(2.5)  # a checkpoint
+    (folder / f"saved-{rank}").write_text(stop.received.name)
+    return EXIT_STOPPED
+"""
+
+
+class Launch:
+    """A repository whose package trains as TRAINER does, and the folder that its processes write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.seen, self.temporary = folder / "repository", folder / "seen", folder / "tmp"
+        for made in (self.seen, self.temporary, self.root / "train_configs"):
+            made.mkdir(parents=True)
+        (self.root / "train_configs/debug.toml").touch()
+        for name in ("run_train.sh", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("__main__.py", "errors.py", "parallel/launcher.py", "train/signals.py"):
+            (self.root / "swamla_titan" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / "swamla_titan" / name, self.root / "swamla_titan" / name)
+        (self.root / "swamla_titan/cli.py").write_text(TRAINER)
+        (self.root / "swamla_titan/tools").mkdir()
+        (self.root / "swamla_titan/tools/preflight.py").touch()
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, what: str, size: int = 2, **variables: str) -> "subprocess.Popen[str]":
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NGPU")}
+        environment |= {"PYTHON": sys.executable, "NGPU": "0", "NPROC": str(size), "TMPDIR": str(self.temporary)}
+        process = subprocess.Popen(
+            [str(self.root / "run_train.sh"), "debug", what, str(self.seen)],
+            cwd=self.root,  # `-m` looks there first
+            env=environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a process group that can be signalled as a terminal does
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, what: str, size: int = 2, **variables: str) -> tuple[int, str, str]:
+        process = self.start(what, size, **variables)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def starts(self, rank: int) -> list[str]:
+        return (self.seen / f"rank-{rank}").read_text().splitlines()
+
+    def wait_until_ready(self, size: int = 2) -> None:
+        end = time.monotonic() + 60
+        while not all((self.seen / f"ready-{rank}").exists() for rank in range(size)):
+            assert time.monotonic() < end, "the workers did not start"
+            time.sleep(0.02)
+
+    def left_over(self) -> list[Path]:
+        return list(self.temporary.glob("swamla-titan.*"))
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    made = Launch(tmp_path)
+    yield made
+    for process in made.started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        process.communicate()
+
+
+@pytest.mark.parametrize("what, code", [("0", 0), ("2", 2), ("raised", 75)])
+def test_the_code_that_all_end_with_arrives_and_nothing_is_restarted(launch: Launch, what: str, code: int) -> None:
+    size = 3 if what == "0" else 2
+    returned, out, err = launch.run(what, size, OMP_NUM_THREADS="5")
+    assert returned == code, err
+    for rank in range(size):
+        assert launch.starts(rank) == [f"{size} {rank} 5"]
+    assert out == "out of 0\n"
+    assert "err of 0" in err
+    assert "err of 1" not in err
+    assert "Traceback" not in err
+    assert not launch.left_over()
+
+
+def test_log_rank_chooses_whose_output_is_shown(launch: Launch) -> None:
+    returned, out, err = launch.run("0", 3, LOG_RANK="1,2")
+    assert returned == 0
+    assert sorted(out.splitlines()) == ["out of 1", "out of 2"]
+    assert "err of 0" not in err
+
+
+def test_a_crash_is_restarted(launch: Launch) -> None:
+    returned, _, err = launch.run("crash-once", MAX_RESTARTS="1")
+    assert returned == 0, err
+    assert len(launch.starts(0)) == len(launch.starts(1)) == 2
+    assert not launch.left_over()
+
+
+def test_a_crash_that_goes_on_is_1_and_names_the_first_cause_in_a_hidden_process(launch: Launch) -> None:
+    returned, _, err = launch.run("crash", MAX_RESTARTS="0")
+    assert returned == 1
+    assert len(launch.starts(1)) == 1
+    assert "ZeroDivisionError: by rank 1" in err
+    (folder,) = launch.left_over()
+    assert f"the errors of the processes not shown (LOG_RANK) are in {folder}/logs" in err
+    assert any("by rank 1" in path.read_text() for path in folder.glob("logs/*/attempt_0/1/stderr.log"))
+
+
+@pytest.mark.parametrize(
+    "number, to",
+    [(signal.SIGTERM, "the launcher"), (signal.SIGUSR1, "the launcher"), (signal.SIGINT, "every process")],
+)
+def test_a_signal_makes_all_workers_save_and_ends_with_75(launch: Launch, number: signal.Signals, to: str) -> None:
+    process = launch.start("stop")
+    launch.wait_until_ready()
+    (os.kill if to == "the launcher" else os.killpg)(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert [(launch.seen / f"saved-{rank}").read_text() for rank in range(2)] == [number.name] * 2
+    assert len(launch.starts(0)) == len(launch.starts(1)) == 1
+    assert not launch.left_over()
+
+
+def test_a_signal_before_the_workers_start_ends_with_75(launch: Launch) -> None:
+    process = launch.start("stop")
+    end = time.monotonic() + 60
+    while not launch.left_over():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert not list(launch.seen.iterdir())
+    assert not launch.left_over()
+
+
+def test_a_signal_while_torchrun_waits_for_other_machines_ends_with_75(launch: Launch) -> None:
+    process = launch.start("stop", NNODES="2", RDZV_ENDPOINT="127.0.0.1:0")
+    end = time.monotonic() + 60
+    while not any(folder.glob("logs") for folder in launch.left_over()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert not launch.left_over()
+
+
+def test_the_second_signal_ends_all_at_once(launch: Launch) -> None:
+    process = launch.start("deaf")
+    launch.wait_until_ready()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(4)
+    assert process.poll() is None
+    workers = [int(path.read_text()) for path in launch.left_over()[0].glob("*.pid")]
+    assert len(workers) == 2
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    for worker in workers:
+        assert_gone(worker)
+    assert not launch.left_over()
+
+
+def assert_gone(pid: int) -> None:
+    """A killed worker whose torchrun died too may wait as a zombie for this container's first process."""
+    state = Path(f"/proc/{pid}/stat")
+    end = time.monotonic() + 5
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, f"{pid} still runs"
+        time.sleep(0.02)
+
+
+def test_two_machines_end_with_the_same_code(launch: Launch) -> None:
+    """Two launchers on this one, each for a machine of one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    both = [launch.start("75", 1, **settings) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [75, 75]
+    assert launch.starts(0)[0].startswith("2 0")
+    assert launch.starts(1)[0].startswith("2 0")

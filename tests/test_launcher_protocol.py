@@ -1,0 +1,111 @@
+"""A worker's side of the launcher, and the check before the workers start, each in this process."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.parallel.launcher import FOLDER, FORWARDED, acknowledge_stop, exit_through_launcher
+from swamla_titan.tools.preflight import main as preflight
+from swamla_titan.train.signals import StopRequest
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What scripts/torchrun.sh and torchrun give a worker; the signals are ignored as torchrun's are."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in FORWARDED}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def raising(code: object) -> int:
+    raise SystemExit(code)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_a_process_alone_ends_with_its_own_code(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert exit_through_launcher(lambda: code) == code
+    acknowledge_stop()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code, ends_with", [(0, 0), (1, 1), (2, 0), (75, 0)])
+def test_what_must_not_be_restarted_ends_with_0_and_leaves_its_code(folder: Path, code: int, ends_with: int) -> None:
+    assert exit_through_launcher(lambda: code) == ends_with
+    assert (folder / "3.code").read_text() == str(code)
+    assert (folder / "3.pid").read_text() == str(os.getpid())
+    assert sorted(path.name for path in folder.iterdir()) == ["3.code", "3.pid"]
+
+
+@pytest.mark.parametrize("code", [None, 0, 2, 75])
+def test_a_code_that_is_raised_counts_as_one_returned(folder: Path, code: "int | None") -> None:
+    assert exit_through_launcher(lambda: raising(code)) == 0
+    assert (folder / "3.code").read_text() == str(code or 0)
+
+
+def test_a_crash_stays_one_and_leaves_no_code(folder: Path) -> None:
+    (folder / "3.code").write_text("75")  # of the worker before a restart
+    with pytest.raises(ZeroDivisionError):
+        exit_through_launcher(lambda: 1 // 0)
+    with pytest.raises(SystemExit, match="a message"):
+        exit_through_launcher(lambda: raising("a message"))
+    assert not (folder / "3.code").exists()
+
+
+def test_after_a_signal_to_the_launcher_no_worker_begins(folder: Path) -> None:
+    (folder / "stop").write_text("TERM\n")
+    assert exit_through_launcher(lambda: pytest.fail("began")) == 0
+    assert (folder / "3.code").read_text() == "75"
+
+
+def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> None:
+    def main() -> int:
+        assert all(signal.getsignal(number) == signal.SIG_DFL for number in FORWARDED)
+        assert not (folder / "3.stopping").exists()  # that was the worker's before
+        stop = StopRequest()
+        stop.finish_step_first = True
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == signal.SIGUSR1
+        stop.forget()
+        return 75
+
+    (folder / "3.stopping").touch()
+    assert exit_through_launcher(main) == 0
+    assert (folder / "3.stopping").exists()
+
+
+@pytest.mark.parametrize(
+    "processes, overrides, message",
+    [
+        ("4", "--parallel.dp_shard=3", "do not fit 4 processes"),
+        ("2,4", "--parallel.tensor=3 --model.num_heads=3 --model.dim=96 --training.seq_len=63", "tensor: 3 ranks"),
+        ("2,4", "--parallel.context=8 --training.seq_len=64", "do not fit 4 processes"),
+        ("2", "--training.steps=0", "expected a whole number >= 1"),
+        ("2", "--help", "--help: not known; overrides are written --section.key value"),
+    ],
+)
+def test_preflight_refuses(tiny: Path, capsys, processes: str, overrides: str, message: str) -> None:
+    assert preflight([processes, "0", str(tiny), *overrides.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tiny.parent / "run").exists()
+
+
+def test_preflight_asks_for_the_gpus(tiny: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert preflight(["4", "4", str(tiny)]) == 2
+    assert "NGPU=4: torch sees 2 here; set NGPU=2, or NGPU=0" in capsys.readouterr().err
+    assert preflight(["2", "2", str(tiny)]) == 0
+
+
+def test_preflight_is_silent_where_one_number_of_processes_fits(tiny: Path, capsys) -> None:
+    assert preflight(["1,2,3,4", "0", str(tiny), "--parallel.dp_shard", "3"]) == 0
+    assert capsys.readouterr() == ("", "")
