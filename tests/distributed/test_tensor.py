@@ -176,7 +176,8 @@ TWO_LAYERS = {"num_layers": 2, "swa_layers_per_cycle": 1}  # one of each kind: c
 
 def _compiled() -> None:
     world = join_world(Parallel(tensor=2))
-    whole, part = pair(world, torch.float64, **EVERYTHING, **TWO_LAYERS)
+    # Not float64: torch 2.11's compiled attention on the CPU takes its statistics for float32 in the backward pass.
+    whole, part = pair(world, torch.float32, **EVERYTHING, **TWO_LAYERS)
     graphs: list[torch.fx.Graph] = []
     with torch._inductor.config.patch(post_grad_custom_post_pass=_Graphs(graphs)):
         for block in part.blocks.values():
@@ -184,11 +185,11 @@ def _compiled() -> None:
         part.loss_function = torch.compile(part.loss_function, fullgraph=True, dynamic=False)
         tokens, targets, ids = batch()
         losses = [model(tokens, targets, ids) for model in (whole, part)]
-        close(losses[1], losses[0], 1e-11, "loss")
+        close(losses[1], losses[0], 1e-5, "loss")
         for loss in losses:
             loss.backward()
     reduce(part, world)
-    same_gradients(part, whole, 1e-11)
+    same_gradients(part, whole, 1e-5)
     _overlappable(graphs)
 
 
@@ -378,6 +379,10 @@ def _refusals() -> None:
         apply_tensor_parallel(SWAMLAModel(config(2, num_heads=1)), world.weights["tensor"])
     strange = SWAMLAModel(config(2))
     strange.blocks["0"].feed_forward.down = nn.Linear(256, 32, bias=False)
+    unknown = SWAMLAModel(config(2))
+    unknown.extra = nn.Linear(4, 4)
+    with pytest.raises(AssertionError, match="no rule for extra"):
+        apply_tensor_parallel(unknown, world.weights["tensor"])
     with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear"):
         apply_tensor_parallel(strange, world.weights["tensor"])
 
