@@ -20,7 +20,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight in the place of the module's own: tensor parallelism passes its shard."""
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Embedding(nn.Embedding):

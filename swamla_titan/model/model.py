@@ -20,11 +20,12 @@ from swamla_titan.model.norms import build_norm
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Three attributes may be set from outside:
+    Four attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: "auto" (the fastest that the device has), "masked" (SDPA under boolean masks) or "reference"
     (explicit scores; slow, for comparisons).
-    `loss_function`: kernels.cross_entropy or a compiled version of it.
+    `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
+    `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,6 +40,7 @@ class SWAMLAModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.attention_backend = "auto"
         self.loss_function: Callable[..., Tensor] = cross_entropy
+        self.gather_logits: Callable[[Tensor], Tensor] | None = None
 
         kinds: dict[str, type[SWABlock] | type[MLABlock]] = {"swa": SWABlock, "mla": MLABlock}
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
@@ -179,6 +181,8 @@ class SWAMLAModel(nn.Module):
         return self._real_vocabulary(self.head(self.norm(x[:, 0])))
 
     def _real_vocabulary(self, logits: Tensor) -> Tensor:
+        if self.gather_logits is not None:
+            logits = self.gather_logits(logits)
         return logits[..., : self.config.vocab_size]
 
     def _check(self, tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:

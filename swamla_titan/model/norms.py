@@ -1,4 +1,8 @@
-"""Normalisation over the last axis: computed in float32, returned in the input's dtype."""
+"""Normalisation over the last axis: computed in float32, returned in the input's dtype.
+
+The formulas are functions of their own, so that who holds the parameters in another form (tensor parallelism) can
+apply them too.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +10,24 @@ from torch import Tensor, nn
 
 from swamla_titan.model.config import ModelConfig
 
+EPS = 1e-6
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-6) * w (Zhang and Sennrich, arXiv:1910.07467); x [..., dim], weight [dim]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), EPS).to(x.dtype)
+
+
+def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh(alpha x) * w + b (Zhu et al., arXiv:2503.10622); x [..., dim], alpha [1], weight and bias [dim]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squashed = torch.tanh(alpha.to(wide) * x.to(wide))
+    return (squashed * weight.to(wide) + bias.to(wide)).to(x.dtype)
+
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * w (Zhang and Sennrich, arXiv:1910.07467)."""
-
-    eps = 1e-6
+    """`rms_norm` with its weight."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -18,12 +35,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
 class DynamicTanh(nn.Module):
-    """tanh(alpha x) * w + b, a normalisation without statistics (Zhu et al., arXiv:2503.10622)."""
+    """`dynamic_tanh`, a normalisation without statistics, with its parameters."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -33,9 +49,7 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        squashed = torch.tanh(self.alpha.to(wide) * x.to(wide))
-        return (squashed * self.weight.to(wide) + self.bias.to(wide)).to(x.dtype)
+        return dynamic_tanh(x, self.alpha, self.weight, self.bias)
 
 
 def build_norm(config: ModelConfig) -> RMSNorm | DynamicTanh:

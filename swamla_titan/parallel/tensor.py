@@ -1,0 +1,146 @@
+"""Tensor parallelism with sequence parallelism: ranks share each matrix product, and the tokens between them.
+
+Megatron's division (Shoeybi et al., arXiv:1909.08053; Korthikanti et al., arXiv:2205.05198) of this model:
+
+| parameter                                | held as    | what its module does                                     |
+|------------------------------------------|------------|----------------------------------------------------------|
+| embedding                                | Shard(0)   | own ids of all tokens, then scatter-sum over the sequence |
+| wqkv, wq, gate_up, head                  | Shard(0)   | gather the sequence, then own heads, units or ids        |
+| wq_b, wkv_b                              | Shard(0)   | own heads, of a latent that is whole already             |
+| attention's wo, down                     | Shard(1)   | own heads or units, then scatter-sum over the sequence   |
+| wkv_a, wq_a                              | Replicate  | own tokens, then gather the narrow result                |
+| norms                                    | Replicate  | own tokens, own heads, or the whole latent               |
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from swamla_titan.config.tensor_degree import tensor_parallel_problems
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.norms import DynamicTanh, RMSNorm
+from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
+from swamla_titan.parallel.tensor_modules import (
+    ColumnParallel,
+    GatheredColumnParallel,
+    LocalTokensDynamicTanh,
+    LocalTokensLinear,
+    LocalTokensRMSNorm,
+    RowParallel,
+    TensorParallelModule,
+    VocabularyParallelEmbedding,
+    become,
+)
+from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
+
+_Style = tuple[type[TensorParallelModule], Placement]
+_BY_NAME: dict[str, _Style] = {
+    "embedding": (VocabularyParallelEmbedding, Shard(0)),
+    "head": (GatheredColumnParallel, Shard(0)),
+    "wqkv": (GatheredColumnParallel, Shard(0)),
+    "wq": (GatheredColumnParallel, Shard(0)),
+    "gate_up": (GatheredColumnParallel, Shard(0)),
+    "wq_b": (ColumnParallel, Shard(0)),
+    "wkv_b": (ColumnParallel, Shard(0)),
+    "wo": (RowParallel, Shard(1)),
+    "down": (RowParallel, Shard(1)),
+    "wq_a": (LocalTokensLinear, Replicate()),
+    "wkv_a": (LocalTokensLinear, Replicate()),
+}
+
+
+def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
+    """Make the model one rank's part of it, in place; `mesh` has one dimension, World.weights["tensor"].
+
+    Parameters become DTensors on `mesh`, without communication: a rank takes its part of the values that it has, which
+    must be the same on all ranks (or none, on the meta device). The model may be a pipeline stage; it is converted to
+    float8 before, if at all. Tokens, targets and documents go in whole, on every rank alike. Activations between
+    blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets whole ones, and the loss is
+    that of all, on every rank. `reduce_replicated_gradients` is due before each optimizer step.
+
+    Raises ValueError for a shape that the ranks do not divide, and TypeError for a kind of linear module that is not
+    known here.
+    """
+    group = TensorGroup.of(mesh)
+    problems = tensor_parallel_problems(model.config, group.size)
+    if problems:
+        raise ValueError("; ".join(problems))
+    shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
+    for name, module in list(model.named_modules()):
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        style, placement = _style(name, module)
+        for key, parameter in own.items():
+            if parameter not in shared:
+                shared[parameter] = _distribute(parameter, mesh, placement)
+            module.register_parameter(key, shared[parameter])
+        become(module, style, group)
+    model.loss_function = vocabulary_parallel_cross_entropy(group)
+    model.gather_logits = lambda logits: gather_last_axis(logits, group)
+    for method in ("prefill", "decode"):
+        setattr(model, method, _refuse_to_decode)
+
+
+def reduce_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Add up over the ranks of `mesh` (World.weights["tensor"]) the gradients of parameters that each has whole.
+
+    Each rank sees its own tokens or heads, so what backward leaves in the gradient of a norm or of a narrow projection
+    is its summand. The sum is due once per step: after the last micro-batch and FSDP's reduction, before the norm for
+    clipping is taken. That is exact, for the three sums (over tokens and heads here, over micro-batches, over
+    data-parallel ranks) may be taken in any order; and one message of all of them takes the place of one per module
+    and micro-batch. It also takes parameters that FSDP2 has sharded: ranks of a tensor-parallel group hold the same
+    part of them.
+
+    In place; parameters that are sharded over `mesh`, or have no gradient, are left alone.
+    """
+    assert mesh.mesh_dim_names is not None
+    assert mesh.ndim == 1
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is not None and _is_replicated(parameter, mesh.mesh_dim_names[0]):
+                assert isinstance(parameter.grad, DTensor)
+                gradient = parameter.grad.to_local()
+                by_dtype[gradient.dtype].append(gradient)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat, group=mesh.get_group())
+            sums = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [s.view_as(g) for s, g in zip(sums, gradients)])
+
+
+def _is_replicated(parameter: nn.Parameter, dimension: str) -> bool:
+    assert isinstance(parameter, DTensor), "a parameter that is not a DTensor: apply_tensor_parallel comes first"
+    names = parameter.device_mesh.mesh_dim_names
+    assert names is not None
+    return isinstance(parameter.placements[names.index(dimension)], Replicate)
+
+
+def _style(name: str, module: nn.Module) -> _Style:
+    if isinstance(module, RMSNorm):
+        return LocalTokensRMSNorm, Replicate()
+    if isinstance(module, DynamicTanh):
+        return LocalTokensDynamicTanh, Replicate()
+    style = _BY_NAME.get(name.rpartition(".")[2])
+    assert style is not None, f"tensor parallelism has no rule for {name} ({type(module).__name__})"
+    return style
+
+
+def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    part = parameter.detach()
+    if isinstance(placement, Shard):
+        part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone().contiguous()
+    distributed = DTensor.from_local(
+        part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+    return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
+
+
+def _refuse_to_decode(*_: object, **__: object) -> Tensor:
+    raise ValueError("a tensor-parallel model does not decode: generate from its checkpoint in one process")

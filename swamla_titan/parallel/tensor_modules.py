@@ -1,0 +1,146 @@
+"""The modules of the model as one rank of a tensor-parallel group computes them.
+
+Between modules are plain tensors, of two layouts: the residual stream holds this rank's tokens, [B, T/n, dim], and
+inside attention and feed-forward are all tokens of this rank's heads or hidden units. Parameters stay DTensors under
+their own names, for FSDP2 and checkpoints look for them there; the modules compute with the local part.
+
+A class here is put in the place of a module's own (`become`), whose parameters and settings it goes on to use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from swamla_titan.model.linear import Linear
+from swamla_titan.model.norms import dynamic_tanh, rms_norm
+from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_sequence, scatter_sum_over_sequence
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, whose gradient becomes that part of the parameter's gradient.
+
+    The gradient of a replicated parameter is taken as it is, although it is this rank's summand only; see
+    `reduce_replicated_gradients`.
+    """
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local(grad_placements=parameter.placements)
+
+
+class TensorParallelModule(nn.Module):
+    """A module whose parameters are DTensors over `tensor_group`; what else it has comes from the class it replaces."""
+
+    tensor_group: TensorGroup
+    weight: Tensor
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+class LocalTokensRMSNorm(TensorParallelModule):
+    """RMSNorm with a replicated weight, of whatever tokens or heads this rank has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return rms_norm(x, local(self.weight))
+
+
+class LocalTokensDynamicTanh(TensorParallelModule):
+    """DynamicTanh with replicated parameters, of whatever tokens this rank has."""
+
+    alpha: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return dynamic_tanh(x, local(self.alpha), local(self.weight), local(self.bias))
+
+
+class VocabularyParallelEmbedding(TensorParallelModule):
+    """Each rank looks up the ids of its rows; the others' are zeros, and the sum is cut into shards of tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] int64 -> [B, T/n, dim]. Raises ValueError if the ranks do not divide T."""
+        group = self.tensor_group
+        if tokens.shape[1] % group.size:
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens cannot be shared by {group.size} tensor-parallel ranks: "
+                f"take a multiple of {group.size}"
+            )
+        weight = local(self.weight)
+        row = tokens - group.rank * weight.shape[0]
+        mine = (row >= 0) & (row < weight.shape[0])
+        # Masked before and after: a clamped id must neither read another row's value nor give it a gradient.
+        found = F.embedding(torch.where(mine, row, 0), weight)
+        return scatter_sum_over_sequence(torch.where(mine[..., None], found, 0.0), group)
+
+
+class ColumnParallel(TensorParallelModule):
+    """Rows of the weight, columns of the result: each rank computes its outputs for all tokens, and is given these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, in] -> [B, T, out/n]."""
+        return self.product(x, local(self.weight))
+
+
+class GatheredColumnParallel(TensorParallelModule):
+    """ColumnParallel that is given this rank's tokens of the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T/n, in] -> [B, T, out/n]."""
+        return self.product(gather_sequence(x, self.tensor_group), local(self.weight))
+
+
+class RowParallel(TensorParallelModule):
+    """Columns of the weight: each rank has a part of the inputs of all tokens and so a summand of the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, in/n] -> [B, T/n, out]."""
+        return scatter_sum_over_sequence(self.product(x, local(self.weight)), self.tensor_group)
+
+
+class LocalTokensLinear(TensorParallelModule):
+    """A narrow product with a replicated weight: cheaper to send its result than its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T/n, in] -> [B, T, out]."""
+        return gather_sequence(self.product(x, local(self.weight)), self.tensor_group)
+
+
+class _Float8Product:
+    """torchao's Float8Linear.forward with the weight given, as model.linear.Linear has it."""
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+        settings: Any = self
+        result: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), settings.linear_mm_config, settings.config)
+        return result
+
+
+def become(module: nn.Module, style: type[TensorParallelModule], group: TensorGroup) -> None:
+    """Make a module compute as `style` says; its parameters must be DTensors already.
+
+    Raises TypeError for a linear module of a kind that has no `product(x, weight)`.
+    """
+    pair = style, type(module)
+    if pair not in _CLASSES:
+        _CLASSES[pair] = _styled(*pair)
+    module.__class__ = _CLASSES[pair]
+    module.tensor_group = group  # type: ignore[assignment]
+
+
+# One class per pair, and so one `forward`: torch.compile shares the code of all blocks of a kind.
+_CLASSES: dict[tuple[type[TensorParallelModule], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _styled(style: type[TensorParallelModule], kind: type[nn.Module]) -> type[nn.Module]:
+    bases: tuple[type, ...] = (style, kind)
+    if issubclass(kind, nn.Linear) and not issubclass(kind, Linear):
+        from torchao.float8.float8_linear import Float8Linear
+
+        if not issubclass(kind, Float8Linear):
+            raise TypeError(f"no tensor-parallel form of {kind.__module__}.{kind.__qualname__}")
+        bases = (style, _Float8Product, kind)
+    return type(style.__name__ + kind.__name__, bases, {"__module__": __name__})
