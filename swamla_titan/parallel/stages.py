@@ -80,4 +80,32 @@ def pipeline_problems(config: Config) -> list[str]:
             f"{stage_count(parallel)} stages of model.num_layers = {config.model.num_layers}: each needs a layer, so "
             "lower parallel.pipeline or parallel.pipeline_stages_per_rank, or set another parallel.pipeline_schedule"
         )
+    if parallel.reduce_every_micro_batch:
+        found.append(
+            "parallel.reduce_every_micro_batch = true: a pipeline reduces gradients once, after its last backward "
+            "pass; set it to false"
+        )
+    if schedule in SPLIT_BACKWARD:
+        found += _split_backward_problems(config)
+    return found
+
+
+def _split_backward_problems(config: Config) -> list[str]:
+    # Gradients of weights come from a second run over the graph, from where the first run, for the inputs, passed.
+    schedule = f'parallel.pipeline_schedule = "{config.parallel.pipeline_schedule}"'
+    way_out = 'or set parallel.pipeline_schedule = "Interleaved1F1B"'
+    found = []
+    if config.compile.enabled:
+        # A compiled block is one node of the graph: torch refuses to run it twice (donated buffers), and made to, it
+        # computes all its gradients both times.
+        found.append(
+            f"{schedule} splits backward passes in two, which compiled blocks cannot: set compile.enabled = false, "
+            + way_out
+        )
+    if config.activation_checkpoint.mode != "none":
+        # Right, but a block is computed again for each of its weights: 45 times where 1F1B does it 6 times.
+        found.append(
+            f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "
+            f'"{config.activation_checkpoint.mode}": set that to "none", {way_out}'
+        )
     return found
