@@ -108,4 +108,10 @@ def _split_backward_problems(config: Config) -> list[str]:
             f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "
             f'"{config.activation_checkpoint.mode}": set that to "none", {way_out}'
         )
+    if config.parallel.data_parallel != "ddp" and config.parallel.reshard_after_forward == "always":
+        # FSDP2 then frees the weights that the graph refers to before their gradients are computed, and loses those.
+        found.append(
+            f"{schedule} computes gradients of weights late and needs the gathered weights until then: set "
+            f'parallel.reshard_after_forward = "auto", {way_out}'
+        )
     return found

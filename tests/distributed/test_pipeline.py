@@ -211,7 +211,7 @@ def assert_same_norm(pipeline, reference, world):
 @pytest.mark.parametrize("data_parallel, shard", [("fsdp", 2), ("hsdp", 1)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sharded_stages_train_like_the_whole_model(schedule, data_parallel, shard):
-    reshard = data_parallel == "hsdp" and schedule != "1F1B"
+    reshard = data_parallel == "hsdp" and schedule in ("GPipe", "Interleaved1F1B")  # split backward passes cannot
     results = on_ranks(4, optimizer_steps, schedule, data_parallel, shard, reshard)
     embeddings = [result["embedding.weight"] for result in results if "embedding.weight" in result]
     heads = [result["head.weight"] for result in results if "head.weight" in result]

@@ -136,12 +136,15 @@ def test_pipelines_that_cannot_run_are_refused(parallel, says):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_split_backward_passes_take_neither_compiled_nor_recomputed_blocks(schedule):
+def test_split_backward_passes_take_plain_blocks_that_stay_whole(schedule):
     parallel = Parallel(pipeline=2, pipeline_schedule=schedule)
     split = schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")
     assert problems(parallel=parallel) == []
     assert len(problems(parallel=parallel, compile=Compile(enabled=True))) == split
     assert len(problems(parallel=parallel, activation_checkpoint=ActivationCheckpoint(mode="full"))) == split
+    always = replace(parallel, reshard_after_forward="always")
+    assert len(problems(parallel=always)) == split
+    assert problems(parallel=replace(always, data_parallel="ddp")) == []
 
 
 def test_judging_a_configuration_does_not_load_distributed_code():
