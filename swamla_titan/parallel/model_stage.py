@@ -1,0 +1,77 @@
+"""A part of the model that one place of a pipeline holds."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swamla_titan.config import Config
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.parallel.balance import stage_layers
+from swamla_titan.parallel.stages import stage_count, stage_numbers
+from swamla_titan.parallel.world import World
+
+
+class ModelStage(SWAMLAModel):
+    """The model less what other stages hold; what is left keeps the names it has in the whole model.
+
+    The first stage has the embedding, the last the final norm and the head, each some consecutive blocks. Comes on the
+    meta device; `to_empty` and `init_weights(seed)` give it the values that the whole model would have. With tied
+    embeddings the first stage's `embedding.weight` and the last one's `head.weight` start alike; parallel/tied.py
+    keeps them so.
+    """
+
+    def __init__(self, config: ModelConfig, stage: int, layers: Sequence[range], seq_len: int) -> None:
+        """`layers` are those of every stage, `seq_len` the tokens of a row.
+
+        A row's length is told and not read off the inputs: under context or sequence parallelism a rank's activations
+        hold a part of it, and masks and rotations are made from all of it.
+        """
+        with torch.device("meta"):
+            super().__init__(config)
+        self.stage, self.stages = stage, len(layers)
+        self.seq_len = seq_len
+        if not self.is_first:
+            del self.embedding
+        if not self.is_last:
+            del self.norm, self.head
+        for name in list(self.blocks):
+            if int(name) not in layers[stage]:
+                del self.blocks[name]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage reads tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage gives logits."""
+        return self.stage == self.stages - 1
+
+    def forward(self, inputs: Tensor, document_ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Tokens [B, T] int64, or the activations [B, T, dim] of the stage before -> activations [B, T, dim], or of the
+        last stage logits [B, T, padded vocabulary].
+
+        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage. Raises ValueError for tensors of a
+        wrong shape or dtype.
+        """
+        if self.is_first:
+            self._check(inputs, None, document_ids)
+            if inputs.shape[1] != self.seq_len:
+                raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for rows of {self.seq_len}")
+        context = self.context(self.seq_len, document_ids)
+        x = self.embed(inputs) if self.is_first else inputs
+        for block in self.blocks.values():
+            x = block(x, context)
+        return self.head(self.norm(x)) if self.is_last else x
+
+
+def build_stages(config: Config, world: World) -> list[ModelStage]:
+    """The stages that this rank holds, ascending, on the meta device.
+
+    Raises UserError if the model has fewer layers than there are stages.
+    """
+    layers = stage_layers(config.model, config.training.seq_len, stage_count(config.parallel))
+    numbers = stage_numbers(config.parallel, world.coordinate("pipeline"))
+    return [ModelStage(config.model, number, layers, config.training.seq_len) for number in numbers]

@@ -1,0 +1,69 @@
+"""Tied embedding and head on different stages of a pipeline: two copies of one weight that move as one."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.world import World
+
+
+class TiedEmbedding:
+    """`embedding.weight` of the first stage and `head.weight` of the last.
+
+    The whole model's gradient is the sum of the two. With that sum on both, starting alike, an optimizer whose update
+    of an element depends on that parameter's own history alone keeps them alike to the last bit.
+    """
+
+    def __init__(self, world: World, stages: list[ModelStage], first_holder: int, last_holder: int) -> None:
+        """`stages` are this rank's; the holders are pipeline ranks. All processes must come here: it makes groups."""
+        self._embedding = next((stage for stage in stages if stage.is_first), None)
+        self._head = next((stage for stage in stages if stage.is_last), None)
+        self._group: dist.ProcessGroup | None = None
+        if first_holder != last_holder:
+            assert world.weights is not None
+            columns = world.weights.mesh.flatten(1).T.tolist()  # each: the ranks that differ in their stages alone
+            pairs = [[column[first_holder], column[last_holder]] for column in columns]
+            self._group, _ = dist.new_subgroups_by_enumeration(pairs)
+        self._compared = False
+
+    @property
+    def copy(self) -> Tensor | None:
+        """The head's weight, where this rank holds it: what a sum over all parameters must leave out."""
+        return None if self._head is None else self._head.head.weight
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Put the sum of both gradients on both; after the backward passes, once a step. Waits for the other rank."""
+        ours = [weight.grad for weight in self._weights()]
+        if not ours:
+            return
+        assert all(grad is not None for grad in ours), "both copies take part in every step"
+        local = [_local(grad) for grad in ours if grad is not None]
+        if len(local) == 2:
+            local[0] += local[1]
+            local[1].copy_(local[0])
+            return
+        if not self._compared:
+            self._require_alike(local[0])
+        dist.all_reduce(local[0], group=self._group)
+
+    def _weights(self) -> list[Tensor]:
+        found = [] if self._embedding is None else [self._embedding.embedding.weight]
+        return found if self._head is None else [*found, self._head.head.weight]
+
+    def _require_alike(self, local: Tensor) -> None:
+        # Sums of differently cut weights would be silently wrong, so the two ranks compare what they hold, once.
+        mine = (tuple(local.shape), str(local.dtype), [getattr(w, "placements", None) for w in self._weights()])
+        both: list[object] = [None, None]
+        dist.all_gather_object(both, mine, group=self._group)
+        assert both[0] == both[1], f"embedding and head are cut differently: {both[0]}, {both[1]}"
+        self._compared = True
+
+
+def _local(gradient: Tensor) -> Tensor:
+    if not isinstance(gradient, DTensor):
+        return gradient
+    assert not any(placement.is_partial() for placement in gradient.placements), "a gradient that is not yet reduced"
+    return gradient.to_local()

@@ -1,0 +1,153 @@
+"""The cut of a model into stages, and which rank holds them: arithmetic alone, no process."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import ActivationCheckpoint, Compile, Parallel
+from swamla_titan.errors import UserError
+from swamla_titan.model import FLAVORS
+from swamla_titan.model.flops import causal_pairs, swa_pairs, training_flops
+from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
+from swamla_titan.parallel.stages import holder, pipeline_problems, runnable_count, stage_count, stage_numbers
+
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+@pytest.mark.parametrize("seq_len", [512, 8192])
+@pytest.mark.parametrize("name", FLAVORS)
+def test_pieces_are_the_flops_of_the_model_and_the_loss(name, seq_len):
+    config = FLAVORS[name]
+    pairs = swa_pairs(seq_len, config.swa_window, config.swa_sink_size), causal_pairs(seq_len)
+    loss = 1500 * seq_len * config.padded_vocab_size
+    assert sum(piece_costs(config, seq_len)) == training_flops(config, seq_len, *pairs) + loss
+
+
+def test_layers_of_each_kind_cost_their_own():
+    short, long = (piece_costs(FLAVORS["base"], seq_len) for seq_len in (512, 16384))
+    swa, mla = 1, 3
+    assert long[mla] / short[mla] > 32 > long[swa] / short[swa] * 0.95  # only MLA grows faster than the row
+    assert long[mla] > 1.5 * long[swa]
+
+
+def every_cut(layers, stages):
+    for cuts in itertools.combinations(range(1, layers), stages - 1):
+        ends = (0, *cuts, layers)
+        yield [range(first, end) for first, end in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize(
+    "costs", [[0, 3, 1, 4, 1, 5, 9, 2, 6], [5, 1, 1, 1, 1, 1, 1, 1, 20], [0, 2, 2, 7, 2, 2, 7, 2, 3]]
+)
+def test_no_other_cut_is_better(costs, stages):
+    def of(cut):
+        sums = [sum(costs[1 + layer] for layer in layers) for layers in cut]
+        sums[0] += costs[0]
+        sums[-1] += costs[-1]
+        return max(sums), sum(value * value for value in sums)
+
+    found = balanced(costs, stages)
+    assert [layer for layers in found for layer in layers] == list(range(7))
+    assert all(len(layers) > 0 for layers in found)
+    assert of(found) == min(of(cut) for cut in every_cut(7, stages))
+
+
+# The slowest stage over the mean: what whole layers allow at this depth.
+@pytest.mark.parametrize(
+    "name, stages, bound", [("base", 2, 1.08), ("base", 4, 1.12), ("xl", 4, 1.1), ("xl", 8, 1.25), ("2b", 8, 1.25)]
+)
+@pytest.mark.parametrize("seq_len", [2048, 8192])
+def test_flavors_are_balanced(name, stages, bound, seq_len):
+    costs = stage_costs(FLAVORS[name], seq_len, stages)
+    assert sum(stage.share for stage in costs) == pytest.approx(1)
+    assert max(stage.share for stage in costs) * stages < bound
+
+
+@pytest.mark.parametrize("name", [name for name in FLAVORS if name != "debug"])
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+def test_largest_stage_is_within_a_layer_of_the_mean(name, stages):
+    config = FLAVORS[name]
+    costs = piece_costs(config, 2048)
+    found = stage_costs(config, 2048, stages)
+    mean = sum(costs) / stages
+    assert max(stage.operations for stage in found) <= max(mean + max(costs[1:-1]), costs[-1] + costs[-2])
+    by_count = -(-config.num_layers // stages)
+    assert len(found[-1].layers) < by_count  # room is made for the head
+
+
+def test_table_names_every_stage():
+    lines = stage_table(FLAVORS["small"], 2048, 3)
+    assert len(lines) == 4
+    assert lines[0].startswith("stage 0: embedding, layers 0-")
+    assert "-11, head, loss: " in lines[2]
+    assert sum(float(line.split(": ")[-1].rstrip("%")) for line in lines[:3]) == pytest.approx(100, abs=0.2)
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(UserError, match="6 layers cannot fill 7 pipeline stages"):
+        stage_costs(FLAVORS["debug"], 512, 7)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_stage_has_one_holder(schedule, ranks):
+    parallel = Parallel(pipeline=ranks, pipeline_schedule=schedule)
+    held = [stage_numbers(parallel, rank) for rank in range(ranks)]
+    assert sorted(itertools.chain(*held)) == list(range(stage_count(parallel)))
+    assert all(stage in held[holder(parallel, stage)] for stage in range(stage_count(parallel)))
+    if schedule == "ZBVZeroBubble":
+        assert held[0] == [0, 2 * ranks - 1]
+        assert held[-1] == [ranks - 1, ranks]
+
+
+def test_counts_that_schedules_can_run():
+    four = Parallel(pipeline=4)
+    assert [runnable_count(four, count) for count in (1, 4, 6)] == [4, 4, 6]
+    interleaved = Parallel(pipeline=4, pipeline_schedule="Interleaved1F1B")
+    assert [runnable_count(interleaved, count) for count in (1, 7, 9, 10, 13)] == [1, 7, 10, 10, 15]
+    assert runnable_count(Parallel(pipeline=4, pipeline_schedule="GPipe"), 3) == 3
+
+
+def problems(**changes):
+    base = Config(model=FLAVORS["debug"], compile=Compile(enabled=False))
+    return pipeline_problems(replace(base, **changes))
+
+
+@pytest.mark.parametrize(
+    "parallel, says",
+    [
+        (Parallel(pipeline_stages_per_rank=2), "applies to parallel.pipeline > 1"),
+        (Parallel(pipeline=2, pipeline_stages_per_rank=2), "holds one stage a rank"),
+        (Parallel(pipeline=2, pipeline_schedule="Interleaved1F1B", pipeline_stages_per_rank=1), "at least two stages"),
+        (Parallel(pipeline=2, pipeline_schedule="ZBVZeroBubble", pipeline_stages_per_rank=3), "holds two stages"),
+        (Parallel(pipeline=4, pipeline_schedule="Interleaved1F1B"), "makes 8 stages of model.num_layers = 6"),
+        (Parallel(pipeline=2, reduce_every_micro_batch=True), "reduces gradients once"),
+    ],
+)
+def test_pipelines_that_cannot_run_are_refused(parallel, says):
+    (problem,) = problems(parallel=parallel)
+    assert says in problem
+    assert "set " in problem or "lower " in problem  # the way out
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_split_backward_passes_take_plain_blocks_that_stay_whole(schedule):
+    parallel = Parallel(pipeline=2, pipeline_schedule=schedule)
+    split = schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")
+    assert problems(parallel=parallel) == []
+    assert len(problems(parallel=parallel, compile=Compile(enabled=True))) == split
+    assert len(problems(parallel=parallel, activation_checkpoint=ActivationCheckpoint(mode="full"))) == split
+    always = replace(parallel, reshard_after_forward="always")
+    assert len(problems(parallel=always)) == split
+    assert problems(parallel=replace(always, data_parallel="ddp")) == []
+
+
+def test_judging_a_configuration_does_not_load_distributed_code():
+    code = "import sys, swamla_titan.parallel.stages; print('torch.distributed.pipelining' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
