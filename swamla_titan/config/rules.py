@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from swamla_titan.config.sections import Config
 
+FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
+
 
 class Contradiction(NamedTuple):
     """`keys` (as section.key) cannot hold together; the first is the one to report it at."""
@@ -59,4 +61,23 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
+        )
+    checkpointing = config.activation_checkpoint
+    if checkpointing.memory_budget < 1 and checkpointing.mode != "none":
+        yield Contradiction(
+            ("activation_checkpoint.memory_budget", "activation_checkpoint.mode"),
+            f'{checkpointing.memory_budget} is for the compiler to keep, but mode = "{checkpointing.mode}" chooses '
+            'already: set mode = "none", or leave the budget at 1',
+        )
+    elif checkpointing.memory_budget < 1 and not config.compile.enabled:
+        yield Contradiction(
+            ("activation_checkpoint.memory_budget", "compile.enabled"),
+            f"{checkpointing.memory_budget} is kept by the compiler: set compile.enabled = true, or leave it at 1",
+        )
+    tokens, odd = divmod(training.seq_len, config.parallel.context)
+    if config.float8.recipe != "off" and (odd or tokens % FLOAT8_MULTIPLE):
+        yield Contradiction(
+            ("training.seq_len", "float8.recipe", "parallel.context"),
+            f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
+            f"{FLOAT8_MULTIPLE}: make seq_len / parallel.context one",
         )

@@ -101,7 +101,9 @@ class Parallel:
     reduce_every_micro_batch: bool = key(
         False, "Reduce gradients after each micro-batch, not only the last: less memory, more communication."
     )
-    cpu_offload: bool = key(False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs).")
+    cpu_offload: bool = key(
+        False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs)."
+    )
     async_tensor: bool = key(
         False, "Overlap tensor-parallel communication with the products (GPUs with peer access, compiled)."
     )
@@ -149,8 +151,8 @@ class ActivationCheckpoint:
 class Float8:
     recipe: str = key(
         "off",
-        "Products of the blocks in float8, scaled by a whole tensor (fastest), by its rows, or by rows with the weights' "
-        "gradients in full precision (most exact).",
+        "Products of the blocks in float8, scaled by a whole tensor (fastest), by its rows, or by rows with the "
+        "gradients of weights in full precision (most exact).",
         choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
     )
 

@@ -8,8 +8,10 @@ repeated.
 """
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from swamla_titan.config.sections import ActivationCheckpoint
+from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import MLABlock, SWABlock
 from swamla_titan.model.context import SequenceContext
 
 logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
-# Quadratic in the sequence's length, and their results are as narrow as the residual stream.
+# Quadratic in the sequence's length, and their results are as narrow as the residual stream. (SDPA's plain path, for
+# shapes that no kernel takes, is no operator of its own and is repeated: its results include the T x T scores.)
 _ATTENTION = frozenset(
     {
         _aten._scaled_dot_product_cudnn_attention.default,
@@ -37,8 +41,8 @@ _ATTENTION = frozenset(
     }
 )
 _collective = torch.ops._c10d_functional
-# Their repetition would keep all ranks waiting once more. Not among them: the waits (a wait's result is the collective's
-# own memory) and FSDP2's gathering of weights, which happens outside of the block's forward pass.
+# Their repetition would keep all ranks waiting once more. Not among them: the waits (a wait's result is the memory of
+# its collective) and FSDP2's gathering of weights, which happens outside of the block's forward pass.
 _COLLECTIVES = frozenset(
     {
         _collective.all_gather_into_tensor.default,
@@ -84,12 +88,15 @@ def _checkpointed(
     forward: Callable[..., Tensor], contexts: Callable[[], Any] | None, x: Tensor, context: SequenceContext
 ) -> Tensor:
     # Random state is restored for the repetition (torch's default), so dropout drops the same.
-    chosen = {} if contexts is None else {"context_fn": contexts}
-    out: Tensor = checkpoint(forward, x, context, use_reentrant=False, **chosen)
+    out: Tensor
+    if contexts is None:
+        out = checkpoint(forward, x, context, use_reentrant=False)
+    else:
+        out = checkpoint(forward, x, context, use_reentrant=False, context_fn=contexts)
     return out
 
 
-def apply_activation_checkpointing(model: nn.Module, config: ActivationCheckpoint) -> None:
+def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpoint) -> None:
     """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
 
     `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer, counted
@@ -102,15 +109,13 @@ def apply_activation_checkpointing(model: nn.Module, config: ActivationCheckpoin
     if config.mode == "none":
         return
     blocks = model.blocks
-    assert isinstance(blocks, nn.ModuleDict)
     chosen = list(blocks.values())
-    contexts = None
+    contexts: Callable[[], Any] | None = None
     if config.mode == "selective" and config.selective == "blocks":
         chosen = [block for name, block in blocks.items() if (int(name) + 1) % config.every_n_blocks == 0]
     elif config.mode == "selective":
         # One object for all blocks: compiled code is specific to it.
-        policy = functools.partial(_keep, _shapes_not_kept(chosen))
-        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        contexts = _contexts(_shapes_not_kept(chosen))
     for block in chosen:
         if type(block) is SWABlock:
             block.__class__ = CheckpointedSWABlock
@@ -118,7 +123,7 @@ def apply_activation_checkpointing(model: nn.Module, config: ActivationCheckpoin
             block.__class__ = CheckpointedMLABlock
         else:
             raise ValueError(f"{type(block).__name__} cannot be checkpointed: expected a plain SWABlock or MLABlock")
-        block.checkpoint_contexts = contexts
+        block.checkpoint_contexts = contexts  # type: ignore[assignment]
     how = "but for attention and narrow products" if contexts else "wholly"
     logger.info("activation checkpointing: %d of %d blocks recomputed, %s", len(chosen), len(blocks), how)
 
@@ -138,6 +143,15 @@ def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
                     local = weight.to_local().shape
                     shapes.add((local[1], local[0]))
     return frozenset(shapes)
+
+
+def _contexts(not_kept: frozenset[tuple[int, int]]) -> Callable[[], Any]:
+    """What `checkpoint` takes as `context_fn`."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, not_kept))
+    # torch keeps compiled code between runs only where this says by what the choice was made: here, by this file.
+    source = Path(__file__).read_bytes() + repr(sorted(not_kept)).encode()
+    contexts.cache_hash = hashlib.sha256(source).hexdigest()  # type: ignore[attr-defined]
+    return contexts
 
 
 def _keep(

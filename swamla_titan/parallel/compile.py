@@ -3,18 +3,19 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch._functorch import config as functorch_config
 
 from swamla_titan.config.sections import Compile
 from swamla_titan.errors import UserError
+from swamla_titan.model import SWAMLAModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
 
 def compile_model(
-    model: nn.Module, config: Compile, memory_budget: float = 1.0, backend: str | Callable[..., Any] = "inductor"
+    model: SWAMLAModel, config: Compile, memory_budget: float = 1.0, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
     """Compile `model.blocks` one by one and `model.loss_function`, in place; nothing if `config` says so.
 
@@ -45,12 +46,9 @@ def compile_model(
     # One object for all blocks: torch compiles again for another backend.
     of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     blocks = model.blocks
-    assert isinstance(blocks, nn.ModuleDict)
     for block in blocks.values():
         block.compile(fullgraph=True, dynamic=False, backend=of_blocks)
-    model.loss_function = torch.compile(  # type: ignore[assignment]
-        model.loss_function, fullgraph=True, dynamic=False, backend=backend
-    )
+    model.loss_function = torch.compile(model.loss_function, fullgraph=True, dynamic=False, backend=backend)
 
 
 class _Budgeted:
@@ -61,12 +59,12 @@ class _Budgeted:
     """
 
     def __init__(self, backend: str | Callable[..., Any], budget: float) -> None:
-        self.compile = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        self.backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
         self.budget = budget
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor], **options: Any) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
         with functorch_config.patch(activation_memory_budget=self.budget):
-            compiled: Callable[..., Any] = self.compile(graph, inputs, **options)
+            compiled: Callable[..., Any] = self.backend(graph, inputs, **options)
         return compiled
 
 
@@ -114,8 +112,8 @@ class Compilation:
     graphs: int
     breaks: int  # 0 as long as every part of the program asks for whole graphs
     seconds: float  # of waiting for the compiler
-    hits: int  # pieces of compiled code found in the cache folder, forward and backward counted apart
-    misses: int  # and those that had to be made
+    hits: int  # forward and backward passes whose code was found in the cache folder
+    misses: int  # and those that had to be compiled
 
     def __str__(self) -> str:
         cached = f"{self.hits} of {self.hits + self.misses} from {os.environ.get(_INDUCTOR_FOLDER, 'no cache')}"
@@ -124,13 +122,13 @@ class Compilation:
 
 def compilation() -> Compilation:
     """The account of compilation up to now, from torch's own counters; for the log after the first step."""
-    inductor, autograd = counters["inductor"], counters["aot_autograd"]
-    # Forward graphs with all that is done for them, and backward graphs, which are compiled when first run.
-    stages = ("entire_frame_compile", "entire_backward_compile")
+    inductor = counters["inductor"]
+    # Tracing and compiling the forward pass; backward passes are compiled when they are first run.
+    stages = ("_compile.compile_inner", "backward._backward_impl")
     return Compilation(
         graphs=counters["stats"]["unique_graphs"],
         breaks=sum(counters["graph_break"].values()),
         seconds=sum(sum(compilation_time_metrics.get(stage, ())) for stage in stages),
-        hits=inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"],
+        hits=inductor["fxgraph_cache_hit"],
         misses=inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
     )

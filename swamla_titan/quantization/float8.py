@@ -4,14 +4,17 @@ Weights stay what they were, float32 parameters of the same names and shapes, so
 float8 are interchangeable. What is quantized, and with how many scales, is the recipe's: see torchao.float8.config.
 """
 
+import dataclasses
 import logging
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.config.rules import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
+from swamla_titan.model import SWAMLAModel
 
 # torchao warns at its import that it has no kernels of its own for this Python or CPU; float8 training uses torch's.
 logging.getLogger("torchao").setLevel(logging.ERROR)
@@ -21,7 +24,6 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 
 logger = logging.getLogger(__name__)
 
-MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 _FIRST_CAPABILITY = (8, 9)  # of CUDA devices with such units
 
 
@@ -40,7 +42,7 @@ class Float8MasterLinear(Float8Linear):
         return out
 
 
-def convert_to_float8(model: nn.Module, config: Float8, device: torch.device) -> None:
+def convert_to_float8(model: SWAMLAModel, config: Float8, device: torch.device) -> None:
     """Exchange the `Linear`s of `model.blocks` for Float8MasterLinear, in place; nothing if the recipe is "off".
 
     A product is left as it is where a side of its weight is no multiple of 16; the log says which. The output head is
@@ -53,14 +55,10 @@ def convert_to_float8(model: nn.Module, config: Float8, device: torch.device) ->
         return
     if device.type == "cuda":
         _require_float8_units(device)
-    torchao_config = Float8LinearConfig.from_recipe_name(config.recipe)
-    # Frozen once made; torch.compile relies on it, hence here and not later. Padding adds zeros where the number of
-    # tokens, the inner side of the weight's gradient, is no multiple of 16; else it adds nothing.
-    object.__setattr__(torchao_config, "emulate", device.type != "cuda")
-    object.__setattr__(torchao_config, "pad_inner_dim", True)
+    recipe = Float8LinearConfig.from_recipe_name(config.recipe)
+    recipe = dataclasses.replace(recipe, emulate=device.type != "cuda")
 
     blocks = model.blocks
-    assert isinstance(blocks, nn.ModuleDict)
     linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
     left = {name: module for name, module in linears.items() if not _fits(module)}
     if len(left) == len(linears):
@@ -68,13 +66,13 @@ def convert_to_float8(model: nn.Module, config: Float8, device: torch.device) ->
             f'float8.recipe = "{config.recipe}" would convert none of {len(linears)} products: the sides of their '
             f"weights are no multiples of {MULTIPLE} ({_summary(left)}). Choose other widths, or set it to off"
         )
-    convert_to_float8_training(blocks, module_filter_fn=lambda module, name: _fits(module), config=torchao_config)
+    convert_to_float8_training(blocks, module_filter_fn=lambda module, name: _fits(module), config=recipe)
     for module in blocks.modules():
         if type(module) is Float8Linear:
             module.__class__ = Float8MasterLinear
     converted = len(linears) - len(left)
     rest = f"; left as they are, for a side that is no multiple of {MULTIPLE}: {_summary(left)}" if left else ""
-    how = "emulated " if torchao_config.emulate else ""
+    how = "emulated " if recipe.emulate else ""
     logger.info("%sfloat8 (%s): %d of %d products converted%s", how, config.recipe, converted, len(linears), rest)
 
 
