@@ -115,9 +115,7 @@ def test_each_nth_layer_is_counted_over_the_whole_model_of_which_a_stage_holds_a
     model = small_model(num_layers=6)
     for name in ("0", "1", "2"):
         del model.blocks[name]
-    apply_activation_checkpointing(
-        model, ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=2)
-    )
+    apply_activation_checkpointing(model, ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=2))
     chosen = [name for name, block in model.blocks.items() if type(block) not in (SWABlock, MLABlock)]
     assert chosen == ["3", "5"]
 
