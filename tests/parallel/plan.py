@@ -63,13 +63,16 @@ def gradients(model: SWAMLAModel) -> dict[str, Tensor]:
 class Witness(TorchDispatchMode):
     """Counts operators, and knows which of the memory that they made is still held."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[Any] = Counter()
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators[operator] += 1
+        # Compiled code repeats what may draw random numbers from within this one.
+        self.operators[args[1] if operator is torch.ops.higher_order.run_with_rng_state else operator] += 1
         out = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
