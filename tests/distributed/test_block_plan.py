@@ -85,8 +85,8 @@ def test_float32_too(tmp_path: Path):
 
 @pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
 def test_float8_too(recipe: str, tmp_path: Path):
-    # The gradients of weights are products over a rank's tokens, and their scales cover those only. Both recipes round
-    # scales to powers of two, which do not change how a number is rounded; "tensorwise" does not, and ranks differ there.
+    # Gradients of weights are products over a rank's tokens, and their scales cover those alone. Both recipes round
+    # scales to powers of two, which do not change how a number is rounded. "tensorwise" does not, and ranks differ.
     single = {"folder": str(tmp_path), "dtype": torch.float32, "float8": recipe}
     plans = [{"mode": "operators"} | single, {"mode": "full", "backend": "aot_eager"} | single]
     plans.append({"mode": "operators", "backend": "aot_eager"} | single)
