@@ -11,6 +11,7 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config
 
 _STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+_SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble")
 _ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two on
 
 
@@ -96,9 +97,7 @@ def _tensor(config: Config) -> Iterator[Contradiction]:
         )
     if tensor == 1:
         return
-    from swamla_titan.model.feed_forward import GROUP  # torch takes seconds that other configurations are spared
-
-    groups = model.ffn_width // math.gcd(model.ffn_width, GROUP)
+    groups = model.ffn_width // model.ffn_group
     shared = [
         ("num_heads", f"model.num_heads = {model.num_heads}", model.num_heads),
         (
@@ -173,6 +172,41 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
             f"{parallel.pipeline} ranks x {per_rank} stages are {stages} stages, more than the {layers} layers of the "
             f"model: use pipeline <= {max(layers // per_rank, 1)}"
             + (', or a schedule of one stage a rank, such as "1F1B"' if per_rank > 1 else ""),
+        )
+    if parallel.reduce_every_micro_batch:
+        yield Contradiction(
+            ("parallel.reduce_every_micro_batch", "parallel.pipeline"),
+            "true, but a pipeline reduces gradients once, after its last backward pass: set it to false",
+        )
+    if schedule in _SPLIT_BACKWARD:
+        yield from _split_backward(config)
+
+
+def _split_backward(config: Config) -> Iterator[Contradiction]:
+    """What schedules cannot that run a backward pass twice: for the inputs' gradients, and later for the weights'."""
+    at, schedule = ("parallel.pipeline_schedule",), f'"{config.parallel.pipeline_schedule}"'
+    way_out = 'or use pipeline_schedule = "Interleaved1F1B"'
+    if config.compile.enabled:
+        # A compiled block is one node of the graph: torch refuses to run it twice (donated buffers), and made to, it
+        # computes all its gradients both times.
+        yield Contradiction(
+            (*at, "compile.enabled"),
+            f"{schedule} splits backward passes in two, which compiled blocks cannot: set compile.enabled = false, "
+            + way_out,
+        )
+    if config.activation_checkpoint.mode != "none":
+        # Right, but a block is computed again for each of its weights: 45 times where 1F1B does it 6 times.
+        yield Contradiction(
+            (*at, "activation_checkpoint.mode"),
+            f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "
+            f'"{config.activation_checkpoint.mode}": set that to "none", {way_out}',
+        )
+    if config.parallel.reshard_after_forward == "always":
+        # FSDP2 then frees the weights that the graph refers to before their gradients are computed, and loses those.
+        yield Contradiction(
+            (*at, "parallel.reshard_after_forward"),
+            f"{schedule} needs gathered weights until their gradients are computed, late: set reshard_after_forward = "
+            f'"auto", {way_out}',
         )
 
 

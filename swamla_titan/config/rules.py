@@ -6,6 +6,8 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
 
+FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
+
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys that cannot all hold."""
@@ -60,3 +62,10 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
     yield from parallel_contradictions(config)
+    tokens, odd = divmod(training.seq_len, config.parallel.context)
+    if config.float8.recipe != "off" and (odd or tokens % FLOAT8_MULTIPLE):
+        yield Contradiction(
+            ("training.seq_len", "float8.recipe", "parallel.context"),
+            f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
+            f"{FLOAT8_MULTIPLE}: make seq_len / parallel.context one",
+        )

@@ -150,7 +150,12 @@ class ActivationCheckpoint:
 
 @dataclass(frozen=True)
 class Float8:
-    recipe: str = key("off", "float8 training.", choices=("off",))
+    recipe: str = key(
+        "off",
+        "Products of the blocks in float8, scaled by a whole tensor (fastest), by its rows, or by rows with the "
+        "gradients of weights in full precision (most exact).",
+        choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The shape of a model: everything its mathematics depends on, and nothing else."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,6 +84,13 @@ class ModelConfig:
     def ffn_width(self) -> int:
         """Hidden width of SwiGLU."""
         return self.ffn_hidden_dim or -(-8 * self.dim // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+
+    @property
+    def ffn_group(self) -> int:
+        """Hidden units of SwiGLU whose gates and ups lie together in `gate_up`: at most 128, and 8 groups at least
+        where the width allows it, so that up to 8 tensor-parallel ranks can share them."""
+        eighth, rest = divmod(self.ffn_width, 8)
+        return math.gcd(self.ffn_width if rest else eighth, 128)
 
     @property
     def block_kinds(self) -> list[Literal["swa", "mla"]]:

@@ -1,33 +1,29 @@
 """SwiGLU (Shazeer, arXiv:2002.05202)."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.linear import Linear
 
-GROUP = 128  # columns of gate, then as many of up, and so on
-
 
 class FeedForward(nn.Module):
     """down(silu(gate x) * up x), with gate and up in one product.
 
-    Rows of `gate_up` come in groups, [hidden / 128, (gate, up), 128], so that a tensor-parallel rank that owns a
+    Rows of `gate_up` come in groups, [hidden / group, (gate, up), group], so that a tensor-parallel rank that owns a
     stretch of rows owns gates and ups of the same hidden units, at any degree that divides the number of groups.
     `gate_weight` and `up_weight` in terms of the formula are `split_gate_up(gate_up.weight)`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.group = math.gcd(config.ffn_width, GROUP)
+        self.group = config.ffn_group  # columns of gate, then as many of up, and so on
         self.gate_up = Linear(config.dim, 2 * config.ffn_width)
         self.down = Linear(config.ffn_width, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        gate, up = self.gate_up(x).unflatten(-1, (-1, 2, self.group)).unbind(dim=-2)  # [B, T, hidden/128, 128] each
+        gate, up = self.gate_up(x).unflatten(-1, (-1, 2, self.group)).unbind(dim=-2)  # [B, T, hidden/group, group] each
         out: Tensor = self.down((F.silu(gate) * up).flatten(-2))
         return out
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from swamla_titan.config.tensor_degree import tensor_parallel_problems
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.norms import DynamicTanh, RMSNorm
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
@@ -63,13 +62,10 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets whole ones, and the loss is
     that of all, on every rank. `reduce_replicated_gradients` is due before each optimizer step.
 
-    Raises ValueError for a shape that the ranks do not divide, and TypeError for a kind of linear module that is not
-    known here.
+    The ranks must divide heads, feed-forward groups and vocabulary: config/parallel_rules.py has refused others. Raises
+    TypeError for a kind of linear module that is not known here.
     """
     group = TensorGroup.of(mesh)
-    problems = tensor_parallel_problems(model.config, group.size)
-    if problems:
-        raise ValueError("; ".join(problems))
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
@@ -135,6 +131,7 @@ def _style(name: str, module: nn.Module) -> _Style:
 def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     part = parameter.detach()
     if isinstance(placement, Shard):
+        assert part.shape[placement.dim] % mesh.size() == 0, f"{mesh.size()} ranks cannot share {tuple(part.shape)}"
         part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone().contiguous()
     distributed = DTensor.from_local(
         part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()

@@ -11,8 +11,9 @@ from swamla_titan.errors import UserError
 HSDP = "--parallel.data_parallel=hsdp"
 DDP = "--parallel.data_parallel=ddp"
 AC = "--activation_checkpoint"
+ZERO_BUBBLE = "--model.num_layers=4 --parallel.pipeline=2 --parallel.pipeline_schedule=ZBVZeroBubble"
 
-# `tiny`: 3 layers, 2 heads, feed-forward 256 = 2 groups of 128, 64 tokens, compile.enabled = false
+# `tiny`: 3 layers, 2 heads, feed-forward 256 = 8 groups of 32, 64 tokens, compile.enabled = false
 REFUSED = [
     ("--parallel.dp_shard=0", "[parallel] dp_shard: 0 ranks are none: expected a number from 1, or -1"),
     ("--parallel.dp_replicate=0", "[parallel] dp_replicate: 0 ranks are none: expected a number from 1, or -1"),
@@ -42,8 +43,8 @@ REFUSED = [
         "[parallel] tensor: 4 ranks cannot share model.num_kv_heads = 2 equally: use tensor = 2",
     ),
     (
-        "--parallel.tensor=2 --model.ffn_hidden_dim=384",
-        "2 ranks cannot share the 3 groups of 128 hidden units of the feed-forward network (model.ffn_hidden_dim = 384",
+        "--parallel.tensor=2 --model.ffn_hidden_dim=260",
+        "2 ranks cannot share the 65 groups of 4 hidden units of the feed-forward network (model.ffn_hidden_dim = 260",
         "use tensor = 1",
     ),
     (
@@ -83,6 +84,14 @@ REFUSED = [
     ),
     ("--parallel.pipeline_schedule=GPipe", '"GPipe" has no effect with pipeline = 1: leave it out or raise pipeline'),
     ("--parallel.pipeline_stages_per_rank=1", "1 has no effect with pipeline = 1: leave it out or raise pipeline"),
+    (
+        "--parallel.pipeline=2 --parallel.reduce_every_micro_batch=true",
+        "[parallel] reduce_every_micro_batch: true, but a pipeline reduces gradients once",
+        "set it to false",
+    ),
+    (f"{ZERO_BUBBLE} --compile.enabled=true", "compiled blocks cannot: set compile.enabled = false", "Interleaved1F1B"),
+    (f"{ZERO_BUBBLE} {AC}.mode=full", 'activation_checkpoint.mode = "full": set that to "none"', "Interleaved1F1B"),
+    (f"{ZERO_BUBBLE} --parallel.reshard_after_forward=always", 'set reshard_after_forward = "auto"', "Interleaved1F1B"),
     ("--compile.cache_folder=x", '[compile] cache_folder: "x" has no effect with compile.enabled = false'),
     (f"{AC}.memory_budget=0.5", "0.5 is the compiler's to keep, but compile.enabled = false", 'mode = "selective"'),
     (
@@ -108,6 +117,7 @@ ACCEPTED = [
     "--parallel.pipeline=2 --parallel.pipeline_schedule=Interleaved1F1B --model.num_layers=4",
     "--parallel.pipeline=2 --parallel.pipeline_schedule=InterleavedZeroBubble --parallel.pipeline_stages_per_rank=3 "
     "--model.num_layers=6",
+    ZERO_BUBBLE,
     "--parallel.pipeline=3 --parallel.pipeline_schedule=GPipe --parallel.pipeline_stages_per_rank=1",
     f"{AC}.memory_budget=0.5 --compile.enabled=true",
     f"{AC}.mode=selective {AC}.selective=blocks {AC}.every_n_blocks=3",
@@ -134,9 +144,9 @@ def test_what_goes_together_is_accepted(overrides: str, tiny: Path) -> None:
 
 def test_the_suggested_degree_is_accepted(tiny: Path) -> None:
     """Of several limits the message has the largest degree for each."""
-    given = "--parallel.tensor=4 --model.num_heads=6 --model.dim=96 --model.ffn_hidden_dim=768"
+    given = "--parallel.tensor=4 --model.num_heads=6 --model.dim=96 --model.ffn_hidden_dim=774 --training.seq_len=72"
     with pytest.raises(UserError, match="2 errors") as refused:
         load_config(tiny, split_overrides(given.split())[0])
     assert "model.num_heads = 6 equally: use tensor = 3" in str(refused.value)
-    assert "the 6 groups of 128" in str(refused.value)
-    load_config(tiny, split_overrides([*given.split(), "--parallel.tensor=2"])[0])
+    assert "the 387 groups of 2" in str(refused.value)
+    load_config(tiny, split_overrides([*given.split(), "--parallel.tensor=3"])[0])

@@ -3,17 +3,15 @@
 import itertools
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
-from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Compile, Parallel
+from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.flops import causal_pairs, swa_pairs, training_flops
 from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
-from swamla_titan.parallel.stages import holder, pipeline_problems, runnable_count, stage_count, stage_numbers
+from swamla_titan.parallel.stages import holder, runnable_count, stage_count, stage_numbers
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 
@@ -111,40 +109,6 @@ def test_counts_that_schedules_can_run():
     interleaved = Parallel(pipeline=4, pipeline_schedule="Interleaved1F1B")
     assert [runnable_count(interleaved, count) for count in (1, 7, 9, 10, 13)] == [1, 7, 10, 10, 15]
     assert runnable_count(Parallel(pipeline=4, pipeline_schedule="GPipe"), 3) == 3
-
-
-def problems(**changes):
-    base = Config(model=FLAVORS["debug"], compile=Compile(enabled=False))
-    return pipeline_problems(replace(base, **changes))
-
-
-@pytest.mark.parametrize(
-    "parallel, says",
-    [
-        (Parallel(pipeline_stages_per_rank=2), "applies to parallel.pipeline > 1"),
-        (Parallel(pipeline=2, pipeline_stages_per_rank=2), "holds one stage a rank"),
-        (Parallel(pipeline=2, pipeline_schedule="Interleaved1F1B", pipeline_stages_per_rank=1), "at least two stages"),
-        (Parallel(pipeline=2, pipeline_schedule="ZBVZeroBubble", pipeline_stages_per_rank=3), "holds two stages"),
-        (Parallel(pipeline=4, pipeline_schedule="Interleaved1F1B"), "makes 8 stages of model.num_layers = 6"),
-        (Parallel(pipeline=2, reduce_every_micro_batch=True), "reduces gradients once"),
-    ],
-)
-def test_pipelines_that_cannot_run_are_refused(parallel, says):
-    (problem,) = problems(parallel=parallel)
-    assert says in problem
-    assert "set " in problem or "lower " in problem  # the way out
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_split_backward_passes_take_plain_blocks_that_stay_whole(schedule):
-    parallel = Parallel(pipeline=2, pipeline_schedule=schedule)
-    split = schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")
-    assert problems(parallel=parallel) == []
-    assert len(problems(parallel=parallel, compile=Compile(enabled=True))) == split
-    assert len(problems(parallel=parallel, activation_checkpoint=ActivationCheckpoint(mode="full"))) == split
-    always = replace(parallel, reshard_after_forward="always")
-    assert len(problems(parallel=always)) == split
-    assert problems(parallel=replace(always, data_parallel="ddp")) == []
 
 
 def test_judging_a_configuration_does_not_load_distributed_code():

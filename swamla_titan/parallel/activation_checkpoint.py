@@ -1,0 +1,165 @@
+"""Activation checkpointing: which results of a block's forward pass are kept for the backward pass.
+
+The rest is computed again (Chen et al., arXiv:1604.06174). A checkpointed block is the same module with the same
+parameter names: it only gets a subclass of its class, as `fully_shard` does it, whose forward pass is the parent's
+under `torch.utils.checkpoint`. A wrapping module would rename parameters, hide `isinstance(block, Block)` and need care
+wherever a block's parts are named. Hooks that are added later (FSDP2's, which gather weights) stay outside of what is
+repeated.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from swamla_titan.config.sections import ActivationCheckpoint
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.blocks import MLABlock, SWABlock
+from swamla_titan.model.context import SequenceContext
+
+logger = logging.getLogger(__name__)
+
+_aten = torch.ops.aten
+# Quadratic in the sequence's length, and their results are as narrow as the residual stream. (SDPA's plain path, for
+# shapes that no kernel takes, is no operator of its own and is repeated: its results include the T x T scores.)
+_ATTENTION = frozenset(
+    {
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_attention_math_for_mps.default,
+        _aten._scaled_dot_product_fused_attention_overrideable.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+_collective = torch.ops._c10d_functional
+# Their repetition would keep all ranks waiting once more. Not among them: the waits (a wait's result is the memory of
+# its collective) and FSDP2's gathering of weights, which happens outside of the block's forward pass.
+_COLLECTIVES = frozenset(
+    {
+        _collective.all_gather_into_tensor.default,
+        _collective.reduce_scatter_tensor.default,
+        _collective.all_reduce.default,
+        _collective.all_to_all_single.default,
+    }
+)
+_PRODUCTS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.default: 2}  # where the second factor stands
+
+# A product of [N, K] and [K, M] costs 2 N K M operations and its result holds N M numbers: dropping it frees memory at
+# 2 K operations a number. These go first:
+_NOT_KEPT = (
+    "wkv_b",  # K is the latent's width, far below the others', and the result is the widest of an MLA block
+    "gate_up",  # K as elsewhere, but a third of all that a block would keep (5.3 dim of 16) for one product
+    "down",  # its result is added to the residual stream, and nothing in the backward pass asks for it
+)
+# Kept are so: wqkv or wq, wkv_a and wo. In a SWA block that leaves 6 dim of 16 numbers a token, for 44% of the forward
+# operations of its products again; `full` leaves 1 dim, for 78%.
+
+
+class CheckpointedSWABlock(SWABlock):
+    """A SWA block whose forward pass is computed again in the backward pass, as far as `checkpoint_contexts` says."""
+
+    checkpoint_contexts: Callable[[], Any] | None
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return _checkpointed(super().forward, self.checkpoint_contexts, x, context)
+
+
+class CheckpointedMLABlock(MLABlock):
+    """An MLA block, likewise. Written out twice for the reason that model/blocks.py gives."""
+
+    checkpoint_contexts: Callable[[], Any] | None
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return _checkpointed(super().forward, self.checkpoint_contexts, x, context)
+
+
+def _checkpointed(
+    forward: Callable[..., Tensor], contexts: Callable[[], Any] | None, x: Tensor, context: SequenceContext
+) -> Tensor:
+    # Random state is restored for the repetition (torch's default), so dropout drops the same.
+    out: Tensor
+    if contexts is None:
+        out = checkpoint(forward, x, context, use_reentrant=False)
+    else:
+        out = checkpoint(forward, x, context, use_reentrant=False, context_fn=contexts)
+    return out
+
+
+def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpoint) -> None:
+    """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
+
+    `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer, counted
+    over the whole model, also where a pipeline stage holds a part of it. `selective` by operators: each block keeps
+    what attention, collectives and most matrix products gave. Comes after tensor parallelism, which may change weights'
+    shapes, and before compilation and FSDP2. `memory_budget` is the compiler's, see parallel/compile.py.
+
+    Raises ValueError for a block that is neither SWABlock nor MLABlock, or is checkpointed already.
+    """
+    if config.mode == "none":
+        return
+    blocks = model.blocks
+    chosen = list(blocks.values())
+    contexts: Callable[[], Any] | None = None
+    if config.mode == "selective" and config.selective == "blocks":
+        chosen = [block for name, block in blocks.items() if (int(name) + 1) % config.every_n_blocks == 0]
+    elif config.mode == "selective":
+        # One object for all blocks: compiled code is specific to it.
+        contexts = _contexts(_shapes_not_kept(chosen))
+    for block in chosen:
+        if type(block) is SWABlock:
+            block.__class__ = CheckpointedSWABlock
+        elif type(block) is MLABlock:
+            block.__class__ = CheckpointedMLABlock
+        else:
+            raise ValueError(f"{type(block).__name__} cannot be checkpointed: expected a plain SWABlock or MLABlock")
+        block.checkpoint_contexts = contexts  # type: ignore[assignment]
+    how = "but for attention and narrow products" if contexts else "wholly"
+    logger.info("activation checkpointing: %d of %d blocks recomputed, %s", len(chosen), len(blocks), how)
+
+
+def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
+    """[in, out] of the weights whose products are computed again, whole and as this rank's part of them.
+
+    Operators know no names. Where a kept product has the same shape, it is computed again as well.
+    """
+    shapes = set()
+    for block in blocks:
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _NOT_KEPT:
+                weight = module.weight
+                shapes.add((weight.shape[1], weight.shape[0]))
+                if isinstance(weight, DTensor):
+                    local = weight.to_local().shape
+                    shapes.add((local[1], local[0]))
+    return frozenset(shapes)
+
+
+def _contexts(not_kept: frozenset[tuple[int, int]]) -> Callable[[], Any]:
+    """What `checkpoint` takes as `context_fn`."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, not_kept))
+    # torch keeps compiled code between runs only where this says by what the choice was made: here, by this file.
+    source = Path(__file__).read_bytes() + repr(sorted(not_kept)).encode()
+    contexts.cache_hash = hashlib.sha256(source).hexdigest()  # type: ignore[attr-defined]
+    return contexts
+
+
+def _keep(
+    not_kept: frozenset[tuple[int, int]], context: Any, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    if operator in _ATTENTION or operator in _COLLECTIVES:
+        return CheckpointPolicy.MUST_SAVE
+    place = _PRODUCTS.get(operator)
+    if place is not None and tuple(args[place].shape) not in not_kept:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,134 @@
+"""Compilation: block by block, kept between runs, and accounted for."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import compilation_time_metrics, counters
+from torch._functorch import config as functorch_config
+
+from swamla_titan.config.sections import Compile
+from swamla_titan.errors import UserError
+from swamla_titan.model import SWAMLAModel
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = Path("~/.cache/swamla-titan")
+_INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_TRITON_FOLDER = "TRITON_CACHE_DIR"
+
+
+def compile_model(
+    model: SWAMLAModel, config: Compile, memory_budget: float = 1.0, backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile `model.blocks` one by one and `model.loss_function`, in place; nothing if `config` says so.
+
+    All blocks of a kind share one compiled code, so a deep model compiles as fast as a shallow one. The loss is
+    compiled apart, which fuses its float32 upcast into the reduction. What cannot be compiled whole is an error and not
+    a silent break of the graph, and so is code that is compiled more often than torch's limit (8 times a kind of
+    block). Comes after tensor parallelism and activation checkpointing, before FSDP2, whose hooks run outside.
+
+    `memory_budget` (activation_checkpoint.memory_budget): below 1, the compiler keeps at most this share of the
+    activations that it would keep by itself, between all (1) and a block's inputs (0), and recomputes what is cheapest.
+    It holds for the blocks alone. `backend` is torch.compile's.
+
+    Raises UserError if `config.cache_folder` cannot be written.
+    """
+    if not config.enabled:
+        return
+    set_cache_folder(config)
+    # One object for all blocks: torch compiles again for another backend.
+    of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
+    blocks = model.blocks
+    for block in blocks.values():
+        block.compile(fullgraph=True, dynamic=False, backend=of_blocks)
+    model.loss_function = torch.compile(model.loss_function, fullgraph=True, dynamic=False, backend=backend)
+
+
+class _Budgeted:
+    """A backend whose graphs are cut into forward and backward under a memory budget.
+
+    The budget is a setting of the process, read when a graph is cut. Set for good, it would reach the loss, a compiled
+    optimizer and whatever else the process compiles.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any], budget: float) -> None:
+        self.backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        self.budget = budget
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        with functorch_config.patch(activation_memory_budget=self.budget):
+            compiled: Callable[..., Any] = self.backend(graph, inputs, **options)
+        return compiled
+
+
+def set_cache_folder(config: Compile) -> Path | None:
+    """Where compiled code is kept from now on, for the next run as well; None: where torch does by itself.
+
+    That is `config.cache_folder`, or the one that the environment names (TORCHINDUCTOR_CACHE_DIR), or
+    ~/.cache/swamla-titan. Ranks and runs may share it: entries carry the versions, the device and the code that they
+    were made of in their names. Must come before anything is compiled; TRITON_CACHE_DIR is left alone if set.
+
+    Raises UserError for a `cache_folder` that cannot be written; the default is then passed over with a warning.
+    """
+    named = os.environ.get(_INDUCTOR_FOLDER)
+    folder = Path(config.cache_folder or named or DEFAULT_FOLDER).expanduser().absolute()
+    problem = _unwritable(folder)
+    if problem and config.cache_folder:
+        raise UserError(
+            f'compile.cache_folder = "{config.cache_folder}" cannot be written ({problem}); give another folder, '
+            'or leave it "" for the default'
+        )
+    if problem and named:
+        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot be written ({problem}); set another folder, or unset it")
+    if problem:
+        logger.warning("%s cannot be written (%s): compiled code is kept in the temporary folder", folder, problem)
+        return None
+    os.environ[_INDUCTOR_FOLDER] = str(folder)
+    os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
+    return folder
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written there, or None; makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permission bits say little, of a full or a read-only disk nothing
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What this process has compiled so far."""
+
+    graphs: int
+    breaks: int  # 0 as long as every part of the program asks for whole graphs
+    seconds: float  # of waiting for the compiler
+    hits: int  # forward and backward passes whose code was found in the cache folder
+    misses: int  # and those that had to be compiled
+
+    def __str__(self) -> str:
+        cached = f"{self.hits} of {self.hits + self.misses} from {os.environ.get(_INDUCTOR_FOLDER, 'no cache')}"
+        return f"compiled {self.graphs} graphs in {self.seconds:.1f} s, {self.breaks} graph breaks; {cached}"
+
+
+def compilation() -> Compilation:
+    """The account of compilation up to now, from torch's own counters; for the log after the first step."""
+    inductor = counters["inductor"]
+    # Tracing and compiling the forward pass; backward passes are compiled when they are first run.
+    stages = ("_compile.compile_inner", "backward._backward_impl")
+    return Compilation(
+        graphs=counters["stats"]["unique_graphs"],
+        breaks=sum(counters["graph_break"].values()),
+        seconds=sum(sum(compilation_time_metrics.get(stage, ())) for stage in stages),
+        hits=inductor["fxgraph_cache_hit"],
+        misses=inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+    )

@@ -1,0 +1,162 @@
+"""Compilation: how often, where it is kept, and what is said about it."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+
+from swamla_titan.config.sections import Compile
+from swamla_titan.errors import UserError
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder
+from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    torch._dynamo.reset()
+    counters.clear()
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that what the test sets is undone
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    yield
+    torch._dynamo.reset()
+
+
+def _train_validate_train(layers: int, mode: str) -> int:
+    torch._dynamo.reset()
+    counters.clear()
+    model = small_model(num_layers=layers)
+    apply_activation_checkpointing(model, MODES[mode])
+    compile_model(model, Compile(), backend="aot_eager")
+    model(batch(), batch()).backward()
+    model.eval()
+    with torch.no_grad():
+        model(batch(), batch())
+    model.train()
+    model(batch(), batch()).backward()
+    seen = compilation()
+    assert seen.breaks == 0
+    return seen.graphs
+
+
+@pytest.mark.parametrize("mode", ["none", "operators", "full"])
+def test_graphs_do_not_grow_with_depth(mode: str):
+    # two kinds of block and the loss, in training and in validation
+    assert _train_validate_train(3, mode) == _train_validate_train(6, mode) == 6
+
+
+def test_compiling_too_often_is_an_error():
+    model = small_model(num_layers=1)
+    compile_model(model, Compile(), backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        model(batch()[:, :16])
+        model(batch()[:, :32])
+        with pytest.raises(FailOnRecompileLimitHit):
+            model(batch()[:, :48])
+
+
+def test_disabled_compiles_nothing():
+    model = small_model(num_layers=1)
+    compile_model(model, Compile(enabled=False))
+    model(batch(), batch()).backward()
+    assert compilation().graphs == 0
+
+
+def test_the_memory_budget_reaches_blocks_and_nothing_else():
+    kept, found = [], []
+    for budget in (1.0, 0.4, 0.0):
+        torch._dynamo.reset()
+        model = small_model(torch.float32)
+        compile_model(model, Compile(), memory_budget=budget, backend="aot_eager")
+        seen = watch_compiled(model, batch())
+        kept.append(seen.kept)
+        found.append(seen.gradients)
+    assert kept[0] > kept[1] > kept[2]
+    assert functorch_config.activation_memory_budget == 1.0
+    for name, gradient in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_under_a_budget_share_code_too():
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        model = small_model(torch.float32, num_layers=layers)
+        compile_model(model, Compile(), memory_budget=0.5, backend="aot_eager")
+        model(batch(), batch()).backward()
+        assert compilation().graphs == 3
+        assert len(gradients(model)) > 0
+
+
+def test_the_cache_folder_that_is_named_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "environment"))
+    assert set_cache_folder(Compile()) == tmp_path / "environment"
+    assert set_cache_folder(Compile(cache_folder=str(tmp_path / "named"))) == tmp_path / "named"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "named")
+
+
+def test_triton_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    set_cache_folder(Compile(cache_folder=str(tmp_path)))
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    set_cache_folder(Compile(cache_folder=str(tmp_path)))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
+def test_the_default_folder_is_in_the_home(tmp_path: Path):
+    assert set_cache_folder(Compile()) == tmp_path / ".cache/swamla-titan" == DEFAULT_FOLDER.expanduser()
+    assert (tmp_path / ".cache/swamla-titan").is_dir()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    (tmp_path / "file").write_text("in the way")
+    inside = str(tmp_path / "file/folder")
+    with pytest.raises(UserError, match=r"compile\.cache_folder = .* cannot be written \(Not a directory\)"):
+        set_cache_folder(Compile(cache_folder=inside))
+    monkeypatch.setenv("HOME", inside)
+    with caplog.at_level(logging.WARNING, logger="swamla_titan"):
+        assert set_cache_folder(Compile()) is None
+    assert "cannot be written" in caplog.text
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", inside)
+    with pytest.raises(UserError, match="TORCHINDUCTOR_CACHE_DIR = "):
+        set_cache_folder(Compile())
+
+
+RUN = """
+import sys
+from swamla_titan.config.sections import Compile
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.compile import compilation, compile_model
+from tests.parallel.plan import MODES, batch, small_model
+
+model = small_model(num_layers=1, ffn_hidden_dim=64)
+apply_activation_checkpointing(model, MODES["operators"])
+compile_model(model, Compile(cache_folder=sys.argv[1]))
+model(batch(), batch()).backward()
+print(compilation())
+"""
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path):
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+        )
+        said.append(done.stdout)
+    # a SWA block and the loss, forward and backward
+    assert "compiled 2 graphs" in said[0]
+    assert f"0 graph breaks; 0 of 4 from {tmp_path}" in said[0]
+    assert f"0 graph breaks; 4 of 4 from {tmp_path}" in said[1]

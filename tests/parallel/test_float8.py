@@ -1,0 +1,129 @@
+"""float8 conversion, emulated on the CPU."""
+
+import logging
+
+import pytest
+import torch
+from torchao.float8.float8_linear import Float8Linear
+
+from swamla_titan.config.sections import Float8
+from swamla_titan.errors import UserError
+from swamla_titan.model.linear import Linear
+from swamla_titan.quantization.float8 import convert_to_float8
+from tests.parallel.plan import batch, gradients, small_model
+
+CPU = torch.device("cpu")
+RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: str, caplog: pytest.LogCaptureFixture):
+    model = small_model(torch.float32)
+    with caplog.at_level(logging.INFO, logger="swamla_titan"):
+        convert_to_float8(model, Float8(recipe=recipe), CPU)
+    assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 4 + 4 + 6
+    assert type(model.head) is Linear
+    assert model.head.weight is model.embedding.weight
+    assert f"emulated float8 ({recipe}): 14 of 14 products converted" in caplog.text
+    assert "left" not in caplog.text
+
+
+def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCaptureFixture):
+    model = small_model(torch.float32, qk_rope_head_dim=8)  # wkv_a: 64 -> 16 + 8; wq: 64 -> 2 * 40
+    with caplog.at_level(logging.INFO, logger="swamla_titan"):
+        convert_to_float8(model, Float8(recipe="rowwise"), CPU)
+    assert type(model.blocks["2"].attention.wkv_a) is Linear
+    assert isinstance(model.blocks["2"].attention.wq, Float8Linear)
+    assert "13 of 14 products converted; left as they are" in caplog.text
+    assert "1 x attention.wkv_a 64 -> 24" in caplog.text
+
+
+def test_a_recipe_that_converts_nothing_is_refused():
+    model = small_model(torch.float32, num_layers=2, dim=72)
+    with pytest.raises(UserError, match="would convert none of 8 products"):
+        convert_to_float8(model, Float8(recipe="rowwise"), CPU)
+
+
+def test_off_changes_nothing():
+    model = small_model(torch.float32)
+    convert_to_float8(model, Float8(), CPU)
+    assert not any(isinstance(module, Float8Linear) for module in model.modules())
+
+
+def test_a_gpu_without_float8_units_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A40")
+    with pytest.raises(UserError, match=r"A40 has 8\.6"):
+        convert_to_float8(small_model(torch.float32), Float8(recipe="rowwise"), torch.device("cuda", 0))
+
+
+def test_on_the_meta_device_names_shapes_and_values_stay_those_of_the_plain_model():
+    plain = small_model(torch.float32)
+    with torch.device("meta"):
+        model = type(plain)(plain.config)
+    convert_to_float8(model, Float8(recipe="tensorwise"), CPU)
+    model.to_empty(device=CPU)
+    model.init_weights(0)
+    fresh = type(plain)(plain.config).state_dict()
+    state = model.state_dict()
+    assert state.keys() == fresh.keys()
+    for name, value in fresh.items():
+        assert state[name].dtype == value.dtype == torch.float32
+        assert torch.equal(state[name], value), name
+    model.load_state_dict(plain.state_dict())  # and a checkpoint of a run without float8 fits
+    assert type(model.blocks["0"].attention.wo.weight) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_near_those_of_the_plain_model(recipe: str, dtype: torch.dtype):
+    plain, model = small_model(torch.float32), small_model(torch.float32)
+    convert_to_float8(model, Float8(recipe=recipe), CPU)
+    losses = []
+    for each in (plain, model):
+        each.compute_dtype = dtype
+        loss = each(batch(), batch())
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
+    exact, found = (torch.cat([g.flatten() for g in gradients(each).values()]) for each in (plain, model))
+    # Errors of a few percent a product (below) add up over three blocks with large weights.
+    assert 0 < (found - exact).norm() < 0.15 * exact.norm()
+
+
+@pytest.mark.parametrize("recipe, off_by", [("tensorwise", 0.08), ("rowwise", 0.05), ("rowwise_with_gw_hp", 0.05)])
+def test_a_product_is_as_exact_as_its_type(recipe: str, off_by: float):
+    plain, model = small_model(torch.float32), small_model(torch.float32)
+    convert_to_float8(model, Float8(recipe=recipe), CPU)
+    x, grad = torch.randn(64, 64), torch.randn(64, 64)
+    results = []
+    for each in (plain, model):
+        product, given = each.blocks["0"].attention.wo, x.clone().requires_grad_()
+        out = product(given)
+        out.backward(grad)
+        results.append((out, given.grad, product.weight.grad))
+    errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*results)]
+    assert all(0.01 < error < off_by for error in errors[:2])
+    assert (errors[2] < 1e-6) == (recipe == "rowwise_with_gw_hp")  # its gradients of weights are in full precision
+    assert errors[2] < off_by
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_float32_weights_under_bfloat16_activations_are_what_bfloat16_weights_are(recipe: str):
+    # as FSDP2 with bfloat16 parameters would have it
+    master, gathered = small_model(torch.float32), small_model(torch.float32)
+    for model in (master, gathered):
+        convert_to_float8(model, Float8(recipe=recipe), CPU)
+    product, low = master.blocks["0"].feed_forward.down, gathered.blocks["0"].feed_forward.down.bfloat16()
+    x = torch.randn(2, 16, product.in_features, dtype=torch.bfloat16)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outs = [product(inputs[0]), low(inputs[1])]
+    assert outs[0].dtype == torch.bfloat16
+    assert torch.equal(outs[0], outs[1])
+    for out in outs:
+        out.float().pow(2).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert product.weight.grad.dtype == torch.float32
+    assert torch.equal(product.weight.grad, low.weight.grad.float())
