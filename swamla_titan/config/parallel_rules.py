@@ -195,7 +195,7 @@ def _split_backward(config: Config) -> Iterator[Contradiction]:
             + way_out,
         )
     if config.activation_checkpoint.mode != "none":
-        # Right, but a block is computed again for each of its weights: 45 times where 1F1B does it 6 times.
+        # Right, but a block is computed again for each of its weights, not once.
         yield Contradiction(
             (*at, "activation_checkpoint.mode"),
             f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "

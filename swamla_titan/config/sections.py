@@ -142,7 +142,7 @@ class ActivationCheckpoint:
     every_n_blocks: int = key(2, 'selective = "blocks": each n-th block is recomputed.', minimum=1)
     memory_budget: float = key(
         1.0,
-        'mode = "none", compiled: share of activation memory that may be used; the compiler recomputes what is cheapest.',
+        'mode = "none", compiled: share of activation memory to use; the compiler recomputes what is cheapest.',
         minimum=0,
         maximum=1,
     )

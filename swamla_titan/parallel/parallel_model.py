@@ -1,6 +1,7 @@
 """The model as the trainer sees it: the same few calls whatever the plan."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,11 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import clip_gradients
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
+from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
+from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
+from swamla_titan.parallel.tensor import reduce_replicated_gradients
 from swamla_titan.parallel.world import World
 
 
@@ -26,11 +30,19 @@ class ParallelModel:
         """Build the parts; their parameters' values are still undefined, see `init_weights`."""
         self.config = config
         self.world = world
-        with torch.device("meta"):
-            self.parts = [SWAMLAModel(config.model)]
+        self.parts = build_parts(config, world)
         for part in self.parts:
-            parallelize(part, config, world)
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        self.pipeline = None
+        if world.degrees.pipeline > 1:
+            tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank
+            self.pipeline = Pipeline(
+                config,
+                world,
+                cast(list[ModelStage], self.parts),
+                activation_len=tokens // world.degrees.tensor,
+                logits_shape=(tokens, config.model.padded_vocab_size // world.degrees.tensor),
+            )
 
     def init_weights(self, seed: int) -> None:
         """Draw all parameters; every rank draws whole ones and keeps its part, so nothing is communicated."""
@@ -42,13 +54,19 @@ class ParallelModel:
 
         Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.
         """
-        loss = torch.zeros((), device=self.world.device)
-        for index, micro_batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            reduce_after_this_backward(self.parts[0], last, self.config.parallel.reduce_every_micro_batch)
-            part = self._loss(micro_batch, loss_denominator)
-            part.backward()
-            loss += part.detach()
+        if self.pipeline:
+            loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
+        else:
+            loss = torch.zeros((), device=self.world.device)
+            for index, micro_batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                reduce_after_this_backward(self.parts[0], last, self.config.parallel.reduce_every_micro_batch)
+                part = self._loss(micro_batch, loss_denominator)
+                part.backward()
+                loss += part.detach()
+        if self.world.weights is not None and self.world.degrees.tensor > 1:
+            parameters = (parameter for part in self.parts for parameter in part.parameters())
+            reduce_replicated_gradients(parameters, self.world.weights["tensor"])
         return self.world.sum_over_sequences(loss)
 
     @torch.no_grad()
@@ -58,7 +76,7 @@ class ParallelModel:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for micro_batch in micro_batches:
-            total += self._loss(micro_batch, 1.0)
+            total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
         return self.world.sum_over_sequences(total)
@@ -73,13 +91,24 @@ class ParallelModel:
         return loss
 
     def _gradients(self) -> Iterator[tuple[Tensor, float]]:
-        """This rank's part of each gradient, and which share of its elements counts here: 1 / copies among the ranks."""
+        """This rank's part of each gradient, and what share of it counts: 1 / copies of it among the ranks."""
         holders = self.world.size / self.world.degrees.pipeline
+        copy = self.pipeline.tied_copy if self.pipeline else None
         for part in self.parts:
             for parameter in part.parameters():
                 if parameter.grad is not None:
-                    yield local(parameter.grad), shards_of(parameter.grad) / holders
+                    counts = 0.0 if parameter is copy else shards_of(parameter.grad) / holders
+                    yield local(parameter.grad), counts
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         return value
+
+
+def build_parts(config: Config, world: World) -> list[SWAMLAModel]:
+    """The whole model, or this rank's pipeline stages, laid out as the configuration says; on the meta device."""
+    with torch.device("meta"):
+        parts = list(build_stages(config, world)) if world.degrees.pipeline > 1 else [SWAMLAModel(config.model)]
+    for part in parts:
+        parallelize(part, config, world)
+    return parts

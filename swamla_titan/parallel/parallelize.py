@@ -4,18 +4,32 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
+from swamla_titan.parallel.compile import compile_model
+from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel
+from swamla_titan.parallel.tensor import apply_tensor_parallel
 from swamla_titan.parallel.world import World
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     """Change the model, or a pipeline stage of it, in place; its parameters are still on the meta device.
 
-    The order matters: what comes later sees what earlier steps made of the blocks.
+    The order matters: each step sees what those before it made of the blocks. Raises UserError for what this machine
+    cannot do.
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
-    if config.compile.enabled:
-        for block in model.blocks.values():
-            block.compile(fullgraph=True, dynamic=False)
-        model.loss_function = torch.compile(model.loss_function, fullgraph=True, dynamic=False)
+    if config.float8.recipe != "off":
+        from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
+
+        convert_to_float8(model, config.float8, world.device)
+    if world.weights is not None and world.degrees.tensor > 1:
+        apply_tensor_parallel(model, world.weights["tensor"])
+        if config.parallel.async_tensor:
+            enable_async_tensor_parallel(world.weights["tensor"])
+    if world.degrees.context > 1:
+        apply_context_parallel(model, world.group("context"))
+    apply_activation_checkpointing(model, config.activation_checkpoint)
+    compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)

@@ -8,8 +8,6 @@ A class here is put in the place of a module's own (`become`), whose parameters 
 """
 
 from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,17 +106,6 @@ class LocalTokensLinear(TensorParallelModule):
         return gather_sequence(self.product(x, local(self.weight)), self.tensor_group)
 
 
-class _Float8Product:
-    """torchao's Float8Linear.forward with the weight given, as model.linear.Linear has it."""
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-
-        settings: Any = self
-        result: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), settings.linear_mm_config, settings.config)
-        return result
-
-
 def become(module: nn.Module, style: type[TensorParallelModule], group: TensorGroup) -> None:
     """Make a module compute as `style` says; its parameters must be DTensors already.
 
@@ -136,11 +123,6 @@ _CLASSES: dict[tuple[type[TensorParallelModule], type[nn.Module]], type[nn.Modul
 
 
 def _styled(style: type[TensorParallelModule], kind: type[nn.Module]) -> type[nn.Module]:
-    bases: tuple[type, ...] = (style, kind)
-    if issubclass(kind, nn.Linear) and not issubclass(kind, Linear):
-        from torchao.float8.float8_linear import Float8Linear
-
-        if not issubclass(kind, Float8Linear):
-            raise TypeError(f"no tensor-parallel form of {kind.__module__}.{kind.__qualname__}")
-        bases = (style, _Float8Product, kind)
-    return type(style.__name__ + kind.__name__, bases, {"__module__": __name__})
+    if issubclass(kind, nn.Linear) and not hasattr(kind, "product"):
+        raise TypeError(f"no tensor-parallel form of {kind.__module__}.{kind.__qualname__}")
+    return type(style.__name__ + kind.__name__, (style, kind), {"__module__": __name__})

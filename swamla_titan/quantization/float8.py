@@ -37,8 +37,12 @@ class Float8MasterLinear(Float8Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in input's dtype."""
-        weight = self.weight.to(input.dtype)
-        out: Tensor = matmul_with_hp_or_float8_args.apply(input, weight.t(), self.linear_mm_config, self.config)
+        return self.product(input, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with another weight in the place of the module's own, as in model/linear.py."""
+        weight = weight.to(x.dtype)
+        out: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
         return out
 
 

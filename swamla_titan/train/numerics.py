@@ -29,6 +29,6 @@ def set_numerics(config: Config, device: torch.device, rank: int = 0) -> None:
 
 
 def seed_of(seed: int, rank: int, step: int) -> int:
-    """Seed of torch's generators on a rank, at the start of the run or at a step that this rank has no saved state of."""
+    """Seed of torch's generators on a rank, at the start of the run, or at a step that it has no saved state of."""
     # Ranks hold different tokens, and their dropout must differ. Any odd multipliers would do.
     return (seed + 0x9E3779B97F4A7C15 * rank + 0xBF58476D1CE4E5B9 * step) % 2**63
