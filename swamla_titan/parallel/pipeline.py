@@ -146,7 +146,7 @@ class Pipeline:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
         activations = meta(rows, self._activation_len, self._dim)
-        return PipelineStage(
+        return _Stage(
             stage,
             stage.stage,
             stage.stages,
@@ -155,6 +155,14 @@ class Pipeline:
             output_args=meta(rows, *self._logits_shape) if stage.is_last else activations,
             group=self._group,
         )
+
+
+class _Stage(PipelineStage):
+    """Stages that follow each other on one rank (the turn of a V) hand tensors over without sending them."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 opens connections to both neighbours, and gloo has none from a rank to itself.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 def _empty(like: MicroBatch) -> MicroBatch:
