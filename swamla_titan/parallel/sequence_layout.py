@@ -7,7 +7,8 @@ chunk has many keys before it and an early one few, so under a causal mask every
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from swamla_titan.errors import UserError
 
@@ -33,8 +34,8 @@ def context_parallel_problems(seq_len: int, context: int) -> list[str]:
     ]
 
 
-def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The numbers of the two chunks that a rank holds, in the order of the row."""
+def chunks_of(rank: Any, size: int) -> tuple[Any, Any]:
+    """The numbers of the two chunks that a rank holds, in the order of the row; elementwise for a tensor of ranks."""
     return rank, 2 * size - 1 - rank
 
 
@@ -77,11 +78,12 @@ class SwaExchange:
     of the row; `receives[s]` is how many tokens come from rank s. Pieces from a rank to itself are not sent.
     `halos[j]` lists what the halo of this rank's chunk j is put together from. Both halos have `halo` places; those
     that would lie before the row stand first and are filled with zeros.
-    `sinks` is how many sink tokens of a document each chunk gets: never more than a halo can miss.
+    `sinks` is how many places for sinks each chunk has: `sink`, but never more tokens than a halo can miss.
     """
 
     layout: SequenceLayout
     window: int
+    sink: int
     halo: int
     sinks: int
     sends: tuple[tuple[tuple[int, int], ...], ...]
@@ -104,6 +106,7 @@ class SwaExchange:
         return self.sinks + self.halo + self.layout.chunk
 
 
+@lru_cache(maxsize=32)
 def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExchange:
     """The exchange of a SWA layer with this window (the query counted) and this many sink tokens."""
     size, rank, chunk = layout.size, layout.rank, layout.chunk
@@ -148,6 +151,7 @@ def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExch
     return SwaExchange(
         layout=layout,
         window=window,
+        sink=sink,
         halo=min(window - 1, layout.starts[1]),
         sinks=max(0, min(sink, last - (window - 1))),
         sends=sends,
