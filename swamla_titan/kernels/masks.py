@@ -105,23 +105,24 @@ def dense_mask_of(intervals: KeyIntervals, keys: int) -> Tensor:
 
 
 def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
-    """`dense_mask_of` for FlexAttention, without ever making Q x keys entries."""
-    first, last = intervals.first.to(torch.int32).contiguous(), intervals.last.to(torch.int32).contiguous()
-    if intervals.sink_first is None or intervals.sink_last is None:
+    """`dense_mask_of` for FlexAttention, without ever making Q x keys entries. B = 1 serves a batch of any size."""
+    intervals = KeyIntervals(*(None if bound is None else bound.to(torch.int32) for bound in intervals))  # type: ignore[arg-type]
+    # Asked about a row that is not there, a mask made for one row answers for that one.
+    one = intervals.first.shape[0] == 1
+    first, last, sink_first, sink_last = (
+        None if bound is None else bound[0].contiguous() if one else bound.contiguous() for bound in intervals
+    )
+    assert first is not None
+    assert last is not None
 
-        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key >= first[batch, query]) & (key <= last[batch, query])
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = query if one else (batch, query)
+        seen = (key >= first[at]) & (key <= last[at])
+        if sink_first is not None and sink_last is not None:
+            seen = seen | (key >= sink_first[at]) & (key <= sink_last[at])
+        return seen
 
-        return _tiles(KeyIntervals(first, last), keys, mask_mod)
-
-    sink_first = intervals.sink_first.to(torch.int32).contiguous()
-    sink_last = intervals.sink_last.to(torch.int32).contiguous()
-
-    def mask_mod_with_sink(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_window = (key >= first[batch, query]) & (key <= last[batch, query])
-        return in_window | (key >= sink_first[batch, query]) & (key <= sink_last[batch, query])
-
-    return _tiles(KeyIntervals(first, last, sink_first, sink_last), keys, mask_mod_with_sink)
+    return _tiles(intervals, keys, mask_mod)
 
 
 def _tiles_of_rows(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:

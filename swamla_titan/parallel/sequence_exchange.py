@@ -93,9 +93,9 @@ def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: S
 
 def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) -> Tensor | None:
     """Tokens that other ranks' halos need, and those that come for ours: [received, B, G, 2 D]; None: no halos."""
-    slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
     if exchange.window == 1:
         return None
+    slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
     sent = torch.cat([torch.cat([key[:, at], value[:, at]], dim=-1) for at in slices], dim=1)
     # Tokens first, for that is the axis that the collective splits.
     received: Tensor = torch.ops._c10d_functional.all_to_all_single(

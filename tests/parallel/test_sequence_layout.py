@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+from swamla_titan.kernels.attention import attention
 from swamla_titan.kernels.masks import block_mask_of, dense_mask_of, document_starts
 from swamla_titan.parallel.context import mla_intervals, swa_intervals
 from swamla_titan.parallel.sequence_layout import (
@@ -88,3 +89,27 @@ def test_tiles_of_a_part_of_the_row(seq_len, window, sink, cut, rank):
     starts = random_starts(2, seq_len, cut)
     check_tiles(swa_intervals(starts, exchange), 2 * exchange.section)
     check_tiles(mla_intervals(starts, layout), seq_len)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", [0.0, 0.005])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_flex_over_a_part_of_the_row(rank, cut):
+    torch._dynamo.reset()
+    layout = SequenceLayout(2048, 2, rank)
+    exchange = plan_swa_exchange(layout, 256, 4)
+    starts = random_starts(2, 2048, cut).cuda()
+    for intervals, keys in (
+        (swa_intervals(starts, exchange), 2 * exchange.section),
+        (mla_intervals(starts, layout), layout.seq_len),
+    ):
+        shapes = [(2, 1024, 4, 64), (2, keys, 2, 64), (2, keys, 2, 64)]
+        inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+        ours = attention(*inputs, block_mask_of(intervals, keys), 0.125)
+        exact = attention(*exact_inputs, dense_mask_of(intervals, keys), 0.125, reference=True)
+        upstream = torch.randn_like(ours)
+        gradients = torch.autograd.grad(ours, inputs, upstream)
+        exact_gradients = torch.autograd.grad(exact, exact_inputs, upstream.double())
+        for a, b in zip((ours, *gradients), (exact, *exact_gradients)):
+            assert (a.double() - b).norm() < 2e-2 * b.norm()
