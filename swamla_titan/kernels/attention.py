@@ -28,7 +28,7 @@ _CUDA_BACKENDS = [
 # cuDNN with a mask fails for some shapes ("no execution plans support the graph").
 _CUDA_BACKENDS_UNDER_A_MASK = _CUDA_BACKENDS[1:]
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
-_CUDNN_DETERMINISTIC_MAX_LEN = 16384
+CUDNN_DETERMINISTIC_MAX_LEN = 16384
 _NO_LIMIT = 2**31
 
 
@@ -84,7 +84,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, **options)
     backends = _CUDA_BACKENDS if mask is None else _CUDA_BACKENDS_UNDER_A_MASK
-    if query.shape[2] >= _CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
+    if query.shape[2] >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
         backends = _CUDA_BACKENDS[1:]
     with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(query, key, value, **options)

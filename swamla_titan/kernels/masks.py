@@ -6,7 +6,7 @@ each token's own document starts: the mask, the positions and the sink all read 
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def block_mask(starts: Tensor, window: int | None, sink: int) -> BlockMask:
         seen: Tensor = sees(query, key, starts[batch, query], window, sink)
         return seen
 
-    return _tiles(starts, window, sink, mask_mod)
+    return _tiles_of_rows(starts, window, sink, mask_mod)
 
 
 @lru_cache(maxsize=32)
@@ -67,41 +67,99 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
     # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
     with torch.inference_mode(False):
         starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
-        return _tiles(starts, window, sink, mask_mod)
+        return _tiles_of_rows(starts, window, sink, mask_mod)
 
 
-def _tiles(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
-    """The BlockMask of `mask_mod`, from the interval of keys that each query sees.
+class KeyIntervals(NamedTuple):
+    """The keys each query sees, as two intervals of indices into the keys, ends included: [B, Q] integers each.
 
-    torch's create_block_mask evaluates all T x T pairs at each call (a new batch has new documents). Here a row's keys
-    are two intervals, window and sink, so [B, T, T/128] comparisons are enough. A tile is "full" (needs no mask inside)
+    The first interval is never empty. The second (the sink) may overlap it, and is empty where its end is before its
+    start; None: no query has one. For queries that are a part of a row, or keys that are laid out in another order.
+    """
+
+    first: Tensor
+    last: Tensor
+    sink_first: Tensor | None = None
+    sink_last: Tensor | None = None
+
+
+def intervals_in_the_row(starts: Tensor, queries: Tensor, window: int | None, sink: int) -> KeyIntervals:
+    """The rule of `sees` for the queries at indices `queries` [Q] of rows whose keys are all there, in order.
+
+    `starts` [B, Q] is where each query's document begins.
+    """
+    queries = queries.expand_as(starts)
+    first = starts if window is None else torch.maximum(starts, queries - window + 1)
+    if window is None or sink == 0:
+        return KeyIntervals(first, queries)
+    return KeyIntervals(first, queries, starts, torch.minimum(starts + sink - 1, queries))
+
+
+def dense_mask_of(intervals: KeyIntervals, keys: int) -> Tensor:
+    """Boolean [B, 1, Q, keys], True where the query (third axis) sees the key (last)."""
+    key = torch.arange(keys, device=intervals.first.device)
+    mask: Tensor = (key >= intervals.first[..., None]) & (key <= intervals.last[..., None])  # [B, Q, keys]
+    if intervals.sink_first is not None and intervals.sink_last is not None:
+        mask = mask | (key >= intervals.sink_first[..., None]) & (key <= intervals.sink_last[..., None])
+    return mask[:, None]
+
+
+def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
+    """`dense_mask_of` for FlexAttention, without ever making Q x keys entries. B = 1 serves a batch of any size."""
+    intervals = KeyIntervals(*(None if bound is None else bound.to(torch.int32) for bound in intervals))  # type: ignore[arg-type]
+    # Asked about a row that is not there, a mask made for one row answers for that one.
+    one = intervals.first.shape[0] == 1
+    first, last, sink_first, sink_last = (
+        None if bound is None else bound[0].contiguous() if one else bound.contiguous() for bound in intervals
+    )
+    assert first is not None
+    assert last is not None
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = query if one else (batch, query)
+        seen = (key >= first[at]) & (key <= last[at])
+        if sink_first is not None and sink_last is not None:
+            seen = seen | (key >= sink_first[at]) & (key <= sink_last[at])
+        return seen
+
+    return _tiles(intervals, keys, mask_mod)
+
+
+def _tiles_of_rows(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
+    index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32)
+    return _tiles(intervals_in_the_row(starts, index, window, sink), starts.shape[1], mask_mod)
+
+
+def _tiles(intervals: KeyIntervals, keys: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
+    """The BlockMask of `mask_mod`, from the intervals of keys that each query sees.
+
+    torch's create_block_mask evaluates all Q x keys pairs at each call (a new batch has new documents). From two
+    intervals a query, window and sink, [B, Q, keys/128] comparisons are enough. A tile is "full" (needs no mask inside)
     if all its queries see all its keys through the window; that misses full tiles made by a huge sink, which only costs
     speed.
     """
-    seq_len = starts.shape[1]
-    device = starts.device
-    query = torch.arange(seq_len, device=device, dtype=torch.int32)[:, None]  # [T, 1]
-    start = starts[:, :, None]  # [B, T, 1]
-    first = torch.arange(0, seq_len, BLOCK, device=device, dtype=torch.int32)  # [N] first key of each tile
-    last = (first + BLOCK - 1).clamp(max=seq_len - 1)
+    queries = intervals.first.shape[1]
+    first, last = intervals.first[..., None], intervals.last[..., None]  # [B, Q, 1]
+    tile_first = torch.arange(0, keys, BLOCK, device=first.device, dtype=torch.int32)  # [N] first key of each tile
+    tile_last = (tile_first + BLOCK - 1).clamp(max=keys - 1)
 
-    oldest = start if window is None else torch.maximum(start, query - window + 1)  # [B, T, 1]
-    some = (last >= oldest) & (first <= query)  # [B, T, N]
-    if window is not None and sink > 0:
-        some |= (last >= start) & (first <= torch.minimum(start + sink - 1, query))
-    # A tile that sticks out over the end of the sequence is never full: the kernel has to mask the rest of it.
-    every = (first >= oldest) & (first + BLOCK - 1 <= query)
+    some = (tile_last >= first) & (tile_first <= last)  # [B, Q, N]
+    if intervals.sink_first is not None and intervals.sink_last is not None:
+        sink_first, sink_last = intervals.sink_first[..., None], intervals.sink_last[..., None]
+        some |= (tile_last >= sink_first) & (tile_first <= sink_last) & (sink_first <= sink_last)
+    # A tile that sticks out over the end of the keys is never full: the kernel has to mask the rest of it.
+    every = (tile_first >= first) & (tile_first + BLOCK - 1 <= last)
 
-    padding = (0, 0, 0, -seq_len % BLOCK)
-    some = torch.nn.functional.pad(some, padding).unflatten(1, (-1, BLOCK)).any(dim=2)  # [B, N, N]
+    padding = (0, 0, 0, -queries % BLOCK)
+    some = torch.nn.functional.pad(some, padding).unflatten(1, (-1, BLOCK)).any(dim=2)  # [B, M, N]
     full = torch.nn.functional.pad(every, padding).unflatten(1, (-1, BLOCK)).all(dim=2)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(seq_len, seq_len)
+        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(queries, keys)
     )
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Boolean [B, N, N] -> how many key tiles each query tile has [B, 1, N], and their numbers first [B, 1, N, N]."""
+    """Boolean [B, M, N] -> how many key tiles each query tile has [B, 1, M], and their numbers first [B, 1, M, N]."""
     count = tiles.sum(dim=-1, dtype=torch.int32)
     order = tiles.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count[:, None].contiguous(), order[:, None].contiguous()

@@ -1,5 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one small latent."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,24 @@ from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
+def whole_rows(latent: Tensor, rope_key: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the rows: those given are all there are."""
+    return latent, rope_key
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
+    """Queries [B, T, H, nope + rope] on keys [B, S, H, nope + rope] and values [B, S, H, v] -> [B, T, H, v]."""
+    return attention(query, key, value, context.mla_mask, scale, reference=context.reference)
+
+
 class LatentAttention(nn.Module):
     """Causal attention whose keys are [part from the latent, one rotary key shared by all heads].
 
     Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
+
+    Two functions may be set from outside where this process has a part of each row only, and `forward` calls them:
+    `gather` (like `whole_rows`) makes the rows' latents, in order, from those of the part, before they are expanded to
+    keys and values; `attend` (like `attend_causally`) gets the part's queries and the whole rows' keys and values.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -37,17 +53,21 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.latent_dim)
         self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
         self.wo = Linear(config.num_heads * self.v_dim, config.dim)
+        self.gather: Callable[[Tensor, Tensor, SequenceContext], tuple[Tensor, Tensor]] = whole_rows
+        self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_causally
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        latent, rope_key = self.compress(x, context)
-        return self._attend(x, latent, rope_key, context)
+        latent, rope_key = self.gather(*self.compress(x, context), context)
+        query, key, value = self.expand(x, latent, rope_key, context)
+        return self._output(self.attend(query, key, value, context, self.scale))
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
         """`forward` that also fills the cache."""
         latent, rope_key = self.compress(x, context)
         cache.fill(latent, rope_key.squeeze(2))
-        return self._attend(x, latent, rope_key, context)
+        query, key, value = self.expand(x, latent, rope_key, context)
+        return self._output(attend_causally(query, key, value, context, self.scale))
 
     def decode(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
         """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mla_mask is [B, 1, 1, tokens so far].
@@ -81,12 +101,20 @@ class LatentAttention(nn.Module):
         latent, rope_key = self.wkv_a(x).split([self.latent_dim, self.rope_dim], dim=-1)
         return self.kv_norm(latent), rotate(rope_key.unsqueeze(2), context.mla_rotation)
 
-    def _attend(self, x: Tensor, latent: Tensor, rope_key: Tensor, context: SequenceContext) -> Tensor:
+    def expand(
+        self, x: Tensor, latent: Tensor, rope_key: Tensor, context: SequenceContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, nope + rope] of x [B, T, dim]; keys [B, S, H, nope + rope] and values [B, S, H, v].
+
+        The keys and values are made from latents [B, S, R] and rotated keys [B, S, 1, rope].
+        """
         q_nope, q_rope = self.queries(x, context)
-        keys_values = self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))  # [B, T, H, nope + v]
+        keys_values = self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))  # [B, S, H, nope + v]
         k_nope, value = keys_values.split([self.nope_dim, self.v_dim], dim=-1)
-        query = torch.cat([q_nope, q_rope], dim=-1)  # [B, T, H, nope + rope]
+        query = torch.cat([q_nope, q_rope], dim=-1)
         key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
-        out = attention(query, key, value, context.mla_mask, self.scale, reference=context.reference)  # [B, T, H, v]
-        projected: Tensor = self.wo(out.flatten(2))
+        return query, key, value
+
+    def _output(self, attended: Tensor) -> Tensor:
+        projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, v]
         return projected

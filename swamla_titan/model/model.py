@@ -17,15 +17,22 @@ from swamla_titan.model.linear import Embedding, Linear
 from swamla_titan.model.norms import build_norm
 
 
+def all_columns(rows: Tensor) -> Tensor:
+    """Something for each token of whole rows, [B, T], as it is."""
+    return rows
+
+
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Four attributes may be set from outside:
+    Six attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: "auto" (the fastest that the device has), "masked" (SDPA under boolean masks) or "reference"
     (explicit scores; slow, for comparisons).
     `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
     `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
+    `local_tokens`: the columns [B, t] that this process computes of something [B, T] for whole rows; all of them.
+    `build_context`: SequenceContext.build, or what makes the context of those columns from the same arguments.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,6 +48,8 @@ class SWAMLAModel(nn.Module):
         self.attention_backend = "auto"
         self.loss_function: Callable[..., Tensor] = cross_entropy
         self.gather_logits: Callable[[Tensor], Tensor] | None = None
+        self.local_tokens: Callable[[Tensor], Tensor] = all_columns
+        self.build_context: Callable[..., SequenceContext] = SequenceContext.build
 
         kinds: dict[str, type[SWABlock] | type[MLABlock]] = {"swa": SWABlock, "mla": MLABlock}
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
@@ -109,12 +118,15 @@ class SWAMLAModel(nn.Module):
         micro-batches add up to the batch's mean, whatever each holds. z_loss and label_smoothing of the config apply in
         training mode only; eval() gives the plain cross-entropy.
 
+        Where several processes share each row (`local_tokens`), all are given the whole rows: each gives the logits of
+        its own columns, or its own share of the loss, and the shares add up to the loss.
+
         Token ids must be below vocab_size; that is not checked, for it would wait for the GPU. Raises ValueError for
         tensors of a wrong shape or dtype and for rows longer than max_seq_len.
         """
         self._check(tokens, targets, document_ids)
-        context = self.context(tokens.shape[1], document_ids)
-        x = self.embed(tokens)  # [B, T, dim]
+        context = self.context(tokens.shape[1], document_ids, tokens.device)
+        x = self.embed(self.local_tokens(tokens))  # [B, T, dim]
         for block in self.blocks.values():
             x = block(x, context)
         logits = self.head(self.norm(x))  # [B, T, padded vocabulary]
@@ -122,10 +134,13 @@ class SWAMLAModel(nn.Module):
             return self._real_vocabulary(logits)
         return self.loss(logits, targets, loss_denominator)
 
-    def context(self, seq_len: int, document_ids: Tensor | None = None) -> SequenceContext:
-        """What the blocks share in a forward pass over rows of `seq_len` tokens."""
-        return SequenceContext.build(
-            self.config, seq_len, document_ids, self.device, self.activation_dtype, self.attention_backend
+    def context(
+        self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
+    ) -> SequenceContext:
+        """What the blocks share in a forward pass over rows of `seq_len` tokens, on `device` (None: the weights')."""
+        device = device or self.device
+        return self.build_context(
+            self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -134,10 +149,10 @@ class SWAMLAModel(nn.Module):
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
-        """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T]."""
+        """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T] of whole rows."""
         total = self.loss_function(
             logits.flatten(0, 1),
-            targets.flatten(),
+            self.local_tokens(targets).flatten(),
             self.config.vocab_size,
             z_loss=self.config.z_loss if self.training else 0.0,
             label_smoothing=self.config.label_smoothing if self.training else 0.0,

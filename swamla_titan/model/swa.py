@@ -1,5 +1,7 @@
 """Sliding-window attention with sinks: local, with the first tokens of the document always in view."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention import attention
@@ -11,8 +13,16 @@ from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
+def attend_window(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
+    """Queries [B, T, H, D] on keys and values [B, S, G, D] under context.swa_mask -> [B, T, H, D]."""
+    return attention(query, key, value, context.swa_mask, scale, reference=context.reference)
+
+
 class SlidingWindowAttention(nn.Module):
     """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
+
+    `attend` may be set from outside, to a function like `attend_window`, where this process has a part of each row
+    only: it is called by `forward`, with the queries, keys and values of that part.
 
     Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
     tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
@@ -27,23 +37,24 @@ class SlidingWindowAttention(nn.Module):
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_window
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
         query, key, value = self.project(x, context)
-        return self._attend(query, key, value, context)
+        return self._output(self.attend(query, key, value, context, self.scale))
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
         """`forward` that also fills the cache."""
         query, key, value = self.project(x, context)
         cache.fill(key, value)
-        return self._attend(query, key, value, context)
+        return self._output(attend_window(query, key, value, context, self.scale))
 
     def decode(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
         """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.swa_mask is over the cache's slots."""
         query, key, value = self.project(x, context)
         cache.append(key, value, context.positions)
-        return self._attend(query, cache.keys, cache.values, context)
+        return self._output(attend_window(query, cache.keys, cache.values, context, self.scale))
 
     def project(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, dim] -> rotated queries [B, T, H, D], rotated keys and values [B, T, G, D]."""
@@ -59,7 +70,6 @@ class SlidingWindowAttention(nn.Module):
         query, key, value = groups.split([self.queries_per_key, 1, 1], dim=1)
         return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, context: SequenceContext) -> Tensor:
-        out = attention(query, key, value, context.swa_mask, self.scale, reference=context.reference)  # [B, T, H, D]
-        projected: Tensor = self.wo(out.flatten(2))
+    def _output(self, attended: Tensor) -> Tensor:
+        projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, D]
         return projected

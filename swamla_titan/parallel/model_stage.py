@@ -60,8 +60,8 @@ class ModelStage(SWAMLAModel):
             self._check(inputs, None, document_ids)
             if inputs.shape[1] != self.seq_len:
                 raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for rows of {self.seq_len}")
-        context = self.context(self.seq_len, document_ids)
-        x = self.embed(inputs) if self.is_first else inputs
+        context = self.context(self.seq_len, document_ids, inputs.device)
+        x = self.embed(self.local_tokens(inputs)) if self.is_first else inputs
         for block in self.blocks.values():
             x = block(x, context)
         return self.head(self.norm(x)) if self.is_last else x

@@ -8,12 +8,12 @@ A class here is put in the place of a module's own (`become`), whose parameters 
 """
 
 from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import dynamic_tanh, rms_norm
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_sequence, scatter_sum_over_sequence
 

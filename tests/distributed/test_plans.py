@@ -72,6 +72,26 @@ PLANS = {
             *("--parallel.reduce_every_micro_batch", "true"),
         ),
     ),
+    "tp-2": (2, ("--parallel.tensor", "2")),
+    "cp-2": (2, ("--parallel.context", "2")),
+    "cp-4": (4, ("--parallel.context", "4")),
+    "cp-2-ddp-2": (4, ("--parallel.context", "2", "--parallel.data_parallel", "ddp")),
+    "pp-2": (2, ("--parallel.pipeline", "2", "--training.local_batch_size", "1")),
+    "pp-3": (3, ("--parallel.pipeline", "3", "--training.local_batch_size", "1")),
+    "fsdp-2-tp-2": (4, ("--parallel.tensor", "2")),
+    "ddp-2-tp-2": (4, ("--parallel.tensor", "2", "--parallel.data_parallel", "ddp")),
+    "fsdp-2-cp-2": (4, ("--parallel.context", "2", "--parallel.dp_shard", "2")),
+    "tp-2-cp-2": (4, ("--parallel.context", "2", "--parallel.tensor", "2")),
+    "fsdp-2-pp-2": (4, ("--parallel.pipeline", "2", "--training.local_batch_size", "1")),
+    "tp-2-pp-2": (4, ("--parallel.pipeline", "2", "--parallel.tensor", "2", "--training.local_batch_size", "1")),
+    "cp-2-pp-2": (4, ("--parallel.pipeline", "2", "--parallel.context", "2", "--training.local_batch_size", "1")),
+    "zbv-2": (
+        2,
+        (
+            *("--parallel.pipeline", "2", "--parallel.pipeline_schedule", "ZBVZeroBubble"),
+            *("--training.local_batch_size", "1", "--model.num_layers", "4"),
+        ),
+    ),
 }
 BATCHES = {"divides": ("--training.global_batch_size", "12"), "does not": ("--training.global_batch_size", "5")}
 MODELS = {

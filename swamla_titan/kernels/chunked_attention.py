@@ -1,0 +1,235 @@
+"""Causal attention of some chunks of a row over all its keys, from kernels that know only "causal" and "everything".
+
+A chunk at [a, a + c) sees the keys before it all, and its own as a causal square. Those are two calls of a fast kernel,
+and their results are merged exactly: with the log-sum-exp of each call's scores, the softmax over both is
+
+    out = out_own + w (out_past - out_own),   w = sigmoid(lse_past - lse_own),   lse = log(e^lse_own + e^lse_past)
+
+The gradient needs no merging: given the merged out and lse, the backward pass of attention is a sum over keys, so each
+call gives its share. The whole is one custom operator, which torch.compile takes into a graph as it is.
+
+Two kernels: "cudnn", and "plain", which is the same arithmetic written down, for any device and dtype.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swamla_titan.kernels.attention import CUDNN_DETERMINISTIC_MAX_LEN
+
+
+class Kernel(NamedTuple):
+    """Attention over all keys, or causal on a square, forward and backward; all tensors are [B, H, length, width].
+
+    forward(query, key, value, scale, causal) -> out [B, H, Q, E] and lse [B, H, Q], the logarithm of the sum of
+    exp(scale query key^T) over the keys seen, in float32 (float64 for float64).
+    backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out` and `lse`
+    may be those over more keys than `key` holds.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool],
+        tuple[Tensor, Tensor, Tensor],
+    ]
+
+
+def chunked_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], scale: float, kernel: str
+) -> Tensor:
+    """softmax(scale * query key^T, causal) value for queries that are chunks of the row.
+
+    query [B, Q, H, D] holds len(starts) chunks of equal length; chunk j's tokens are at starts[j], starts[j] + 1, ...
+    of the row, whose keys [B, T, H, D] and values [B, T, H, E] are all there -> [B, Q, H, E]. `kernel` is a name in
+    KERNELS.
+    """
+    out: Tensor = _chunked(query, key, value, list(starts), scale, kernel)[0]
+    return out
+
+
+def cudnn_takes(device: torch.device, dtype: torch.dtype, row: int, chunk: int, qk_width: int, v_width: int) -> bool:
+    """Whether cuDNN's attention, forward and backward, takes chunks of rows of this length and heads of these widths.
+
+    Under torch's current settings: switched off or deterministic, it may not.
+    """
+    if device.type != "cuda":
+        return False
+    if row >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
+        return False
+
+    def heads(width: int) -> Tensor:
+        return torch.empty(1, 1, chunk, width, dtype=dtype, device=device, requires_grad=True)
+
+    params = torch.backends.cuda.SDPAParams(heads(qk_width), heads(qk_width), heads(v_width), None, 0.0, False, False)
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = query @ key.transpose(-2, -1) * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores
+
+
+def _plain_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    wide = _wide(query.dtype)
+    scores = _scores(query.to(wide), key.to(wide), scale, causal)
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ value.to(wide)).to(value.dtype), lse
+
+
+def _plain_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wide = query.dtype, _wide(query.dtype)
+    grad_out, query, key, value, out = (x.to(wide) for x in (grad_out, query, key, value, out))
+    weights = (_scores(query, key, scale, causal) - lse[..., None]).exp()
+    from_all_keys = (grad_out * out).sum(dim=-1, keepdim=True)  # sum over the row of weight * its gradient
+    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - from_all_keys) * scale
+    gradients = grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out
+    grad_query, grad_key, grad_value = (x.to(dtype) for x in gradients)
+    return grad_query, grad_key, grad_value
+
+
+def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    results: Any = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )
+    return results[0], results[1].view(query.shape[:3])  # its lse is [B, H, Q, 1]
+
+
+def _cudnn_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of a dropout that there is not
+    results: Any = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous()[..., None],
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        causal,
+        scale=scale,
+    )
+    return results[0], results[1], results[2]
+
+
+KERNELS = {"cudnn": Kernel(_cudnn_forward, _cudnn_backward), "plain": Kernel(_plain_forward, _plain_backward)}
+
+
+def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
+    """Tokens [start, end) of x [B, T, H, D] as [B, H, end - start, D]."""
+    return x[:, start:end].transpose(1, 2)
+
+
+@torch.library.custom_op("swamla_titan::chunked_causal_attention", mutates_args=())
+def _chunked(
+    query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """out [B, Q, H, E] and lse [B, H, Q]."""
+    forward = KERNELS[kernel].forward
+    length = query.shape[1] // len(starts)
+    outs, lses = [], []
+    for j, start in enumerate(starts):
+        chunk = _heads_first(query, j * length, (j + 1) * length)
+
+        def over(first: int, end: int, causal: bool, chunk: Tensor = chunk) -> tuple[Tensor, Tensor]:
+            return forward(chunk, _heads_first(key, first, end), _heads_first(value, first, end), scale, causal)
+
+        out, lse = over(start, start + length, True)
+        if start > 0:
+            past_out, past_lse = over(0, start, False)
+            weight = (past_lse - lse).sigmoid()[..., None]
+            out = torch.lerp(out.to(lse.dtype), past_out.to(lse.dtype), weight).to(query.dtype)
+            lse = torch.logaddexp(lse, past_lse)
+        outs.append(out.transpose(1, 2))
+        lses.append(lse)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
+@_chunked.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[-1])
+    return out, query.new_empty(batch, heads, length, dtype=_wide(query.dtype))
+
+
+@torch.library.custom_op("swamla_titan::chunked_causal_attention_backward", mutates_args=())
+def _chunked_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: list[int],
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = KERNELS[kernel].backward
+    length = query.shape[1] // len(starts)
+    grad_queries = []
+    grad_key, grad_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
+    for j, start in enumerate(starts):
+        own = j * length, (j + 1) * length
+        upstream, chunk, chunk_out = (_heads_first(x, *own) for x in (grad_out, query, out))
+        chunk_lse = lse[:, :, own[0] : own[1]]
+        grad_chunk = None
+        for first, end, causal in ((start, start + length, True), (0, start, False)):
+            if first == end:
+                continue
+            keys, values = _heads_first(key, first, end), _heads_first(value, first, end)
+            share = backward(upstream, chunk, keys, values, chunk_out, chunk_lse, scale, causal)
+            grad_chunk = share[0] if grad_chunk is None else grad_chunk + share[0]
+            grad_key[:, first:end] += share[1].transpose(1, 2)
+            grad_value[:, first:end] += share[2].transpose(1, 2)
+        assert grad_chunk is not None
+        grad_queries.append(grad_chunk.transpose(1, 2))
+    return torch.cat(grad_queries, dim=1), grad_key, grad_value
+
+
+@_chunked_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: list[int],
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ctx.starts, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    gradients = torch.ops.swamla_titan.chunked_causal_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.starts, ctx.scale, ctx.kernel
+    )
+    return (*gradients, None, None, None)
+
+
+_chunked.register_autograd(_gradients, setup_context=_setup)

@@ -1,0 +1,182 @@
+"""Which tokens of a row each rank of a context group holds, and what sliding windows need from the others.
+
+Numbers only, from (row length, ranks, window, sink); nothing here needs torch.
+
+A row of T tokens is cut in 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r, in this order. A late
+chunk has many keys before it and an early one few, so under a causal mask every rank has the same number of pairs.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from swamla_titan.errors import UserError
+
+
+class Piece(NamedTuple):
+    """A piece of a halo: `length` tokens from `start` on, of this rank's own tokens, or else of those it received."""
+
+    own: bool
+    start: int
+    length: int
+
+
+def context_parallel_problems(seq_len: int, context: int) -> list[str]:
+    """What keeps rows of `seq_len` tokens from being shared by `context` ranks; empty if nothing does."""
+    parts = 2 * context
+    if context == 1 or seq_len % parts == 0:
+        return []
+    below, above = seq_len // parts * parts, -(-seq_len // parts) * parts
+    nearest = f"{below} or {above}" if below else f"{above}"
+    return [
+        f"rows of {seq_len} tokens cannot be cut in 2 x {context} equal chunks for {context} context ranks: "
+        f"use a length of {nearest}, or a context degree whose double divides {seq_len}"
+    ]
+
+
+def chunks_of(rank: Any, size: int) -> tuple[Any, Any]:
+    """The numbers of the two chunks that a rank holds, in the order of the row; elementwise for a tensor of ranks."""
+    return rank, 2 * size - 1 - rank
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Rows of `seq_len` tokens shared by `size` ranks, seen from rank `rank`.
+
+    Raises UserError if the length does not divide.
+    """
+
+    seq_len: int
+    size: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        problems = context_parallel_problems(self.seq_len, self.size)
+        if problems:
+            raise UserError(problems[0])
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.seq_len // (2 * self.size)
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """Where in the row this rank's two chunks begin."""
+        first, second = chunks_of(self.rank, self.size)
+        return first * self.chunk, second * self.chunk
+
+
+@dataclass(frozen=True)
+class SwaExchange:
+    """What one rank gives and gets so that its two chunks see their windows and sinks.
+
+    Tokens before a chunk that its window reaches are its halo. A halo takes from each chunk before it a suffix, so what
+    a rank needs of a chunk is the longest suffix that either of its own chunks wants, and it is sent once.
+
+    `sends[d]` holds (start, length) in this rank's own 2 * chunk tokens for each piece that rank d gets, in the order
+    of the row; `receives[s]` is how many tokens come from rank s. Pieces from a rank to itself are not sent.
+    `halos[j]` lists what the halo of this rank's chunk j is put together from. Both halos have `halo` places; those
+    that would lie before the row stand first and are filled with zeros.
+    `sinks` is how many places for sinks each chunk has: `sink`, but never more tokens than a halo can miss.
+    """
+
+    layout: SequenceLayout
+    window: int
+    sink: int
+    halo: int
+    sinks: int
+    sends: tuple[tuple[tuple[int, int], ...], ...]
+    receives: tuple[int, ...]
+    halos: tuple[tuple[Piece, ...], tuple[Piece, ...]]
+
+    @property
+    def send_splits(self) -> list[int]:
+        """Tokens sent to each rank."""
+        return [sum(length for _, length in pieces) for pieces in self.sends]
+
+    @property
+    def receive_splits(self) -> list[int]:
+        """Tokens received from each rank."""
+        return list(self.receives)
+
+    @property
+    def section(self) -> int:
+        """Keys laid out for a chunk: sinks, halo, and the chunk itself."""
+        return self.sinks + self.halo + self.layout.chunk
+
+
+@lru_cache(maxsize=32)
+def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExchange:
+    """The exchange of a SWA layer with this window (the query counted) and this many sink tokens."""
+    size, rank, chunk = layout.size, layout.rank, layout.chunk
+
+    def reach(k: int, m: int) -> int:
+        """How many of the last tokens of chunk m the halo of chunk k holds."""
+        oldest = max(0, k * chunk - (window - 1))
+        return max(0, min(chunk, (m + 1) * chunk - oldest)) if m < k else 0
+
+    def wanted(by: int, m: int) -> int:
+        return max(reach(k, m) for k in chunks_of(by, size))
+
+    own = chunks_of(rank, size)
+    sends = tuple(
+        tuple(
+            ((j + 1) * chunk - wanted(other, m), wanted(other, m))
+            for j, m in enumerate(own)
+            if other != rank and wanted(other, m)
+        )
+        for other in range(size)
+    )
+    # Where the suffix of each chunk of the others ends in what is received: rank by rank, in the order of the row.
+    ends, receives, total = {}, [], 0
+    for other in range(size):
+        before = total
+        if other != rank:
+            for m in chunks_of(other, size):
+                total += wanted(rank, m)
+                ends[m] = total
+        receives.append(total - before)
+
+    def pieces(k: int) -> tuple[Piece, ...]:
+        found = []
+        for m in range(k):
+            length = reach(k, m)
+            if length:
+                end = (own.index(m) + 1) * chunk if m in own else ends[m]
+                found.append(Piece(m in own, end - length, length))
+        return tuple(found)
+
+    last = (2 * size - 1) * chunk  # where the last chunk begins, which looks back farthest
+    return SwaExchange(
+        layout=layout,
+        window=window,
+        sink=sink,
+        halo=min(window - 1, layout.starts[1]),
+        sinks=max(0, min(sink, last - (window - 1))),
+        sends=sends,
+        receives=tuple(receives),
+        halos=(pieces(own[0]), pieces(own[1])),
+    )
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank sends to other ranks and receives from them."""
+
+    sent: int
+    received: int
+
+
+def swa_exchange_bytes(exchange: SwaExchange, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
+    """Bytes that pass through the collectives of one SWA layer on the exchange's rank, forward.
+
+    A token is batch * kv_heads * 2 * head_dim numbers (key and value) of `itemsize` bytes; the rank sends
+
+        sum of the lengths of `sends` (halos)  +  2 * (size - 1) * sinks (its share of the others' sinks)
+
+    tokens and receives the sum of `receives` + 2 * (size - 1) * sinks. Halos are at most 2 * (window - 1) tokens a
+    rank, so nothing grows with the row. The backward pass sends what the forward received, and the other way round.
+    """
+    token = batch * kv_heads * 2 * head_dim * itemsize
+    sinks = 2 * (exchange.layout.size - 1) * exchange.sinks
+    return Traffic((sum(exchange.send_splits) + sinks) * token, (sum(exchange.receive_splits) + sinks) * token)
