@@ -233,7 +233,23 @@ def more_of_the_model():
         x = block(x, context)
     share = model.loss(model.head(model.norm(x)), targets, 7.0)
     errors["a stage's own loop"] = largest_error(summed([share.detach()]), denominated[:1])
+    with torch.inference_mode():  # as validation does it
+        share = model(tokens, targets, ids, 7.0)
+    errors["in inference mode"] = largest_error(summed([share.clone()]), denominated[:1])
     return errors
+
+
+def bfloat16_error():
+    world = join()
+    model = SWAMLAModel(BASE)
+    model.compute_dtype = torch.bfloat16
+    exact = loss_and_gradients(model, True)
+    apply_context_parallel(model, world.activations["context"])
+    return {"bfloat16": largest_error(summed(loss_and_gradients(model, True)), exact)}
+
+
+def test_bfloat16_activations_are_exchanged_as_they_are():
+    check(on_ranks(3, bfloat16_error), 2e-2)
 
 
 def cache_for(model):
