@@ -134,6 +134,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         set_cache_folder(Compile())
 
 
+@pytest.mark.parametrize("name", ["two words", "quo'te", "back\\slash"])
+def test_a_folder_that_torch_would_read_as_several_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(
+        UserError, match="cannot be named to the C\\+\\+ compiler, for its spaces, quotes or backslashes; give"
+    ):
+        set_cache_folder(Compile(cache_folder=str(tmp_path / name)))
+    assert not (tmp_path / name).exists()
+
+
 RUN = """
 import sys
 from swamla_titan.config.sections import Compile
