@@ -125,8 +125,7 @@ def async_tensor(run: Runner) -> None:
         assert "parallel.async_tensor = true needs GPUs" in run.refusal_on_ranks(2, *overrides)
     groups: list[str] = []
     mesh: Any = SimpleNamespace(device_type="cuda", get_group=lambda: SimpleNamespace(group_name="tensor ranks"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inductor, "_micro_pipeline_tp", False)
+    with pytest.MonkeyPatch.context() as patch, inductor.patch(_micro_pipeline_tp=False):
         patch.setattr(symmetric_memory, "enable_symm_mem_for_group", groups.append)
         enable_async_tensor_parallel(mesh)
         assert inductor._micro_pipeline_tp
