@@ -150,8 +150,8 @@ from swamla_titan.config.sections import Compile
 from swamla_titan.parallel.compile import compilation, set_cache_folder
 
 set_cache_folder(Compile(cache_folder=sys.argv[1]))
-x = torch.ones(8, requires_grad=True)
-torch.compile(lambda x: x.sin().exp())(x).sum().backward()
+x, y = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2)
+torch.compile(torch.mm)(x, y).sum().backward()
 print(compilation())
 """
 RUN = """
@@ -169,7 +169,7 @@ print(compilation())
 """
 
 
-# The second: a SWA block and the loss. Its code takes a C++ compiler a minute.
+# A product by itself needs no C++ compiler. A SWA block and the loss take one up to two minutes.
 @pytest.mark.parametrize("script, graphs", [(ACCOUNT, 1), pytest.param(RUN, 2, marks=pytest.mark.slow)])
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: str, graphs: int):
     said = []
