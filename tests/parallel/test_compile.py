@@ -169,7 +169,7 @@ print(compilation())
 """
 
 
-# A product by itself needs no C++ compiler. A SWA block and the loss take one up to two minutes.
+# A product by itself needs no C++ compiler. A SWA block and the loss take half a minute, or minutes on a busy machine.
 @pytest.mark.parametrize("script, graphs", [(ACCOUNT, 1), pytest.param(RUN, 2, marks=pytest.mark.slow)])
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: str, graphs: int):
     said = []
