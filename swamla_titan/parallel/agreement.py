@@ -32,11 +32,12 @@ def from_first(world: World, work: Callable[[], Result]) -> Result:
     """The result of `work()`, done by the first rank alone, on every rank; its UserError or RunFailed likewise."""
     if world.size == 1:
         return work()
-    outcome = list(_attempt(work)) if world.is_first else [None, None]
+    outcome = [_attempt(work) if world.is_first else (None, None)]
     dist.broadcast_object_list(outcome, src=0, group=world.host_group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def merged(world: World, own: dict[Key, Value]) -> dict[Key, Value]:

@@ -75,34 +75,38 @@ def set_cache_folder(config: Compile) -> Path | None:
     ~/.cache/swamla-titan. Ranks and runs may share it: entries carry the versions, the device and the code that they
     were made of in their names. Must come before anything is compiled; TRITON_CACHE_DIR is left alone if set.
 
-    Raises UserError for a `cache_folder` that cannot be written; the default is then passed over with a warning.
+    Raises UserError for a named folder that cannot be written, or of whose name torch would make several; the default
+    is then passed over with a warning.
     """
     named = os.environ.get(_INDUCTOR_FOLDER)
     folder = Path(config.cache_folder or named or DEFAULT_FOLDER).expanduser().absolute()
-    problem = _unwritable(folder)
+    problem = _problem_of(folder)
     if problem and config.cache_folder:
         raise UserError(
-            f'compile.cache_folder = "{config.cache_folder}" cannot be written ({problem}); give another folder, '
+            f'compile.cache_folder = "{config.cache_folder}" cannot {problem}; give another folder, '
             'or leave it "" for the default'
         )
     if problem and named:
-        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot be written ({problem}); set another folder, or unset it")
+        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot {problem}; set another folder, or unset it")
     if problem:
-        logger.warning("%s cannot be written (%s): compiled code is kept in the temporary folder", folder, problem)
+        logger.warning("%s cannot %s: compiled code is kept in the temporary folder", folder, problem)
         return None
     os.environ[_INDUCTOR_FOLDER] = str(folder)
     os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
     return folder
 
 
-def _unwritable(folder: Path) -> str | None:
-    """Why nothing can be written there, or None; makes the folder."""
+def _problem_of(folder: Path) -> str | None:
+    """What the folder cannot do, or None; makes the folder."""
+    if any(character.isspace() or character in "'\"\\" for character in str(folder)):
+        # torch (2.11 to 2.13) takes the commands that it gives to the C++ compiler apart as a shell would.
+        return "be named to the C++ compiler, for its spaces, quotes or backslashes"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # permission bits say little, of a full or a read-only disk nothing
             return None
     except OSError as error:
-        return error.strerror or str(error)
+        return f"be written ({error.strerror or error})"
 
 
 @dataclass(frozen=True)

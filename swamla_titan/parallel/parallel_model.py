@@ -108,7 +108,8 @@ class ParallelModel:
 def build_parts(config: Config, world: World) -> list[SWAMLAModel]:
     """The whole model, or this rank's pipeline stages, laid out as the configuration says; on the meta device."""
     with torch.device("meta"):
-        parts = list(build_stages(config, world)) if world.degrees.pipeline > 1 else [SWAMLAModel(config.model)]
+        pipelined = world.degrees.pipeline > 1
+        parts: list[SWAMLAModel] = [*build_stages(config, world)] if pipelined else [SWAMLAModel(config.model)]
     for part in parts:
         parallelize(part, config, world)
     return parts

@@ -4,24 +4,21 @@ A case is a function, listed in CASES under its key. It trains for a few steps a
 model was fed, weights and optimizer state in the checkpoint, the lines of metrics.jsonl, the files written.
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
 import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-import torch._inductor.compile_fx
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import Config, Job, Training
@@ -29,115 +26,11 @@ from swamla_titan.data import IGNORED
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.train.numerics import set_numerics
+from tests.config.block_cases import BLOCK_CASES
+from tests.config.parallel_cases import PARALLEL_CASES
+from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
-from tests.train.runs import checkpoint, metrics, tensors, terminal, train
-
-STEPS = 3
-EOT = 256
-SHORT = (
-    *("--training.steps", str(STEPS)),
-    *("--data.num_workers", "0"),
-    *("--validation.interval", "0"),
-    *("--lr_schedule.warmup_steps", "0"),
-    *("--model.dropout", "0"),
-)
-
-
-class Call(NamedTuple):
-    """A call of the model: in training or validation, and with what."""
-
-    training: bool
-    tokens: Tensor  # [B, T]
-    targets: Tensor
-    document_ids: Tensor | None
-
-
-@contextlib.contextmanager
-def before_every_call_of(kind: type[nn.Module], look: Callable[..., None]) -> Iterator[None]:
-    handle = register_module_forward_pre_hook(
-        lambda module, arguments: look(module, *arguments) if isinstance(module, kind) else None
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class Run:
-    """A short run that is over: its folder, and how its model was called."""
-
-    def __init__(self, folder: Path, calls: list[Call]) -> None:
-        self.folder = folder
-        self.calls = [call for call in calls if call.training]
-        self.validation_calls = [call for call in calls if not call.training]
-
-    def series(self, name: str = "loss") -> list[float]:
-        return list(metrics(self.folder, name).values())
-
-    def text(self) -> str:
-        """All training tokens (of the byte tokenizer) in the order of the micro-batches; `|` is end of text."""
-        return as_text(self.calls)
-
-    def tensors(self, step: int = STEPS) -> dict[str, Tensor]:
-        return tensors(checkpoint(self.folder, step))
-
-    def weights(self, step: int = STEPS) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.tensors(step).items() if name.startswith("model.")}
-
-    def moment(self, name: str, step: int) -> Tensor:
-        """Every parameter's `exp_avg` or `exp_avg_sq` as one vector."""
-        return torch.cat([t.flatten() for key, t in self.tensors(step).items() if key.endswith(f".{name}")])
-
-    def files(self, pattern: str) -> list[str]:
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(pattern))
-
-
-def as_text(calls: list[Call]) -> str:
-    rows = [row for call in calls for row in call.tokens[(call.targets != IGNORED).any(dim=1)].tolist()]
-    numbers = [number for row in rows for number in row]
-    return bytes(ord("|") if number == EOT else number for number in numbers).decode("utf-8", errors="replace")
-
-
-class Runner:
-    """Starts short runs of the real command, each in a folder of its own."""
-
-    def __init__(self, config: Path, folder: Path, capsys: pytest.CaptureFixture[str], wandb: WandbStub) -> None:
-        self.config = config
-        self.folder = folder
-        self.wandb = wandb
-        self._capsys = capsys
-        self._count = 0
-
-    def __call__(self, *overrides: str) -> Run:
-        self._count += 1
-        folder = self.folder / f"run-{self._count}"
-        calls: list[Call] = []
-
-        def look(module: nn.Module, tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> None:
-            calls.append(Call(module.training, tokens, targets, document_ids))
-
-        with before_every_call_of(SWAMLAModel, look):
-            assert train(self.config, "--job.dump_folder", str(folder), *SHORT, *overrides) == 0
-        return Run(folder, calls)
-
-    def refusal(self, *overrides: str) -> str:
-        """The message of a run that is refused before it writes anything."""
-        folder = self.folder / "refused"
-        self._capsys.readouterr()
-        assert train(self.config, "--job.dump_folder", str(folder), *SHORT, *overrides) == 2
-        assert not folder.exists()
-        return self._capsys.readouterr().err
-
-    def local(self, **texts: str) -> tuple[str, ...]:
-        """Overrides that train on a folder of these files, in the order of their names, by one stream."""
-        folder = self.folder / f"texts-{len(list(self.folder.iterdir()))}"
-        folder.mkdir()
-        for name, text in texts.items():
-            (folder / name.replace("_", ".")).write_text(text)
-        return (
-            *("--data.source", "local", "--data.path", str(folder), "--data.streams", "1"),
-            *("--data.shuffle_documents", "1", "--validation.fraction", "0"),
-        )
+from tests.train.runs import checkpoint, metrics, terminal
 
 
 @pytest.fixture
@@ -216,6 +109,31 @@ def name(run: Runner) -> None:
 
 def split(run: Runner) -> None:
     assert run(*hub_folder(run), "--data.split", "test").text().startswith("red test 0|red test 1|")
+
+
+def revision(run: Runner) -> None:
+    """On a hub of two commits, of which the tag v1 means the first, and no word the newest."""
+    import datasets
+    import huggingface_hub
+
+    hub = (*hub_folder(run), "--data.path", "someone/texts")
+    configurations = {"c1": "red", "c2": "blue"}
+    load = datasets.load_dataset
+
+    def load_commit(path: str, name: str, *, revision: str, **keys: Any) -> Any:
+        assert path == "someone/texts"
+        return load(str(run.folder / "hub"), configurations[revision], **keys)
+
+    def dataset_info(self: Any, path: str, *, revision: str | None, **keys: Any) -> SimpleNamespace:
+        return SimpleNamespace(sha={"v1": "c1", None: "c2"}[revision])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", load_commit)
+        patch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+        for overrides, commit, color in ((("--data.revision", "v1"), "c1", "red"), ((), "c2", "blue")):
+            result = run(*hub, *overrides)
+            assert result.text().startswith(f"{color} train 0|{color} train 1|")
+            assert f'revision = "{commit}"' in (result.folder / "config.toml").read_text()
 
 
 def text_key(run: Runner) -> None:
@@ -434,9 +352,6 @@ def min_lr_ratio(run: Runner) -> None:
     assert run("--optimizer.lr", "1e-3", "--lr_schedule.min_lr_ratio", "0.3").series("lr")[-1] == pytest.approx(0.3e-3)
 
 
-# [parallel], [compile], [activation_checkpoint], [float8]
-
-
 def only(key: str, allowed: str, *others: str) -> Callable[[Runner], None]:
     """The case of a key with one allowed value: every other is refused before anything runs."""
 
@@ -448,39 +363,6 @@ def only(key: str, allowed: str, *others: str) -> Callable[[Runner], None]:
             assert f"[{section}] {name} = {shown}: expected {allowed}" in error
 
     return case
-
-
-def data_parallel(run: Runner) -> None:
-    """With one rank every plan of data parallelism is the same computation; more ranks are refused."""
-    losses = [run("--parallel.data_parallel", plan).series() for plan in ("fsdp", "hsdp", "ddp")]
-    assert losses[0] == losses[1] == losses[2]
-    assert 'expected one of "fsdp", "hsdp", "ddp"' in run.refusal("--parallel.data_parallel", "zero3")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        assert "started as one of 2 processes" in run.refusal("--parallel.data_parallel", "ddp")
-
-
-def compile_enabled(run: Runner) -> None:
-    """Everything but the code generator runs: each block of a kind, and the loss, are captured as whole graphs."""
-    graphs = []
-
-    def no_code(graph: torch.fx.GraphModule, inputs: Any, **_: Any) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    losses = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._inductor.compile_fx, "compile_fx", no_code)
-        for enabled in ("false", "true"):
-            torch._dynamo.reset()
-            graphs.clear()
-            folder = run.folder / f"compiled-{enabled}"
-            overrides = ("--job.dump_folder", str(folder), *SHORT, "--training.local_batch_size", "5")
-            assert train(run.config, *overrides, "--compile.enabled", enabled) == 0
-            losses[enabled] = list(metrics(folder).values())
-            assert len(graphs) == {"false": 0, "true": 3}[enabled]  # SWA, MLA, loss
-    torch._dynamo.reset()
-    assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
 
 
 # [checkpoint]
@@ -602,6 +484,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "data.path": path,
     "data.name": name,
     "data.split": split,
+    "data.revision": revision,
     "data.text_key": text_key,
     "data.text_separator": text_separator,
     "data.max_document_mib": max_document_mib,
@@ -630,15 +513,8 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "lr_schedule.warmup_steps": warmup_steps,
     "lr_schedule.decay_steps": decay_steps,
     "lr_schedule.min_lr_ratio": min_lr_ratio,
-    "parallel.data_parallel": data_parallel,
-    "parallel.dp_shard": only("parallel.dp_shard", "one of -1, 1", "0", "2", "8", "-2"),
-    "parallel.dp_replicate": only("parallel.dp_replicate", "only 1", "0", "2", "-1"),
-    "parallel.tensor": only("parallel.tensor", "only 1", "0", "2", "-1"),
-    "parallel.context": only("parallel.context", "only 1", "0", "2", "-1"),
-    "parallel.pipeline": only("parallel.pipeline", "only 1", "0", "2", "-1"),
-    "compile.enabled": compile_enabled,
-    "activation_checkpoint.mode": only("activation_checkpoint.mode", 'only "none"', "selective", "full"),
-    "float8.recipe": only("float8.recipe", 'only "off"', "tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
+    **PARALLEL_CASES,
+    **BLOCK_CASES,
     "checkpoint.interval": checkpoint_interval,
     "checkpoint.keep_latest": keep_latest,
     "checkpoint.async_mode": only(

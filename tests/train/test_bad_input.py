@@ -190,7 +190,7 @@ def test_a_dump_folder_in_which_nothing_can_be_written(tiny, tmp_path, capsys, n
 @pytest.mark.parametrize(
     "size, overrides, part",
     [
-        ("4", ("--parallel.tensor", "3"), "tensor 3 = 3 do not fit 4 processes: start 3, or lower pipeline"),
+        ("4", ("--parallel.pipeline", "3"), "pipeline 3 = 3 do not fit 4 processes: start 3, or lower pipeline"),
         ("4", ("--parallel.dp_shard", "3"), "dp_shard 3 = 3 do not fit 4 processes: start 3, or let"),
         ("1", ("--parallel.context", "2"), "context 2 = 2 do not fit 1 processes: start 2"),
     ],

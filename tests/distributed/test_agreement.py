@@ -1,0 +1,102 @@
+"""What one rank finds out, all act on."""
+
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.config.sections import Parallel
+from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.world import World, join_world
+from tests.distributed.ranks import on_ranks
+
+ERRORS = {"user": UserError, "run": RunFailed}
+
+
+def _work(rank: int, failing: dict[int, str]) -> int:
+    if rank in failing:
+        try:
+            Path("/no/such/file").stat()
+        except OSError as error:
+            raise ERRORS[failing[rank]](f"rank {rank}") from error
+    return rank * 10
+
+
+def _ends(way, world: World, failing: dict[int, str]) -> object:
+    try:
+        return way(world, lambda: _work(world.rank, failing))
+    except (UserError, RunFailed) as error:
+        return type(error).__name__, str(error)
+
+
+def _agree(cases: list[dict[int, str]]) -> list[object]:
+    world = join_world(Parallel())
+    return [_ends(agree, world, failing) for failing in cases]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_error_of_one_rank_is_raised_on_all_and_the_first_of_several(size):
+    last = size - 1
+    cases = [{}, {0: "user"}, {last: "run"}, {last: "user", 0: "run"}, dict.fromkeys(range(size), "user"), {}]
+    names = [("UserError", "rank 0"), ("RunFailed", f"rank {last}"), ("RunFailed", "rank 0"), ("UserError", "rank 0")]
+    for rank, ends in enumerate(on_ranks(size, _agree, cases)):
+        assert ends == [rank * 10, *names, rank * 10]  # and the group is as good as before
+
+
+def _from_first(cases: list[dict[int, str]]) -> tuple[list[object], int]:
+    world = join_world(Parallel())
+    asked = []
+
+    def count(way_world: World, work):
+        return from_first(way_world, lambda: (asked.append(1), work())[1])
+
+    return [_ends(count, world, failing) for failing in cases], len(asked)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_first_rank_works_for_all(size):
+    cases = [{}, {0: "user"}, {1: "user"}, {0: "run"}, {}]
+    results = on_ranks(size, _from_first, cases)
+    for ends, _ in results:
+        assert ends == [0, ("UserError", "rank 0"), 0, ("RunFailed", "rank 0"), 0]
+    assert [asked for _, asked in results] == [len(cases)] + [0] * (size - 1)
+
+
+def _other_error() -> object:
+    world = join_world(Parallel())
+    try:
+        return agree(world, lambda: 1 // (world.rank - 1))
+    except ZeroDivisionError:
+        return "a bug"
+
+
+def test_a_bug_is_not_shared():
+    """It ends its own process, with its own traceback, and the launcher ends the others."""
+    with pytest.raises(AssertionError, match="rank 0:"):
+        on_ranks(2, _other_error)
+
+
+def _merged() -> list[dict[str, object]]:
+    world = join_world(Parallel())
+    return [
+        merged(world, {f"of {world.rank}": world.rank, "of all": (1, 2)}),
+        merged(world, {"of the first": 1} if world.is_first else {}),
+        merged(world, {}),
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_dictionaries_are_united(size):
+    own = {f"of {rank}": rank for rank in range(size)}
+    assert on_ranks(size, _merged) == [[own | {"of all": (1, 2)}, {"of the first": 1}, {}]] * size
+
+
+def test_a_process_alone_asks_nobody():
+    world = World.alone()
+    for way in (agree, from_first):
+        assert way(world, lambda: 5) == 5
+        with pytest.raises(UserError, match="rank 0") as caught:
+            way(world, lambda: _work(0, {0: "user"}))
+        assert isinstance(caught.value.__cause__, OSError)  # its cause is kept: it need not travel
+    own = {"a": 1}
+    assert merged(world, own) == own
