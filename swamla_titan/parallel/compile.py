@@ -77,22 +77,40 @@ def set_cache_folder(config: Compile) -> Path | None:
 
     Raises UserError for a `cache_folder` that cannot be written; the default is then passed over with a warning.
     """
-    named = os.environ.get(_INDUCTOR_FOLDER)
-    folder = Path(config.cache_folder or named or DEFAULT_FOLDER).expanduser().absolute()
+    folder = _cache_folder(config)
     problem = _unwritable(folder)
-    if problem and config.cache_folder:
-        raise UserError(
-            f'compile.cache_folder = "{config.cache_folder}" cannot be written ({problem}); give another folder, '
-            'or leave it "" for the default'
-        )
-    if problem and named:
-        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot be written ({problem}); set another folder, or unset it")
+    if problem:
+        _refuse_if_named(config, problem)
     if problem:
         logger.warning("%s cannot be written (%s): compiled code is kept in the temporary folder", folder, problem)
         return None
     os.environ[_INDUCTOR_FOLDER] = str(folder)
     os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
     return folder
+
+
+def refuse_cache_folder(config: Compile) -> None:
+    """Raise UserError where `set_cache_folder` would, as far as that can be seen without making the folder."""
+    folder = _cache_folder(config)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if config.enabled and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        _refuse_if_named(config, f"{existing} must not be written" if existing.is_dir() else f"{existing} is a file")
+
+
+def _cache_folder(config: Compile) -> Path:
+    return Path(config.cache_folder or os.environ.get(_INDUCTOR_FOLDER) or DEFAULT_FOLDER).expanduser().absolute()
+
+
+def _refuse_if_named(config: Compile, problem: str) -> None:
+    """Raise UserError for a folder that somebody asked for; the default is no reason to refuse."""
+    named = os.environ.get(_INDUCTOR_FOLDER)
+    if config.cache_folder:
+        raise UserError(
+            f'compile.cache_folder = "{config.cache_folder}" cannot be written ({problem}); give another folder, '
+            'or leave it "" for the default'
+        )
+    if named:
+        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot be written ({problem}); set another folder, or unset it")
 
 
 def _unwritable(folder: Path) -> str | None:
