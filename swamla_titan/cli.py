@@ -32,7 +32,7 @@ class Train:
 
 @dataclass
 class Plan:
-    """Show what a configuration means on so many GPUs: mesh, batch, shapes of the shards, memory. Needs none of them."""
+    """Show a configuration on so many GPUs, which need not be there: mesh, batch, shapes of shards, memory."""
 
     config: Positional[str]
     """A TOML file or the name of a shipped configuration."""

@@ -109,7 +109,7 @@ def plan(config: Config, ranks: int) -> Plan:
                     mesh = list(_neighbours(world))
                     order = _pipeline_order(laid_out, world, parts, batch)
                 in_flight = _in_flight(config, degrees, place, batch, order)
-                memory = memory_of(parts, config, world, batch.rows, _run(config.parallel, batch), in_flight)
+                memory = memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
                 holdings.append(Holding(rank, _shapes(parts), memory))
     bubble = None
     if degrees.pipeline > 1:
@@ -130,14 +130,14 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
     return Batch(rows, min(counts), max(counts))
 
 
+def run_count(parallel: Parallel, batch: Batch) -> int:
+    """Micro-batches that are run, those included that a pipeline adds."""
+    return runnable_count(parallel, batch.most) if parallel.pipeline > 1 else batch.most
+
+
 def folded(name: str) -> str:
     """A parameter's name without the number of its layer."""
     return re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
-
-
-def _run(parallel: Parallel, batch: Batch) -> int:
-    """Micro-batches that are run, those included that a pipeline adds."""
-    return runnable_count(parallel, batch.most) if parallel.pipeline > 1 else batch.most
 
 
 def _neighbours(world: World) -> Iterator[Neighbours]:
@@ -158,7 +158,7 @@ def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batc
     if parallel.pipeline == 1:
         return {}
     stages = [part for part in parts if isinstance(part, ModelStage)]
-    count = _run(parallel, batch)
+    count = run_count(parallel, batch)
     schedule = Pipeline(config, world, stages).schedule(count, batch.rows)
     return order_of(parallel.pipeline_schedule, parallel.pipeline, count, schedule)
 

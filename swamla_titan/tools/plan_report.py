@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.balance import stage_table
-from swamla_titan.parallel.stages import runnable_count, stage_count, stages_per_rank
-from swamla_titan.tools.plan import Plan, Shape, folded
+from swamla_titan.parallel.stages import stage_count, stages_per_rank
+from swamla_titan.tools.plan import Plan, Shape, folded, run_count
 
 _MEANING = {
     "pipeline": "hold different layers",
@@ -64,7 +64,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     stages = "stage" if per_rank == 1 else "stages"
     yield f"\npipeline: {parallel.pipeline_schedule}, {per_rank} {stages} a rank"
     yield from (f"  {line}" for line in stage_table(config.model, config.training.seq_len, stage_count(parallel)))
-    run = runnable_count(parallel, most)
+    run = run_count(parallel, plan.batch)
     added = f" ({run - most} of them empty, which the schedule needs)" if run > most else ""
     yield f"  bubble: ranks wait {plan.bubble:.1%} of a step of {run} micro-batches{added}, transfers not counted"
 
@@ -89,25 +89,25 @@ def _parameters(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
     config, memory = plan.config, plan.worst.memory
-    who = "" if plan.degrees.size == 1 else f", rank {plan.worst.rank}, which needs the most"
-    waiting = plan.batch.most > 1 and not config.parallel.reduce_every_micro_batch
-    host = " (on the host)" if config.parallel.cpu_offload else ""
-    checkpointing = config.activation_checkpoint.mode
-    yield f"\nmemory of a GPU{who}"
+    dtype = config.training.compute_dtype
+    host = ", on the host" if config.parallel.cpu_offload else ""
+    gradients = "float32"
+    if plan.degrees.data * plan.degrees.context > 1 and config.parallel.data_parallel != "ddp":
+        waiting = run_count(config.parallel, plan.batch) > 1 and not config.parallel.reduce_every_micro_batch
+        gradients += ", unsharded until the last micro-batch" if waiting else f", sharded{host}"
     rows = [
-        ("parameters", memory.parameters, "float32" + host),
-        ("optimizer", memory.optimizer, config.optimizer.name + host),
-        (
-            "gradients",
-            memory.gradients,
-            "float32, " + ("unsharded until the last micro-batch" if waiting else "sharded"),
-        ),
-        ("weights in use", memory.weights_in_use, f"copies in {config.training.compute_dtype}, the most at a time"),
+        ("parameters", memory.parameters, f"float32{host}"),
+        ("optimizer", memory.optimizer, f"{config.optimizer.name}{host}"),
+        ("gradients", memory.gradients, gradients),
+        ("weights in use", memory.weights_in_use, f"copies in {dtype}, the most at a time"),
         ("logits", memory.logits, "with their gradient"),
-        ("activations", memory.activations, f"of blocks, estimated; activation_checkpoint.mode = {checkpointing}"),
-        ("sum", memory.total, "without buffers of communication, workspaces and fragmentation"),
+        ("activations", memory.activations, f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}"),
+        ("sum", memory.total, "on the GPU; buffers of communication, workspaces and fragmentation come on top"),
     ]
-    yield from (f"  {name:<15} {size(count):>11}  {note}" for name, count, note in rows)
+    yield "\nmemory of a GPU" + (
+        "" if plan.degrees.size == 1 else f", that of rank {plan.worst.rank}, which needs the most"
+    )
+    yield from (f"  {name:<15} {size(count):>11}  {note}" for name, count, note in rows if count)
 
 
 def listed(ranks: list[int]) -> str:
