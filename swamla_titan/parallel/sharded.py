@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -20,11 +20,11 @@ def write_whole(parameter: Tensor, value: Tensor) -> None:
     # Innermost first: FSDP cuts what tensor parallelism has left on the rank.
     mesh = parameter.device_mesh
     for dimension in reversed(range(mesh.ndim)):
-        placement = parameter.placements[dimension]
-        if placement.is_shard():
-            chunks = value.chunk(mesh.size(dimension), placement.dim)  # type: ignore[attr-defined]
+        axis = _axis_cut_by(parameter.placements[dimension])
+        if axis is not None:
+            chunks = value.chunk(mesh.size(dimension), axis)
             index = mesh.get_local_rank(dimension)
-            value = chunks[index] if index < len(chunks) else value.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+            value = chunks[index] if index < len(chunks) else value.narrow(axis, 0, 0)
     parameter.to_local().copy_(value)
 
 
@@ -34,6 +34,12 @@ def shards_of(tensor: Tensor) -> int:
         return 1
     count = 1
     for dimension, placement in enumerate(tensor.placements):
-        if placement.is_shard():
+        if _axis_cut_by(placement) is not None:
             count *= tensor.device_mesh.size(dimension)
     return count
+
+
+def _axis_cut_by(placement: Placement) -> int | None:
+    # Not by is_shard(): FSDP2's placement over what tensor parallelism left of the same axis is a Shard by that in
+    # torch 2.11 and none in 2.13.
+    return getattr(placement, "dim", None)

@@ -85,13 +85,6 @@ PLANS = {
     "fsdp-2-pp-2": (4, ("--parallel.pipeline", "2", "--training.local_batch_size", "1")),
     "tp-2-pp-2": (4, ("--parallel.pipeline", "2", "--parallel.tensor", "2", "--training.local_batch_size", "1")),
     "cp-2-pp-2": (4, ("--parallel.pipeline", "2", "--parallel.context", "2", "--training.local_batch_size", "1")),
-    "zbv-2": (
-        2,
-        (
-            *("--parallel.pipeline", "2", "--parallel.pipeline_schedule", "ZBVZeroBubble"),
-            *("--training.local_batch_size", "1", "--model.num_layers", "4"),
-        ),
-    ),
 }
 BATCHES = {"divides": ("--training.global_batch_size", "12"), "does not": ("--training.global_batch_size", "5")}
 MODELS = {
@@ -111,3 +104,20 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     shape = (*BATCHES[batch], *MODELS[model])
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
     assert_same_curves(tmp_path, shape)
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_every_schedule_trains_as_one_process_does(tmp_path, schedule):
+    """Also with a batch that no number of micro-batches divides, and both ends of the tied weight on one rank (ZBV)."""
+    shape = (*BATCHES["does not"], "--model.num_layers", "4")
+    plan = ("--parallel.pipeline", "2", "--parallel.pipeline_schedule", schedule, "--training.local_batch_size", "1")
+    assert on_ranks(2, run, written(tmp_path), *shape, *plan) == [0, 0]
+    assert_same_curves(tmp_path, shape)
+
+
+@pytest.mark.parametrize("plan", ["fsdp-2", "fsdp-2-tp-2", "fsdp-2-cp-2", "pp-2"])
+def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan):
+    ranks, overrides = PLANS[plan]
+    memory = ("--activation_checkpoint.mode", "selective", "--compile.enabled", "true")
+    assert on_ranks(ranks, run, written(tmp_path), *BATCHES["divides"], *overrides, *memory) == [0] * ranks
+    assert_same_curves(tmp_path, BATCHES["divides"])

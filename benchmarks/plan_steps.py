@@ -1,0 +1,212 @@
+"""Time of a training step under several plans, in one launch, without checkpoints in between; and where it goes.
+
+    torchrun --nproc-per-node 2 benchmarks/plan_steps.py --corpus corpus.jsonl --flavor base --plans 16 \
+        32/16 32/16,parallel.data_parallel=ddp 32/16,parallel.tensor=2 32/4,parallel.pipeline=2
+
+A plan is SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]: sequences a step over all ranks, at most ROWS of them (default: all)
+in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to measure the wrapper.
+Data, model, losses, clipping and optimizer are the trainer's own. With --profile the last step's kernels are summed up
+by kind, on the first rank: "exposed" is the time in which communication ran and no other kernel did.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+
+from swamla_titan.config import Config, Override, load_config
+from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches
+from swamla_titan.optim import build_optimizer, set_learning_rate
+from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.world import join_world, launched_rank, leave_world
+from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.trainer import open_data
+
+KINDS = {
+    "communication": ("nccl", "multimem", "symm"),
+    "products": ("nvjet", "gemm", "cutlass", "xmma"),
+    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash"),
+    "fused": ("triton",),
+    "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),
+    "optimizer": ("adam", "lpnorm", "multi_tensor"),
+}
+
+
+def configuration(plan: str, arguments: argparse.Namespace, folder: Path) -> Config:
+    sequences, *overrides = plan.split(",")
+    batch, _, rows = sequences.partition("/")
+    path = folder / "config.toml"
+    path.write_text(f"""
+[model]
+flavor = "{arguments.flavor}"
+max_seq_len = {arguments.seq_len}
+[data]
+source = "local"
+path = "{arguments.corpus}"
+num_workers = 1
+[training]
+seq_len = {arguments.seq_len}
+local_batch_size = {rows or batch}
+global_batch_size = {batch}
+[validation]
+interval = 0
+fraction = 0.0
+""")
+    given = []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        if name != "wrapped":
+            section, _, key = name.partition(".")
+            given.append(Override(section, key, text))
+    return load_config(path, given)
+
+
+def wrap_alone(model, parallel, world, dtype):
+    data_parallel.wrap(model, parallel, init_device_mesh(world.device.type, (1,)), dtype)
+
+
+def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    config = configuration(plan, arguments, folder)
+    parallelize.apply_data_parallel = data_parallel.apply_data_parallel
+    if "wrapped=true" in plan:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallelize.apply_data_parallel = wrap_alone
+    world = join_world(config.parallel)
+    set_numerics(config, world.device, world.rank)
+    config, corpus, _ = open_data(config)
+    begun = time.perf_counter()
+    model = ParallelModel(config, world)
+    model.init_weights(config.job.seed)
+    optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
+    training = config.training
+    rows = min(training.local_batch_size, -(-training.global_batch_size // world.degrees.data))
+    losses, seconds, kernels = [], [], {}
+    is_gpu = world.device.type == "cuda"
+    with BatchLoader(
+        corpus,
+        seq_len=training.seq_len,
+        global_batch_size=training.global_batch_size,
+        rank=world.data_rank,
+        world_size=world.degrees.data,
+    ) as loader:
+        for step in range(arguments.steps):
+            batch = next(loader)
+            last = step == arguments.steps - 1
+            profiler = (
+                profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+                if last and arguments.profile
+                else None
+            )
+            if profiler:
+                profiler.__enter__()
+            if is_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            count = micro_batch_count(step, training.global_batch_size, config.data.streams, world.degrees.data, rows)
+            loss = model.train_step(
+                list(micro_batches(batch, rows, count)), training.global_batch_size * training.seq_len
+            )
+            model.clip_gradients(training.max_grad_norm)
+            for optimizer in optimizers:
+                set_learning_rate(optimizer, 3e-4 * min(1, (step + 1) / 10))
+                optimizer.step()
+                optimizer.zero_grad()
+            issued = time.perf_counter() - start
+            losses.append(loss.item())
+            if is_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            if profiler:
+                profiler.__exit__(None, None, None)
+                kernels = summary(profiler) if world.is_first else {}
+            if step == 0:
+                first = time.perf_counter() - begun
+    steady = seconds[len(seconds) // 2 : -1 if arguments.profile else None]
+    step_seconds = statistics.median(steady)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
+    return {
+        "step_ms": 1e3 * step_seconds,
+        "spread_ms": 1e3 * (max(steady) - min(steady)),
+        "host_ms": 1e3 * issued,
+        "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
+        "memory_gib": world.largest(memory),
+        "first_step_s": first,
+        "losses": [round(loss, 4) for loss in losses],
+        **kernels,
+    }
+
+
+def summary(profiler: profile) -> dict[str, float]:
+    """Milliseconds of kernels by kind, and of communication with nothing beside it."""
+    totals = dict.fromkeys([*KINDS, "other"], 0.0)
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if event.device_type != DeviceType.CUDA or event.name.startswith(("ProfilerStep", "## ")):
+            continue
+        if event.is_user_annotation:
+            continue
+        name = event.name.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+        totals[kind] += (event.time_range.end - event.time_range.start) / 1e3
+        spans[kind == "communication"].append((event.time_range.start, event.time_range.end))
+    both = covered(spans[True] + spans[False])
+    return {
+        **{f"{kind}_ms": total for kind, total in totals.items()},
+        "exposed_ms": (both - covered(spans[False])) / 1e3,
+        "busy_ms": both / 1e3,
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, type=Path, help="a .jsonl file or a folder of text")
+    parser.add_argument("--flavor", default="base")
+    parser.add_argument("--plans", nargs="+", required=True, metavar="SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    arguments = parser.parse_args()
+    arguments.corpus = arguments.corpus.resolve()
+    results: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for plan in arguments.plans:
+            try:
+                results[plan] = measure(plan, arguments, Path(folder))
+            except torch.cuda.OutOfMemoryError:
+                results[plan] = {"out_of_memory": True}
+            torch._dynamo.reset()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            if launched_rank() == 0:
+                print(
+                    plan, {k: round(v, 2) if isinstance(v, float) else v for k, v in results[plan].items()}, flush=True
+                )
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(results, indent=1))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()
