@@ -18,8 +18,8 @@ _FLOAT32 = 4
 # Optimizer -> bytes of its state for a parameter of so many elements: AdamW has two moments, and counts its steps.
 STATE_BYTES = {"adamw": lambda elements: 2 * _FLOAT32 * elements + _FLOAT32}
 
-# Bytes a logit at the peak of a loss that is not compiled, logits and their gradient included, measured.
-EAGER_LOSS_BYTES = {"float32": 20, "bfloat16": 22}
+# Bytes a logit at the peak of a loss that is not compiled, gradient included: float32 in several forms, measured.
+EAGER_LOSS_BYTES = 20
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: in
     if config.compile.enabled:
         return logits * width * (in_flight + 1)
     # What waits keeps its float32 form and a mask beside it; the last one is at its peak.
-    return logits * ((width + _FLOAT32 + 1) * (in_flight - 1) + EAGER_LOSS_BYTES[dtype])
+    return logits * ((width + _FLOAT32 + 1) * (in_flight - 1) + EAGER_LOSS_BYTES)

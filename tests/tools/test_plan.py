@@ -190,34 +190,33 @@ PLANS = {
 }
 
 
-def fsdp_parameters(part: torch.nn.Module) -> list[Any]:
-    """torch's own records of the parameters that it gathers."""
-    found = []
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            group = state._fsdp_param_group
-            found += group.fsdp_params if group else []
-    return found
+def fsdp_groups(part: torch.nn.Module) -> list[Any]:
+    """torch's own records of the units of communication."""
+    states = [module._get_fsdp_state() for module in part.modules() if isinstance(module, FSDPModule)]
+    groups = {id(state._fsdp_param_group): state._fsdp_param_group for state in states}
+    return [group for group in groups.values() if group is not None]
 
 
-def gathered_bytes(parts: list[Any]) -> int:
-    return sum(
-        output.untyped_storage().nbytes()
-        for part in parts
-        for parameter in fsdp_parameters(part)
-        for output in parameter.all_gather_outputs
-    )
+def gathered_bytes(part: torch.nn.Module) -> int:
+    """Of the weights that are there whole, and of those on their way."""
+    total = 0
+    for group in fsdp_groups(part):
+        for parameter in group.fsdp_params:
+            total += sum(output.untyped_storage().nbytes() for output in parameter.all_gather_outputs)
+        if group._all_gather_result is not None:
+            total += group._all_gather_result.all_gather_output.nbytes
+    return total
 
 
 def accumulated_bytes(parts: list[Any]) -> int:
     gradients = []
     for part in parts:
         gradients += [parameter.grad for parameter in part.parameters()]
-        for parameter in fsdp_parameters(part):
+        for parameter in (parameter for group in fsdp_groups(part) for parameter in group.fsdp_params):
             unsharded = getattr(parameter, "_unsharded_param", None)
             gradients += [parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad]
-    found = {local(g).untyped_storage().data_ptr(): local(g).nbytes for g in gradients if g is not None}
+    # By address: a block's reduced gradients lie in one storage, and an unsharded one may be found twice.
+    found = {local(g).data_ptr(): local(g).nbytes for g in gradients if g is not None}
     return sum(found.values())
 
 
@@ -232,8 +231,8 @@ def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[st
         seen = [0]
         for block in model.parts[0].blocks.values():
             # Within FSDP's own hooks, which are older.
-            block.attention.register_forward_hook(lambda *_: seen.append(gathered_bytes(model.parts)))
-            block.attention.register_full_backward_hook(lambda *_: seen.append(gathered_bytes(model.parts)))
+            block.attention.register_forward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
+            block.attention.register_full_backward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
         tokens = torch.randint(0, VOCABULARY, (2, config.training.seq_len))
         batch = MicroBatch(tokens, tokens, None, 2)
         reduce_after_this_backward(model.parts[0], last=False, every_micro_batch=False)
@@ -279,14 +278,14 @@ def test_a_real_run_holds_what_the_plan_says(tiny, name):
         # Shards are gathered in equal pieces: what does not divide is filled up.
         padding = 1.0 if name != "fsdp-3-untied" else 1.03
         assert memory.weights_in_use <= real[0]["gathered"] <= memory.weights_in_use * padding
-        once = [("training", "global_batch_size", str(found.degrees.data))]
+        once = [("training", "global_batch_size", str(found.degrees.data)), ("data", "streams", "12")]
         assert plan(resolved(tiny, *overrides, *once), ranks).worst.memory.gradients == real[0]["reduced"]
 
 
 # Against measurements
 
 
-@pytest.mark.parametrize("dtype", EAGER_LOSS_BYTES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_an_eager_loss(dtype):
     logits = torch.randn(256, 1024, dtype=getattr(torch, dtype), requires_grad=True)
     targets = torch.randint(0, 1000, (256,))
@@ -301,7 +300,7 @@ def test_the_peak_of_an_eager_loss(dtype):
 
     with Peak() as peak:
         cross_entropy(logits * 1, targets, 1000).backward()
-    assert EAGER_LOSS_BYTES[dtype] == pytest.approx(peak.most / logits.numel(), rel=0.05)
+    assert EAGER_LOSS_BYTES == pytest.approx(peak.most / logits.numel(), rel=0.05)
 
 
 @pytest.mark.parametrize(
