@@ -101,7 +101,11 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("gradients", memory.gradients, gradients),
         ("weights in use", memory.weights_in_use, f"copies in {dtype}, the most at a time"),
         ("logits", memory.logits, "with their gradient"),
-        ("activations", memory.activations, f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}"),
+        (
+            "activations",
+            memory.activations,
+            f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}",
+        ),
         ("sum", memory.total, "on the GPU; buffers of communication, workspaces and fragmentation come on top"),
     ]
     yield "\nmemory of a GPU" + (

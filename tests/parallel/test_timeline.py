@@ -2,6 +2,11 @@
 
 import pytest
 
+from swamla_titan.config import Override, load_config, with_vocabulary
+from swamla_titan.parallel.degrees import fit_degrees
+from swamla_titan.parallel.model_stage import build_stages
+from swamla_titan.parallel.pipeline import Pipeline
+from swamla_titan.parallel.pretend import pretended_world
 from swamla_titan.parallel.timeline import bubble_share, most_in_flight, order_of
 
 
@@ -21,6 +26,25 @@ def test_1f1b_keeps_as_many_micro_batches_as_there_are_stages_behind_and_gpipe_a
     assert [most_in_flight(order[rank], {rank: 1}) for rank in range(4)] == [4, 3, 2, 1]
     order = order_of("GPipe", 4, 16, schedule=None)
     assert [most_in_flight(order[rank], {rank: 3}) for rank in range(4)] == [48] * 4
+
+
+@pytest.mark.parametrize("name", ["Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_torchs_schedules_of_several_stages_a_rank(tiny, name):
+    ranks, per_rank, count = 4, 2, 16
+    keys = {"pipeline": str(ranks), "pipeline_schedule": name}
+    overrides = [Override("parallel", key, value) for key, value in keys.items()]
+    config = with_vocabulary(load_config(tiny, [*overrides, Override("model", "num_layers", "8")]), 257)
+    with pretended_world(fit_degrees(config.parallel, ranks), "fsdp", 0) as world:
+        schedule = Pipeline(config, world, build_stages(config, world)).schedule(count, 1)
+    order = order_of(name, ranks, count, schedule)
+    share = bubble_share(order, [1.0] * ranks * per_rank)
+    interleaved = (ranks - 1) / (per_rank * count + ranks - 1)
+    if name == "Interleaved1F1B":
+        assert share == pytest.approx(interleaved)
+    else:  # the gradients of weights, a third of the work, fill what would be waiting
+        assert 0 < share < interleaved / 2
+    sizes = dict.fromkeys(range(ranks * per_rank), 1)
+    assert all(ranks < most_in_flight(actions, sizes) < per_rank * count for actions in order.values())
 
 
 def test_a_slow_stage_makes_the_others_wait():
