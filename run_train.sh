@@ -3,11 +3,12 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: ./run_train.sh [CONFIG] [--section.key value ...]
+usage: ./run_train.sh [CONFIG] [--section.key value ...] [--dry-run]
 
 Trains with the settings of the TOML file CONFIG, train_configs/debug.toml if none is given. A relative CONFIG is
 looked for in the current folder, then in the repository; the name of a shipped configuration will do as well. What
-follows overrides keys of the file.
+follows overrides keys of the file. With --dry-run nothing is trained or written: what training would refuse is refused,
+and what each of NNODES x NGPU GPUs would hold is shown, on any machine.
 
   NGPU           GPUs to use on this machine, a process each; 0 or none: train on the CPU (default: what is there)
   NPROC          processes on this machine if it trains on the CPU (default 1)
@@ -80,6 +81,16 @@ if [[ $ngpu != 0 ]]; then
   [[ -z ${NPROC:-} || $nproc == "$ngpu" ]] ||
     refuse "NPROC=$nproc is for the CPU, and $ngpu GPUs take a process each: set NGPU=0, or leave NPROC out"
   nproc=$ngpu
+fi
+
+for argument in "$@"; do
+  [[ $argument != --dry-run ]] || dry_run=yes
+done
+if [[ -n ${dry_run:-} ]]; then
+  python=$("$root/scripts/environment.sh" "" offline)
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  # First, so that a --gpus among the arguments has the last word.
+  exec "$python" -m swamla_titan train --gpus "$((most * nproc))" "$config" "$@"
 fi
 
 restarts=${MAX_RESTARTS:-3}

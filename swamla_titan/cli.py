@@ -23,6 +23,23 @@ class Train:
     config: Positional[str]
     """A TOML file or the name of a shipped configuration."""
 
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Refuse what training would refuse, print the plan, and write nothing."""
+
+    gpus: int | None = None
+    """With --dry-run: GPUs of the run; without it the processes that a launcher started."""
+
+
+@dataclass
+class Plan:
+    """Show a configuration on so many GPUs, which need not be there: mesh, batch, shapes of shards, memory."""
+
+    config: Positional[str]
+    """A TOML file or the name of a shipped configuration."""
+
+    gpus: int | None = None
+    """GPUs of the run; without it the product of the degrees in [parallel], -1 taken as 1."""
+
 
 @dataclass
 class Check:
@@ -95,6 +112,7 @@ class ConfigCommand:
 
 Command = (
     Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Check, subcommand("check")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[ConfigCommand, subcommand("config")]
@@ -112,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=rest,
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
         )
-        if overrides and not isinstance(getattr(command, "action", command), Train | Check | ConfigShow):
+        if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         return _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
     except UserError as error:
@@ -130,12 +148,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: object, overrides: list[Override]) -> int:
     # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
     match command:
+        case Train(config=name, dry_run=True, gpus=gpus):
+            from swamla_titan.tools.dry_run import dry_run
+
+            dry_run(load_config(find_config(name), overrides), gpus)
+        case Train(gpus=int()):
+            raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")
         case Train(config=name):
             config = load_config(find_config(name), overrides)
             from swamla_titan.train import log_to_console, train
 
             log_to_console()
             return train(config)
+        case Plan(config=name, gpus=gpus):
+            from swamla_titan.tools.dry_run import print_plan
+
+            print_plan(load_config(find_config(name), overrides), gpus)
         case Check(config=name):
             from swamla_titan.tools.check import check
 

@@ -111,6 +111,21 @@ def test_pythonpath_is_kept(repository: Repository) -> None:
     assert f"pythonpath={repository.root}:/elsewhere" in repository.train(PYTHONPATH="/elsewhere")
 
 
+@pytest.mark.parametrize(
+    "variables, gpus",
+    [({"NGPU": "1"}, 1), ({"NGPU": "8", "NNODES": "4"}, 32), ({"NGPU": "8", "NNODES": "2:4"}, 32), ({"NPROC": "3"}, 3)],
+)
+def test_a_dry_run_is_one_process_that_is_told_of_how_many(
+    repository: Repository, variables: dict[str, str], gpus: int
+) -> None:
+    recorded = repository.train("--job.seed", "5", "--dry-run", **variables)
+    config = f"{repository.root}/train_configs/debug.toml"
+    expected = ["train", "--gpus", str(gpus), config, "--job.seed", "5", "--dry-run"]
+    assert recorded[: 2 + len(expected)] == ["-m", "swamla_titan", *expected]
+    assert f"pythonpath={repository.root}" in recorded
+    assert not Path(f"{repository.record}.preflight").exists()
+
+
 @pytest.mark.parametrize("code", [1, 2, 75])
 def test_exit_code_of_a_process_alone_arrives(repository: Repository, code: int) -> None:
     ran = repository.run("run_train.sh", PYTHON=str(repository.stub), STUB_EXIT=str(code))

@@ -78,16 +78,10 @@ def set_cache_folder(config: Compile) -> Path | None:
     Raises UserError for a named folder that cannot be written, or of whose name torch would make several; the default
     is then passed over with a warning.
     """
-    named = os.environ.get(_INDUCTOR_FOLDER)
-    folder = Path(config.cache_folder or named or DEFAULT_FOLDER).expanduser().absolute()
-    problem = _problem_of(folder)
-    if problem and config.cache_folder:
-        raise UserError(
-            f'compile.cache_folder = "{config.cache_folder}" cannot {problem}; give another folder, '
-            'or leave it "" for the default'
-        )
-    if problem and named:
-        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot {problem}; set another folder, or unset it")
+    folder = _cache_folder(config)
+    problem = _misnamed(folder) or _unwritable(folder)
+    if problem:
+        _refuse_if_named(config, problem)
     if problem:
         logger.warning("%s cannot %s: compiled code is kept in the temporary folder", folder, problem)
         return None
@@ -96,11 +90,45 @@ def set_cache_folder(config: Compile) -> Path | None:
     return folder
 
 
-def _problem_of(folder: Path) -> str | None:
-    """What the folder cannot do, or None; makes the folder."""
+def refuse_cache_folder(config: Compile) -> None:
+    """Raise UserError where `set_cache_folder` would, as far as that can be seen without making the folder."""
+    folder = _cache_folder(config)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    problem = _misnamed(folder)
+    if not existing.is_dir():
+        problem = f"be written ({existing} is a file)"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = f"be written ({existing} must not be)"
+    if config.enabled and problem:
+        _refuse_if_named(config, problem)
+
+
+def _cache_folder(config: Compile) -> Path:
+    return Path(config.cache_folder or os.environ.get(_INDUCTOR_FOLDER) or DEFAULT_FOLDER).expanduser().absolute()
+
+
+def _refuse_if_named(config: Compile, problem: str) -> None:
+    """Raise UserError for a folder that somebody asked for; the default is no reason to refuse."""
+    named = os.environ.get(_INDUCTOR_FOLDER)
+    if config.cache_folder:
+        raise UserError(
+            f'compile.cache_folder = "{config.cache_folder}" cannot {problem}; give another folder, '
+            'or leave it "" for the default'
+        )
+    if named:
+        raise UserError(f"{_INDUCTOR_FOLDER} = {named} cannot {problem}; set another folder, or unset it")
+
+
+def _misnamed(folder: Path) -> str | None:
+    """What a folder of this name cannot, or None."""
     if any(character.isspace() or character in "'\"\\" for character in str(folder)):
         # torch (2.11 to 2.13) takes the commands that it gives to the C++ compiler apart as a shell would.
         return "be named to the C++ compiler, for its spaces, quotes or backslashes"
+    return None
+
+
+def _unwritable(folder: Path) -> str | None:
+    """What cannot be done with the folder, or None; makes it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # permission bits say little, of a full or a read-only disk nothing

@@ -87,7 +87,7 @@ class Pipeline:
         if batches[0].document_ids is not None:
             options["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
         losses: list[Tensor] = []
-        self._schedule(count, rows).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
+        self.schedule(count, rows).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
         if self._tied is not None:
             self._tied.reduce()
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)
@@ -127,8 +127,8 @@ class Pipeline:
         dist.all_reduce(loss, group=self._group)
         return loss
 
-    def _schedule(self, count: int, rows: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """The schedule of `count` micro-batches of `rows` rows. Each has buffers of its own to receive into."""
+    def schedule(self, count: int, rows: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        """Torch's schedule of `count` micro-batches of `rows` rows. Each has buffers of its own to receive into."""
         if (count, rows) not in self._schedules:
             kind = get_schedule_class(self._parallel.pipeline_schedule)
             stages = [self._torch_stage(stage, rows) for stage in self.stages]

@@ -1,5 +1,6 @@
 """The folder that receives everything a run writes."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -7,6 +8,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from swamla_titan.errors import UserError
 
@@ -30,11 +32,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"job.dump_folder = {folder}: another run writes there ({lock.read().strip()}); "
-                "wait for its end or stop it, or choose another folder"
-            ) from None
+            raise _busy(folder, lock) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
@@ -44,6 +42,34 @@ def exclusive(folder: Path) -> Iterator[None]:
             if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
+
+
+def refuse_folder(folder: Path) -> None:
+    """Raise UserError where `exclusive` or `prepare_folder` would, as far as that can be seen without writing."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir():
+        raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    for name, is_folder in {"checkpoints": True, "logs": True, "metrics.jsonl": False, "config.toml": False}.items():
+        path = folder / name
+        if path.exists() and path.is_dir() != is_folder:
+            kind = FileExistsError if is_folder else IsADirectoryError
+            raise _unusable(folder, kind(0, "Is a directory", str(path)))
+    if (folder / LOCK).exists():
+        with (folder / LOCK).open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _busy(folder, lock) from None
+
+
+def _busy(folder: Path, lock: TextIO) -> UserError:
+    lock.seek(0)
+    return UserError(
+        f"job.dump_folder = {folder}: another run writes there ({lock.read().strip()}); "
+        "wait for its end or stop it, or choose another folder"
+    )
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -1,0 +1,96 @@
+"""A pipeline schedule played through in time: how long ranks wait, and how much each has in flight.
+
+An action begins when its rank is free and what it
+needs is there; sending takes no time and nothing is recomputed, so the share of waiting is a lower bound. With equal
+stages it is (P - 1) / (m + P - 1) for 1F1B (P ranks, m micro-batches; Narayanan et al., arXiv:2104.04473, section 2.2).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swamla_titan.parallel.stages import ONE_STAGE_A_RANK
+
+# Torch's names of what is computed, with the share of a stage's operations: a backward pass multiplies twice for each
+# time that the forward pass does, for the gradients of inputs and for those of weights.
+_SHARE = {"FORWARD": 1 / 3, "FULL_BACKWARD": 2 / 3, "BACKWARD_INPUT": 1 / 3, "BACKWARD_WEIGHT": 1 / 3}
+
+Order = Mapping[int, Sequence[tuple[int, str, int]]]
+"""Rank -> what it does, in order: (stage, kind of action, micro-batch)."""
+
+
+def order_of(name: str, ranks: int, micro_batches: int, schedule: Any) -> Order:
+    """What the ranks of a pipeline do. `name` as in parallel.pipeline_schedule, `schedule` torch's object of it.
+
+    Those of several stages a rank run a list of theirs, which is taken; those of one have loops, written down here.
+    (Torch's own `pipeline_order` of 1F1B, which is for pictures alone, numbers the last stage's micro-batches from 1.)
+    """
+    if name in ONE_STAGE_A_RANK:
+        # Micro-batches that a rank is ahead by, forward, when it turns to its first backward pass.
+        ahead = [micro_batches if name == "GPipe" else min(ranks - rank, micro_batches) for rank in range(ranks)]
+        return {rank: _one_stage(rank, ahead[rank], micro_batches) for rank in range(ranks)}
+    return {
+        rank: [
+            (action.stage_index, action.computation_type.name, action.microbatch_index)
+            for action in actions
+            if action is not None and action.computation_type.name in _SHARE
+        ]
+        for rank, actions in schedule.pipeline_order.items()
+    }
+
+
+def _one_stage(stage: int, ahead: int, micro_batches: int) -> list[tuple[int, str, int]]:
+    actions = [(stage, "FORWARD", batch) for batch in range(ahead)]
+    for batch in range(micro_batches):
+        actions.append((stage, "FULL_BACKWARD", batch))
+        if batch + ahead < micro_batches:
+            actions.append((stage, "FORWARD", batch + ahead))
+    return actions
+
+
+def bubble_share(order: Order, costs: Sequence[float]) -> float:
+    """Share of their time that the ranks wait, all together; `costs[stage]` in any unit, forward and backward."""
+    forward: dict[tuple[int, int], float] = {}  # when it ended, by (stage, micro-batch)
+    to_inputs: dict[tuple[int, int], float] = {}  # likewise, the gradients that the stage before waits for
+
+    def ready(stage: int, kind: str, batch: int) -> float | None:
+        """When what an action needs is there; None: not yet known."""
+        if kind == "FORWARD":
+            return 0.0 if stage == 0 else forward.get((stage - 1, batch))
+        if kind == "BACKWARD_WEIGHT":
+            return to_inputs.get((stage, batch))
+        return forward.get((stage, batch)) if stage == len(costs) - 1 else to_inputs.get((stage + 1, batch))
+
+    clock, position, busy = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0), 0.0
+    while any(position[rank] < len(order[rank]) for rank in order):
+        before = dict(position)
+        for rank, actions in order.items():
+            while position[rank] < len(actions):
+                stage, kind, batch = actions[position[rank]]
+                start = ready(stage, kind, batch)
+                if start is None:
+                    break
+                clock[rank] = max(clock[rank], start) + _SHARE[kind] * costs[stage]
+                busy += _SHARE[kind] * costs[stage]
+                position[rank] += 1
+                if kind == "FORWARD":
+                    forward[stage, batch] = clock[rank]
+                elif kind != "BACKWARD_WEIGHT":
+                    to_inputs[stage, batch] = clock[rank]
+        assert position != before, "the ranks of a schedule wait for each other"
+    return 1 - busy / (max(clock.values()) * len(order))
+
+
+def most_in_flight(actions: Sequence[tuple[int, str, int]], sizes: Mapping[int, int]) -> int:
+    """The most that a rank keeps at a time for backward passes: `sizes[stage]` for each micro-batch in it.
+
+    `actions` are the rank's. Between the two halves of a split backward pass all is counted as kept.
+    """
+    kept = most = 0
+    for stage, kind, _ in actions:
+        if kind == "FORWARD":
+            kept += sizes[stage]
+            most = max(most, kept)
+        elif kind != "BACKWARD_INPUT":
+            kept -= sizes[stage]
+    assert kept == 0, "every forward pass has a backward pass"
+    return most

@@ -1,0 +1,98 @@
+"""What the blocks keep between a forward and a backward pass: an estimate from their shapes.
+
+A compiled block keeps, for each token (inputs of products and of attention, and what a product gave where arithmetic
+on it is repeated; widths of H heads and G key/value heads, F hidden units of the feed-forward network):
+
+| block | kept                                                                                                     |
+|-------|----------------------------------------------------------------------------------------------------------|
+| both  | 4 dim: the residual stream twice, both norms' results; 3 F: gates, ups, their product                    |
+| SWA   | H D + G D: rotated queries, keys; (H + 2 G) D: the projection, which the values lie in; H D: the result  |
+| MLA   | the latent and rotary key, the normed latent (and with a query rank the query's, twice); 2 H (nope +     |
+|       | rope): queries, keys; H (nope + v): the latent's expansion, which the values lie in; H v: the result     |
+
+Left out are masks and what is one number a head and token. Eager blocks keep more: each float32 intermediate of norms
+and rotations.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from swamla_titan.config import Config
+from swamla_titan.model import ModelConfig
+from swamla_titan.parallel.degrees import Degrees
+
+# Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
+EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
+
+
+def kept_numbers(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
+    """Numbers that a compiled block of `kind`, swa or mla, keeps on a rank for each token of a row.
+
+    The ranks of `context` share the tokens, but each has the keys and values of MLA for whole rows. The ranks of
+    `tensor` share heads and hidden units, and the residual stream's tokens; the norms' results they have gathered.
+    """
+    heads, dim = model.num_heads, model.dim
+    own_tokens = 2 * dim / tensor + 2 * dim + 3 * model.ffn_width / tensor
+    whole_rows = 0.0
+    if kind == "swa":
+        own_tokens += (3 * heads + 3 * model.kv_heads) * model.head_dim / tensor
+    else:
+        qk = model.qk_nope_head_dim + model.qk_rope_head_dim
+        own_tokens += model.kv_lora_rank + model.qk_rope_head_dim + 2 * model.q_lora_rank
+        own_tokens += heads * (qk + model.v_head_dim) / tensor
+        whole_rows += model.kv_lora_rank + heads * (qk + model.qk_nope_head_dim + model.v_head_dim) / tensor
+    return own_tokens / context + whole_rows
+
+
+def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
+    """The same for a block that is checkpointed by operators (parallel/activation_checkpoint.py).
+
+    It keeps its input and the results of attention, of the projection before it (queries, in SWA also keys and values;
+    the latent) and of the one after it.
+    """
+    heads, dim = model.num_heads, model.dim
+    if kind == "swa":
+        products = (2 * heads + 2 * model.kv_heads) * model.head_dim / tensor
+    else:
+        qk = model.qk_nope_head_dim + model.qk_rope_head_dim
+        products = model.kv_lora_rank + model.qk_rope_head_dim + model.q_lora_rank
+        products += heads * (qk + model.v_head_dim) / tensor
+    return (2 * dim / tensor + products) / context
+
+
+def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
+    """Bytes that these layers keep on a rank for one row, by activation_checkpoint.mode.
+
+    Blocks that are recomputed need, besides, what one block keeps without checkpointing, while its backward pass runs:
+    see `recomputed_bytes`.
+    """
+    return round(sum(_of_layer(config, degrees, layer) for layer in layers))
+
+
+def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
+    """Bytes for one row that the backward pass of the largest recomputed block makes again; 0 where none is."""
+    unchecked = dataclasses.replace(
+        config, activation_checkpoint=dataclasses.replace(config.activation_checkpoint, mode="none", memory_budget=1.0)
+    )
+    more = (_of_layer(unchecked, degrees, layer) - _of_layer(config, degrees, layer) for layer in layers)
+    return round(max(more, default=0))
+
+
+def _of_layer(config: Config, degrees: Degrees, layer: int) -> float:
+    model, settings = config.model, config.activation_checkpoint
+    kind = model.block_kinds[layer]
+    everything = kept_numbers(model, kind, degrees.context, degrees.tensor)
+    if not config.compile.enabled:
+        everything *= EAGER_FACTOR[config.training.compute_dtype]
+    its_input = model.dim / (degrees.tensor * degrees.context)
+    if settings.mode == "full" or (
+        settings.mode == "selective" and settings.selective == "blocks" and (layer + 1) % settings.every_n_blocks == 0
+    ):
+        numbers = its_input
+    elif settings.mode == "selective" and settings.selective == "operators":
+        numbers = kept_products(model, kind, degrees.context, degrees.tensor)
+    else:
+        numbers = its_input + settings.memory_budget * (everything - its_input)
+    return numbers * config.training.seq_len * getattr(torch, config.training.compute_dtype).itemsize

@@ -1,0 +1,83 @@
+"""`plan` and `train --dry-run` as commands: what would be trained, and whether it can begin."""
+
+import dataclasses
+from pathlib import Path
+
+from swamla_titan.config import Config, with_vocabulary
+from swamla_titan.data import BatchLoader, load_tokenizer, pinned
+from swamla_titan.errors import UserError
+from swamla_titan.parallel.compile import refuse_cache_folder
+from swamla_titan.parallel.degrees import fit_degrees
+from swamla_titan.parallel.world import World, launched_rank, launched_size
+from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
+from swamla_titan.tools.plan_report import report
+from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.dump_folder import refuse_folder
+from swamla_titan.train.identity import run_identity
+from swamla_titan.train.metrics import require_wandb
+from swamla_titan.train.trainer import open_data, record_of
+from swamla_titan.train.validation import Validator
+
+
+def print_plan(config: Config, gpus: int | None) -> None:
+    """Print the plan on `gpus` ranks, None: as many as the degrees of the configuration multiply to.
+
+    Raises UserError if the degrees do not fit, or the tokenizer, whose vocabulary the model needs, cannot be had.
+    """
+    ranks = _positive(gpus) or ranks_asked_for(config.parallel)
+    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    lines = list(report(plan(config, ranks)))
+    if gpus is None:
+        print("(no --gpus: the product of the degrees in [parallel], -1 taken as 1)")
+    print("\n".join(lines))
+
+
+def dry_run(config: Config, gpus: int | None) -> None:
+    """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
+
+    In the order of the trainer, and nothing is written: configuration, degrees, data and tokenizer, dump folder,
+    checkpoint, cache folder. GPUs of the run may be elsewhere, so what only they can tell is not asked. Under a
+    launcher the first process prints.
+    """
+    ranks = _positive(gpus) or launched_size()
+    fit_degrees(config.parallel, ranks)  # at once; to open data takes long
+    config = dataclasses.replace(config, data=pinned(config.data))
+    config, corpus, held_out = open_data(config)
+    found = plan(config, ranks)
+    rows = batch_of(config, found.degrees).rows
+    if held_out:
+        Validator(held_out, World.alone(), rows)
+    folder = Path(config.job.dump_folder)
+    refuse_folder(folder)
+    newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
+    record = record_of(newest, run_identity(config, corpus))
+    BatchLoader(
+        corpus,
+        seq_len=config.training.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        world_size=found.degrees.data,
+        num_workers=0,
+        cursors=record.cursors if newest else None,
+        start_step=record.step,
+    ).close()
+    if config.metrics.wandb:
+        require_wandb()
+    refuse_cache_folder(config.compile)
+    if launched_rank() > 0:
+        return
+    if newest is None:
+        begin = "begins at step 1"
+    elif record.step < config.training.steps:
+        begin = f"goes on from {newest}"
+    else:
+        begin = f"has taken all {config.training.steps} steps, see {newest}"
+    print("\n".join(report(found)))
+    print(
+        f"\ndata: {corpus.source.describe()}\nrun: {folder} {begin}\ndry run: nothing is refused, nothing was written"
+    )
+
+
+def _positive(gpus: int | None) -> int | None:
+    if gpus is not None and gpus < 1:
+        raise UserError(f"--gpus {gpus}: expected a number from 1")
+    return gpus

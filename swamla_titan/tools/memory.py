@@ -1,0 +1,139 @@
+"""What one rank holds in the memory of its GPU, counted on the parts of the model as they were laid out for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from swamla_titan.config import Config
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.world import World
+
+_FLOAT32 = 4
+
+# Optimizer -> bytes of its state for a parameter of so many elements: AdamW has two moments, and counts its steps.
+STATE_BYTES = {"adamw": lambda elements: 2 * _FLOAT32 * elements + _FLOAT32}
+
+# Bytes a logit at the peak of a loss that is not compiled, gradient included: float32 in several forms, measured.
+EAGER_LOSS_BYTES = 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `parameters` and `optimizer` are exact; see `memory_of` for the rest."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    weights_in_use: int
+    logits: int
+    activations: int
+    offloaded: int  # of the first three, what parallel.cpu_offload keeps on the host
+
+    @property
+    def total(self) -> int:
+        """Of all that is counted, on the GPU."""
+        parts = self.parameters, self.optimizer, self.gradients, self.weights_in_use, self.logits, self.activations
+        return sum(parts) - self.offloaded
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """What a rank keeps between forward and backward passes when that is most."""
+
+    activations: int  # bytes
+    logits: int  # micro-batches whose logits are kept
+
+
+def memory_of(
+    parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, micro_batches: int, in_flight: InFlight
+) -> Memory:
+    """The memory of the rank whose place `world` is and whose laid-out model are `parts`.
+
+    `micro_batches` of `rows` sequences a step.
+
+    gradients: float32, like the parameters; until the last micro-batch of several reduces them, unsharded.
+    weights_in_use: copies in the compute dtype that passes multiply with, beside the parameters.
+    logits: of the micro-batches between forward and backward, and one gradient of them.
+    activations: those of the blocks. Not counted are buffers of communication, float8 copies, workspaces and
+    fragmentation.
+    """
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    held = [local(parameter).numel() for parameter in parameters]
+    state = sum(STATE_BYTES[config.optimizer.name](elements) for elements in held)
+    waiting = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
+    gradients = sum(gathered_elements(p) for p in parameters) if waiting else sum(held)
+    offloaded = _FLOAT32 * sum(held) * (1 if waiting else 2) + state
+    return Memory(
+        parameters=_FLOAT32 * sum(held),
+        optimizer=state,
+        gradients=_FLOAT32 * gradients,
+        weights_in_use=sum(weights_in_use(part, config, world) for part in parts),
+        logits=_logits(parts, config, world, rows, in_flight.logits),
+        activations=in_flight.activations,
+        offloaded=offloaded if config.parallel.cpu_offload else 0,
+    )
+
+
+def gathered_elements(parameter: Tensor) -> int:
+    """Elements of what a product is given: FSDP's shards put together, tensor parallelism's not."""
+    elements = parameter.numel()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        for name, size, placement in zip(names, parameter.device_mesh.shape, parameter.placements):
+            if name == "tensor" and placement.is_shard():
+                elements //= size
+    return elements
+
+
+def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
+    """Most bytes of a part's weights that exist at a time as copies of the parameters.
+
+    Under FSDP and HSDP that frees weights: each unit of communication (parallel/data_parallel.py) while it computes,
+    beside the one that is fetched meanwhile, and a tied embedding all the time. Else, and under DDP, all.
+
+    Without data parallelism a product casts its weight, and keeps that for its backward pass, unless the block is
+    recomputed; in float32 there is nothing to cast.
+    """
+    width = getattr(torch, config.training.compute_dtype).itemsize
+    embedding, head = (_elements(getattr(part, name, None)) for name in ("embedding", "head"))
+    norm = _elements(getattr(part, "norm", None))
+    blocks = [_elements(block) for block in part.blocks.values()]
+    if world.weights is None or world.weights["replicate"].size() * world.weights["shard"].size() == 1:
+        if width == _FLOAT32:
+            return 0
+        kept = max(blocks) if config.activation_checkpoint.mode == "full" else sum(blocks)
+        return width * (kept + head)
+    always = 0
+    if part.config.tie_embeddings and embedding and head:
+        units, always = blocks, embedding + norm
+    else:
+        units = [embedding, *blocks, head + norm]
+    parallel = config.parallel
+    frees = parallel.data_parallel != "ddp" and (
+        parallel.reshard_after_forward == "always"
+        or (parallel.reshard_after_forward == "auto" and parallel.pipeline == 1)
+    )
+    most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
+    return width * (always + most)
+
+
+def _elements(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(gathered_elements(parameter) for parameter in module.parameters())
+
+
+def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, in_flight: int) -> int:
+    if not any(hasattr(part, "head") for part in parts):
+        return 0
+    tokens = rows * config.training.seq_len // world.degrees.context
+    logits = tokens * config.model.padded_vocab_size // world.degrees.tensor
+    dtype = config.training.compute_dtype
+    width = getattr(torch, dtype).itemsize
+    if config.compile.enabled:
+        return logits * width * (in_flight + 1)
+    # What waits keeps its float32 form and a mask beside it; the last one is at its peak.
+    return logits * ((width + _FLOAT32 + 1) * (in_flight - 1) + EAGER_LOSS_BYTES)

@@ -1,0 +1,187 @@
+"""`plan`: what a configuration means on so many ranks, found out on any machine, without processes or GPUs.
+
+Nothing is imitated: the run's own code lays out the model for some of the ranks, on the meta device and in a process
+group that only pretends, and what it gives is counted. The ranks are the first and the last of each pipeline place:
+cut unevenly, the first one holds the most and the last the least.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Parallel
+from swamla_titan.data import micro_batch_count
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.balance import stage_costs
+from swamla_titan.parallel.degrees import Degrees, fit_degrees
+from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.parallel_model import build_parts
+from swamla_titan.parallel.pipeline import Pipeline
+from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.stages import runnable_count, stage_count, stage_numbers
+from swamla_titan.parallel.timeline import Order, bubble_share, most_in_flight, order_of
+from swamla_titan.parallel.world import World
+from swamla_titan.tools.activations import block_bytes, recomputed_bytes
+from swamla_titan.tools.memory import InFlight, Memory, memory_of
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """A dimension of the mesh, and the ranks of rank 0's group along it."""
+
+    dimension: str
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's work. `fewest` and `most` micro-batches of `rows` sequences, on each rank alike; steps may differ."""
+
+    rows: int
+    fewest: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one rank has: the part of each parameter by name, and bytes."""
+
+    rank: int
+    shapes: dict[str, tuple[Shape, Shape]]  # whole, and on this rank
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `plan` finds out. `config` has the tokenizer's vocabulary."""
+
+    config: Config
+    degrees: Degrees
+    mesh: list[Neighbours]
+    batch: Batch
+    bubble: float | None  # share of the ranks' time; None without a pipeline
+    holdings: list[Holding]  # of the first and last rank of each pipeline place
+
+    @property
+    def worst(self) -> Holding:
+        """The rank that needs the most memory."""
+        return max(self.holdings, key=lambda holding: holding.memory.total)
+
+
+def ranks_asked_for(parallel: Parallel) -> int:
+    """The product of the degrees given, -1 (the rest) taken as 1."""
+    ddp = parallel.data_parallel == "ddp"  # whose dp_shard may only be 1 or -1
+    degrees = (parallel.pipeline, parallel.context, parallel.tensor, parallel.dp_replicate, parallel.dp_shard)
+    size = 1
+    for degree in degrees[:4] if ddp else degrees:
+        size *= max(degree, 1)
+    return size
+
+
+def plan(config: Config, ranks: int) -> Plan:
+    """The plan of a configuration, whose vocabulary is known, on `ranks` ranks.
+
+    This process must be in no process group. Raises UserError where the run itself would for the layout; what this
+    machine lacks, GPUs above all, is no reason.
+    """
+    degrees = fit_degrees(config.parallel, ranks)
+    batch = batch_of(config, degrees)
+    # None of these changes a shape, and each asks for a compiler or a GPU.
+    laid_out = dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, cpu_offload=False, async_tensor=False),
+        compile=dataclasses.replace(config.compile, enabled=False),
+    )
+    mesh: list[Neighbours] = []
+    order: Order = {}
+    holdings = []
+    place_size = degrees.size // degrees.pipeline  # places of a pipeline are whole stretches of ranks
+    for place in range(degrees.pipeline):
+        for rank in sorted({place * place_size, (place + 1) * place_size - 1}):
+            with pretended_world(degrees, config.parallel.data_parallel, rank) as world:
+                parts = build_parts(laid_out, world)
+                if rank == 0:
+                    mesh = list(_neighbours(world))
+                    order = _pipeline_order(laid_out, world, parts, batch)
+                in_flight = _in_flight(config, degrees, place, batch, order)
+                memory = memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
+                holdings.append(Holding(rank, _shapes(parts), memory))
+    bubble = None
+    if degrees.pipeline > 1:
+        costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
+        bubble = bubble_share(order, [cost.operations for cost in costs])
+    return Plan(config, degrees, mesh, batch, bubble, holdings)
+
+
+def batch_of(config: Config, degrees: Degrees) -> Batch:
+    """How the trainer cuts a step's batch."""
+    training, streams = config.training, config.data.streams
+    rows = min(training.local_batch_size, -(-training.global_batch_size // degrees.data))
+    # Which stream a step begins with comes round again after at most as many steps as there are streams.
+    counts = {
+        micro_batch_count(step, training.global_batch_size, streams, degrees.data, rows)
+        for step in range(min(training.steps, streams))
+    }
+    return Batch(rows, min(counts), max(counts))
+
+
+def run_count(parallel: Parallel, batch: Batch) -> int:
+    """Micro-batches that are run, those included that a pipeline adds."""
+    return runnable_count(parallel, batch.most) if parallel.pipeline > 1 else batch.most
+
+
+def folded(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+
+
+def _neighbours(world: World) -> Iterator[Neighbours]:
+    """Of rank 0, in the dimensions where it has any."""
+    for mesh, dimensions in (
+        (world.activations, ("pipeline", "data", "context", "tensor")),
+        (world.weights, ("replicate", "shard")),
+    ):
+        for dimension in dimensions if mesh is not None else ():
+            assert mesh is not None
+            ranks = mesh[dimension].mesh.tolist()
+            if len(ranks) > 1:
+                yield Neighbours(dimension, ranks)
+
+
+def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batch: Batch) -> Order:
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return {}
+    stages = [part for part in parts if isinstance(part, ModelStage)]
+    count = run_count(parallel, batch)
+    schedule = Pipeline(config, world, stages).schedule(count, batch.rows)
+    return order_of(parallel.pipeline_schedule, parallel.pipeline, count, schedule)
+
+
+def _in_flight(config: Config, degrees: Degrees, place: int, batch: Batch, order: Order) -> InFlight:
+    """Of a rank at a place of the pipeline."""
+    if degrees.pipeline == 1:
+        layers = range(config.model.num_layers)
+        row = block_bytes(config, degrees, layers) + recomputed_bytes(config, degrees, layers)
+        return InFlight(batch.rows * row, logits=1)
+    stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
+    mine: Mapping[int, range] = {number: stages[number].layers for number in stage_numbers(config.parallel, place)}
+    kept = {number: block_bytes(config, degrees, layers) for number, layers in mine.items()}
+    again = max(recomputed_bytes(config, degrees, layers) for layers in mine.values())
+    last = {number: int(number == len(stages) - 1) for number in mine}
+    return InFlight(
+        batch.rows * (most_in_flight(order[place], kept) + again), logits=most_in_flight(order[place], last)
+    )
+
+
+def _shapes(parts: list[SWAMLAModel]) -> dict[str, tuple[Shape, Shape]]:
+    return {
+        name: (tuple(parameter.shape), tuple(local(parameter).shape))
+        for part in parts
+        for name, parameter in part.named_parameters()
+    }

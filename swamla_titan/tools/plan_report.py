@@ -1,0 +1,143 @@
+"""A plan as text."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.parallel.balance import stage_table
+from swamla_titan.parallel.stages import stage_count, stages_per_rank
+from swamla_titan.tools.plan import Plan, Shape, folded, run_count
+
+_MEANING = {
+    "pipeline": "hold different layers",
+    "data": "read different sequences",
+    "context": "share each sequence",
+    "tensor": "share each matrix product",
+    "replicate": "hold copies of the weights",
+    "shard": "hold parts of one copy of the weights",
+}
+
+
+def report(plan: Plan) -> Iterator[str]:
+    """Lines: mesh, batch, pipeline, parameters, memory."""
+    total, without_embeddings = parameter_counts(plan.config.model)
+    ranks = "1 rank" if plan.degrees.size == 1 else f"{plan.degrees.size} ranks"
+    yield f"{ranks}: {plan.degrees}"
+    yield f"model: {total:,} parameters ({without_embeddings:,} without embeddings)"
+    yield from _mesh(plan)
+    yield from _batch(plan)
+    yield from _pipeline(plan)
+    yield from _parameters(plan)
+    yield from _memory(plan)
+
+
+def _mesh(plan: Plan) -> Iterator[str]:
+    if not plan.mesh:
+        return
+    yield "\nmesh: rank 0 and its neighbours"
+    for along in plan.mesh:
+        yield f"  {along.dimension:<9} {len(along.ranks):>5}  {listed(along.ranks)}: {_MEANING[along.dimension]}"
+
+
+def _batch(plan: Plan) -> Iterator[str]:
+    training, batch, data = plan.config.training, plan.batch, plan.degrees.data
+    tokens = training.global_batch_size * training.seq_len
+    yield "\nbatch"
+    yield f"  a step: {training.global_batch_size} sequences of {training.seq_len} = {tokens:,} tokens"
+    fewest, most = training.global_batch_size // data, -(-training.global_batch_size // data)
+    each = f"{most}" if fewest == most else f"{fewest} or {most}"
+    readers = "1 rank reads them" if data == 1 else f"{data} ranks read {each} of them each"
+    if plan.degrees.size > data:
+        readers += f", {plan.degrees.size // data} ranks together"
+    yield f"  {readers}"
+    count = f"{batch.most}" if batch.fewest == batch.most else f"{batch.fewest} or {batch.most}"
+    noun = "micro-batch" if batch.most == 1 else "micro-batches"
+    own = batch.rows * training.seq_len // plan.degrees.context
+    yield f"  {count} {noun} of {batch.rows} sequences a step; {own:,} tokens on a rank at a time"
+
+
+def _pipeline(plan: Plan) -> Iterator[str]:
+    if plan.bubble is None:
+        return
+    config, parallel, most = plan.config, plan.config.parallel, plan.batch.most
+    per_rank = stages_per_rank(parallel)
+    stages = "stage" if per_rank == 1 else "stages"
+    yield f"\npipeline: {parallel.pipeline_schedule}, {per_rank} {stages} a rank"
+    yield from (f"  {line}" for line in stage_table(config.model, config.training.seq_len, stage_count(parallel)))
+    run = run_count(parallel, plan.batch)
+    added = f" ({run - most} of them empty, which the schedule needs)" if run > most else ""
+    yield f"  bubble: ranks wait {plan.bubble:.1%} of a step of {run} micro-batches{added}, transfers not counted"
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    kinds: Counter[tuple[str, Shape, str]] = Counter()
+    counted = set()
+    by_rank = {holding.rank: holding.shapes for holding in plan.holdings}
+    place_size = plan.degrees.size // plan.degrees.pipeline
+    for place in range(plan.degrees.pipeline):
+        first, last = by_rank[place * place_size], by_rank[(place + 1) * place_size - 1]
+        for name, (whole, most) in first.items():
+            least = last[name][1]
+            on_rank = _times(most) if most == least else f"{_times(most)} to {_times(least)}"
+            assert name not in counted, "no two pipeline places hold a parameter of the same name"
+            counted.add(name)
+            kinds[folded(name), whole, on_rank] += 1
+    rows = [(name, str(count), _times(whole), on_rank) for (name, whole, on_rank), count in kinds.items()]
+    yield "\nparameters"
+    yield from _table([("name", "count", "whole", "on a rank"), *rows])
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    config, memory = plan.config, plan.worst.memory
+    dtype = config.training.compute_dtype
+    host = ", on the host" if config.parallel.cpu_offload else ""
+    gradients = "float32"
+    if plan.degrees.data * plan.degrees.context > 1 and config.parallel.data_parallel != "ddp":
+        waiting = run_count(config.parallel, plan.batch) > 1 and not config.parallel.reduce_every_micro_batch
+        gradients += ", unsharded until the last micro-batch" if waiting else f", sharded{host}"
+    rows = [
+        ("parameters", memory.parameters, f"float32{host}"),
+        ("optimizer", memory.optimizer, f"{config.optimizer.name}{host}"),
+        ("gradients", memory.gradients, gradients),
+        ("weights in use", memory.weights_in_use, f"copies in {dtype}, the most at a time"),
+        ("logits", memory.logits, "with their gradient"),
+        (
+            "activations",
+            memory.activations,
+            f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}",
+        ),
+        ("sum", memory.total, "on the GPU; buffers of communication, workspaces and fragmentation come on top"),
+    ]
+    yield "\nmemory of a GPU" + (
+        "" if plan.degrees.size == 1 else f", that of rank {plan.worst.rank}, which needs the most"
+    )
+    yield from (f"  {name:<15} {size(count):>11}  {note}" for name, count, note in rows if count)
+
+
+def listed(ranks: list[int]) -> str:
+    """`0-7`, `0, 8, 16 ... 56`; ranks along a mesh dimension are equally far apart."""
+    step = ranks[1] - ranks[0]
+    assert ranks == list(range(ranks[0], ranks[-1] + 1, step))
+    if step == 1 and len(ranks) > 2:
+        return f"{ranks[0]}-{ranks[-1]}"
+    if len(ranks) <= 4:
+        return ", ".join(map(str, ranks))
+    return ", ".join(map(str, ranks[:3])) + f" ... {ranks[-1]}"
+
+
+def size(count: int) -> str:
+    """Bytes as GiB, or smaller units for what would show as nothing."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit or name == "KiB":
+            return f"{count / unit:,.2f} {name}"
+    raise AssertionError
+
+
+def _times(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -1,0 +1,125 @@
+"""The estimate of activations against what torch keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import ActivationCheckpoint, Compile, Training
+from swamla_titan.model import MLABlock, ModelConfig, SWABlock
+from swamla_titan.model.context import SequenceContext
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.tools.activations import EAGER_FACTOR, block_bytes, kept_numbers, recomputed_bytes
+from tests.parallel.plan import Witness, small_model
+
+ROWS, LENGTH = 2, 96
+SHAPE = ModelConfig(
+    num_layers=3,
+    dim=128,
+    num_heads=4,
+    vocab_size=50,
+    max_seq_len=LENGTH,
+    swa_window=32,
+    kv_lora_rank=48,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=48,
+)
+SHAPES = {
+    "plain": SHAPE,
+    "grouped": dataclasses.replace(SHAPE, num_kv_heads=2),
+    "query rank": dataclasses.replace(SHAPE, q_lora_rank=64),
+}
+KINDS = {"swa": SWABlock, "mla": MLABlock}
+
+
+def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None) -> float:
+    """Numbers a token that a block keeps for its backward pass, without weights, masks and rotations."""
+    context = SequenceContext.build(shape, LENGTH, None, torch.device("cpu"), dtype)
+    block = KINDS[kind](shape)
+    # Weights have the dtype already, as under FSDP: a cast that is kept is counted among the weights in use.
+    block.to(dtype)
+    assert isinstance(context.swa_mask, torch.Tensor)
+    shared = (*context.swa_rotation, *context.mla_rotation, context.swa_mask, *block.parameters())
+    found = {tensor.untyped_storage().data_ptr(): 0 for tensor in shared}
+    if backend:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape[-2:]) != (LENGTH, LENGTH):  # a mask
+            storage = tensor.untyped_storage()
+            found.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    x = torch.randn(ROWS, LENGTH, shape.dim, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, context)
+    return sum(found.values()) / (ROWS * LENGTH * dtype.itemsize)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_compiled_block_keeps(shape, kind):
+    measured = kept(SHAPES[shape], kind, torch.bfloat16, "aot_eager_decomp_partition")
+    assert kept_numbers(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", EAGER_FACTOR)
+def test_what_an_eager_block_keeps(dtype, kind):
+    measured = kept(SHAPE, kind, getattr(torch, dtype), None)
+    assert kept_numbers(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
+
+
+MODES = {
+    "none": (ActivationCheckpoint(), 0.2),
+    "operators": (ActivationCheckpoint(mode="selective"), 0.1),
+    "blocks": (ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=3), 0.2),
+    "full": (ActivationCheckpoint(mode="full"), 0.02),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_checkpointed_blocks_keep(mode):
+    settings, tolerance = MODES[mode]
+
+    def held(layers: int) -> int:
+        model = small_model(torch.float32, num_layers=layers)
+        apply_activation_checkpointing(model, settings)
+        tokens = torch.randint(0, 50, (ROWS, 64))
+        with Witness() as witness:
+            loss = model(tokens, tokens)
+        assert loss.requires_grad
+        # Views of weights are made, too: their memory is the weights'.
+        return witness.held() - sum(weight.nbytes for weight in model.blocks.parameters())
+
+    config = Config(
+        model=small_model().config,
+        training=Training(seq_len=64, compute_dtype="float32"),
+        compile=Compile(enabled=False),
+        activation_checkpoint=settings,
+    )
+    cycle = ROWS * block_bytes(config, Degrees(), range(3))
+    assert cycle == pytest.approx(held(6) - held(3), rel=tolerance)
+    again = recomputed_bytes(config, Degrees(), range(3))
+    assert (again > 0) == (mode != "none")
+
+
+def test_a_memory_budget_lies_between_all_and_the_inputs():
+    def estimate(budget: float) -> int:
+        settings = ActivationCheckpoint(memory_budget=budget)
+        return block_bytes(Config(model=SHAPE, activation_checkpoint=settings), Degrees(), range(3))
+
+    inputs = 3 * 2048 * SHAPE.dim * 2
+    assert estimate(0.0) == inputs
+    assert estimate(0.5) == pytest.approx((inputs + estimate(1.0)) / 2)
+
+
+def test_ranks_share_what_they_share():
+    for kind in KINDS:
+        whole = kept_numbers(SHAPE, kind)
+        assert whole / 4 < kept_numbers(SHAPE, kind, tensor=4) < whole / 1.5
+        assert whole / 4 <= kept_numbers(SHAPE, kind, context=4) < whole
+    assert kept_numbers(SHAPE, "swa", context=4) == kept_numbers(SHAPE, "swa") / 4

@@ -1,0 +1,317 @@
+"""`plan`: what it says of a rank is what a rank of a real run holds."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from swamla_titan.cli import main
+from swamla_titan.config import Override, load_config, shipped_configs, with_vocabulary
+from swamla_titan.config.load import SECTIONS
+from swamla_titan.config.sections import Parallel
+from swamla_titan.data import MicroBatch
+from swamla_titan.kernels.cross_entropy import cross_entropy
+from swamla_titan.optim import build_optimizer
+from swamla_titan.parallel.data_parallel import reduce_after_this_backward
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.world import join_world, leave_world
+from swamla_titan.tools.memory import EAGER_LOSS_BYTES, STATE_BYTES
+from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
+from swamla_titan.tools.plan_report import listed, report, size
+from tests.distributed.ranks import on_ranks
+from tests.parallel.plan import Witness
+from tests.tools.test_configs import stated_processes
+
+VOCABULARY = 257
+
+
+def resolved(path: Path, *overrides: tuple[str, str, str], vocabulary: int = VOCABULARY) -> Any:
+    return with_vocabulary(load_config(path, [Override(*override) for override in overrides]), vocabulary)
+
+
+def parallel(**keys: object) -> list[tuple[str, str, str]]:
+    return [("parallel", key, str(value)) for key, value in keys.items()]
+
+
+# Without a network
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_shipped_configuration_on_the_gpus_that_it_names(name, capsys):
+    gpus = stated_processes(shipped_configs()[name])
+    assert main(["plan", name, "--gpus", str(gpus)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{gpus} rank")
+    for heading in ("\nmodel: ", "\nbatch\n", "\nparameters\n", "\nmemory of a GPU"):
+        assert heading in out
+    assert ("\npipeline: " in out) == (name == "pipeline")
+    assert not dist.is_initialized()
+
+
+FIVE_HUNDRED = {
+    "tp_fsdp_xl": (parallel(dp_shard=64, tensor=8), {"wqkv": (24, 4096), "wo": (64, 512)}),
+    "hsdp_4_nodes": (parallel(dp_replicate=16, dp_shard=32), {"wqkv": (240, 2560), "wo": (80, 2560)}),
+}
+
+
+@pytest.mark.parametrize("name", FIVE_HUNDRED)
+def test_512_gpus_take_seconds(name):
+    overrides, shapes = FIVE_HUNDRED[name]
+    config = resolved(shipped_configs()[name], *overrides, vocabulary=50257)
+    begin = time.monotonic()
+    found = plan(config, 512)
+    assert time.monotonic() - begin < 20
+    assert [holding.rank for holding in found.holdings] == [0, 511]
+    for holding in found.holdings:
+        for product, shape in shapes.items():
+            assert holding.shapes[f"blocks.0.attention.{product}.weight"][1] == shape
+    most, least = (holding.shapes["embedding.weight"][1][0] for holding in found.holdings)
+    shards = found.degrees.shard
+    rows = 50304 // found.degrees.tensor
+    assert most == math.ceil(rows / shards)
+    assert least == max(0, rows - (shards - 1) * most)
+    assert not dist.is_initialized()
+
+
+def test_the_mesh_names_the_neighbours_of_rank_0(tiny):
+    overrides = parallel(pipeline=2, context=2, tensor=2, dp_replicate=2, dp_shard=2, data_parallel="hsdp")
+    found = plan(resolved(tiny, *overrides), 32)
+    assert {along.dimension: along.ranks for along in found.mesh} == {
+        "pipeline": [0, 16],
+        "data": [0, 4, 8, 12],
+        "context": [0, 2],
+        "tensor": [0, 1],
+        "replicate": [0, 8],
+        "shard": [0, 2, 4, 6],
+    }
+
+
+def test_ranks_in_words():
+    assert listed([0, 1]) == "0, 1"
+    assert listed(list(range(8))) == "0-7"
+    assert listed([0, 8, 16, 24]) == "0, 8, 16, 24"
+    assert listed(list(range(0, 512, 8))) == "0, 8, 16 ... 504"
+
+
+def test_bytes_in_words():
+    assert [size(count) for count in (0, 512, 3 << 20, 1 << 31)] == ["0.00 KiB", "0.50 KiB", "3.00 MiB", "2.00 GiB"]
+
+
+@pytest.mark.parametrize(
+    "keys, ranks",
+    [
+        ({}, 1),
+        ({"dp_shard": 4, "tensor": 2}, 8),
+        ({"data_parallel": "ddp", "dp_replicate": 4, "context": 2}, 8),
+        ({"data_parallel": "ddp"}, 1),
+        ({"data_parallel": "hsdp", "dp_replicate": 2, "dp_shard": -1, "pipeline": 3}, 6),
+    ],
+)
+def test_without_gpus_the_degrees_say_how_many(keys, ranks):
+    assert ranks_asked_for(Parallel(**keys)) == ranks
+
+
+def test_the_output_says_where_the_number_comes_from(tiny, capsys):
+    assert main(["plan", str(tiny), "--parallel.tensor", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "no --gpus: the product of the degrees" in out
+    assert "2 ranks: tensor 2" in out
+    assert main(["plan", str(tiny), "--parallel.tensor", "2", "--gpus", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "no --gpus" not in out
+    assert "4 ranks: dp_shard 2 x tensor 2" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--gpus", "6", "--parallel.dp_shard", "4"), "the degrees dp_shard 4 = 4 do not fit 6 processes"),
+        (("--gpus", "0"), "--gpus 0: expected a number from 1"),
+        (("--parallel.pipeline", "9"), "more than the 3 layers of the model"),
+        (("--parallel.tensor", "3"), "3 ranks cannot share model.num_heads = 2"),
+        (("--data.tokenizer", "bite"), 'there is no tokenizer "bite"'),
+        (("--float8.recipe", "rowwise", "--model.dim", "60", "--model.ffn_hidden_dim", "72"), "convert none"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny, capsys, arguments, message):
+    if "rowwise" in arguments:  # every product of a model with one side that is no multiple of 16
+        arguments += ("--model.v_head_dim", "20", "--model.kv_lora_rank", "24", "--model.qk_nope_head_dim", "14")
+    assert main(["plan", str(tiny), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert not dist.is_initialized()
+
+
+def test_what_needs_gpus_is_planned_without_them(tiny):
+    asking = (
+        *parallel(cpu_offload="true", tensor=2, async_tensor="true"),
+        ("float8", "recipe", "rowwise"),
+        ("compile", "enabled", "true"),
+    )
+    found, plain = plan(resolved(tiny, *asking), 4), plan(resolved(tiny, *asking[1:]), 4)
+    assert [holding.shapes for holding in found.holdings] == [holding.shapes for holding in plain.holdings]
+    memory = found.worst.memory
+    # Accumulated gradients stay on the GPU until they are reduced; all that is sharded lies on the host.
+    assert found.batch.most > 1 or memory.gradients == memory.parameters
+    assert memory.offloaded >= memory.parameters + memory.optimizer
+    assert memory.total == plain.worst.memory.total - memory.offloaded
+    assert "on the host" in "\n".join(report(found))
+
+
+def test_every_optimizer_has_a_state():
+    name = next(field for field in dataclasses.fields(SECTIONS["optimizer"]) if field.name == "name")
+    assert set(STATE_BYTES) == set(name.metadata["choices"])
+
+
+# Against real ranks
+
+UNTIED = [("model", "tie_embeddings", "false")]
+PLANS = {
+    "alone": (1, []),
+    "fsdp-2": (2, []),
+    "fsdp-3-untied": (3, UNTIED),
+    "fsdp-4-never": (4, parallel(reshard_after_forward="never")),
+    "hsdp-2x2": (4, parallel(data_parallel="hsdp", dp_replicate=2)),
+    "ddp-2": (2, parallel(data_parallel="ddp")),
+    "tp-2": (2, parallel(tensor=2)),
+    "fsdp-2-tp-2": (4, parallel(tensor=2)),
+    "cp-2-fsdp-2-untied": (4, UNTIED + parallel(context=2)),
+    "pp-2": (2, parallel(pipeline=2)),
+    "fsdp-2-pp-2": (4, parallel(pipeline=2)),
+    "zbv-2-untied": (
+        2,
+        UNTIED + parallel(pipeline=2, pipeline_schedule="ZBVZeroBubble") + [("model", "num_layers", "4")],
+    ),
+}
+
+
+def fsdp_groups(part: torch.nn.Module) -> list[Any]:
+    """torch's own records of the units of communication."""
+    states = [module._get_fsdp_state() for module in part.modules() if isinstance(module, FSDPModule)]
+    groups = {id(state._fsdp_param_group): state._fsdp_param_group for state in states}
+    return [group for group in groups.values() if group is not None]
+
+
+def gathered_bytes(part: torch.nn.Module) -> int:
+    """Of the weights that are there whole, and of those on their way."""
+    total = 0
+    for group in fsdp_groups(part):
+        for parameter in group.fsdp_params:
+            total += sum(output.untyped_storage().nbytes() for output in parameter.all_gather_outputs)
+        if group._all_gather_result is not None:
+            total += group._all_gather_result.all_gather_output.nbytes
+    return total
+
+
+def accumulated_bytes(parts: list[Any]) -> int:
+    gradients = []
+    for part in parts:
+        gradients += [parameter.grad for parameter in part.parameters()]
+        for parameter in (parameter for group in fsdp_groups(part) for parameter in group.fsdp_params):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            gradients += [parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad]
+    # By address: a block's reduced gradients lie in one storage, and an unsharded one may be found twice.
+    found = {local(g).data_ptr(): local(g).nbytes for g in gradients if g is not None}
+    return sum(found.values())
+
+
+def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """What this rank of a real run holds, after a step; `gathered` and `accumulated` where there is no pipeline."""
+    config = resolved(path, *overrides)
+    world = join_world(config.parallel)
+    model = ParallelModel(config, world)
+    model.init_weights(0)
+    found: dict[str, Any] = {"rank": world.rank}
+    if model.pipeline is None:
+        seen = [0]
+        for block in model.parts[0].blocks.values():
+            # Within FSDP's own hooks, which are older.
+            block.attention.register_forward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
+            block.attention.register_full_backward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
+        tokens = torch.randint(0, VOCABULARY, (2, config.training.seq_len))
+        batch = MicroBatch(tokens, tokens, None, 2)
+        reduce_after_this_backward(model.parts[0], last=False, every_micro_batch=False)
+        model._loss(batch, 100.0).backward()
+        found["accumulated"] = accumulated_bytes(model.parts)
+        reduce_after_this_backward(model.parts[0], last=True, every_micro_batch=False)
+        model._loss(batch, 100.0).backward()
+        found["gathered"] = max(seen)
+        found["reduced"] = accumulated_bytes(model.parts)
+    optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
+    for part in model.parts:
+        for parameter in part.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    parameters = {name: parameter for part in model.parts for name, parameter in part.named_parameters()}
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    found["shapes"] = {name: (tuple(p.shape), tuple(local(p).shape)) for name, p in parameters.items()}
+    found["parameters"] = sum(local(parameter).nbytes for parameter in parameters.values())
+    found["optimizer"] = sum(local(value).nbytes for value in states)
+    leave_world()
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_real_run_holds_what_the_plan_says(tiny, name):
+    ranks, overrides = PLANS[name]
+    overrides = [*overrides, ("training", "local_batch_size", "1"), ("training", "global_batch_size", "12")]
+    found: Plan = plan(resolved(tiny, *overrides), ranks)
+    real = on_ranks(ranks, held_by_a_rank, tiny, overrides)
+    for holding in found.holdings:
+        there = real[holding.rank]
+        assert list(holding.shapes.items()) == list(there["shapes"].items())
+        assert (holding.memory.parameters, holding.memory.optimizer) == (there["parameters"], there["optimizer"])
+    # Nobody holds more than those that were planned.
+    for kind in ("parameters", "optimizer"):
+        assert max(getattr(holding.memory, kind) for holding in found.holdings) == max(there[kind] for there in real)
+    if "accumulated" in real[0]:
+        memory = found.holdings[0].memory
+        assert found.batch.most > 1
+        assert memory.gradients == real[0]["accumulated"]
+        assert real[0]["reduced"] == memory.parameters
+        # Shards are gathered in equal pieces: what does not divide is filled up.
+        padding = 1.0 if name != "fsdp-3-untied" else 1.03
+        assert memory.weights_in_use <= real[0]["gathered"] <= memory.weights_in_use * padding
+        once = [("training", "global_batch_size", str(found.degrees.data)), ("data", "streams", "12")]
+        assert plan(resolved(tiny, *overrides, *once), ranks).worst.memory.gradients == real[0]["reduced"]
+
+
+# Against measurements
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_an_eager_loss(dtype):
+    logits = torch.randn(256, 1024, dtype=getattr(torch, dtype), requires_grad=True)
+    targets = torch.randint(0, 1000, (256,))
+
+    class Peak(Witness):
+        most = 0
+
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_dispatch__(operator, types, args, kwargs)
+            self.most = max(self.most, self.held())
+            return out
+
+    with Peak() as peak:
+        cross_entropy(logits * 1, targets, 1000).backward()
+    assert peak.most / logits.numel() == pytest.approx(EAGER_LOSS_BYTES, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "flavor, rows, gib", [("small", 32, 46.3), ("base", 16, 58.7), ("medium", 16, 32.2), ("debug", 64, 29.0)]
+)
+def test_the_sum_is_near_what_an_h100_needed(flavor, rows, gib):
+    """LOG.md, 2026-11-22: the most memory that torch gave out, compiled, bfloat16, T = 2048, GPT-2's vocabulary."""
+    batch = [("training", key, str(rows)) for key in ("local_batch_size", "global_batch_size")]
+    model = [("model", "flavor", flavor), ("model", "max_seq_len", "2048")]
+    config = resolved(shipped_configs()["base"], *batch, *model, vocabulary=50257)
+    assert plan(config, 1).worst.memory.total / 2**30 == pytest.approx(gib, rel=0.05)
