@@ -96,7 +96,8 @@ class Parallel:
     pipeline: int = key(1, "Ranks that share the layers (pipeline parallel).", minimum=1)
     reshard_after_forward: str = key(
         "auto",
-        "Free a block's gathered weights after its forward pass; auto: always, except under pipelines.",
+        "Free a block's gathered weights after its forward pass, and gather them again; auto: if all would take more "
+        "than 4 GiB of a GPU, and never under pipelines.",
         choices=("auto", "always", "never"),
     )
     reduce_every_micro_batch: bool = key(

@@ -16,7 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
+
+_KEPT_BYTES = 4 * 2**30
 
 
 def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, compute_dtype: torch.dtype) -> None:
@@ -59,9 +62,8 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
         replicate(model, mesh=mesh, mp_policy=policy)
     else:
         offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
-        reshard = parallel.reshard_after_forward == "always" or (
-            parallel.reshard_after_forward == "auto" and parallel.pipeline == 1
-        )
+        width = compute_dtype.itemsize
+        reshard = frees_weights(parallel, width * sum(local(weight).numel() for weight in model.parameters()))
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
         if head is not None and not tied:
@@ -70,9 +72,22 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
             fully_shard(last, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
         fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in _units(model):
-        module.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:  # alone there is nothing to add up, and torch would divide by 1 in a pass of its own
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
     _prefetch(model)
+
+
+def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
+    """Whether FSDP2 frees a block's gathered weights after its forward pass, to gather them again for the backward.
+
+    `gathered_bytes` are those of all weights of this rank's part of the model, in the type they are gathered in. By
+    "auto" up to 4 GiB are kept, for a third less communication; pipelines, which would gather for every micro-batch,
+    keep them always.
+    """
+    if parallel.reshard_after_forward == "auto":
+        return parallel.pipeline == 1 and gathered_bytes > _KEPT_BYTES
+    return parallel.reshard_after_forward == "always"
 
 
 def _prefetch(model: SWAMLAModel) -> None:

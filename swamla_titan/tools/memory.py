@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.data_parallel import frees_weights
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
@@ -114,10 +115,7 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
     else:
         units = [embedding, *blocks, head + norm]
     parallel = config.parallel
-    frees = parallel.data_parallel != "ddp" and (
-        parallel.reshard_after_forward == "always"
-        or (parallel.reshard_after_forward == "auto" and parallel.pipeline == 1)
-    )
+    frees = parallel.data_parallel != "ddp" and frees_weights(parallel, width * (always + sum(units)))
     most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
     return width * (always + most)
 

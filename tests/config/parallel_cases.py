@@ -17,6 +17,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import data_parallel as data_parallel_module
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
+from swamla_titan.parallel.data_parallel import frees_weights
 from tests.config.runner import Runner
 
 UNITS = 4  # of FSDP2: three blocks, and what lies around them
@@ -85,10 +86,15 @@ def reshard_after_forward(run: Runner) -> None:
     gathers = {}
     for policy in ("auto", "always", "never"):
         seen = run.on_ranks(2, "--parallel.reshard_after_forward", policy, "--validation.interval", "0")
-        assert set(seen[0].gathered) == {policy == "never"}
+        assert set(seen[0].gathered) == {policy != "always"}
         gathers[policy] = seen[0].collectives["allgather"]
     micro_batches = 2
-    assert gathers["auto"] == gathers["always"] == gathers["never"] + micro_batches * (UNITS - 1)
+    assert gathers["always"] == gathers["never"] + micro_batches * (UNITS - 1)
+    assert gathers["auto"] == gathers["never"]  # of a model this small
+    assert not frees_weights(Parallel(), 2**32)
+    assert frees_weights(Parallel(), 2**32 + 1)
+    assert not frees_weights(Parallel(pipeline=2), 2**32 + 1)
+    assert not frees_weights(Parallel(reshard_after_forward="never"), 2**32 + 1)
     seen = run.on_ranks(4, "--parallel.pipeline", "2", "--training.local_batch_size", "1")
     assert all(rank.gathered and all(rank.gathered) for rank in seen)  # auto, under a pipeline
 

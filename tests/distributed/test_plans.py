@@ -54,7 +54,7 @@ PLANS = {
     "fsdp-3": (3, ()),
     "fsdp-4": (4, ()),
     "fsdp-2-every": (2, ("--parallel.reduce_every_micro_batch", "true", "--training.local_batch_size", "1")),
-    "fsdp-2-never": (2, ("--parallel.reshard_after_forward", "never", "--training.local_batch_size", "1")),
+    "fsdp-2-always": (2, ("--parallel.reshard_after_forward", "always", "--training.local_batch_size", "1")),
     "hsdp-2x2": (4, ("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2")),
     "hsdp-2x2-every": (
         4,

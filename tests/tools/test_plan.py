@@ -177,7 +177,8 @@ UNTIED = [("model", "tie_embeddings", "false")]
 PLANS = {
     "alone": (1, []),
     "fsdp-2": (2, []),
-    "fsdp-3-untied": (3, UNTIED),
+    "fsdp-2-always": (2, parallel(reshard_after_forward="always")),
+    "fsdp-3-untied": (3, UNTIED + parallel(reshard_after_forward="always")),
     "fsdp-4-never": (4, parallel(reshard_after_forward="never")),
     "hsdp-2x2": (4, parallel(data_parallel="hsdp", dp_replicate=2)),
     "ddp-2": (2, parallel(data_parallel="ddp")),
@@ -236,6 +237,7 @@ def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[st
             # Within FSDP's own hooks, which are older.
             block.attention.register_forward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
             block.attention.register_full_backward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
+        model.parts[0].head.register_forward_hook(lambda *_: seen.append(gathered_bytes(model.parts[0])))
         tokens = torch.randint(0, VOCABULARY, (2, config.training.seq_len))
         batch = MicroBatch(tokens, tokens, None, 2)
         reduce_after_this_backward(model.parts[0], last=False, every_micro_batch=False)
