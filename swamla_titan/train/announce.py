@@ -30,6 +30,12 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
+    micro_batches = -(-training.global_batch_size // (world.degrees.data * rows))
+    if config.parallel.pipeline > micro_batches:
+        logger.warning(
+            f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
+            f"stages wait for each other; lower training.local_batch_size, or raise training.global_batch_size"
+        )
     if resumed:
         logger.info(f"resumed from {resumed}")
     if step >= training.steps:

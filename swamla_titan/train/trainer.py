@@ -29,6 +29,7 @@ from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
 from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
@@ -86,10 +87,7 @@ class Trainer:
         if newest:
             self._load(newest, record.step)
         self.step, self.tokens = record.step, record.tokens
-        self.replaced_before, self.replaced = (
-            record.replaced_bytes,
-            0,
-        )  # by all ranks before this start; by this rank since
+        self.replaced_before, self.replaced = record.replaced_bytes, 0  # by all ranks until now; by this one from now
         self._saved_step = record.step
 
         self.loader = BatchLoader(
@@ -139,6 +137,8 @@ class Trainer:
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
             if save or validate or self.step == first_step or self.step % config.metrics.log_interval == 0:
                 self._log_step()
+            if self.step == first_step and config.compile.enabled:
+                logger.info(compilation())
             if self.validator and validate:
                 self._validate(self.validator)
             if save:
