@@ -29,6 +29,7 @@ from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
 from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
@@ -137,6 +138,8 @@ class Trainer:
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
             if save or validate or self.step == first_step or self.step % config.metrics.log_interval == 0:
                 self._log_step()
+            if config.compile.enabled and self.step == first_step:
+                logger.info("%s", compilation())
             if self.validator and validate:
                 self._validate(self.validator)
             if save:
