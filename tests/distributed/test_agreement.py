@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World, join_world
+from swamla_titan.train.checkpoint import load_tensors
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.ranks import on_ranks
 
@@ -129,3 +132,20 @@ def test_a_rank_that_dies_alone_does_not_wait_to_say_good_bye(tiny):
     assert other == ("MemoryError", True)
     assert one == ("RuntimeError", True)  # its connection was closed
     assert on_ranks(2, _crash, str(tiny), RunFailed, -1) == [("1", False)] * 2
+
+
+def _load_more_on_the_last(folder: str) -> str:
+    world = join_world(Parallel())
+    names = ["weight", "missing"] if world.rank == world.size - 1 else ["weight"]
+    try:
+        load_tensors(Path(folder), {"model": {name: torch.zeros(3) for name in names}}, world)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_that_one_rank_cannot_use_is_refused_on_all(tmp_path):
+    """A pipeline rank looks for the tensors of its own layers."""
+    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=tmp_path, no_dist=True)
+    one, other = on_ranks(2, _load_more_on_the_last, str(tmp_path))
+    assert one == other == f"{tmp_path} holds another model:\n  model.missing is missing"
