@@ -109,8 +109,8 @@ def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: 
     """Say before a micro-batch's passes what becomes of its gradients, and of gathered weights; `last`: of the step.
 
     By default gradients stay on the rank, unsharded in float32, and are reduced after the last micro-batch only. With
-    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP, DDP) are still
-    reconciled once. Blocks that keep their gathered weights through a micro-batch keep them through all of a step's.
+    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP) are still reconciled
+    once. Blocks that keep their gathered weights through a micro-batch keep them through all of a step's.
     """
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
