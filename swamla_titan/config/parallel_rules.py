@@ -81,6 +81,12 @@ def _without_shards(config: Config) -> Iterator[Contradiction]:
             f'"{parallel.reshard_after_forward}" has no effect: data_parallel = "ddp" gathers no weights; leave it '
             'out, or use "fsdp"',
         )
+    if parallel.reduce_every_micro_batch:
+        yield Contradiction(
+            ("parallel.reduce_every_micro_batch", "parallel.data_parallel"),
+            'true has no effect: data_parallel = "ddp" keeps whole gradients and reduces them once a step; set it to '
+            'false, or use "fsdp"',
+        )
 
 
 def _tensor(config: Config) -> Iterator[Contradiction]:

@@ -101,7 +101,8 @@ class Parallel:
         choices=("auto", "always", "never"),
     )
     reduce_every_micro_batch: bool = key(
-        False, "Reduce gradients after each micro-batch, not only the last: less memory, more communication."
+        False,
+        "Reduce gradients after each micro-batch, not only the last: less memory, more communication (fsdp, hsdp).",
     )
     cpu_offload: bool = key(
         False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs)."

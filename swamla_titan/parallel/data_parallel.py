@@ -7,6 +7,7 @@ tokens.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
 _KEPT_BYTES = 4 * 2**30
+_KEEPING: WeakSet[nn.Module] = (
+    WeakSet()
+)  # models whose blocks do not free their gathered weights after the forward pass
 
 
 def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, compute_dtype: torch.dtype) -> None:
@@ -56,6 +60,7 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     tied = model.config.tie_embeddings and embedding is not None and head is not None
     if not tied:
         units = ([embedding] if embedding is not None else []) + units
+    reshard = False
     if parallel.data_parallel == "ddp":
         for unit in units:
             replicate(unit, mesh=mesh, mp_policy=policy)
@@ -75,6 +80,8 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
         if mesh.size() > 1:  # alone there is nothing to add up, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
+    if not reshard:
+        _KEEPING.add(model)
     _prefetch(model)
 
 
@@ -82,8 +89,8 @@ def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
     """Whether FSDP2 frees a block's gathered weights after its forward pass, to gather them again for the backward.
 
     `gathered_bytes` are those of all weights of this rank's part of the model, in the type they are gathered in. By
-    "auto" up to 4 GiB are kept, for a third less communication; pipelines, which would gather for every micro-batch,
-    keep them always.
+    "auto" up to 4 GiB are kept, for a third less communication, and to gather once for all micro-batches of a step;
+    pipelines, which would gather for every micro-batch, keep them always.
     """
     if parallel.reshard_after_forward == "auto":
         return parallel.pipeline == 1 and gathered_bytes > _KEPT_BYTES
@@ -99,14 +106,16 @@ def _prefetch(model: SWAMLAModel) -> None:
 
 
 def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: bool) -> None:
-    """Say before a micro-batch's backward pass what becomes of its gradients; `last`: of the step.
+    """Say before a micro-batch's passes what becomes of its gradients, and of gathered weights; `last`: of the step.
 
-    By default they stay on the rank, unsharded in float32, and are reduced after the last micro-batch only. With
-    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP, DDP) are still
-    reconciled once.
+    By default gradients stay on the rank, unsharded in float32, and are reduced after the last micro-batch only. With
+    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP) are still reconciled
+    once. Blocks that keep their gathered weights through a micro-batch keep them through all of a step's.
     """
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
+        if model in _KEEPING:
+            model.set_reshard_after_backward(last)
         if every_micro_batch:
             model.set_requires_all_reduce(last)
         else:

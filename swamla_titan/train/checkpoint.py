@@ -199,6 +199,13 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     tensors that are missing or of another shape, before any is written.
     """
     world = world or World.alone()
+    wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not
+    with _alone_is_fine():
+        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
+
+
+def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """`tensors` without random states that the checkpoint lacks; UserError if it lacks others."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
     wanted = {group: members for group, members in tensors.items() if group != "random"}
@@ -215,8 +222,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
-    with _alone_is_fine():
-        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
+    return wanted
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:

@@ -87,7 +87,8 @@ class Trainer:
         if newest:
             self._load(newest, record.step)
         self.step, self.tokens = record.step, record.tokens
-        self.replaced_before, self.replaced = record.replaced_bytes, 0  # by all ranks until now; by this one from now
+        self.replaced_before = record.replaced_bytes  # by all ranks, before this start
+        self.replaced = 0  # by this rank, since
         self._saved_step = record.step
 
         self.loader = BatchLoader(
@@ -137,8 +138,8 @@ class Trainer:
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
             if save or validate or self.step == first_step or self.step % config.metrics.log_interval == 0:
                 self._log_step()
-            if self.step == first_step and config.compile.enabled:
-                logger.info(compilation())
+            if config.compile.enabled and self.step == first_step:
+                logger.info("%s", compilation())
             if self.validator and validate:
                 self._validate(self.validator)
             if save:
@@ -277,12 +278,22 @@ def record_of(newest: Path | None, identity: dict[str, Any]) -> Record:
     return record
 
 
+def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
+    """Say good-bye to the other processes, unless this one is in trouble alone.
+
+    They would then be in a collective that it does not come to, and NCCL's good-bye waits for that: the job would stand
+    still until a time-out, with the error untold. The launcher sees a process that dies, and ends the others.
+    """
+    if kind is None or issubclass(kind, UserError | RunFailed):  # all ranks raise those together
+        leave_world()
+
+
 def train(config: Config) -> int:
     """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
     stop = StopRequest()
     with ExitStack() as stack:
         stack.callback(stop.forget)
-        stack.callback(leave_world)
+        stack.push(_leave_together)
         world = join_world(config.parallel)
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.

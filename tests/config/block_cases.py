@@ -63,8 +63,10 @@ def compile_enabled(run: Runner) -> None:
     losses = {}
     for enabled, graphs in (("false", 0), ("true", 3)):  # SWA, MLA, loss
         with compiler(run) as seen:
-            losses[enabled] = run("--training.local_batch_size", "5", "--compile.enabled", enabled).series()
+            done = run("--training.local_batch_size", "5", "--compile.enabled", enabled)
+        losses[enabled] = done.series()
         assert len(seen.whole) == graphs
+        assert (done.folder / "logs/rank-0.log").read_text().count(", 0 graph breaks; ") == (enabled == "true")
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
 
 

@@ -89,8 +89,14 @@ def reshard_after_forward(run: Runner) -> None:
         assert set(seen[0].gathered) == {policy != "always"}
         gathers[policy] = seen[0].collectives["allgather"]
     micro_batches = 2
-    assert gathers["always"] == gathers["never"] + micro_batches * (UNITS - 1)
+    # For each pass of a block, and what lies around them for both; kept weights once a step.
+    assert gathers["always"] - gathers["never"] == micro_batches * (UNITS + UNITS - 1) - UNITS
     assert gathers["auto"] == gathers["never"]  # of a model this small
+    gathers = {}
+    for rows in ("4", "1"):  # 1 and 4 micro-batches a step
+        batch = ("--training.global_batch_size", "8", "--training.local_batch_size", rows)
+        gathers[rows] = run.on_ranks(2, *batch, "--validation.interval", "0")[0].collectives["allgather"]
+    assert gathers["1"] == gathers["4"]  # what is kept is kept for all of a step
     assert not frees_weights(Parallel(), 2**32)
     assert frees_weights(Parallel(), 2**32 + 1)
     assert not frees_weights(Parallel(pipeline=2), 2**32 + 1)

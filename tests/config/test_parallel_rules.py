@@ -32,6 +32,7 @@ REFUSED = [
     ),
     (f"{DDP} --parallel.cpu_offload=true", "[parallel] cpu_offload: true, but", 'use "fsdp" or "hsdp"'),
     (f"{DDP} --parallel.reshard_after_forward=never", '"never" has no effect', 'leave it out, or use "fsdp"'),
+    (f"{DDP} --parallel.reduce_every_micro_batch=true", "true has no effect", 'set it to false, or use "fsdp"'),
     ("--parallel.async_tensor=true --compile.enabled=true", "no effect with tensor = 1", "raise tensor"),
     ("--parallel.async_tensor=true --parallel.tensor=2", "compile.enabled = false: set that to true or this to false"),
     (
@@ -106,7 +107,7 @@ REFUSED = [
 
 ACCEPTED = [
     f"{DDP} --parallel.dp_shard=1 --parallel.dp_replicate=4",
-    f"{DDP} --parallel.dp_replicate=-1 --parallel.reduce_every_micro_batch=true",
+    f"{DDP} --parallel.dp_replicate=-1",
     f"{HSDP} --parallel.dp_replicate=2",
     f"{HSDP} --parallel.dp_replicate=-1 --parallel.dp_shard=2",
     f"{HSDP} --parallel.dp_replicate=2 --parallel.dp_shard=1 --parallel.context=2",

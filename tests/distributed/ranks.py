@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -23,9 +22,8 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     context = multiprocessing.get_context("forkserver")
     # The server imports once; each rank is a fork of it and starts in a tenth of a second instead of four.
     context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "swamla_titan.train", __name__])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(size):
         near, far = context.Pipe(duplex=False)
@@ -34,7 +32,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }
         process = context.Process(target=_rank, args=(far, variables | environment, function, arguments))
         process.start()

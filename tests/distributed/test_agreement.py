@@ -3,11 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
+from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World, join_world
+from swamla_titan.train.checkpoint import load_tensors
+from swamla_titan.train.trainer import Trainer
 from tests.distributed.ranks import on_ranks
 
 ERRORS = {"user": UserError, "run": RunFailed}
@@ -100,3 +106,46 @@ def test_a_process_alone_asks_nobody():
         assert isinstance(caught.value.__cause__, OSError)  # its cause is kept: it need not travel
     own = {"a": 1}
     assert merged(world, own) == own
+
+
+def _crash(config: str, error: type[Exception], rank: int) -> tuple[str, bool]:
+    """How training ends on this rank if the second step raises `error` on `rank` (-1: all), and is the group there."""
+    take = Trainer.train_step
+
+    def step(self: Trainer, batch: object) -> object:
+        if self.step == 1 and rank in (self.world.rank, -1):
+            raise error("no memory is left")
+        return take(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        try:
+            ended = str(main(["train", config, "--data.num_workers", "0"]))
+        except Exception as raised:
+            ended = type(raised).__name__
+    return ended, dist.is_initialized()
+
+
+def test_a_rank_that_dies_alone_does_not_wait_to_say_good_bye(tiny):
+    """NCCL's destroy_process_group would wait for the others, who are in a collective that this one does not join."""
+    one, other = on_ranks(2, _crash, str(tiny), MemoryError, 1)
+    assert other == ("MemoryError", True)
+    assert one == ("RuntimeError", True)  # its connection was closed
+    assert on_ranks(2, _crash, str(tiny), RunFailed, -1) == [("1", False)] * 2
+
+
+def _load_more_on_the_last(folder: str) -> str:
+    world = join_world(Parallel())
+    names = ["weight", "missing"] if world.rank == world.size - 1 else ["weight"]
+    try:
+        load_tensors(Path(folder), {"model": {name: torch.zeros(3) for name in names}}, world)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_that_one_rank_cannot_use_is_refused_on_all(tmp_path):
+    """A pipeline rank looks for the tensors of its own layers."""
+    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=tmp_path, no_dist=True)
+    one, other = on_ranks(2, _load_more_on_the_last, str(tmp_path))
+    assert one == other == f"{tmp_path} holds another model:\n  model.missing is missing"

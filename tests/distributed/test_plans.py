@@ -65,13 +65,6 @@ PLANS = {
     ),
     "ddp-2": (2, ("--parallel.data_parallel", "ddp")),
     "ddp-3": (3, ("--parallel.data_parallel", "ddp", "--training.local_batch_size", "1")),
-    "ddp-3-every": (
-        3,
-        (
-            *("--parallel.data_parallel", "ddp", "--training.local_batch_size", "1"),
-            *("--parallel.reduce_every_micro_batch", "true"),
-        ),
-    ),
     "tp-2": (2, ("--parallel.tensor", "2")),
     "cp-2": (2, ("--parallel.context", "2")),
     "cp-4": (4, ("--parallel.context", "4")),
