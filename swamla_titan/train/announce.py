@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.data import Corpus
+from swamla_titan.data import Corpus, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.world import World
 
@@ -30,6 +30,9 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
+    waits = waits_for_streams(training.global_batch_size, config.data.streams, world.degrees.data, rows)
+    if waits:
+        logger.warning(waits)
     if resumed:
         logger.info(f"resumed from {resumed}")
     if step >= training.steps:
