@@ -56,6 +56,13 @@ PLANS = {
     "fsdp-2-every": (2, ("--parallel.reduce_every_micro_batch", "true", "--training.local_batch_size", "1")),
     "fsdp-2-always": (2, ("--parallel.reshard_after_forward", "always", "--training.local_batch_size", "1")),
     "hsdp-2x2": (4, ("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2")),
+    "hsdp-2-cp-2": (
+        4,
+        (
+            *("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2", "--parallel.dp_shard", "1"),
+            *("--parallel.context", "2"),
+        ),
+    ),
     "hsdp-2x2-every": (
         4,
         (
@@ -103,6 +110,23 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     ranks, overrides = PLANS[plan]
     shape = (*BATCHES[batch], *MODELS[model])
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
+    assert_same_curves(tmp_path, shape)
+
+
+# Three ways at once need eight processes: once each.
+TRIPLES = {
+    "hsdp-2x2-tp-2": (
+        *("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2", "--parallel.dp_shard", "2"),
+        *("--parallel.tensor", "2"),
+    ),
+    "fsdp-2-tp-2-pp-2": ("--parallel.pipeline", "2", "--parallel.tensor", "2", "--training.local_batch_size", "1"),
+}
+
+
+@pytest.mark.parametrize("plan", TRIPLES)
+def test_a_composition_of_three_trains_as_one_process_does(tmp_path, plan):
+    shape = BATCHES["does not"]
+    assert on_ranks(8, run, written(tmp_path), *shape, *TRIPLES[plan]) == [0] * 8
     assert_same_curves(tmp_path, shape)
 
 
