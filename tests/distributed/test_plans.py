@@ -1,6 +1,8 @@
 """Every plan trains as one process does: the same losses and gradient norms, step by step, from the real command."""
 
 import functools
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -145,3 +147,28 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan)
     memory = ("--activation_checkpoint.mode", "selective", "--compile.enabled", "true")
     assert on_ranks(ranks, run, written(tmp_path), *BATCHES["divides"], *overrides, *memory) == [0] * ranks
     assert_same_curves(tmp_path, BATCHES["divides"])
+
+
+CHAINS = {
+    "tp-2-fsdp-2, ddp-3, alone": ((4, PLANS["fsdp-2-tp-2"][1]), PLANS["ddp-3"], (1, ())),
+    "fsdp-3, pp-2-fsdp-2, cp-2": (PLANS["fsdp-3"], PLANS["fsdp-2-pp-2"], PLANS["cp-2"]),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_under_any_other_plan(tmp_path, chain):
+    """Each plan loads what the one before wrote; the curves are those of one process that was never stopped."""
+    shape, checkpoints = BATCHES["does not"], tmp_path / "run" / "checkpoints"
+    config = written(tmp_path)
+    for start, (ranks, plan) in zip((0, 8, 16), CHAINS[chain]):
+        for later in checkpoints.glob("step-*"):
+            if int(later.name.removeprefix("step-")) > start:
+                shutil.rmtree(later)
+        assert on_ranks(ranks, run, config, *shape, *plan, "--checkpoint.interval", "8") == [0] * ranks
+        written_steps = [
+            line["step"]
+            for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        assert written_steps[-(STEPS - start) :] == list(range(start + 1, STEPS + 1)), "it began elsewhere"
+    assert_same_curves(tmp_path, shape)
