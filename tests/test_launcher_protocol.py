@@ -88,6 +88,12 @@ def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> 
         ("2,4", "--parallel.tensor=3 --model.num_heads=3 --model.dim=96 --training.seq_len=63", "tensor: 3 ranks"),
         ("2,4", "--parallel.context=8 --training.seq_len=64", "do not fit 4 processes"),
         ("2", "--training.steps=0", "expected a whole number >= 1"),
+        ("2", "--parallel.cpu_offload=true", "parallel.cpu_offload = true needs GPUs to offload from"),
+        (
+            "2",
+            "--parallel.tensor=2 --parallel.async_tensor=true --compile.enabled=true",
+            "parallel.async_tensor = true needs GPUs",
+        ),
         ("2", "--help", "--help: not known; overrides are written --section.key value"),
     ],
 )

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config
 
-_STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+# Pipeline schedule -> stages that a rank holds if parallel.pipeline_stages_per_rank does not say.
+STAGES_PER_RANK = {"GPipe": 1, "1F1B": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
 _SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble")
 _ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two on
 
@@ -158,7 +159,7 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
                 f"{given} has no effect with pipeline = 1: leave it out or raise pipeline",
             )
         return
-    needed = _STAGES_PER_RANK[schedule]
+    needed = STAGES_PER_RANK[schedule]
     keys = ("parallel.pipeline_stages_per_rank", "parallel.pipeline_schedule")
     if given and given != needed and not (given > needed and schedule in _ANY_NUMBER_OF_STAGES):
         if needed == 1:

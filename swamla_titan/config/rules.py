@@ -62,10 +62,11 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
     yield from parallel_contradictions(config)
-    tokens, odd = divmod(training.seq_len, config.parallel.context)
+    # The latent's projections of MLA multiply the tokens of one tensor rank, the others those of a context rank.
+    tokens, odd = divmod(training.seq_len, config.parallel.context * config.parallel.tensor)
     if config.float8.recipe != "off" and (odd or tokens % FLOAT8_MULTIPLE):
         yield Contradiction(
-            ("training.seq_len", "float8.recipe", "parallel.context"),
+            ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
             f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
-            f"{FLOAT8_MULTIPLE}: make seq_len / parallel.context one",
+            f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
         )

@@ -5,7 +5,15 @@ with BatchLoader(corpus, seq_len=2048, global_batch_size=64, rank=0, world_size=
     for batch in loader: ...
 """
 
-from swamla_titan.data.batches import IGNORED, MicroBatch, StepBatch, micro_batch_count, micro_batches
+from swamla_titan.data.batches import (
+    IGNORED,
+    MicroBatch,
+    StepBatch,
+    micro_batch_count,
+    micro_batches,
+    sequences_per_rank,
+    waits_for_streams,
+)
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
 from swamla_titan.data.loader import BatchLoader
 from swamla_titan.data.sources import pinned
@@ -27,4 +35,6 @@ __all__ = [
     "micro_batches",
     "open_corpus",
     "pinned",
+    "sequences_per_rank",
+    "waits_for_streams",
 ]

@@ -1,5 +1,6 @@
 """A step's batch, and how it is cut into micro-batches of one fixed shape."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,9 +53,31 @@ def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterat
 
 def micro_batch_count(step: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
     """Micro-batches of a step: what the rank with the most sequences needs. Every rank computes it by itself."""
+    return -(-max(sequences_per_rank(step, global_batch_size, streams, world_size)) // local_batch_size)
+
+
+def sequences_per_rank(step: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
+    """How many sequences of a step each rank reads: those of the streams that it owns."""
     numbers = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-    most = int(np.bincount(numbers % streams % world_size).max())
-    return -(-most // local_batch_size)
+    counts: list[int] = np.bincount(numbers % streams % world_size, minlength=world_size).tolist()
+    return counts
+
+
+def waits_for_streams(global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> str | None:
+    """What to tell the user if ranks wait for others that own more streams, for over a tenth of the time; else None."""
+    steps = min(streams // math.gcd(streams, global_batch_size), 1000)  # then all comes round again
+    counts = [
+        micro_batch_count(step, global_batch_size, streams, world_size, local_batch_size) for step in range(steps)
+    ]
+    fair_share = -(-global_batch_size // world_size)
+    needed = -(-fair_share // local_batch_size)
+    if sum(counts) <= 1.1 * needed * steps:
+        return None
+    return (
+        f"data.streams = {streams} cannot be shared equally by the {world_size} ranks that read: a step takes "
+        f"{sum(counts) / steps:.3g} micro-batches where {needed} would do. In a new run, set data.streams to a "
+        f"multiple of {world_size}, such as {-(-streams // world_size) * world_size}"
+    )
 
 
 def fill_rows(tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, rows: int) -> MicroBatch:

@@ -8,17 +8,13 @@ import warnings
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from swamla_titan.errors import UserError
-
 
 def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
     """Have what is compiled from here on overlap the communication of `mesh` (World.weights["tensor"]).
 
     The ranks of `mesh` must be GPUs that reach each other's memory: of one host, or of one NVLink domain.
-    Raises UserError if they are no GPUs.
     """
-    if mesh.device_type != "cuda":
-        raise UserError("parallel.async_tensor = true needs GPUs; set it to false")
+    assert mesh.device_type == "cuda", "refused in parallel/world.py"
     import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

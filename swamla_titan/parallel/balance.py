@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from swamla_titan.errors import UserError
 from swamla_titan.model.blocks import MLABlock, SWABlock
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.flops import causal_pairs, swa_pairs
@@ -54,15 +53,11 @@ def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
 def balanced(costs: Sequence[int], stages: int) -> list[range]:
     """The layers of each stage, given `piece_costs`; every stage gets at least one.
 
-    A stage without a layer would still cost a transfer of the activations for every micro-batch, there and back. Raises
-    UserError if there are fewer layers than stages.
+    A stage without a layer would still cost a transfer of the activations for every micro-batch, there and back;
+    config/parallel_rules.py refuses more stages than layers.
     """
     layers = len(costs) - 2
-    if stages > layers:
-        raise UserError(
-            f"{layers} layers cannot fill {stages} pipeline stages with one each: lower parallel.pipeline or "
-            "parallel.pipeline_stages_per_rank, or give the model more layers"
-        )
+    assert stages <= layers, f"{layers} layers cannot fill {stages} pipeline stages with one each"
     before = [0]  # before[i]: cost of the layers before layer i
     for operations in costs[1:-1]:
         before.append(before[-1] + operations)
@@ -98,7 +93,7 @@ def balanced(costs: Sequence[int], stages: int) -> list[range]:
 
 
 def stage_costs(config: ModelConfig, seq_len: int, stages: int) -> list[StageCost]:
-    """The balanced cut of a model for rows of `seq_len` tokens; UserError if it has fewer layers than `stages`."""
+    """The balanced cut of a model for rows of `seq_len` tokens."""
     costs = piece_costs(config, seq_len)
     total = sum(costs)
     found = []

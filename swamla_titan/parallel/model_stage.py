@@ -68,10 +68,7 @@ class ModelStage(SWAMLAModel):
 
 
 def build_stages(config: Config, world: World) -> list[ModelStage]:
-    """The stages that this rank holds, ascending, on the meta device.
-
-    Raises UserError if the model has fewer layers than there are stages.
-    """
+    """The stages that this rank holds, ascending, on the meta device."""
     layers = stage_layers(config.model, config.training.seq_len, stage_count(config.parallel))
     numbers = stage_numbers(config.parallel, world.coordinate("pipeline"))
     return [ModelStage(config.model, number, layers, config.training.seq_len) for number in numbers]

@@ -1,5 +1,7 @@
 """Applies the plan of the configuration to a model, from outside, in one fixed order."""
 
+import functools
+
 import torch
 
 from swamla_titan.config import Config
@@ -9,7 +11,7 @@ from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel
-from swamla_titan.parallel.tensor import apply_tensor_parallel
+from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
 
 
@@ -23,7 +25,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        convert_to_float8(model, config.float8, world.device)
+        convert_to_float8(model, config.float8, world.device, functools.partial(sides_on_a_rank, world.degrees.tensor))
     if world.weights is not None and world.degrees.tensor > 1:
         apply_tensor_parallel(model, world.weights["tensor"])
         if config.parallel.async_tensor:

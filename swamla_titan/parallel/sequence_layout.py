@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from swamla_titan.errors import UserError
-
 
 class Piece(NamedTuple):
     """A piece of a halo: `length` tokens from `start` on, of this rank's own tokens, or else of those it received."""
@@ -19,19 +17,6 @@ class Piece(NamedTuple):
     own: bool
     start: int
     length: int
-
-
-def context_parallel_problems(seq_len: int, context: int) -> list[str]:
-    """What keeps rows of `seq_len` tokens from being shared by `context` ranks; empty if nothing does."""
-    parts = 2 * context
-    if context == 1 or seq_len % parts == 0:
-        return []
-    below, above = seq_len // parts * parts, -(-seq_len // parts) * parts
-    nearest = f"{below} or {above}" if below else f"{above}"
-    return [
-        f"rows of {seq_len} tokens cannot be cut in 2 x {context} equal chunks for {context} context ranks: "
-        f"use a length of {nearest}, or a context degree whose double divides {seq_len}"
-    ]
 
 
 def chunks_of(rank: Any, size: int) -> tuple[Any, Any]:
@@ -43,7 +28,7 @@ def chunks_of(rank: Any, size: int) -> tuple[Any, Any]:
 class SequenceLayout:
     """Rows of `seq_len` tokens shared by `size` ranks, seen from rank `rank`.
 
-    Raises UserError if the length does not divide.
+    The length divides: config/parallel_rules.py refuses others.
     """
 
     seq_len: int
@@ -51,9 +36,8 @@ class SequenceLayout:
     rank: int
 
     def __post_init__(self) -> None:
-        problems = context_parallel_problems(self.seq_len, self.size)
-        if problems:
-            raise UserError(problems[0])
+        chunks = 2 * self.size if self.size > 1 else 1
+        assert self.seq_len % chunks == 0, f"{self.seq_len} tokens cannot be cut in {chunks} equal chunks"
 
     @property
     def chunk(self) -> int:

@@ -3,14 +3,13 @@
 Nothing here needs processes, so that a configuration can be judged before any is started.
 """
 
+from swamla_titan.config.parallel_rules import STAGES_PER_RANK
 from swamla_titan.config.sections import Parallel
-
-ONE_STAGE_A_RANK = ("GPipe", "1F1B")
 
 
 def stages_per_rank(parallel: Parallel) -> int:
     """Stages that each pipeline rank holds."""
-    return parallel.pipeline_stages_per_rank or (1 if parallel.pipeline_schedule in ONE_STAGE_A_RANK else 2)
+    return parallel.pipeline_stages_per_rank or STAGES_PER_RANK[parallel.pipeline_schedule]
 
 
 def stage_count(parallel: Parallel) -> int:

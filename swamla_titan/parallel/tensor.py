@@ -83,6 +83,15 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
         setattr(model, method, _refuse_to_decode)
 
 
+def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]:
+    """[out, in] of a product's weight as each of `ranks` ranks will have it."""
+    whole = linear.out_features, linear.in_features
+    _, placement = _style(name, linear)
+    if not isinstance(placement, Shard):
+        return whole
+    return (whole[0] // ranks, whole[1]) if placement.dim == 0 else (whole[0], whole[1] // ranks)
+
+
 def reduce_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Add up over the ranks of `mesh` (World.weights["tensor"]) the gradients of parameters that each has whole.
 

@@ -1,14 +1,14 @@
 """A pipeline schedule played through in time: how long ranks wait, and how much each has in flight.
 
-An action begins when its rank is free and what it
-needs is there; sending takes no time and nothing is recomputed, so the share of waiting is a lower bound. With equal
-stages it is (P - 1) / (m + P - 1) for 1F1B (P ranks, m micro-batches; Narayanan et al., arXiv:2104.04473, section 2.2).
+An action begins when its rank is free and what it needs is there; sending takes no time and nothing is recomputed, so
+the share of waiting is a lower bound. With equal stages it is (P - 1) / (m + P - 1) for 1F1B (P ranks, m micro-batches;
+Narayanan et al., arXiv:2104.04473, section 2.2).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swamla_titan.parallel.stages import ONE_STAGE_A_RANK
+from swamla_titan.config.parallel_rules import STAGES_PER_RANK
 
 # Torch's names of what is computed, with the share of a stage's operations: a backward pass multiplies twice for each
 # time that the forward pass does, for the gradients of inputs and for those of weights.
@@ -24,7 +24,7 @@ def order_of(name: str, ranks: int, micro_batches: int, schedule: Any) -> Order:
     Those of several stages a rank run a list of theirs, which is taken; those of one have loops, written down here.
     (Torch's own `pipeline_order` of 1F1B, which is for pictures alone, numbers the last stage's micro-batches from 1.)
     """
-    if name in ONE_STAGE_A_RANK:
+    if STAGES_PER_RANK[name] == 1:
         # Micro-batches that a rank is ahead by, forward, when it turns to its first backward pass.
         ahead = [micro_batches if name == "GPipe" else min(ranks - rank, micro_batches) for rank in range(ranks)]
         return {rank: _one_stage(rank, ahead[rank], micro_batches) for rank in range(ranks)}

@@ -81,6 +81,14 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def refuse_without_gpus(parallel: Parallel) -> None:
+    """Raise UserError for what is asked of GPUs where there are none."""
+    if parallel.cpu_offload:
+        raise UserError("parallel.cpu_offload = true needs GPUs to offload from; set it to false")
+    if parallel.async_tensor:
+        raise UserError("parallel.async_tensor = true needs GPUs; set it to false")
+
+
 def join_world(parallel: Parallel) -> World:
     """Take the place that the launcher (torchrun's environment variables) gave this process, and meet the others.
 
@@ -99,8 +107,7 @@ def join_world(parallel: Parallel) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if parallel.cpu_offload and device.type == "cpu":
-        raise UserError("parallel.cpu_offload = true needs GPUs to offload from; set it to false")
+        refuse_without_gpus(parallel)
     if size == 1:
         return World.alone(device)
     if not dist.is_initialized():

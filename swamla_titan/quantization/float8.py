@@ -7,6 +7,7 @@ float8 are interchangeable. What is quantized, and with how many scales, is the 
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,20 @@ class Float8MasterLinear(Float8Linear):
         return out
 
 
-def convert_to_float8(model: SWAMLAModel, config: Float8, device: torch.device) -> None:
+Sides = Callable[[str, nn.Linear], tuple[int, int]]
+"""(name, product) -> [out, in] of the weight that a rank multiplies with."""
+
+
+def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
+    """Of a product that is not shared by ranks."""
+    return linear.out_features, linear.in_features
+
+
+def convert_to_float8(model: SWAMLAModel, config: Float8, device: torch.device, sides: Sides = whole_sides) -> None:
     """Exchange the `Linear`s of `model.blocks` for Float8MasterLinear, in place; nothing if the recipe is "off".
 
-    A product is left as it is where a side of its weight is no multiple of 16; the log says which. The output head is
+    A product is left as it is where a side of its weight is no multiple of 16, or will not be when tensor parallelism
+    has divided it (`sides`); the log says which. The output head is
     not converted. Comes first of all, on the meta device, before tensor parallelism. On a CPU the products are
     emulated: quantized and multiplied in float32.
 
@@ -64,13 +75,15 @@ def convert_to_float8(model: SWAMLAModel, config: Float8, device: torch.device) 
 
     blocks = model.blocks
     linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
-    left = {name: module for name, module in linears.items() if not _fits(module)}
+    left = {name: sides(name, module) for name, module in linears.items() if not _fits(sides(name, module))}
     if len(left) == len(linears):
         raise UserError(
             f'float8.recipe = "{config.recipe}" would convert none of {len(linears)} products: the sides of their '
             f"weights are no multiples of {MULTIPLE} ({_summary(left)}). Choose other widths, or set it to off"
         )
-    convert_to_float8_training(blocks, module_filter_fn=lambda module, name: _fits(module), config=recipe)
+    convert_to_float8_training(
+        blocks, module_filter_fn=lambda module, name: name in linears and name not in left, config=recipe
+    )
     for module in blocks.modules():
         if type(module) is Float8Linear:
             module.__class__ = Float8MasterLinear
@@ -89,14 +102,11 @@ def _require_float8_units(device: torch.device) -> None:
         )
 
 
-def _fits(module: nn.Module) -> bool:
-    assert isinstance(module, nn.Linear)
-    return module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
+def _fits(sides: tuple[int, int]) -> bool:
+    return all(side % MULTIPLE == 0 for side in sides)
 
 
-def _summary(linears: dict[str, nn.Linear]) -> str:
+def _summary(left: dict[str, tuple[int, int]]) -> str:
     """`2 x attention.wkv_a 64 -> 72`: kinds of products by their names within a block."""
-    kinds = Counter(
-        f"{name.partition('.')[2]} {module.in_features} -> {module.out_features}" for name, module in linears.items()
-    )
+    kinds = Counter(f"{name.partition('.')[2]} {inner} -> {outer}" for name, (outer, inner) in left.items())
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

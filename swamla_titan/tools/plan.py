@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import micro_batch_count
+from swamla_titan.data import micro_batch_count, sequences_per_rank
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
@@ -40,11 +40,16 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's work. `fewest` and `most` micro-batches of `rows` sequences, on each rank alike; steps may differ."""
+    """A step's work. `fewest` and `most` micro-batches of `rows` sequences, on each rank alike; steps may differ.
+
+    What a rank reads for them may be more or less: from `least_read` to `most_read` sequences.
+    """
 
     rows: int
     fewest: int
     most: int
+    least_read: int
+    most_read: int
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,12 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
     training, streams = config.training, config.data.streams
     rows = min(training.local_batch_size, -(-training.global_batch_size // degrees.data))
     # Which stream a step begins with comes round again after at most as many steps as there are streams.
-    counts = {
-        micro_batch_count(step, training.global_batch_size, streams, degrees.data, rows)
-        for step in range(min(training.steps, streams))
+    steps = range(min(training.steps, streams))
+    counts = {micro_batch_count(step, training.global_batch_size, streams, degrees.data, rows) for step in steps}
+    read = {
+        count for step in steps for count in sequences_per_rank(step, training.global_batch_size, streams, degrees.data)
     }
-    return Batch(rows, min(counts), max(counts))
+    return Batch(rows, min(counts), max(counts), min(read), max(read))
 
 
 def run_count(parallel: Parallel, batch: Batch) -> int:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from swamla_titan.data import waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.stages import stage_count, stages_per_rank
@@ -44,8 +45,8 @@ def _batch(plan: Plan) -> Iterator[str]:
     tokens = training.global_batch_size * training.seq_len
     yield "\nbatch"
     yield f"  a step: {training.global_batch_size} sequences of {training.seq_len} = {tokens:,} tokens"
-    fewest, most = training.global_batch_size // data, -(-training.global_batch_size // data)
-    each = f"{most}" if fewest == most else f"{fewest} or {most}"
+    least, most = batch.least_read, batch.most_read
+    each = f"{most}" if least == most else f"{least} {'or' if most == least + 1 else 'to'} {most}"
     readers = "1 rank reads them" if data == 1 else f"{data} ranks read {each} of them each"
     if plan.degrees.size > data:
         readers += f", {plan.degrees.size // data} ranks together"
@@ -54,6 +55,9 @@ def _batch(plan: Plan) -> Iterator[str]:
     noun = "micro-batch" if batch.most == 1 else "micro-batches"
     own = batch.rows * training.seq_len // plan.degrees.context
     yield f"  {count} {noun} of {batch.rows} sequences a step; {own:,} tokens on a rank at a time"
+    waits = waits_for_streams(training.global_batch_size, plan.config.data.streams, data, batch.rows)
+    if waits:
+        yield f"  {waits}"
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 from swamla_titan.config import find_config, load_config, split_overrides
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from swamla_titan.parallel.degrees import fit_degrees
+from swamla_titan.parallel.world import refuse_without_gpus
 
 
 def preflight(arguments: Sequence[str]) -> None:
@@ -34,9 +35,12 @@ def preflight(arguments: Sequence[str]) -> None:
             refusals.append(refusal)
     if len(refusals) == len(sizes):
         raise refusals[-1]
+    if gpus == "0":
+        refuse_without_gpus(config.parallel)
     there = torch.cuda.device_count()
     if there < int(gpus):
-        raise UserError(f"NGPU={gpus}: torch sees {there} here; set NGPU={there}, or NGPU=0 and NPROC for the CPU")
+        fewer = f"set NGPU={there}, or " if there else "set "
+        raise UserError(f"NGPU={gpus}: torch sees {there} here; {fewer}NGPU=0 and NPROC for the CPU")
 
 
 def main(arguments: Sequence[str]) -> int:

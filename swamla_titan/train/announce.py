@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.data import Corpus
+from swamla_titan.data import Corpus, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.world import World
 
@@ -36,6 +36,9 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
             f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
             f"stages wait for each other; lower training.local_batch_size, or raise training.global_batch_size"
         )
+    waits = waits_for_streams(training.global_batch_size, config.data.streams, world.degrees.data, rows)
+    if waits:
+        logger.warning(waits)
     if resumed:
         logger.info(f"resumed from {resumed}")
     if step >= training.steps:

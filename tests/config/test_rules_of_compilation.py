@@ -19,11 +19,15 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Config, 
         ),
         (
             Config(float8=Float8(recipe="rowwise"), training=Training(seq_len=1000)),
-            {"training.seq_len", "float8.recipe", "parallel.context"},
+            {"training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"},
         ),
         (
             Config(float8=Float8(recipe="rowwise"), training=Training(seq_len=1008), parallel=Parallel(context=2)),
-            {"training.seq_len", "float8.recipe", "parallel.context"},
+            {"training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"},
+        ),
+        (
+            Config(float8=Float8(recipe="rowwise"), training=Training(seq_len=1040), parallel=Parallel(tensor=2)),
+            {"training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"},
         ),
     ],
 )

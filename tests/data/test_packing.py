@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from swamla_titan.data.batches import IGNORED, StepBatch, micro_batch_count, micro_batches
+from swamla_titan.data.batches import (
+    IGNORED,
+    StepBatch,
+    micro_batch_count,
+    micro_batches,
+    sequences_per_rank,
+    waits_for_streams,
+)
 from swamla_titan.data.packing import PackedStream, TokenCache, document_ids, initial_cursor
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.data.tokenizer import load_tokenizer
@@ -140,6 +147,19 @@ def test_micro_batch_count_is_what_the_fullest_rank_needs(world_size, size, stre
             owned[number % streams % world_size] += 1
         count = micro_batch_count(step, size, streams, world_size, local)
         assert (count - 1) * local < max(owned) <= count * local
+        assert sequences_per_rank(step, size, streams, world_size) == owned
+
+
+def test_streams_that_keep_ranks_waiting_are_said():
+    message = waits_for_streams(512, 64, 512, 1)
+    assert message
+    assert "8 micro-batches where 1 would do" in message
+    assert "a multiple of 512, such as 512" in message
+    message = waits_for_streams(96, 64, 48, 1)
+    assert message
+    assert "such as 96" in message
+    for size, streams, world_size, local in ((512, 512, 512, 1), (8, 8, 3, 3), (256, 64, 8, 32), (7, 5, 1, 2)):
+        assert waits_for_streams(size, streams, world_size, local) is None
 
 
 def test_gpt2_tokens_are_packed(maker):

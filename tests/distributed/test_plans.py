@@ -1,6 +1,8 @@
 """Every plan trains as one process does: the same losses and gradient norms, step by step, from the real command."""
 
 import functools
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,6 +58,13 @@ PLANS = {
     "fsdp-2-every": (2, ("--parallel.reduce_every_micro_batch", "true", "--training.local_batch_size", "1")),
     "fsdp-2-always": (2, ("--parallel.reshard_after_forward", "always", "--training.local_batch_size", "1")),
     "hsdp-2x2": (4, ("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2")),
+    "hsdp-2-cp-2": (
+        4,
+        (
+            *("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2", "--parallel.dp_shard", "1"),
+            *("--parallel.context", "2"),
+        ),
+    ),
     "hsdp-2x2-every": (
         4,
         (
@@ -99,6 +108,23 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     assert_same_curves(tmp_path, shape)
 
 
+# Three ways at once need eight processes: once each.
+TRIPLES = {
+    "hsdp-2x2-tp-2": (
+        *("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2", "--parallel.dp_shard", "2"),
+        *("--parallel.tensor", "2"),
+    ),
+    "fsdp-2-tp-2-pp-2": ("--parallel.pipeline", "2", "--parallel.tensor", "2", "--training.local_batch_size", "1"),
+}
+
+
+@pytest.mark.parametrize("plan", TRIPLES)
+def test_a_composition_of_three_trains_as_one_process_does(tmp_path, plan):
+    shape = BATCHES["does not"]
+    assert on_ranks(8, run, written(tmp_path), *shape, *TRIPLES[plan]) == [0] * 8
+    assert_same_curves(tmp_path, shape)
+
+
 @pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_every_schedule_trains_as_one_process_does(tmp_path, schedule):
     """Also with a batch that no number of micro-batches divides, and both ends of the tied weight on one rank (ZBV)."""
@@ -114,3 +140,28 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan)
     memory = ("--activation_checkpoint.mode", "selective", "--compile.enabled", "true")
     assert on_ranks(ranks, run, written(tmp_path), *BATCHES["divides"], *overrides, *memory) == [0] * ranks
     assert_same_curves(tmp_path, BATCHES["divides"])
+
+
+CHAINS = {
+    "tp-2-fsdp-2, ddp-3, alone": ((4, PLANS["fsdp-2-tp-2"][1]), PLANS["ddp-3"], (1, ())),
+    "fsdp-3, pp-2-fsdp-2, cp-2": (PLANS["fsdp-3"], PLANS["fsdp-2-pp-2"], PLANS["cp-2"]),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_under_any_other_plan(tmp_path, chain):
+    """Each plan loads what the one before wrote; the curves are those of one process that was never stopped."""
+    shape, checkpoints = BATCHES["does not"], tmp_path / "run" / "checkpoints"
+    config = written(tmp_path)
+    for start, (ranks, plan) in zip((0, 8, 16), CHAINS[chain]):
+        for later in checkpoints.glob("step-*"):
+            if int(later.name.removeprefix("step-")) > start:
+                shutil.rmtree(later)
+        assert on_ranks(ranks, run, config, *shape, *plan, "--checkpoint.interval", "8") == [0] * ranks
+        written_steps = [
+            line["step"]
+            for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        assert written_steps[-(STEPS - start) :] == list(range(start + 1, STEPS + 1)), "it began elsewhere"
+    assert_same_curves(tmp_path, shape)

@@ -351,9 +351,9 @@ def test_float8_is_as_close_to_one_process_as_float8_is_to_float32(recipe):
 
 
 def _async_tensor() -> None:
-    mesh = join_world(Parallel(tensor=2)).weights["tensor"]
     with pytest.raises(UserError, match=r"parallel.async_tensor = true needs GPUs"):
-        enable_async_tensor_parallel(mesh)
+        join_world(Parallel(tensor=2, async_tensor=True))
+    mesh = join_world(Parallel(tensor=2)).weights["tensor"]
     assert not torch._inductor.config._micro_pipeline_tp
     group = mesh.get_group()
     gpus = SimpleNamespace(device_type="cuda", get_group=lambda: group)

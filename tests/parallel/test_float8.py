@@ -1,5 +1,6 @@
 """float8 conversion, emulated on the CPU."""
 
+import functools
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ from torchao.float8.float8_linear import Float8Linear
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
 from swamla_titan.model.linear import Linear
+from swamla_titan.parallel.tensor import sides_on_a_rank
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import batch, gradients, small_model
 
@@ -36,6 +38,26 @@ def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCapture
     assert isinstance(model.blocks["2"].attention.wq, Float8Linear)
     assert "13 of 14 products converted; left as they are" in caplog.text
     assert "1 x attention.wkv_a 64 -> 24" in caplog.text
+
+
+def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pytest.LogCaptureFixture):
+    """wq's 2 x 24 rows are 24 on each of two ranks, wkv_b's 2 x 32 are 32, and wkv_a is not divided."""
+    model = small_model(torch.float32, qk_nope_head_dim=8, v_head_dim=24, qk_rope_head_dim=16)
+    attention = model.blocks["2"].attention
+    whole = {
+        name: (module.out_features, module.in_features)
+        for name, module in attention.named_children()
+        if isinstance(module, Linear)
+    }
+    assert whole["wq"][0] == 48
+    assert all(side % 16 == 0 for sides in whole.values() for side in sides)
+    with caplog.at_level(logging.INFO, logger="swamla_titan"):
+        convert_to_float8(model, Float8(recipe="rowwise"), CPU, functools.partial(sides_on_a_rank, 2))
+    assert type(attention.wq) is Linear
+    assert type(attention.wo) is Linear
+    assert isinstance(attention.wkv_a, Float8Linear)
+    assert isinstance(attention.wkv_b, Float8Linear)
+    assert "1 x attention.wq 64 -> 24, 1 x attention.wo 24 -> 64" in caplog.text
 
 
 def test_a_recipe_that_converts_nothing_is_refused():

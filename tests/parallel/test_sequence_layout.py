@@ -13,19 +13,16 @@ from swamla_titan.parallel.context import mla_intervals, swa_intervals
 from swamla_titan.parallel.sequence_layout import (
     SequenceLayout,
     Traffic,
-    context_parallel_problems,
     plan_swa_exchange,
     swa_exchange_bytes,
 )
 
 
-def test_problems_name_lengths_that_would_do():
-    assert context_parallel_problems(48, 4) == []
-    assert context_parallel_problems(47, 1) == []
-    [problem] = context_parallel_problems(50, 4)
-    assert "48 or 56" in problem
-    [problem] = context_parallel_problems(3, 2)
-    assert "length of 4," in problem
+def test_a_length_that_no_rule_let_pass_is_no_layout():
+    SequenceLayout(48, 4, 0)
+    SequenceLayout(47, 1, 0)
+    with pytest.raises(AssertionError, match="50 tokens cannot be cut in 8 equal chunks"):
+        SequenceLayout(50, 4, 0)
 
 
 def test_the_layout_needs_no_torch():

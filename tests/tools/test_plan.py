@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def test_a_shipped_configuration_on_the_gpus_that_it_names(name, capsys):
     for heading in ("\nmodel: ", "\nbatch\n", "\nparameters\n", "\nmemory of a GPU"):
         assert heading in out
     assert ("\npipeline: " in out) == (name == "pipeline")
+    sum_line = re.search(r"^  sum +([\d.]+) (\wiB)", out, flags=re.MULTILINE)
+    assert sum_line
+    gib = float(sum_line[1]) / (1 if sum_line[2] == "GiB" else 1024)
+    assert gib < 70, "of 80, to leave room for what is not counted"
+    for stated in re.findall(r"(\d+) GiB by `swamla-titan plan`", shipped_configs()[name].read_text()):
+        assert round(gib) == int(stated)
     assert not dist.is_initialized()
 
 
@@ -91,6 +98,15 @@ def test_the_mesh_names_the_neighbours_of_rank_0(tiny):
         "replicate": [0, 8],
         "shard": [0, 2, 4, 6],
     }
+
+
+def test_ranks_that_own_no_stream_are_counted(tiny, capsys):
+    """Stream s is rank s % ranks's: with fewer streams than ranks, some never read."""
+    assert main(["plan", str(tiny), "--gpus=8", "--data.streams=2", "--training.global_batch_size=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 ranks read 0 to 4 of them each" in printed
+    assert "a step takes 4 micro-batches where 1 would do" in printed
+    assert "set data.streams to a multiple of 8, such as 8" in printed
 
 
 def test_ranks_in_words():
