@@ -195,14 +195,20 @@ def read_record(path: Path) -> Record:
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
     """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError that names the
-    tensors that are missing or of another shape, before any is written.
+    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError, on every rank, that
+    names the tensors that are missing or of another shape on one of them, before any is written.
     """
     world = world or World.alone()
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
     wanted = {group: members for group, members in tensors.items() if group != "random"}
     wanted |= {"random": known} if known else {}
+    agree(world, lambda: _require_fitting(path, stored, wanted))
+    with _alone_is_fine():
+        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
+
+
+def _require_fitting(path: Path, stored: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> None:
     problems = []
     for group, members in wanted.items():
         for name, tensor in members.items():
@@ -215,8 +221,6 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
-    with _alone_is_fine():
-        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
