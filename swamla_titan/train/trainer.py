@@ -232,7 +232,8 @@ class Trainer:
     def _save(self) -> None:
         self._require_finite()
         with self.throughput.paused():
-            cursors = merged(self.world, self.loader.state_dict())
+            # By the step: if a batch could not be read on one rank, the others are past theirs.
+            cursors = merged(self.world, self.loader.state_dict(self.step))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, cursors, self.identity, replaced)
             tensors = self._tensors()
