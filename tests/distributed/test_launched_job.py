@@ -33,6 +33,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         temporary.mkdir(exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in ("LOG_RANK", "NNODES")}
         environment |= {"PYTHON": sys.executable, "NGPU": "0", "NPROC": "2", "TMPDIR": str(temporary)}
+        environment["MAX_RESTARTS"] = "1"  # the first restart must succeed
         command = [str(ROOT / "run_train.sh"), "debug", "--job.dump_folder", str(tmp_path / "run"), *SETTINGS]
         process = subprocess.Popen(
             [*command, *overrides],
