@@ -130,9 +130,10 @@ fi
 flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$shown")
 # What the hidden processes say on standard error is kept, for the case that they crash.
 [[ -z $hidden ]] || flags+=(--redirects="${hidden#,}")
+# Each start of the processes gets a store of its own. In the one that torchrun shares among all starts, processes that
+# are started again find addresses of dead ones; and where machines meet, nobody could join again.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ -n $endpoint ]]; then
-  # Unshared stores: the one that the machines meet at must outlive the processes, or nobody can join again.
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   flags+=(--rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RDZV_ID:-swamla-titan}")
 else
   # A free port for each run. By its number, because a machine need not know its own name.

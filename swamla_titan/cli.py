@@ -1,5 +1,6 @@
 """The command `swamla-titan`: parses, then calls a room."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RunFailed, UserError
+from swamla_titan.parallel.launcher import speaks
 
 
 @dataclass
@@ -121,7 +123,9 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `swamla_titan.errors`)."""
+    spoken = True
     try:
+        spoken = speaks()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         command = tyro.cli(
             Command,
@@ -134,10 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         return _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if spoken:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        if spoken:
+            print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
         # The reader, `head` perhaps, has seen enough; Python would complain once more when it flushes at its end.
@@ -158,7 +164,7 @@ def _run(command: object, overrides: list[Override]) -> int:
             config = load_config(find_config(name), overrides)
             from swamla_titan.train import log_to_console, train
 
-            log_to_console()
+            log_to_console(logging.INFO if speaks() else logging.WARNING)
             return train(config)
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan

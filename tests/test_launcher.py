@@ -208,7 +208,7 @@ def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository)
         "3",
         "cuda=unset",
     ]
-    assert "unshared=unset" in recorded
+    assert "unshared=1" in recorded
     asked = Path(f"{repository.record}.preflight").read_text()
     assert asked == f"-m swamla_titan.tools.preflight 4 4 {config} --training.steps 3\n"
     assert not Path(recorded[3]).parent.exists()  # the folder of the launch

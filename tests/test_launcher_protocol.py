@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from swamla_titan.parallel.launcher import FOLDER, FORWARDED, acknowledge_stop, exit_through_launcher
+from swamla_titan.config.sections import Parallel
+from swamla_titan.errors import UserError
+from swamla_titan.parallel.launcher import FOLDER, FORWARDED, acknowledge_stop, exit_through_launcher, speaks
+from swamla_titan.parallel.world import join_world
 from swamla_titan.tools.preflight import main as preflight
 from swamla_titan.train.signals import StopRequest
 
@@ -79,6 +82,40 @@ def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> 
     (folder / "3.stopping").touch()
     assert exit_through_launcher(main) == 0
     assert (folder / "3.stopping").exists()
+
+
+@pytest.mark.parametrize(
+    "named, speaking",
+    [(None, [0]), ("", [0]), ("0", [0]), ("2", [2]), ("1,2", [1, 2]), ("4", "0 to 2"), ("all", "expected numbers")],
+)
+def test_log_rank_names_those_who_speak(monkeypatch: pytest.MonkeyPatch, named: "str | None", speaking: object) -> None:
+    monkeypatch.delenv("LOG_RANK", raising=False)
+    if named is not None:
+        monkeypatch.setenv("LOG_RANK", named)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert speaks()  # started by hand
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        if isinstance(speaking, str):
+            with pytest.raises(UserError, match=speaking):
+                speaks()
+        elif speaks():
+            found.append(rank)
+    assert isinstance(speaking, str) or found == speaking
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_too_few_gpus_are_refused_by_every_process_of_the_machine(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Also by those that would have one: they would wait for the others, and may be the ones that speak."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 processes on this machine, but 2 GPUs"):
+        join_world(Parallel())
 
 
 @pytest.mark.parametrize(

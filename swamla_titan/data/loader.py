@@ -81,7 +81,9 @@ class BatchLoader(Iterator[StepBatch]):
                 generator=torch.Generator(),
             )
         self._items: Iterator[Portion] | None = None
-        self._state: dict[str, Any] | None = None  # the loader's, just after the step that was delivered last
+        # The loader's, after the step that was delivered last, and before it.
+        self._state: dict[str, Any] | None = None
+        self._state_before: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Starts the workers and their reading ahead, so that it runs beside other preparations; else the first batch
@@ -102,14 +104,20 @@ class BatchLoader(Iterator[StepBatch]):
         batch = self._merge(portions)
         self._step += 1
         # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
-        self._state = self._loader.state_dict()
+        self._state_before, self._state = self._state, self._loader.state_dict()
         return batch
 
-    def state_dict(self) -> dict[int, dict[str, Any]]:
-        """{stream: cursor} of the streams this rank owns, just after the batch that was delivered last."""
-        if self._state is None:
+    def state_dict(self, step: int | None = None) -> dict[int, dict[str, Any]]:
+        """{stream: cursor} of the streams this rank owns, as they stand before step `step` (from 0) is read.
+
+        That is the step to come, or the one delivered last, where it was of no use because another rank could not read
+        its part of it. None: the step to come.
+        """
+        assert step in (None, self._step, self._step - 1), "other places are not remembered"
+        state = self._state_before if step == self._step - 1 else self._state
+        if state is None:
             return dict(self._cursors)
-        cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(self._state)}
+        cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(state)}
         assert cursors.keys() == self._cursors.keys(), "each stream has one owner"
         return cursors
 

@@ -1,4 +1,6 @@
-"""A worker's side of scripts/torchrun.sh: what torchrun cannot pass on goes through a folder that both know.
+"""A worker's side of its launcher: who speaks, and what torchrun cannot pass on.
+
+That goes through a folder that scripts/torchrun.sh knows as well.
 
 torchrun starts a group of workers again whenever one of them ends with anything but 0. That is right after a crash and
 wrong where the user's input is at fault (2) or the run was stopped on purpose (75): those codes are left in the folder
@@ -11,14 +13,34 @@ Standard library only: it runs before torch is imported.
 """
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, UserError
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def speaks() -> bool:
+    """Whether what this process has to say is for the console: LOG_RANK names it, or no launcher started it.
+
+    LOG_RANK lists processes by their numbers on this machine; default 0. All come to the same errors, so one message is
+    enough. run_train.sh shows no other output anyway, but torchrun by itself does. Raises UserError if LOG_RANK
+    names no process of this machine.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return True
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    text = os.environ.get("LOG_RANK") or "0"
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+        raise UserError(f"LOG_RANK={text}: expected numbers of processes, as in 0,3")
+    ranks = [int(number) for number in text.split(",")]
+    if max(ranks) >= size:
+        raise UserError(f"LOG_RANK={text}: the processes of this machine are 0 to {size - 1}")
+    return int(os.environ["LOCAL_RANK"]) in ranks
 
 
 def exit_through_launcher(main: Callable[[], int]) -> int:

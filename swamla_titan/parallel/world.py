@@ -98,10 +98,11 @@ def join_world(parallel: Parallel) -> World:
     degrees = fit_degrees(parallel, size)
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
+        there, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if needed > there:  # on every process of the machine: one that went on would wait for the others
             raise UserError(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-                "Start as many processes as there are GPUs, NGPU in run_train.sh"
+                f"{needed} processes on this machine, but {there} GPUs. Start as many processes as there are GPUs, "
+                "NGPU in run_train.sh"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

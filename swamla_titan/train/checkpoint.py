@@ -195,8 +195,8 @@ def read_record(path: Path) -> Record:
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
     """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError that names the
-    tensors that are missing or of another shape, before any is written.
+    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError, on every rank, that
+    names the tensors that are missing or of another shape on one of them, before any is written.
     """
     world = world or World.alone()
     wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not

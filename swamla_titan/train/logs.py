@@ -15,11 +15,11 @@ class _Console(logging.Handler):
 
 
 def log_to_console(level: int = logging.INFO) -> None:
-    """Send this package's log lines to standard output."""
+    """Send this package's log lines from `level` on to standard output; those that go elsewhere begin at INFO."""
     package = logging.getLogger("swamla_titan")
     package.handlers.clear()
-    package.setLevel(level)
+    package.setLevel(logging.INFO)
     package.propagate = False
-    console = _Console()
+    console = _Console(level)
     console.setFormatter(_FORMAT)
     package.addHandler(console)

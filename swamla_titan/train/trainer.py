@@ -233,7 +233,8 @@ class Trainer:
     def _save(self) -> None:
         self._require_finite()
         with self.throughput.paused():
-            cursors = merged(self.world, self.loader.state_dict())
+            # By the step: if a batch could not be read on one rank, the others are past theirs.
+            cursors = merged(self.world, self.loader.state_dict(self.step))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, cursors, self.identity, replaced)
             tensors = self._tensors()
@@ -254,9 +255,11 @@ class Trainer:
     def _load(self, path: Path, step: int) -> None:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
         torch.manual_seed(seed_of(self.config.job.seed, self.world.rank, step))
-        tensors = self._tensors()
-        load_tensors(path, tensors, self.world)
-        set_random_state(tensors["random"], self.device, self.world.rank)
+        random = {"random": random_state(self.device, self.world.rank)}
+        # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
+        for part, optimizer in zip(self.model.parts, self.optimizers):
+            load_tensors(path, tensors_of([part], [optimizer]) | random, self.world)
+        set_random_state(random["random"], self.device, self.world.rank)
 
 
 def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:

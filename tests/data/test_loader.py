@@ -123,6 +123,20 @@ def test_worker_processes_give_the_same_batches_and_cursors(corpus):
         reference = loaders(corpus, 5, 1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_place_before_the_last_step_is_remembered_too(corpus, workers):
+    """A rank that could read its part goes back there, if another could not."""
+    with loaders(corpus, 5, 1, workers)[0] as loader:
+        places = [loader.state_dict(0)]
+        for step in range(1, 5):
+            next(loader)
+            assert loader.state_dict(step - 1) == places[-1]
+            places.append(loader.state_dict(step))
+            assert places[-1] == loader.state_dict() != places[-2]
+        with pytest.raises(AssertionError):
+            loader.state_dict(2)
+
+
 def test_resume_twice_over_epochs_with_other_ranks_and_workers(corpus):
     straight = loaders(corpus, 5, 1)
     expected = [global_batch(straight) for _ in range(60)]

@@ -1,0 +1,70 @@
+"""The real command, as a rank of a job runs it: what it ends with, what it says, and what befalls it on the way."""
+
+import contextlib
+import io
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+from swamla_titan.cli import main
+from swamla_titan.train.trainer import Trainer
+
+
+class Ended(NamedTuple):
+    """How a process ended, and what a terminal would have shown of it."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(config: str, *overrides: str) -> int:
+    """Train; returns the exit code."""
+    return main(["train", config, *overrides])
+
+
+def run_and_listen(config: str, *overrides: str) -> Ended:
+    """Train; also returns what was written to standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(config, *overrides)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_signalled(number: int, at: dict[int, int], config: str, *overrides: str) -> Ended:
+    """`run_and_listen`, with signal `number` to this process while it computes step at[rank], if its rank is there."""
+    rank = int(os.environ["RANK"])
+    if rank in at:
+        before_step(at[rank], lambda _: os.kill(os.getpid(), number))
+    return run_and_listen(config, *overrides)
+
+
+def run_killed(step: int, config: str, *overrides: str) -> int:
+    """`run`, ended by SIGKILL as step `step` begins."""
+    before_step(step, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    return run(config, *overrides)
+
+
+def before_step(step: int, action: Callable[[Trainer], object]) -> None:
+    """From now on this process calls `action(trainer)` just before the trainer computes step `step`, counted from 1."""
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, batch):
+        if self.step + 1 == step:
+            action(self)
+        return original(self, batch)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def run_killed_loader(rank: int, step: int, config: str, *overrides: str) -> Ended:
+    """`run_and_listen`, with SIGKILL to rank `rank`'s loader processes as step `step` begins."""
+
+    def kill(trainer: Trainer) -> None:
+        for worker in trainer.loader._items._workers:  # type: ignore[union-attr]
+            worker.kill()
+
+    if int(os.environ["RANK"]) == rank:
+        before_step(step, kill)
+    return run_and_listen(config, *overrides)

@@ -1,0 +1,124 @@
+"""./run_train.sh with two processes on the CPU: real torchrun, real trainer, the shipped debug configuration."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import checkpoint, metrics, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 8
+SETTINGS = (
+    *("--training.steps", str(STEPS), "--lr_schedule.warmup_steps", "4", "--checkpoint.interval", "3"),
+    *("--training.seq_len", "64", "--validation.interval", "4", "--validation.max_tokens", "2048"),
+    *("--metrics.log_interval", "1", "--metrics.tensorboard", "false"),
+)
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts run_train.sh on the debug configuration in tmp_path/run; what it left running is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*overrides: str) -> "subprocess.Popen[str]":
+        temporary = tmp_path / "tmp"
+        temporary.mkdir(exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name not in ("LOG_RANK", "NNODES")}
+        environment |= {"PYTHON": sys.executable, "NGPU": "0", "NPROC": "2", "TMPDIR": str(temporary)}
+        environment["MAX_RESTARTS"] = "1"  # the first restart must succeed
+        command = [str(ROOT / "run_train.sh"), "debug", "--job.dump_folder", str(tmp_path / "run"), *SETTINGS]
+        process = subprocess.Popen(
+            [*command, *overrides],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        process.communicate()
+
+
+def end(process: "subprocess.Popen[str]", code: int) -> str:
+    """Wait for the end, which must be with `code`; returns standard output."""
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, out + err
+    return out
+
+
+def worker(folder: Path, rank: int) -> int:
+    """The process id of a worker, which the launcher's folder has."""
+    (file,) = (folder / "tmp").glob(f"swamla-titan.*/{rank}.pid")
+    return int(file.read_text())
+
+
+def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    wait_for(folder / "metrics.jsonl", process, seconds=100)
+    limit = time.monotonic() + 60
+    while max(metrics(folder), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def assert_finished(folder: Path) -> None:
+    assert checkpoint(folder, STEPS).is_dir()
+    assert sorted(metrics(folder)) == list(range(1, STEPS + 1))
+    assert sorted(metrics(folder, "val_loss")) == [4, 8]
+
+
+def test_a_job_of_two_processes_is_done(tmp_path: Path, start: Start) -> None:
+    out = end(start(), 0)
+    assert_finished(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == STEPS + 2
+    assert out.count(f"step {STEPS}/{STEPS}") == 1
+    assert out.count("on 2 x CPU, ") == 1
+    for rank in range(2):
+        assert f"step-{STEPS:08d}" in (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()
+
+
+# Five micro-batches in place of one: slow enough for a signal to come in time.
+SLOW = ("--training.local_batch_size", "1", "--training.seq_len", "256")
+
+
+@pytest.mark.slow  # each starts the program twice, under torchrun: 30 s and more on a busy machine
+def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(tmp_path: Path, start: Start) -> None:
+    process = start(*SLOW)
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    out = end(process, 75)
+    assert "stopped by SIGTERM after step " in out
+    stopped = max(metrics(tmp_path / "run"))
+    assert stopped < STEPS
+    assert checkpoint(tmp_path / "run", stopped).is_dir()
+    assert f"resumed from {checkpoint(tmp_path / 'run', stopped)}" in end(start(*SLOW), 0)
+    assert_finished(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on(tmp_path: Path, start: Start, rank: int) -> None:
+    process = start(*SLOW)
+    wait_for_step(tmp_path / "run", 4, process)
+    os.kill(worker(tmp_path, rank), signal.SIGKILL)
+    out = end(process, 0)
+    assert f"resumed from {checkpoint(tmp_path / 'run', 3)}" in out
+    assert_finished(tmp_path / "run")
