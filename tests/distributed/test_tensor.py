@@ -15,7 +15,7 @@ from torch.distributed import _symmetric_memory
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from swamla_titan.config.sections import Parallel
+from swamla_titan.config.sections import Float8, Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -317,17 +317,15 @@ def test_logits_are_gathered_with_their_gradient():
 
 
 def _float8(recipe: str) -> None:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.float8.float8_linear import Float8Linear
+
+    from swamla_titan.quantization.float8 import convert_to_float8
 
     world = join_world(Parallel(tensor=2))
     torch.manual_seed(0)
     exact = SWAMLAModel(config(2, dim=64, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16))
-    settings = copy.copy(Float8LinearConfig.from_recipe_name(recipe))
-    object.__setattr__(settings, "emulate", True)
-    whole = convert_to_float8_training(
-        copy.deepcopy(exact), config=settings, module_filter_fn=lambda module, name: name != "head"
-    )
+    whole = copy.deepcopy(exact)
+    convert_to_float8(whole, Float8(recipe=recipe), torch.device("cpu"))
     part = copy.deepcopy(whole)
     apply_tensor_parallel(part, world.weights["tensor"])
     for block in part.blocks.values():
