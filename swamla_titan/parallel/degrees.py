@@ -54,7 +54,7 @@ def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
             "context": parallel.context,
             "tensor": parallel.tensor,
         }
-        product = " x ".join(f"{name} {value}" for name, value in shown.items() if value not in (1, -1)) or "1"
+        product = " x ".join(f"{name} {value}" for name, value in shown.items() if value not in (1, -1)) or "dp_shard 1"
         raise UserError(
             f"[parallel] the degrees {product} = {known} do not fit {world_size} processes: "
             + _suggestion(known, fixed, world_size)
@@ -70,6 +70,6 @@ def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
 
 def _suggestion(known: int, fixed: int, world_size: int) -> str:
     if world_size % fixed:
-        nearest = max(known, round(world_size / known) * known)
+        nearest = max(known, world_size // known * known)
         return f"start {nearest}, or lower pipeline, context or tensor so that they divide {world_size}"
     return f"start {known}, or let dp_shard x dp_replicate be {world_size // fixed} (-1: the rest)"

@@ -18,7 +18,9 @@ from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 
 # torchao warns at its import that it has no kernels of its own for this Python or CPU; float8 training uses torch's.
+# torch warns of how torchao registers its enumerations.
 logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: E402
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args  # noqa: E402

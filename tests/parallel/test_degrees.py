@@ -68,7 +68,12 @@ def test_the_rest_is_found_and_the_product_is_the_number_of_processes(size, give
             {"tensor": 2, "dp_shard": 1},
             "tensor 2 = 2 do not fit 4 processes: start 2, or let dp_shard x dp_replicate be 2 (-1: the rest)",
         ),
-        (4, {"dp_shard": 1}, "the degrees 1 = 1 do not fit 4 processes: start 1, or let dp_shard x dp_replicate be 4"),
+        (3, {"context": 2}, "context 2 = 2 do not fit 3 processes: start 2, or lower pipeline, context or tensor"),
+        (
+            4,
+            {"dp_shard": 1},
+            "the degrees dp_shard 1 = 1 do not fit 4 processes: start 1, or let dp_shard x dp_replicate be 4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_way_out(size, given, message):
