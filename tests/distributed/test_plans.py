@@ -102,7 +102,7 @@ UNTIED_IN_CI = {
     *("fsdp-3", "fsdp-2-every", "hsdp-2x2", "ddp-3", "tp-2", "cp-4", "pp-3"),
     *("ddp-2-tp-2", "fsdp-2-cp-2", "tp-2-pp-2", "cp-2-pp-2"),
 }
-assert UNTIED_IN_CI < PLANS.keys()
+assert PLANS.keys() > UNTIED_IN_CI
 
 
 def is_in_ci(plan: str, batch: str, model: str) -> bool:
