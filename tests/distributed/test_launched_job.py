@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +25,18 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def temporary() -> Iterator[Path]:
+    """A folder with a short name: loader processes are reached through sockets in it, whose paths have 107 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def start(tmp_path: Path, temporary: Path) -> Iterator[Start]:
     """Starts run_train.sh on the debug configuration in tmp_path/run; what it left running is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*overrides: str) -> "subprocess.Popen[str]":
-        temporary = tmp_path / "tmp"
-        temporary.mkdir(exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in ("LOG_RANK", "NNODES")}
         environment |= {"PYTHON": sys.executable, "NGPU": "0", "NPROC": "2", "TMPDIR": str(temporary)}
         environment["MAX_RESTARTS"] = "1"  # the first restart must succeed
@@ -63,9 +69,9 @@ def end(process: "subprocess.Popen[str]", code: int) -> str:
     return out
 
 
-def worker(folder: Path, rank: int) -> int:
+def worker(temporary: Path, rank: int) -> int:
     """The process id of a worker, which the launcher's folder has."""
-    (file,) = (folder / "tmp").glob(f"swamla-titan.*/{rank}.pid")
+    (file,) = temporary.glob(f"swamla-titan.*/{rank}.pid")
     return int(file.read_text())
 
 
@@ -115,10 +121,12 @@ def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(tmp_path: Path, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on(tmp_path: Path, start: Start, rank: int) -> None:
+def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on(
+    tmp_path: Path, temporary: Path, start: Start, rank: int
+) -> None:
     process = start(*SLOW)
     wait_for_step(tmp_path / "run", 4, process)
-    os.kill(worker(tmp_path, rank), signal.SIGKILL)
+    os.kill(worker(temporary, rank), signal.SIGKILL)
     out = end(process, 0)
     assert f"resumed from {checkpoint(tmp_path / 'run', 3)}" in out
     assert_finished(tmp_path / "run")
