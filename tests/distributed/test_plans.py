@@ -169,7 +169,7 @@ def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan):
     recipe = ("--float8.recipe", "rowwise")
     shape = (*BATCHES["does not"], *recipe)
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
-    assert_same_curves(tmp_path, shape, tolerance=1e-4 if plan == "fsdp-2" else 2e-2)
+    assert_same_curves(tmp_path, shape, tolerance=1e-3 if plan == "fsdp-2" else 2e-2)
     assert curves(tmp_path)["loss"] != alone(*BATCHES["does not"])["loss"]
 
 
