@@ -123,7 +123,7 @@ class Runner:
         """The message with which every rank of a run ends, before anything is written."""
         seen = self._on_ranks(size, *overrides)
         assert [rank.code for rank in seen] == [2] * size
-        assert len({rank.error for rank in seen}) == 1
+        assert not any(rank.error for rank in seen[1:])  # one of them says it
         assert not seen[0].folder.exists()
         return seen[0].error
 
