@@ -171,11 +171,17 @@ class Trainer:
             optimizer.zero_grad()
         return loss, grad_norm
 
-    def close(self) -> None:
-        """Stop the loader's processes, write a profile that was begun and flush the metrics."""
+    def close(self, alone: bool = False) -> None:
+        """Stop the loader's processes, write a profile that was begun and flush the metrics.
+
+        `alone`: this rank ends and the others do not, so that its device may never be done; a profile is dropped then.
+        """
         gc.enable()
         self.loader.close()
-        self.profiler.close()
+        if alone:
+            self.profiler.discard()
+        else:
+            self.profiler.close()
         if self.metrics:
             self.metrics.close()
 
@@ -281,13 +287,19 @@ def record_of(newest: Path | None, identity: dict[str, Any]) -> Record:
     return record
 
 
-def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
-    """Say good-bye to the other processes, unless this one is in trouble alone.
+def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
+    """Whether a run that ends with this kind of exception, None: in order, ends on this rank only, for all it knows.
 
-    They would then be in a collective that it does not come to, and NCCL's good-bye waits for that: the job would stand
-    still until a time-out, with the error untold. The launcher sees a process that dies, and ends the others.
+    The others are then in a collective that it does not come to, and whatever waits for the device, as NCCL's good-bye
+    does, would stand still until a time-out, with the error untold. The launcher sees a process that dies, and ends the
+    others.
     """
-    if kind is None or issubclass(kind, UserError | RunFailed):  # all ranks raise those together
+    return kind is not None and not issubclass(kind, UserError | RunFailed)  # all ranks raise those together
+
+
+def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
+    """Say good-bye to the other processes, unless this one is in trouble alone."""
+    if not _in_trouble_alone(kind):
         leave_world()
 
 
@@ -302,6 +314,6 @@ def train(config: Config) -> int:
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
         trainer = Trainer(config, world, stop)
-        stack.callback(trainer.close)
+        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
         stop.finish_step_first = True
         return trainer.run()
