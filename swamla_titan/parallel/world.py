@@ -57,7 +57,7 @@ class World:
 
     def sum_over_sequences(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks that computed different tokens, in place."""
-        # By the degrees: to ask a mesh for a dimension of itself takes a tenth of a millisecond, and this is every step.
+        # By the degrees: to slice a mesh takes a tenth of a millisecond, and this is every step.
         for dimension, size in (("data", self.degrees.data), ("context", self.degrees.context)):
             if size > 1:
                 dist.all_reduce(values, group=self.group(dimension))
