@@ -77,7 +77,7 @@ class Trainer:
         self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
-        newest = from_first(world, self.checkpoints.newest_whole)
+        newest = self.checkpoints.newest_whole()
         record = from_first(world, lambda: record_of(newest, self.identity))
 
         self.model = ParallelModel(config, world)
@@ -106,9 +106,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
         log_to_folder(self.folder, world.rank)
-        self.metrics = None
-        if world.is_first:
-            self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
+        self.metrics = agree(world, self._open_metrics)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
@@ -214,10 +212,24 @@ class Trainer:
         }
         values |= self.throughput.read()
         values["memory_gib"] = self.world.largest(values["memory_gib"])
-        if self.metrics:
-            eta = (self.config.training.steps - self.step) * values["step_seconds"]
-            self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
+        eta = (self.config.training.steps - self.step) * values["step_seconds"]
+        self._log(values, step_line(self.step, self.config.training.steps, values, eta))
         self._require_finite()
+
+    def _log(self, values: dict[str, float | int], line: str) -> None:
+        """Have the first rank write `values`; if it cannot, the run ends on all."""
+
+        def write() -> None:
+            if self.metrics:
+                self.metrics.log(self.step, values, line)
+
+        agree(self.world, write)
+
+    def _open_metrics(self) -> MetricsLogger | None:
+        if not self.world.is_first:
+            return None
+        config = self.config
+        return MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
 
     def _require_finite(self) -> None:
         """Raise RunFailed if the last step's loss or gradient norm is no number: its weights must not be kept."""
@@ -233,8 +245,7 @@ class Trainer:
         with self.throughput.paused():
             values = validator(self.model)
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
-        if self.metrics:
-            self.metrics.log(self.step, values, line)
+        self._log(values, line)
 
     def _save(self) -> None:
         self._require_finite()
