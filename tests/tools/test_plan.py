@@ -108,7 +108,7 @@ def test_what_a_swa_layer_exchanges_is_said_where_rows_are_shared(tiny, capsys, 
     assert "SWA layer" not in capsys.readouterr().out
     assert main(["plan", str(tiny), *arguments, "--parallel.context=2"]) == 0
     token = 2 * (2 // tensor) * 2 * 32 * width  # rows, heads, key and value, sides of a head
-    # Of chunks 0 and 3 | 1 and 2, chunk 1 looks back to rank 0 and chunk 3 to rank 1; chunk 2 has its neighbour at hand.
+    # Of chunks 0 and 3 | 1 and 2, chunk 1 looks back to rank 0 and chunk 3 to rank 1; chunk 2 to its own rank.
     halos, sinks = 15, 2 * 4
     said = capsys.readouterr().out
     most = size((halos + sinks) * token)
