@@ -1,13 +1,13 @@
 """What context ranks give each other: latents of all tokens for MLA; windows' halos and sinks for SWA.
 
-The collectives are torch's functional ones, called as operators: torch.compile takes them into a graph, their gradients
-are registered, and they start before they are waited for. All tokens here are those of one rank, [B, 2 * chunk, ...],
-or are said to be whole rows.
+The collectives (functional.py) start before they are waited for. All tokens here are those of one rank,
+[B, 2 * chunk, ...], or are said to be whole rows.
 """
 
 import torch
 from torch import Tensor
 
+from swamla_titan.parallel.functional import OPERATORS, waited
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, chunks_of
 
 
@@ -20,7 +20,7 @@ def gather_rows(part: Tensor, layout: SequenceLayout, group: str) -> Tensor:
     """Every rank's tokens [B, 2 * chunk, N], put in the order of the row: [B, T, N]. Its gradient is summed."""
     size, chunk = layout.size, layout.chunk
     batch, _, width = part.shape
-    gathered = _wait(torch.ops._c10d_functional.all_gather_into_tensor(part.contiguous(), size, group))
+    gathered = waited(OPERATORS.all_gather_into_tensor(part.contiguous(), size, group))
     early, late = gathered.view(size, batch, 2, chunk, width).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
     ordered = torch.cat([early, late.flip(0)])  # [2 size, B, chunk, N]
     return ordered.transpose(0, 1).reshape(batch, layout.seq_len, width)
@@ -64,8 +64,8 @@ def exchange_windows(
     sinks = _start_sinks(key, value, exchange, sink_index, sink_owned, group)
     width = key.shape[-1]
     # [received, B, G, 2 D] -> keys and values [B, received, G, D]; likewise sinks [2, sinks, B, G, 2 D].
-    far = (None, None) if received is None else _wait(received).transpose(0, 1).split(width, dim=-1)
-    first = (None, None) if sinks is None else _wait(sinks).permute(0, 2, 1, 3, 4).split(width, dim=-1)
+    far = (None, None) if received is None else waited(received).transpose(0, 1).split(width, dim=-1)
+    first = (None, None) if sinks is None else waited(sinks).permute(0, 2, 1, 3, 4).split(width, dim=-1)
     return _sections(key, far[0], first[0], exchange), _sections(value, far[1], first[1], exchange)
 
 
@@ -98,7 +98,7 @@ def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) 
     slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
     sent = torch.cat([torch.cat([key[:, at], value[:, at]], dim=-1) for at in slices], dim=1)
     # Tokens first, for that is the axis that the collective splits.
-    received: Tensor = torch.ops._c10d_functional.all_to_all_single(
+    received: Tensor = OPERATORS.all_to_all_single(
         sent.transpose(0, 1).contiguous(), exchange.receive_splits, exchange.send_splits, group
     )
     return received
@@ -117,13 +117,6 @@ def _start_sinks(
     at = index[..., None, None].expand(key.shape[0], -1, *key.shape[2:])
     given = torch.cat([key.gather(1, at), value.gather(1, at)], dim=-1)  # [B, 2 size sinks, G, 2 D]
     given = torch.where(owned[..., None, None], given, 0.0)
-    summed = torch.ops._c10d_functional.reduce_scatter_tensor(
-        given.transpose(0, 1).contiguous(), "sum", exchange.layout.size, group
-    )
+    summed = OPERATORS.reduce_scatter_tensor(given.transpose(0, 1).contiguous(), "sum", exchange.layout.size, group)
     sinks: Tensor = summed.unflatten(0, (2, exchange.sinks))
     return sinks
-
-
-def _wait(tensor: Tensor) -> Tensor:
-    waited: Tensor = torch.ops._c10d_functional.wait_tensor(tensor)
-    return waited

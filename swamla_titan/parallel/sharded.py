@@ -7,7 +7,10 @@ from torch.distributed.tensor import DTensor, Placement
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is on this rank, as a plain tensor that shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    assert not any(placement.is_partial() for placement in tensor.placements), "a summand that is not yet reduced"
+    return tensor.to_local()
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """What the ranks of a tensor-parallel group tell each other, as differentiable functions of plain tensors.
 
-Each of them is written with torch's functional collectives and waits for the result at once. The tensors that torch's
-own wrappers return wait at their first use instead, and as inputs of a compiled block they have given wrong gradients.
-Inside a compiled graph the wait is an operator that the compiler moves as late as it can, so nothing is lost.
+Each of them waits for the result of its collective (functional.py) at once. Inside a compiled graph that is an operator
+which the compiler moves as late as it can, so nothing is lost.
 
 Along the sequence (axis 1 of [B, T, ...]), gather and scatter-sum are each other's derivative: with S the sum over
 ranks of what each computed from all tokens, the gradient of a token's shard is the sum of all ranks' gradients of it.
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from swamla_titan.parallel.functional import OPERATORS, waited
 
 _SEQUENCE = 1  # axis of [B, T, ...]
 
@@ -57,7 +58,7 @@ def sum_over_shards(x: Tensor, group: TensorGroup) -> Tensor:
 
 def max_over_shards(x: Tensor, group: TensorGroup) -> Tensor:
     """The largest over ranks of each element, without a gradient."""
-    return _wait(_OPS.all_reduce(x.detach().contiguous(), "max", group.name))
+    return waited(OPERATORS.all_reduce(x.detach().contiguous(), "max", group.name))
 
 
 def gather_last_axis(x: Tensor, group: TensorGroup) -> Tensor:
@@ -66,24 +67,16 @@ def gather_last_axis(x: Tensor, group: TensorGroup) -> Tensor:
     return gathered
 
 
-_OPS = torch.ops._c10d_functional
-
-
-def _wait(x: Tensor) -> Tensor:
-    waited: Tensor = _OPS.wait_tensor(x)
-    return waited
-
-
 # The operators work on axis 0. split and cat around them, and not one transposition, are what the compiler's
 # asynchronous tensor-parallel pass recognizes.
 def _gather(x: Tensor, axis: int, name: str, size: int) -> Tensor:
-    gathered = _wait(_OPS.all_gather_into_tensor(x.contiguous(), size, name))
+    gathered = waited(OPERATORS.all_gather_into_tensor(x.contiguous(), size, name))
     return torch.cat(gathered.chunk(size), dim=axis)
 
 
 def _scatter(x: Tensor, axis: int, name: str, size: int) -> Tensor:
     stacked = torch.cat(x.chunk(size, dim=axis))
-    return _wait(_OPS.reduce_scatter_tensor(stacked, "sum", size, name))
+    return waited(OPERATORS.reduce_scatter_tensor(stacked, "sum", size, name))
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -112,7 +105,7 @@ class _ScatterSum(torch.autograd.Function):
 class _SumOverShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
-        return _wait(_OPS.all_reduce(x.contiguous(), "sum", name))
+        return waited(OPERATORS.all_reduce(x.contiguous(), "sum", name))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -18,7 +18,7 @@ from swamla_titan.model.norms import dynamic_tanh, rms_norm
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_sequence, scatter_sum_over_sequence
 
 
-def local(parameter: Tensor) -> Tensor:
+def local_with_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, whose gradient becomes that part of the parameter's gradient.
 
     The gradient of a replicated parameter is taken as it is, although it is this rank's summand only; see
@@ -41,7 +41,7 @@ class LocalTokensRMSNorm(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return rms_norm(x, local(self.weight))
+        return rms_norm(x, local_with_gradient(self.weight))
 
 
 class LocalTokensDynamicTanh(TensorParallelModule):
@@ -52,7 +52,9 @@ class LocalTokensDynamicTanh(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return dynamic_tanh(x, local(self.alpha), local(self.weight), local(self.bias))
+        return dynamic_tanh(
+            x, local_with_gradient(self.alpha), local_with_gradient(self.weight), local_with_gradient(self.bias)
+        )
 
 
 class VocabularyParallelEmbedding(TensorParallelModule):
@@ -66,7 +68,7 @@ class VocabularyParallelEmbedding(TensorParallelModule):
                 f"rows of {tokens.shape[1]} tokens cannot be shared by {group.size} tensor-parallel ranks: "
                 f"take a multiple of {group.size}"
             )
-        weight = local(self.weight)
+        weight = local_with_gradient(self.weight)
         row = tokens - group.rank * weight.shape[0]
         mine = (row >= 0) & (row < weight.shape[0])
         # Masked before and after: a clamped id must neither read another row's value nor give it a gradient.
@@ -79,7 +81,7 @@ class ColumnParallel(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in] -> [B, T, out/n]."""
-        return self.product(x, local(self.weight))
+        return self.product(x, local_with_gradient(self.weight))
 
 
 class GatheredColumnParallel(TensorParallelModule):
@@ -87,7 +89,7 @@ class GatheredColumnParallel(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/n, in] -> [B, T, out/n]."""
-        return self.product(gather_sequence(x, self.tensor_group), local(self.weight))
+        return self.product(gather_sequence(x, self.tensor_group), local_with_gradient(self.weight))
 
 
 class RowParallel(TensorParallelModule):
@@ -95,7 +97,7 @@ class RowParallel(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in/n] -> [B, T/n, out]."""
-        return scatter_sum_over_sequence(self.product(x, local(self.weight)), self.tensor_group)
+        return scatter_sum_over_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
 
 
 class LocalTokensLinear(TensorParallelModule):
@@ -103,7 +105,7 @@ class LocalTokensLinear(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/n, in] -> [B, T, out]."""
-        return gather_sequence(self.product(x, local(self.weight)), self.tensor_group)
+        return gather_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
 
 
 def become(module: nn.Module, style: type[TensorParallelModule], group: TensorGroup) -> None:

@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
 
@@ -40,30 +40,23 @@ class TiedEmbedding:
         if not ours:
             return
         assert all(grad is not None for grad in ours), "both copies take part in every step"
-        local = [_local(grad) for grad in ours if grad is not None]
-        if len(local) == 2:
-            local[0] += local[1]
-            local[1].copy_(local[0])
+        held = [local(grad) for grad in ours if grad is not None]
+        if len(held) == 2:
+            held[0] += held[1]
+            held[1].copy_(held[0])
             return
         if not self._compared:
-            self._require_alike(local[0])
-        dist.all_reduce(local[0], group=self._group)
+            self._require_alike(held[0])
+        dist.all_reduce(held[0], group=self._group)
 
     def _weights(self) -> list[Tensor]:
         found = [] if self._embedding is None else [self._embedding.embedding.weight]
         return found if self._head is None else [*found, self._head.head.weight]
 
-    def _require_alike(self, local: Tensor) -> None:
+    def _require_alike(self, held: Tensor) -> None:
         # Sums of differently cut weights would be silently wrong, so the two ranks compare what they hold, once.
-        mine = (tuple(local.shape), str(local.dtype), [getattr(w, "placements", None) for w in self._weights()])
+        mine = (tuple(held.shape), str(held.dtype), [getattr(w, "placements", None) for w in self._weights()])
         both: list[object] = [None, None]
         dist.all_gather_object(both, mine, group=self._group)
         assert both[0] == both[1], f"embedding and head are cut differently: {both[0]}, {both[1]}"
         self._compared = True
-
-
-def _local(gradient: Tensor) -> Tensor:
-    if not isinstance(gradient, DTensor):
-        return gradient
-    assert not any(placement.is_partial() for placement in gradient.placements), "a gradient that is not yet reduced"
-    return gradient.to_local()

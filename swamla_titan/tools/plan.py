@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import micro_batch_count, sequences_per_rank
@@ -20,6 +22,7 @@ from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.stages import runnable_count, stage_count, stage_numbers
 from swamla_titan.parallel.timeline import Order, bubble_share, most_in_flight, order_of
@@ -69,6 +72,7 @@ class Plan:
     degrees: Degrees
     mesh: list[Neighbours]
     batch: Batch
+    swa_exchange: Traffic | None  # of one SWA layer's forward pass over a micro-batch; None where rows are not shared
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline place
 
@@ -120,7 +124,7 @@ def plan(config: Config, ranks: int) -> Plan:
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
-    return Plan(config, degrees, mesh, batch, bubble, holdings)
+    return Plan(config, degrees, mesh, batch, swa_exchange(config, degrees, batch.rows), bubble, holdings)
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:
@@ -134,6 +138,21 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
         count for step in steps for count in sequences_per_rank(step, training.global_batch_size, streams, degrees.data)
     }
     return Batch(rows, min(counts), max(counts), min(read), max(read))
+
+
+def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
+    """The most that a context-parallel rank sends, and receives, so that its SWA layer sees windows and sinks."""
+    model = config.model
+    if degrees.context == 1 or model.swa_layers_per_cycle == 0:
+        return None
+    heads = model.kv_heads // degrees.tensor
+    itemsize = getattr(torch, config.training.compute_dtype).itemsize
+    of_ranks = []
+    for rank in range(degrees.context):
+        layout = SequenceLayout(config.training.seq_len, degrees.context, rank)
+        exchange = plan_swa_exchange(layout, model.swa_window, model.swa_sink_size)
+        of_ranks.append(swa_exchange_bytes(exchange, rows, heads, model.head_dim, itemsize))
+    return Traffic(max(each.sent for each in of_ranks), max(each.received for each in of_ranks))
 
 
 def run_count(parallel: Parallel, batch: Batch) -> int:

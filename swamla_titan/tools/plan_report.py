@@ -20,13 +20,14 @@ _MEANING = {
 
 
 def report(plan: Plan) -> Iterator[str]:
-    """Lines: mesh, batch, pipeline, parameters, memory."""
+    """Lines: mesh, batch, context, pipeline, parameters, memory."""
     total, without_embeddings = parameter_counts(plan.config.model)
     ranks = "1 rank" if plan.degrees.size == 1 else f"{plan.degrees.size} ranks"
     yield f"{ranks}: {plan.degrees}"
     yield f"model: {total:,} parameters ({without_embeddings:,} without embeddings)"
     yield from _mesh(plan)
     yield from _batch(plan)
+    yield from _context(plan)
     yield from _pipeline(plan)
     yield from _parameters(plan)
     yield from _memory(plan)
@@ -58,6 +59,14 @@ def _batch(plan: Plan) -> Iterator[str]:
     waits = waits_for_streams(training.global_batch_size, plan.config.data.streams, data, batch.rows)
     if waits:
         yield f"  {waits}"
+
+
+def _context(plan: Plan) -> Iterator[str]:
+    if plan.swa_exchange is None:
+        return
+    sent, received = plan.swa_exchange
+    yield "\ncontext: windows' halos and sinks that ranks exchange"
+    yield f"  a SWA layer: a rank sends up to {size(sent)} and receives up to {size(received)} a micro-batch and pass"
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,9 +31,11 @@ import swamla_titan
 from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.parallel.agreement import agree, from_first
+from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World
-from swamla_titan.train.manifest import TEMPORARY_PREFIX, Damaged, commit, is_ours, verify
+from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +104,9 @@ class Checkpoints:
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes]) -> Path:
         """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder.
 
-        All ranks write their parts of `tensors`; the first one writes the record and `files`, stored beside them by
-        name, and commits. Raises RunFailed on every rank, leaving nothing half-written, where the disk
-        does not take it.
+        All ranks write their parts of `tensors` and digest what they wrote; the first one writes the record and
+        `files`, stored beside them by name, and commits. Raises RunFailed on every rank, leaving nothing half-written,
+        where the disk does not take it, or, with the new checkpoint committed, where an old one cannot be removed.
         """
         final = self.folder / f"step-{record.step:08d}"
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
@@ -119,20 +121,24 @@ class Checkpoints:
             (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
-            commit(temporary, final)
+            commit(temporary, final, entries)
+
+        def digest_own() -> Entries:
+            # By DCP's names for the files of a rank.
+            return digested(temporary, sorted(temporary.glob(f"__{self.world.rank}_*.distcp")))
 
         from_first(self.world, lambda: self._or_failed(prepare, temporary))
         agree(self.world, lambda: self._or_failed(lambda: _write(tensors, temporary, self.world), temporary))
+        entries = merged(self.world, agree(self.world, lambda: self._or_failed(digest_own, temporary)))
         from_first(self.world, lambda: self._or_failed(finish, temporary))
         self._damaged.discard(final)
-        if self.world.is_first:
-            self._retain()
+        from_first(self.world, self._retain)
         return final
 
-    def _or_failed(self, work: Callable[[], None], temporary: Path) -> None:
+    def _or_failed(self, work: Callable[[], Result], temporary: Path) -> Result:
         """`work()`; what the disk or DCP raises becomes a RunFailed, and the half-written folder is removed."""
         try:
-            work()
+            return work()
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
@@ -145,19 +151,21 @@ class Checkpoints:
             ) from error
 
     def newest_whole(self) -> Path | None:
-        """The newest undamaged checkpoint; None if there is no checkpoint at all.
+        """The newest undamaged checkpoint; None if there is no checkpoint at all. The same on all ranks.
 
-        Damaged ones are named and passed over. Raises UserError if every one is damaged: a run must not silently
-        start again from nothing.
+        All ranks come here and share the reading. Damaged ones are named and passed over. Raises UserError if every one
+        is damaged: a run must not silently start again from nothing.
         """
         damaged = []
-        for path in self._finished():
-            try:
-                verify(path)
+        for path in from_first(self.world, lambda: list(self._finished())):
+            found = merged(self.world, {self.world.rank: first_damage(path, self.world.rank, self.world.size)})
+            problems = [each for each in found.values() if each is not None]
+            if not problems:
                 return path
-            except Damaged as error:
-                self._damaged.add(path)
-                damaged.append(f"{path}: {error}")
+            _, problem = min(problems)  # what one process alone would have come upon
+            self._damaged.add(path)
+            damaged.append(f"{path}: {problem}")
+            if self.world.is_first:
                 logger.warning("checkpoint passed over: %s", damaged[-1])
         if damaged:
             raise UserError(
@@ -178,7 +186,14 @@ class Checkpoints:
         ours = [path for path in self._finished() if is_ours(path) and path not in self._damaged]
         for path in ours[self.keep_latest :] if self.keep_latest else []:
             # Renamed first: a crash while deleting must not leave a half-empty folder that looks like a checkpoint.
-            doomed = path.rename(path.with_name(TEMPORARY_PREFIX + path.name))
+            try:
+                doomed = path.rename(path.with_name(TEMPORARY_PREFIX + path.name))
+            except OSError as error:
+                raise RunFailed(
+                    f"{path} could not be removed ({error.strerror}), and the disk would fill up. Make that possible, "
+                    "or set checkpoint.keep_latest = 0 to keep all, and start the same command again: it goes on from "
+                    "the newest checkpoint, which is whole"
+                ) from error
             shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -5,13 +5,15 @@ import logging
 import math
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
-from swamla_titan.errors import UserError
+from swamla_titan.errors import RunFailed, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +23,21 @@ Values = dict[str, float | int]
 class MetricsLogger:
     """Sends the values of a step to every destination that the configuration asks for.
 
-    metrics.jsonl gets one object per call, appended and flushed; a key that does not apply is left out.
+    metrics.jsonl gets one object per call, appended and flushed; a key that does not apply is left out. Raises
+    RunFailed where a destination cannot be written, a full disk above all: a run whose numbers are lost should not go
+    on unseen.
     """
 
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
-        self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
-        self._file = _open_for_appending(folder / "metrics.jsonl")
-        self._tensorboard = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+        self._folder = folder
+        with self._disk():
+            self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
+            self._file = _open_for_appending(folder / "metrics.jsonl")
+            self._tensorboard = None
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
@@ -43,23 +49,38 @@ class MetricsLogger:
         """Write the values of a step everywhere, and `line` to the console and the log."""
         # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | finite) + "\n")
-        self._file.flush()
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(values, step=step)
+        with self._disk():
+            self._file.write(json.dumps({"step": step} | finite) + "\n")
+            self._file.flush()
+            if self._tensorboard:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            if self._wandb:
+                self._wandb.log(values, step=step)
         logger.info(line)
 
     def close(self) -> None:
-        """Flush and close every destination."""
+        """Flush and close every destination. One that cannot be written is named in the log, and the others closed."""
         self._bar.close()
-        self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        destinations = [self._file.close]
+        destinations += [self._tensorboard.close] if self._tensorboard else []
+        destinations += [self._wandb.finish] if self._wandb else []
+        for close in destinations:
+            try:
+                close()
+            except OSError as error:  # no reason to fail: training is over, or ends with an error that says more
+                logger.warning("the last numbers in %s may be missing (%s)", self._folder, error)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the disk refuses as a RunFailed."""
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(
+                f"the numbers of the run could not be written to {self._folder} ({error}). Make room, and start the "
+                "same command again: it goes on from the newest checkpoint"
+            ) from error
 
 
 def step_line(step: int, steps: int, values: Values, eta_seconds: float) -> str:

@@ -49,3 +49,15 @@ class StepProfiler:
         self._profile.export_chrome_trace(str(path))
         self._profile = None
         logger.info("profile written to %s", path)
+
+    def discard(self) -> None:
+        """Stop what is being recorded, without waiting for the device and without writing it.
+
+        For a rank that ends alone: its device may be in a collective that the others never come to.
+        """
+        if self._profile is None:
+            return
+        assert self._profile.profiler is not None
+        self._profile.profiler.use_device = None  # else its stop() synchronizes the device
+        self._profile.stop()
+        self._profile = None

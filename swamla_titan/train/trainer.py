@@ -77,7 +77,7 @@ class Trainer:
         self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
-        newest = from_first(world, self.checkpoints.newest_whole)
+        newest = self.checkpoints.newest_whole()
         record = from_first(world, lambda: record_of(newest, self.identity))
 
         self.model = ParallelModel(config, world)
@@ -106,9 +106,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
         log_to_folder(self.folder, world.rank)
-        self.metrics = None
-        if world.is_first:
-            self.metrics = MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
+        self.metrics = agree(world, self._open_metrics)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
@@ -171,11 +169,17 @@ class Trainer:
             optimizer.zero_grad()
         return loss, grad_norm
 
-    def close(self) -> None:
-        """Stop the loader's processes, write a profile that was begun and flush the metrics."""
+    def close(self, alone: bool = False) -> None:
+        """Stop the loader's processes, write a profile that was begun and flush the metrics.
+
+        `alone`: this rank ends and the others do not, so that its device may never be done; a profile is dropped then.
+        """
         gc.enable()
         self.loader.close()
-        self.profiler.close()
+        if alone:
+            self.profiler.discard()
+        else:
+            self.profiler.close()
         if self.metrics:
             self.metrics.close()
 
@@ -208,10 +212,24 @@ class Trainer:
         }
         values |= self.throughput.read()
         values["memory_gib"] = self.world.largest(values["memory_gib"])
-        if self.metrics:
-            eta = (self.config.training.steps - self.step) * values["step_seconds"]
-            self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
+        eta = (self.config.training.steps - self.step) * values["step_seconds"]
+        self._log(values, step_line(self.step, self.config.training.steps, values, eta))
         self._require_finite()
+
+    def _log(self, values: dict[str, float | int], line: str) -> None:
+        """Have the first rank write `values`; if it cannot, the run ends on all."""
+
+        def write() -> None:
+            if self.metrics:
+                self.metrics.log(self.step, values, line)
+
+        agree(self.world, write)
+
+    def _open_metrics(self) -> MetricsLogger | None:
+        if not self.world.is_first:
+            return None
+        config = self.config
+        return MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
 
     def _require_finite(self) -> None:
         """Raise RunFailed if the last step's loss or gradient norm is no number: its weights must not be kept."""
@@ -227,8 +245,7 @@ class Trainer:
         with self.throughput.paused():
             values = validator(self.model)
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
-        if self.metrics:
-            self.metrics.log(self.step, values, line)
+        self._log(values, line)
 
     def _save(self) -> None:
         self._require_finite()
@@ -281,13 +298,19 @@ def record_of(newest: Path | None, identity: dict[str, Any]) -> Record:
     return record
 
 
-def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
-    """Say good-bye to the other processes, unless this one is in trouble alone.
+def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
+    """Whether a run that ends with this kind of exception, None: in order, ends on this rank only, for all it knows.
 
-    They would then be in a collective that it does not come to, and NCCL's good-bye waits for that: the job would stand
-    still until a time-out, with the error untold. The launcher sees a process that dies, and ends the others.
+    The others are then in a collective that it does not come to, and whatever waits for the device, as NCCL's good-bye
+    does, would stand still until a time-out, with the error untold. The launcher sees a process that dies, and ends the
+    others.
     """
-    if kind is None or issubclass(kind, UserError | RunFailed):  # all ranks raise those together
+    return kind is not None and not issubclass(kind, UserError | RunFailed)  # all ranks raise those together
+
+
+def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
+    """Say good-bye to the other processes, unless this one is in trouble alone."""
+    if not _in_trouble_alone(kind):
         leave_world()
 
 
@@ -302,6 +325,6 @@ def train(config: Config) -> int:
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
         trainer = Trainer(config, world, stop)
-        stack.callback(trainer.close)
+        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
         stop.finish_step_first = True
         return trainer.run()

@@ -110,6 +110,34 @@ def test_a_loader_that_dies_on_one_rank_ends_all_with_1_and_the_run_goes_on(tmp_
     assert_same_checkpoint(checkpoint(run_folder, 20), checkpoint(whole, 20))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_numbers_that_cannot_be_written_end_all_with_1_and_the_run_goes_on(tmp_path, config, ranks):
+    """The device that is always full stands in for the disk."""
+    run_folder, whole = tmp_path / "run", tmp_path / "whole"
+    settings = (*SHORT, "--checkpoint.interval", "2")
+    assert on_ranks(ranks, run, config, *settings, "--job.dump_folder", str(whole)) == [0] * ranks
+    assert on_ranks(ranks, run, config, *settings, "--training.steps", "2") == [0] * ranks
+    numbers = run_folder / "metrics.jsonl"
+    numbers.unlink()
+    numbers.symlink_to("/dev/full")
+    message = assert_all_end(on_ranks(ranks, run_and_listen, config, *settings), 1)
+    assert message.startswith(f"failed: the numbers of the run could not be written to {run_folder} ([Errno 28]")
+    assert message.count("\n") == 1
+    assert saved(run_folder) == ["step-00000002"]
+    numbers.unlink()
+    assert on_ranks(ranks, run, config, *settings) == [0] * ranks
+    assert_same_checkpoint(checkpoint(run_folder, 6), checkpoint(whole, 6))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_numbers_that_have_no_place_are_refused_on_all_before_the_first_step(tmp_path, config, ranks):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("a file where a folder should be")
+    ended = on_ranks(ranks, run_and_listen, config, *SHORT, "--metrics.tensorboard", "true")
+    assert assert_all_end(ended, 1).startswith("failed: the numbers of the run could not be written to ")
+    assert saved(tmp_path / "run") == []
+
+
 # what all find out
 
 

@@ -100,6 +100,26 @@ def test_the_mesh_names_the_neighbours_of_rank_0(tiny):
     }
 
 
+@pytest.mark.parametrize("tensor, dtype, width", [(1, "float32", 4), (2, "bfloat16", 2)])
+def test_what_a_swa_layer_exchanges_is_said_where_rows_are_shared(tiny, capsys, tensor, dtype, width):
+    """test_context.py compares the same number with what passes through the collectives."""
+    arguments = (f"--parallel.tensor={tensor}", f"--training.compute_dtype={dtype}", "--training.seq_len=128")
+    assert main(["plan", str(tiny), *arguments]) == 0
+    assert "SWA layer" not in capsys.readouterr().out
+    assert main(["plan", str(tiny), *arguments, "--parallel.context=2"]) == 0
+    token = 2 * (2 // tensor) * 2 * 32 * width  # rows, heads, key and value, sides of a head
+    # Of chunks 0 and 3 | 1 and 2, chunk 1 looks back to rank 0 and chunk 3 to rank 1; chunk 2 to its own rank.
+    halos, sinks = 15, 2 * 4
+    said = capsys.readouterr().out
+    most = size((halos + sinks) * token)
+    found = re.search(r"a SWA layer: a rank sends up to (\S+ KiB) and receives up to (\S+ KiB) a micro-batch", said)
+    assert found
+    assert found.groups() == (most, most), said
+    no_swa = ("--model.swa_layers_per_cycle=0", "--parallel.context=2")
+    assert main(["plan", str(tiny), *arguments, *no_swa]) == 0
+    assert "SWA layer" not in capsys.readouterr().out
+
+
 def test_ranks_that_own_no_stream_are_counted(tiny, capsys):
     """Stream s is rank s % ranks's: with fewer streams than ranks, some never read."""
     assert main(["plan", str(tiny), "--gpus=8", "--data.streams=2", "--training.global_batch_size=8"]) == 0

@@ -4,6 +4,7 @@ import builtins
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from swamla_titan.config import load_config
 from swamla_titan.config.sections import Metrics
 from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.train.metrics import MetricsLogger, step_line
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops
+from swamla_titan.train.trainer import Trainer
 from tests.train.runs import checkpoint, metrics, terminal, train
 
 FAST = ("--data.num_workers", "0", "--training.steps", "4", "--validation.interval", "2")
@@ -285,6 +288,37 @@ def test_a_profile_that_the_run_s_end_cuts_short_is_written(tiny, tmp_path):
     (trace,) = (tmp_path / "run" / "traces").iterdir()
     assert trace.name == "steps-3-4.json"
     assert traced_steps(trace) == 2
+
+
+@pytest.mark.parametrize("error, traces, waits", [(MemoryError, 0, 0), (RunFailed, 1, 2)])
+def test_a_profile_is_dropped_without_waiting_for_the_device_if_a_rank_may_be_alone_in_its_trouble(
+    tiny, tmp_path, monkeypatch, error, traces, waits
+):
+    """Where all ranks end together it is written. torch's own profiler waits once more than this program."""
+    waited: list[int] = []
+    step = Trainer.train_step
+
+    def fail_on_a_gpu(self: Trainer, batch: Any) -> Any:
+        if self.step < 2:
+            return step(self, batch)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+        assert self.profiler._profile is not None
+        assert self.profiler._profile.profiler is not None
+        self.profiler._profile.profiler.use_device = "cuda"
+        raise error("no memory is left")
+
+    monkeypatch.setattr(Trainer, "train_step", fail_on_a_gpu)
+    asked = ("--profiling.enabled", "true", "--profiling.start_step", "2", "--profiling.num_steps", "9")
+    if error is RunFailed:
+        assert train(tiny, *FAST, *asked) == 1
+    else:
+        with pytest.raises(error):
+            train(tiny, *FAST, *asked)
+    assert len(waited) == waits
+    assert len(list((tmp_path / "run").glob("traces/*"))) == traces
+    with torch.profiler.profile():  # torch has one profiler a process, and it is free again
+        pass
 
 
 def test_the_log_in_the_folder_says_what_the_console_says(tiny, tmp_path, capsys):

@@ -1,0 +1,16 @@
+"""torch's functional collectives, called as operators: their gradients are registered and torch.compile takes them in.
+
+They return before they are done. The operators are called by themselves because torch's wrappers return a tensor
+that waits at its first use, and such tensors as inputs of a compiled block have given wrong gradients.
+"""
+
+import torch
+from torch import Tensor
+
+OPERATORS = torch.ops._c10d_functional
+
+
+def waited(x: Tensor) -> Tensor:
+    """The result `x` of one of OPERATORS once it is there. In a graph the compiler moves this as late as it can."""
+    result: Tensor = OPERATORS.wait_tensor(x)
+    return result
