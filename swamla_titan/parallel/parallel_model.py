@@ -16,7 +16,7 @@ from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
-from swamla_titan.parallel.tensor import reduce_replicated_gradients
+from swamla_titan.parallel.whole_gradients import sum_whole_gradients
 from swamla_titan.parallel.world import World
 
 
@@ -64,9 +64,7 @@ class ParallelModel:
                 part = self._loss(micro_batch, loss_denominator)
                 part.backward()
                 loss += part.detach()
-        if self.world.weights is not None and self.world.degrees.tensor > 1:
-            parameters = (parameter for part in self.parts for parameter in part.parameters())
-            reduce_replicated_gradients(parameters, self.world.weights["tensor"])
+        sum_whole_gradients((parameter for part in self.parts for parameter in part.parameters()), self.world)
         return self.world.sum_over_sequences(loss)
 
     @torch.no_grad()
