@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import Parallel, Training
+from swamla_titan.config.sections import Compile, Parallel, Training
 from swamla_titan.data import MicroBatch
-from swamla_titan.model import ModelConfig
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local, write_whole
@@ -56,7 +56,7 @@ def configured(parallel: dict[str, Any], dtype: str, shape: ModelConfig) -> Conf
     training = Training(
         seq_len=T, local_batch_size=1, global_batch_size=ROWS, compute_dtype=dtype, fp32_precision="ieee"
     )
-    return Config(model=shape, parallel=Parallel(**parallel), training=training)
+    return Config(model=shape, parallel=Parallel(**parallel), training=training, compile=Compile(enabled=False))
 
 
 def shape_of(plan: str, **changes: Any) -> ModelConfig:
@@ -95,6 +95,8 @@ def gradients(model: ParallelModel) -> dict[str, Tensor]:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if expected.numel() == 1 and expected.ndim == 1:  # DynamicTanh's alpha: a sum of all terms, most of which cancel
+        tolerance *= 10
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
@@ -111,9 +113,15 @@ def _differences(parallel: dict[str, Any], dtype: str, shape: ModelConfig, toler
         assert ours.keys() == theirs.keys()
     if shape.tie_embeddings and "head.weight" in ours:
         theirs["head.weight"] = theirs["embedding.weight"]
-    wrong += [name for name, gradient in ours.items() if not close(gradient, theirs[name], tolerance)]
+    for name, gradient in ours.items():
+        # A row of a gathered embedding adds up in bfloat16 what each of its tokens gives, a whole one in float32.
+        rough = dtype == "bfloat16" and name == "embedding.weight"
+        if not close(gradient, theirs[name], 0.02 if rough else tolerance):
+            wrong.append(name)
     norm, expected_norm = mine.clip_gradients(1.0), one.clip_gradients(1.0)
-    return wrong if close(norm, expected_norm, tolerance) else [*wrong, f"norm {norm}, not {expected_norm}"]
+    if not close(norm, expected_norm, 1e-3 if dtype == "bfloat16" else tolerance):
+        wrong.append(f"norm {norm}, not {expected_norm}")
+    return wrong
 
 
 @pytest.mark.parametrize("plan", SAME_PRODUCTS)
@@ -154,24 +162,24 @@ def _held(parallel: dict[str, Any], shape: ModelConfig) -> tuple[list[str], list
                 module.register_forward_pre_hook(look)
     optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
     kinds = [[{type(p).__name__ for p in group["params"]} for group in o.param_groups] for o in optimizers]
-    messages = 0
     for step in range(3):
         model.train_step(batches(world, step), ROWS * T)
-        plain, messages = dist.all_reduce, 0
-        if step == 2:  # count the messages of one more sum, whose result is thrown away
-
-            def counted(*arguments: Any, **options: Any) -> Any:
-                nonlocal messages
-                messages += 1
-                return plain(*arguments, **options)
-
-            dist.all_reduce = counted
-            sum_whole_gradients((p for part in model.parts for p in part.parameters()), world)
-            dist.all_reduce = plain
         model.clip_gradients(1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    model.train_step(batches(world), ROWS * T)
+    messages = 0
+    plain = dist.all_reduce
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal messages
+        messages += 1
+        return plain(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        sum_whole_gradients((p for part in model.parts for p in part.parameters()), world)
     assert set(seen) == {torch.float32}  # as the forward pass met them
     return wrong, kinds, messages, {name: local(p.detach()).tolist() for name, p in norms.items()}
 
@@ -187,4 +195,6 @@ def test_each_rank_keeps_norms_in_float32_and_alike(plan):
         assert messages == expected_messages
         for name, values in held.items():
             assert norms.setdefault(name, values) == values, name  # bit for bit, after three steps
-    assert len(norms) == 4 * 3 + 4 + 1 if "pp" not in plan else len(norms) > 4
+    with torch.device("meta"):
+        of_all = {name for name, weight in SWAMLAModel(shape_of(plan)).named_parameters() if weight.ndim < 2}
+    assert norms.keys() == of_all
