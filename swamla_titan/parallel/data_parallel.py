@@ -5,12 +5,13 @@ hold shards, or copies, like ranks that read different ones: both compute gradie
 tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -49,6 +50,9 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     by the count of the global batch already. A tied embedding and head are one weight, which the whole pass needs:
     it stays gathered from the first block to the last. Untied, each has a unit of its own, so that the head's gather
     and the embedding's reduction hide behind the blocks.
+
+    Parameters of one axis (`is_kept_whole`) stay as they are, on every rank, for norms compute with their float32
+    values: `sum_whole_gradients` (whole_gradients.py) is due before each optimizer step.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
@@ -60,22 +64,28 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     tied = model.config.tie_embeddings and embedding is not None and head is not None
     if not tied:
         units = ([embedding] if embedding is not None else []) + units
+    whole = {weight for weight in model.parameters() if is_kept_whole(weight, parallel)}
     reshard = False
     if parallel.data_parallel == "ddp":
         for unit in units:
-            replicate(unit, mesh=mesh, mp_policy=policy)
-        replicate(model, mesh=mesh, mp_policy=policy)
+            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        replicate(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
     else:
-        offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
-        width = compute_dtype.itemsize
-        reshard = frees_weights(parallel, width * sum(local(weight).numel() for weight in model.parameters()))
+        gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in whole)
+        reshard = frees_weights(parallel, compute_dtype.itemsize * gathered)
+        shard = functools.partial(
+            fully_shard,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
+            ignored_params=whole,
+        )
         for unit in units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+            shard(unit, reshard_after_forward=reshard)
         if head is not None and not tied:
             # The backward pass begins with it: what was freed would be gathered again at once.
-            last = [model.norm, head]
-            fully_shard(last, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            shard([model.norm, head] if parallel.cpu_offload else head, reshard_after_forward=False)
+        shard(model)
     for module in _units(model):
         if mesh.size() > 1:  # alone there is nothing to add up, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
@@ -83,6 +93,15 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     if not reshard:
         _KEEPING.add(model)
     _prefetch(model)
+
+
+def is_kept_whole(weight: Tensor, parallel: Parallel) -> bool:
+    """Whether every rank keeps a parameter whole and in float32 under FSDP2, HSDP and DDP, which see nothing of it.
+
+    That is every parameter of one axis: norms compute in float32, and gathered in bfloat16 a gain within 1/256 of 1
+    would be 1. They are a few thousand numbers a block. Not with cpu_offload: nobody else would bring them to the GPU.
+    """
+    return weight.ndim < 2 and not parallel.cpu_offload
 
 
 def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:

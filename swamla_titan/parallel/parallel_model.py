@@ -16,7 +16,7 @@ from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
-from swamla_titan.parallel.tensor import reduce_replicated_gradients
+from swamla_titan.parallel.whole_gradients import sum_whole_gradients
 from swamla_titan.parallel.world import World
 
 
@@ -34,7 +34,6 @@ class ParallelModel:
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         # Sliced once: that takes a tenth of a millisecond.
-        self._tensor_mesh = world.weights["tensor"] if world.weights is not None and world.degrees.tensor > 1 else None
         self.pipeline = None
         if world.degrees.pipeline > 1:
             tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank
@@ -66,9 +65,7 @@ class ParallelModel:
                 part = self._loss(micro_batch, loss_denominator)
                 part.backward()
                 loss += part.detach()
-        if self._tensor_mesh is not None:
-            parameters = (parameter for part in self.parts for parameter in part.parameters())
-            reduce_replicated_gradients(parameters, self._tensor_mesh)
+        sum_whole_gradients((parameter for part in self.parts for parameter in part.parameters()), self.world)
         return self.world.sum_over_sequences(loss)
 
     @torch.no_grad()

@@ -12,11 +12,6 @@ Megatron's division (Shoeybi et al., arXiv:1909.08053; Korthikanti et al., arXiv
 | norms                                    | Replicate  | own tokens, own heads, or the whole latent               |
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
-
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -60,7 +55,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     must be the same on all ranks (or none, on the meta device). The model may be a pipeline stage; it is converted to
     float8 before, if at all. Tokens, targets and documents go in whole, on every rank alike. Activations between
     blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets whole ones, and the loss is
-    that of all, on every rank. `reduce_replicated_gradients` is due before each optimizer step.
+    that of all, on every rank. `sum_whole_gradients` (whole_gradients.py) is due before each optimizer step.
 
     The ranks must divide heads, feed-forward groups and vocabulary: config/parallel_rules.py has refused others. Raises
     TypeError for a kind of linear module that is not known here.
@@ -90,41 +85,6 @@ def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]
     if not isinstance(placement, Shard):
         return whole
     return (whole[0] // ranks, whole[1]) if placement.dim == 0 else (whole[0], whole[1] // ranks)
-
-
-def reduce_replicated_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Add up over the ranks of `mesh` (World.weights["tensor"]) the gradients of parameters that each has whole.
-
-    Each rank sees its own tokens or heads, so what backward leaves in the gradient of a norm or of a narrow projection
-    is its summand. The sum is due once per step: after the last micro-batch and FSDP's reduction, before the norm for
-    clipping is taken. That is exact, for the three sums (over tokens and heads here, over micro-batches, over
-    data-parallel ranks) may be taken in any order; and one message of all of them takes the place of one per module
-    and micro-batch. It also takes parameters that FSDP2 has sharded: ranks of a tensor-parallel group hold the same
-    part of them.
-
-    In place; parameters that are sharded over `mesh`, or have no gradient, are left alone.
-    """
-    assert mesh.mesh_dim_names is not None
-    assert mesh.ndim == 1
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    with torch.no_grad():
-        for parameter in parameters:
-            if parameter.grad is not None and _is_replicated(parameter, mesh.mesh_dim_names[0]):
-                assert isinstance(parameter.grad, DTensor)
-                gradient = parameter.grad.to_local()
-                by_dtype[gradient.dtype].append(gradient)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat, group=mesh.get_group())
-            sums = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [s.view_as(g) for s, g in zip(sums, gradients)])
-
-
-def _is_replicated(parameter: nn.Parameter, dimension: str) -> bool:
-    assert isinstance(parameter, DTensor), "a parameter that is not a DTensor: apply_tensor_parallel comes first"
-    names = parameter.device_mesh.mesh_dim_names
-    assert names is not None
-    return isinstance(parameter.placements[names.index(dimension)], Replicate)
 
 
 def _style(name: str, module: nn.Module) -> _Style:

@@ -30,6 +30,7 @@ class World:
     weights: DeviceMesh | None = None
     activations: DeviceMesh | None = None
     host_group: dist.ProcessGroup | None = None  # all ranks, over the hosts: does not wait for devices
+    stage_group: dist.ProcessGroup | None = None  # the ranks at this one's place of the pipeline, itself included
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> "World":
@@ -120,7 +121,7 @@ def join_world(parallel: Parallel) -> World:
         )
     weights, activations = meshes(degrees, device.type, parallel.data_parallel)
     host_group = dist.new_group(backend="gloo")
-    return World(rank, size, device, degrees, weights, activations, host_group)
+    return World(rank, size, device, degrees, weights, activations, host_group, _stage_group(weights))
 
 
 def meshes(degrees: Degrees, device_type: str, data_parallel: str) -> tuple[DeviceMesh, DeviceMesh]:
@@ -135,6 +136,19 @@ def meshes(degrees: Degrees, device_type: str, data_parallel: str) -> tuple[Devi
     names = ("pipeline", "data", "context", "tensor")
     activations = init_device_mesh(device_type, (pipeline, data, context, tensor), mesh_dim_names=names)
     return weights, activations
+
+
+def _stage_group(weights: DeviceMesh) -> dist.ProcessGroup:
+    """This rank's World.stage_group; all processes must come here. One that exists is not made again."""
+    shared = [name for name in ("replicate", "shard", "tensor") if weights[name].size() > 1]
+    if weights["pipeline"].size() == 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    if len(shared) <= 1:
+        return weights.get_group(shared[0] if shared else "shard")
+    group, _ = dist.new_subgroups_by_enumeration(weights.mesh.flatten(1).tolist())
+    assert group is not None
+    return group
 
 
 def leave_world() -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.parallel.data_parallel import frees_weights
+from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
@@ -98,12 +98,17 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
     beside the one that is fetched meanwhile, and a tied embedding all the time. Else, and under DDP, all.
 
     Without data parallelism a product casts its weight, and keeps that for its backward pass, unless the block is
-    recomputed; in float32 there is nothing to cast.
+    recomputed; in float32 there is nothing to cast. What each rank keeps whole (norms) is never copied.
     """
+
+    def elements(module: nn.Module | None) -> int:
+        weights = [] if module is None else list(module.parameters())
+        return sum(gathered_elements(weight) for weight in weights if not is_kept_whole(weight, config.parallel))
+
     width = getattr(torch, config.training.compute_dtype).itemsize
-    embedding, head = (_elements(getattr(part, name, None)) for name in ("embedding", "head"))
-    norm = _elements(getattr(part, "norm", None))
-    blocks = [_elements(block) for block in part.blocks.values()]
+    embedding, head = (elements(getattr(part, name, None)) for name in ("embedding", "head"))
+    norm = elements(getattr(part, "norm", None))
+    blocks = [elements(block) for block in part.blocks.values()]
     if world.weights is None or world.weights["replicate"].size() * world.weights["shard"].size() == 1:
         if width == _FLOAT32:
             return 0
@@ -118,10 +123,6 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
     frees = parallel.data_parallel != "ddp" and frees_weights(parallel, width * (always + sum(units)))
     most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
     return width * (always + most)
-
-
-def _elements(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(gathered_elements(parameter) for parameter in module.parameters())
 
 
 def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, in_flight: int) -> int:

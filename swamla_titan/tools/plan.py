@@ -100,10 +100,10 @@ def plan(config: Config, ranks: int) -> Plan:
     """
     degrees = fit_degrees(config.parallel, ranks)
     batch = batch_of(config, degrees)
-    # None of these changes a shape, and each asks for a compiler or a GPU.
+    # Neither changes a shape, and both ask for a compiler or a GPU.
     laid_out = dataclasses.replace(
         config,
-        parallel=dataclasses.replace(config.parallel, cpu_offload=False, async_tensor=False),
+        parallel=dataclasses.replace(config.parallel, async_tensor=False),
         compile=dataclasses.replace(config.compile, enabled=False),
     )
     mesh: list[Neighbours] = []

@@ -119,15 +119,22 @@ def cpu_offload(run: Runner) -> None:
         model = SWAMLAModel(ModelConfig(num_layers=3, dim=64, num_heads=2, vocab_size=50))
     for wanted, policy in ((True, CPUOffloadPolicy), (False, OffloadPolicy)):
         given: list[Any] = []
+        whole: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 data_parallel_module,
                 "fully_shard",
-                lambda *_, offload_policy, given=given, **__: given.append(offload_policy),
+                lambda *_, offload_policy, ignored_params, given=given, whole=whole, **__: (
+                    given.append(offload_policy),
+                    whole.append(len(ignored_params)),
+                ),
             )
             mesh: Any = None  # nothing is sharded
             data_parallel_module.wrap(model, Parallel(cpu_offload=wanted), mesh, torch.float32)
         assert [type(each) for each in given] == [policy] * UNITS
+        norms = sum(weight.ndim < 2 for weight in model.parameters())
+        assert norms > 0
+        assert whole == [0 if wanted else norms] * UNITS  # offloaded norms are FSDP2's to bring, like all weights
 
 
 def async_tensor(run: Runner) -> None:

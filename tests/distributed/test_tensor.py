@@ -20,9 +20,10 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
-from swamla_titan.parallel.tensor import apply_tensor_parallel, reduce_replicated_gradients
+from swamla_titan.parallel.tensor import apply_tensor_parallel
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
 from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
+from swamla_titan.parallel.whole_gradients import sum_whole_gradients
 from swamla_titan.parallel.world import World, join_world
 from tests.distributed.ranks import on_ranks
 
@@ -88,7 +89,7 @@ def same_gradients(part: nn.Module, whole: nn.Module, tolerance: float) -> None:
 
 
 def reduce(model: nn.Module, world: World) -> None:
-    reduce_replicated_gradients(model.parameters(), world.weights["tensor"])
+    sum_whole_gradients(model.parameters(), world)
 
 
 def _model(size: int) -> None:
