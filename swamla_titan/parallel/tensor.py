@@ -61,6 +61,10 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     TypeError for a kind of linear module that is not known here.
     """
     group = TensorGroup.of(mesh)
+    shape = model.config
+    own_heads = shape.kv_heads if "swa" in shape.block_kinds else shape.num_heads
+    for count in (shape.num_heads, own_heads, shape.ffn_width // shape.ffn_group):
+        assert count % group.size == 0, f"{group.size} ranks cannot share {count} heads or feed-forward groups"
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
