@@ -56,8 +56,8 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     """Make `model` compute this rank's part of each row, in place; `group` is the context group or its mesh.
 
     Called before blocks are compiled and parameters sharded. The model (or a pipeline stage of one) then takes whole
-    rows, whose length must be divisible by twice the group's size: UserError otherwise. Decoding (`prefill`, `decode`)
-    is not shared; it goes on as on one process. A group of one changes nothing.
+    rows, whose length must be divisible by twice the group's size (config/parallel_rules.py). Decoding (`prefill`,
+    `decode`) is not shared; it goes on as on one process. A group of one changes nothing.
     """
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     size, rank = group.size(), group.rank()
