@@ -151,7 +151,13 @@ def test_every_schedule_trains_as_one_process_does(tmp_path, schedule):
     assert_same_curves(tmp_path, shape)
 
 
-@pytest.mark.parametrize("plan", ["fsdp-2", "fsdp-2-tp-2", "fsdp-2-cp-2", "pp-2"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "fsdp-2-tp-2",
+        *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("fsdp-2", "fsdp-2-cp-2", "pp-2")),
+    ],
+)
 def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan):
     ranks, overrides = PLANS[plan]
     memory = ("--activation_checkpoint.mode", "selective", "--compile.enabled", "true")
