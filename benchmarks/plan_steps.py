@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config import Config, Override, load_config
-from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches
+from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
 from swamla_titan.optim import build_optimizer, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
@@ -89,7 +89,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     model.init_weights(config.job.seed)
     optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
     training = config.training
-    rows = min(training.local_batch_size, -(-training.global_batch_size // world.degrees.data))
+    rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
     losses, seconds, kernels = [], [], {}
     is_gpu = world.device.type == "cuda"
     with BatchLoader(

@@ -11,6 +11,7 @@ from swamla_titan.data.batches import (
     StepBatch,
     micro_batch_count,
     micro_batches,
+    rows_at_a_time,
     sequences_per_rank,
     waits_for_streams,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "micro_batches",
     "open_corpus",
     "pinned",
+    "rows_at_a_time",
     "sequences_per_rank",
     "waits_for_streams",
 ]

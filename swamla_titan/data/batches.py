@@ -56,6 +56,11 @@ def micro_batch_count(step: int, global_batch_size: int, streams: int, world_siz
     return -(-max(sequences_per_rank(step, global_batch_size, streams, world_size)) // local_batch_size)
 
 
+def rows_at_a_time(local_batch_size: int, global_batch_size: int, world_size: int) -> int:
+    """Rows of a micro-batch: no more than a rank's share of the global batch."""
+    return min(local_batch_size, -(-global_batch_size // world_size))
+
+
 def sequences_per_rank(step: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
     """How many sequences of a step each rank reads: those of the streams that it owns."""
     numbers = np.arange(step * global_batch_size, (step + 1) * global_batch_size)

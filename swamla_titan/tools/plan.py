@@ -14,7 +14,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import micro_batch_count, sequences_per_rank
+from swamla_titan.data import micro_batch_count, rows_at_a_time, sequences_per_rank
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
@@ -130,7 +130,7 @@ def plan(config: Config, ranks: int) -> Plan:
 def batch_of(config: Config, degrees: Degrees) -> Batch:
     """How the trainer cuts a step's batch."""
     training, streams = config.training, config.data.streams
-    rows = min(training.local_batch_size, -(-training.global_batch_size // degrees.data))
+    rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, degrees.data)
     # Which stream a step begins with comes round again after at most as many steps as there are streams.
     steps = range(min(training.steps, streams))
     counts = {micro_batch_count(step, training.global_batch_size, streams, degrees.data, rows) for step in steps}

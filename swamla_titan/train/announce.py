@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.data import Corpus, waits_for_streams
+from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.world import World
 
@@ -30,7 +30,7 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
-    micro_batches = -(-training.global_batch_size // (world.degrees.data * rows))
+    micro_batches = micro_batch_count(step, training.global_batch_size, config.data.streams, world.degrees.data, rows)
     if config.parallel.pipeline > micro_batches:
         logger.warning(
             f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "

@@ -24,6 +24,7 @@ from swamla_titan.data import (
     micro_batches,
     open_corpus,
     pinned,
+    rows_at_a_time,
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
@@ -71,7 +72,8 @@ class Trainer:
         self.config, corpus, held_out = agree(world, lambda: open_data(config))
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
-        self.rows = min(config.training.local_batch_size, -(-config.training.global_batch_size // world.degrees.data))
+        training = config.training
+        self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
         self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
 
         self.identity = run_identity(config, corpus)
