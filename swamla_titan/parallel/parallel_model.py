@@ -33,7 +33,6 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-        # Sliced once: that takes a tenth of a millisecond.
         self.pipeline = None
         if world.degrees.pipeline > 1:
             tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.kernels.masks import dense_mask, dense_mask_of, document_starts
-from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel import context as context_module
 from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
@@ -19,23 +19,11 @@ from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_row
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
 from swamla_titan.parallel.world import join_world, launched_size
 from tests.distributed.ranks import init_gloo, on_ranks
+from tests.model.tiny import TINY
 
 SIZES = [2, 3, 4]
 T = 48
-BASE = ModelConfig(
-    num_layers=3,
-    dim=32,
-    num_heads=4,
-    vocab_size=50,
-    max_seq_len=T,
-    ffn_hidden_dim=48,
-    swa_window=6,
-    swa_sink_size=3,
-    kv_lora_rank=12,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=9,
-)
+BASE = replace(TINY, max_seq_len=T)
 SWA_ONLY = {"swa_layers_per_cycle": 1, "mla_layers_per_cycle": 0, "num_layers": 2}
 MLA_ONLY = {"swa_layers_per_cycle": 0, "mla_layers_per_cycle": 1, "num_layers": 2}
 MODELS = {
