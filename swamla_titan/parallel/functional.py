@@ -5,6 +5,7 @@ that waits at its first use, and such tensors as inputs of a compiled block have
 """
 
 import torch
+import torch.distributed._functional_collectives  # registers the gradients; nothing else is sure to have imported it
 from torch import Tensor
 
 OPERATORS = torch.ops._c10d_functional

@@ -127,26 +127,30 @@ class Checkpoints:
             # By DCP's names for the files of a rank.
             return digested(temporary, sorted(temporary.glob(f"__{self.world.rank}_*.distcp")))
 
-        from_first(self.world, lambda: self._or_failed(prepare, temporary))
-        agree(self.world, lambda: self._or_failed(lambda: _write(tensors, temporary, self.world), temporary))
-        entries = merged(self.world, agree(self.world, lambda: self._or_failed(digest_own, temporary)))
-        from_first(self.world, lambda: self._or_failed(finish, temporary))
+        try:
+            from_first(self.world, lambda: self._or_failed(prepare, final))
+            agree(self.world, lambda: self._or_failed(lambda: _write(tensors, temporary, self.world), final))
+            entries = merged(self.world, agree(self.world, lambda: self._or_failed(digest_own, final)))
+            from_first(self.world, lambda: self._or_failed(finish, final))
+        except RunFailed:
+            # Only now: while one rank fails, others may still be at work in there.
+            if self.world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self._damaged.discard(final)
         from_first(self.world, self._retain)
         return final
 
-    def _or_failed(self, work: Callable[[], Result], temporary: Path) -> Result:
-        """`work()`; what the disk or DCP raises becomes a RunFailed, and the half-written folder is removed."""
+    def _or_failed(self, work: Callable[[], Result], final: Path) -> Result:
+        """`work()`; what the disk or DCP raises becomes a RunFailed."""
         try:
             return work()
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
             free = shutil.disk_usage(existing).free / 2**30
             reason = str(error).strip().splitlines()[-1]
-            final = temporary.name.removeprefix(TEMPORARY_PREFIX)
             raise RunFailed(
-                f"{self.folder / final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and "
+                f"{final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and "
                 "start the same command again: it goes on from the checkpoint before"
             ) from error
 

@@ -70,7 +70,7 @@ def test_a_plain_tensor_is_written_whole():
     assert local(parameter) is parameter
 
 
-SMALL = {"num_layers": 3, "dim": 64, "num_heads": 2, "vocab_size": 50, "max_seq_len": 64, "ffn_hidden_dim": 66}
+SMALL = {"num_layers": 3, "dim": 64, "num_heads": 2, "vocab_size": 50, "max_seq_len": 64, "ffn_hidden_dim": 72}
 
 
 def _drawn(parallel: dict[str, Any], tied: bool) -> list[str]:
@@ -92,7 +92,7 @@ def _drawn(parallel: dict[str, Any], tied: bool) -> list[str]:
 @pytest.mark.parametrize("size, parallel", [(3, {}), (4, HSDP), (4, {"tensor": 2}), (4, {"tensor": 2, "context": 2})])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_of_any_layout_starts_with_the_weights_of_one_process(size, parallel, tied):
-    """66 hidden units: 33 a tensor-parallel rank, which FSDP cuts into 17 and 16."""
+    """50 ids: 25 a tensor-parallel rank, which FSDP cuts into 13 and 12."""
     parallel = parallel | ({} if "context" not in parallel else {"dp_shard": 1})
     assert on_ranks(size, _drawn, parallel, tied) == [[]] * size
 
