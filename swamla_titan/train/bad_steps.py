@@ -163,5 +163,6 @@ def warning(news: Sequence[BadStep], in_all: int) -> str:
 
 def are_finite(parts: Iterable[nn.Module], world: World) -> bool:
     """Whether every weight on every rank is a finite number; all ranks must ask, and wait for their devices."""
-    mine = all(bool(local(weight.detach()).isfinite().all()) for part in parts for weight in part.parameters())
+    weights = [local(weight.detach()) for part in parts for weight in part.parameters()]
+    mine = torch.stack([weight.isfinite().all() for weight in weights]).all().item()
     return world.largest(float(not mine)) == 0

@@ -238,15 +238,17 @@ class Trainer:
         if self.bad_steps and news:
             logger.warning("%s", warning(news, self.bad_steps.skipped))
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, to_save: bool = False) -> None:
         """Raise RunFailed, on every rank, if the weights must not be kept.
 
         Where bad steps are applied they are those of a step whose loss or gradient norm is no number. Where they are
-        skipped, weights that have themselves become no numbers: every step is bad then, and none would mend them.
+        skipped, weights that have themselves become no numbers, by a good step that was far too large: all steps after
+        it are bad, and none mends them. Looked for before saving, and where a bad step gives cause.
         """
         loss, grad_norm = (value.item() for value in self.outcome)
         if self.bad_steps:
-            kept = self.bad_steps.in_row == 0 or are_finite(self.model.parts, self.world)
+            suspected = to_save or self.bad_steps.in_row > 0
+            kept = not suspected or are_finite(self.model.parts, self.world)
             what = "the weights are no finite numbers any more; they are not saved"
         else:
             kept, what = math.isfinite(loss) and math.isfinite(grad_norm), "this step is not saved"
@@ -273,8 +275,8 @@ class Trainer:
         self.bad_steps.forgive()
         self._save()
         raise RunFailed(
-            f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing, and step {self.step} is saved. "
-            f"{path} says which data they read. If those are at fault, start the same command again: it goes on behind "
+            f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing; step {self.step} is saved, and "
+            f"{path} says which data they read. If those are at fault, start the same command again: it goes on after "
             "them. If the loss had risen before, move the newest checkpoints away first, and lower optimizer.lr or "
             "lengthen lr_schedule.warmup_steps. If good steps are taken for spikes, raise fault_tolerance.spike_sigma"
         )
@@ -288,7 +290,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._report_bad_steps()
-        self._require_finite()
+        self._require_finite(to_save=True)
         with self.throughput.paused():
             # By the step: if a batch could not be read on one rank, the others are past theirs.
             cursors = merged(self.world, self.loader.state_dict(self.step))
