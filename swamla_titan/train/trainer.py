@@ -278,7 +278,7 @@ class Trainer:
             f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing; step {self.step} is saved, "
             f"and {path} says which data they read. If those are at fault, start the same command again: it goes on "
             "after them. If the loss had risen before, move the newest checkpoints away first, and lower optimizer.lr "
-            "or lengthen lr_schedule.warmup_steps. If good steps are taken for spikes, raise fault_tolerance.spike_sigma"
+            "or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
         )
 
     def _validate(self, validator: Validator) -> None:
