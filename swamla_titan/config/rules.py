@@ -56,6 +56,12 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("profiling.start_step", "profiling.enabled", "training.steps"),
             f"{config.profiling.start_step} is after the last step, training.steps = {training.steps}",
         )
+    if config.fault_tolerance.spike_sigma and not config.fault_tolerance.skip_bad_steps:
+        yield Contradiction(
+            ("fault_tolerance.spike_sigma", "fault_tolerance.skip_bad_steps"),
+            f"{config.fault_tolerance.spike_sigma} would skip spikes, but skip_bad_steps = false; make that true or "
+            "this 0",
+        )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),

@@ -199,7 +199,22 @@ class Profiling:
 
 @dataclass(frozen=True)
 class FaultTolerance:
-    """No keys yet: recovery from faults beyond checkpoint and resume is open work."""
+    skip_bad_steps: bool = key(
+        True,
+        "Pass over a step whose loss or gradient is no finite number, or a spike: weights and optimizer stay as they "
+        "are. false: the run fails at the first one that is not finite.",
+    )
+    max_bad_steps: int = key(10, "Bad steps in a row after which the run is saved and stopped.", minimum=1)
+    # Off: what clipping lets through of a spike is bounded, and a rule that drops data is for its user to ask for.
+    spike_sigma: float = key(
+        0.0,
+        "A gradient norm above the mean of the last good steps by this many standard deviations is a spike; "
+        "0: none is, 6 is cautious.",
+        minimum=0,
+    )
+    spike_window: int = key(
+        128, "Good steps that a spike is measured by; before there are as many, nothing is one.", minimum=2
+    )
 
 
 @dataclass(frozen=True)

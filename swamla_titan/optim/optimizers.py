@@ -1,7 +1,7 @@
 """Parameter groups and optimizers."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
 
@@ -34,3 +34,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The same learning rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor | None) -> None:
+    """Make the optimizer's next steps change nothing where `bad` is 1: float32 scalar on the weights' device, 0 or 1.
+
+    Weights, moments, step counts and weight decay all stay, bit for bit, whatever the gradients hold, and the host
+    learns nothing of it: the fused kernels read the flag on the device and return (it is the one that torch's
+    GradScaler gives them). None: every step counts. DTensors take the plain scalar as one that all ranks have alike.
+    """
+    assert all(group["fused"] for group in optimizer.param_groups), "only fused kernels know the flag"
+    optimizer.found_inf = bad  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written through DCP to a temporary folder, committed whole, verified on loading.
 
 checkpoints/step-00000100/
-    .metadata, *.distcp    tensors: model, optimizer, random states (torch.distributed.checkpoint)
+    .metadata, *.distcp    tensors: model, optimizer, bad steps, random states (torch.distributed.checkpoint)
     train.json             step, counters, data cursors, identity of the run, versions
     config.toml            the resolved configuration
     tokenizer.tiktoken     the vocabulary, where it was read from a file
@@ -214,7 +214,8 @@ def read_record(path: Path) -> Record:
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
     """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Random states of ranks that the checkpoint does not know are left as they are. Raises UserError, on every rank, that
+    Random states of ranks that the checkpoint does not know are left as they are, and so is a history of bad steps
+    (`tensors["bad_steps"]`) that it does not have in that length. Raises UserError, on every rank, that
     names the tensors that are missing or of another shape on one of them, before any is written.
     """
     world = world or World.alone()
@@ -227,8 +228,14 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """`tensors` without random states that the checkpoint lacks; UserError if it lacks others."""
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
-    wanted = {group: members for group, members in tensors.items() if group != "random"}
+    wanted = {group: members for group, members in tensors.items() if group not in ("random", "bad_steps")}
     wanted |= {"random": known} if known else {}
+    history = {
+        name: tensor
+        for name, tensor in tensors.get("bad_steps", {}).items()
+        if getattr(stored.get(f"bad_steps.{name}"), "size", None) == tensor.shape
+    }
+    wanted |= {"bad_steps": history} if history else {}
     problems = []
     for group, members in wanted.items():
         for name, tensor in members.items():

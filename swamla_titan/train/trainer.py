@@ -28,12 +28,14 @@ from swamla_titan.data import (
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
+from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
+from swamla_titan.train.bad_batches import BatchPlaces, write_bad_batches
+from swamla_titan.train.bad_steps import BadSteps, are_finite, warning
 from swamla_titan.train.checkpoint import (
     CONFIG,
     VOCABULARY,
@@ -86,6 +88,10 @@ class Trainer:
         if not newest:
             self.model.init_weights(config.job.seed)
         self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
+        self.bad_steps = None
+        if config.fault_tolerance.skip_bad_steps:
+            weights_device = torch.device("cpu") if config.parallel.cpu_offload else self.device
+            self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
         if newest:
             self._load(newest, record.step)
         self.step, self.tokens = record.step, record.tokens
@@ -102,6 +108,8 @@ class Trainer:
             cursors=record.cursors if newest else None,
             start_step=self.step,
         )
+        # The row that stops a run, and the step after it, see BadSteps.too_many.
+        self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
         if config.metrics.wandb:
             agree(world, require_wandb)
         # From here on nothing is refused any more.
@@ -123,6 +131,8 @@ class Trainer:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
         while self.step < config.training.steps:
             self.profiler.before_step(self.step + 1)
+            if self.bad_steps:
+                self.places.before_batch(self.step + 1)
             with self.throughput.data_wait():
                 batch = self._next_batch(batches)
             self.outcome = self.train_step(batch)
@@ -136,8 +146,11 @@ class Trainer:
             finished = self.step == config.training.steps
             save = finished or stopped_by or self.step % config.checkpoint.interval == 0
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
-            if save or validate or self.step == first_step or self.step % config.metrics.log_interval == 0:
+            hopeless = self.bad_steps is not None and self.bad_steps.too_many(self.step)
+            log = self.step == first_step or self.step % config.metrics.log_interval == 0
+            if log or save or validate or hopeless:
                 self._log_step()
+                self._give_up_if(hopeless)
             if config.compile.enabled and self.step == first_step:
                 logger.info("%s", compilation())
             if self.validator and validate:
@@ -155,7 +168,8 @@ class Trainer:
     def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on this rank's part of a global batch, without waiting for the device.
 
-        Returns the mean loss over the global batch's targets and the gradient norm before clipping, on the device.
+        Returns the mean loss over the global batch's targets and the gradient norm before clipping, on the device. A
+        step that is bad by them changes neither weights nor optimizer states, see bad_steps.py.
         """
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
@@ -165,8 +179,10 @@ class Trainer:
         # Sums over the global count: the mean over the global batch, however it is cut into micro-batches and ranks.
         loss = self.model.train_step(list(micro_batches(batch, self.rows, count)), self.tokens_per_step)
         grad_norm = self.model.clip_gradients(training.max_grad_norm)
+        bad = self.bad_steps.judge(self.step + 1, loss, grad_norm) if self.bad_steps else None
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, lr)
+            skip_where(optimizer, bad)
             optimizer.step()
             optimizer.zero_grad()
         return loss, grad_norm
@@ -213,6 +229,9 @@ class Trainer:
             "lr": self.optimizers[0].param_groups[0]["lr"],
         }
         values |= self.throughput.read()
+        if self.bad_steps:
+            self._report_bad_steps()
+            values["skipped_steps"] = self.bad_steps.skipped
         values["memory_gib"] = self.world.largest(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
@@ -233,15 +252,54 @@ class Trainer:
         config = self.config
         return MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
 
-    def _require_finite(self) -> None:
-        """Raise RunFailed if the last step's loss or gradient norm is no number: its weights must not be kept."""
+    def _report_bad_steps(self) -> None:
+        """Warn of the steps skipped since the last call; waits for the device."""
+        news = self.bad_steps.read() if self.bad_steps else []
+        if self.bad_steps and news:
+            logger.warning("%s", warning(news, self.bad_steps.skipped))
+
+    def _require_finite(self, to_save: bool = False) -> None:
+        """Raise RunFailed, on every rank, if the weights must not be kept.
+
+        Where bad steps are applied they are those of a step whose loss or gradient norm is no number. Where they are
+        skipped, weights that have themselves become no numbers, by a good step that was far too large: all steps after
+        it are bad, and none mends them. Looked for before saving, and where a bad step gives cause.
+        """
         loss, grad_norm = (value.item() for value in self.outcome)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if self.bad_steps:
+            suspected = to_save or self.bad_steps.in_row > 0
+            kept = not suspected or are_finite(self.model.parts, self.world)
+            what = "the weights are no finite numbers any more; they are not saved"
+        else:
+            kept, what = math.isfinite(loss) and math.isfinite(grad_norm), "this step is not saved"
+        if not kept:
             raise RunFailed(
-                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; this step is not saved. "
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; {what}. "
                 "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again. If the "
                 "loss had risen for long, move the newest checkpoints away first"
             )
+
+    def _give_up_if(self, hopeless: bool) -> None:
+        """Save and raise RunFailed, on every rank, if too many steps in a row were bad, now or a step ago."""
+        if not self.bad_steps or not (hopeless or self.bad_steps.in_row >= self.config.fault_tolerance.max_bad_steps):
+            return
+        row = self.bad_steps.row()
+        cursors = self.places.everywhere(self.world)
+        path = self.folder / "traces" / f"bad-steps-{self.step}.json"
+        size, streams = self.config.training.global_batch_size, self.config.data.streams
+        if self.world.is_first:
+            try:
+                write_bad_batches(path, row, size, streams, cursors)
+            except OSError as error:  # what matters is the checkpoint
+                logger.error("%s could not be written: %s", path, error.strerror)
+        self.bad_steps.forgive()
+        self._save()
+        raise RunFailed(
+            f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing; step {self.step} is saved, "
+            f"and {path} says which data they read. If those are at fault, start the same command again: it goes on "
+            "after them. If the loss had risen before, move the newest checkpoints away first, and lower optimizer.lr "
+            "or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
+        )
 
     def _validate(self, validator: Validator) -> None:
         with self.throughput.paused():
@@ -250,7 +308,8 @@ class Trainer:
         self._log(values, line)
 
     def _save(self) -> None:
-        self._require_finite()
+        self._report_bad_steps()
+        self._require_finite(to_save=True)
         with self.throughput.paused():
             # By the step: if a batch could not be read on one rank, the others are past theirs.
             cursors = merged(self.world, self.loader.state_dict(self.step))
@@ -268,17 +327,21 @@ class Trainer:
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
     def _tensors(self) -> dict[str, Any]:
+        history = {"bad_steps": self.bad_steps.state()} if self.bad_steps else {}
         random = {"random": random_state(self.device, self.world.rank)}
-        return tensors_of(self.model.parts, self.optimizers) | random
+        return tensors_of(self.model.parts, self.optimizers) | history | random
 
     def _load(self, path: Path, step: int) -> None:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
         torch.manual_seed(seed_of(self.config.job.seed, self.world.rank, step))
         random = {"random": random_state(self.device, self.world.rank)}
+        rest = random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {})
         # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
         for part, optimizer in zip(self.model.parts, self.optimizers):
-            load_tensors(path, tensors_of([part], [optimizer]) | random, self.world)
+            load_tensors(path, tensors_of([part], [optimizer]) | rest, self.world)
         set_random_state(random["random"], self.device, self.world.rank)
+        if self.bad_steps:
+            self.bad_steps.resume(step)
 
 
 def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:

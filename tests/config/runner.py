@@ -15,6 +15,7 @@ from swamla_titan.model import SWAMLAModel
 from tests.config.rank_runs import RankSeen, train_on_a_rank
 from tests.conftest import WandbStub
 from tests.distributed.ranks import on_ranks
+from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train
 
 STEPS = 3
@@ -104,6 +105,14 @@ class Runner:
         with before_every_call_of(SWAMLAModel, look):
             assert train(self.config, "--job.dump_folder", str(folder), *SHORT, *overrides) == 0
         return Run(folder, calls)
+
+    def with_faults(self, faults: tuple[Fault, ...], code: int, *overrides: str) -> Path:
+        """A run in which steps go wrong and which ends with `code`; its folder."""
+        self._count += 1
+        folder = self.folder / f"run-{self._count}"
+        ended = run_with_faults(faults, (), str(self.config), "--job.dump_folder", str(folder), *SHORT, *overrides)
+        assert ended.code == code, ended.err
+        return folder
 
     def refusal(self, *overrides: str) -> str:
         """The message of a run that is refused before it writes anything."""

@@ -30,6 +30,7 @@ from tests.config.block_cases import BLOCK_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
+from tests.train.faults import Fault
 from tests.train.runs import checkpoint, metrics, terminal
 
 
@@ -476,6 +477,38 @@ def num_steps(run: Runner) -> None:
     assert optimizer_steps(result, "steps-1-2.json") == 2
 
 
+# [fault_tolerance], each with steps that go wrong; what becomes of those: tests/train/test_bad_steps.py
+
+
+def skip_bad_steps(run: Runner) -> None:
+    nan = (Fault(2, "nan loss"),)
+    assert list(metrics(run.with_faults(nan, 0), "skipped_steps").values()) == [0, 1, 1]
+    folder = run.with_faults(nan, 1, "--fault_tolerance.skip_bad_steps", "false")
+    assert metrics(folder, "skipped_steps") == {}
+    contradiction = run.refusal("--fault_tolerance.skip_bad_steps", "false", "--fault_tolerance.spike_sigma", "6")
+    assert "6.0 would skip spikes, but skip_bad_steps = false" in contradiction
+
+
+def max_bad_steps(run: Runner) -> None:
+    nan = (Fault(1, "nan loss"), Fault(2, "nan loss"))
+    for number, code in (("1", 1), ("2", 1), ("3", 0)):
+        folder = run.with_faults(nan, code, "--fault_tolerance.max_bad_steps", number)
+        assert max(metrics(folder)) == (3 if code == 0 else int(number))
+    assert "expected a whole number >= 1" in run.refusal("--fault_tolerance.max_bad_steps", "0")
+
+
+def spike_sigma(run: Runner) -> None:
+    for sigma, skipped in (("0", 0), ("100", 1), ("1e30", 0)):
+        settings = ("--fault_tolerance.spike_window", "2", "--fault_tolerance.spike_sigma", sigma)
+        assert metrics(run.with_faults((Fault(3, "spike"),), 0, *settings), "skipped_steps")[3] == skipped
+
+
+def spike_window(run: Runner) -> None:
+    for window, skipped in (("2", 1), ("3", 0)):  # only two good steps are known
+        settings = ("--fault_tolerance.spike_window", window, "--fault_tolerance.spike_sigma", "100")
+        assert metrics(run.with_faults((Fault(3, "spike"),), 0, *settings), "skipped_steps")[3] == skipped
+
+
 CASES: dict[str, Callable[[Runner], None]] = {
     "job.dump_folder": dump_folder,
     "job.seed": seed,
@@ -532,6 +565,10 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "profiling.enabled": profiling_enabled,
     "profiling.start_step": start_step,
     "profiling.num_steps": num_steps,
+    "fault_tolerance.skip_bad_steps": skip_bad_steps,
+    "fault_tolerance.max_bad_steps": max_bad_steps,
+    "fault_tolerance.spike_sigma": spike_sigma,
+    "fault_tolerance.spike_window": spike_window,
 }
 
 

@@ -192,6 +192,7 @@ def test_a_second_job_in_the_same_folder_is_refused_on_all_and_the_first_goes_on
 @pytest.mark.parametrize("plan", [(), ("--parallel.pipeline", "2", "--training.local_batch_size", "1")], ids=str)
 def test_a_loss_that_is_no_number_ends_all_with_1_and_is_not_saved(tmp_path, config, plan):
     settings = (*SHORT, "--checkpoint.interval", "1", "--lr_schedule.warmup_steps", "0", "--optimizer.lr", "1e20")
+    settings += ("--fault_tolerance.skip_bad_steps", "false")
     message = assert_all_end(on_ranks(2, run_and_listen, config, *settings, *plan), 1)
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert message.startswith(f"failed: step {last['step']}: loss ")

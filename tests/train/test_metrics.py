@@ -24,7 +24,8 @@ from tests.train.runs import checkpoint, metrics, terminal, train
 FAST = ("--data.num_workers", "0", "--training.steps", "4", "--validation.interval", "2")
 # The contract's keys of a step, but for those of a GPU and of the policy for bad steps, which is not there.
 STEP_KEYS = {
-    *("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "memory_gib", "data_seconds", "step_seconds")
+    *("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "memory_gib", "data_seconds", "step_seconds"),
+    "skipped_steps",
 }
 GPU_KEYS = {"tokens_per_second_per_gpu", "tflops_per_gpu", "mfu"}
 
@@ -131,7 +132,10 @@ def test_mfu_is_tokens_per_second_of_a_gpu_times_flops_over_its_peak(monkeypatch
     else:
         assert values["mfu"] == pytest.approx(per_gpu * flops / peak)
         assert peak in PEAK_BF16_FLOPS.values()
-    assert values.keys() - {"mfu"} | {"step", "tokens", "loss", "grad_norm", "lr", "mfu"} == STEP_KEYS | GPU_KEYS
+    assert (
+        values.keys() - {"mfu"} | {"step", "tokens", "loss", "grad_norm", "lr", "skipped_steps", "mfu"}
+        == STEP_KEYS | GPU_KEYS
+    )
 
 
 # metrics.jsonl as a file

@@ -218,6 +218,7 @@ def test_weights_that_are_no_numbers_are_not_saved_when_the_data_turn_out_bad(ti
     lines = [json.dumps({"text": f"document {i} " * 40}) for i in range(60)]
     text.write_text("\n".join([*lines[:40], "{broken", *lines[40:]]))
     diverging = ("--optimizer.lr", "1e30", "--training.max_grad_norm", "0", "--lr_schedule.warmup_steps", "0")
+    diverging += ("--fault_tolerance.skip_bad_steps", "false")
     source = (
         "--data.source",
         "local",

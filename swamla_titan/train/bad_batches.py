@@ -1,0 +1,65 @@
+"""Where in the data the batches of bad steps come from, for who looks into a run that stopped for them."""
+
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swamla_titan.data import BatchLoader
+from swamla_titan.parallel.agreement import merged
+from swamla_titan.parallel.world import World
+from swamla_titan.train.bad_steps import BadStep
+
+Cursor = dict[str, Any]
+
+
+class BatchPlaces:
+    """Remembers where in its streams each of the last batches began: this rank's streams, the last `steps` batches."""
+
+    def __init__(self, loader: BatchLoader, steps: int) -> None:
+        self._loader = loader
+        self._places: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
+
+    def before_batch(self, step: int) -> None:
+        """The batch of `step` (from 1) is about to be taken from the loader."""
+        self._places.append((step, self._loader.state_dict()))
+
+    def everywhere(self, world: World) -> dict[tuple[int, int], Cursor]:
+        """(step, stream) -> cursor of all ranks' streams, on every rank; all must call it."""
+        return merged(world, {(step, stream): place for step, own in self._places for stream, place in own.items()})
+
+
+def write_bad_batches(
+    path: Path,
+    bad: Sequence[BadStep],
+    global_batch_size: int,
+    streams: int,
+    cursors: dict[tuple[int, int], Cursor],
+) -> None:
+    """Write a JSON list with an object for each bad step: its numbers, and what its batch consisted of.
+
+    `first_sequence` .. `last_sequence` are global sequence numbers; sequence g is stream g % streams's next one.
+    `cursors` maps each stream that gave some to its place before the batch; it lacks steps before a restart. JSON has
+    no word for NaN and infinities: they are the strings "nan", "inf" and "-inf". A limit that there was not is absent.
+    Raises OSError.
+    """
+    objects: list[dict[str, Any]] = []
+    for step in bad:
+        numbers = range((step.step - 1) * global_batch_size, step.step * global_batch_size)
+        read = sorted({number % streams for number in numbers})
+        entry: dict[str, Any] = {"step": step.step, "loss": _number(step.loss), "grad_norm": _number(step.grad_norm)}
+        if math.isfinite(step.limit):
+            entry["limit"] = step.limit
+        entry |= {"first_sequence": numbers[0], "last_sequence": numbers[-1], "streams": streams}
+        places = {stream: cursors[step.step, stream] for stream in read if (step.step, stream) in cursors}
+        if places:
+            entry["cursors"] = places
+        objects.append(entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(objects, indent=1) + "\n")
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

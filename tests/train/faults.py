@@ -1,0 +1,80 @@
+"""Steps that go wrong in a run of the real command, on one rank of it."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.sharded import local
+from swamla_titan.train.trainer import Trainer
+from tests.distributed.job import Ended, run_and_listen
+
+KINDS = ("nan gradient", "inf gradient", "nan loss", "nan batch", "spike")
+
+
+class Fault(NamedTuple):
+    """What befalls rank `rank` alone in step `step` (from 1).
+
+    nan, inf gradient: one element of one gradient; nan loss: the value alone, the gradients are good; nan batch: the
+    loss of the first micro-batch before its backward pass (a rank without a pipeline); spike: its gradients, 1e4 fold.
+    """
+
+    step: int
+    kind: str
+    rank: int = 0
+
+
+def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], config: str, *overrides: str) -> Ended:
+    """Train with these faults; the optimizer is not called at all in the steps `unapplied`. Restores what it patches.
+
+    The policy's own means play no part in leaving a step out: it is what a skipped step is compared with.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    mine = {fault.step: fault.kind for fault in faults if fault.rank == rank}
+    assert set(mine.values()) <= set(KINDS)
+    current = 0
+    trainer_step, model_step, model_loss = Trainer.train_step, ParallelModel.train_step, ParallelModel._loss
+
+    def train_step(self: Trainer, batch):
+        nonlocal current
+        current = self.step + 1
+        if current in unapplied:
+            for optimizer in self.optimizers:
+                optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
+        outcome = trainer_step(self, batch)
+        if current in unapplied:
+            for optimizer in self.optimizers:
+                del optimizer.step
+        return outcome
+
+    @torch.no_grad()
+    def spoil(self: ParallelModel, micro_batches, loss_denominator: float) -> Tensor:
+        with torch.enable_grad():
+            loss = model_step(self, micro_batches, loss_denominator)
+        kind = mine.get(current, "")
+        gradients = [local(weight.grad) for part in self.parts for weight in part.parameters()]
+        if kind.endswith(" gradient"):
+            next(each for each in gradients if each.numel()).view(-1)[0] = float(kind.split()[0])
+        elif kind == "spike":
+            torch._foreach_mul_(gradients, 1e4)
+        return loss * torch.nan if kind == "nan loss" else loss
+
+    def loss_of_batch(self: ParallelModel, micro_batch, denominator: float) -> Tensor:
+        loss = model_loss(self, micro_batch, denominator)
+        return loss * torch.nan if mine.get(current) == "nan batch" and loss.requires_grad else loss
+
+    Trainer.train_step, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
+        train_step,
+        spoil,
+        loss_of_batch,
+    )
+    try:
+        return run_and_listen(config, *overrides)
+    finally:
+        Trainer.train_step, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
+            trainer_step,
+            model_step,
+            model_loss,
+        )
