@@ -199,7 +199,17 @@ class Profiling:
 
 @dataclass(frozen=True)
 class FaultTolerance:
-    """No keys yet: recovery from faults beyond checkpoint and resume is open work."""
+    step_timeout: float = key(
+        600.0,
+        "Longest time between two steps, in seconds; then stacks go to traces/ and the processes end, to be started "
+        "again. Choose several times the slowest step; 0: wait for ever.",
+        minimum=0,
+    )
+    first_step_timeout: float = key(
+        3600.0,
+        "The same for the start, for the first step, which compiles, and for each validation and checkpoint.",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

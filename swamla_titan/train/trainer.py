@@ -25,7 +25,7 @@ from swamla_titan.data import (
     open_corpus,
     pinned,
 )
-from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
+from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RankFailed, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate
 from swamla_titan.parallel.agreement import agree, from_first, merged
@@ -47,11 +47,13 @@ from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_fol
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.numerics import seed_of, set_numerics
+from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
+from swamla_titan.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ class Trainer:
     or checkpoint before it writes to the dump folder.
     """
 
-    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
-        self.world, self.stop = world, stop
+    def __init__(self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
@@ -121,12 +123,14 @@ class Trainer:
         batches = iter(self.loader)
         if config.training.gc_interval:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
+        self.watchdog.begin(self.step)
         while self.step < config.training.steps:
             self.profiler.before_step(self.step + 1)
             with self.throughput.data_wait():
                 batch = self._next_batch(batches)
             self.outcome = self.train_step(batch)
             self.step += 1
+            self.watchdog.progress(self.step)
             self.tokens += self.tokens_per_step
             if self.metrics:
                 self.metrics.advance()
@@ -224,7 +228,7 @@ class Trainer:
             )
 
     def _validate(self, validator: Validator) -> None:
-        with self.throughput.paused():
+        with self.throughput.paused(), self.watchdog.pause("validation"):
             values = validator(self.model)
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         if self.metrics:
@@ -232,7 +236,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._require_finite()
-        with self.throughput.paused():
+        with self.throughput.paused(), self.watchdog.pause("checkpoint"):
             # By the step: if a batch could not be read on one rank, the others are past theirs.
             cursors = merged(self.world, self.loader.state_dict(self.step))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
@@ -287,7 +291,8 @@ def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
     They would then be in a collective that it does not come to, and NCCL's good-bye waits for that: the job would stand
     still until a time-out, with the error untold. The launcher sees a process that dies, and ends the others.
     """
-    if kind is None or issubclass(kind, UserError | RunFailed):  # all ranks raise those together
+    together = kind is None or issubclass(kind, UserError | RunFailed)  # all ranks raise those together
+    if together and not issubclass(kind or object, RankFailed):
         leave_world()
 
 
@@ -301,7 +306,10 @@ def train(config: Config) -> int:
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
-        trainer = Trainer(config, world, stop)
+        watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
+        stack.callback(watchdog.close)
+        stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
+        trainer = Trainer(config, world, stop, watchdog)
         stack.callback(trainer.close)
         stop.finish_step_first = True
         return trainer.run()
