@@ -27,6 +27,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.train.numerics import set_numerics
 from tests.config.block_cases import BLOCK_CASES
+from tests.config.fault_cases import FAULT_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
@@ -532,6 +533,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "profiling.enabled": profiling_enabled,
     "profiling.start_step": start_step,
     "profiling.num_steps": num_steps,
+    **FAULT_CASES,
 }
 
 
