@@ -206,7 +206,7 @@ class FaultTolerance:
         minimum=0,
     )
     first_step_timeout: float = key(
-        3600.0,
+        1800.0,
         "The same for the start, for the first step, which compiles, and for each validation and checkpoint.",
         above=0,
     )

@@ -147,9 +147,10 @@ def test_a_rank_asleep_for_ever_is_noticed_stacks_of_all_are_kept_and_the_run_go
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(ASLEEP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    limit = ("--fault_tolerance.step_timeout", "8")
+    # The long limit for the case that the signal comes during the checkpoint of step 6.
+    limit = ("--fault_tolerance.step_timeout", "8", "--fault_tolerance.first_step_timeout", "60")
     process = start(*SLOW, *limit)
-    wait_for_step(tmp_path / "run", 4, process)
+    wait_for_step(tmp_path / "run", 5, process)
     os.kill(worker(temporary, 1), signal.SIGUSR2)
     out = end(process, 0)
     stopped = next(step for step in range(STEPS, 0, -1) if f"after step {step}; this process ends" in out)
