@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RunFailed, UserError
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.parallel.launcher import speaks
 
 
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunFailed as error:
-        if spoken:
+        if spoken or isinstance(error, RankFailed):  # nobody else says it
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:

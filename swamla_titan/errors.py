@@ -15,4 +15,11 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1."""
+    """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1.
+
+    In a job of several processes all of them raise it, at the same place.
+    """
+
+
+class RankFailed(RunFailed):
+    """Likewise, of this process alone: the others cannot be told, and end because the launcher sees it end."""

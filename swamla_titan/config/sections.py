@@ -215,6 +215,17 @@ class FaultTolerance:
     spike_window: int = key(
         128, "Good steps that a spike is measured by; before there are as many, nothing is one.", minimum=2
     )
+    step_timeout: float = key(
+        600.0,
+        "Longest time between two steps, in seconds; then stacks go to traces/ and the processes end, to be started "
+        "again. Choose several times the slowest step; 0: wait for ever.",
+        minimum=0,
+    )
+    first_step_timeout: float = key(
+        1800.0,
+        "The same for the start, for the first step, which compiles, and for each validation and checkpoint.",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from swamla_titan.data import (
     pinned,
     rows_at_a_time,
 )
-from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RunFailed, UserError
+from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RankFailed, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
@@ -50,11 +50,13 @@ from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_fol
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.numerics import seed_of, set_numerics
+from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
+from swamla_titan.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,8 @@ class Trainer:
     or checkpoint before it writes to the dump folder.
     """
 
-    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
-        self.world, self.stop = world, stop
+    def __init__(self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog) -> None:
+        self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
@@ -129,6 +131,7 @@ class Trainer:
         batches = iter(self.loader)
         if config.training.gc_interval:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
+        self.watchdog.begin(self.step)
         while self.step < config.training.steps:
             self.profiler.before_step(self.step + 1)
             if self.bad_steps:
@@ -137,6 +140,7 @@ class Trainer:
                 batch = self._next_batch(batches)
             self.outcome = self.train_step(batch)
             self.step += 1
+            self.watchdog.progress(self.step)
             self.tokens += self.tokens_per_step
             if self.metrics:
                 self.metrics.advance()
@@ -302,7 +306,7 @@ class Trainer:
         )
 
     def _validate(self, validator: Validator) -> None:
-        with self.throughput.paused():
+        with self.throughput.paused(), self.watchdog.pause("validation"):
             values = validator(self.model)
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         self._log(values, line)
@@ -310,7 +314,7 @@ class Trainer:
     def _save(self) -> None:
         self._report_bad_steps()
         self._require_finite(to_save=True)
-        with self.throughput.paused():
+        with self.throughput.paused(), self.watchdog.pause("checkpoint"):
             # By the step: if a batch could not be read on one rank, the others are past theirs.
             cursors = merged(self.world, self.loader.state_dict(self.step))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
@@ -370,7 +374,7 @@ def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
     does, would stand still until a time-out, with the error untold. The launcher sees a process that dies, and ends the
     others.
     """
-    return kind is not None and not issubclass(kind, UserError | RunFailed)  # all ranks raise those together
+    return kind is not None and (not issubclass(kind, UserError | RunFailed) or issubclass(kind, RankFailed))
 
 
 def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
@@ -389,7 +393,10 @@ def train(config: Config) -> int:
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
-        trainer = Trainer(config, world, stop)
+        watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
+        stack.callback(watchdog.close)
+        stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
+        trainer = Trainer(config, world, stop, watchdog)
         stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
         stop.finish_step_first = True
         return trainer.run()

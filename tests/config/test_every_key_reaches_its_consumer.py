@@ -27,6 +27,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.train.numerics import set_numerics
 from tests.config.block_cases import BLOCK_CASES
+from tests.config.fault_cases import FAULT_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
@@ -569,6 +570,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "fault_tolerance.max_bad_steps": max_bad_steps,
     "fault_tolerance.spike_sigma": spike_sigma,
     "fault_tolerance.spike_window": spike_window,
+    **FAULT_CASES,
 }
 
 

@@ -130,3 +130,38 @@ def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on(
     out = end(process, 0)
     assert f"resumed from {checkpoint(tmp_path / 'run', 3)}" in out
     assert_finished(tmp_path / "run")
+
+
+# Python imports it at its start, from PYTHONPATH: rank 1 of the first start falls asleep for ever at SIGUSR2.
+ASLEEP = """
+import os, signal, time
+if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(10_000))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_asleep_for_ever_is_noticed_stacks_of_all_are_kept_and_the_run_goes_on(
+    tmp_path: Path, temporary: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(ASLEEP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    # The long limit for the case that the signal comes during the checkpoint of step 6.
+    limit = ("--fault_tolerance.step_timeout", "8", "--fault_tolerance.first_step_timeout", "60")
+    process = start(*SLOW, *limit)
+    wait_for_step(tmp_path / "run", 5, process)
+    os.kill(worker(temporary, 1), signal.SIGUSR2)
+    out = end(process, 0)
+    stopped = next(step for step in range(STEPS, 0, -1) if f"after step {step}; this process ends" in out)
+    assert f"resumed from {checkpoint(tmp_path / 'run', stopped - stopped % 3)}" in out
+    assert_finished(tmp_path / "run")
+    zero, one = sorted((tmp_path / "run" / "traces").iterdir())
+    assert zero.name.endswith("-rank-0.txt")
+    assert one.name == zero.name.replace("rank-0", "rank-1")
+    assert "sitecustomize.py" in one.read_text()
+    assert "sitecustomize.py" not in zero.read_text()
+    assert "rank 1 after step " in out
+    whole = ("--job.dump_folder", str(tmp_path / "whole"))
+    end(start(*SLOW, *limit, *whole), 0)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

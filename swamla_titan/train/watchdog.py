@@ -1,0 +1,217 @@
+"""The watchdog: a process that makes no progress says where it stands, and ends, so that its launcher starts it again.
+
+Two timers watch the main thread. A thread of Python looks once a second; it can write files, ask the other ranks and
+write to the log. It cannot run while C code keeps Python's lock. For that case there is a timer of `faulthandler`, a
+thread of C that needs no lock: a little later than the thread would have, it writes all stacks and ends the process.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.errors import EXIT_FAILED
+from swamla_titan.parallel.world import World
+from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+
+logger = logging.getLogger(__name__)
+
+# Seconds. A rank that ends makes the launcher end the others, so each waits until all have written their stacks.
+BACKSTOP = 10.0  # after the limit, the timer of C ends a process whose Python cannot run
+OTHERS = 15.0  # the longest wait for the other ranks
+REPORT = 30.0  # the longest time for all that is written at the end; the timer of C sees to it
+LOOK = 1.0  # between two looks at the main thread, and at whether another rank has stopped
+
+_HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the main thread did last, and how long the next may take from then on."""
+
+    step: int  # the last one taken
+    doing: str
+    limit: float  # seconds
+    since: float  # by the clock that nobody can set
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.limit
+
+
+class Watchdog:
+    """Ends this process, with exit code 1, if its trainer makes no progress for too long.
+
+    The trainer says `begin(step)` once, `progress(step)` after each step, and encloses what is no step and lasts (a
+    validation, a checkpoint) in `pause(what)`. Between two steps lie at most `step_timeout` seconds; the start, the
+    first step and each pause may last `first_step_timeout`. A GPU computes behind its host, which waits for it when it
+    logs, or when some 1000 kernels are queued: a step that never ends there is noticed a few steps later.
+
+    What is then written, by every rank, also by those that merely wait, since the first one asks all: the stacks of
+    all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, and a log
+    line that says where the ranks are. Before `begin` no file is made. A process whose Python cannot run leaves its
+    stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and removed at the end.
+    """
+
+    def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
+        """Starts watching, with the limit of a start; `step_timeout` 0: does nothing, ever."""
+        self._config, self._traces, self._world = config, traces, world
+        self._now = self._armed = _Progress(0, "starting", config.first_step_timeout, time.monotonic())
+        self._arming = threading.Lock()
+        self._stacks: TextIO | None = sys.__stderr__  # of the timer of C, until there is a file
+        self._file: TextIO | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not config.step_timeout:
+            return
+        # A connection of its own: the process group's is taken for as long as one of its calls waits.
+        self._store: dist.Store | None = None
+        if world.size > 1:
+            self._store = dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
+            self._store.set_timeout(timedelta(seconds=5))
+        self._arm(self._now.limit + BACKSTOP)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """The first step begins, after `step` steps of earlier starts; files may be written from here on."""
+        if self._thread:
+            with suppress(OSError):  # standard error will do; what else is wrong with the folder, others will say
+                self._traces.mkdir(parents=True, exist_ok=True)
+                self._file = self._stacks = self._backstop_path.open("a")  # it may hold stacks of an earlier start
+        self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
+
+    def progress(self, step: int) -> None:
+        """Step number `step` was taken."""
+        self._expect(_Progress(step, "step", self._config.step_timeout, time.monotonic()))
+
+    @contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Encloses work that is no step and may last as long as the first one; what was done before begins anew."""
+        before = self._now
+        self._expect(_Progress(before.step, doing, self._config.first_step_timeout, time.monotonic()))
+        try:
+            yield
+        finally:
+            self._expect(_Progress(before.step, before.doing, before.limit, time.monotonic()))
+
+    def close(self) -> None:
+        """Stop watching. If the watchdog is at work, this does not return: the process ends."""
+        if self._thread is None:
+            return
+        self._closed.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self._file:
+            self._file.close()
+            self._remove_if_empty()
+        self._thread = None
+
+    @property
+    def _backstop_path(self) -> Path:
+        return self._traces / f"hang-rank-{self._world.rank}.txt"
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):
+            if self._backstop_path.stat().st_size == 0:
+                self._backstop_path.unlink()
+                self._traces.rmdir()  # unless there is something in it
+
+    def _expect(self, progress: _Progress) -> None:
+        """What the main thread does next. It sets the timer of C itself only where that would go off too late."""
+        self._now = progress
+        if self._thread and progress.deadline < self._armed.deadline:
+            self._arm_for_now()
+
+    def _arm_for_now(self) -> None:
+        with self._arming:  # else one thread could read what is expected, and set the timer after the other one did
+            self._armed = self._now
+            self._arm(max(self._armed.deadline - time.monotonic(), 0) + BACKSTOP)
+
+    def _watch(self) -> None:
+        look = min(LOOK, self._config.step_timeout / 4)
+        while True:
+            now = self._now
+            if now is not self._armed:
+                self._arm_for_now()
+            if time.monotonic() > now.deadline:
+                self._end(now, f"no progress for {now.limit:g} s ({now.doing}) after step {now.step}")
+            elif self._another_stopped():
+                self._end(now, f"another rank makes no progress; this one ({now.doing}) is after step {now.step}")
+            if self._closed.wait(look):
+                return
+
+    def _arm(self, seconds: float) -> None:
+        """Let the timer of C end the process in so many seconds, and not before."""
+        if self._stacks:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
+
+    def _another_stopped(self) -> bool:
+        if self._store is None:
+            return False
+        try:
+            return self._store.check([_HANG])
+        except RuntimeError:  # its host is gone, and soon the launcher will see that this process waits in vain
+            self._store = None
+            return False
+
+    def _end(self, now: _Progress, headline: str) -> None:
+        """Write everything down and end the process. Whatever of it hangs as well, the timer of C ends it."""
+        self._arm(REPORT)
+        try:
+            rank = self._world.rank
+            place = place_of_main_thread()
+            path = self._traces / f"hang-step-{now.step}-rank-{rank}.txt"
+            written = write_stacks(path, f"rank {rank}: {headline}")
+            self._publish(_HANG, str(rank))
+            if self._world.device.type == "cuda" and self._world.size > 1:
+                write_nccl_trace(self._traces / f"hang-step-{now.step}-nccl-rank-{rank}")
+            self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last: it says that all is written
+            steps, places = self._ask_all({rank: f"{now.step} {place}"})
+            logger.error(
+                "%s; this process ends, to be started again from the newest checkpoint. If it was only slow, raise "
+                "fault_tolerance.%s. Stacks: %s. Where the ranks are:\n%s",
+                headline,
+                "step_timeout" if now.doing == "step" else "first_step_timeout",
+                path if written else "on standard error",
+                where_all_are(steps, places, self._world.size),
+            )
+            self._remove_if_empty()
+        finally:
+            # Not sys.exit: that would only end this thread, and the main thread cannot be made to end.
+            os._exit(EXIT_FAILED)
+
+    def _publish(self, key: str, value: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(key, value)
+            except RuntimeError:
+                self._store = None
+
+    def _ask_all(self, answers: dict[int, str]) -> tuple[dict[int, int], dict[int, str]]:
+        """Every rank's last step and place, as far as they come in time."""
+        end = time.monotonic() + OTHERS
+        while self._store is not None and len(answers) < self._world.size and time.monotonic() < end:
+            try:
+                for rank in set(range(self._world.size)) - answers.keys():
+                    if self._store.check([f"{_PLACE}{rank}"]):
+                        answers[rank] = self._store.get(f"{_PLACE}{rank}").decode()
+            except RuntimeError:
+                break
+            time.sleep(0.05)
+        parts = {rank: answer.split(" ", 1) for rank, answer in answers.items()}
+        return {rank: int(step) for rank, (step, _) in parts.items()}, {
+            rank: place for rank, (_, place) in parts.items()
+        }

@@ -1,0 +1,128 @@
+"""Running out of a device's memory: what the user reads, and what is written."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import ActivationCheckpoint, Parallel, Training
+from swamla_titan.errors import RankFailed
+from swamla_titan.parallel.world import World
+from swamla_titan.train.out_of_memory import explained_out_of_memory, is_out_of_memory, message, suggestions
+from tests.distributed.job import before_step
+from tests.train.runs import train
+
+TORCH_SAYS = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.00 GiB is "
+    "free. Including non-PyTorch memory, this process has 78.11 GiB memory in use. See documentation"
+)
+BEST = Config(
+    training=Training(local_batch_size=1),
+    activation_checkpoint=ActivationCheckpoint(mode="full"),
+    parallel=Parallel(reshard_after_forward="always", cpu_offload=True),
+)
+TWO_GPUS = dataclasses.replace(World.alone(torch.device("cuda", 0)), size=2)
+
+
+def named(config: Config, world: World = TWO_GPUS) -> list[str]:
+    """The keys that are advised, with their values."""
+    return [line.split(":")[0].split(",")[0] for line in suggestions(config, world)]
+
+
+def test_what_can_be_changed_is_advised_and_nothing_else():
+    last = ["parallel.context = 2", "a smaller model"]
+    assert named(BEST) == last
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"training": Training(local_batch_size=6)}, "training.local_batch_size = 3"),
+        ({"training": Training(local_batch_size=1, compute_dtype="float32")}, 'training.compute_dtype = "bfloat16"'),
+        ({"activation_checkpoint": ActivationCheckpoint()}, 'activation_checkpoint.mode = "selective"'),
+        ({"activation_checkpoint": ActivationCheckpoint("selective")}, 'activation_checkpoint.mode = "full"'),
+        ({"parallel": Parallel(cpu_offload=True)}, 'parallel.reshard_after_forward = "always"'),
+        ({"parallel": Parallel(data_parallel="ddp")}, 'parallel.data_parallel = "fsdp"'),
+        ({"parallel": Parallel(reshard_after_forward="always")}, "parallel.cpu_offload = true"),
+    ]
+    for change, advice in changes:
+        assert sorted(named(dataclasses.replace(BEST, **change))) == sorted([advice, *last])
+    alone = named(dataclasses.replace(BEST, parallel=Parallel()), World.alone(torch.device("cuda", 0)))
+    assert alone == last  # nothing to share with others
+    assert (
+        named(dataclasses.replace(BEST, parallel=Parallel(context=4, cpu_offload=True)))[-2] == "parallel.context = 8"
+    )
+
+
+def test_the_message_has_what_torch_said_and_how_full_the_device_is(monkeypatch):
+    gib = 2**30
+    for name, value in {
+        "mem_get_info": (gib, 79 * gib),
+        "memory_allocated": 60 * gib,
+        "memory_reserved": 77 * gib,
+        "max_memory_allocated": 65 * gib,
+        "get_device_name": "a GPU",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    text = message(torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS)
+    lines = text.splitlines()
+    assert lines[0].startswith("rank 0 ran out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+    assert "documentation" not in text
+    assert lines[1] == "a GPU: 79.0 GiB, 1.0 free; tensors take 60.0 (peak 65.0), torch keeps 17.0 more."
+    assert "expandable_segments" in lines[2]
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 61 * gib)
+    assert "expandable_segments" not in message(torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError(TORCH_SAYS), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+    ids=["allocator", "CUDA", "other", "no runtime error"],
+)
+def test_only_want_of_memory_is_explained(tmp_path, error, expected):
+    assert is_out_of_memory(error) == expected
+    with (
+        pytest.raises(RankFailed if expected else type(error)) as raised,
+        explained_out_of_memory(BEST, World.alone(), tmp_path / "traces"),
+    ):
+        raise error
+    assert (tmp_path / "traces/oom-rank-0.txt").exists() == expected
+    assert (raised.value is error) == (not expected)
+
+
+def test_the_table_of_the_allocator_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda device: f"the table of {device}")
+    monkeypatch.setattr("swamla_titan.train.out_of_memory._essentials", lambda device: "")
+    with pytest.raises(RankFailed, match=r"oom-rank-0\.txt"), explained_out_of_memory(BEST, TWO_GPUS, tmp_path):
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+    assert (tmp_path / "oom-rank-0.txt").read_text() == f"{TORCH_SAYS}\n\nthe table of cuda:0\n"
+
+
+def test_where_the_table_cannot_be_written_the_message_says_so(tmp_path):
+    (tmp_path / "traces").touch()
+    with (
+        pytest.raises(RankFailed, match=r"oom-rank-0.txt could not be written \(File exists\)"),
+        explained_out_of_memory(BEST, World.alone(), tmp_path / "traces"),
+    ):
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+
+
+def test_a_run_out_of_memory_ends_with_1_and_a_message(tiny: Path, tmp_path: Path, capsys, monkeypatch):
+    from swamla_titan.train.trainer import Trainer
+
+    monkeypatch.setattr(Trainer, "train_step", Trainer.train_step)  # put back afterwards
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError(TORCH_SAYS)
+
+    before_step(2, fail)
+    assert train(tiny, "--data.num_workers", "0", "--validation.interval", "0") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("failed: rank 0 ran out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. ")
+    assert "training.local_batch_size = 1" in err
+    assert 'activation_checkpoint.mode = "selective"' in err
+    assert "Traceback" not in err
+    assert (tmp_path / "run/traces/oom-rank-0.txt").read_text().startswith(TORCH_SAYS)

@@ -1,0 +1,216 @@
+"""A process that stands still writes where it stands and ends, and one that is only busy does not."""
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.parallel.world import World
+from swamla_titan.train import watchdog as module
+from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+from swamla_titan.train.watchdog import Watchdog
+from tests.distributed.job import before_step
+from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
+
+SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "0", "--checkpoint.interval", "2")
+LIMIT = ("--fault_tolerance.step_timeout", "1")
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the watchdog would have ended this process for, in place of ending it."""
+    found: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, now, headline: found.append(headline))
+    return found
+
+
+def watch(traces: Path, step_timeout: float = 0.4, first_step_timeout: float = 60.0) -> Watchdog:
+    config = FaultTolerance(step_timeout=step_timeout, first_step_timeout=first_step_timeout)
+    return Watchdog(config, traces, World.alone())
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# which limit applies
+
+
+def test_the_start_the_first_step_and_pauses_have_the_long_limit_and_steps_the_short_one(tmp_path, ends):
+    watchdog = watch(tmp_path)
+    time.sleep(0.8)
+    watchdog.begin(7)
+    time.sleep(0.8)
+    for step in range(8, 12):
+        time.sleep(0.2)
+        watchdog.progress(step)
+    with watchdog.pause("validation"):
+        time.sleep(0.8)
+    time.sleep(0.1)
+    assert ends == []
+    wait_until(lambda: ends)
+    watchdog.close()
+    assert ends[0] == "no progress for 0.4 s (step) after step 11"
+
+
+@pytest.mark.parametrize(
+    "enter, doing, step",
+    [
+        (lambda watchdog, stack: None, "starting", 0),
+        (lambda watchdog, stack: watchdog.begin(3), "first step", 3),
+        (lambda watchdog, stack: stack.enter_context(watchdog.pause("checkpoint")), "checkpoint", 0),
+    ],
+    ids=["start", "first step", "pause"],
+)
+def test_the_long_limit_is_a_limit_too(tmp_path, ends, enter, doing, step):
+    watchdog = watch(tmp_path, step_timeout=60, first_step_timeout=0.3)
+    with ExitStack() as stack:
+        enter(watchdog, stack)
+        wait_until(lambda: ends)
+        watchdog.close()
+    assert ends[0] == f"no progress for 0.3 s ({doing}) after step {step}"
+
+
+def test_with_0_nothing_is_watched_and_nothing_written(tmp_path, ends):
+    threads = threading.active_count()
+    watchdog = watch(tmp_path / "traces", step_timeout=0, first_step_timeout=0.1)
+    watchdog.begin(0)
+    assert threading.active_count() == threads
+    time.sleep(0.3)
+    watchdog.close()
+    assert ends == []
+    assert not (tmp_path / "traces").exists()
+
+
+def test_closed_it_leaves_neither_thread_nor_timer_nor_file(tmp_path, ends, monkeypatch):
+    cancelled: list[int] = []
+    cancel = module.faulthandler.cancel_dump_traceback_later
+    monkeypatch.setattr(
+        module.faulthandler,
+        "cancel_dump_traceback_later",
+        lambda: (cancelled.append(threading.active_count()), cancel()),
+    )
+    threads = threading.active_count()
+    watchdog = watch(tmp_path / "traces")
+    watchdog.begin(0)
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["hang-rank-0.txt"]
+    watchdog.close()
+    assert cancelled == [threads]
+    assert not (tmp_path / "traces").exists()
+
+
+def test_stacks_of_an_earlier_start_are_kept(tmp_path, ends):
+    (tmp_path / "hang-rank-0.txt").write_text("stacks\n")
+    watchdog = watch(tmp_path)
+    watchdog.begin(0)
+    watchdog.close()
+    assert (tmp_path / "hang-rank-0.txt").read_text() == "stacks\n"
+
+
+# real processes
+
+
+def _stand_still(kind: str, config: str, *overrides: str) -> int:
+    """Train, and stand still in step 4."""
+    module.BACKSTOP = 1.0
+    wait = {
+        "asleep": lambda _: time.sleep(600),
+        "with Python's lock": lambda _: ctypes.PyDLL(None).sleep(600),  # unlike CDLL, it does not let go of it
+    }[kind]
+    before_step(4, wait)
+    return train(Path(config), *overrides)
+
+
+def stand_still(kind: str, config: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    code = f"import sys, {__name__} as tests; sys.exit(tests._stand_still(*{(kind, str(config), *overrides)!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+
+
+def test_a_process_asleep_ends_with_1_its_stacks_in_traces_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_path):
+    traces = tmp_path / "run" / "traces"
+    ended = stand_still("asleep", tiny, *SHORT, *LIMIT)
+    assert ended.returncode == 1, ended.stderr
+    assert [path.name for path in traces.iterdir()] == ["hang-step-3-rank-0.txt"]
+    stacks = (traces / "hang-step-3-rank-0.txt").read_text()
+    assert stacks.startswith("rank 0: no progress for 1 s (step) after step 3\n")
+    assert " in _stand_still" not in stacks.split("Thread")[0]
+    assert "in <lambda>" in stacks
+    assert "in train_step" in stacks
+    assert "raise fault_tolerance.step_timeout" in ended.stdout
+    assert "rank 0 after step 3: <lambda> (test_watchdog.py:" in ended.stdout
+    assert "called by run (trainer.py:" in ended.stdout
+    assert ended.stdout.split("Where the ranks are")[1] in (tmp_path / "run/logs/rank-0.log").read_text()
+
+    assert train(tiny, *SHORT) == 0
+    assert train(tiny, *SHORT, "--job.dump_folder", str(tmp_path / "whole")) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_same_checkpoint(checkpoint(tmp_path / "run", 6), checkpoint(tmp_path / "whole", 6))
+
+
+def test_a_process_that_keeps_pythons_lock_ends_with_1_and_its_stacks_in_traces(tiny, tmp_path):
+    ended = stand_still("with Python's lock", tiny, *SHORT, *LIMIT)
+    assert ended.returncode == 1, ended.stderr
+    stacks = (tmp_path / "run/traces/hang-rank-0.txt").read_text()
+    assert stacks.startswith("Timeout (")
+    assert "in train_step" in stacks
+    assert max(metrics(tmp_path / "run")) == 3
+    assert train(tiny, *SHORT) == 0
+    assert (tmp_path / "run/traces/hang-rank-0.txt").read_text() == stacks
+
+
+# what is written
+
+
+def test_stacks_go_to_standard_error_where_no_file_can_be_written(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert not write_stacks(tmp_path / "file" / "stacks.txt", "stands still")
+    err = capfd.readouterr().err
+    assert "stands still" in err
+    assert "in test_stacks_go_to_standard_error" in err
+
+
+def test_the_place_of_the_main_thread_names_the_function_and_ours_that_called_it(tmp_path):
+    places: list[str] = []
+
+    def look() -> None:
+        thread = threading.Thread(target=lambda: places.append(place_of_main_thread()))
+        thread.start()
+        thread.join()
+
+    look()
+    assert "(threading.py:" in places[0]
+    assert "called by" not in places[0]
+    from swamla_titan.parallel.agreement import from_first
+
+    from_first(World.alone(), look)
+    assert ", called by from_first (agreement.py:" in places[1]
+
+
+def test_the_ranks_are_listed_by_place_those_behind_first_and_the_silent_named():
+    text = where_all_are({0: 4, 1: 4, 2: 3, 4: 4, 6: 4}, {0: "a", 1: "a", 2: "b", 4: "a", 6: "c"}, 8)
+    assert text.splitlines() == [
+        "  rank 2 after step 3 (behind): b",
+        "  rank 6 after step 4: c",
+        "  ranks 0-1, 4 after step 4: a",
+        "  ranks 3, 5, 7: no answer; stopped, cut off, or in code that does not let Python run",
+    ]
+
+
+def test_nccls_flight_recorder_is_written_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    assert write_nccl_trace(tmp_path / "traces/hang-step-3-nccl-rank-1")
+    assert (tmp_path / "traces/hang-step-3-nccl-rank-1").read_bytes() == b"trace"
+    monkeypatch.delattr(torch._C._distributed_c10d, "_dump_nccl_trace")
+    assert not write_nccl_trace(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
