@@ -112,7 +112,13 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             if is_gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            count = micro_batch_count(step, training.global_batch_size, config.data.streams, world.degrees.data, rows)
+            count = micro_batch_count(
+                step * training.global_batch_size,
+                training.global_batch_size,
+                config.data.streams,
+                world.degrees.data,
+                rows,
+            )
             loss = model.train_step(
                 list(micro_batches(batch, rows, count)), training.global_batch_size * training.seq_len
             )

@@ -6,6 +6,7 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
 
+ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 
 
@@ -55,6 +56,12 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("profiling.start_step", "profiling.enabled", "training.steps"),
             f"{config.profiling.start_step} is after the last step, training.steps = {training.steps}",
+        )
+    if unknown := {name.strip() for name in config.checkpoint.allow.split(",")} - {"", *ALLOWED_DIFFERENCES}:
+        yield Contradiction(
+            ("checkpoint.allow",),
+            f'"{min(unknown)}" is nothing that can be allowed: one or more of {", ".join(ALLOWED_DIFFERENCES)}, '
+            "separated by commas",
         )
     if config.fault_tolerance.spike_sigma and not config.fault_tolerance.skip_bad_steps:
         yield Contradiction(

@@ -164,7 +164,21 @@ class Float8:
 class Checkpoint:
     interval: int = key(500, "Steps between checkpoints; the last step is always saved.", minimum=1)
     keep_latest: int = key(3, "Checkpoints kept; 0: all.", minimum=0)
-    async_mode: str = key("disabled", "Writing in the background.", choices=("disabled",))
+    keep_every: int = key(0, "Besides, checkpoints of steps that this divides are kept for good; 0: none.", minimum=0)
+    async_mode: str = key(
+        "async",
+        "async: copy the tensors to the memory of the host and write them while training goes on, one checkpoint at a "
+        "time; disabled: training waits.",
+        choices=("async", "disabled"),
+    )
+    max_failures: int = key(
+        3, "Checkpoints in a row that cannot be written before the run ends; the last of a run must be.", minimum=1
+    )
+    allow: str = key(
+        "",
+        'What of the checkpoint may differ from this run, as in "data,batch": model (what leaves the weights their '
+        "shapes), data and tokenizer (the data begin anew), batch (sequences a step, or their length).",
+    )
 
 
 @dataclass(frozen=True)

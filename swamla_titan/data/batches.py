@@ -14,11 +14,12 @@ IGNORED = -100  # as a target: not counted in the loss
 class StepBatch:
     """One rank's part of a step's global batch; it may be empty.
 
-    `sequences` [n] are the global numbers of the rows, ascending; `document_ids` is there with data.document_mask;
-    `replaced` counts the stretches of bytes that were no UTF-8 in documents begun in this step.
+    The global batch begins with sequence `first`; `sequences` [n] are the numbers of the rows, ascending;
+    `document_ids` is there with data.document_mask; `replaced` counts the stretches of bytes that were no UTF-8 in
+    documents begun in this step.
     """
 
-    step: int
+    first: int
     sequences: torch.Tensor  # [n] int64
     tokens: torch.Tensor  # [n, T] int64
     targets: torch.Tensor  # [n, T] int64
@@ -51,9 +52,12 @@ def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterat
         yield fill_rows(batch.tokens[rows], batch.targets[rows], None if ids is None else ids[rows], local_batch_size)
 
 
-def micro_batch_count(step: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
-    """Micro-batches of a step: what the rank with the most sequences needs. Every rank computes it by itself."""
-    return -(-max(sequences_per_rank(step, global_batch_size, streams, world_size)) // local_batch_size)
+def micro_batch_count(first: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
+    """Micro-batches of the step that begins with sequence `first`: what the rank with the most sequences needs.
+
+    Every rank computes it by itself.
+    """
+    return -(-max(sequences_per_rank(first, global_batch_size, streams, world_size)) // local_batch_size)
 
 
 def rows_at_a_time(local_batch_size: int, global_batch_size: int, world_size: int) -> int:
@@ -61,9 +65,9 @@ def rows_at_a_time(local_batch_size: int, global_batch_size: int, world_size: in
     return min(local_batch_size, -(-global_batch_size // world_size))
 
 
-def sequences_per_rank(step: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
-    """How many sequences of a step each rank reads: those of the streams that it owns."""
-    numbers = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
+def sequences_per_rank(first: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
+    """How many of the global batch from sequence `first` on each rank reads: those of the streams that it owns."""
+    numbers = np.arange(first, first + global_batch_size)
     counts: list[int] = np.bincount(numbers % streams % world_size, minlength=world_size).tolist()
     return counts
 
@@ -72,7 +76,8 @@ def waits_for_streams(global_batch_size: int, streams: int, world_size: int, loc
     """What to tell the user if ranks wait for others that own more streams, for over a tenth of the time; else None."""
     steps = min(streams // math.gcd(streams, global_batch_size), 1000)  # then all comes round again
     counts = [
-        micro_batch_count(step, global_batch_size, streams, world_size, local_batch_size) for step in range(steps)
+        micro_batch_count(step * global_batch_size, global_batch_size, streams, world_size, local_batch_size)
+        for step in range(steps)
     ]
     fair_share = -(-global_batch_size // world_size)
     needed = -(-fair_share // local_batch_size)

@@ -87,13 +87,13 @@ def up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> I
             return
 
 
-def fingerprint_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, one line each; empty if cursors of one fit the other."""
-    return [
-        f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+def fingerprint_changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """What differs between two fingerprints: name -> a line about it; empty if cursors of one fit the other."""
+    return {
+        name: f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name) != current.get(name)
-    ]
+    }
 
 
 def _described(data: Data) -> str:

@@ -1,4 +1,4 @@
-"""Batches for the trainer: a function of the step alone, however many ranks and loader workers make them."""
+"""Batches for the trainer: the same global ones however many ranks and loader workers make them."""
 
 import atexit
 import json
@@ -26,9 +26,9 @@ PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 class BatchLoader(Iterator[StepBatch]):
     """Endless iterator over one rank's part of each step's global batch.
 
-    Global sequence g comes from stream g % streams, step n (from 0) takes the sequences [n * G, (n + 1) * G), and rank
-    r of R owns the streams s with s % R == r. To resume, give the cursors of all streams, merged from what
-    `state_dict` gave on every rank, and the number of the step to come.
+    Global sequence g comes from stream g % streams, each global batch takes the next G sequences, and rank r of R owns
+    the streams s with s % R == r. To resume, give the cursors of all streams, merged from what `state_dict` gave on
+    every rank, and the number of the sequence to come.
 
     Worker processes start with the first batch (or `start`) and live until `close`. They are made by a fork server:
     forking the training process itself would copy its threads' locks and its CUDA state, and starting each worker
@@ -46,27 +46,28 @@ class BatchLoader(Iterator[StepBatch]):
         world_size: int = 1,
         num_workers: int | None = None,
         cursors: dict[int, dict[str, Any]] | None = None,
-        start_step: int = 0,
+        first: int = 0,
     ) -> None:
         """`num_workers` None takes data.num_workers. UserError if the cursors do not fit the configuration."""
         streams = corpus.data.streams
         workers = corpus.data.num_workers if num_workers is None else num_workers
         if cursors is None:
-            assert start_step == 0, "a later step needs cursors"
+            assert first == 0, "a later sequence needs cursors"
             cursors = {stream: initial_cursor() for stream in range(streams)}
         else:
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
-            _check_cursors(cursors, streams, start_step, global_batch_size)
+            _check_cursors(cursors, streams, first)
         own = list(range(rank, streams, world_size))
         self._cursors = {stream: cursors[stream] for stream in own}  # as given; later ones come from the loader
         self._eot_id = corpus.tokenizer.eot_id
         self._document_mask = corpus.data.document_mask
-        self._step = start_step
+        self._first = first  # of the batch to come
+        self._size = global_batch_size
         self._seq_len = seq_len
         # Without workers the one reader is in this process.
         self._portions = max(1, workers)
         self._pin = torch.cuda.is_available()
-        dataset = StepDataset(corpus, own, seq_len, global_batch_size, start_step, self._cursors)
+        dataset = StepDataset(corpus, own, seq_len, global_batch_size, first, self._cursors)
         # A generator of its own: the loader draws seeds from it, and must not advance the trainer's random state.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
@@ -102,19 +103,19 @@ class BatchLoader(Iterator[StepBatch]):
                 raise portion.error
             portions.append(portion)
         batch = self._merge(portions)
-        self._step += 1
+        self._first += self._size
         # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
         self._state_before, self._state = self._state, self._loader.state_dict()
         return batch
 
-    def state_dict(self, step: int | None = None) -> dict[int, dict[str, Any]]:
-        """{stream: cursor} of the streams this rank owns, as they stand before step `step` (from 0) is read.
+    def state_dict(self, first: int | None = None) -> dict[int, dict[str, Any]]:
+        """{stream: cursor} of the streams this rank owns, as they stand before the batch from sequence `first` is read.
 
-        That is the step to come, or the one delivered last, where it was of no use because another rank could not read
-        its part of it. None: the step to come.
+        That is the batch to come, or the one delivered last, where it was of no use because another rank could not read
+        its part of it. None: the batch to come.
         """
-        assert step in (None, self._step, self._step - 1), "other places are not remembered"
-        state = self._state_before if step == self._step - 1 else self._state
+        assert first in (None, self._first, self._first - self._size), "other places are not remembered"
+        state = self._state_before if first == self._first - self._size else self._state
         if state is None:
             return dict(self._cursors)
         cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(state)}
@@ -152,7 +153,7 @@ class BatchLoader(Iterator[StepBatch]):
             ids = document_ids(tokens, self._eot_id)
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(portion.replaced for portion in portions)
-        return StepBatch(self._step, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced)
+        return StepBatch(self._first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced)
 
     def _guarded(self, work: Any) -> Any:
         try:
@@ -210,18 +211,16 @@ def _find_cursors(state: Any) -> Iterator[tuple[str, str]]:
                 yield from _find_cursors(value)
 
 
-def _check_cursors(cursors: dict[int, dict[str, Any]], streams: int, start_step: int, global_batch_size: int) -> None:
+def _check_cursors(cursors: dict[int, dict[str, Any]], streams: int, first: int) -> None:
+    """Streams take turns: at sequence `first` each has given one for every g < first with g % streams = its number."""
     if cursors.keys() != set(range(streams)):
         raise UserError(
             f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors)} streams. "
             f"Set data.streams = {len(cursors)}, or start a new run."
         )
-    total = sum(cursor["sequences"] for cursor in cursors.values())
-    start = start_step * global_batch_size
-    # Streams take turns, so at sequence `start` every stream has given one for each g < start with g % streams = s.
-    if any(cursor["sequences"] != len(range(stream, start, streams)) for stream, cursor in cursors.items()):
-        was = f" = {total // start_step}, as it was" if start_step and total % start_step == 0 else " as it was"
+    if any(cursor["sequences"] != len(range(stream, first, streams)) for stream, cursor in cursors.items()):
+        total = sum(cursor["sequences"] for cursor in cursors.values())
         raise UserError(
-            f"training.global_batch_size = {global_batch_size} puts step {start_step} at sequence {start} of the "
-            f"data, but the checkpoint's data stand at {total}. Set training.global_batch_size{was}."
+            f"The checkpoint's record goes on with sequence {first} of the data, but its streams stand at {total}: "
+            "it was not written by this program. Use another checkpoint, or start a new run."
         )

@@ -77,7 +77,10 @@ def wait_for_end(pid: int) -> None:
 
 
 class StepDataset(IterableDataset[Portion]):
-    """Endless: item k of a worker is its part of step `start_step + k`, from the streams numbered `streams`."""
+    """Endless: item k of a worker is its part of the k-th global batch from sequence `first` on.
+
+    It reads the streams numbered `streams`.
+    """
 
     def __init__(
         self,
@@ -85,14 +88,14 @@ class StepDataset(IterableDataset[Portion]):
         streams: list[int],
         seq_len: int,
         global_batch_size: int,
-        start_step: int,
+        first: int,
         cursors: dict[int, dict[str, Any]],
     ) -> None:
         self.corpus = corpus
         self.streams = streams
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
-        self.start_step = start_step
+        self.first = first
         self.cursors = cursors
 
     def __iter__(self) -> "StepIterator":
@@ -106,7 +109,7 @@ class StepIterator(Iterator[Portion]):
 
     def __init__(self, dataset: StepDataset, streams: list[int]) -> None:
         self._dataset = dataset
-        self._step = dataset.start_step
+        self._first = dataset.first
         self._numbers = np.array(streams, dtype=np.int64)
         self._streams: dict[int, PackedStream] = {}  # opened when first needed
         self._cache = TokenCache(dataset.corpus.tokenizer)
@@ -123,7 +126,7 @@ class StepIterator(Iterator[Portion]):
             portion = _failed(
                 RunFailed("Reading the data ran out of memory: lower data.num_workers or data.shuffle_documents.")
             )
-        self._step += 1
+        self._first += self._dataset.global_batch_size
         return portion
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,8 +138,7 @@ class StepIterator(Iterator[Portion]):
         raise NotImplementedError("a loader is resumed by BatchLoader(cursors=...)")
 
     def _portion(self) -> Portion:
-        size = self._dataset.global_batch_size
-        numbers = np.arange(self._step * size, (self._step + 1) * size, dtype=np.int64)
+        numbers = np.arange(self._first, self._first + self._dataset.global_batch_size, dtype=np.int64)
         owners = numbers % self._dataset.corpus.data.streams
         mine = np.isin(owners, self._numbers)
         rows = np.empty((int(mine.sum()), self._dataset.seq_len + 1), dtype=np.int32)

@@ -1,7 +1,7 @@
 """The processes that train together: this one's place among them, its device, and the groups it talks to."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -36,6 +36,10 @@ class World:
     def alone(cls, device: torch.device | None = None) -> "World":
         """The world of a process without others."""
         return cls(rank=0, size=1, device=device or torch.device("cpu"), degrees=Degrees())
+
+    def with_group_of_its_own(self) -> "World":
+        """The same place, with another group over the hosts, for a thread that talks while others do. All call it."""
+        return self if self.size == 1 else replace(self, host_group=dist.new_group(backend="gloo"))
 
     @property
     def data_rank(self) -> int:

@@ -15,7 +15,8 @@ from swamla_titan.train.checkpoint import Checkpoints
 from swamla_titan.train.dump_folder import refuse_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import require_wandb
-from swamla_titan.train.trainer import open_data, record_of
+from swamla_titan.train.record import record_to_resume
+from swamla_titan.train.trainer import open_data
 from swamla_titan.train.validation import Validator
 
 
@@ -50,15 +51,15 @@ def dry_run(config: Config, gpus: int | None) -> None:
     folder = Path(config.job.dump_folder)
     refuse_folder(folder)
     newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
-    record = record_of(newest, run_identity(config, corpus))
+    record = record_to_resume(newest, run_identity(config, corpus), config.checkpoint.allow)
     BatchLoader(
         corpus,
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
         world_size=found.degrees.data,
         num_workers=0,
-        cursors=record.cursors if newest else None,
-        start_step=record.step,
+        cursors=record.cursors or None,
+        first=record.sequences,
     ).close()
     if config.metrics.wandb:
         require_wandb()

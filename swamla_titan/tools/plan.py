@@ -133,9 +133,16 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
     rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, degrees.data)
     # Which stream a step begins with comes round again after at most as many steps as there are streams.
     steps = range(min(training.steps, streams))
-    counts = {micro_batch_count(step, training.global_batch_size, streams, degrees.data, rows) for step in steps}
+    counts = {
+        micro_batch_count(step * training.global_batch_size, training.global_batch_size, streams, degrees.data, rows)
+        for step in steps
+    }
     read = {
-        count for step in steps for count in sequences_per_rank(step, training.global_batch_size, streams, degrees.data)
+        count
+        for step in steps
+        for count in sequences_per_rank(
+            step * training.global_batch_size, training.global_batch_size, streams, degrees.data
+        )
     }
     return Batch(rows, min(counts), max(counts), min(read), max(read))
 

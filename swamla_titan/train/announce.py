@@ -9,12 +9,13 @@ from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.world import World
+from swamla_titan.train.record import Record
 
 logger = logging.getLogger(__name__)
 
 
-def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int, resumed: Path | None) -> None:
-    """Log model, data, device and batch; `rows` sequences are computed at a time, `step` steps are already done."""
+def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Record, resumed: Path | None) -> None:
+    """Log model, data, device and batch; `rows` sequences are computed at a time, `record` is where the run stands."""
     training, kinds = config.training, config.model.block_kinds
     total, without_embeddings = parameter_counts(config.model)
     logger.info(
@@ -30,7 +31,9 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
-    micro_batches = micro_batch_count(step, training.global_batch_size, config.data.streams, world.degrees.data, rows)
+    micro_batches = micro_batch_count(
+        record.sequences, training.global_batch_size, config.data.streams, world.degrees.data, rows
+    )
     if config.parallel.pipeline > micro_batches:
         logger.warning(
             f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
@@ -41,5 +44,5 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, step: int,
         logger.warning(waits)
     if resumed:
         logger.info(f"resumed from {resumed}")
-    if step >= training.steps:
+    if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

@@ -10,13 +10,11 @@ checkpoints/step-00000100/
 
 import json
 import logging
-import platform
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,44 +25,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-import swamla_titan
-from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World
+from swamla_titan.train.dcp_reader import Reader
 from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours
+from swamla_titan.train.record import RECORD, Record
 
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-RECORD = "train.json"
 CONFIG = "config.toml"
 VOCABULARY = "tokenizer.tiktoken"
+# One process without a process group saves and loads alone. For good, because filters belong to all threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-@dataclass
-class Record:
-    """What a checkpoint holds beside tensors.
-
-    `identity` names what must be equal for the run to be the same run: shape of the model, data, tokenizer and what
-    fixes the order of the data. `cursors` maps each stream's number to its position.
-    """
-
-    step: int
-    tokens: int
-    cursors: dict[int, dict[str, Any]]
-    identity: dict[str, Any]
-    replaced_bytes: int = 0
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "swamla_titan": swamla_titan.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    )
 
 
 def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
@@ -95,18 +73,19 @@ def _stored_name(name: str, part: nn.Module) -> str:
 class Checkpoints:
     """The checkpoints of one run, under `folder`."""
 
-    def __init__(self, folder: Path, keep_latest: int, world: World | None = None) -> None:
+    def __init__(self, folder: Path, keep_latest: int, world: World | None = None, keep_every: int = 0) -> None:
+        """Kept are the newest `keep_latest` whole ones (0: all), and those of every `keep_every`-th step (0: none)."""
         self.folder = folder
-        self.keep_latest = keep_latest
+        self.keep_latest, self.keep_every = keep_latest, keep_every
         self.world = world or World.alone()
         self._damaged: set[Path] = set()  # found so by newest_whole
 
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes]) -> Path:
-        """Write and commit one checkpoint, then remove the oldest beyond `keep_latest`; returns its folder.
+        """Write and commit one checkpoint, then remove the oldest beyond those to keep; returns its folder.
 
         All ranks write their parts of `tensors` and digest what they wrote; the first one writes the record and
         `files`, stored beside them by name, and commits. Raises RunFailed on every rank, leaving nothing half-written,
-        where the disk does not take it, or, with the new checkpoint committed, where an old one cannot be removed.
+        where the disk does not take it.
         """
         final = self.folder / f"step-{record.step:08d}"
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
@@ -149,10 +128,7 @@ class Checkpoints:
             existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
             free = shutil.disk_usage(existing).free / 2**30
             reason = str(error).strip().splitlines()[-1]
-            raise RunFailed(
-                f"{final} could not be written ({reason}); {free:.1f} GiB are free there. Make room, and "
-                "start the same command again: it goes on from the checkpoint before"
-            ) from error
+            raise RunFailed(f"{final} could not be written ({reason}); {free:.1f} GiB are free there") from error
 
     def newest_whole(self) -> Path | None:
         """The newest undamaged checkpoint; None if there is no checkpoint at all. The same on all ranks.
@@ -183,32 +159,25 @@ class Checkpoints:
         """Folders named like checkpoints, newest first."""
         if self.folder.is_dir():
             found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-            yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+            yield from sorted(found, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
         # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step.
         ours = [path for path in self._finished() if is_ours(path) and path not in self._damaged]
         for path in ours[self.keep_latest :] if self.keep_latest else []:
+            if self.keep_every and _step_of(path) % self.keep_every == 0:
+                continue
             # Renamed first: a crash while deleting must not leave a half-empty folder that looks like a checkpoint.
             try:
                 doomed = path.rename(path.with_name(TEMPORARY_PREFIX + path.name))
             except OSError as error:
-                raise RunFailed(
-                    f"{path} could not be removed ({error.strerror}), and the disk would fill up. Make that possible, "
-                    "or set checkpoint.keep_latest = 0 to keep all, and start the same command again: it goes on from "
-                    "the newest checkpoint, which is whole"
-                ) from error
+                logger.warning("%s is one too many, but could not be removed (%s)", path, error.strerror)
+                continue
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def read_record(path: Path) -> Record:
-    """The record of a checkpoint; raises UserError if it cannot be read."""
-    try:
-        content = json.loads((path / RECORD).read_text())
-        content["cursors"] = {int(stream): cursor for stream, cursor in content["cursors"].items()}
-        return Record(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
@@ -220,13 +189,12 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     """
     world = world or World.alone()
     wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not
-    with _alone_is_fine():
-        dcp.load(wanted, checkpoint_id=path, no_dist=world.size == 1, process_group=world.host_group)
+    dcp.load(wanted, storage_reader=Reader(path), no_dist=world.size == 1, process_group=world.host_group)
 
 
 def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """`tensors` without random states that the checkpoint lacks; UserError if it lacks others."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = Reader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
     wanted = {group: members for group, members in tensors.items() if group not in ("random", "bad_steps")}
     wanted |= {"random": known} if known else {}
@@ -252,24 +220,4 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
-    with _alone_is_fine():
-        dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1, process_group=world.host_group)
-
-
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Without DCP's warning that one process without a process group saves and loads alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-def refuse_other_run(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise UserError that shows the difference, if a checkpoint is of another run than this one."""
-    differences = fingerprint_changes(there, here)
-    if differences:
-        raise UserError(
-            f"{path} belongs to another run:\n  "
-            + "\n  ".join(differences)
-            + "\nput these back, or give this run its own job.dump_folder"
-        )
+    dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1, process_group=world.host_group)

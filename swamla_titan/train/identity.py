@@ -20,3 +20,11 @@ def run_identity(config: Config, corpus: Corpus) -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
     }
     return model | corpus.fingerprint() | training
+
+
+def kind_of(name: str) -> str:
+    """The kind, as checkpoint.allow has it, of a difference in `name` of an identity."""
+    section = name.split(".")[0]
+    return {"model": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}.get(
+        section, "data"
+    )

@@ -36,16 +36,7 @@ from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces, write_bad_batches
 from swamla_titan.train.bad_steps import BadSteps, are_finite, warning
-from swamla_titan.train.checkpoint import (
-    CONFIG,
-    VOCABULARY,
-    Checkpoints,
-    Record,
-    load_tensors,
-    read_record,
-    refuse_other_run,
-    tensors_of,
-)
+from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
 from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
@@ -53,6 +44,8 @@ from swamla_titan.train.numerics import seed_of, set_numerics
 from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
+from swamla_titan.train.record import Record, record_to_resume
+from swamla_titan.train.saving import Saver
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
@@ -82,9 +75,14 @@ class Trainer:
 
         self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            config.checkpoint.keep_latest,
+            world.with_group_of_its_own(),
+            config.checkpoint.keep_every,
+        )
         newest = self.checkpoints.newest_whole()
-        record = from_first(world, lambda: record_of(newest, self.identity))
+        record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
 
         self.model = ParallelModel(config, world)
         if not newest:
@@ -96,10 +94,10 @@ class Trainer:
             self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
         if newest:
             self._load(newest, record.step)
-        self.step, self.tokens = record.step, record.tokens
+        self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        self._saved_step = record.step
+        self.saver = Saver(config.checkpoint, self.checkpoints, self.device, record.step)
 
         self.loader = BatchLoader(
             corpus,
@@ -107,8 +105,8 @@ class Trainer:
             global_batch_size=config.training.global_batch_size,
             rank=world.data_rank,
             world_size=world.degrees.data,
-            cursors=record.cursors if newest else None,
-            start_step=self.step,
+            cursors=record.cursors or None,
+            first=self.sequences,
         )
         # The row that stops a run, and the step after it, see BadSteps.too_many.
         self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
@@ -122,7 +120,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
-        announce(config, world, corpus, self.rows, self.step, newest)
+        announce(config, world, corpus, self.rows, record, newest)
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
@@ -142,6 +140,7 @@ class Trainer:
             self.step += 1
             self.watchdog.progress(self.step)
             self.tokens += self.tokens_per_step
+            self.sequences += config.training.global_batch_size
             if self.metrics:
                 self.metrics.advance()
             self.profiler.after_step(self.step)
@@ -160,7 +159,7 @@ class Trainer:
             if self.validator and validate:
                 self._validate(self.validator)
             if save:
-                self._save()
+                self._save(last=finished or stopped_by is not None)
             if config.training.gc_interval and self.step % config.training.gc_interval == 0:
                 gc.collect(1)
             if stopped_by and not finished:
@@ -178,11 +177,12 @@ class Trainer:
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
         count = micro_batch_count(
-            self.step, training.global_batch_size, self.config.data.streams, self.world.degrees.data, self.rows
+            batch.first, training.global_batch_size, self.config.data.streams, self.world.degrees.data, self.rows
         )
         # Sums over the global count: the mean over the global batch, however it is cut into micro-batches and ranks.
         loss = self.model.train_step(list(micro_batches(batch, self.rows, count)), self.tokens_per_step)
         grad_norm = self.model.clip_gradients(training.max_grad_norm)
+        self.saver.before_update()
         bad = self.bad_steps.judge(self.step + 1, loss, grad_norm) if self.bad_steps else None
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, lr)
@@ -198,6 +198,7 @@ class Trainer:
         """
         gc.enable()
         self.loader.close()
+        self.saver.close(alone)
         if alone:
             self.profiler.discard()
         else:
@@ -210,8 +211,8 @@ class Trainer:
         try:
             batch: StepBatch = agree(self.world, lambda: next(batches))
         except (UserError, RunFailed):
-            if self.step > self._saved_step:
-                self._save()
+            if self.step > self.saver.saved_step:
+                self._save(last=True)
             raise
         if batch.replaced and not self.replaced + self.replaced_before:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
@@ -297,7 +298,7 @@ class Trainer:
             except OSError as error:  # what matters is the checkpoint
                 logger.error("%s could not be written: %s", path, error.strerror)
         self.bad_steps.forgive()
-        self._save()
+        self._save(last=True)
         raise RunFailed(
             f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing; step {self.step} is saved, "
             f"and {path} says which data they read. If those are at fault, start the same command again: it goes on "
@@ -311,18 +312,15 @@ class Trainer:
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         self._log(values, line)
 
-    def _save(self) -> None:
+    def _save(self, last: bool = False) -> None:
         self._report_bad_steps()
         self._require_finite(to_save=True)
         with self.throughput.paused(), self.watchdog.pause("checkpoint"):
-            # By the step: if a batch could not be read on one rank, the others are past theirs.
-            cursors = merged(self.world, self.loader.state_dict(self.step))
+            # By the sequence: if a batch could not be read on one rank, the others are past theirs.
+            cursors = merged(self.world, self.loader.state_dict(self.sequences))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
-            record = Record(self.step, self.tokens, cursors, self.identity, replaced)
-            tensors = self._tensors()
-            path = self.checkpoints.save(tensors, record, self._files())
-            self._saved_step = self.step
-        logger.info("checkpoint %s", path)
+            record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
+            self.saver.save(self._tensors(), record, self._files(), last)
 
     def _files(self) -> dict[str, bytes]:
         """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
@@ -356,15 +354,6 @@ def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:
     if not config.validation.interval:
         return config, corpus, None
     return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
-
-
-def record_of(newest: Path | None, identity: dict[str, Any]) -> Record:
-    """The record of the checkpoint to resume from, or of a run that begins. UserError if it is of another run."""
-    if newest is None:
-        return Record(step=0, tokens=0, cursors={}, identity=identity)
-    record = read_record(newest)
-    refuse_other_run(newest, record.identity, identity)
-    return record
 
 
 def _in_trouble_alone(kind: type[BaseException] | None) -> bool:

@@ -27,6 +27,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.train.numerics import set_numerics
 from tests.config.block_cases import BLOCK_CASES
+from tests.config.checkpoint_cases import CHECKPOINT_CASES
 from tests.config.fault_cases import FAULT_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
@@ -367,21 +368,6 @@ def only(key: str, allowed: str, *others: str) -> Callable[[Runner], None]:
     return case
 
 
-# [checkpoint]
-
-
-def checkpoint_interval(run: Runner) -> None:
-    settings = ("--training.steps", "5", "--checkpoint.keep_latest", "0", "--checkpoint.interval")
-    assert run(*settings, "2").files("checkpoints/*") == [f"checkpoints/step-0000000{i}" for i in (2, 4, 5)]
-    assert run(*settings, "9").files("checkpoints/*") == ["checkpoints/step-00000005"]
-
-
-def keep_latest(run: Runner) -> None:
-    settings = ("--training.steps", "5", "--checkpoint.interval", "1", "--checkpoint.keep_latest")
-    assert len(run(*settings, "0").files("checkpoints/*")) == 5
-    assert run(*settings, "2").files("checkpoints/*") == [f"checkpoints/step-0000000{i}" for i in (4, 5)]
-
-
 # [validation]
 
 
@@ -549,11 +535,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "lr_schedule.min_lr_ratio": min_lr_ratio,
     **PARALLEL_CASES,
     **BLOCK_CASES,
-    "checkpoint.interval": checkpoint_interval,
-    "checkpoint.keep_latest": keep_latest,
-    "checkpoint.async_mode": only(
-        "checkpoint.async_mode", 'only "disabled"', "async", "async_with_pinned_mem", "enabled"
-    ),
+    **CHECKPOINT_CASES,
     "validation.interval": validation_interval,
     "validation.path": validation_path,
     "validation.fraction": validation_fraction,

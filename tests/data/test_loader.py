@@ -23,7 +23,8 @@ from swamla_titan.errors import RunFailed, UserError
 SEQ_LEN = 32
 
 
-def loaders(corpus, size, world_size, workers=0, cursors=None, start_step=0):
+def loaders(corpus, size, world_size, workers=0, cursors=None, steps=0):
+    """Those of all ranks; with the cursors that `steps` steps of this size have left."""
     return [
         BatchLoader(
             corpus,
@@ -33,7 +34,7 @@ def loaders(corpus, size, world_size, workers=0, cursors=None, start_step=0):
             world_size=world_size,
             num_workers=workers,
             cursors=cursors,
-            start_step=start_step,
+            first=steps * size,
         )
         for rank in range(world_size)
     ]
@@ -113,7 +114,7 @@ def test_worker_processes_give_the_same_batches_and_cursors(corpus):
             assert loader.state_dict() == loaders(corpus, 5, 1)[0].state_dict()
             for step in range(6):
                 batch, expected = next(loader), next(reference[0])
-                assert batch.step == expected.step == step
+                assert batch.first == expected.first == 5 * step
                 assert torch.equal(batch.sequences, expected.sequences)
                 assert torch.equal(batch.tokens, expected.tokens)
                 assert torch.equal(batch.targets, expected.targets)
@@ -130,11 +131,11 @@ def test_the_place_before_the_last_step_is_remembered_too(corpus, workers):
         places = [loader.state_dict(0)]
         for step in range(1, 5):
             next(loader)
-            assert loader.state_dict(step - 1) == places[-1]
-            places.append(loader.state_dict(step))
+            assert loader.state_dict(5 * step - 5) == places[-1]
+            places.append(loader.state_dict(5 * step))
             assert places[-1] == loader.state_dict() != places[-2]
         with pytest.raises(AssertionError):
-            loader.state_dict(2)
+            loader.state_dict(10)
 
 
 def test_resume_twice_over_epochs_with_other_ranks_and_workers(corpus):
@@ -225,7 +226,7 @@ def test_cursors_that_do_not_fit_are_refused(corpus, maker):
     for _ in range(4):
         global_batch(ranks)
     cursors = all_cursors(ranks)
-    with pytest.raises(UserError, match=r"global_batch_size = 3 .* stand at 24.*global_batch_size = 6, as it was"):
+    with pytest.raises(UserError, match=r"sequence 12 of the data, but its streams stand at 24"):
         loaders(corpus, 3, 1, 0, cursors, 4)
     with pytest.raises(UserError, match=r"data\.streams = 7, but .* 6 streams\. Set data\.streams = 6"):
         loaders(maker.open(streams=7), 6, 1, 0, cursors, 4)

@@ -145,9 +145,9 @@ def test_micro_batch_count_is_what_the_fullest_rank_needs(world_size, size, stre
         owned = [0] * world_size
         for number in range(step * size, (step + 1) * size):
             owned[number % streams % world_size] += 1
-        count = micro_batch_count(step, size, streams, world_size, local)
+        count = micro_batch_count(step * size, size, streams, world_size, local)
         assert (count - 1) * local < max(owned) <= count * local
-        assert sequences_per_rank(step, size, streams, world_size) == owned
+        assert sequences_per_rank(step * size, size, streams, world_size) == owned
 
 
 def test_streams_that_keep_ranks_waiting_are_said():

@@ -11,14 +11,15 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.parallel.world import World, join_world
 from swamla_titan.train import manifest
-from swamla_titan.train.checkpoint import Checkpoints, Record
+from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.record import Record
 from tests.distributed.ranks import on_ranks
 
 
 def _save(checkpoints: Checkpoints, step: int) -> Path:
     """A checkpoint to which every rank contributes a file."""
     own = {f"weight.{checkpoints.world.rank}": torch.full((3, 5), float(step))}
-    record = Record(step, tokens=0, cursors={}, identity={})
+    record = Record(step, tokens=0, sequences=0, cursors={}, identity={})
     return checkpoints.save({"model": own}, record, {"config.toml": b"[job]"})
 
 
@@ -142,7 +143,7 @@ def _end_of_a_second_save(folder: str, fails: str) -> str:
         ("digest", "step-00000002 could not be written ([Errno 13] Permission denied)", ["step-00000001"]),
         (
             "rename",
-            "step-00000001 could not be removed (Permission denied)",
+            "step-00000002",  # that an old one stays is said, and is no failure
             ["step-00000001", "step-00000002"],
         ),
         ("nothing", "step-00000002", ["step-00000002"]),

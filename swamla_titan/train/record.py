@@ -1,0 +1,87 @@
+"""What a checkpoint says beside its tensors: where the run stood, and which run it is."""
+
+import json
+import logging
+import platform
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swamla_titan
+from swamla_titan.data import fingerprint_changes
+from swamla_titan.errors import UserError
+from swamla_titan.train.identity import kind_of
+
+logger = logging.getLogger(__name__)
+
+RECORD = "train.json"
+ANEW = {"data", "tokenizer"}  # with others of these the cursors mean nothing
+
+
+@dataclass
+class Record:
+    """What a checkpoint holds beside tensors.
+
+    `sequences` is the number of the global sequence that comes next. `identity` names what must be equal for the run to
+    be the same run: shape of the model, data, tokenizer and what fixes the order of the data. `cursors` maps each
+    stream's number to its position; empty: the data begin.
+    """
+
+    step: int
+    tokens: int
+    sequences: int
+    cursors: dict[int, dict[str, Any]]
+    identity: dict[str, Any]
+    replaced_bytes: int = 0
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "swamla_titan": swamla_titan.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+    )
+
+
+def read_record(path: Path) -> Record:
+    """The record of a checkpoint; raises UserError if it cannot be read."""
+    try:
+        content = json.loads((path / RECORD).read_text())
+        content["cursors"] = {int(stream): cursor for stream, cursor in content["cursors"].items()}
+        return Record(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
+
+
+def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str = "") -> Record:
+    """The record of the checkpoint to resume from, or of a run that begins.
+
+    `allow` names kinds of differences (identity.KINDS), separated by commas. With other data or another tokenizer the
+    data begin anew; with another batch they go on where they were. UserError for a difference that is not allowed.
+    """
+    if newest is None:
+        return Record(step=0, tokens=0, sequences=0, cursors={}, identity=identity)
+    record = read_record(newest)
+    allowed = {name.strip() for name in allow.split(",")}
+    changes = fingerprint_changes(record.identity, identity)
+    kinds = {name: kind_of(name) for name in changes}
+    if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
+        names = ",".join(sorted({*kinds.values()}))
+        raise UserError(
+            f"{newest} belongs to another run:\n  "
+            + "\n  ".join(refused)
+            + "\nput these back, or give this run its own job.dump_folder. To go on from it all the same: "
+            + f"--checkpoint.allow {names}"
+        )
+    if changes:
+        anew = ANEW & set(kinds.values())
+        logger.warning(
+            "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
+            newest,
+            "; the data begin anew" if anew else "",
+            "\n  ".join(changes.values()),
+        )
+        if anew:
+            return replace(record, sequences=0, cursors={})
+    return record
