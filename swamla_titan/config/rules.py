@@ -69,6 +69,12 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"{config.fault_tolerance.spike_sigma} would skip spikes, but skip_bad_steps = false; make that true or "
             "this 0",
         )
+    if config.fault_tolerance.max_rewinds and not config.fault_tolerance.skip_bad_steps:
+        yield Contradiction(
+            ("fault_tolerance.max_rewinds", "fault_tolerance.skip_bad_steps"),
+            f"{config.fault_tolerance.max_rewinds} would rewind after bad steps, but skip_bad_steps = false; make that "
+            "true or this 0",
+        )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),

@@ -219,6 +219,12 @@ class FaultTolerance:
         "are. false: the run fails at the first one that is not finite.",
     )
     max_bad_steps: int = key(10, "Bad steps in a row after which the run is saved and stopped.", minimum=1)
+    max_rewinds: int = key(
+        0,
+        "How often such a run goes on instead, with the weights of the newest checkpoint that has other ones, and with "
+        "the next batch; one checkpoint more than keep_latest is kept for it. 0: never.",
+        minimum=0,
+    )
     # Off: what clipping lets through of a spike is bounded, and a rule that drops data is for its user to ask for.
     spike_sigma: float = key(
         0.0,

@@ -1,6 +1,7 @@
 """Where in the data the batches of bad steps come from, for who looks into a run that stopped for them."""
 
 import json
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from swamla_titan.data import BatchLoader
 from swamla_titan.parallel.agreement import merged
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadStep
+
+logger = logging.getLogger(__name__)
 
 Cursor = dict[str, Any]
 
@@ -25,6 +28,15 @@ class BatchPlaces:
     def before_batch(self, step: int) -> None:
         """The batch of `step` (from 1) is about to be taken from the loader."""
         self._places.append((step, self._loader.state_dict()))
+
+    def write(self, path: Path, bad: Sequence[BadStep], global_batch_size: int, streams: int, world: World) -> None:
+        """`write_bad_batches` with the places of all ranks; all must call it. A disk that refuses is merely told of."""
+        cursors = self.everywhere(world)
+        if world.is_first:
+            try:
+                write_bad_batches(path, bad, global_batch_size, streams, cursors)
+            except OSError as error:  # what matters is what becomes of the run
+                logger.error("%s could not be written: %s", path, error.strerror)
 
     def everywhere(self, world: World) -> dict[tuple[int, int], Cursor]:
         """(step, stream) -> cursor of all ranks' streams, on every rank; all must call it."""

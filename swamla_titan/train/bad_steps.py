@@ -27,6 +27,7 @@ from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
+_SKIPPED, _IN_ROW, _TRAINED, _REWINDS = range(4)  # places among the counts
 _EMPTY = -1.0  # a place of the window that holds no norm yet: none is negative
 _REMEMBERED = 64  # bad steps whose numbers are kept; more if a row may be longer
 _NAMED = 8  # in a warning
@@ -49,7 +50,9 @@ class BadStep(NamedTuple):
 class BadSteps:
     """The judge of a run's steps, with its memory: one on every rank, alike on all.
 
-    `skipped` in all and `in_row` at the end of the run so far are the host's: as of the last `read`.
+    The host's, as of the last `read`: `skipped` in all, `in_row` at the end of the run so far, `rewinds` made (see
+    rewinding.py), and `trained`, the step that made the weights what they are: the last good one, of the checkpoint's
+    run after a rewind. No two states of a run's weights have one in common.
     """
 
     def __init__(self, config: FaultTolerance, device: torch.device, world: World | None = None) -> None:
@@ -57,15 +60,16 @@ class BadSteps:
         self.config = config
         self.device = device
         self.world = world or World.alone(device)
-        self.skipped = self.in_row = 0
+        self.skipped = self.in_row = self.trained = self.rewinds = 0
+        self.trained_before_row = 0  # `trained` as of the row that `too_many` found
         # Oldest first: what is measured must not depend on where in a ring a run was resumed.
         self._norms = torch.full((config.spike_window,), _EMPTY, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # skipped in all, in a row until now
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
         # Rows of BadStep's numbers, the newest last; step 0 where there are none.
         remembered = max(_REMEMBERED, config.max_bad_steps)
         self._recent = torch.zeros(remembered, len(BadStep._fields), dtype=torch.float64, device=device)
         self._look_at = config.max_bad_steps  # the first step at whose end there can be too many
-        self._copy = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copy = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
 
     def state(self) -> dict[str, Tensor]:
@@ -73,9 +77,15 @@ class BadSteps:
         return {"norms": self._norms, "counts": self._counts, "recent": self._recent}
 
     def resume(self, step: int) -> None:
-        """Go on after `step` with the loaded state."""
-        self.skipped, self.in_row = self._counts.tolist()
-        self._look_at = step + max(1, self.config.max_bad_steps - self.in_row)
+        """Go on after `step` with the loaded state.
+
+        A row is noticed at the same step as without the restart: a rewind must not depend on where a run was cut.
+        """
+        self._counts[_TRAINED].fill_(self.trained_of(self.state(), step))
+        self._tell()
+        self._copy.copy_(self._counts)
+        self._copied = None
+        self._look_at = step + max(0, self.config.max_bad_steps - self.in_row)
 
     @torch.no_grad()
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -92,10 +102,11 @@ class BadSteps:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         bad = flag > 0
         self._norms.copy_(torch.where(bad, self._norms, torch.cat((self._norms[1:], norm[None]))))
-        self._counts[0].add_(bad)
-        self._counts[1].add_(1).mul_(bad)
         # Filled on the device: a tensor made of a Python number is copied there, and the copy waits.
         number = torch.full((), step, dtype=torch.float64, device=self.device)
+        self._counts[_SKIPPED].add_(bad)
+        self._counts[_IN_ROW].add_(1).mul_(bad)
+        self._counts[_TRAINED].copy_(torch.where(bad, self._counts[_TRAINED], number))
         row = torch.stack((number, loss, norm, limit))
         self._recent.copy_(torch.where(bad, torch.cat((self._recent[1:], row[None])), self._recent))
         return flag
@@ -117,8 +128,9 @@ class BadSteps:
         if step > self._look_at:
             if self._copied:
                 self._copied.synchronize()
-            _, in_row = self._copy.tolist()
+            _, in_row, trained, _ = self._copy.tolist()
             if in_row >= self.config.max_bad_steps:
+                self.trained_before_row = trained  # a good step may have come since
                 return True
             self._look_at += self.config.max_bad_steps - in_row
         if step == self._look_at:
@@ -129,26 +141,56 @@ class BadSteps:
         return False
 
     def read(self) -> list[BadStep]:
-        """Wait for the device and bring `skipped` and `in_row` up to date.
+        """Wait for the device and bring the host's numbers up to date.
 
         Returns the steps skipped since the last call, the newest of them if they are more than are remembered.
         """
         before = self.skipped
-        self.skipped, self.in_row = self._counts.tolist()
+        self._tell()
         return self._remembered()[-(self.skipped - before) :] if self.skipped > before else []
 
     def row(self) -> list[BadStep]:
-        """The newest bad steps that follow each other without a good one between, as far as remembered; waits."""
+        """The newest bad steps of one row, as far as remembered; waits. Complete where there were too many."""
         newest: list[BadStep] = []
         for bad in reversed(self._remembered()):
             if newest and bad.step != newest[0].step - 1:
                 break
             newest.insert(0, bad)
-        return newest
+        # Those before a rewind or a stop are of another row, even if no good step came between.
+        return newest[-max(self.in_row, self.config.max_bad_steps) :]
 
     def forgive(self) -> None:
         """Begin to count a row anew: for the checkpoint of a run that stops for one, to be started again by a user."""
-        self._counts[1].zero_()
+        self._counts[_IN_ROW].zero_()
+
+    def empty_window(self) -> dict[str, Tensor]:
+        """Of `state`, what depends on the weights, as of a run that begins: to load into, for `rewound`."""
+        return {"norms": torch.full_like(self._norms, _EMPTY)}
+
+    def rewound(self, step: int, trained: int, window: dict[str, Tensor]) -> None:
+        """At the end of `step` the weights became those that step `trained` made, with the window of that time.
+
+        What was counted stays counted.
+        """
+        self._norms.copy_(window["norms"])
+        self._counts[_REWINDS].add_(1)
+        self._counts[_TRAINED].fill_(trained)
+        self.forgive()
+        self.resume(step)
+
+    @staticmethod
+    def empty_counts() -> dict[str, Tensor]:
+        """Of `state`, the counts, on the host: to load another checkpoint's into, for `trained_of`."""
+        return {"counts": torch.zeros(4, dtype=torch.int64)}
+
+    @staticmethod
+    def trained_of(state: dict[str, Tensor], step: int) -> int:
+        """The step that made the weights of a checkpoint of `step`."""
+        # Not in it: every step either counts as skipped or has trained the weights.
+        return int(state["counts"][_TRAINED]) if state["counts"].any() else step
+
+    def _tell(self) -> None:
+        self.skipped, self.in_row, self.trained, self.rewinds = self._counts.tolist()
 
     def _remembered(self) -> list[BadStep]:
         return [BadStep(int(step), *numbers) for step, *numbers in self._recent.tolist() if step]

@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +78,9 @@ class Checkpoints:
         self.folder = folder
         self.keep_latest, self.keep_every = keep_latest, keep_every
         self.world = world or World.alone()
-        self._damaged: set[Path] = set()  # found so by newest_whole
+        self._damaged: set[Path] = set()  # found so by is_whole
+        # Given those that retention keeps, and the others: which of these it leaves alone. Asked on the first rank.
+        self.spared: Callable[[Sequence[Path], Sequence[Path]], Collection[Path]] = lambda kept, others: ()
 
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes]) -> Path:
         """Write and commit one checkpoint, then remove the oldest beyond those to keep; returns its folder.
@@ -137,16 +139,11 @@ class Checkpoints:
         is damaged: a run must not silently start again from nothing.
         """
         damaged = []
-        for path in from_first(self.world, lambda: list(self._finished())):
-            found = merged(self.world, {self.world.rank: first_damage(path, self.world.rank, self.world.size)})
-            problems = [each for each in found.values() if each is not None]
-            if not problems:
+        for path in from_first(self.world, self.finished):
+            problem = self._problem(path)
+            if problem is None:
                 return path
-            _, problem = min(problems)  # what one process alone would have come upon
-            self._damaged.add(path)
             damaged.append(f"{path}: {problem}")
-            if self.world.is_first:
-                logger.warning("checkpoint passed over: %s", damaged[-1])
         if damaged:
             raise UserError(
                 "no whole checkpoint to resume from:\n  "
@@ -155,17 +152,36 @@ class Checkpoints:
             )
         return None
 
-    def _finished(self) -> Iterator[Path]:
+    def is_whole(self, path: Path) -> bool:
+        """Whether a checkpoint is as it was written; one that is not is named. All ranks come here."""
+        return self._problem(path) is None
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint; all ranks share the reading. One that is damaged is named."""
+        found = merged(self.world, {self.world.rank: first_damage(path, self.world.rank, self.world.size)})
+        problems = [each for each in found.values() if each is not None]
+        if not problems:
+            return None
+        _, problem = min(problems)  # what one process alone would have come upon
+        self._damaged.add(path)
+        if self.world.is_first:
+            logger.warning("checkpoint passed over: %s: %s", path, problem)
+        return problem
+
+    def finished(self) -> list[Path]:
         """Folders named like checkpoints, newest first."""
-        if self.folder.is_dir():
-            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-            yield from sorted(found, key=_step_of, reverse=True)
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
         # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step.
-        ours = [path for path in self._finished() if is_ours(path) and path not in self._damaged]
-        for path in ours[self.keep_latest :] if self.keep_latest else []:
-            if self.keep_every and _step_of(path) % self.keep_every == 0:
+        ours = [path for path in self.finished() if is_ours(path) and path not in self._damaged]
+        others = ours[self.keep_latest :] if self.keep_latest else []
+        spared = self.spared(ours[: self.keep_latest], others) if others else ()
+        for path in others:
+            if path in spared or (self.keep_every and _step_of(path) % self.keep_every == 0):
                 continue
             # Renamed first: a crash while deleting must not leave a half-empty folder that looks like a checkpoint.
             try:

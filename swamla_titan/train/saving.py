@@ -43,7 +43,7 @@ class Saver:
     @property
     def saved_step(self) -> int:
         """The newest step that needs no saving any more; waits for the one in flight."""
-        self._settle()
+        self.settle()
         return self._saved
 
     def before_update(self) -> None:
@@ -52,7 +52,7 @@ class Saver:
 
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes], last: bool = False) -> None:
         """Save; `last`: it must be on the disk before anything else happens, and must not fail."""
-        self._settle()
+        self.settle()
         if not last:
             self._give_up_if_hopeless()
         begin = time.monotonic()
@@ -62,7 +62,7 @@ class Saver:
             if last and isinstance(self._outcome, RunFailed):
                 raise RunFailed(f"{self._outcome}. {_WAY_OUT}")
             self._report()
-            self._settle()
+            self.settle()
             self._give_up_if_hopeless()
             return
         staged = self._staging.copy(tensors)
@@ -105,8 +105,8 @@ class Saver:
                 self._config.max_failures,
             )
 
-    def _settle(self) -> None:
-        """Wait for the attempt in flight, and count it."""
+    def settle(self) -> None:
+        """Wait for the checkpoint in flight, and count it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -34,7 +34,7 @@ from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import World, join_world, leave_world
 from swamla_titan.train.announce import announce
-from swamla_titan.train.bad_batches import BatchPlaces, write_bad_batches
+from swamla_titan.train.bad_batches import BatchPlaces
 from swamla_titan.train.bad_steps import BadSteps, are_finite, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
 from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
@@ -45,6 +45,7 @@ from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.record import Record, record_to_resume
+from swamla_titan.train.rewinding import Rewinding
 from swamla_titan.train.saving import Saver
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.throughput import Throughput
@@ -88,10 +89,11 @@ class Trainer:
         if not newest:
             self.model.init_weights(config.job.seed)
         self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
-        self.bad_steps = None
+        self.bad_steps = self.rewinding = None
         if config.fault_tolerance.skip_bad_steps:
             weights_device = torch.device("cpu") if config.parallel.cpu_offload else self.device
             self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
+            self.rewinding = Rewinding(config, self.checkpoints, self.bad_steps, world)
         if newest:
             self._load(newest, record.step)
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
@@ -153,7 +155,7 @@ class Trainer:
             log = self.step == first_step or self.step % config.metrics.log_interval == 0
             if log or save or validate or hopeless:
                 self._log_step()
-                self._give_up_if(hopeless)
+                self._rewind_or_give_up_if(hopeless)
             if config.compile.enabled and self.step == first_step:
                 logger.info("%s", compilation())
             if self.validator and validate:
@@ -237,6 +239,7 @@ class Trainer:
         if self.bad_steps:
             self._report_bad_steps()
             values["skipped_steps"] = self.bad_steps.skipped
+            values |= {"rewinds": self.bad_steps.rewinds} if self.bad_steps.rewinds else {}
         values["memory_gib"] = self.world.largest(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
@@ -263,18 +266,20 @@ class Trainer:
         if self.bad_steps and news:
             logger.warning("%s", warning(news, self.bad_steps.skipped))
 
-    def _require_finite(self, to_save: bool = False) -> None:
-        """Raise RunFailed, on every rank, if the weights must not be kept.
+    def _require_finite(self, to_save: bool = False) -> bool:
+        """Whether the weights may be kept; if not, and nothing mends them, raise RunFailed, on every rank.
 
         Where bad steps are applied they are those of a step whose loss or gradient norm is no number. Where they are
         skipped, weights that have themselves become no numbers, by a good step that was far too large: all steps after
-        it are bad, and none mends them. Looked for before saving, and where a bad step gives cause.
+        it are bad, and none mends them, but a rewind does. Looked for before saving, and where a bad step gives cause.
         """
         loss, grad_norm = (value.item() for value in self.outcome)
-        if self.bad_steps:
+        if self.bad_steps and self.rewinding:
             suspected = to_save or self.bad_steps.in_row > 0
             kept = not suspected or are_finite(self.model.parts, self.world)
             what = "the weights are no finite numbers any more; they are not saved"
+            if not kept and self.rewinding.may_mend(self.step):
+                return False
         else:
             kept, what = math.isfinite(loss) and math.isfinite(grad_norm), "this step is not saved"
         if not kept:
@@ -283,27 +288,35 @@ class Trainer:
                 "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again. If the "
                 "loss had risen for long, move the newest checkpoints away first"
             )
+        return True
 
-    def _give_up_if(self, hopeless: bool) -> None:
-        """Save and raise RunFailed, on every rank, if too many steps in a row were bad, now or a step ago."""
-        if not self.bad_steps or not (hopeless or self.bad_steps.in_row >= self.config.fault_tolerance.max_bad_steps):
+    def _rewind_or_give_up_if(self, hopeless: bool) -> None:
+        """If too many steps in a row were bad, now or a step ago, rewind, or save and raise RunFailed on every rank."""
+        if not self.bad_steps or not self.rewinding:
+            return
+        full = self.bad_steps.in_row >= self.config.fault_tolerance.max_bad_steps
+        # At once where it is known; but a rewind changes the weights, and must not come earlier for a line in a log.
+        if not hopeless and not (full and not self.rewinding.is_possible(self.step)):
             return
         row = self.bad_steps.row()
-        cursors = self.places.everywhere(self.world)
         path = self.folder / "traces" / f"bad-steps-{self.step}.json"
-        size, streams = self.config.training.global_batch_size, self.config.data.streams
-        if self.world.is_first:
-            try:
-                write_bad_batches(path, row, size, streams, cursors)
-            except OSError as error:  # what matters is the checkpoint
-                logger.error("%s could not be written: %s", path, error.strerror)
+        self.places.write(path, row, self.config.training.global_batch_size, self.config.data.streams, self.world)
+        what = f"{len(row)} bad steps in a row, up to step {row[-1]}"
+        if self.rewinding.is_possible(self.step):
+            with self.throughput.paused(), self.watchdog.pause("rewind"):
+                self.saver.settle()
+                target = self.rewinding.rewind(self.step, self._load_tensors)
+            if target:
+                logger.warning("%s: %s; %s lists their data", what, self.rewinding.told(target, self.step), path)
+                return
         self.bad_steps.forgive()
         self._save(last=True)
         raise RunFailed(
-            f"{len(row)} bad steps in a row, up to step {row[-1]}. They changed nothing; step {self.step} is saved, "
-            f"and {path} says which data they read. If those are at fault, start the same command again: it goes on "
-            "after them. If the loss had risen before, move the newest checkpoints away first, and lower optimizer.lr "
-            "or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
+            f"{what}. They changed nothing; step {self.step} is saved, "
+            f"and {path} says which data they read. {self.rewinding.why_not()}If those are at fault, start the same "
+            "command again: it goes on after them. If the loss had risen before, move the newest checkpoints away "
+            "first, and lower optimizer.lr or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise "
+            "fault_tolerance.spike_sigma"
         )
 
     def _validate(self, validator: Validator) -> None:
@@ -314,7 +327,9 @@ class Trainer:
 
     def _save(self, last: bool = False) -> None:
         self._report_bad_steps()
-        self._require_finite(to_save=True)
+        if not self._require_finite(to_save=True):
+            logger.warning("step %d is not saved: its weights are no finite numbers; a rewind is due", self.step)
+            return
         with self.throughput.paused(), self.watchdog.pause("checkpoint"):
             # By the sequence: if a batch could not be read on one rank, the others are past theirs.
             cursors = merged(self.world, self.loader.state_dict(self.sequences))
@@ -329,7 +344,9 @@ class Trainer:
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
     def _tensors(self) -> dict[str, Any]:
-        history = {"bad_steps": self.bad_steps.state()} if self.bad_steps else {}
+        history = {}
+        if self.bad_steps and self.rewinding:
+            history = {"bad_steps": self.bad_steps.state() | self.rewinding.state(self.step)}
         random = {"random": random_state(self.device, self.world.rank)}
         return tensors_of(self.model.parts, self.optimizers) | history | random
 
@@ -337,13 +354,16 @@ class Trainer:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
         torch.manual_seed(seed_of(self.config.job.seed, self.world.rank, step))
         random = {"random": random_state(self.device, self.world.rank)}
-        rest = random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {})
-        # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
-        for part, optimizer in zip(self.model.parts, self.optimizers):
-            load_tensors(path, tensors_of([part], [optimizer]) | rest, self.world)
+        self._load_tensors(path, random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {}))
         set_random_state(random["random"], self.device, self.world.rank)
         if self.bad_steps:
             self.bad_steps.resume(step)
+
+    def _load_tensors(self, path: Path, rest: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Fill weights, optimizer states and `rest` from a checkpoint, in place."""
+        # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
+        for part, optimizer in zip(self.model.parts, self.optimizers):
+            load_tensors(path, tensors_of([part], [optimizer]) | rest, self.world)
 
 
 def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:

@@ -9,16 +9,17 @@ from torch import Tensor
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.train.trainer import Trainer
-from tests.distributed.job import Ended, run_and_listen
+from tests.distributed.job import Ended, before_step, run_and_listen
 
-KINDS = ("nan gradient", "inf gradient", "nan loss", "nan batch", "spike")
+KINDS = ("nan gradient", "inf gradient", "nan loss", "nan batch", "spike", "ruin")
 
 
 class Fault(NamedTuple):
     """What befalls rank `rank` alone in step `step` (from 1).
 
     nan, inf gradient: one element of one gradient; nan loss: the value alone, the gradients are good; nan batch: the
-    loss of the first micro-batch before its backward pass (a rank without a pipeline); spike: its gradients, 1e4 fold.
+    loss of the first micro-batch before its backward pass (a rank without a pipeline); spike: its gradients, 1e4 fold;
+    ruin: a good step, after which its weights are no numbers.
     """
 
     step: int
@@ -47,6 +48,11 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
         if current in unapplied:
             for optimizer in self.optimizers:
                 del optimizer.step
+        if mine.get(current) == "ruin":
+            with torch.no_grad():
+                torch._foreach_mul_(
+                    [local(weight) for part in self.model.parts for weight in part.parameters()], torch.nan
+                )
         return outcome
 
     @torch.no_grad()
@@ -78,3 +84,11 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
             model_step,
             model_loss,
         )
+
+
+def run_with_faults_and_signal(
+    faults: tuple[Fault, ...], number: int, step: int, config: str, *overrides: str
+) -> Ended:
+    """`run_with_faults`, in a process that gets signal `number` as it begins step `step`."""
+    before_step(step, lambda _: os.kill(os.getpid(), number))
+    return run_with_faults(faults, (), config, *overrides)

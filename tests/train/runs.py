@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from swamla_titan.cli import main
+from swamla_titan.train.manifest import commit
 
 
 def train(config: Path, *overrides: str) -> int:
@@ -55,6 +56,20 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     loaded = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     dcp.load(loaded, checkpoint_id=path, no_dist=True)
     return loaded
+
+
+def put_weights(into: Path, source: Path) -> None:
+    """Give a checkpoint the weights, optimizer states and spikes' window of another, and no row of bad steps."""
+    found, older = tensors(into), tensors(source)
+    for name in found:
+        if name.startswith(("model.", "optimizer.")) or name == "bad_steps.norms":
+            found[name] = older[name]
+    found["bad_steps.counts"][1] = 0
+    parts = into.rename(into.with_name("parts"))
+    for path in (parts / ".metadata", parts / "manifest.json", *parts.glob("*.distcp")):
+        path.unlink()
+    dcp.save(found, checkpoint_id=parts, no_dist=True)
+    commit(parts, into, {})
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:

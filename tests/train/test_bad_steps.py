@@ -97,6 +97,27 @@ def test_counts_and_rows():
     assert (policy.skipped, policy.in_row) == (5, 2)
 
 
+def test_the_step_that_made_the_weights_is_the_last_good_one_or_that_of_the_checkpoint():
+    policy = BadSteps(FaultTolerance(max_bad_steps=2), CPU)
+    made = []
+    for step, norm in enumerate([math.nan, 1, 1, math.nan, 1, math.nan, math.nan, 1], 1):
+        judged(policy, [norm], first=step)
+        policy.read()
+        made.append(policy.trained)
+        assert policy.too_many(step) == (step == 8)
+    assert made == [0, 2, 3, 3, 5, 5, 5, 8]
+    assert policy.trained_before_row == 5  # of the row, not of the good step in which it was noticed
+    policy.rewound(8, 3, policy.empty_window())
+    policy.read()
+    assert (policy.trained, policy.rewinds, policy.in_row, policy.skipped) == (3, 1, 0, 4)
+    judged(policy, [math.nan] * 2, first=9)
+    assert [bad.step for bad in policy.row()] == [9, 10]
+    # Without a history, as of a run that had no policy, every step has trained.
+    other = BadSteps(FaultTolerance(), CPU)
+    other.resume(7)
+    assert other.trained == 7
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
 @pytest.mark.parametrize("pattern", ["", "x", "xx.xxx", "....xx.xxxx.x", "x.x.x.xx"])
 def test_a_row_is_noticed_one_step_late_and_never_without_one(most, pattern):
@@ -129,9 +150,7 @@ def test_a_resumed_policy_judges_on_as_if_nothing_had_happened():
         second.resume(cut)
         rest = enumerate(norms[cut:], cut + 1)
         found += [(judged(second, [n], step), second.too_many(step)) for step, n in rest]
-        # A cut between a row and its notice: the row is whole already, so the step after the restart is looked at too.
-        if cut < len(norms) - 1:
-            assert found == expected, cut
+        assert found == expected, cut
         assert [str(t.tolist()) for t in second.state().values()] == [str(t.tolist()) for t in whole.state().values()]
 
 
