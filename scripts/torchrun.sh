@@ -22,13 +22,15 @@ interrupted= # a signal interrupted the wait
 killed_by=   # the number of the signal that ended all at once
 idle=        # there were no workers when the signal came
 
-# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet.
+# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet; with `unended`,
+# only of those that have not left their code.
 workers() {
   local file pid
   for file in "$folder"/*.pid; do
     [[ -e $file ]] || continue
     pid=$(<"$file")
     [[ ${1:-} != unaware || ! -e ${file%.pid}.stopping ]] || continue
+    [[ ${1:-} != unended || ! -e ${file%.pid}.code ]] || continue
     if kill -0 "$pid" 2>/dev/null; then printf '%s\n' "$pid"; fi
   done
 }
@@ -101,6 +103,11 @@ while
   { wait "$agent" && status=0 || status=$?; } 2>/dev/null
   [[ -n $interrupted ]]
 do :; done
+
+# Workers without their torchrun, which was killed or ended itself: they would hold the GPUs and the dump folder.
+if ((status != 0)); then
+  for pid in $(workers unended); do kill -KILL "$pid" 2>/dev/null || true; done
+fi
 
 if [[ -n $killed_by ]]; then
   exit $((128 + killed_by))

@@ -7,6 +7,8 @@ What differs from `python -m torch.distributed.run`:
 - A machine may start before the one that holds the meeting point does.
 - When a machine joins, torchrun stops all workers to start them again as one larger group. They are told that it is
   this and not the user's stop, see launcher.py, and have time to save: torchrun gives 30 seconds.
+- If the meeting point falls silent, without a closed connection to tell, torchrun waits for a quarter of an hour or for
+  ever. Here it ends after a minute, and run_train.sh ends the workers.
 - What ends torchrun itself is said in one message.
 """
 
@@ -14,6 +16,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 TO_MEET = timedelta(minutes=10)  # as torchrun waits for enough machines once it is there
 TO_SAVE = timedelta(minutes=10)  # a worker that hangs is ended before by its own watchdog
+SILENCE = 60.0  # seconds that the meeting point may not answer
+LOOK = 5.0  # seconds between two looks at it
 
 
 class Agent(LocalElasticAgent):
@@ -75,7 +81,19 @@ def _meet(args: object) -> MeetingPoint:
     else:
         args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, "is_host=0")))  # type: ignore[attr-defined]
         wait_for_meeting_point(point, TO_MEET.total_seconds(), _say)
+        threading.Thread(target=_end_in_silence, args=(point,), name="vigil", daemon=True).start()
     return point
+
+
+def _end_in_silence(point: MeetingPoint) -> None:
+    """End this process once the meeting point has not answered for `SILENCE` seconds, whatever torchrun waits for."""
+    heard = time.monotonic()
+    while time.monotonic() - heard < SILENCE:
+        time.sleep(LOOK)
+        if answers(point):
+            heard = time.monotonic()
+    _say(_lost(point))
+    os._exit(EXIT_FAILED)  # the main thread may be in a call to the meeting point that nothing interrupts
 
 
 def _launch(args: object, point: MeetingPoint | None) -> int:
@@ -93,12 +111,16 @@ def _launch(args: object, point: MeetingPoint | None) -> int:
             logger.exception("torchrun failed")
             _say(f"the machines lost touch with each other ({error}); the same command goes on")
         else:
-            _say(
-                f"{point.host}:{point.port}, where the machines meet, does not answer any more, and no run goes on "
-                "without it. Start the same command again on all machines, with another RDZV_ENDPOINT if that one is "
-                "gone for good: it goes on from the newest checkpoint"
-            )
+            _say(_lost(point))
     return EXIT_FAILED
+
+
+def _lost(point: MeetingPoint) -> str:
+    return (
+        f"{point.host}:{point.port}, where the machines meet, does not answer any more, and no run goes on without it. "
+        "Start the same command again on all machines, with another RDZV_ENDPOINT if that one is gone for good: it "
+        "goes on from the newest checkpoint"
+    )
 
 
 def _say(line: str) -> None:

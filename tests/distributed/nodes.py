@@ -52,11 +52,15 @@ class Node:
         """Put it in again."""
         _ip("-n", self._switch, "link", "set", self.name, "up")
 
+    def processes(self) -> list[int]:
+        """What runs on this machine."""
+        return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
+
     def kill(self) -> None:
         """SIGKILL to everything that runs on this machine, at once."""
-        for pid in _ip("netns", "pids", self.namespace).split():
+        for pid in self.processes():
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         for process in self._started:
             process.wait()
 
