@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run torchrun, deliver signals to its workers, and end with the workers' own exit code.
 # usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...
-# The other half, and what lies in the folder that both use, is in swamla_titan/parallel/launcher.py.
+# The other half, and what lies in the folder that both use, is in swamla_titan/parallel/launcher.py; agent.py beside it
+# is torchrun with a few habits of our own.
 #
 # SIGTERM, SIGUSR1 and SIGINT: the workers save and end, however long that takes; the exit code is 75. A second one
 # three seconds later, or SIGHUP, ends all at once. torchrun ignores these signals: it would give its workers 30 seconds.
@@ -21,13 +22,15 @@ interrupted= # a signal interrupted the wait
 killed_by=   # the number of the signal that ended all at once
 idle=        # there were no workers when the signal came
 
-# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet.
+# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet; with `unended`,
+# only of those that have not left their code.
 workers() {
   local file pid
   for file in "$folder"/*.pid; do
     [[ -e $file ]] || continue
     pid=$(<"$file")
     [[ ${1:-} != unaware || ! -e ${file%.pid}.stopping ]] || continue
+    [[ ${1:-} != unended || ! -e ${file%.pid}.code ]] || continue
     if kill -0 "$pid" 2>/dev/null; then printf '%s\n' "$pid"; fi
   done
 }
@@ -39,6 +42,17 @@ said() {
     if [[ -e $file && $(<"$file") == "$1" ]]; then return 0; fi
   done
   return 1
+}
+
+# Have all workers of the last start ended with 0 or 75? Then torchrun failed in what it does when they are done.
+all_ended_well() {
+  local file any=1
+  for file in "$folder"/*.pid; do
+    [[ -e $file ]] || continue
+    [[ -e ${file%.pid}.code && $(<"${file%.pid}.code") =~ ^(0|75)$ ]] || return 1
+    any=0
+  done
+  return "$any"
 }
 
 # torchrun first: it would start the workers again.
@@ -80,7 +94,7 @@ trap 'end_at_once HUP' HUP
 (
   trap '' TERM USR1 INT
   # Some signal must be named for torchrun to handle; SIGQUIT is of no use here.
-  exec "$python" -m torch.distributed.run --log-dir "$folder/logs" --signals-to-handle SIGQUIT "$@"
+  exec "$python" -m swamla_titan.parallel.agent --log-dir "$folder/logs" --signals-to-handle SIGQUIT "$@"
 ) &
 agent=$!
 
@@ -90,13 +104,18 @@ while
   [[ -n $interrupted ]]
 do :; done
 
+# Workers without their torchrun, which was killed or ended itself: they would hold the GPUs and the dump folder.
+if ((status != 0)); then
+  for pid in $(workers unended); do kill -KILL "$pid" 2>/dev/null || true; done
+fi
+
 if [[ -n $killed_by ]]; then
   exit $((128 + killed_by))
 elif said 2; then
   exit 2 # if other workers crashed, it was for want of this one
 elif [[ -n $idle ]]; then
   exit 75
-elif ((status == 0)); then
+elif ((status == 0)) || all_ended_well; then
   if said 75; then exit 75; fi
   exit 0
 fi

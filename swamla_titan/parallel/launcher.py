@@ -1,6 +1,6 @@
 """A worker's side of its launcher: who speaks, and what torchrun cannot pass on.
 
-That goes through a folder that scripts/torchrun.sh knows as well.
+That goes through a folder that scripts/torchrun.sh and parallel/agent.py know as well.
 
 torchrun starts a group of workers again whenever one of them ends with anything but 0. That is right after a crash and
 wrong where the user's input is at fault (2) or the run was stopped on purpose (75): those codes are left in the folder
@@ -8,20 +8,28 @@ for run_train.sh to return, and the worker ends with 0. The folder also has each
 reach the workers themselves and not torchrun, which would give them only 30 seconds, and the file `stop` once a signal
 came, so that a worker that starts later does not begin.
 
-In the folder: `stop`, and for each local rank N the files `N.pid`, `N.stopping` (a signal arrived) and `N.code`.
-Standard library only: it runs before torch is imported.
+Where machines come and go, torchrun stops healthy workers with SIGTERM to start them again as another group. That is no
+wish to stop, and must not end the run: while it lasts there is the file `regroup`, and a worker ends with EXIT_REGROUP,
+which is never left for run_train.sh. The agents of the other machines come to the same a second later, so workers that
+know it from the others alone wait to be stopped by their own: if they ended first, it would look like a crash.
+
+In the folder: `stop` (the signal's name), `regroup`, and for each local rank N the files `N.pid`, `N.stopping` (a
+signal of the user arrived) and `N.code`. Standard library only: it runs before torch is imported.
 """
 
 import os
 import re
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED, UserError
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REGROUP, EXIT_STOPPED, UserError
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGENT_COMES = 30.0  # seconds; the agents of all machines look every second whether one waits to join
 
 
 def speaks() -> bool:
@@ -58,18 +66,57 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
         _file(leftover).unlink(missing_ok=True)
     # First the id, then the look for `stop`; the launcher goes the other way round, so one of the two notices.
     _write(_file("pid"), str(os.getpid()))
-    if (_file("pid").parent / "stop").exists():
+    if stop_asked() and machines() == 1:
         code: object = EXIT_STOPPED
     else:
         try:
             code = _recorded(main)
         except SystemExit as ended:
             code = EXIT_DONE if ended.code is None else ended.code
-            if code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED):
+            if code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_REGROUP):
                 raise
     assert isinstance(code, int)
+    if code == EXIT_REGROUP:
+        if not is_regrouping():
+            time.sleep(AGENT_COMES)  # until its SIGTERM, which nothing handles any more
+        return code
     _write(_file("code"), str(code))
     return EXIT_DONE if code in (EXIT_BAD_INPUT, EXIT_STOPPED) else code
+
+
+def launched_size() -> int:
+    """How many processes the launcher started, on all machines; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def machines() -> int:
+    """On how many machines they run; 1 without a launcher."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def stop_asked() -> signal.Signals | None:
+    """The signal with which the user stops the run through the launcher of this machine; None without one."""
+    if FOLDER not in os.environ or not (_folder() / "stop").exists():
+        return None
+    return signal.Signals["SIG" + ((_folder() / "stop").read_text().strip() or "TERM")]  # empty: being written
+
+
+def is_regrouping() -> bool:
+    """Whether torchrun, on this machine, is stopping the workers to start them again as another group."""
+    return FOLDER in os.environ and (_folder() / "regroup").exists()
+
+
+@contextmanager
+def regrouping() -> Iterator[None]:
+    """For torchrun: encloses the stopping of healthy workers. Without a launcher: nothing."""
+    if FOLDER not in os.environ:
+        yield
+        return
+    (_folder() / "regroup").touch()
+    try:
+        yield
+    finally:
+        (_folder() / "regroup").unlink(missing_ok=True)
 
 
 def acknowledge_stop() -> None:
@@ -90,8 +137,12 @@ def _recorded(main: Callable[[], int]) -> int:
     return EXIT_DONE if code is None else code  # `record` makes None of SystemExit(0)
 
 
+def _folder() -> Path:
+    return Path(os.environ[FOLDER])
+
+
 def _file(name: str) -> Path:
-    return Path(os.environ[FOLDER]) / f"{os.environ['LOCAL_RANK']}.{name}"
+    return _folder() / f"{os.environ['LOCAL_RANK']}.{name}"
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,6 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
+from swamla_titan.parallel.launcher import launched_size
+
+TO_MEET = timedelta(minutes=5)  # torchrun starts the processes of all machines within seconds of each other
+TO_ANSWER = timedelta(minutes=30)  # of a collective; the watchdog comes first where steps are what is waited for
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,6 @@ class World:
         return shared.item()
 
 
-def launched_size() -> int:
-    """How many processes the launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def launched_rank() -> int:
     """This process's number among them."""
     return int(os.environ.get("RANK", "0"))
@@ -119,10 +118,19 @@ def join_world(parallel: Parallel) -> World:
         return World.alone(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # The store first: a machine that is lost between torchrun's start and here is not waited for as long as the
+        # slowest collective may take.
+        store, _, _ = next(dist.rendezvous("env://", timeout=TO_MEET))
         # Bound to its device, NCCL connects at once instead of at the first use.
         dist.init_process_group(
-            backend, timeout=timedelta(minutes=30), device_id=device if device.type == "cuda" else None
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=TO_ANSWER,
+            device_id=device if device.type == "cuda" else None,
         )
+        store.set_timeout(TO_ANSWER)
     weights, activations = meshes(degrees, device.type, parallel.data_parallel)
     host_group = dist.new_group(backend="gloo")
     return World(rank, size, device, degrees, weights, activations, host_group, _stage_group(weights))

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,21 @@ from typing import TextIO
 from swamla_titan.errors import UserError
 
 LOCK = ".lock"
+LEAVING = 300.0  # seconds; a file server lets go of what a dead machine held after 45 to 120
+_RUN = "TORCHELASTIC_RUN_ID"  # of torchrun: the same for all starts and machines of a run
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder against other runs, which would commit and delete each other's checkpoints.
 
-    The operating system lets go when the process ends, however it ends. Raises UserError if another process holds it,
-    or if the folder cannot be made. A folder made here in which nothing was written is removed again.
+    The operating system lets go when the process ends, however it ends; a file server lets go of a machine that is lost
+    after a minute or two. So a process of this same run, started before, is waited for, up to `LEAVING` seconds.
+
+    Raises UserError if another process holds it, or if the folder cannot be made. A folder made here in which nothing
+    was written is removed again.
     """
     is_new = not folder.exists()
     try:
@@ -29,12 +37,9 @@ def exclusive(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _unusable(folder, error) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _busy(folder, lock) from None
+        _acquire(lock, folder)
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.write(f"process {os.getpid()} on {platform.node()}" + (f"\n{_run()}" if _run() else ""))
         lock.flush()
         try:
             yield
@@ -42,6 +47,39 @@ def exclusive(folder: Path) -> Iterator[None]:
             if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
+
+
+def _acquire(lock: TextIO, folder: Path) -> None:
+    end = time.monotonic() + LEAVING
+    said = False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError as error:  # a file system without locks
+            raise _unusable(folder, error) from None
+        if not _is_of_this_run(lock) or time.monotonic() > end:
+            raise _busy(folder, lock)
+        if not said:
+            logger.warning("waiting for %s, which an earlier start of this run still holds: %s", folder, _holder(lock))
+            said = True
+        time.sleep(0.2)
+
+
+def _run() -> str:
+    return os.environ.get(_RUN, "")
+
+
+def _is_of_this_run(lock: TextIO) -> bool:
+    lock.seek(0)
+    return bool(_run()) and lock.read().splitlines()[1:] == [_run()]
+
+
+def _holder(lock: TextIO) -> str:
+    """What the process that holds the folder wrote about itself."""
+    lock.seek(0)
+    return next(iter(lock.read().splitlines()), "")
 
 
 def refuse_folder(folder: Path) -> None:
@@ -65,9 +103,8 @@ def refuse_folder(folder: Path) -> None:
 
 
 def _busy(folder: Path, lock: TextIO) -> UserError:
-    lock.seek(0)
     return UserError(
-        f"job.dump_folder = {folder}: another run writes there ({lock.read().strip()}); "
+        f"job.dump_folder = {folder}: another run writes there ({_holder(lock)}); "
         "wait for its end or stop it, or choose another folder"
     )
 

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import logging
 import math
-import signal
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from swamla_titan.data import (
     pinned,
     rows_at_a_time,
 )
-from swamla_titan.errors import EXIT_DONE, EXIT_STOPPED, RankFailed, RunFailed, UserError
+from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RankFailed, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
@@ -147,9 +146,9 @@ class Trainer:
                 self.metrics.advance()
             self.profiler.after_step(self.step)
 
-            stopped_by = self._stopped_by()  # asked once: a signal later in this step is for the next one
+            stop = self.stop.agreed(self.world.largest)  # asked once: a signal later in this step is for the next one
             finished = self.step == config.training.steps
-            save = finished or stopped_by or self.step % config.checkpoint.interval == 0
+            save = finished or stop or self.step % config.checkpoint.interval == 0
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
             hopeless = self.bad_steps is not None and self.bad_steps.too_many(self.step)
             log = self.step == first_step or self.step % config.metrics.log_interval == 0
@@ -164,9 +163,9 @@ class Trainer:
                 self._save(last=finished or stopped_by is not None)
             if config.training.gc_interval and self.step % config.training.gc_interval == 0:
                 gc.collect(1)
-            if stopped_by and not finished:
-                logger.info("stopped by %s after step %d; the same command goes on", stopped_by.name, self.step)
-                return EXIT_STOPPED
+            if stop and (not finished or stop.code == EXIT_REGROUP):  # all meet again, also to see that it is done
+                logger.info("%s after step %d; %s", stop.reason, self.step, stop.outlook)
+                return stop.code
         logger.info('done; let it write: swamla-titan generate %s --prompt "The"', self.folder)
         return EXIT_DONE
 
@@ -220,11 +219,6 @@ class Trainer:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self.replaced += batch.replaced
         return batch
-
-    def _stopped_by(self) -> signal.Signals | None:
-        """The signal that asks to stop, on every rank the same: it may have reached one of them only, or some later."""
-        number = int(self.world.largest(self.stop.received or 0))
-        return signal.Signals(number) if number else None
 
     def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
@@ -399,6 +393,8 @@ def train(config: Config) -> int:
         stack.callback(stop.forget)
         stack.push(_leave_together)
         world = join_world(config.parallel)
+        if asked := stop.agreed(world.largest):
+            return asked.code
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
@@ -407,5 +403,7 @@ def train(config: Config) -> int:
         stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
         trainer = Trainer(config, world, stop, watchdog)
         stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
+        if asked := stop.agreed(world.largest):
+            return asked.code
         stop.finish_step_first = True
         return trainer.run()

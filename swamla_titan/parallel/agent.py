@@ -1,0 +1,131 @@
+"""torchrun for this program's workers, and for machines that come and go.
+
+usage: python -m swamla_titan.parallel.agent TORCHRUN_ARGUMENT ...
+
+What differs from `python -m torch.distributed.run`:
+- Machines find each other by their routes and not by their host names, see meeting_point.py.
+- A machine may start before the one that holds the meeting point does.
+- When a machine joins, torchrun stops all workers to start them again as one larger group. They are told that it is
+  this and not the user's stop, see launcher.py, and have time to save: torchrun gives 30 seconds.
+- If the meeting point falls silent, without a closed connection to tell, torchrun waits for a quarter of an hour or for
+  ever. Here it ends after a minute, and run_train.sh ends the workers.
+- What ends torchrun itself is said in one message.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed.launcher.api as launcher_api
+import torch.distributed.run as torchrun
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
+
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.parallel.launcher import regrouping
+from swamla_titan.parallel.meeting_point import MeetingPoint, answers, find_meeting_point, wait_for_meeting_point
+
+logger = logging.getLogger(__name__)
+
+TO_MEET = timedelta(minutes=10)  # as torchrun waits for enough machines once it is there
+TO_SAVE = timedelta(minutes=10)  # a worker that hangs is ended before by its own watchdog
+SILENCE = 60.0  # seconds that the meeting point may not answer
+LOOK = 5.0  # seconds between two looks at it
+
+
+class Agent(LocalElasticAgent):
+    """Starts, watches and stops the workers of this machine."""
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # They are healthy: it is not that one of them failed, but that machines wait to join.
+        if worker_group.state == WorkerState.HEALTHY and self._pcontext is not None:
+            with regrouping():
+                self._pcontext.close(signal.SIGTERM, timeout=int(TO_SAVE.total_seconds()))
+        super()._stop_workers(worker_group)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun; returns the exit code: 0, 1, or 2 if RDZV_ENDPOINT is at fault."""
+    args = torchrun.parse_args(list(arguments))
+    launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
+    try:
+        point = None if args.standalone or not args.rdzv_endpoint else _meet(args)
+        return _launch(args, point)
+    except UserError as error:
+        _say(str(error))
+        return EXIT_BAD_INPUT
+
+
+def _meet(args: object) -> MeetingPoint:
+    """Wait for the meeting point and write into torchrun's arguments how machines find each other."""
+    point = find_meeting_point(args.rdzv_endpoint)  # type: ignore[attr-defined]
+    args.local_addr = args.local_addr or point.address  # type: ignore[attr-defined]
+    if point.interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", point.interface)
+    if point.here:
+        # An address that torchrun takes for this machine's without asking for its name. It holds the meeting point
+        # then, unless another torchrun of this machine already does.
+        args.rdzv_endpoint = f"127.0.0.1:{point.port}"  # type: ignore[attr-defined]
+    else:
+        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, "is_host=0")))  # type: ignore[attr-defined]
+        wait_for_meeting_point(point, TO_MEET.total_seconds(), _say)
+        threading.Thread(target=_end_in_silence, args=(point,), name="vigil", daemon=True).start()
+    return point
+
+
+def _end_in_silence(point: MeetingPoint) -> None:
+    """End this process once the meeting point has not answered for `SILENCE` seconds, whatever torchrun waits for."""
+    heard = time.monotonic()
+    while time.monotonic() - heard < SILENCE:
+        time.sleep(LOOK)
+        if answers(point):
+            heard = time.monotonic()
+    _say(_lost(point))
+    os._exit(EXIT_FAILED)  # the main thread may be in a call to the meeting point that nothing interrupts
+
+
+def _launch(args: object, point: MeetingPoint | None) -> int:
+    try:
+        record(torchrun.run)(args)
+        return EXIT_DONE
+    except ChildFailedError as error:  # its text is the table of what each worker died of
+        print(error, file=sys.stderr)
+    except RendezvousClosedError:
+        _say("the run has ended on the other machines; the same command starts or resumes it")
+    except RendezvousTimeoutError:
+        _say("too few machines came; start the same command on all of NNODES")
+    except (RendezvousConnectionError, DistNetworkError, DistStoreError) as error:
+        if point is None or point.here or answers(point):
+            logger.exception("torchrun failed")
+            _say(f"the machines lost touch with each other ({error}); the same command goes on")
+        else:
+            _say(_lost(point))
+    return EXIT_FAILED
+
+
+def _lost(point: MeetingPoint) -> str:
+    return (
+        f"{point.host}:{point.port}, where the machines meet, does not answer any more, and no run goes on without it. "
+        "Start the same command again on all machines, with another RDZV_ENDPOINT if that one is gone for good: it "
+        "goes on from the newest checkpoint"
+    )
+
+
+def _say(line: str) -> None:
+    print(f"run_train.sh: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
