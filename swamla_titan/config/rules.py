@@ -62,6 +62,13 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"{config.fault_tolerance.spike_sigma} would skip spikes, but skip_bad_steps = false; make that true or "
             "this 0",
         )
+    limit = config.fault_tolerance.step_timeout / 2  # the last try may take long as well
+    if 0 < limit < data.retry_seconds:
+        yield Contradiction(
+            ("data.retry_seconds", "fault_tolerance.step_timeout"),
+            f"{data.retry_seconds:g} s of waiting for data are more than half of fault_tolerance.step_timeout = "
+            f"{2 * limit:g}, and what waits that long passes for hanging: lower this, or raise that",
+        )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),
