@@ -45,8 +45,8 @@ class Data:
     document_mask: bool = key(False, "Attention and positions stop at document boundaries.")
     on_error: str = key(
         "stop",
-        "What cannot be read, also after trying again: stop: save and end the run; skip_file: pass over the rest of the "
-        "file, in every later epoch too, tell so, and go on.",
+        "What cannot be read, also after trying again: stop: save and end the run; skip_file: pass over the rest of "
+        "the file, in every later epoch too, tell so, and go on.",
         choices=("stop", "skip_file"),
     )
     retry_seconds: float = key(

@@ -12,7 +12,7 @@ from swamla_titan.data.dealing import ORDER, Share, deal
 from swamla_titan.data.document import Document, Source
 from swamla_titan.data.faults import DataFault, Fault
 from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
-from swamla_titan.data.patience import RETRY_SECONDS, Patience, read_on
+from swamla_titan.data.patience import Patience, read_on
 from swamla_titan.data.sources import open_local, open_source
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
 from swamla_titan.errors import UserError
@@ -102,8 +102,8 @@ def open_corpus(
 
 
 def patience_of(data: Data) -> Patience:
-    """By data.retry_seconds; the trainer has put a number there in place of -1."""
-    return Patience(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS)
+    """By data.retry_seconds; a trainer has put a number there in place of -1, see config/rules.py."""
+    return Patience(data.retry_seconds) if data.retry_seconds >= 0 else Patience()
 
 
 def all_documents(

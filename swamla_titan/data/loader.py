@@ -2,10 +2,11 @@
 
 import atexit
 import json
+import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from swamla_titan.data.background import Background
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import document_ids, initial_cursor
+from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
+
+logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 
@@ -58,15 +63,21 @@ class BatchLoader(Iterator[StepBatch]):
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
             _check_cursors(cursors, streams, start_step, global_batch_size)
         own = list(range(rank, streams, world_size))
+        self._corpus, self._global_batch_size, self._workers = corpus, global_batch_size, workers
         self._cursors = {stream: cursors[stream] for stream in own}  # as given; later ones come from the loader
         self._eot_id = corpus.tokenizer.eot_id
         self._document_mask = corpus.data.document_mask
         self._step = start_step
         self._seq_len = seq_len
-        # Without workers the one reader is in this process.
-        self._portions = max(1, workers)
         self._pin = torch.cuda.is_available()
-        dataset = StepDataset(corpus, own, seq_len, global_batch_size, start_step, self._cursors)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Prepares to read from step `_step` on, at `_cursors`."""
+        workers = self._workers
+        dataset = StepDataset(
+            self._corpus, list(self._cursors), self._seq_len, self._global_batch_size, self._step, self._cursors
+        )
         # A generator of its own: the loader draws seeds from it, and must not advance the trainer's random state.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
@@ -81,6 +92,7 @@ class BatchLoader(Iterator[StepBatch]):
                 generator=torch.Generator(),
             )
         self._items: Iterator[Portion] | None = None
+        self._coming: Background[list[Portion]] | None = None  # the step to come, if it was asked for
         # The loader's, after the step that was delivered last, and before it.
         self._state: dict[str, Any] | None = None
         self._state_before: dict[str, Any] | None = None
@@ -93,14 +105,25 @@ class BatchLoader(Iterator[StepBatch]):
             atexit.register(self.close)
             self._items = self._guarded(lambda: iter(self._loader))
 
-    def __next__(self) -> StepBatch:
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits so long, None: to the end, for the step to come; returns whether it can be taken without waiting.
+
+        Signals are heard meanwhile: the waiting is done by a thread, as reading may take minutes when a file server
+        does not answer.
+        """
         self.start()
-        portions = []
-        for _ in range(self._portions):
-            portion = self._guarded(lambda: next(self._items))  # type: ignore[arg-type]
-            if portion.error is not None:
-                raise portion.error
-            portions.append(portion)
+        if self._coming is None:
+            items = self._items
+            self._coming = Background(lambda: self._portions(items))
+        return self._coming.wait(seconds)
+
+    def __next__(self) -> StepBatch:
+        self.wait()
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        portions = coming.result()
+        for note in (note for portion in portions for note in portion.notes):
+            logger.warning("data: %s", note)
         batch = self._merge(portions)
         self._step += 1
         # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
@@ -121,10 +144,25 @@ class BatchLoader(Iterator[StepBatch]):
         assert cursors.keys() == self._cursors.keys(), "each stream has one owner"
         return cursors
 
+    def restart(self, step: int, skips: Iterable[Skip]) -> None:
+        """Goes back to before step `step` (from 0, as for `state_dict`) and passes over `skips` as well from then on.
+
+        For ranks that read the same streams, when one of them could not read what the others could.
+        """
+        cursors = self.state_dict(step)
+        self.close()
+        for stream in {skip.stream for skip in skips} & cursors.keys():
+            known = skips_of(stream, cursors[stream])
+            new = [skip for skip in skips if skip.stream == stream and skip.key not in {each.key for each in known}]
+            cursors[stream] = with_skips(cursors[stream], known + new)
+        self._cursors, self._step = cursors, step
+        self._begin()
+
     def close(self) -> None:
         """Ends the workers. They hold nothing that is not in the cursors, so they are not asked but ended."""
         atexit.unregister(self.close)
         items, self._items = self._items, None
+        self._coming = None
         if hasattr(items, "_workers"):
             _end_workers(items)
         self._loader._iterator = None
@@ -136,6 +174,16 @@ class BatchLoader(Iterator[StepBatch]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _portions(self, items: Any) -> list[Portion]:
+        """The parts of the step to come, of all workers; without workers the one reader is in this process."""
+        portions: list[Portion] = []
+        for _ in range(max(1, self._workers)):
+            portion = self._guarded(lambda: next(items))
+            if portion.error is not None:
+                raise portion.error
+            portions.append(portion)
+        return portions
 
     def _merge(self, portions: list[Portion]) -> StepBatch:
         numbers = np.concatenate([portion.sequences for portion in portions])
@@ -152,7 +200,8 @@ class BatchLoader(Iterator[StepBatch]):
             ids = document_ids(tokens, self._eot_id)
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(portion.replaced for portion in portions)
-        return StepBatch(self._step, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced)
+        skips = tuple(skip for portion in portions for skip in portion.skips)
+        return StepBatch(self._step, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced, skips)
 
     def _guarded(self, work: Any) -> Any:
         try:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from swamla_titan.data.document import Document, Position, too_large
@@ -70,7 +71,8 @@ class LocalSource:
         root, names, self._unknown = find_files(path, setting)
         now: dict[str, int] = {}
         for name in names:
-            now[name.replace(os.sep, "/")] = self._opened(lambda: _size(os.path.join(root, name)), -1)
+            size = partial(_size, os.path.join(root, name))
+            now[name.replace(os.sep, "/")] = self._opened(size, -1)
         entries = _as_recorded(recorded if skip_files else None, now)
         if entries is None:
             entries = [self._entry(root, name, size, text_key) for name, size in now.items()]

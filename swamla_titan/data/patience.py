@@ -5,12 +5,12 @@ import random
 import time
 from collections.abc import Iterator
 
+from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.data.document import Document, Position, Source
 from swamla_titan.data.faults import Fault, Unreachable
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 300.0  # where no other limit is given
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, and some of it by chance
 QUICK_TRIES = 2  # for bytes that make no sense: a second look at them is enough
 FILES_IN_A_ROW = 3  # that do not answer and may be given up; where more do not, it is not the files
@@ -67,7 +67,7 @@ class Patience:
     def give_up(self, fault: Fault) -> None:
         """This file is left alone: what is known of it is forgotten, and how often it was tried is told in it."""
         if self._tries:
-            fault.tried = f"given up after {self._words()}"
+            fault.tried = f"given up after {self._words(timed=isinstance(fault, Unreachable))}"
         self._given_up += isinstance(fault, Unreachable)
         self._over()
 
@@ -86,10 +86,10 @@ class Patience:
             self._spent += time.monotonic() - self._since
         self._since, self._tries, self._last = None, 0, None
 
-    def _words(self) -> str:
+    def _words(self, timed: bool = True) -> str:
         assert self._since is not None
         tries = "1 more try" if self._tries == 1 else f"{self._tries} more tries"
-        return f"{tries} in {time.monotonic() - self._since:.1f} s"
+        return f"{tries} in {time.monotonic() - self._since:.1f} s" if timed else tries
 
 
 def read_on(

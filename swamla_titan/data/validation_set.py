@@ -43,7 +43,9 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
         documents = path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
-        faults: list[Fault] | None = [] if corpus.skips_files else None  # they are told of already, or when training comes upon them
+        faults: list[Fault] | None = (
+            [] if corpus.skips_files else None
+        )  # they are told of already, or when training comes upon them
         readable = all_documents(corpus.source, corpus.new_patience(), faults)
         held_out = (document for document in readable if document in corpus.held_out)
         documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from swamla_titan.config import Config, to_toml, with_vocabulary
+from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import (
     BatchLoader,
     Corpus,
@@ -46,14 +47,18 @@ from swamla_titan.train.checkpoint import (
     refuse_other_run,
     tensors_of,
 )
+from swamla_titan.train.data_record import NAME as DATA_RECORD
+from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
 from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
+from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import seed_of, set_numerics
 from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.signals import StopRequest
+from swamla_titan.train.skipped_files import SkippedFiles
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
 from swamla_titan.train.watchdog import Watchdog
@@ -73,7 +78,13 @@ class Trainer:
         self.device = world.device
         set_numerics(config, self.device, world.rank)
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
-        self.config, corpus, held_out = agree(world, lambda: open_data(config))
+        self.folder = Path(config.job.dump_folder)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
+        newest = self.checkpoints.newest_whole()
+        recorded = from_first(world, lambda: read_data_record(newest))
+        self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
+        require_same_data(world, corpus)
+        self.data_record = data_record(corpus)
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         training = config.training
@@ -81,9 +92,6 @@ class Trainer:
         self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
 
         self.identity = run_identity(config, corpus)
-        self.folder = Path(config.job.dump_folder)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.checkpoint.keep_latest, world)
-        newest = self.checkpoints.newest_whole()
         record = from_first(world, lambda: record_of(newest, self.identity))
 
         self.model = ParallelModel(config, world)
@@ -118,6 +126,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
         log_to_folder(self.folder, world.rank)
+        self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=world.is_first)
         self.metrics = agree(world, self._open_metrics)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
@@ -128,7 +137,6 @@ class Trainer:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
         config = self.config
         first_step = self.step + 1
-        batches = iter(self.loader)
         if config.training.gc_interval:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
         self.watchdog.begin(self.step)
@@ -137,7 +145,9 @@ class Trainer:
             if self.bad_steps:
                 self.places.before_batch(self.step + 1)
             with self.throughput.data_wait():
-                batch = self._next_batch(batches)
+                batch = self._next_batch()
+            if batch is None:
+                return self._stopped_while_waiting()
             self.outcome = self.train_step(batch)
             self.step += 1
             self.watchdog.progress(self.step)
@@ -205,18 +215,30 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
 
-    def _next_batch(self, batches: Any) -> StepBatch:
-        """The next step's batch. If the data turns out bad, what was learnt so far is saved before the run ends."""
+    def _next_batch(self) -> StepBatch | None:
+        """The next step's batch; None if a signal asks to stop while it is waited for. If the data turns out bad, what
+        was learnt so far is saved before the run ends."""
         try:
-            batch: StepBatch = agree(self.world, lambda: next(batches))
+            batch = next_batch(self.world, self.loader, self.step, self.stop, self.skipped_files)
         except (UserError, RunFailed):
             if self.step > self._saved_step:
                 self._save()
             raise
+        if batch is None:
+            return None
         if batch.replaced and not self.replaced + self.replaced_before:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self.replaced += batch.replaced
         return batch
+
+    def _stopped_while_waiting(self) -> int:
+        """Save, if there is anything new, and return the exit code."""
+        if self.step > self._saved_step:
+            self._save()
+        stopped_by = self._stopped_by()
+        assert stopped_by
+        logger.info("stopped by %s while waiting for data; the same command goes on", stopped_by.name)
+        return EXIT_STOPPED
 
     def _stopped_by(self) -> signal.Signals | None:
         """The signal that asks to stop, on every rank the same: it may have reached one of them only, or some later."""
@@ -236,6 +258,8 @@ class Trainer:
         if self.bad_steps:
             self._report_bad_steps()
             values["skipped_steps"] = self.bad_steps.skipped
+        if self.skipped_files.count:
+            values["skipped_files"] = self.skipped_files.count
         values["memory_gib"] = self.world.largest(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
@@ -326,7 +350,7 @@ class Trainer:
 
     def _files(self) -> dict[str, bytes]:
         """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
-        files = {CONFIG: to_toml(self.config).encode()}
+        files = {CONFIG: to_toml(self.config).encode(), DATA_RECORD: self.data_record}
         vocabulary = Path(self.config.data.tokenizer)
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
@@ -348,11 +372,15 @@ class Trainer:
             self.bad_steps.resume(step)
 
 
-def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:
-    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it."""
+def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
+    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it.
+
+    `recorded` is what the checkpoint to resume from says of the data, see read_data_record.
+    """
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer.vocab_size)
-    corpus = open_corpus(config.data, config.validation, config.job.seed, tokenizer)
+    data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
+    corpus = open_corpus(data, config.validation, config.job.seed, tokenizer, recorded)
     if not config.validation.interval:
         return config, corpus, None
     return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
