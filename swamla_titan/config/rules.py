@@ -7,6 +7,7 @@ from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
+RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
 FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 
 
@@ -75,6 +76,13 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"{config.fault_tolerance.max_rewinds} would rewind after bad steps, but skip_bad_steps = false; make that "
             "true or this 0",
         )
+    if data.retry_seconds > retry_seconds(config):
+        yield Contradiction(
+            ("data.retry_seconds", "fault_tolerance.step_timeout"),
+            f"{data.retry_seconds:g} s of waiting for data are more than half of fault_tolerance.step_timeout = "
+            f"{config.fault_tolerance.step_timeout:g}, and what waits that long passes for hanging: lower this, or "
+            "raise that",
+        )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Contradiction(
             ("validation.fraction", "validation.path", "validation.interval"),
@@ -89,3 +97,11 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
             f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
         )
+
+
+def retry_seconds(config: Config) -> float:
+    """How long a step may wait for data: `data.retry_seconds`, -1 replaced, and not above the limit."""
+    wanted = config.data.retry_seconds
+    half = config.fault_tolerance.step_timeout / 2  # the last try, and the step itself, take time as well
+    wanted = RETRY_SECONDS if wanted < 0 else wanted
+    return min(wanted, half) if half else wanted

@@ -43,6 +43,18 @@ class Data:
     )
     num_workers: int = key(1, "Loader processes per rank; 0: read in the training process.", minimum=0)
     document_mask: bool = key(False, "Attention and positions stop at document boundaries.")
+    on_error: str = key(
+        "stop",
+        "What cannot be read, also after trying again: stop: save and end the run; skip_file: pass over the rest of "
+        "the file, in every later epoch too, tell so, and go on.",
+        choices=("stop", "skip_file"),
+    )
+    retry_seconds: float = key(
+        -1.0,
+        "Longest time that a step waits for a network or disk that does not answer, trying again; 0: never try again, "
+        "-1: 300, or half of fault_tolerance.step_timeout if that is less. Missing files are not waited for.",
+        minimum=-1,
+    )
 
 
 @dataclass(frozen=True)

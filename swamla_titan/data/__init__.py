@@ -17,6 +17,7 @@ from swamla_titan.data.batches import (
 )
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
 from swamla_titan.data.loader import BatchLoader
+from swamla_titan.data.skips import Skip, skips_of
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
 from swamla_titan.data.validation_set import ValidationSet, build_validation_set
@@ -26,6 +27,7 @@ __all__ = [
     "BatchLoader",
     "Corpus",
     "MicroBatch",
+    "Skip",
     "StepBatch",
     "Tokenizer",
     "ValidationSet",
@@ -38,5 +40,6 @@ __all__ = [
     "pinned",
     "rows_at_a_time",
     "sequences_per_rank",
+    "skips_of",
     "waits_for_streams",
 ]

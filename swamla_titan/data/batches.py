@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from swamla_titan.data.skips import Skip
+
 IGNORED = -100  # as a target: not counted in the loss
 
 
@@ -16,7 +18,7 @@ class StepBatch:
 
     The global batch begins with sequence `first`; `sequences` [n] are the numbers of the rows, ascending;
     `document_ids` is there with data.document_mask; `replaced` counts the stretches of bytes that were no UTF-8 in
-    documents begun in this step.
+    documents begun in this step; `skips` is what the streams found unreadable on the way, and pass over from here on.
     """
 
     first: int
@@ -25,6 +27,7 @@ class StepBatch:
     targets: torch.Tensor  # [n, T] int64
     document_ids: torch.Tensor | None  # [n, T] int64
     replaced: int
+    skips: tuple[Skip, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 import hashlib
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 from swamla_titan.data.document import Document, Position
+from swamla_titan.data.faults import Fault
 from swamla_titan.errors import UserError
 
 
@@ -39,6 +41,16 @@ class BuiltinSource:
 
     def describe(self) -> str:
         return f"{self.num_units} topics of Python {platform.python_version()}'s documentation"
+
+    def file_of(self, unit: int) -> str:
+        return f"topic {self._topics[unit][0]}"
+
+    def record(self) -> dict[str, Any]:
+        return {}  # it comes with Python: what the fingerprint says is all
+
+    @property
+    def passed_over(self) -> list[Fault]:
+        return []
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from swamla_titan.errors import UserError
+from swamla_titan.data.faults import DataFault, Fault
 
 MIB = 1 << 20
 
@@ -53,11 +53,26 @@ class Source(Protocol):
         """What there is to read, and what is passed over, in a line for the log."""
         ...
 
+    def file_of(self, unit: int) -> str:
+        """Name of the file that a unit is part of. Units of one file follow each other, in the order of the file."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What must be remembered of the files (JSON types) to divide them into the same units once more, also when
+        some of them cannot be read any more: the parameter `recorded` of the source."""
+        ...
+
+    @property
+    def passed_over(self) -> Sequence[Fault]:
+        """Why files have no units: they could not be opened, and the policy is to go on without them."""
+        ...
+
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         """Documents of a unit from `position` (None: its start) on.
 
         Only those with `ordinal % every == offset` are given, the others are passed over as cheaply as possible.
-        Raises UserError for input that cannot be used, RunFailed if a remote source stops answering.
+        Raises DataFault for input that cannot be used, Unreachable where a disk or a server does not answer; both are
+        a Fault.
         """
         ...
 
@@ -83,10 +98,8 @@ def replace_surrogates(text: str) -> tuple[str, int]:
         return clean, clean.count("\ufffd") - text.count("\ufffd")
 
 
-def too_large(where: str, size: int | None, max_document_bytes: int, advice: str = "") -> UserError:
-    """The error for a document above data.max_document_mib; `size` None means that it was not read to its end."""
+def too_large(file: str, place: str, size: int | None, max_document_bytes: int, advice: str = "") -> DataFault:
+    """The fault of a document above data.max_document_mib; `size` None means that it was not read to its end."""
     found = f"a document of {size / MIB:.1f} MiB" if size is not None else "a document"
-    return UserError(
-        f"{where}: {found} is larger than data.max_document_mib = {max_document_bytes // MIB}. "
-        f"Raise data.max_document_mib{advice}."
-    )
+    limit = f"data.max_document_mib = {max_document_bytes // MIB}"
+    return DataFault(file, place, f"{found} is larger than {limit}", f"Raise data.max_document_mib{advice}")

@@ -5,14 +5,16 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.utils.data._utils.worker as torch_worker
 
 from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
-from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.data.faults import DataFault, Fault, Unreachable, network_fault
+from swamla_titan.data.patience import Patience
+from swamla_titan.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ class HuggingFaceSource:
         max_document_bytes: int,
         streams: int,
         revision: str = "",
+        patience: Patience | None = None,
+        recorded: dict[str, Any] | None = None,
     ) -> None:
         import datasets  # takes a second, and only this source needs it
 
@@ -38,25 +42,25 @@ class HuggingFaceSource:
         self._label = " ".join(part for part in (path, name, f"[{split}]") if part)
         self._text_key = text_key
         self._max_document_bytes = max_document_bytes
-        folder = os.path.isdir(path)
-        try:
+        _leave_retrying_to_us()
+
+        def load() -> Any:
             dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision or None)
             if dataset.num_shards < streams and hasattr(dataset, "reshard"):
                 # By row groups instead of files, where the format allows it; it opens every file, which is only
                 # worth its time while there are too few shards for the streams.
                 dataset = dataset.reshard()
-            columns = dataset.column_names
-        except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
-            raise UserError(
-                f"data.path, data.name, data.split: {self._label} cannot be loaded: {_reason(error)}. "
-                "Check the three keys and the network."
-            ) from error
+            return dataset, dataset.column_names
+
+        dataset, columns = self._loaded(load, patience or Patience())
         if columns is not None:
             self._require_column(columns)
             dataset = dataset.select_columns([text_key])
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
-        content = _names_and_sizes(path) if folder else (path, revision or None)  # a folder may move
+        folder = os.path.isdir(path)
+        self._files = _as_recorded(recorded, _names_and_sizes(path), self._num_units) if folder else []
+        content = self._files if folder else (path, revision or None)  # a folder may move
         identity = repr((content, name, split, text_key, self._num_units))
         self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
@@ -72,10 +76,21 @@ class HuggingFaceSource:
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def file_of(self, unit: int) -> str:
+        return f"{self._label}, shard {unit}"
+
+    def record(self) -> dict[str, Any]:
+        return {"files": [list(each) for each in self._files], "units": self._num_units}
+
+    @property
+    def passed_over(self) -> list[Fault]:
+        return []  # what cannot be opened has no shards that could be counted
+
     def describe(self) -> str:
         return f"{self._label}, {self._num_units} shard" + ("" if self._num_units == 1 else "s")
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
+        _leave_retrying_to_us()
         shard = self._dataset.shard(num_shards=self._num_units, index=unit)
         first = 0
         if position:
@@ -83,36 +98,53 @@ class HuggingFaceSource:
             shard.load_state_dict(json.loads(position["state"]))
         rows = iter(shard)
         for ordinal in itertools.count(first):
-            where = f"{self._label}, shard {unit}, row {ordinal}"
+            place = f"row {ordinal}"
             try:
                 with _outside_of_a_loader_worker():
                     row = next(rows, None)
-            except (OSError, TimeoutError) as error:  # HTTP errors are OSErrors too
-                raise RunFailed(f"{where}: reading stopped: {_reason(error)}") from error
-            except Exception as error:
-                raise UserError(f"{where}: cannot be read: {_reason(error)}") from error
+            except Exception as error:  # whatever lies below: HTTP, file system, parser
+                raise network_fault(self.file_of(unit), place, error) from error
             if row is None:
                 return
             if ordinal % every == offset:
                 # The state as text: it is stored as it stands, and nothing else looks into it.
                 state = json.dumps(shard.state_dict())
-                text, replaced = self._text(row, where)
-                yield Document(text, ordinal, {"ordinal": ordinal + 1, "state": state}, where, replaced)
+                text, replaced = self._text(row, self.file_of(unit), place)
+                yield Document(
+                    text, ordinal, {"ordinal": ordinal + 1, "state": state}, f"{self.file_of(unit)}, {place}", replaced
+                )
 
-    def _text(self, row: dict[str, Any], where: str) -> tuple[str, int]:
+    def _text(self, row: dict[str, Any], file: str, place: str) -> tuple[str, int]:
         if self._text_key not in row:
             self._require_column(list(row))
         value = row[self._text_key]
         if value is None:
             return "", 0
         if not isinstance(value, str):
-            raise UserError(
-                f'{where}: the column "{self._text_key}" is not a string but {value!r:.60}. '
-                "Set data.text_key to the column that holds the text."
+            raise DataFault(
+                file,
+                place,
+                f'the column "{self._text_key}" is not a string but {value!r:.60}',
+                "Set data.text_key to the column that holds the text",
             )
         if len(value) > self._max_document_bytes:
-            raise too_large(where, len(value), self._max_document_bytes)
+            raise too_large(file, place, len(value), self._max_document_bytes)
         return replace_surrogates(value)
+
+    def _loaded(self, load: Callable[[], Any], patience: Patience) -> Any:
+        while True:
+            try:
+                return load()
+            except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
+                fault = network_fault(f"data.path, data.name, data.split: {self._label}", "", error)
+                # A wrong key looks like many things, but a network that is down says so.
+                if isinstance(fault, Unreachable) and patience.again(fault):
+                    continue
+                patience.give_up(fault)
+                tried = f" ({fault.tried})" if fault.tried else ""
+                raise UserError(
+                    f"{fault.file} cannot be loaded: {_reason(error)}{tried}. Check the three keys and the network."
+                ) from error
 
     def _require_column(self, columns: list[str]) -> None:
         if self._text_key not in columns:
@@ -149,6 +181,40 @@ def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
         names = [os.path.join(place, name) for name in files if not name.startswith(".")]
         found += [(os.path.relpath(name, folder), os.path.getsize(name)) for name in names if os.path.exists(name)]
     return sorted(found)
+
+
+def _as_recorded(
+    recorded: dict[str, Any] | None, files: list[tuple[str, int]], num_units: int
+) -> list[tuple[str, int]]:
+    """The files of a folder as they were when the run began, if they are those but for their sizes: a file that was cut
+    is still the run's. Otherwise as they are now, which makes it another data set."""
+    before = [(name, size) for name, size in (recorded or {}).get("files", [])]
+    if (recorded or {}).get("units") != num_units or [name for name, _ in before] != [name for name, _ in files]:
+        return files
+    for (name, size), (_, was) in zip(files, before):
+        if size != was:
+            logger.warning("data.path: %s has %d bytes; when the run began, it had %d", name, size, was)
+    return before
+
+
+def _leave_retrying_to_us() -> None:
+    """Has `datasets` report what fails at once. By itself it tries for minutes, during which nothing is told, and the
+    data might be given up although nobody chose that time."""
+    import datasets
+
+    for name in ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"):
+        setattr(datasets.config, name, 1)
+    for name in vars(datasets.config).keys() & _WAITS:
+        setattr(datasets.config, name, 0)
+
+
+# Seconds that it would sleep after the last try as well; which of them there are depends on its version.
+_WAITS = {
+    "STREAMING_READ_RETRY_INTERVAL",
+    "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL",
+    "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL",
+    "STREAMING_OPEN_RETRY_INTERVAL",
+}
 
 
 @contextmanager

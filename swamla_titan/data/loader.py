@@ -2,10 +2,11 @@
 
 import atexit
 import json
+import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from swamla_titan.data.background import Background
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import document_ids, initial_cursor
+from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
+
+logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 
@@ -58,16 +63,20 @@ class BatchLoader(Iterator[StepBatch]):
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
             _check_cursors(cursors, streams, first)
         own = list(range(rank, streams, world_size))
+        self._corpus, self._workers = corpus, workers
         self._cursors = {stream: cursors[stream] for stream in own}  # as given; later ones come from the loader
         self._eot_id = corpus.tokenizer.eot_id
         self._document_mask = corpus.data.document_mask
         self._first = first  # of the batch to come
         self._size = global_batch_size
         self._seq_len = seq_len
-        # Without workers the one reader is in this process.
-        self._portions = max(1, workers)
         self._pin = torch.cuda.is_available()
-        dataset = StepDataset(corpus, own, seq_len, global_batch_size, first, self._cursors)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Prepares to read from sequence `_first` on, at `_cursors`."""
+        workers = self._workers
+        dataset = StepDataset(self._corpus, list(self._cursors), self._seq_len, self._size, self._first, self._cursors)
         # A generator of its own: the loader draws seeds from it, and must not advance the trainer's random state.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
@@ -82,6 +91,7 @@ class BatchLoader(Iterator[StepBatch]):
                 generator=torch.Generator(),
             )
         self._items: Iterator[Portion] | None = None
+        self._coming: Background[list[Portion]] | None = None  # the step to come, if it was asked for
         # The loader's, after the step that was delivered last, and before it.
         self._state: dict[str, Any] | None = None
         self._state_before: dict[str, Any] | None = None
@@ -94,14 +104,25 @@ class BatchLoader(Iterator[StepBatch]):
             atexit.register(self.close)
             self._items = self._guarded(lambda: iter(self._loader))
 
-    def __next__(self) -> StepBatch:
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits so long, None: to the end, for the step to come; returns whether it can be taken without waiting.
+
+        Signals are heard meanwhile: the waiting is done by a thread, as reading may take minutes when a file server
+        does not answer.
+        """
         self.start()
-        portions = []
-        for _ in range(self._portions):
-            portion = self._guarded(lambda: next(self._items))  # type: ignore[arg-type]
-            if portion.error is not None:
-                raise portion.error
-            portions.append(portion)
+        if self._coming is None:
+            items = self._items
+            self._coming = Background(lambda: self._portions(items))
+        return self._coming.wait(seconds)
+
+    def __next__(self) -> StepBatch:
+        self.wait()
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        portions = coming.result()
+        for note in (note for portion in portions for note in portion.notes):
+            logger.warning("data: %s", note)
         batch = self._merge(portions)
         self._first += self._size
         # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
@@ -122,10 +143,25 @@ class BatchLoader(Iterator[StepBatch]):
         assert cursors.keys() == self._cursors.keys(), "each stream has one owner"
         return cursors
 
+    def restart(self, first: int, skips: Iterable[Skip]) -> None:
+        """Goes back to before the batch from sequence `first` (as for `state_dict`) and passes over `skips` as well from then on.
+
+        For ranks that read the same streams, when one of them could not read what the others could.
+        """
+        cursors = self.state_dict(first)
+        self.close()
+        for stream in {skip.stream for skip in skips} & cursors.keys():
+            known = skips_of(stream, cursors[stream])
+            new = [skip for skip in skips if skip.stream == stream and skip.key not in {each.key for each in known}]
+            cursors[stream] = with_skips(cursors[stream], known + new)
+        self._cursors, self._first = cursors, first
+        self._begin()
+
     def close(self) -> None:
         """Ends the workers. They hold nothing that is not in the cursors, so they are not asked but ended."""
         atexit.unregister(self.close)
         items, self._items = self._items, None
+        self._coming = None
         if hasattr(items, "_workers"):
             _end_workers(items)
         self._loader._iterator = None
@@ -137,6 +173,16 @@ class BatchLoader(Iterator[StepBatch]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _portions(self, items: Any) -> list[Portion]:
+        """The parts of the step to come, of all workers; without workers the one reader is in this process."""
+        portions: list[Portion] = []
+        for _ in range(max(1, self._workers)):
+            portion = self._guarded(lambda: next(items))
+            if portion.error is not None:
+                raise portion.error
+            portions.append(portion)
+        return portions
 
     def _merge(self, portions: list[Portion]) -> StepBatch:
         numbers = np.concatenate([portion.sequences for portion in portions])
@@ -153,7 +199,8 @@ class BatchLoader(Iterator[StepBatch]):
             ids = document_ids(tokens, self._eot_id)
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(portion.replaced for portion in portions)
-        return StepBatch(self._first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced)
+        skips = tuple(skip for portion in portions for skip in portion.skips)
+        return StepBatch(self._first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced, skips)
 
     def _guarded(self, work: Any) -> Any:
         try:

@@ -2,12 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from swamla_titan.data.document import Document, Position, too_large
-from swamla_titan.data.parquet import row_groups
-from swamla_titan.data.text_units import FileRange, WholeFile, readable
+from swamla_titan.data.faults import DataFault, Fault, of_another_size, readable
+from swamla_titan.data.parquet import RowGroup, row_group_sizes
+from swamla_titan.data.patience import Patience
+from swamla_titan.data.text_units import FileRange, WholeFile
 from swamla_titan.errors import UserError
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
@@ -20,14 +24,32 @@ MIN_RANGE, MAX_RANGE = 64 << 10, 16 << 20
 RANGES_PER_STREAM = 4
 
 
+Result = TypeVar("Result")
+
+
 class Unit(Protocol):
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]: ...
+
+
+@dataclass(frozen=True)
+class LostPart:
+    """A part of a file that is not the file which it was when the run began."""
+
+    path: str
+    size: int  # that it had
+
+    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
+        raise of_another_size(self.path, self.size)
+        yield
 
 
 class LocalSource:
     """A file, or every known file below a folder, sorted by path; hidden files and folders are passed over.
 
-    `setting` names the configuration key that `path` came from, for messages.
+    `setting` names the configuration key that `path` came from, for messages. A file that cannot be opened raises its
+    DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: if there are no
+    other files now than there were, they are divided as they were, and those of another size, or that are gone, have
+    units that cannot be read. That, too, is for `skip_files` only: others are to see that their data have changed.
     """
 
     def __init__(
@@ -39,39 +61,93 @@ class LocalSource:
         max_document_bytes: int,
         streams: int,
         setting: str = "data.path",
+        skip_files: bool = False,
+        patience: Patience | None = None,
+        recorded: dict[str, Any] | None = None,
     ) -> None:
-        root, names, self._passed_over = find_files(path, setting)
-        sizes = [_size(os.path.join(root, name)) for name in names]
-        self._num_files, self._num_bytes = len(names), sum(sizes)
-        digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
-        for name, size in zip(names, sizes):
-            digest.update(f"{name.replace(os.sep, '/')}\0{size}\0".encode("utf-8", errors="surrogateescape"))
+        self._faults: list[Fault] = []
+        self._skip_files = skip_files
+        self._patience = patience or Patience()
+        root, names, self._unknown = find_files(path, setting)
+        now: dict[str, int] = {}
+        for name in names:
+            size = partial(_size, os.path.join(root, name))
+            now[name.replace(os.sep, "/")] = self._opened(size, -1)
+        entries = _as_recorded(recorded if skip_files else None, now)
+        if entries is None:
+            entries = [self._entry(root, name, size, text_key) for name, size in now.items()]
+        else:
+            self._faults += [DataFault(each["name"], "", each["lost"]) for each in entries if "lost" in each]
+        self._entries = entries
 
         cut_in_ranges = (*JSON_LINES, *TEXT) if text_separator else JSON_LINES
-        total = sum(size for name, size in zip(names, sizes) if name.lower().endswith(cut_in_ranges))
+        total = sum(entry["bytes"] for entry in entries if entry["name"].lower().endswith(cut_in_ranges))
         range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * streams))))
         self._units: list[Unit] = []
         self._unit_sizes: list[int] = []  # in bytes
-        for name, size in zip(names, sizes):
-            file = os.path.join(root, name)
-            if name.lower().endswith(PARQUET):
-                groups = row_groups(file, text_key, max_document_bytes)
-                self._units += groups
-                self._unit_sizes += [group.size for group in groups]
-                digest.update(repr([group.size for group in groups]).encode())
+        self._unit_files: list[str] = []
+        for entry in entries:
+            name, size = entry["name"], entry["bytes"]
+            file = os.path.join(root, name.replace("/", os.sep))
+            units: list[tuple[Unit, int]] = []
+            if "lost" in entry:
+                pass
+            elif name.lower().endswith(PARQUET):
+                for number, group in enumerate(entry["groups"]):
+                    units.append((RowGroup(file, number, text_key, max_document_bytes, group), group))
             elif name.lower().endswith(cut_in_ranges):
                 json_key = text_key if name.lower().endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else text_separator.encode()
                 for start in range(0, size, range_size):
                     end = min(size, start + range_size)
-                    self._units.append(FileRange(file, size, start, end, separator, max_document_bytes, json_key))
-                    self._unit_sizes.append(end - start)
+                    part = FileRange(file, size, start, end, separator, max_document_bytes, json_key)
+                    units.append((part, end - start))
+            elif size > max_document_bytes:
+                advice = ", or split the file by data.text_separator"
+                self._pass_over(entry, too_large(file, "", size, max_document_bytes, advice))
             else:
-                if size > max_document_bytes:
-                    raise too_large(file, size, max_document_bytes, ", or split the file by data.text_separator")
-                self._units.append(WholeFile(file, max_document_bytes))
-                self._unit_sizes.append(size)
-        self._fingerprint = digest.hexdigest()
+                units.append((WholeFile(file, size), size))
+            if now.get(name) != size:
+                units = [(LostPart(file, size), part_size) for _, part_size in units]
+            self._units += [unit for unit, _ in units]
+            self._unit_sizes += [part_size for _, part_size in units]
+            self._unit_files += [name] * len(units)
+        whole = [entry for entry in entries if "lost" not in entry]
+        self._num_files, self._num_bytes = len(whole), sum(entry["bytes"] for entry in whole)
+        if not self._units and self._faults:
+            raise self._faults[0]
+        self._fingerprint = _digest(entries, text_key, text_separator)
+
+    def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
+        """`work()`, patiently; where it comes to nothing, and files may be passed over, `otherwise`."""
+        while True:
+            try:
+                return work()
+            except Fault as fault:
+                if self._patience.again(fault):
+                    continue
+                self._patience.give_up(fault)
+                # One that merely does not answer is not passed over for a whole run.
+                if not self._skip_files or not isinstance(fault, DataFault):
+                    raise
+                self._faults.append(fault)
+                return otherwise
+
+    def _entry(self, root: str, name: str, size: int, text_key: str) -> dict[str, Any]:
+        """What is to be remembered of a file as it is now."""
+        entry: dict[str, Any] = {"name": name, "bytes": max(0, size)}
+        if size >= 0 and name.lower().endswith(PARQUET):
+            file = os.path.join(root, name.replace("/", os.sep))
+            entry["groups"] = self._opened(lambda: row_group_sizes(file, text_key), None)
+        if size < 0 or entry.get("groups", ()) is None:
+            entry["lost"] = self._faults[-1].reason
+        return entry
+
+    def _pass_over(self, entry: dict[str, Any], fault: DataFault) -> None:
+        if not self._skip_files:
+            raise fault
+        entry["lost"] = fault.reason
+        self._faults.append(fault)
 
     @property
     def num_units(self) -> int:
@@ -89,10 +165,20 @@ class LocalSource:
         found = (
             f"{counted(self._num_files, 'file')}, {readable_size(self._num_bytes)} in {counted(self.num_units, 'unit')}"
         )
-        if self._passed_over:
-            names = ", ".join(self._passed_over[:3]) + (", ..." if len(self._passed_over) > 3 else "")
-            found += f"; passed over: {counted(len(self._passed_over), 'file')} of unknown kind ({names})"
+        if self._unknown:
+            names = ", ".join(self._unknown[:3]) + (", ..." if len(self._unknown) > 3 else "")
+            found += f"; passed over: {counted(len(self._unknown), 'file')} of unknown kind ({names})"
         return found
+
+    def file_of(self, unit: int) -> str:
+        return self._unit_files[unit]
+
+    def record(self) -> dict[str, Any]:
+        return {"files": self._entries}
+
+    @property
+    def passed_over(self) -> list[Fault]:
+        return self._faults
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         return self._units[unit].read(position, every, offset)
@@ -152,6 +238,26 @@ def readable_size(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return counted(size, "byte")
+
+
+def _as_recorded(recorded: dict[str, Any] | None, now: dict[str, int]) -> list[dict[str, Any]] | None:
+    """The entries that were recorded, if the files of `now` (name -> bytes) are those, some of them damaged at most."""
+    entries: list[dict[str, Any]] = (recorded or {}).get("files", [])
+    known = {entry["name"] for entry in entries}
+    intact = any(now.get(entry["name"]) == entry["bytes"] for entry in entries if "lost" not in entry)
+    return entries if intact and now.keys() <= known else None
+
+
+def _digest(entries: list[dict[str, Any]], text_key: str, text_separator: str) -> str:
+    digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
+    for entry in entries:
+        digest.update(f"{entry['name']}\0{entry['bytes']}\0".encode("utf-8", errors="surrogateescape"))
+    for entry in entries:
+        if "lost" in entry:
+            digest.update(b"lost\0")
+        elif "groups" in entry:
+            digest.update(repr(entry["groups"]).encode())
+    return digest.hexdigest()
 
 
 def _size(path: str) -> int:

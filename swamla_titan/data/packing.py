@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.patience import Patience
+from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.streams import DocumentStream, StreamDocument, data_changed
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
@@ -48,22 +50,31 @@ class PackedStream:
     """
 
     def __init__(
-        self, corpus: Corpus, stream: int, seq_len: int, cache: TokenCache, cursor: dict[str, Any] | None = None
+        self,
+        corpus: Corpus,
+        stream: int,
+        seq_len: int,
+        cache: TokenCache,
+        cursor: dict[str, Any] | None = None,
+        patience: Patience | None = None,
     ) -> None:
+        skips = skips_of(stream, cursor)
         if cursor is not None and cursor["sequences"] == 0:
             cursor = None  # of a stream that was never read: the same as none
         self._seq_len = seq_len
         self._cache = cache
-        self._documents = DocumentStream(corpus, stream, cursor)
+        self._documents = DocumentStream(corpus, stream, cursor, patience, skips)
         self._tokens = np.empty(0, dtype=np.int32)
         self._offset = 0  # of the next sequence's first token, in the document's tokens
         self.replaced = 0  # stretches of bytes that were no UTF-8, in documents begun so far by this object
         self._sequences = 0
         if cursor is not None:
+            self._sequences = cursor["sequences"]
+            if self._documents.lost_its_place:
+                return
             # The document was begun, and its replacements counted, before the cursor was saved.
             self._tokens = cache.tokens(self._documents.next_document())
             self._offset = cursor["token"]
-            self._sequences = cursor["sequences"]
             if self._offset >= len(self._tokens):
                 raise data_changed()
 
@@ -85,9 +96,14 @@ class PackedStream:
 
     def cursor(self) -> dict[str, Any]:
         """The place of the next sequence's first token (JSON types), and how many sequences there were before it."""
-        if self._sequences == 0:
-            return initial_cursor()
-        return {**self._documents.cursor(), "token": self._offset, "sequences": self._sequences}
+        place = initial_cursor()
+        if self._sequences > 0:
+            place = {**self._documents.cursor(), "token": self._offset, "sequences": self._sequences}
+        return with_skips(place, self._documents.skips)
+
+    def new_skips(self) -> list[Skip]:
+        """What is passed over since the last call, because it could not be read."""
+        return self._documents.new_skips()
 
     def _begin_next_document_at_end(self) -> None:
         if self._offset < len(self._tokens):

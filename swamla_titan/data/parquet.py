@@ -8,19 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swamla_titan.data.document import Document, Position, decode_utf8, too_large
-from swamla_titan.data.text_units import readable
+from swamla_titan.data.faults import DataFault, Fault, one_line, refused
 from swamla_titan.errors import UserError
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
 
 
-def row_groups(path: str, column: str, max_document_bytes: int) -> "list[RowGroup]":
-    """The units of a file. UserError if it is no parquet file, or has no text column of that name."""
+def row_group_sizes(path: str, column: str) -> list[int]:
+    """Bytes of text in each row group, as the file encodes it.
+
+    DataFault if it is no parquet file, UserError if it has no text column of that name.
+    """
     try:
-        with readable(path), pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
-    except pa.ArrowException as error:
-        raise _damaged(path, error) from error
+    except (OSError, pa.ArrowException) as error:
+        raise _fault(path, "", error) from error
     if column not in schema.names:
         raise UserError(
             f'{path}: no column "{column}". Set data.text_key to one of the columns there: {", ".join(schema.names)}.'
@@ -33,12 +36,11 @@ def row_groups(path: str, column: str, max_document_bytes: int) -> "list[RowGrou
             "Set data.text_key to the column that holds the text."
         )
     place = metadata.schema.names.index(column) if column in metadata.schema.names else None
-    groups = []
+    sizes = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        size = group.total_byte_size if place is None else group.column(place).total_uncompressed_size
-        groups.append(RowGroup(path, number, column, max_document_bytes, size))
-    return groups
+        sizes.append(group.total_byte_size if place is None else group.column(place).total_uncompressed_size)
+    return sizes
 
 
 _TEXT_TYPES = [
@@ -60,19 +62,23 @@ class RowGroup:
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         start = position["ordinal"] if position else 0
+        ordinal = 0
+        place = f"row group {self.group}"
         try:
-            with readable(self.path), pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+                if self.group >= file.metadata.num_row_groups:
+                    found = f"only {file.metadata.num_row_groups} row groups"
+                    raise DataFault(self.path, place, f"{found} where there were more when the run began")
                 row_group = file.metadata.row_group(self.group)
                 rows = max(1, row_group.num_rows)
                 # total_byte_size covers all columns: an upper bound, so a batch holds at most about BATCH_BYTES.
                 batch_size = max(1, min(4096, BATCH_BYTES * rows // max(1, row_group.total_byte_size)))
-                ordinal = 0
                 for batch in file.iter_batches(batch_size, [self.group], [self.column], use_threads=False):
                     if ordinal + batch.num_rows > start:
                         yield from self._documents(batch.column(0), ordinal, start, every, offset)
                     ordinal += batch.num_rows
-        except pa.ArrowException as error:
-            raise _damaged(self.path, error) from error
+        except (OSError, pa.ArrowException) as error:
+            raise _fault(self.path, f"row {ordinal} of {place}", error) from error
 
     def _documents(self, values: Any, first: int, start: int, every: int, offset: int) -> Iterator[Document]:
         if pa.types.is_dictionary(values.type):
@@ -83,15 +89,16 @@ class RowGroup:
             if ordinal % every != offset:
                 continue
             data = values[ordinal - first].as_py() or b""  # null: an empty document
-            label = f"{self.path}, row {ordinal} of row group {self.group}"
+            place = f"row {ordinal} of row group {self.group}"
             if len(data) > self.max_document_bytes:
-                raise too_large(label, len(data), self.max_document_bytes)
+                raise too_large(self.path, place, len(data), self.max_document_bytes)
             text, replaced = decode_utf8(data)
-            yield Document(text, ordinal, {"ordinal": ordinal + 1}, label, replaced)
+            yield Document(text, ordinal, {"ordinal": ordinal + 1}, f"{self.path}, {place}", replaced)
 
 
-def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: not a whole parquet file ({str(error).splitlines()[0][:200]}). Write or download it again, "
-        "or remove it."
-    )
+def _fault(path: str, place: str, error: Exception) -> Fault:
+    # Of pages that make no sense pyarrow speaks as of an OSError without a number.
+    if isinstance(error, OSError) and error.errno is not None:
+        return refused(path, place, error)
+    reason = f"not a whole parquet file ({one_line(error)})"
+    return DataFault(path, place, reason, "Write or download it again, or remove it", may_pass=True)

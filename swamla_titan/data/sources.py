@@ -1,20 +1,27 @@
 """From the section [data] to the source it names."""
 
 import dataclasses
+from typing import Any
 
 from swamla_titan.config.sections import Data
 from swamla_titan.data.builtin import BuiltinSource
 from swamla_titan.data.document import MIB, Source
 from swamla_titan.data.huggingface import HuggingFaceSource, commit_of
 from swamla_titan.data.local_files import LocalSource
+from swamla_titan.data.patience import Patience
 
 
-def open_source(data: Data) -> Source:
-    """The source that `data.source` and its keys name. UserError if it is not there or cannot be read."""
+def open_source(data: Data, patience: Patience | None = None, recorded: dict[str, Any] | None = None) -> Source:
+    """The source that `data.source` and its keys name. UserError if it is not there or cannot be read.
+
+    `recorded` is what `Source.record` gave when the run began; it counts with data.on_error = "skip_file" only.
+    """
+    if data.on_error != "skip_file":
+        recorded = None
     if data.source == "builtin":
         return BuiltinSource()
     if data.source == "local":
-        return open_local(data, data.path, "data.path")
+        return open_local(data, data.path, "data.path", data.on_error == "skip_file", patience, recorded)
     return HuggingFaceSource(
         data.path,
         name=data.name,
@@ -23,6 +30,8 @@ def open_source(data: Data) -> Source:
         max_document_bytes=data.max_document_mib * MIB,
         streams=data.streams,
         revision=data.revision,
+        patience=patience,
+        recorded=recorded,
     )
 
 
@@ -33,8 +42,15 @@ def pinned(data: Data) -> Data:
     return dataclasses.replace(data, revision=commit_of(data.path, data.revision))
 
 
-def open_local(data: Data, path: str, setting: str) -> LocalSource:
-    """Local files at `path`, read as the keys of [data] say; `setting` names the key that holds the path."""
+def open_local(
+    data: Data,
+    path: str,
+    setting: str,
+    skip_files: bool = False,
+    patience: Patience | None = None,
+    recorded: dict[str, Any] | None = None,
+) -> LocalSource:
+    """Local files at `path`, read as the keys of [data] say; for the others see LocalSource."""
     return LocalSource(
         path,
         text_key=data.text_key,
@@ -42,4 +58,7 @@ def open_local(data: Data, path: str, setting: str) -> LocalSource:
         max_document_bytes=data.max_document_mib * MIB,
         streams=data.streams,
         setting=setting,
+        skip_files=skip_files,
+        patience=patience,
+        recorded=recorded,
     )

@@ -13,6 +13,9 @@ import numpy as np
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.dealing import Share
 from swamla_titan.data.document import Document, Position
+from swamla_titan.data.faults import Fault
+from swamla_titan.data.patience import Patience, read_on
+from swamla_titan.data.skips import Moment, Skip, added, first_skipped, skips_of
 from swamla_titan.errors import UserError
 
 # A block of documents to be shuffled is closed early at this many characters, so that a thousand long documents do
@@ -58,9 +61,26 @@ class DocumentStream:
     Within an epoch the stream's units come in a shuffled order, and the documents of a unit in shuffled blocks of
     `data.shuffle_documents`; with 1 everything keeps the order of the files. A stream that owns no document at all
     borrows: it reads the whole corpus, in an order of its own.
+
+    What cannot be read raises its Fault, or with data.on_error = "skip_file" is passed over, with what follows it in
+    its file: from then on for ever, see skips.py. Each stream comes upon damage by itself, at a place in its own order,
+    so that no stream needs to know of the others.
     """
 
-    def __init__(self, corpus: Corpus, stream: int, cursor: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        stream: int,
+        cursor: dict[str, Any] | None = None,
+        patience: Patience | None = None,
+        skips: list[Skip] | None = None,
+    ) -> None:
+        """`skips`: those of a stream that begins; a cursor holds its own."""
+        self._patience = patience or corpus.new_patience()
+        self._skips = skips_of(stream, cursor) if cursor else list(skips or [])
+        self._new_skips: list[Skip] = []
+        # The document of the cursor could not be read any more: `next_document` gives what comes after its block.
+        self.lost_its_place = False
         self._corpus = corpus
         self._stream = stream
         self._shuffle = corpus.data.shuffle_documents
@@ -75,11 +95,14 @@ class DocumentStream:
         self._after_block: Position | None = self._block_start
         self._begin_epoch()
         self._next = 0  # place in the block of the document that `next_document` will give
+        self._reloading = cursor is not None
         if cursor is not None:
             self._load_block()
-            self._next = cursor["document"]
-            if self._block_start != cursor["position"] or self._next >= len(self._block):
-                raise data_changed()
+            if not self.lost_its_place:
+                self._next = cursor["document"]
+                if self._block_start != cursor["position"] or self._next >= len(self._block):
+                    raise data_changed()
+        self._reloading = False
 
     def next_document(self) -> StreamDocument:
         """The next document. On a stream resumed from a cursor the first one is that of the cursor again."""
@@ -102,6 +125,16 @@ class DocumentStream:
             "document": self._next - 1,
             "borrows": self.borrows,
         }
+
+    @property
+    def skips(self) -> list[Skip]:
+        """All that is passed over; belongs into the cursor."""
+        return self._skips
+
+    def new_skips(self) -> list[Skip]:
+        """Those added since the last call."""
+        new, self._new_skips = self._new_skips, []
+        return new
 
     def start_fraction(self) -> float:
         """How far into its first document a borrowing stream starts, in [0, 1); 0 for a stream of its own documents.
@@ -131,7 +164,9 @@ class DocumentStream:
                 raise data_changed()
             share = self._shares[self._unit]
             if self._reader is None:
-                self._reader = self._corpus.source.read(share.unit, self._after_block, share.every, share.offset)
+                self._reader = read_on(
+                    self._corpus.source, share.unit, self._after_block, share.every, share.offset, self._patience
+                )
             self._block_start = self._after_block
             if self._read_block(self._reader, share.unit):
                 self._epoch_has_text = True
@@ -148,15 +183,47 @@ class DocumentStream:
         """Fills the block; False if the unit has no further document for this stream."""
         self._block = []
         chars = 0
-        for document in reader:
-            self._after_block = document.position
-            if document.is_empty or document in self._corpus.held_out:
-                continue
-            self._block.append(StreamDocument(document.text, (unit, document.ordinal), document.replaced))
-            chars += len(document.text)
-            if len(self._block) == self._shuffle or chars >= BLOCK_CHARS:
-                break
+        file = self._corpus.source.file_of(unit)
+        end = first_skipped(self._skips, file, unit, self._moment)
+        try:
+            # What is passed over is not touched: it may stop the reading for minutes, or be whole again by now.
+            while end is None or _ordinal(self._after_block) < end:
+                document = next(reader, None)
+                if document is None:
+                    break
+                self._after_block = document.position
+                if document.is_empty or document in self._corpus.held_out:
+                    continue
+                self._block.append(StreamDocument(document.text, (unit, document.ordinal), document.replaced))
+                chars += len(document.text)
+                if len(self._block) == self._shuffle or chars >= BLOCK_CHARS:
+                    break
+        except Fault as fault:
+            self._pass_over(fault, file, unit)
         return bool(self._block)
+
+    @property
+    def _moment(self) -> Moment:
+        return int(self.borrows), self._epoch, self._unit
+
+    def _pass_over(self, fault: Fault, file: str, unit: int) -> None:
+        """The rest of a file, from behind the last document that was read; or raise its fault."""
+        if not self._corpus.skips_files:
+            skipping = 'data.on_error = "skip_file" passes over the rest of the file'
+            fault.advice = f"{fault.advice}. {skipping}" if fault.advice else skipping
+            raise fault
+        if self._patience.is_lost:
+            fault.advice = "Nothing else answers either, so it is not the file; start the same command again later"
+            raise fault
+        if self._reloading:
+            # Their order is known only with all of a block's documents, so none of them has a place any more.
+            self._block = []
+            self.lost_its_place, self._reloading = True, False
+            self._after_block = self._block_start
+        reason = fault.reason + (f" ({fault.tried})" if fault.tried else "")
+        skip = Skip(self._stream, file, unit, _ordinal(self._after_block), self._moment, fault.place, reason)
+        self._skips = added(self._skips, skip)
+        self._new_skips.append(skip)
 
     def _next_unit(self) -> None:
         self._reader = None
@@ -166,6 +233,12 @@ class DocumentStream:
             return
         if not self._epoch_has_text:
             if self.borrows:
+                if self._skips:
+                    last = self._skips[-1]
+                    raise UserError(
+                        "nothing is left of the training data: every file was passed over because it could not be "
+                        f"read, the last one, {last.file}, because: {last.reason}"
+                    )
                 raise UserError(
                     "validation: every document of the training data is held out. "
                     "Lower validation.fraction, or give a validation.path with other text."
@@ -176,3 +249,7 @@ class DocumentStream:
         self._unit = 0
         self._epoch_has_text = False
         self._begin_epoch()
+
+
+def _ordinal(position: Position | None) -> int:
+    return int(position["ordinal"]) if position else 0

@@ -2,24 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
-from swamla_titan.errors import UserError
+from swamla_titan.data.faults import DataFault, cut_short, of_another_size, readable
 
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 18  # bytes read at a time while looking for a separator
-
-
-@contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Turns the operating system's refusal to read `path` into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -27,15 +17,15 @@ class WholeFile:
     """A file that is one document."""
 
     path: str
-    max_document_bytes: int
+    size: int
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
             return
         with readable(self.path), open(self.path, "rb") as file:
-            data = file.read(self.max_document_bytes + 1)
-        if len(data) > self.max_document_bytes:
-            raise too_large(self.path, None, self.max_document_bytes, ", or split the file by data.text_separator")
+            data = file.read(self.size + 1)
+        if len(data) != self.size:
+            raise of_another_size(self.path, self.size)
         text, replaced = decode_utf8(data.removeprefix(BOM))
         yield Document(text, 0, {"ordinal": 1}, self.path, replaced)
 
@@ -89,6 +79,8 @@ class FileRange:
         while True:
             chunk = file.read(CHUNK)
             if not chunk:
+                if at < self.size:
+                    raise cut_short(self.path, self._place(at))
                 return self.size
             window = tail + chunk
             found = window.find(self.separator)
@@ -123,6 +115,8 @@ class FileRange:
                 raise self._too_large(at)
             chunk = file.read(max(0, min(CHUNK, end - at - len(buffer))))
             if not chunk:
+                if at + len(buffer) < end:
+                    raise cut_short(self.path, self._place(at + len(buffer)))
                 break
             buffer += chunk
         if buffer:
@@ -138,40 +132,46 @@ class FileRange:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(
-                f"{self._line(at)}: not valid JSON ({reason}). Each line must be one JSON object with the text in "
-                f'the field "{self.json_key}": correct or remove the line.'
+            raise self._fault(
+                at,
+                f"not valid JSON ({reason})",
+                f'Each line must be one JSON object with the text in the field "{self.json_key}": correct or remove '
+                "the line",
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{self._line(at)}: expected a JSON object, found {json.dumps(row)[:60]}.")
+            raise self._fault(at, f"expected a JSON object, found {json.dumps(row)[:60]}")
         if self.json_key not in row:
             there = ", ".join(f'"{name}"' for name in row) or "none"
-            raise UserError(
-                f'{self._line(at)}: no field "{self.json_key}". Set data.text_key to one of the fields there: {there}.'
+            raise self._fault(
+                at, f'no field "{self.json_key}"', f"Set data.text_key to one of the fields there: {there}"
             )
         value = row[self.json_key]
         if value is None:
             return "", replaced  # a missing text, as data sets have them: an empty document
         if not isinstance(value, str):
-            raise UserError(
-                f'{self._line(at)}: the field "{self.json_key}" is not a string but {json.dumps(value)[:60]}. '
-                "Set data.text_key to the field that holds the text."
+            raise self._fault(
+                at,
+                f'the field "{self.json_key}" is not a string but {json.dumps(value)[:60]}',
+                "Set data.text_key to the field that holds the text",
             )
         value, surrogates = replace_surrogates(value)
         return value, replaced + surrogates
 
-    def _too_large(self, at: int) -> UserError:
-        where = self._line(at) if self.json_key is not None else f"{self.path}, from byte {at}"
-        return too_large(
-            where, None, self.max_document_bytes, "" if self.json_key is not None else ", or change data.text_separator"
-        )
+    def _fault(self, at: int, reason: str, advice: str = "") -> DataFault:
+        return DataFault(self.path, self._place(at), reason, advice)
 
-    def _line(self, at: int) -> str:
-        """`file, line N`: lines are counted only now, when there is an error to report."""
+    def _too_large(self, at: int) -> DataFault:
+        advice = "" if self.json_key is not None else ", or change data.text_separator"
+        return too_large(self.path, self._place(at), None, self.max_document_bytes, advice)
+
+    def _place(self, at: int) -> str:
+        """A byte of the file, for people: of JSON its line. Lines are counted only now, when there is a fault."""
+        if self.json_key is None:
+            return f"from byte {at}"
         lines = 1
         with readable(self.path), open(self.path, "rb") as file:
             left = at
             while left > 0 and (chunk := file.read(min(CHUNK, left))):
                 lines += chunk.count(b"\n")
                 left -= len(chunk)
-        return f"{self.path}, line {lines}"
+        return f"line {lines}"

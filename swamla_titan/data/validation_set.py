@@ -9,6 +9,7 @@ import torch
 from swamla_titan.config.sections import Validation
 from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
 from swamla_titan.data.corpus import Corpus, all_documents, path_documents, up_to
+from swamla_titan.data.faults import Fault
 from swamla_titan.data.packing import document_ids
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
@@ -42,7 +43,11 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
         documents = path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
-        held_out = (document for document in all_documents(corpus.source) if document in corpus.held_out)
+        faults: list[Fault] | None = (
+            [] if corpus.skips_files else None
+        )  # they are told of already, or when training comes upon them
+        readable = all_documents(corpus.source, corpus.new_patience(), faults)
+        held_out = (document for document in readable if document in corpus.held_out)
         documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
         missing = (
             f"validation.fraction = {validation.fraction} holds out no document of the training data. "

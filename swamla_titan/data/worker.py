@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import PackedStream, TokenCache
+from swamla_titan.data.skips import Skip
 from swamla_titan.errors import RunFailed, UserError
 
 CURSORS = "stream_cursors"  # key of the cursors in the loader's state
@@ -27,11 +28,13 @@ class Portion:
     sequences: np.ndarray  # [n] int64, global numbers, ascending
     tokens: np.ndarray  # [n, T + 1] int32
     replaced: int
+    skips: list[Skip] = field(default_factory=list)  # found in this step
+    notes: list[str] = field(default_factory=list)  # for the log: what could be read in the end
     error: UserError | RunFailed | None = None
 
 
 def _failed(error: UserError | RunFailed) -> Portion:
-    return Portion(np.empty(0, np.int64), np.empty((0, 0), np.int32), 0, error)
+    return Portion(np.empty(0, np.int64), np.empty((0, 0), np.int32), 0, error=error)
 
 
 def settle_worker(trainer: int, worker: int) -> None:
@@ -113,6 +116,7 @@ class StepIterator(Iterator[Portion]):
         self._numbers = np.array(streams, dtype=np.int64)
         self._streams: dict[int, PackedStream] = {}  # opened when first needed
         self._cache = TokenCache(dataset.corpus.tokenizer)
+        self._patience = dataset.corpus.new_patience()
         # As text: they are copied and compared at every step, and only those that moved are written anew.
         self._cursors = {str(stream): json.dumps(dataset.cursors[stream]) for stream in streams}
 
@@ -143,19 +147,22 @@ class StepIterator(Iterator[Portion]):
         mine = np.isin(owners, self._numbers)
         rows = np.empty((int(mine.sum()), self._dataset.seq_len + 1), dtype=np.int32)
         replaced = 0
+        skips: list[Skip] = []
+        self._patience.begin()
         for row, owner in zip(rows, owners[mine].tolist()):
             stream = self._stream(owner)
             before = stream.replaced
             row[:] = stream.next_sequence()
             replaced += stream.replaced - before
+            skips += stream.new_skips()
         for owner in set(owners[mine].tolist()):
             self._cursors[str(owner)] = json.dumps(self._streams[owner].cursor())
-        return Portion(numbers[mine], rows, replaced)
+        return Portion(numbers[mine], rows, replaced, skips, self._patience.notes())
 
     def _stream(self, number: int) -> PackedStream:
         if number not in self._streams:
             dataset = self._dataset
             self._streams[number] = PackedStream(
-                dataset.corpus, number, dataset.seq_len, self._cache, dataset.cursors[number]
+                dataset.corpus, number, dataset.seq_len, self._cache, dataset.cursors[number], self._patience
             )
         return self._streams[number]

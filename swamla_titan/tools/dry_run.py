@@ -12,6 +12,7 @@ from swamla_titan.parallel.world import World, launched_rank, launched_size
 from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
 from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.data_record import read_data_record
 from swamla_titan.train.dump_folder import refuse_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import require_wandb
@@ -43,14 +44,14 @@ def dry_run(config: Config, gpus: int | None) -> None:
     ranks = _positive(gpus) or launched_size()
     fit_degrees(config.parallel, ranks)  # at once; to open data takes long
     config = dataclasses.replace(config, data=pinned(config.data))
-    config, corpus, held_out = open_data(config)
+    folder = Path(config.job.dump_folder)
+    newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
+    config, corpus, held_out = open_data(config, read_data_record(newest))
     found = plan(config, ranks)
     rows = batch_of(config, found.degrees).rows
     if held_out:
         Validator(held_out, World.alone(), rows)
-    folder = Path(config.job.dump_folder)
     refuse_folder(folder)
-    newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
     record = record_to_resume(newest, run_identity(config, corpus), config.checkpoint.allow)
     BatchLoader(
         corpus,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from swamla_titan.config import Config, to_toml, with_vocabulary
+from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import (
     BatchLoader,
     Corpus,
@@ -36,9 +37,12 @@ from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
 from swamla_titan.train.bad_steps import BadSteps, are_finite, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.data_record import NAME as DATA_RECORD
+from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
 from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
+from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import seed_of, set_numerics
 from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.profiling import StepProfiler
@@ -46,7 +50,8 @@ from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.record import Record, record_to_resume
 from swamla_titan.train.rewinding import Rewinding
 from swamla_titan.train.saving import Saver
-from swamla_titan.train.signals import StopRequest
+from swamla_titan.train.signals import Stop, StopRequest
+from swamla_titan.train.skipped_files import SkippedFiles
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
 from swamla_titan.train.watchdog import Watchdog
@@ -66,14 +71,6 @@ class Trainer:
         self.device = world.device
         set_numerics(config, self.device, world.rank)
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
-        self.config, corpus, held_out = agree(world, lambda: open_data(config))
-        config = self.config
-        self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
-        training = config.training
-        self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
-        self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
-
-        self.identity = run_identity(config, corpus)
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -82,6 +79,17 @@ class Trainer:
             config.checkpoint.keep_every,
         )
         newest = self.checkpoints.newest_whole()
+        recorded = from_first(world, lambda: read_data_record(newest))
+        self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
+        require_same_data(world, corpus)
+        self.data_record = data_record(corpus)
+        config = self.config
+        self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
+        training = config.training
+        self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
+        self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
+
+        self.identity = run_identity(config, corpus)
         record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
 
         self.model = ParallelModel(config, world)
@@ -117,6 +125,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
         log_to_folder(self.folder, world.rank)
+        self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=world.is_first)
         self.metrics = agree(world, self._open_metrics)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
@@ -127,7 +136,6 @@ class Trainer:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
         config = self.config
         first_step = self.step + 1
-        batches = iter(self.loader)
         if config.training.gc_interval:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
         self.watchdog.begin(self.step)
@@ -136,7 +144,9 @@ class Trainer:
             if self.bad_steps:
                 self.places.before_batch(self.step + 1)
             with self.throughput.data_wait():
-                batch = self._next_batch(batches)
+                batch = self._next_batch()
+            if isinstance(batch, Stop):
+                return self._stopped_while_waiting(batch)
             self.outcome = self.train_step(batch)
             self.step += 1
             self.watchdog.progress(self.step)
@@ -160,7 +170,7 @@ class Trainer:
             if self.validator and validate:
                 self._validate(self.validator)
             if save:
-                self._save(last=finished or stopped_by is not None)
+                self._save(last=finished or stop is not None)
             if config.training.gc_interval and self.step % config.training.gc_interval == 0:
                 gc.collect(1)
             if stop and (not finished or stop.code == EXIT_REGROUP):  # all meet again, also to see that it is done
@@ -207,18 +217,30 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
 
-    def _next_batch(self, batches: Any) -> StepBatch:
-        """The next step's batch. If the data turns out bad, what was learnt so far is saved before the run ends."""
+    def _next_batch(self) -> StepBatch | Stop:
+        """The next step's batch, or what asks to stop while it is waited for.
+
+        If the data turn out bad, what was learnt so far is saved before the run ends.
+        """
         try:
-            batch: StepBatch = agree(self.world, lambda: next(batches))
+            batch = next_batch(self.world, self.loader, self.step + 1, self.sequences, self.stop, self.skipped_files)
         except (UserError, RunFailed):
             if self.step > self.saver.saved_step:
                 self._save(last=True)
             raise
+        if isinstance(batch, Stop):
+            return batch
         if batch.replaced and not self.replaced + self.replaced_before:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self.replaced += batch.replaced
         return batch
+
+    def _stopped_while_waiting(self, stop: Stop) -> int:
+        """Save, if there is anything new, and return the exit code."""
+        if self.step > self.saver.saved_step:
+            self._save(last=True)
+        logger.info("%s while waiting for data after step %d; %s", stop.reason, self.step, stop.outlook)
+        return stop.code
 
     def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
@@ -234,6 +256,8 @@ class Trainer:
             self._report_bad_steps()
             values["skipped_steps"] = self.bad_steps.skipped
             values |= {"rewinds": self.bad_steps.rewinds} if self.bad_steps.rewinds else {}
+        if self.skipped_files.count:
+            values["skipped_files"] = self.skipped_files.count
         values["memory_gib"] = self.world.largest(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
@@ -333,7 +357,7 @@ class Trainer:
 
     def _files(self) -> dict[str, bytes]:
         """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
-        files = {CONFIG: to_toml(self.config).encode()}
+        files = {CONFIG: to_toml(self.config).encode(), DATA_RECORD: self.data_record}
         vocabulary = Path(self.config.data.tokenizer)
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
 
@@ -360,11 +384,15 @@ class Trainer:
             load_tensors(path, tensors_of([part], [optimizer]) | rest, self.world)
 
 
-def open_data(config: Config) -> tuple[Config, Corpus, ValidationSet | None]:
-    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it."""
+def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
+    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it.
+
+    `recorded` is what the checkpoint to resume from says of the data, see read_data_record.
+    """
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer.vocab_size)
-    corpus = open_corpus(config.data, config.validation, config.job.seed, tokenizer)
+    data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
+    corpus = open_corpus(data, config.validation, config.job.seed, tokenizer, recorded)
     if not config.validation.interval:
         return config, corpus, None
     return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)

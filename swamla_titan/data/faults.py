@@ -1,0 +1,130 @@
+"""What can go wrong with a file of the training data, told with the file and the place in it."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from swamla_titan.errors import RunFailed, UserError
+
+# Answers of an operating system that do not change by asking again: a missing file is reported at once.
+_FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class Fault(Exception):
+    """`file` cannot be read at `place` ("line 21"; "" where it is the whole file), for `reason`.
+
+    `advice` is a sentence on what to do about it. `may_pass`: to read once more may help, as with bytes that a network
+    mixed up; False for what is plainly there and wrong.
+    """
+
+    def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = False) -> None:
+        super().__init__(file, place, reason, advice, may_pass)  # with these, pickle makes it again in other processes
+        self.file, self.place, self.reason, self.advice = file, place, reason, advice
+        self.may_pass = may_pass
+        self.tried = ""  # how often and how long, in words
+
+    @property
+    def where(self) -> str:
+        """File and place."""
+        return f"{self.file}, {self.place}" if self.place else self.file
+
+    def __str__(self) -> str:
+        tried = f" ({self.tried})" if self.tried else ""
+        return f"{self.where}: {self.reason}{tried}" + (f". {self.advice}" if self.advice else "")
+
+
+class DataFault(Fault, UserError):
+    """The file is damaged, gone, or not what it should be; no waiting mends that."""
+
+
+class Unreachable(Fault, RunFailed):
+    """Network, disk or server do not answer. It may pass, so it is worth waiting for."""
+
+    def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = True) -> None:
+        super().__init__(file, place, reason, advice, may_pass)
+
+
+@contextmanager
+def readable(path: str, place: str = "") -> Iterator[None]:
+    """Turns the operating system's refusal to read `path` into a Fault: final ones, and those that may pass."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, place, error) from error
+
+
+def refused(path: str, place: str, error: OSError) -> Fault:
+    """The fault for what the operating system says of `path`."""
+    kind = DataFault if error.errno in _FINAL else Unreachable
+    return kind(path, place, f"cannot be read: {error.strerror or one_line(error)}")
+
+
+def cut_short(file: str, place: str) -> DataFault:
+    """The fault of a file that ends before it did when the run began."""
+    return DataFault(file, place, f"the file ends here, at {_size(file)} bytes; it was longer when it was opened")
+
+
+def of_another_size(file: str, size: int) -> DataFault:
+    """The fault of a file that has not the `size` which it had when the run began."""
+    there = _size(file)
+    now = "it is gone" if there < 0 else f"it has {there} bytes"
+    return DataFault(file, "", f"{now}; when the run began, it had {size}", "Put the file back as it was")
+
+
+def _size(file: str) -> int:
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return -1
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def network_fault(file: str, place: str, error: Exception) -> Fault:
+    """What a library that reads remote files raised, as the kind of Fault that it is."""
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
+    for each in _chain(error):
+        if _is_final(each):
+            return DataFault(file, place, f"cannot be read: {reason}")
+        if _is_of_the_network(each):
+            return Unreachable(file, place, f"reading stopped: {reason}")
+    return DataFault(file, place, f"cannot be read: {reason}", may_pass=True)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> Any:
+    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+
+
+def _is_final(error: BaseException) -> bool:
+    """There is nobody to wait for: no such file, no permission, offline by the user's own wish."""
+    status = _status(error)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status not in (408, 425, 429)  # too slow, too early, too often
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return True
+    return isinstance(error, OSError) and (error.errno in _FINAL or isinstance(error, FileNotFoundError))
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    # By name: these libraries are imported when they are used, and which of them is, depends on versions.
+    rooms = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if rooms & {"aiohttp", "httpcore", "httpx", "requests", "urllib3", "fsspec"}:
+        return True
+    # pyarrow and gzip use OSError without a number for bytes that make no sense.
+    return isinstance(error, OSError) and error.errno is not None
