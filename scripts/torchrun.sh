@@ -12,6 +12,7 @@ python=$1
 shift
 folder=$(mktemp -d "${TMPDIR:-/tmp}/swamla-titan.XXXXXX")
 export SWAMLA_TITAN_LAUNCH_FOLDER=$folder
+printf '%s\n' "$$" >"$folder/launcher"
 keep=
 trap '[[ -n $keep ]] || rm -rf "$folder"' EXIT
 
@@ -89,6 +90,9 @@ while
   { wait "$agent" && status=0 || status=$?; } 2>/dev/null
   [[ -n $interrupted ]]
 do :; done
+
+# torchrun itself was killed, for want of memory perhaps, and its workers train on: nobody would start them again.
+if ((status > 128)); then kill_all; fi
 
 if [[ -n $killed_by ]]; then
   exit $((128 + killed_by))
