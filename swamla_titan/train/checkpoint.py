@@ -30,7 +30,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
-from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours
+from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours, remove
 from swamla_titan.train.record import RECORD, Record
 
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class Checkpoints:
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             temporary.mkdir()
 
         def finish() -> None:
@@ -156,13 +156,18 @@ class Checkpoints:
         return None
 
     def _finished(self) -> Iterator[Path]:
-        """Folders named like checkpoints, newest first."""
-        if self.folder.is_dir():
-            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-            yield from sorted(found, key=_step_of, reverse=True)
+        """What is named like a checkpoint, newest first. UserError if that cannot be seen."""
+        try:
+            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read ({error.strerror}), so nothing can be resumed") from None
+        yield from sorted(found, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
-        # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step.
+        # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step. The
+        # same holds for folders to which somebody has added a file.
         ours = [path for path in self._finished() if is_ours(path) and path not in self._damaged]
         for path in ours[self.keep_latest :] if self.keep_latest else []:
             if self.keep_every and _step_of(path) % self.keep_every == 0:
