@@ -13,6 +13,7 @@ python=$1
 shift
 folder=$(mktemp -d "${TMPDIR:-/tmp}/swamla-titan.XXXXXX")
 export SWAMLA_TITAN_LAUNCH_FOLDER=$folder
+printf '%s\n' "$$" >"$folder/launcher"
 keep=
 trap '[[ -n $keep ]] || rm -rf "$folder"' EXIT
 

@@ -70,7 +70,7 @@ class Launch:
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("__main__.py", "errors.py", "parallel/launcher.py", "train/signals.py"):
+        for name in ("__main__.py", "errors.py", "process_end.py", "parallel/launcher.py", "train/signals.py"):
             (self.root / "swamla_titan" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "swamla_titan" / name, self.root / "swamla_titan" / name)
         (self.root / "swamla_titan/cli.py").write_text(TRAINER)
@@ -217,6 +217,22 @@ def test_the_second_signal_ends_all_at_once(launch: Launch) -> None:
     for worker in workers:
         assert_gone(worker)
     assert not launch.left_over()
+
+
+@pytest.mark.parametrize("victim", ["the launcher", "torchrun"])
+def test_workers_do_not_outlive_what_started_them(launch: Launch, victim: str) -> None:
+    process = launch.start("deaf")
+    launch.wait_until_ready()
+    (folder,) = launch.left_over()
+    workers = [int(path.read_text()) for path in folder.glob("*.pid")]
+    assert len(workers) == 2
+    torchrun = int(Path(f"/proc/{workers[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(process.pid if victim == "the launcher" else torchrun, signal.SIGKILL)
+    process.wait(timeout=30)
+    assert process.returncode == (-signal.SIGKILL if victim == "the launcher" else 1)
+    for pid in (torchrun, *workers):
+        assert_gone(pid)
+    assert len(launch.starts(0)) == len(launch.starts(1)) == 1
 
 
 def assert_gone(pid: int) -> None:

@@ -144,7 +144,7 @@ class BatchLoader(Iterator[StepBatch]):
         return cursors
 
     def restart(self, first: int, skips: Iterable[Skip]) -> None:
-        """Goes back to before the batch from sequence `first` (as for `state_dict`) and passes over `skips` as well from then on.
+        """Goes back to before the batch from sequence `first` (as for `state_dict`), and passes over `skips` as well.
 
         For ranks that read the same streams, when one of them could not read what the others could.
         """

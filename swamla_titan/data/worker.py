@@ -2,10 +2,8 @@
 
 import json
 import os
-import select
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,7 @@ from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.skips import Skip
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.process_end import wait_for_end
 
 CURSORS = "stream_cursors"  # key of the cursors in the loader's state
 
@@ -55,28 +54,6 @@ def _end_with(trainer: int) -> None:
     """Ends this process as soon as the process `trainer` is gone."""
     wait_for_end(trainer)
     os._exit(1)
-
-
-def wait_for_end(pid: int) -> None:
-    """Returns when the process has ended."""
-    try:
-        if hasattr(os, "pidfd_open"):  # Linux; it cannot be taken in by a new process with the same PID
-            poll = select.poll()
-            poll.register(os.pidfd_open(pid), select.POLLIN)
-            poll.poll()
-            return
-    except ProcessLookupError:
-        return
-    except OSError:
-        pass  # the kernel, or a container's rules, know no pidfd
-    while True:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        except PermissionError:
-            return  # not ours: another process has the PID now
-        time.sleep(1)
 
 
 class StepDataset(IterableDataset[Portion]):

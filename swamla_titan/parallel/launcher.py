@@ -13,19 +13,25 @@ wish to stop, and must not end the run: while it lasts there is the file `regrou
 which is never left for run_train.sh. The agents of the other machines come to the same a second later, so workers that
 know it from the others alone wait to be stopped by their own: if they ended first, it would look like a crash.
 
-In the folder: `stop` (the signal's name), `regroup`, and for each local rank N the files `N.pid`, `N.stopping` (a
-signal of the user arrived) and `N.code`. Standard library only: it runs before torch is imported.
+Without its launcher a worker ends, and ends its torchrun: nothing would hand it signals any more, and whoever gives the
+command again wants the GPUs and the dump folder.
+
+In the folder: `launcher` (the script's process id), `stop` (the signal's name), `regroup`, and for each local rank N
+the files `N.pid`, `N.stopping` (a signal of the user arrived) and `N.code`. Standard library only: it runs before torch
+is imported.
 """
 
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_REGROUP, EXIT_STOPPED, UserError
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REGROUP, EXIT_STOPPED, UserError
+from swamla_titan.process_end import wait_for_end
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -62,6 +68,7 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
     # torchrun was started with these ignored, so that only the workers act on them, and we inherited that.
     for number in FORWARDED:
         signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
     for leftover in ("stopping", "code"):  # of the worker before a restart
         _file(leftover).unlink(missing_ok=True)
     # First the id, then the look for `stop`; the launcher goes the other way round, so one of the two notices.
@@ -127,6 +134,23 @@ def acknowledge_stop() -> None:
     """
     if FOLDER in os.environ and _file("pid").exists():
         _write(_file("stopping"), "")
+
+
+def _end_with_launcher(torchrun: int) -> None:
+    """Waits for the launcher's end, which comes before this process's only if it is killed; then ends all it started.
+
+    `torchrun` is the process id of this one's parent. It comes first, for it would start the workers again; if it is
+    gone, its number may be another process's.
+    """
+    try:
+        launcher = int((Path(os.environ[FOLDER]) / "launcher").read_text())
+    except (OSError, ValueError):
+        return  # the folder is being removed: the launcher ends, and sees to the rest
+    wait_for_end(launcher)
+    if os.getppid() == torchrun:
+        with suppress(ProcessLookupError):
+            os.kill(torchrun, signal.SIGKILL)
+    os._exit(EXIT_FAILED)
 
 
 def _recorded(main: Callable[[], int]) -> int:

@@ -30,7 +30,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
-from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours
+from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours, remove
 from swamla_titan.train.record import RECORD, Record
 
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ class Checkpoints:
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
             temporary.mkdir()
 
         def finish() -> None:
@@ -169,14 +169,18 @@ class Checkpoints:
         return problem
 
     def finished(self) -> list[Path]:
-        """Folders named like checkpoints, newest first."""
-        if not self.folder.is_dir():
+        """What is named like a checkpoint, newest first. UserError if that cannot be seen."""
+        try:
+            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        except FileNotFoundError:
             return []
-        found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read ({error.strerror}), so nothing can be resumed") from None
         return sorted(found, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
-        # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step.
+        # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step. The
+        # same holds for folders to which somebody has added a file.
         ours = [path for path in self.finished() if is_ours(path) and path not in self._damaged]
         others = ours[self.keep_latest :] if self.keep_latest else []
         spared = self.spared(ours[: self.keep_latest], others) if others else ()

@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any
 
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 FORMAT = "swamla-titan checkpoint 1"
+NEEDED = (".metadata", "train.json")  # no checkpoint is without them
 
 
 # A file's name in the folder -> {"bytes": its size, "sha256": its digest}.
@@ -52,11 +54,11 @@ def commit(temporary: Path, final: Path, known: Entries) -> None:
     _flush(temporary)
     # The name is taken where a run is repeated from an older checkpoint because this one was damaged.
     replaced = final.with_name(f"{TEMPORARY_PREFIX}replaced-{final.name}")
-    if final.exists():
+    if os.path.lexists(final):
         os.rename(final, replaced)
     os.rename(temporary, final)
     _flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
 
 
 def verify(folder: Path) -> None:
@@ -72,11 +74,10 @@ def first_damage(folder: Path, start: int = 0, step: int = 1) -> tuple[int, str]
     None: they are as they were written. A manifest that is none comes before all files, at place -1.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        entries = list(manifest["files"].items())
+        entries = list(_read(folder).items())
     except FileNotFoundError:
         return -1, f"{MANIFEST} is missing: the checkpoint was not finished"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return -1, f"{MANIFEST} cannot be read ({error})"
     for place in range(start, len(entries), step):
         name, entry = entries[place]
@@ -92,12 +93,42 @@ def first_damage(folder: Path, start: int = 0, step: int = 1) -> tuple[int, str]
     return None
 
 
+def _read(folder: Path) -> Entries:
+    """The manifest's entries; ValueError if it is none, since it can be damaged as well as any other file."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries, entries.values())):
+        raise ValueError("it does not list names, sizes and digests of files in this folder")
+    if absent := [name for name in NEEDED if name not in entries]:
+        raise ValueError(f"it does not list {absent[0]}")
+    return entries
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    path = PurePath(name)
+    is_within = not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return is_within and isinstance(entry, dict) and entry.keys() >= {"bytes", "sha256"}
+
+
 def is_ours(folder: Path) -> bool:
-    """Whether this code wrote and finished the folder, and so may delete it."""
+    """Whether this code wrote and finished the folder and all that is in it, and so may delete it."""
     try:
-        return bool(json.loads((folder / MANIFEST).read_text()).get("format") == FORMAT)
-    except (OSError, ValueError, AttributeError):
+        entries = _read(folder)
+        files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    except (OSError, ValueError):
         return False
+    return not folder.is_symlink() and files <= entries.keys() | {MANIFEST}
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all that is in it, a file or a symbolic link, as far as possible."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

@@ -19,7 +19,7 @@ def next_batch(
 ) -> StepBatch | Stop:
     """This rank's part of the batch of step `step` (from 1), from sequence `first` on; all ranks come here.
 
-    A Stop, on every rank, if a rank still waits for its data and a signal came to one of them: the loaders can then tell
+    A Stop, on every rank, if a rank still waits for its data and a signal came to one of them: the loaders then know
     the cursors of before the step. If the data of one cannot be read, all raise its UserError or RunFailed. Ranks that
     read the same streams pass over the same: where one of them could not read what the others could, they go back to
     before the step and do without it as well. Adds to `skipped`.

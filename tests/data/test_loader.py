@@ -17,8 +17,9 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.data.corpus import all_documents
 from swamla_titan.data.packing import document_ids
-from swamla_titan.data.worker import StepDataset, StepIterator, wait_for_end
+from swamla_titan.data.worker import StepDataset, StepIterator
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.process_end import wait_for_end
 
 SEQ_LEN = 32
 

@@ -1,0 +1,62 @@
+"""Found on PYTHONPATH by every Python of a soak: gradients that are no numbers, in steps that CHAOS_NAN_STEPS names.
+
+Training itself is left as it is; this module waits until the trainer's module has been imported, and wraps one method.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_STEPS = {int(step) for step in os.environ.get("CHAOS_NAN_STEPS", "").split(",") if step}
+_TRAINER = "swamla_titan.train.trainer"
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the trainer's module as everybody else would, with a loader that spoils it afterwards."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        run = spec.loader.exec_module
+
+        def run_and_spoil(module: ModuleType) -> None:
+            run(module)
+            _spoil(module)
+
+        spec.loader.exec_module = run_and_spoil  # type: ignore[method-assign]
+        return spec
+
+
+def _spoil(module: ModuleType) -> None:
+    clip = module.ParallelModel.clip_gradients
+    train_step = module.Trainer.train_step
+    steps = 0
+
+    def clip_gradients(self, *arguments):  # type: ignore[no-untyped-def]
+        if steps in _STEPS:
+            for part in self.parts:
+                for weight in part.parameters():
+                    weight.grad.fill_(float("nan"))
+        return clip(self, *arguments)
+
+    def count_and_train(self, batch):  # type: ignore[no-untyped-def]
+        nonlocal steps
+        steps = self.step + 1
+        return train_step(self, batch)
+
+    module.ParallelModel.clip_gradients = clip_gradients  # type: ignore[attr-defined]
+    module.Trainer.train_step = count_and_train  # type: ignore[attr-defined]
+
+
+if _STEPS:
+    sys.meta_path.insert(0, _Finder())
