@@ -6,11 +6,12 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from swamla_titan.errors import UserError
+from swamla_titan.train.line_file import LineFileHandler
 
 LOCK = ".lock"
 
@@ -33,15 +34,16 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _busy(folder, lock) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        with suppress(OSError):  # on a full disk it is held all the same, without a name in it
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         try:
             yield
         finally:
-            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
+            with suppress(OSError):  # whatever has become of the folder meanwhile
+                if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def refuse_folder(folder: Path) -> None:
@@ -80,21 +82,31 @@ def _unusable(folder: Path, error: OSError) -> UserError:
 def prepare_folder(folder: Path, config_text: str) -> None:
     """Make the dump folder and write the resolved configuration; raises UserError where that is impossible.
 
-    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is.
+    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is; and
+    the configuration takes the place of the one before only when it is whole.
     """
+    config, new = folder / "config.toml", folder / ".config.toml.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoints", "logs"):
             (folder / name).mkdir(exist_ok=True)
         (folder / "metrics.jsonl").open("a").close()
-        (folder / "config.toml").write_text(config_text)
+        if config.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(config))
+        new.write_text(config_text)
+        new.replace(config)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise _unusable(folder, error) from None
 
 
 def log_to_folder(folder: Path, rank: int) -> None:
-    """Also append them to logs/rank-N.log under the dump folder."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
+    """Also append log lines to logs/rank-N.log under the dump folder; raises UserError where that is impossible."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")
+    except OSError as error:
+        raise _unusable(folder, error) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("swamla_titan").addHandler(handler)
