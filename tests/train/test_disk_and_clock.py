@@ -334,7 +334,7 @@ def test_a_clock_that_jumps_changes_nothing(tiny, tmp_path, monkeypatch, capsys,
 
 
 def test_nothing_here_looks_at_a_clock_that_can_be_set_nor_at_the_times_of_files():
-    """What is measured is so by monotonic clocks; only the lines of the log bear the time of day, which logging adds."""
+    """Only the lines of the log bear the time of day, which logging adds; what is measured is by monotonic clocks."""
     forbidden = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today", "time.localtime"}
     found = []
     for path in Path(swamla_titan.__file__).parent.rglob("*.py"):
