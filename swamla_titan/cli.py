@@ -162,10 +162,13 @@ def _run(command: object, overrides: list[Override]) -> int:
             raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")
         case Train(config=name):
             config = load_config(find_config(name), overrides)
-            from swamla_titan.train import log_to_console, train
+            from swamla_titan.train import end_output, log_to_console, train
 
             log_to_console(logging.INFO if speaks() else logging.WARNING)
-            return train(config)
+            try:
+                return train(config)
+            finally:
+                end_output()
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan
 

@@ -7,11 +7,12 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from swamla_titan.errors import UserError
+from swamla_titan.train.line_file import LineFileHandler
 
 LOCK = ".lock"
 LEAVING = 300.0  # seconds; a file server lets go of what a dead machine held after 45 to 120
@@ -38,15 +39,17 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise _unusable(folder, error) from None
     with lock:
         _acquire(lock, folder)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}" + (f"\n{_run()}" if _run() else ""))
-        lock.flush()
+        with suppress(OSError):  # on a full disk it is held all the same, without a name in it
+            lock.truncate(0)
+            holder = f"process {os.getpid()} on {platform.node()}" + (f"\n{_run()}" if _run() else "")
+            os.pwrite(lock.fileno(), holder.encode(), 0)
         try:
             yield
         finally:
-            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
+            with suppress(OSError):  # whatever has become of the folder meanwhile
+                if is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 def _acquire(lock: TextIO, folder: Path) -> None:
@@ -117,21 +120,31 @@ def _unusable(folder: Path, error: OSError) -> UserError:
 def prepare_folder(folder: Path, config_text: str) -> None:
     """Make the dump folder and write the resolved configuration; raises UserError where that is impossible.
 
-    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is.
+    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is; and
+    the configuration takes the place of the one before only when it is whole.
     """
+    config, new = folder / "config.toml", folder / ".config.toml.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoints", "logs"):
             (folder / name).mkdir(exist_ok=True)
         (folder / "metrics.jsonl").open("a").close()
-        (folder / "config.toml").write_text(config_text)
+        if config.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(config))
+        new.write_text(config_text)
+        new.replace(config)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise _unusable(folder, error) from None
 
 
 def log_to_folder(folder: Path, rank: int) -> None:
-    """Also append them to logs/rank-N.log under the dump folder."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
+    """Also append log lines to logs/rank-N.log under the dump folder; raises UserError where that is impossible."""
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")
+    except OSError as error:
+        raise _unusable(folder, error) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("swamla_titan").addHandler(handler)

@@ -5,8 +5,8 @@ import logging
 import math
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.train.line_file import LineFile
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +24,16 @@ Values = dict[str, float | int]
 class MetricsLogger:
     """Sends the values of a step to every destination that the configuration asks for.
 
-    metrics.jsonl gets one object per call, appended and flushed; a key that does not apply is left out. Raises
-    RunFailed where a destination cannot be written, a full disk above all: a run whose numbers are lost should not go
-    on unseen.
+    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises RunFailed
+    where a destination cannot be opened. Later none ends the run: what a full disk does not take of metrics.jsonl waits
+    in memory, and TensorBoard or Weights & Biases, if they fail, get no more numbers until the next start.
     """
 
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
         self._folder = folder
         with self._disk():
             self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
-            self._file = _open_for_appending(folder / "metrics.jsonl")
+            self._file = LineFile(folder / "metrics.jsonl")
             self._tensorboard = None
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
@@ -49,26 +50,37 @@ class MetricsLogger:
         """Write the values of a step everywhere, and `line` to the console and the log."""
         # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._disk():
-            self._file.write(json.dumps({"step": step} | finite) + "\n")
-            self._file.flush()
-            if self._tensorboard:
+        news = self._file.write(json.dumps({"step": step} | finite))
+        if news:
+            logger.warning("%s", news)
+        if self._tensorboard:
+            try:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
-            if self._wandb:
+                self._tensorboard.flush()  # by itself it would do so by a clock that can be set
+            except Exception as error:  # what its thread met with: a full disk, a folder that is gone
+                _drop("TensorBoard", self._tensorboard.close, error)
+                self._tensorboard = None
+        if self._wandb:
+            try:
                 self._wandb.log(values, step=step)
+            except Exception as error:  # whatever a client of a service raises
+                _drop("Weights & Biases", self._wandb.finish, error)
+                self._wandb = None
         logger.info(line)
 
     def close(self) -> None:
         """Flush and close every destination. One that cannot be written is named in the log, and the others closed."""
         self._bar.close()
-        destinations = [self._file.close]
-        destinations += [self._tensorboard.close] if self._tensorboard else []
+        lost = self._file.close()
+        if lost:
+            logger.warning("%s", lost)
+        destinations = [self._tensorboard.close] if self._tensorboard else []
         destinations += [self._wandb.finish] if self._wandb else []
         for close in destinations:
             try:
                 close()
-            except OSError as error:  # no reason to fail: training is over, or ends with an error that says more
+            except Exception as error:  # no reason to fail: training is over, or ends with an error that says more
                 logger.warning("the last numbers in %s may be missing (%s)", self._folder, error)
 
     @contextmanager
@@ -110,15 +122,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _open_for_appending(path: Path) -> Any:
-    """Open a file of lines; a last line that a crash cut short is ended, so that the next one starts on its own."""
-    file = path.open("a+b")
-    if file.tell() > 0:
-        file.seek(-1, 2)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    file.close()
-    return path.open("a", encoding="utf-8")
+def _drop(name: str, close: Callable[[], object], error: Exception) -> None:
+    """Warn that a destination gets no more numbers, and close it, whatever it says."""
+    logger.warning("%s gets no more numbers until the next start (%s); metrics.jsonl has them all", name, error)
+    with suppress(Exception):
+        close()
 
 
 def require_wandb() -> Any:

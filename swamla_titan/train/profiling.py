@@ -1,6 +1,8 @@
 """A profile of some steps, for chrome://tracing or Perfetto."""
 
+import errno
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,11 +46,18 @@ class StepProfiler:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._profile.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"steps-{self.config.start_step}-{self._last_step}{self.suffix}.json"
-        self._profile.export_chrome_trace(str(path))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(path))
+            _refuse_half(path)
+            logger.info("profile written to %s", path)
+        except (OSError, RuntimeError) as error:  # no reason to end a run
+            logger.warning("the profile %s could not be written (%s); training goes on", path, error)
+            with suppress(OSError):
+                for half in self.folder.glob(f"{path.name}*"):  # torch writes to a name of its own first
+                    half.unlink()
         self._profile = None
-        logger.info("profile written to %s", path)
 
     def discard(self) -> None:
         """Stop what is being recorded, without waiting for the device and without writing it.
@@ -61,3 +70,11 @@ class StepProfiler:
         self._profile.profiler.use_device = None  # else its stop() synchronizes the device
         self._profile.stop()
         self._profile = None
+
+
+def _refuse_half(path: Path) -> None:
+    """Raise OSError unless a trace has its end: torch writes it without a word about a disk that is full."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(errno.ENOSPC, "its end is missing: is the disk full?")

@@ -124,7 +124,7 @@ class Trainer:
         # From here on nothing is refused any more.
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
-        log_to_folder(self.folder, world.rank)
+        agree(world, lambda: log_to_folder(self.folder, world.rank))
         self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=world.is_first)
         self.metrics = agree(world, self._open_metrics)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
@@ -264,13 +264,9 @@ class Trainer:
         self._require_finite()
 
     def _log(self, values: dict[str, float | int], line: str) -> None:
-        """Have the first rank write `values`; if it cannot, the run ends on all."""
-
-        def write() -> None:
-            if self.metrics:
-                self.metrics.log(self.step, values, line)
-
-        agree(self.world, write)
+        """Have the first rank write `values`."""
+        if self.metrics:
+            self.metrics.log(self.step, values, line)
 
     def _open_metrics(self) -> MetricsLogger | None:
         if not self.world.is_first:

@@ -110,23 +110,27 @@ def test_a_loader_that_dies_on_one_rank_ends_all_with_1_and_the_run_goes_on(tmp_
     assert_same_checkpoint(checkpoint(run_folder, 20), checkpoint(whole, 20))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_numbers_that_cannot_be_written_end_all_with_1_and_the_run_goes_on(tmp_path, config, ranks):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank-1.log"])
+def test_numbers_or_a_log_that_cannot_be_written_end_no_rank(tmp_path, config, name):
     """The device that is always full stands in for the disk."""
     run_folder, whole = tmp_path / "run", tmp_path / "whole"
     settings = (*SHORT, "--checkpoint.interval", "2")
-    assert on_ranks(ranks, run, config, *settings, "--job.dump_folder", str(whole)) == [0] * ranks
-    assert on_ranks(ranks, run, config, *settings, "--training.steps", "2") == [0] * ranks
-    numbers = run_folder / "metrics.jsonl"
-    numbers.unlink()
-    numbers.symlink_to("/dev/full")
-    message = assert_all_end(on_ranks(ranks, run_and_listen, config, *settings), 1)
-    assert message.startswith(f"failed: the numbers of the run could not be written to {run_folder} ([Errno 28]")
-    assert message.count("\n") == 1
-    assert saved(run_folder) == ["step-00000002"]
-    numbers.unlink()
-    assert on_ranks(ranks, run, config, *settings) == [0] * ranks
+    assert on_ranks(2, run, config, *settings, "--job.dump_folder", str(whole)) == [0] * 2
+    full = run_folder / name
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    ended = on_ranks(2, run_and_listen, config, *settings)
+    assert [each.code for each in ended] == [0] * 2, ended[0].err
+    warned = f"{full} cannot be written (No space left on device); its lines wait in memory until it can"
+    assert [each.out.count(warned) for each in ended] == [name == "metrics.jsonl", name != "metrics.jsonl"]
     assert_same_checkpoint(checkpoint(run_folder, 6), checkpoint(whole, 6))
+
+
+def test_a_log_that_has_no_place_on_one_rank_is_refused_on_all(tmp_path, config):
+    (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)
+    ended = on_ranks(2, run_and_listen, config, *SHORT)
+    assert assert_all_end(ended, 2) == f"error: job.dump_folder = {tmp_path}/run: cannot be written (Is a directory)\n"
+    assert saved(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
