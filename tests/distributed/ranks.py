@@ -21,7 +21,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     """
     context = multiprocessing.get_context("forkserver")
     # The server imports once; each rank is a fork of it and starts in a tenth of a second instead of four.
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "swamla_titan.train", __name__])
+    context.set_forkserver_preload(["tests.distributed.preload"])
     # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []

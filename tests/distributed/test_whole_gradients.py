@@ -124,26 +124,10 @@ def _differences(parallel: dict[str, Any], dtype: str, shape: ModelConfig, toler
     return wrong
 
 
-@pytest.mark.parametrize("plan", SAME_PRODUCTS)
-def test_in_bfloat16_a_plan_computes_what_one_process_does(plan):
-    """With gains that bfloat16 would round to 1, loss and gradients are equal but for the order of float32 sums.
-
-    Untied, for FSDP2 adds the two gradients of a tied weight in bfloat16, and autograd alone in float32.
-    """
-    ranks, parallel, _ = PLANS[plan]
-    shape = shape_of(plan, tie_embeddings=False)
-    for found in on_ranks(ranks, _differences, parallel, "bfloat16", shape, 1e-5):
-        assert found == []
+Held = tuple[list[str], list[list[set[str]]], int, dict[str, Any]]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_loss_and_gradients_are_those_of_one_process(plan):
-    ranks, parallel, _ = PLANS[plan]
-    for found in on_ranks(ranks, _differences, parallel, "float32", shape_of(plan, **DYNAMIC_TANH), 1e-5):
-        assert found == []
-
-
-def _held(parallel: dict[str, Any], shape: ModelConfig) -> tuple[list[str], list[list[set[str]]], int, dict[str, Any]]:
+def _held(parallel: dict[str, Any], shape: ModelConfig) -> Held:
     """Norms that are not whole and float32; kinds of tensors in each optimizer's groups; messages; norms in the end."""
     world = join_world(Parallel(**parallel))
     config = configured(parallel, "bfloat16", shape)
@@ -184,12 +168,25 @@ def _held(parallel: dict[str, Any], shape: ModelConfig) -> tuple[list[str], list
     return wrong, kinds, messages, {name: local(p.detach()).tolist() for name, p in norms.items()}
 
 
+def _findings(plan: str) -> tuple[list[str], list[str], Held]:
+    """Of one plan, by one start of its ranks: what differs in bfloat16 and in float32, and what each rank holds."""
+    _, parallel, _ = PLANS[plan]
+    # Untied, for FSDP2 adds the two gradients of a tied weight in bfloat16, and autograd alone in float32.
+    untied = shape_of(plan, tie_embeddings=False)
+    narrow = _differences(parallel, "bfloat16", untied, 1e-5) if plan in SAME_PRODUCTS else []
+    exact = _differences(parallel, "float32", shape_of(plan, **DYNAMIC_TANH), 1e-5)
+    return narrow, exact, _held(parallel, shape_of(plan))
+
+
 @pytest.mark.parametrize("plan", PLANS)
-def test_each_rank_keeps_norms_in_float32_and_alike(plan):
-    ranks, parallel, expected_messages = PLANS[plan]
-    results = on_ranks(ranks, _held, parallel, shape_of(plan))
+def test_a_plan_computes_what_one_process_does_and_each_rank_keeps_norms_in_float32_and_alike(plan):
+    """Equal but for the order of float32 sums, also with gains that bfloat16 would round to 1."""
+    ranks, _, expected_messages = PLANS[plan]
+    results = on_ranks(ranks, _findings, plan)
     norms: dict[str, Any] = {}
-    for wrong, kinds, messages, held in results:
+    for narrow, exact, (wrong, kinds, messages, held) in results:
+        assert narrow == [], "in bfloat16"
+        assert exact == [], "in float32"
         assert wrong == []
         assert all(len(kind) == 1 for groups in kinds for kind in groups)  # a fused optimizer takes no mixture
         assert messages == expected_messages
