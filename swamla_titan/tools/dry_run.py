@@ -16,8 +16,8 @@ from swamla_titan.train.data_record import read_data_record
 from swamla_titan.train.dump_folder import refuse_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import require_wandb
+from swamla_titan.train.open_data import open_data
 from swamla_titan.train.record import record_to_resume
-from swamla_titan.train.trainer import open_data
 from swamla_titan.train.validation import Validator
 
 

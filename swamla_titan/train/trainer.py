@@ -4,54 +4,44 @@ import dataclasses
 import gc
 import logging
 import math
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from swamla_titan.config import Config, to_toml, with_vocabulary
-from swamla_titan.config.rules import retry_seconds
+from swamla_titan.config import Config, to_toml
 from swamla_titan.data import (
     BatchLoader,
-    Corpus,
     StepBatch,
-    ValidationSet,
-    build_validation_set,
-    load_tokenizer,
     micro_batch_count,
     micro_batches,
-    open_corpus,
     pinned,
     rows_at_a_time,
 )
-from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RankFailed, RunFailed, UserError
+from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import build_optimizer, lr_factor, set_learning_rate, skip_where
+from swamla_titan.optim import lr_factor, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import World, join_world, leave_world
+from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
-from swamla_titan.train.bad_steps import BadSteps, are_finite, warning
-from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.bad_steps import are_finite, warning
+from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
 from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
-from swamla_titan.train.dump_folder import exclusive, log_to_folder, prepare_folder
+from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.next_batch import next_batch
-from swamla_titan.train.numerics import seed_of, set_numerics
-from swamla_titan.train.out_of_memory import explained_out_of_memory
+from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.open_data import open_data
 from swamla_titan.train.profiling import StepProfiler
-from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.record import Record, record_to_resume
-from swamla_titan.train.rewinding import Rewinding
 from swamla_titan.train.saving import Saver
 from swamla_titan.train.signals import Stop, StopRequest
 from swamla_titan.train.skipped_files import SkippedFiles
+from swamla_titan.train.state import TrainingState
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
 from swamla_titan.train.watchdog import Watchdog
@@ -92,17 +82,9 @@ class Trainer:
         self.identity = run_identity(config, corpus)
         record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
 
-        self.model = ParallelModel(config, world)
-        if not newest:
-            self.model.init_weights(config.job.seed)
-        self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
-        self.bad_steps = self.rewinding = None
-        if config.fault_tolerance.skip_bad_steps:
-            weights_device = torch.device("cpu") if config.parallel.cpu_offload else self.device
-            self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
-            self.rewinding = Rewinding(config, self.checkpoints, self.bad_steps, world)
-        if newest:
-            self._load(newest, record.step)
+        self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
+        self.model, self.optimizers = self.state.model, self.state.optimizers
+        self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
@@ -319,7 +301,7 @@ class Trainer:
         if self.rewinding.is_possible(self.step):
             with self.throughput.paused(), self.watchdog.pause("rewind"):
                 self.saver.settle()
-                target = self.rewinding.rewind(self.step, self._load_tensors)
+                target = self.rewinding.rewind(self.step, self.state.load_into)
             if target:
                 logger.warning("%s: %s; %s lists their data", what, self.rewinding.told(target, self.step), path)
                 return
@@ -349,85 +331,10 @@ class Trainer:
             cursors = merged(self.world, self.loader.state_dict(self.sequences))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
-            self.saver.save(self._tensors(), record, self._files(), last)
+            self.saver.save(self.state.tensors(self.step), record, self._files(), last)
 
     def _files(self) -> dict[str, bytes]:
         """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
         files = {CONFIG: to_toml(self.config).encode(), DATA_RECORD: self.data_record}
         vocabulary = Path(self.config.data.tokenizer)
         return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
-
-    def _tensors(self) -> dict[str, Any]:
-        history = {}
-        if self.bad_steps and self.rewinding:
-            history = {"bad_steps": self.bad_steps.state() | self.rewinding.state(self.step)}
-        random = {"random": random_state(self.device, self.world.rank)}
-        return tensors_of(self.model.parts, self.optimizers) | history | random
-
-    def _load(self, path: Path, step: int) -> None:
-        # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
-        torch.manual_seed(seed_of(self.config.job.seed, self.world.rank, step))
-        random = {"random": random_state(self.device, self.world.rank)}
-        self._load_tensors(path, random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {}))
-        set_random_state(random["random"], self.device, self.world.rank)
-        if self.bad_steps:
-            self.bad_steps.resume(step)
-
-    def _load_tensors(self, path: Path, rest: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Fill weights, optimizer states and `rest` from a checkpoint, in place."""
-        # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
-        for part, optimizer in zip(self.model.parts, self.optimizers):
-            load_tensors(path, tensors_of([part], [optimizer]) | rest, self.world)
-
-
-def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
-    """The training data and what validation reads, and the configuration with the tokenizer's vocabulary in it.
-
-    `recorded` is what the checkpoint to resume from says of the data, see read_data_record.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = with_vocabulary(config, tokenizer.vocab_size)
-    data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
-    corpus = open_corpus(data, config.validation, config.job.seed, tokenizer, recorded)
-    if not config.validation.interval:
-        return config, corpus, None
-    return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
-
-
-def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
-    """Whether a run that ends with this kind of exception, None: in order, ends on this rank only, for all it knows.
-
-    The others are then in a collective that it does not come to, and whatever waits for the device, as NCCL's good-bye
-    does, would stand still until a time-out, with the error untold. The launcher sees a process that dies, and ends the
-    others.
-    """
-    return kind is not None and (not issubclass(kind, UserError | RunFailed) or issubclass(kind, RankFailed))
-
-
-def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
-    """Say good-bye to the other processes, unless this one is in trouble alone."""
-    if not _in_trouble_alone(kind):
-        leave_world()
-
-
-def train(config: Config) -> int:
-    """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
-    stop = StopRequest()
-    with ExitStack() as stack:
-        stack.callback(stop.forget)
-        stack.push(_leave_together)
-        world = join_world(config.parallel)
-        if asked := stop.agreed(world.largest):
-            return asked.code
-        folder = Path(config.job.dump_folder)
-        # One rank holds the folder for all; the lock does not travel, so nothing is returned.
-        from_first(world, lambda: stack.enter_context(exclusive(folder)))
-        watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
-        stack.callback(watchdog.close)
-        stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
-        trainer = Trainer(config, world, stop, watchdog)
-        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
-        if asked := stop.agreed(world.largest):
-            return asked.code
-        stop.finish_step_first = True
-        return trainer.run()

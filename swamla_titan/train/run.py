@@ -1,0 +1,53 @@
+"""A process's part in a run, from joining the others to leaving them."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from swamla_titan.config import Config
+from swamla_titan.errors import RankFailed, RunFailed, UserError
+from swamla_titan.parallel.agreement import from_first
+from swamla_titan.parallel.world import join_world, leave_world
+from swamla_titan.train.dump_folder import exclusive
+from swamla_titan.train.out_of_memory import explained_out_of_memory
+from swamla_titan.train.signals import StopRequest
+from swamla_titan.train.trainer import Trainer
+from swamla_titan.train.watchdog import Watchdog
+
+
+def train(config: Config) -> int:
+    """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
+    stop = StopRequest()
+    with ExitStack() as stack:
+        stack.callback(stop.forget)
+        stack.push(_leave_together)
+        world = join_world(config.parallel)
+        if asked := stop.agreed(world.largest):
+            return asked.code
+        folder = Path(config.job.dump_folder)
+        # One rank holds the folder for all; the lock does not travel, so nothing is returned.
+        from_first(world, lambda: stack.enter_context(exclusive(folder)))
+        watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
+        stack.callback(watchdog.close)
+        stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
+        trainer = Trainer(config, world, stop, watchdog)
+        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
+        if asked := stop.agreed(world.largest):
+            return asked.code
+        stop.finish_step_first = True
+        return trainer.run()
+
+
+def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
+    """Whether a run that ends with this kind of exception, None: in order, ends on this rank only, for all it knows.
+
+    The others are then in a collective that it does not come to, and whatever waits for the device, as NCCL's good-bye
+    does, would stand still until a time-out, with the error untold. The launcher sees a process that dies, and ends the
+    others.
+    """
+    return kind is not None and (not issubclass(kind, UserError | RunFailed) or issubclass(kind, RankFailed))
+
+
+def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
+    """Say good-bye to the other processes, unless this one is in trouble alone."""
+    if not _in_trouble_alone(kind):
+        leave_world()

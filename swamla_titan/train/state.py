@@ -1,0 +1,64 @@
+"""What training changes, as tensors: made for a configuration, given to a checkpoint, filled from one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swamla_titan.config import Config
+from swamla_titan.optim import build_optimizer
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.world import World
+from swamla_titan.train.bad_steps import BadSteps
+from swamla_titan.train.checkpoint import Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.numerics import seed_of
+from swamla_titan.train.random_state import random_state, set_random_state
+from swamla_titan.train.rewinding import Rewinding
+
+
+class TrainingState:
+    """This rank's part of the model and of the optimizers, the history of bad steps, and the random states.
+
+    `bad_steps` and `rewinding` are None where bad steps are not skipped.
+    """
+
+    def __init__(self, config: Config, world: World, checkpoints: Checkpoints, newest: Path | None, step: int) -> None:
+        """As of `step`: from the checkpoint `newest`, or without one as a run begins."""
+        self._seed, self._world = config.job.seed, world
+        self.model = ParallelModel(config, world)
+        if not newest:
+            self.model.init_weights(config.job.seed)
+        self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
+        self.bad_steps = self.rewinding = None
+        if config.fault_tolerance.skip_bad_steps:
+            weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device
+            self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
+            self.rewinding = Rewinding(config, checkpoints, self.bad_steps, world)
+        if newest:
+            self._load(newest, step)
+
+    def tensors(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` holds: the live tensors, but copies of the random states."""
+        history = {}
+        if self.bad_steps and self.rewinding:
+            history = {"bad_steps": self.bad_steps.state() | self.rewinding.state(step)}
+        return tensors_of(self.model.parts, self.optimizers) | history | self._random()
+
+    def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:
+        """Fill weights, optimizer states and `rest` from a checkpoint, in place."""
+        # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
+        for part, optimizer in zip(self.model.parts, self.optimizers):
+            load_tensors(path, tensors_of([part], [optimizer]) | rest, self._world)
+
+    def _load(self, path: Path, step: int) -> None:
+        # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
+        torch.manual_seed(seed_of(self._seed, self._world.rank, step))
+        random = self._random()
+        self.load_into(path, random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {}))
+        set_random_state(random["random"], self._world.device, self._world.rank)
+        if self.bad_steps:
+            self.bad_steps.resume(step)
+
+    def _random(self) -> dict[str, dict[str, Tensor]]:
+        return {"random": random_state(self._world.device, self._world.rank)}
