@@ -80,6 +80,23 @@ def test_with_other_data_they_begin_anew_and_the_weights_go_on(tiny, tmp_path, c
     assert rows_fed(tiny, *MORE, *change, "--training.steps", "6") == sequences(tmp_path / "run", 15)[10:]
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip_file"])
+def test_a_run_goes_on_with_other_files(tiny, tmp_path, on_error):
+    files = {}
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(f"the {name} document {i} " * 50)
+        files[name] = ("--data.source", "local", "--data.path", str(tmp_path / name), "--data.on_error", on_error)
+    assert train(tiny, *FIRST, *files["one"]) == 0
+    assert train(tiny, *MORE, *files["other"]) == 2
+    fed = rows_fed(tiny, *MORE, *files["other"], "--checkpoint.allow", "data")
+    text = bytes(token for row in fed for token in row if token < 256).decode()
+    assert "other document" in text
+    assert "one document" not in text
+    assert fed == sequences(tmp_path / "run", 10)
+
+
 def test_what_the_weights_leave_open_may_differ_and_their_shapes_may_not(tiny, tmp_path, capsys):
     assert train(tiny, *FIRST, "--optimizer.lr", "0") == 0
     before = tensors(checkpoint(tmp_path / "run", 3))
