@@ -21,7 +21,7 @@ agent=       # torchrun's process id
 asked_at=    # when the first signal came, in seconds
 interrupted= # a signal interrupted the wait
 killed_by=   # the number of the signal that ended all at once
-idle=        # there were no workers when the signal came
+idle=        # there had been no workers when the signal came
 
 # Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet; with `unended`,
 # only of those that have not left their code.
@@ -72,8 +72,9 @@ stop() {
     # Terminals and schedulers signal the workers as well. Those have a second to say so, and get it only once then.
     sleep 1 || true
     for pid in $(workers unaware); do kill -s "$1" "$pid" 2>/dev/null || true; done
-    # None runs and none has ended well: torchrun waits for other machines, and there is nothing to save.
-    if [[ -n $agent && -z $(workers) ]] && ! said 0 && ! said 2 && ! said 75; then
+    # None has ever started: torchrun waits for other machines, and there is nothing to save. Later, between two starts,
+    # the next one has to come: it tells the other machines.
+    if [[ -n $agent ]] && ! compgen -G "$folder/*.pid" >/dev/null; then
       idle=1
       kill_all
     fi

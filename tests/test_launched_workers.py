@@ -1,7 +1,7 @@
 """run_train.sh with real torchrun and several processes on the CPU, and a small trainer in place of ours.
 
-The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, parallel/launcher.py and
-train/signals.py; what it trains is a script of a few lines.
+The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, parallel/launcher.py, agent.py and
+meeting_point.py, train/signals.py; what it trains is a script of a few lines.
 """
 
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point")]
 
 # main(["train", CONFIG, WHAT, FOLDER]): each process appends a line for its start to a file of its own.
 TRAINER = """
@@ -42,7 +43,35 @@ def main():
         time.sleep(60)
     if what in ("stop", "deaf"):
         return until_stopped(folder, rank, what)
+    if what == "grow":
+        return until_all_are_there(folder, rank)
     return 0
+
+def until_all_are_there(folder, rank):
+    # A group of fewer than three takes steps until one of them is asked to stop; then all end with the same step.
+    from swamla_titan.train.signals import StopRequest
+    size = int(os.environ["WORLD_SIZE"])
+    stop = StopRequest()
+    stop.finish_step_first = True
+    turn, end = 0, time.monotonic() + 100
+    def largest(own):  # in place of a collective: what each has, in a file
+        nonlocal turn
+        turn += 1
+        files = [folder / f"turn-{os.environ['MASTER_PORT']}-{turn}-{each}" for each in range(size)]
+        files[int(rank)].write_text(f"{own:.0f}.")
+        while not all(file.exists() and file.read_text().endswith(".") for file in files):
+            time.sleep(0.01)
+            assert time.monotonic() < end
+        return max(float(file.read_text()) for file in files)
+    (folder / f"ready-{size}-{rank}").touch()
+    while True:
+        asked = stop.agreed(largest)
+        if asked or size == 3:
+            stop.forget()
+            with open(folder / "ended", "a") as file:
+                file.write(f"{size} {asked.code if asked else 0}\\n")
+            return asked.code if asked else 0
+        time.sleep(0.1)
 
 def until_stopped(folder, rank, what):
     from swamla_titan.train.signals import StopRequest
@@ -70,7 +99,7 @@ class Launch:
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("__main__.py", "errors.py", "process_end.py", "parallel/launcher.py", "train/signals.py"):
+        for name in ("__main__.py", "errors.py", "process_end.py", *PARALLEL, "train/signals.py"):
             (self.root / "swamla_titan" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "swamla_titan" / name, self.root / "swamla_titan" / name)
         (self.root / "swamla_titan/cli.py").write_text(TRAINER)
@@ -101,9 +130,9 @@ class Launch:
     def starts(self, rank: int) -> list[str]:
         return (self.seen / f"rank-{rank}").read_text().splitlines()
 
-    def wait_until_ready(self, size: int = 2) -> None:
+    def wait_until_ready(self, size: int = 2, prefix: str = "") -> None:
         end = time.monotonic() + 60
-        while not all((self.seen / f"ready-{rank}").exists() for rank in range(size)):
+        while not all((self.seen / f"ready-{prefix}{rank}").exists() for rank in range(size)):
             assert time.monotonic() < end, "the workers did not start"
             time.sleep(0.02)
 
@@ -244,13 +273,60 @@ def assert_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_two_machines_end_with_the_same_code(launch: Launch) -> None:
-    """Two launchers on this one, each for a machine of one process."""
+def endpoint() -> str:
+    """One at which nobody listens yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"NNODES": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_two_machines_end_with_the_same_code(launch: Launch) -> None:
+    """Two launchers on this one, each for a machine of one process."""
+    settings = {"NNODES": "2", "RDZV_ENDPOINT": endpoint()}
     both = [launch.start("75", 1, **settings) for _ in range(2)]
     assert [process.wait(timeout=60) for process in both] == [75, 75]
     assert launch.starts(0)[0].startswith("2 0")
     assert launch.starts(1)[0].startswith("2 0")
+
+
+@pytest.fixture
+def two_of_three(launch: Launch) -> tuple[dict[str, str], list["subprocess.Popen[str]"]]:
+    """Two launchers of an elastic run, their workers training, and the settings with which a third would join."""
+    settings = {
+        "NNODES": "1:3",
+        "RDZV_ENDPOINT": endpoint(),
+        "MAX_RESTARTS": "0",
+        "PET_RDZV_CONF": "last_call_timeout=4",
+    }
+    two = [launch.start("grow", 1, **settings) for _ in range(2)]
+    launch.wait_until_ready(2, "2-")
+    return settings, two
+
+
+def test_a_machine_that_joins_makes_all_start_again_costs_no_restart_and_ends_nothing(
+    launch: Launch, two_of_three: tuple[dict[str, str], list["subprocess.Popen[str]"]]
+) -> None:
+    """The first worker that torchrun stops takes the other with it, before the other's torchrun knows why."""
+    settings, two = two_of_three
+    three = [*two, launch.start("grow", 1, **settings)]
+    assert [process.wait(timeout=100) for process in three] == [0, 0, 0]
+    ended = sorted((launch.seen / "ended").read_text().splitlines())
+    assert ended[-3:] == ["3 0"] * 3
+    assert ended[:-3] == ["2 76"] * 2 or ended[:-3] == ["1 76"] + ["2 76"] * 2  # one of the two may have been first
+    assert not launch.left_over()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_machine_while_another_joins_ends_all_with_75(
+    launch: Launch, two_of_three: tuple[dict[str, str], list["subprocess.Popen[str]"]], number: signal.Signals
+) -> None:
+    settings, two = two_of_three
+    three = [*two, launch.start("grow", 1, **settings)]
+    end = time.monotonic() + 60
+    while not any(list(folder.glob("regroup")) for folder in launch.left_over()):
+        assert time.monotonic() < end, "torchrun did not stop the workers"
+        time.sleep(0.005)
+    two[0].send_signal(number)
+    codes = [process.wait(timeout=100) for process in three]
+    assert codes == [75, 75, 75]
+    assert "3 0" not in (launch.seen / "ended").read_text()

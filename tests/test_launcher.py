@@ -191,7 +191,7 @@ def test_every_gpu_that_is_there_is_used(repository: Repository) -> None:
 def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository) -> None:
     recorded = repository.train("debug", "--training.steps", "3", NGPU="4", LOG_RANK="1,3", MAX_RESTARTS="0")
     config = f"{repository.root}/train_configs/debug.toml"
-    assert recorded[:3] == ["-m", "torch.distributed.run", "--log-dir"]
+    assert recorded[:3] == ["-m", "swamla_titan.parallel.agent", "--log-dir"]
     flags = recorded[4 : recorded.index("-m", 1)]
     assert flags == [
         *("--signals-to-handle", "SIGQUIT"),

@@ -9,7 +9,16 @@ import pytest
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
-from swamla_titan.parallel.launcher import FOLDER, FORWARDED, acknowledge_stop, exit_through_launcher, speaks
+from swamla_titan.parallel import launcher
+from swamla_titan.parallel.launcher import (
+    FOLDER,
+    FORWARDED,
+    acknowledge_stop,
+    exit_through_launcher,
+    regrouping,
+    speaks,
+    stop_asked,
+)
 from swamla_titan.parallel.world import join_world
 from swamla_titan.tools.preflight import main as preflight
 from swamla_titan.train.signals import StopRequest
@@ -82,6 +91,89 @@ def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> 
     (folder / "3.stopping").touch()
     assert exit_through_launcher(main) == 0
     assert (folder / "3.stopping").exists()
+
+
+@pytest.fixture
+def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+
+
+@pytest.mark.parametrize("text, expected", [("USR1\n", signal.SIGUSR1), ("INT\n", signal.SIGINT), ("", signal.SIGTERM)])
+@pytest.mark.usefixtures("two_machines")
+def test_after_a_signal_to_the_launcher_a_worker_of_several_machines_begins_to_tell_the_others(
+    folder: Path, text: str, expected: signal.Signals
+) -> None:
+    (folder / "stop").write_text(text)
+    told = []
+
+    def main() -> int:
+        stop = StopRequest()
+        told.append(stop.agreed(lambda own: own))
+        stop.forget()
+        return told[0].code
+
+    assert exit_through_launcher(main) == 0
+    assert told[0].reason == f"stopped by {expected.name}"
+    assert (folder / "3.code").read_text() == "75"
+    assert (folder / "3.stopping").exists()
+
+
+@pytest.mark.usefixtures("two_machines")
+def test_sigterm_while_torchrun_regroups_is_no_stop_and_leaves_the_users_signals_as_they_are(folder: Path) -> None:
+    def main() -> int:
+        stop = StopRequest()
+        assert stop.agreed(lambda own: own) is None
+        with regrouping():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # no second signal
+            asked = stop.agreed(lambda own: own)
+            assert asked
+            assert asked.code == 76
+            assert not (folder / "3.stopping").exists()
+            os.kill(os.getpid(), signal.SIGUSR1)  # the user's, at the same time
+            assert (folder / "3.stopping").exists()
+            asked = stop.agreed(lambda own: own)
+            assert asked
+            assert (asked.code, asked.reason) == (75, "stopped by SIGUSR1")
+        stop.forget()
+        return 0
+
+    assert exit_through_launcher(main) == 0
+    assert not (folder / "regroup").exists()
+
+
+@pytest.mark.usefixtures("folder", "two_machines")
+def test_where_only_another_rank_was_told_of_the_change_all_stop_for_it() -> None:
+    stop = StopRequest()
+    asked = stop.agreed(lambda own: max(own, 1.0))
+    assert asked
+    assert asked.code == 76
+    asked = stop.agreed(lambda own: max(own, 1.0, float(signal.SIGINT)))  # a user's signal elsewhere comes first
+    assert asked
+    assert asked.reason == "stopped by SIGINT"
+    stop.forget()
+
+
+def test_a_worker_stopped_for_a_change_ends_when_its_torchrun_is_there_and_leaves_no_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    assert exit_through_launcher(lambda: 76) == 76
+    assert waited == [launcher.AGENT_COMES]
+    with regrouping():
+        assert exit_through_launcher(lambda: 76) == 76
+    assert waited == [launcher.AGENT_COMES]
+    assert sorted(path.name for path in folder.iterdir()) == ["3.pid"]
+
+
+def test_without_a_launcher_there_is_no_folder_to_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with regrouping():
+        assert stop_asked() is None
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_launched_workers import assert_gone
 from tests.train.runs import checkpoint, metrics, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -105,17 +106,96 @@ def test_a_job_of_two_processes_is_done(tmp_path: Path, start: Start) -> None:
 SLOW = ("--training.local_batch_size", "1", "--training.seq_len", "256")
 
 
+def everything(temporary: Path) -> list[int]:
+    """The processes of the job: launcher, torchrun, workers, loaders and their servers."""
+    (folder,) = temporary.glob("swamla-titan.*")
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"SWAMLA_TITAN_LAUNCH_FOLDER={folder}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except (OSError, ProcessLookupError):  # it has ended
+            continue
+    return found
+
+
 @pytest.mark.slow  # each starts the program twice, under torchrun: 30 s and more on a busy machine
-def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize(
+    "number, to",
+    [
+        (signal.SIGTERM, "the launcher"),
+        (signal.SIGUSR1, "the launcher"),
+        (signal.SIGTERM, "rank 1"),
+        (signal.SIGUSR1, "everything"),  # as SLURM does
+    ],
+)
+def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(
+    tmp_path: Path, temporary: Path, start: Start, number: signal.Signals, to: str
+) -> None:
     process = start(*SLOW)
     wait_for_step(tmp_path / "run", 2, process)
-    process.send_signal(signal.SIGTERM)
+    told = {"the launcher": [process.pid]}
+    if to == "rank 1":
+        told[to] = [worker(temporary, 1)]
+    elif to == "everything":
+        told[to] = [process.pid, *everything(temporary)]
+        assert len(told[to]) >= 7  # launcher, torchrun, two workers, two loaders, a server of theirs
+    for pid in told[to]:
+        os.kill(pid, number)
     out = end(process, 75)
-    assert "stopped by SIGTERM after step " in out
+    assert f"stopped by {number.name} after step " in out
     stopped = max(metrics(tmp_path / "run"))
     assert stopped < STEPS
     assert checkpoint(tmp_path / "run", stopped).is_dir()
     assert f"resumed from {checkpoint(tmp_path / 'run', stopped)}" in end(start(*SLOW), 0)
+    assert_finished(tmp_path / "run")
+
+
+# rank 1 of the first start takes a nap in the step after SIGUSR2: the first signal must wait for it.
+NAP = """
+import os, signal, time
+if os.environ.get("RANK") == "1":
+    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(60))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once_and_the_same_command_goes_on(
+    tmp_path: Path, temporary: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NAP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    process = start(*SLOW)
+    wait_for_step(tmp_path / "run", 4, process)
+    pids = everything(temporary)
+    os.kill(worker(temporary, 1), signal.SIGUSR2)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    end(process, 128 + signal.SIGTERM)
+    assert time.monotonic() - begin < 20
+    assert not (tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}").exists()
+    assert len(pids) >= 7
+    monkeypatch.delenv("PYTHONPATH")
+    assert "resumed from " in end(start(*SLOW), 0)
+    assert_finished(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_itself_is_killed_and_no_worker_is_left_behind(tmp_path: Path, temporary: Path, start: Start) -> None:
+    process = start(*SLOW)
+    wait_for_step(tmp_path / "run", 4, process)
+    pids = [worker(temporary, rank) for rank in range(2)]
+    (torchrun,) = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
+    os.kill(torchrun, signal.SIGKILL)
+    end(process, 1)
+    for pid in pids:
+        assert_gone(pid)
+    assert f"resumed from {checkpoint(tmp_path / 'run', 3)}" in end(start(*SLOW), 0)
     assert_finished(tmp_path / "run")
 
 
