@@ -83,11 +83,19 @@ def test_float32_too(tmp_path: Path):
     _assert_equal(2, [{"mode": "operators", "backend": "aot_eager"} | single], single, 2e-6)
 
 
-@pytest.mark.parametrize("recipe", ["rowwise", "rowwise_with_gw_hp"])
-def test_float8_too(recipe: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "recipe, combinations",
+    [
+        ("rowwise", [("operators", False), ("full", True)]),
+        ("rowwise_with_gw_hp", [("operators", True)]),
+        pytest.param("rowwise", [("operators", True)], marks=pytest.mark.slow),
+        pytest.param("rowwise_with_gw_hp", [("operators", False), ("full", True)], marks=pytest.mark.slow),
+    ],
+)
+def test_float8_too(recipe: str, combinations: list[tuple[str, bool]], tmp_path: Path):
+    """Each combination is a mode of checkpointing, compiled or not."""
     # Gradients of weights are products over a rank's tokens, and their scales cover those alone. Both recipes round
     # scales to powers of two, which do not change how a number is rounded. "tensorwise" does not, and ranks differ.
     single = {"folder": str(tmp_path), "dtype": torch.float32, "float8": recipe}
-    plans = [{"mode": "operators"} | single, {"mode": "full", "backend": "aot_eager"} | single]
-    plans.append({"mode": "operators", "backend": "aot_eager"} | single)
+    plans = [{"mode": mode} | ({"backend": "aot_eager"} if code else {}) | single for mode, code in combinations]
     _assert_equal(2, plans, single, 1e-5)

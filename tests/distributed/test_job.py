@@ -1,9 +1,11 @@
 """A job ends as one: whatever befalls one of its ranks, all save the same step and end with the same code."""
 
+import functools
 import json
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +24,20 @@ def config(tmp_path: Path) -> str:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY.format(folder=tmp_path))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By number of ranks, the folder of a SHORT run that nothing befell: trained once for all tests."""
+
+    @functools.cache
+    def trained(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        (folder / "tiny.toml").write_text(TINY.format(folder=folder))
+        assert on_ranks(ranks, run, str(folder / "tiny.toml"), *SHORT) == [0] * ranks
+        return folder / "run"
+
+    return trained
 
 
 def assert_all_end(ended: list[Ended], code: int) -> str:
@@ -56,8 +72,10 @@ def two_streams(folder: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("at", [{1: 3}, {0: 3}, {0: 4, 1: 3}, {0: 3, 1: 3}], ids=str)
-def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_goes_on(tmp_path, config, at):
-    run_folder, whole = tmp_path / "run", tmp_path / "whole"
+def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_goes_on(
+    tmp_path, config, undisturbed, at
+):
+    run_folder, whole = tmp_path / "run", undisturbed(2)
     ended = on_ranks(2, run_signalled, signal.SIGTERM, at, config, *SHORT)
     assert assert_all_end(ended, 75) == ""
     assert "stopped by SIGTERM after step 3" in ended[0].out
@@ -65,7 +83,6 @@ def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_g
     for rank in range(2):
         assert "stopped by SIGTERM after step 3" in (run_folder / f"logs/rank-{rank}.log").read_text()
     assert on_ranks(2, run, config, *SHORT) == [0, 0]
-    assert on_ranks(2, run, config, *SHORT, "--job.dump_folder", str(whole)) == [0, 0]
     assert_same_checkpoint(checkpoint(run_folder, 6), checkpoint(whole, 6))
     assert metrics(run_folder) == metrics(whole)
 
@@ -73,14 +90,22 @@ def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_g
 # what one rank alone finds out
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("bad", ["a", "b"])
+@pytest.mark.parametrize(
+    "bad, workers",
+    [
+        ("a", "1"),
+        ("b", "0"),
+        pytest.param("a", "0", marks=pytest.mark.slow),
+        pytest.param("b", "1", marks=pytest.mark.slow),
+    ],
+)
 def test_a_line_that_one_rank_alone_cannot_read_ends_all_with_2_and_what_was_learnt_is_saved(
     tmp_path, config, bad, workers
 ):
     run_folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = (*two_streams(tmp_path / "corpus"), "--data.num_workers", workers)
-    assert on_ranks(2, run, config, *settings, "--job.dump_folder", str(whole)) == [0, 0]
+    corpus = two_streams(tmp_path / "corpus")
+    settings, without = ((*corpus, "--data.num_workers", number) for number in (workers, "0"))
+    assert on_ranks(2, run, config, *without, "--job.dump_folder", str(whole)) == [0, 0]
     file = tmp_path / "corpus" / f"{bad}.jsonl"
     good = file.read_text()
     lines = good.splitlines()
@@ -95,15 +120,16 @@ def test_a_line_that_one_rank_alone_cannot_read_ends_all_with_2_and_what_was_lea
 
     # The rank that could read its part must not be one step further in the data than the others.
     file.write_text(good)
-    assert on_ranks(2, run, config, *settings) == [0, 0]
+    assert on_ranks(2, run, config, *without) == [0, 0]
     assert_same_checkpoint(checkpoint(run_folder, 14), checkpoint(whole, 14))
 
 
 def test_a_loader_that_dies_on_one_rank_ends_all_with_1_and_the_run_goes_on(tmp_path, config):
     run_folder, whole = tmp_path / "run", tmp_path / "whole"
-    settings = (*SHORT, "--data.num_workers", "1", "--training.steps", "20")
+    settings = (*SHORT, "--training.steps", "20")
     assert on_ranks(2, run, config, *settings, "--job.dump_folder", str(whole)) == [0, 0]
-    message = assert_all_end(on_ranks(2, run_killed_loader, 1, 4, config, *settings), 1)
+    ended = on_ranks(2, run_killed_loader, 1, 4, config, *settings, "--data.num_workers", "1")
+    message = assert_all_end(ended, 1)
     assert message.startswith("failed: A data loader process ended unexpectedly (exit code -9).")
     assert saved(run_folder) == [f"step-{max(metrics(run_folder)):08d}"]
     assert on_ranks(2, run, config, *settings) == [0, 0]
@@ -111,11 +137,10 @@ def test_a_loader_that_dies_on_one_rank_ends_all_with_1_and_the_run_goes_on(tmp_
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank-1.log"])
-def test_numbers_or_a_log_that_cannot_be_written_end_no_rank(tmp_path, config, name):
+def test_numbers_or_a_log_that_cannot_be_written_end_no_rank(tmp_path, config, undisturbed, name):
     """The device that is always full stands in for the disk."""
-    run_folder, whole = tmp_path / "run", tmp_path / "whole"
+    run_folder, whole = tmp_path / "run", undisturbed(2)
     settings = (*SHORT, "--checkpoint.interval", "2")
-    assert on_ranks(2, run, config, *settings, "--job.dump_folder", str(whole)) == [0] * 2
     full = run_folder / name
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")

@@ -221,7 +221,7 @@ def assert_same_norm(pipeline, reference, world):
     torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-9, atol=0)
 
 
-# In CI every schedule, and of both kinds of sharding those that may and those that may not free weights between passes.
+# In CI every schedule, both kinds of sharding, and weights that are freed between passes and that are not.
 SHARDED_IN_CI = {
     *(("GPipe", "hsdp"), ("1F1B", "fsdp"), ("Interleaved1F1B", "hsdp"), ("Interleaved1F1B", "fsdp")),
     *(("InterleavedZeroBubble", "fsdp"), ("ZBVZeroBubble", "hsdp")),

@@ -1,6 +1,7 @@
 """Recomputation changes memory and work, and nothing else."""
 
-from pathlib import Path
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -75,15 +76,27 @@ def test_dropout_drops_the_same_again(mode: str):
         torch.testing.assert_close(recomputed.gradients[name], gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("mode", ["blocks", "operators", "full"])
-def test_compiled_blocks_keep_and_recompute_the_same(mode: str, tmp_path: Path, eager: dict[str, Seen]):
-    torch._dynamo.reset()
-    seen = {}
-    for each in ("none", mode):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
+    """What compiled blocks did in a mode: each is compiled once."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+
+    @functools.cache
+    def watched(mode: str) -> Seen:
+        torch._dynamo.reset()
         model = small_model()
-        apply_activation_checkpointing(model, MODES[each])
-        compile_model(model, Compile(cache_folder=str(tmp_path)), backend="aot_eager")
-        seen[each] = watch_compiled(model, batch())
+        apply_activation_checkpointing(model, MODES[mode])
+        compile_model(model, Compile(cache_folder=folder), backend="aot_eager")
+        return watch_compiled(model, batch())
+
+    return watched
+
+
+@pytest.mark.parametrize("mode", ["blocks", "operators", "full"])
+def test_compiled_blocks_keep_and_recompute_the_same(
+    mode: str, eager: dict[str, Seen], compiled: Callable[[str], Seen]
+):
+    seen = {each: compiled(each) for each in ("none", mode)}
     assert seen[mode].loss == pytest.approx(eager["none"].loss, rel=1e-13)
     for name, gradient in eager["none"].gradients.items():
         torch.testing.assert_close(seen[mode].gradients[name], gradient, rtol=1e-11, atol=1e-13)

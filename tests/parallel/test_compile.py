@@ -48,10 +48,16 @@ def _train_validate_train(layers: int, mode: str) -> int:
     return seen.graphs
 
 
-@pytest.mark.parametrize("mode", ["none", "operators", "full"])
-def test_graphs_do_not_grow_with_depth(mode: str):
+@pytest.mark.parametrize(
+    "layers, mode",
+    [
+        *((3, "none"), (6, "none"), (6, "operators"), (6, "full")),
+        *(pytest.param(3, mode, marks=pytest.mark.slow) for mode in ("operators", "full")),
+    ],
+)
+def test_graphs_do_not_grow_with_depth(layers: int, mode: str):
     # two kinds of block and the loss, in training and in validation
-    assert _train_validate_train(3, mode) == _train_validate_train(6, mode) == 6
+    assert _train_validate_train(layers, mode) == 6
 
 
 def test_compiling_too_often_is_an_error():
@@ -87,15 +93,13 @@ def test_the_memory_budget_reaches_blocks_and_nothing_else():
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_blocks_under_a_budget_share_code_too():
-    for layers in (3, 6):
-        torch._dynamo.reset()
-        counters.clear()
-        model = small_model(torch.float32, num_layers=layers)
-        compile_model(model, Compile(), memory_budget=0.5, backend="aot_eager")
-        model(batch(), batch()).backward()
-        assert compilation().graphs == 3
-        assert len(gradients(model)) > 0
+@pytest.mark.parametrize("layers", [6, pytest.param(3, marks=pytest.mark.slow)])
+def test_blocks_under_a_budget_share_code_too(layers: int):
+    model = small_model(torch.float32, num_layers=layers)
+    compile_model(model, Compile(), memory_budget=0.5, backend="aot_eager")
+    model(batch(), batch()).backward()
+    assert compilation().graphs == 3
+    assert len(gradients(model)) > 0
 
 
 def test_the_cache_folder_that_is_named_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

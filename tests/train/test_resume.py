@@ -1,28 +1,36 @@
 """A run that is killed and started again equals one that was not, bit for bit."""
 
+import functools
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from swamla_titan.train.checkpoint import Checkpoints
+from tests.conftest import TINY
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
 
 
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    return tmp_path / "run", tmp_path / "undisturbed"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """By what overrides the configuration, the folder of a run that nothing befell: trained once for all tests."""
+
+    @functools.cache
+    def trained(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        (folder / "tiny.toml").write_text(TINY.format(folder=folder))
+        assert train(folder / "tiny.toml", *overrides) == 0
+        return folder / "run"
+
+    return trained
 
 
-def undisturbed(tiny: Path, folder: Path, *overrides: str) -> None:
-    assert train(tiny, "--job.dump_folder", str(folder), *overrides) == 0
-
-
-def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path):
-    run, whole = folders(tmp_path)
-    undisturbed(tiny, whole)
+def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path, undisturbed):
+    run, whole = tmp_path / "run", undisturbed()
     process = start(tiny)
     wait_for(checkpoint(run, 15), process)
     process.send_signal(signal.SIGKILL)
@@ -35,10 +43,9 @@ def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path):
     assert metrics(run, "lr") == metrics(whole, "lr")
 
 
-def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_path):
+def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_path, undisturbed):
     """The builtin corpus in windows of 64 tokens; 5 sequences from 6 streams: cursors stand at different places."""
-    run, whole = folders(tmp_path)
-    undisturbed(tiny, whole, "--checkpoint.interval", "7", "--data.num_workers", "0")
+    run, whole = tmp_path / "run", undisturbed()
     for workers, step in (("2", 7), ("0", 14), ("1", 21)):
         process = start(tiny, "--checkpoint.interval", "7", "--data.num_workers", workers)
         wait_for(checkpoint(run, step), process)
@@ -49,10 +56,9 @@ def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path):
-    run, whole = folders(tmp_path)
+def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, undisturbed):
     fast = ("--compile.enabled", "true", "--training.compute_dtype", "bfloat16", "--checkpoint.interval", "10")
-    undisturbed(tiny, whole, *fast)
+    run, whole = tmp_path / "run", undisturbed(*fast)
     process = start(tiny, *fast)
     wait_for(checkpoint(run, 10), process, seconds=200)
     process.send_signal(signal.SIGKILL)
@@ -64,11 +70,10 @@ def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tin
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, number):
-    run, whole = folders(tmp_path)
+def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, undisturbed, number):
     # Five micro-batches a step: slow enough for the signal to come in time, on a busy machine too.
     slow = ("--training.local_batch_size", "1")
-    undisturbed(tiny, whole, *slow)
+    run, whole = tmp_path / "run", undisturbed(*slow)
     process = start(tiny, *slow)
     wait_for(run / "metrics.jsonl", process)
     while not (run / "metrics.jsonl").read_text():
@@ -92,9 +97,8 @@ def test_a_finished_run_is_left_as_it_is(tiny, tmp_path, capsys):
     assert {name: after[name] for name in before} == before
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capsys):
-    run, whole = folders(tmp_path)
-    undisturbed(tiny, whole)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tiny, tmp_path, capsys, undisturbed):
+    run, whole = tmp_path / "run", undisturbed()
     assert train(tiny) == 0
     victim = next(checkpoint(run, 30).glob("*.distcp"))
     content = bytearray(victim.read_bytes())
