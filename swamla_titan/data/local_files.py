@@ -3,12 +3,11 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from swamla_titan.data.document import Document, Position, too_large
-from swamla_titan.data.faults import DataFault, Fault, of_another_size, readable
+from swamla_titan.data.faults import DataFault, Fault, readable
 from swamla_titan.data.parquet import RowGroup, row_group_sizes
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.text_units import FileRange, WholeFile
@@ -31,25 +30,13 @@ class Unit(Protocol):
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]: ...
 
 
-@dataclass(frozen=True)
-class LostPart:
-    """A part of a file that is not the file which it was when the run began."""
-
-    path: str
-    size: int  # that it had
-
-    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
-        raise of_another_size(self.path, self.size)
-        yield
-
-
 class LocalSource:
     """A file, or every known file below a folder, sorted by path; hidden files and folders are passed over.
 
     `setting` names the configuration key that `path` came from, for messages. A file that cannot be opened raises its
     DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: if there are no
-    other files now than there were, they are divided as they were, and those of another size, or that are gone, have
-    units that cannot be read. That, too, is for `skip_files` only: others are to see that their data have changed.
+    other files now than there were, they are divided as they were, also those of another size, or that are gone: reading
+    comes upon the damage. That, too, is for `skip_files` only: others are to see that their data have changed.
     """
 
     def __init__(
@@ -94,7 +81,7 @@ class LocalSource:
                 pass
             elif name.lower().endswith(PARQUET):
                 for number, group in enumerate(entry["groups"]):
-                    units.append((RowGroup(file, number, text_key, max_document_bytes, group), group))
+                    units.append((RowGroup(file, size, number, text_key, max_document_bytes), group))
             elif name.lower().endswith(cut_in_ranges):
                 json_key = text_key if name.lower().endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else text_separator.encode()
@@ -107,8 +94,6 @@ class LocalSource:
                 self._pass_over(entry, too_large(file, "", size, max_document_bytes, advice))
             else:
                 units.append((WholeFile(file, size), size))
-            if now.get(name) != size:
-                units = [(LostPart(file, size), part_size) for _, part_size in units]
             self._units += [unit for unit, _ in units]
             self._unit_sizes += [part_size for _, part_size in units]
             self._unit_files += [name] * len(units)

@@ -1,5 +1,6 @@
 """Parquet files: each row group is a unit."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swamla_titan.data.document import Document, Position, decode_utf8, too_large
-from swamla_titan.data.faults import DataFault, Fault, one_line, refused
+from swamla_titan.data.faults import DataFault, Fault, of_another_size, one_line, refused
 from swamla_titan.errors import UserError
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
@@ -55,10 +56,10 @@ class RowGroup:
     """The rows of one row group; a document is a row. Reading on from a row passes over the rows before it."""
 
     path: str
+    size: int  # of the file
     group: int
     column: str
     max_document_bytes: int
-    size: int  # of its text, in bytes, as the file encodes it
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         start = position["ordinal"] if position else 0
@@ -66,6 +67,8 @@ class RowGroup:
         place = f"row group {self.group}"
         try:
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+                if os.path.getsize(self.path) != self.size:
+                    raise of_another_size(self.path, self.size)
                 if self.group >= file.metadata.num_row_groups:
                     found = f"only {file.metadata.num_row_groups} row groups"
                     raise DataFault(self.path, place, f"{found} where there were more when the run began")

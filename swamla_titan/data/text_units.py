@@ -1,6 +1,7 @@
 """Text files as units: whole files, and byte ranges of files of many documents."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -48,6 +49,8 @@ class FileRange:
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         with readable(self.path), open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > self.size:  # what is cut short is read up to there
+                raise of_another_size(self.path, self.size)
             start = position["byte"] if position else self._document_start(file, self.start)
             if start is None:
                 raise self._too_large(self.start)

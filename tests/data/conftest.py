@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,9 +30,15 @@ class CorpusMaker:
             lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
             (self.folder / f"part-{number}.jsonl").write_text(lines)
 
-    def open(self, validation: Validation = NO_VALIDATION, seed: int = 7, **keys: object) -> Corpus:
+    def open(
+        self,
+        validation: Validation = NO_VALIDATION,
+        seed: int = 7,
+        recorded: dict[str, Any] | None = None,
+        **keys: object,
+    ) -> Corpus:
         settings = {"source": "local", "path": str(self.folder), "tokenizer": "byte", "streams": 4, "num_workers": 0}
-        return open_corpus(Data(**(settings | keys)), validation, seed)  # type: ignore[arg-type]
+        return open_corpus(Data(**(settings | keys)), validation, seed, recorded=recorded)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -1,0 +1,171 @@
+"""Data that cannot be read, in jobs of several ranks: all train on the same batches, whoever comes upon the damage."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.train import trainer
+from tests.conftest import TINY
+from tests.data.faulty import Fails, flaky, truncate, write_parquet
+from tests.distributed.job import Ended, run, run_and_listen
+from tests.distributed.ranks import on_ranks
+from tests.train.runs import checkpoint, metrics
+
+SKIP = ("--data.on_error", "skip_file", "--data.retry_seconds", "0.2")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(folder=tmp_path))
+    return str(path)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(4):
+        texts = [f"<{number}.{i:02}".ljust(49, ".") for i in range(24)]
+        write_parquet(folder / f"{number}.parquet", texts, rows=12)
+    return folder
+
+
+def settings(corpus: Path, folder: Path, steps: int = 20) -> tuple[str, ...]:
+    return (
+        *("--data.source", "local", "--data.path", str(corpus), "--data.streams", "3", "--data.shuffle_documents", "5"),
+        *("--validation.interval", "0", "--validation.fraction", "0", "--training.steps", str(steps)),
+        *("--job.dump_folder", str(folder), "--checkpoint.keep_latest", "0", "--checkpoint.interval", "10"),
+        *(
+            "--data.num_workers",
+            "0",
+            "--model.dropout",
+            "0",
+            "--lr_schedule.warmup_steps",
+            "0",
+            "--optimizer.lr",
+            "1e-3",
+        ),
+        *("--lr_schedule.name", "wsd", "--lr_schedule.decay_steps", "1"),
+    )
+
+
+def run_flaky(rank: int, fails: list[Fails], counts: Path, delay: float, config: str, *overrides: str) -> Ended:
+    """`run_and_listen`, with a source that fails on rank `rank` alone (-1: on all)."""
+    original, own = trainer.open_corpus, int(os.environ["RANK"])
+    if rank in (own, -1):
+        mine = counts / str(own)
+        counts.mkdir(exist_ok=True)
+        trainer.open_corpus = lambda *arguments: flaky(original(*arguments), fails, mine, delay)  # type: ignore
+    try:
+        return run_and_listen(config, *overrides)
+    finally:
+        trainer.open_corpus = original
+
+
+def run_truncated(path: Path, config: str, *overrides: str) -> Ended:
+    """`run_and_listen`, with a file cut after it was opened; the first rank cuts it, and all see it."""
+    original = trainer.open_corpus
+    size = path.stat().st_size
+
+    def open_and_cut(*arguments):
+        corpus = original(*arguments)
+        if os.environ["RANK"] == "0":
+            time.sleep(2)  # others have opened it
+            truncate(path)
+        else:
+            while path.stat().st_size == size:
+                time.sleep(0.02)
+        return corpus
+
+    trainer.open_corpus = open_and_cut  # type: ignore
+    try:
+        return run_and_listen(config, *overrides)
+    finally:
+        trainer.open_corpus = original
+
+
+def cursors(folder: Path, step: int) -> dict[str, object]:
+    """What a checkpoint says of the streams."""
+    found: dict[str, object] = json.loads((checkpoint(folder, step) / "train.json").read_text())["cursors"]
+    return found
+
+
+def test_on_1_2_and_3_ranks_the_same_is_passed_over_and_they_resume_each_other(tmp_path, config, corpus):
+    path = corpus / "2.parquet"
+    intact = path.read_bytes()
+    for size in (1, 2, 3):
+        path.write_bytes(intact)
+        folder = tmp_path / f"on-{size}"
+        ended = on_ranks(size, run_truncated, path, config, *settings(corpus, folder), *SKIP)
+        assert [each.code for each in ended] == [0] * size, ended[0].err
+        assert ended[0].out.count("the rest of the file is passed over in this run") == 1
+        assert cursors(folder, 20) == cursors(tmp_path / "on-1", 20)
+        for step, loss in metrics(tmp_path / "on-1").items():
+            assert metrics(folder)[step] == pytest.approx(loss, rel=1e-5)
+        assert metrics(folder, "skipped_files") == metrics(tmp_path / "on-1", "skipped_files")
+    assert "skipped" in json.dumps(cursors(tmp_path / "on-1", 10))
+    # from the middle, on another number of ranks, the file whole again
+    path.write_bytes(intact)
+    os.rename(checkpoint(tmp_path / "on-2", 20), tmp_path / "away")
+    assert on_ranks(3, run, config, *settings(corpus, tmp_path / "on-2"), *SKIP) == [0] * 3
+    assert cursors(tmp_path / "on-2", 20) == cursors(tmp_path / "on-1", 20)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_stop_ends_all_ranks_with_2_and_saves(tmp_path, config, corpus, size):
+    folder = tmp_path / "run"
+    ended = on_ranks(size, run_truncated, corpus / "2.parquet", config, *settings(corpus, folder))
+    assert [each.code for each in ended] == [2] * size
+    assert ended[0].err.startswith(f"error: {corpus}/2.parquet, row 0 of row group ")
+    assert not any(each.err for each in ended[1:])
+    assert checkpoint(folder, max(metrics(folder))).is_dir()
+
+
+@pytest.mark.parametrize("degree", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2")], ids=str)
+def test_ranks_that_read_the_same_pass_over_what_one_of_them_could_not_read(tmp_path, config, corpus, degree):
+    """Each of two ranks fails where the other one does not: without agreement they would train on different rows."""
+    pipeline = ("--training.local_batch_size", "1", "--training.global_batch_size", "4")
+    command = (*settings(corpus, tmp_path / "run"), *SKIP, *degree, *pipeline)
+    fails = [Fails(4, 3, damaged=True)]
+    ended = on_ranks(2, run_flaky, 1, fails, tmp_path / "counts", 0.001, config, *command)
+    assert [each.code for each in ended] == [0, 0], ended[0].err
+    assert ended[0].out.count("the rest of the file is passed over in this run") == 1
+    whole = (*settings(corpus, tmp_path / "whole"), *SKIP, *pipeline)
+    (alone,) = on_ranks(1, run_flaky, -1, fails, tmp_path / "alone", 0.001, config, *whole)
+    assert alone.code == 0, alone.err
+    assert cursors(tmp_path / "run", 20) == cursors(tmp_path / "whole", 20)
+    assert "skipped" in json.dumps(cursors(tmp_path / "run", 20))
+    for step, loss in metrics(tmp_path / "whole").items():
+        assert metrics(tmp_path / "run")[step] == pytest.approx(loss, rel=2e-5)
+
+
+def run_waiting(counts: Path, number: int, config: str, *overrides: str) -> tuple[Ended, float]:
+    """Rank 0's reader waits for ever; rank 1, which waits for it, gets a signal. How it ended, seconds later."""
+    heard: list[float] = []
+
+    def signal_when_it_waits() -> None:
+        while not list(counts.glob("0/*")):
+            time.sleep(0.05)
+        time.sleep(1)
+        heard.append(time.monotonic())
+        os.kill(os.getpid(), number)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=signal_when_it_waits, daemon=True).start()
+    ended = run_flaky(0, [Fails(3, 3)], counts, 100, config, *overrides)
+    return ended, time.monotonic() - heard[0] if heard else 0
+
+
+def test_a_signal_to_a_rank_that_waits_for_one_that_waits_for_its_data(tmp_path, config, corpus):
+    folder = tmp_path / "run"
+    found = on_ranks(2, run_waiting, tmp_path / "counts", signal.SIGTERM, config, *settings(corpus, folder))
+    assert [ended.code for ended, _ in found] == [75, 75], found[0][0].err
+    assert found[1][1] < 20
+    assert checkpoint(folder, max(metrics(folder))).is_dir()
+    assert on_ranks(2, run, config, *settings(corpus, folder)) == [0, 0]
