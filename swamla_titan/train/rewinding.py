@@ -24,16 +24,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from swamla_titan.config import Config
+from swamla_titan.config import Config, load_config
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
-from swamla_titan.train.checkpoint import Checkpoints, load_tensors
+from swamla_titan.train.checkpoint import CONFIG, Checkpoints, load_tensors
 from swamla_titan.train.record import read_record
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Rewinding:
     def __init__(self, config: Config, checkpoints: Checkpoints, bad_steps: BadSteps, world: World) -> None:
         """With rewinds allowed, `checkpoints` keeps what they may need from here on."""
         self._most = config.fault_tolerance.max_rewinds
-        self._interval, self._steps = config.checkpoint.interval, config.training.steps
+        self._steps = config.training.steps
         self._checkpoints, self._bad_steps, self._world = checkpoints, bad_steps, world
         self._known: dict[tuple[Path, int], _Saved] = {}
         self._found_none = False
@@ -95,10 +94,6 @@ class Rewinding:
             return True
         self._unsaved = step if self._unsaved is None else self._unsaved
         return self._unsaved == step
-
-    def state(self, step: int) -> dict[str, Tensor]:
-        """What a checkpoint of `step` holds for rewinds to it, beside the policy's own state."""
-        return {"at_interval": torch.tensor(int(step % self._interval == 0))}
 
     def rewind(self, step: int, load: Load) -> Path | None:
         """Go back from the row that `too_many` has found at the end of `step`; the checkpoint, None: there is none.
@@ -144,10 +139,11 @@ class Rewinding:
             key = (path, path.stat().st_ino)  # a name is given anew where a damaged one is replaced
             if key not in self._known:
                 step = read_record(path).step
-                numbers = self._bad_steps.empty_counts() | {"at_interval": torch.tensor(1)}
+                interval = load_config(path / CONFIG).checkpoint.interval  # of the run that wrote it
+                numbers = self._bad_steps.empty_counts()
                 load_tensors(path, {"bad_steps": numbers})
                 trained = BadSteps.trained_of(numbers, step)
-                self._known[key] = _Saved(step, trained, bool(numbers["at_interval"]))
+                self._known[key] = _Saved(step, trained, step % interval == 0)
             return self._known[key]
         except (Exception, CheckpointException) as error:  # whatever a damaged pickle or zip makes its reader raise
             logger.warning("checkpoint passed over: %s cannot be read (%s)", path, error)

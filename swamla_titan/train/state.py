@@ -38,11 +38,9 @@ class TrainingState:
         if newest:
             self._load(newest, step)
 
-    def tensors(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` holds: the live tensors, but copies of the random states."""
-        history = {}
-        if self.bad_steps and self.rewinding:
-            history = {"bad_steps": self.bad_steps.state() | self.rewinding.state(step)}
+    def tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds: the live tensors, but copies of the random states."""
+        history = {"bad_steps": self.bad_steps.state()} if self.bad_steps else {}
         return tensors_of(self.model.parts, self.optimizers) | history | self._random()
 
     def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:

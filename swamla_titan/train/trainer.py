@@ -331,7 +331,7 @@ class Trainer:
             cursors = merged(self.world, self.loader.state_dict(self.sequences))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
-            self.saver.save(self.state.tensors(self.step), record, self._files(), last)
+            self.saver.save(self.state.tensors(), record, self._files(), last)
 
     def _files(self) -> dict[str, bytes]:
         """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
