@@ -41,7 +41,7 @@ def first_step_timeout(run: Runner) -> None:
 
 def on_error(run: Runner) -> None:
     """On a corpus of two files whose second one is damaged."""
-    good = "".join(json.dumps({"text": f"{i:02}"}) + "\n" for i in range(40))
+    good = "".join(json.dumps({"text": f"{i:03}"}) + "\n" for i in range(150))  # a step takes 80 of them
     local = run.local(a_jsonl=good, b_jsonl="{")
     skipped = run(*local, "--data.on_error", "skip_file")
     assert set(skipped.series("skipped_files")) == {1}
@@ -58,7 +58,9 @@ def retry_seconds(run: Runner) -> None:
         clock = [0.0]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(local_files, "_size", silent)
-            patch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=partial(advance, clock)))
+            patch.setattr(
+                patience, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
+            )
             timeouts = ("--data.retry_seconds", value, "--fault_tolerance.step_timeout", limit)
             run.with_faults((), 1, *local, *timeouts)
         assert waited <= clock[0] <= waited + 0.01
@@ -70,8 +72,9 @@ def silent(path: str) -> int:
     raise Unreachable(path, "", "no answer")
 
 
-def advance(clock: list[float], seconds: float) -> None:
+def advance(clock: list[float], seconds: float) -> float:
     clock[0] += seconds
+    return clock[0]
 
 
 FAULT_CASES: dict[str, Callable[[Runner], None]] = {
