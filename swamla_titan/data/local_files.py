@@ -35,8 +35,8 @@ class LocalSource:
 
     `setting` names the configuration key that `path` came from, for messages. A file that cannot be opened raises its
     DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: if there are no
-    other files now than there were, they are divided as they were, also those of another size, or that are gone: reading
-    comes upon the damage. That, too, is for `skip_files` only: others are to see that their data have changed.
+    other files now than there were, they are divided as they were, those of another size or gone as well: reading comes
+    upon the damage. That, too, is for `skip_files` only: others are to see that their data have changed.
     """
 
     def __init__(

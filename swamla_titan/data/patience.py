@@ -48,7 +48,7 @@ class Patience:
         if not fault.may_pass or not (quick or (isinstance(fault, Unreachable) and left > 0)):
             return False
         delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self._tries, 10)) * self._chance.uniform(0.5, 1)
-        if not quick:
+        if left > 0:
             delay = min(delay, left)
         self._tries += 1
         self._last = fault

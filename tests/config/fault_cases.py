@@ -1,10 +1,15 @@
-"""The cases of [fault_tolerance]: what a run does about faults."""
+"""The cases of [fault_tolerance], and those of [data] that are about faults: what a run does about them."""
 
+import json
 import time
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from swamla_titan.data import local_files, patience
+from swamla_titan.data.faults import Unreachable
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.train.watchdog import Watchdog
 from tests.config.runner import Runner, before_every_call_of
@@ -47,7 +52,47 @@ def max_rewinds(run: Runner) -> None:
     assert "expected a whole number >= 0" in run.refusal("--fault_tolerance.max_rewinds", "-1")
 
 
+def on_error(run: Runner) -> None:
+    """On a corpus of two files whose second one is damaged."""
+    good = "".join(json.dumps({"text": f"{i:03}"}) + "\n" for i in range(150))  # a step takes 80 of them
+    local = run.local(a_jsonl=good, b_jsonl="{")
+    skipped = run(*local, "--data.on_error", "skip_file")
+    assert set(skipped.series("skipped_files")) == {1}
+    assert (skipped.folder / "skipped_files.json").exists()
+    folder = run.with_faults((), 2, *local, "--training.steps", "3", "--data.on_error", "stop")
+    assert 0 < max(metrics(folder)) < 3
+    assert 'one of "stop", "skip_file"' in run.refusal("--data.on_error", "skip")
+
+
+def retry_seconds(run: Runner) -> None:
+    """How long a folder that does not answer is waited for."""
+    local = run.local(a_txt="text")
+    for value, limit, waited in (("0", "600", 0.0), ("1", "600", 1.0), ("-1", "4", 2.0), ("-1", "600", 300.0)):
+        clock = [0.0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local_files, "_size", silent)
+            patch.setattr(
+                patience, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
+            )
+            timeouts = ("--data.retry_seconds", value, "--fault_tolerance.step_timeout", limit)
+            run.with_faults((), 1, *local, *timeouts)
+        assert waited <= clock[0] <= waited + 0.01
+    refusal = run.refusal(*local, "--data.retry_seconds", "2.5", "--fault_tolerance.step_timeout", "4")
+    assert "2.5 s of waiting for data are more than half of fault_tolerance.step_timeout = 4" in refusal
+
+
+def silent(path: str) -> int:
+    raise Unreachable(path, "", "no answer")
+
+
+def advance(clock: list[float], seconds: float) -> float:
+    clock[0] += seconds
+    return clock[0]
+
+
 FAULT_CASES: dict[str, Callable[[Runner], None]] = {
+    "data.on_error": on_error,
+    "data.retry_seconds": retry_seconds,
     "fault_tolerance.step_timeout": step_timeout,
     "fault_tolerance.first_step_timeout": first_step_timeout,
     "fault_tolerance.max_rewinds": max_rewinds,

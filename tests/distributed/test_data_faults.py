@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data import open_corpus
+from swamla_titan.data.streams import DocumentStream
 from swamla_titan.train import trainer
 from tests.conftest import TINY
 from tests.data.faulty import Fails, flaky, truncate, write_parquet
@@ -117,12 +120,19 @@ def test_on_1_2_and_3_ranks_the_same_is_passed_over_and_they_resume_each_other(t
     assert cursors(tmp_path / "on-2", 20) == cursors(tmp_path / "on-1", 20)
 
 
+def late_unit(corpus: Path) -> int:
+    """The row group that the first stream reads last in its first epoch: there are good steps before it."""
+    data = Data(source="local", path=str(corpus), tokenizer="byte", streams=3, shuffle_documents=5)
+    return DocumentStream(open_corpus(data, Validation(fraction=0), 0), 0)._shares[-1].unit
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_stop_ends_all_ranks_with_2_and_saves(tmp_path, config, corpus, size):
-    folder = tmp_path / "run"
-    ended = on_ranks(size, run_truncated, corpus / "2.parquet", config, *settings(corpus, folder))
+    folder, unit = tmp_path / "run", late_unit(corpus)
+    fails = [Fails(unit, 3, damaged=True)]
+    ended = on_ranks(size, run_flaky, 0, fails, tmp_path / "counts", 0.001, config, *settings(corpus, folder))
     assert [each.code for each in ended] == [2] * size
-    assert ended[0].err.startswith(f"error: {corpus}/2.parquet, row 0 of row group ")
+    assert ended[0].err.startswith(f"error: {unit // 2}.parquet, document 3: made no sense. data.on_error")
     assert not any(each.err for each in ended[1:])
     assert checkpoint(folder, max(metrics(folder))).is_dir()
 
@@ -145,7 +155,7 @@ def test_ranks_that_read_the_same_pass_over_what_one_of_them_could_not_read(tmp_
         assert metrics(tmp_path / "run")[step] == pytest.approx(loss, rel=2e-5)
 
 
-def run_waiting(counts: Path, number: int, config: str, *overrides: str) -> tuple[Ended, float]:
+def run_waiting(unit: int, counts: Path, number: int, config: str, *overrides: str) -> tuple[Ended, float]:
     """Rank 0's reader waits for ever; rank 1, which waits for it, gets a signal. How it ended, seconds later."""
     heard: list[float] = []
 
@@ -158,13 +168,14 @@ def run_waiting(counts: Path, number: int, config: str, *overrides: str) -> tupl
 
     if os.environ["RANK"] == "1":
         threading.Thread(target=signal_when_it_waits, daemon=True).start()
-    ended = run_flaky(0, [Fails(3, 3)], counts, 100, config, *overrides)
+    ended = run_flaky(0, [Fails(unit, 3)], counts, 100, config, *overrides)
     return ended, time.monotonic() - heard[0] if heard else 0
 
 
 def test_a_signal_to_a_rank_that_waits_for_one_that_waits_for_its_data(tmp_path, config, corpus):
     folder = tmp_path / "run"
-    found = on_ranks(2, run_waiting, tmp_path / "counts", signal.SIGTERM, config, *settings(corpus, folder))
+    waiting = (late_unit(corpus), tmp_path / "counts", signal.SIGTERM)
+    found = on_ranks(2, run_waiting, *waiting, config, *settings(corpus, folder))
     assert [ended.code for ended, _ in found] == [75, 75], found[0][0].err
     assert found[1][1] < 20
     assert checkpoint(folder, max(metrics(folder))).is_dir()
