@@ -284,6 +284,7 @@ def test_a_file_that_vanishes_in_the_middle_saves_what_was_learnt(tiny, corpus, 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_1_and_no_checkpoint_of_it(tiny, tmp_path, capsys):
     settings = (*SHORT, "--training.steps", "6", "--checkpoint.interval", "1", "--lr_schedule.warmup_steps", "0")
+    settings += ("--fault_tolerance.skip_bad_steps", "false")
     assert train(tiny, *settings, "--optimizer.lr", "1e20") == 1
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
