@@ -32,6 +32,7 @@ from benchmarks.chaos_compare import differences
 from benchmarks.chaos_faults import Fault, check_code, faults_for
 from benchmarks.chaos_job import Failure, Job, Moments, Progress, steps_of_checkpoints
 from swamla_titan.train.manifest import first_damage
+from tests.train.runs import checkpoint
 
 CONFIG = """
 [job]
@@ -97,6 +98,7 @@ class Soak:
     def __init__(self, job: Job, processes: list[int], draw: random.Random, table: Table) -> None:
         self.job, self.processes, self.draw, self.table = job, processes, draw, table
         self.moments = Moments(draw)
+        self.damaged: set[int] = set()  # steps whose checkpoints were spoilt; what is not saved again stays so
         self._queue: list[Fault] = []
 
     def run(self, until: float) -> None:
@@ -114,6 +116,7 @@ class Soak:
 
     def _start(self) -> None:
         self.job.processes = self.draw.choice(self.processes)
+        print(f"{time.strftime('%H:%M:%S')} started on {self.job.processes}", flush=True)
         self.job.start()
 
     def _next_fault(self) -> Fault:
@@ -132,7 +135,9 @@ class Soak:
         began = time.monotonic()
         fault.inject(self.job, self.draw)
         if fault.damages and self.job.code() is not None:
-            saved = newest_whole(folder)
+            whole = whole_checkpoints(folder)
+            self.damaged |= set(steps_of_checkpoints(folder)) - whole
+            saved = max(whole, default=0)
         faults = [fault]
         if fault.deadly and not fault.damages and self.draw.random() < ALSO and self.job.code() is None:
             faults += self._strike_again()
@@ -177,10 +182,9 @@ class Soak:
         effect.repeated.append(max(0, started.step - started.resumed) if started is not before else 0)
 
 
-def newest_whole(folder: Path) -> int:
-    """The step of the newest checkpoint without damage."""
-    whole = [s for s in steps_of_checkpoints(folder) if not first_damage(folder / "checkpoints" / f"step-{s:08d}")]
-    return whole[-1] if whole else 0
+def whole_checkpoints(folder: Path) -> set[int]:
+    """The steps of the checkpoints without damage."""
+    return {step for step in steps_of_checkpoints(folder) if not first_damage(checkpoint(folder, step))}
 
 
 def count_gpus() -> int:
@@ -233,11 +237,12 @@ def soak(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[str],
             run = folder / f"run-{runs}"
             print(f"run {runs}", flush=True)
             with Job(config, run, Path(temporary), processes[0], **environment) as job:
+                hurt = Soak(job, processes, draw, table)
                 try:
-                    Soak(job, processes, draw, table).run(begin + 60 * arguments.minutes)
+                    hurt.run(begin + 60 * arguments.minutes)
                 except Failure as failure:
                     return table, [f"run {runs}: {failure}"], runs
-            if found := differences(run, reference, steps, tolerance):
+            if found := differences(run, reference, steps, tolerance, hurt.damaged):
                 return table, [f"run {runs}: {each}" for each in found], runs
     return table, [], runs
 

@@ -1,6 +1,7 @@
 """Whether a run that was hurt ended like one that nobody hurt."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ def last_values(folder: Path) -> dict[tuple[int, str], float | None]:
     return {(line["step"], name): line[name] for line in metrics_lines(folder) for name in TOLD if name in line}
 
 
-def differences(run: Path, reference: Path, steps: int, tolerance: float = 0.0) -> list[str]:
+def differences(
+    run: Path, reference: Path, steps: int, tolerance: float = 0.0, damaged: Collection[int] = ()
+) -> list[str]:
     """What is not the same in two dump folders of `steps` steps; empty: nothing.
 
     `tolerance` 0: metrics of each step and tensors of the last checkpoint bit for bit; else relative, and without the
-    random states, of which each rank has its own. What counts steps, tokens and data must be equal in any case.
+    random states, of which each rank has its own. What counts steps, tokens and data must be equal in any case. All
+    checkpoints must be whole but those of the steps `damaged`, the last one in any case.
     """
     found = _of_metrics(last_values(run), last_values(reference), steps, tolerance)
     for step in steps_of_checkpoints(run):
-        if damage := first_damage(checkpoint(run, step)):
+        if (step == steps or step not in damaged) and (damage := first_damage(checkpoint(run, step))):
             found.append(f"checkpoint of step {step}: {damage[1]}")
     if found or not checkpoint(run, steps).is_dir():
         return found or [f"no checkpoint of step {steps}"]

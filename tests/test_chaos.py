@@ -47,8 +47,15 @@ def test_any_difference_between_two_runs_is_found(tiny, tmp_path):
     record = checkpoint(one, 4) / "train.json"
     text = record.read_text()
     record.write_text(text.replace('"sequences": 20', '"sequences": 21', 1))
-    assert "checkpoint of step 4: train.json has changed since it was written" in differences(one, other, 4)[0]
+    assert (
+        "checkpoint of step 4: train.json has changed since it was written"
+        in differences(one, other, 4, damaged={4})[0]
+    )
     record.write_text(text)
+    (checkpoint(one, 2) / "train.json").unlink()
+    assert differences(one, other, 4) == ["checkpoint of step 2: train.json: No such file or directory"]
+    assert differences(one, other, 4, damaged={2}) == []
+    shutil.copy(checkpoint(other, 2) / "train.json", checkpoint(one, 2))
 
     # Other weights, saved whole.
     shutil.rmtree(other)
