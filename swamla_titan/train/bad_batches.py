@@ -29,12 +29,14 @@ class BatchPlaces:
         """The batch of `step` (from 1) is about to be taken from the loader."""
         self._places.append((step, self._loader.state_dict()))
 
-    def write(self, path: Path, bad: Sequence[BadStep], global_batch_size: int, streams: int, world: World) -> None:
+    def write(
+        self, path: Path, bad: Sequence[BadStep], first: int, global_batch_size: int, streams: int, world: World
+    ) -> None:
         """`write_bad_batches` with the places of all ranks; all must call it. A disk that refuses is merely told of."""
         cursors = self.everywhere(world)
         if world.is_first:
             try:
-                write_bad_batches(path, bad, global_batch_size, streams, cursors)
+                write_bad_batches(path, bad, first, global_batch_size, streams, cursors)
             except OSError as error:  # what matters is what becomes of the run
                 logger.error("%s could not be written: %s", path, error.strerror)
 
@@ -46,20 +48,23 @@ class BatchPlaces:
 def write_bad_batches(
     path: Path,
     bad: Sequence[BadStep],
+    first: int,
     global_batch_size: int,
     streams: int,
     cursors: dict[tuple[int, int], Cursor],
 ) -> None:
     """Write a JSON list with an object for each bad step: its numbers, and what its batch consisted of.
 
-    `first_sequence` .. `last_sequence` are global sequence numbers; sequence g is stream g % streams's next one.
+    `first_sequence` .. `last_sequence` are global sequence numbers, counted so that step 1 would begin with `first`, 0
+    where batches had one size from the beginning; sequence g is stream g % streams's next one.
     `cursors` maps each stream that gave some to its place before the batch; it lacks steps before a restart. JSON has
     no word for NaN and infinities: they are the strings "nan", "inf" and "-inf". A limit that there was not is absent.
     Raises OSError.
     """
     objects: list[dict[str, Any]] = []
     for step in bad:
-        numbers = range((step.step - 1) * global_batch_size, step.step * global_batch_size)
+        begin = first + (step.step - 1) * global_batch_size
+        numbers = range(begin, begin + global_batch_size)
         read = sorted({number % streams for number in numbers})
         entry: dict[str, Any] = {"step": step.step, "loss": _number(step.loss), "grad_norm": _number(step.grad_norm)}
         if math.isfinite(step.limit):

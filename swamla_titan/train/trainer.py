@@ -296,7 +296,9 @@ class Trainer:
             return
         row = self.bad_steps.row()
         path = self.folder / "traces" / f"bad-steps-{self.step}.json"
-        self.places.write(path, row, self.config.training.global_batch_size, self.config.data.streams, self.world)
+        size = self.config.training.global_batch_size
+        first = self.sequences - self.step * size  # not 0 where checkpoint.allow has changed the batch or the data
+        self.places.write(path, row, first, size, self.config.data.streams, self.world)
         what = f"{len(row)} bad steps in a row, up to step {row[-1]}"
         if self.rewinding.is_possible(self.step):
             with self.throughput.paused(), self.watchdog.pause("rewind"):

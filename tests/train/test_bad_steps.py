@@ -178,7 +178,7 @@ def test_the_warning_names_steps_and_the_limit_of_spikes_and_no_endless_list():
 def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path):
     path = tmp_path / "traces" / "bad.json"
     steps = [BadStep(2, math.nan, math.inf, math.inf), BadStep(3, 2.0, 9.0, 4.0)]
-    write_bad_batches(path, steps, 3, 5, {(3, stream): {"unit": stream} for stream in range(5)})
+    write_bad_batches(path, steps, 0, 3, 5, {(3, stream): {"unit": stream} for stream in range(5)})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -191,6 +191,8 @@ def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path
             "cursors": {"1": {"unit": 1}, "2": {"unit": 2}, "3": {"unit": 3}},
         },
     ]
+    write_bad_batches(path, steps[1:], 4, 3, 5, {})  # the batch was of another size before
+    assert (json.loads(path.read_text())[0]["first_sequence"], steps[1].step) == (10, 3)
 
 
 # whole runs
