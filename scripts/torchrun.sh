@@ -68,7 +68,7 @@ stop() {
   interrupted=1
   if [[ -z $asked_at ]]; then
     asked_at=$SECONDS
-    printf '%s\n' "$1" >"$folder/stop"
+    { printf '%s\n' "$1" >"$folder/stop"; } 2>/dev/null || true # on a full disk the signal itself must do
     # Terminals and schedulers signal the workers as well. Those have a second to say so, and get it only once then.
     sleep 1 || true
     for pid in $(workers unaware); do kill -s "$1" "$pid" 2>/dev/null || true; done

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -136,7 +136,13 @@ class BatchLoader(Iterator[StepBatch]):
         its part of it. None: the batch to come.
         """
         assert first in (None, self._first, self._first - self._size), "other places are not remembered"
-        state = self._state_before if first == self._first - self._size else self._state
+        return self._cursors_of(self._state_before if first == self._first - self._size else self._state)
+
+    def place(self) -> Callable[[], dict[int, dict[str, Any]]]:
+        """Gives later what `state_dict()` would give now, and costs nothing until then."""
+        return partial(self._cursors_of, self._state)
+
+    def _cursors_of(self, state: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
         if state is None:
             return dict(self._cursors)
         cursors = {int(stream): json.loads(text) for stream, text in _find_cursors(state)}

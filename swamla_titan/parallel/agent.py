@@ -40,7 +40,7 @@ from swamla_titan.parallel.meeting_point import MeetingPoint, answers, find_meet
 logger = logging.getLogger(__name__)
 
 TO_MEET = timedelta(minutes=10)  # as torchrun waits for enough machines once it is there
-TO_SAVE = timedelta(minutes=3)  # what takes longer is lost back to the last checkpoint; workers that hang wait as long
+TO_SAVE = timedelta(minutes=10)  # what takes longer is lost back to the last checkpoint; workers that hang wait as long
 SILENCE = 60.0  # seconds that the meeting point may not answer
 LOOK = 5.0  # seconds between two looks at it
 

@@ -132,8 +132,9 @@ def acknowledge_stop() -> None:
     Schedulers and terminals send a signal to every process of a job; a worker that has it from there must not take
     what the launcher forwards for the second signal, which ends a run at once.
     """
-    if FOLDER in os.environ and _file("pid").exists():
-        _write(_file("stopping"), "")
+    with suppress(OSError):  # a full disk is no reason not to save
+        if FOLDER in os.environ and _file("pid").exists():
+            _write(_file("stopping"), "")
 
 
 def _end_with_launcher(torchrun: int) -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ class BatchPlaces:
 
     def __init__(self, loader: BatchLoader, steps: int) -> None:
         self._loader = loader
-        self._places: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
+        self._places: deque[tuple[int, Callable[[], dict[int, Cursor]]]] = deque(maxlen=steps)
 
     def before_batch(self, step: int) -> None:
         """The batch of `step` (from 1) is about to be taken from the loader."""
-        self._places.append((step, self._loader.state_dict()))
+        self._places.append((step, self._loader.place()))
 
     def write(
         self, path: Path, bad: Sequence[BadStep], first: int, global_batch_size: int, streams: int, world: World
@@ -42,7 +42,7 @@ class BatchPlaces:
 
     def everywhere(self, world: World) -> dict[tuple[int, int], Cursor]:
         """(step, stream) -> cursor of all ranks' streams, on every rank; all must call it."""
-        return merged(world, {(step, stream): place for step, own in self._places for stream, place in own.items()})
+        return merged(world, {(step, stream): place for step, own in self._places for stream, place in own().items()})
 
 
 def write_bad_batches(

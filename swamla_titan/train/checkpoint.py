@@ -14,6 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,17 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
-from swamla_titan.train.manifest import TEMPORARY_PREFIX, Entries, commit, digested, first_damage, is_ours, remove
+from swamla_titan.train.manifest import (
+    TEMPORARY_PREFIX,
+    THREADS,
+    Entries,
+    commit,
+    digested,
+    first_damage,
+    has_its_sizes,
+    is_ours,
+    remove,
+)
 from swamla_titan.train.record import RECORD, Record
 
 Result = TypeVar("Result")
@@ -94,8 +105,9 @@ class Checkpoints:
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-                remove(leftover)
+            for kind in ("step-*", "replaced-step-*"):
+                for leftover in self.folder.glob(TEMPORARY_PREFIX + kind):
+                    remove(leftover)
             temporary.mkdir()
 
         def finish() -> None:
@@ -127,10 +139,12 @@ class Checkpoints:
         try:
             return work()
         except (OSError, RuntimeError, CheckpointException) as error:
-            existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-            free = shutil.disk_usage(existing).free / 2**30
-            reason = str(error).strip().splitlines()[-1]
-            raise RunFailed(f"{final} could not be written ({reason}); {free:.1f} GiB are free there") from error
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            free = ""
+            with suppress(OSError):  # a disk that is ill may refuse this as well
+                existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+                free = f"; {shutil.disk_usage(existing).free / 2**30:.1f} GiB are free there"
+            raise RunFailed(f"{final} could not be written ({reason}){free}") from error
 
     def newest_whole(self) -> Path | None:
         """The newest undamaged checkpoint; None if there is no checkpoint at all. The same on all ranks.
@@ -179,9 +193,16 @@ class Checkpoints:
         return sorted(found, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
+        """Remove what is one too many; if that cannot be done, the new checkpoint is whole all the same."""
+        try:
+            self._remove_others()
+        except (OSError, UserError) as error:
+            logger.warning("no older checkpoints were removed: %s", error)
+
+    def _remove_others(self) -> None:
         # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step. The
         # same holds for folders to which somebody has added a file.
-        ours = [path for path in self.finished() if is_ours(path) and path not in self._damaged]
+        ours = [path for path in self.finished() if is_ours(path) and has_its_sizes(path) and path not in self._damaged]
         others = ours[self.keep_latest :] if self.keep_latest else []
         spared = self.spared(ours[: self.keep_latest], others) if others else ()
         for path in others:
@@ -240,4 +261,6 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
-    dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1, process_group=world.host_group)
+    # With one thread DCP would wait for the GPU's work at every tensor, also for those that are on the host already.
+    writer = dcp.FileSystemWriter(folder, thread_count=THREADS)
+    dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1, process_group=world.host_group)

@@ -71,7 +71,8 @@ def _acquire(lock: TextIO, folder: Path) -> None:
 
 
 def _run() -> str:
-    return os.environ.get(_RUN, "")
+    # With the meeting point: RDZV_ID alone is the same for all who do not choose one.
+    return " at ".join(filter(None, (os.environ.get(_RUN), os.environ.get("RDZV_ENDPOINT"))))
 
 
 def _is_of_this_run(lock: TextIO) -> bool:

@@ -5,10 +5,12 @@ digests the files that it wrote, and on loading every k-th of all.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 FORMAT = "swamla-titan checkpoint 1"
+THREADS = 4  # that write and digest a rank's files: one is slower than a disk
 NEEDED = (".metadata", "train.json")  # no checkpoint is without them
 
 
@@ -28,12 +31,14 @@ class Damaged(Exception):
 
 
 def digested(folder: Path, files: Iterable[Path]) -> Entries:
-    """Flush these files of a folder to disk and digest them."""
-    entries = {}
-    for path in files:
+    """Flush these files of a folder to disk and digest them, several at a time."""
+
+    def entry(path: Path) -> tuple[str, dict[str, Any]]:
         _flush(path)
-        entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    return entries
+        return str(path.relative_to(folder)), {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(pool.map(entry, files))
 
 
 def commit(temporary: Path, final: Path, known: Entries) -> None:
@@ -55,10 +60,16 @@ def commit(temporary: Path, final: Path, known: Entries) -> None:
     # The name is taken where a run is repeated from an older checkpoint because this one was damaged.
     replaced = final.with_name(f"{TEMPORARY_PREFIX}replaced-{final.name}")
     if os.path.lexists(final):
-        os.rename(final, replaced)
+        os.rename(final, replaced if is_ours(final) else _free_name(final))
     os.rename(temporary, final)
     _flush(final.parent)
     remove(replaced)
+
+
+def _free_name(path: Path) -> Path:
+    """A name for what is in a checkpoint's place and not this program's to delete."""
+    numbers = itertools.count(1)
+    return next(name for n in numbers if not os.path.lexists(name := path.with_name(f"replaced-{n}-{path.name}")))
 
 
 def verify(folder: Path) -> None:
@@ -79,17 +90,23 @@ def first_damage(folder: Path, start: int = 0, step: int = 1) -> tuple[int, str]
         return -1, f"{MANIFEST} is missing: the checkpoint was not finished"
     except (ValueError, OSError) as error:
         return -1, f"{MANIFEST} cannot be read ({error})"
-    for place in range(start, len(entries), step):
-        name, entry = entries[place]
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                return place, f"{name} has {size} bytes instead of {entry['bytes']}"
-            if _digest(path) != entry["sha256"]:
-                return place, f"{name} has changed since it was written (SHA-256 differs)"
-        except OSError as error:
-            return place, f"{name}: {error.strerror}"
+    places = range(start, len(entries), step)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda place: _damage(folder, *entries[place]), places)
+        return next(((place, problem) for place, problem in zip(places, found) if problem), None)
+
+
+def _damage(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of the manifest."""
+    path = folder / name
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes instead of {entry['bytes']}"
+        if _digest(path) != entry["sha256"]:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    except OSError as error:
+        return f"{name}: {error.strerror}"
     return None
 
 
@@ -120,6 +137,14 @@ def is_ours(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return not folder.is_symlink() and files <= entries.keys() | {MANIFEST}
+
+
+def has_its_sizes(folder: Path) -> bool:
+    """Whether all files of the manifest are there, as long as they were: what can be told without reading them."""
+    try:
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in _read(folder).items())
+    except (OSError, ValueError):
+        return False
 
 
 def remove(path: Path) -> None:

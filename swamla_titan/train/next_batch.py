@@ -28,13 +28,13 @@ def next_batch(
     error: UserError | RunFailed | None = None
     found: list[Skip] = []  # in this step, by this rank or those that read the same
     while True:
-        if batch is None and error is None and loader.wait(LOOK):
+        if batch is None and error is None:
             try:
-                batch = next(loader)
+                batch = next(loader) if loader.wait(LOOK) else None
             except (UserError, RunFailed) as raised:
                 error = raised
             else:
-                found += batch.skips
+                found += batch.skips if batch else ()
         state = _FAILED if error else _WAITING if batch is None else _SKIPPED if found else _READY
         worst = world.largest(state)
         if worst == _READY:

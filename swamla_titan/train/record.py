@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import swamla_titan
+from swamla_titan.config.rules import ALLOWED_DIFFERENCES
 from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import UserError
 from swamla_titan.train.identity import kind_of
@@ -68,11 +69,12 @@ def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str =
     kinds = {name: kind_of(name) for name in changes}
     if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
         names = ",".join(sorted({*kinds.values()}))
+        possible = {*kinds.values()} <= {*ALLOWED_DIFFERENCES}
         raise UserError(
             f"{newest} belongs to another run:\n  "
             + "\n  ".join(refused)
-            + "\nput these back, or give this run its own job.dump_folder. To go on from it all the same: "
-            + f"--checkpoint.allow {names}"
+            + "\nput these back, or give this run its own job.dump_folder"
+            + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else "")
         )
     if changes:
         anew = ANEW & set(kinds.values())

@@ -56,7 +56,7 @@ class Rewinding:
         self._most = config.fault_tolerance.max_rewinds
         self._steps = config.training.steps
         self._checkpoints, self._bad_steps, self._world = checkpoints, bad_steps, world
-        self._known: dict[tuple[Path, int], _Saved] = {}
+        self._known: dict[tuple[Path, int], _Saved | None] = {}
         self._found_none = False
         self._unsaved: int | None = None  # the first step whose weights may_mend left to a rewind
         if self._most:
@@ -134,17 +134,19 @@ class Rewinding:
                 yield path, saved.trained
 
     def _saved(self, path: Path) -> _Saved | None:
-        """What a checkpoint says of itself, damaged or not; None if it cannot be read."""
+        """What a checkpoint says of itself, damaged or not; None if it cannot be read, which is said once."""
         try:
-            key = (path, path.stat().st_ino)  # a name is given anew where a damaged one is replaced
-            if key not in self._known:
+            key = path, path.stat().st_ino  # a name is given anew where a damaged one is replaced
+        except OSError:
+            return None
+        if key not in self._known:
+            try:
                 step = read_record(path).step
                 interval = load_config(path / CONFIG).checkpoint.interval  # of the run that wrote it
                 numbers = self._bad_steps.empty_counts()
                 load_tensors(path, {"bad_steps": numbers})
-                trained = BadSteps.trained_of(numbers, step)
-                self._known[key] = _Saved(step, trained, step % interval == 0)
-            return self._known[key]
-        except (Exception, CheckpointException) as error:  # whatever a damaged pickle or zip makes its reader raise
-            logger.warning("checkpoint passed over: %s cannot be read (%s)", path, error)
-            return None
+                self._known[key] = _Saved(step, BadSteps.trained_of(numbers, step), step % interval == 0)
+            except (Exception, CheckpointException) as error:  # whatever a damaged pickle or zip makes its reader raise
+                logger.warning("checkpoint passed over: %s cannot be read (%s)", path, error)
+                self._known[key] = None
+        return self._known[key]

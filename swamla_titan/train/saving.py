@@ -21,9 +21,9 @@ _WAY_OUT = "Make room, and start the same command again: it goes on from the che
 class Saver:
     """Saves a run: in the background (checkpoint.async_mode), one checkpoint at a time, or while training waits.
 
-    A checkpoint that cannot be written is reported, and training goes on: the next interval tries again. After
-    checkpoint.max_failures of them in a row, or if it is the last of a run, RunFailed is raised. All ranks call the
-    same methods in the same order, and all come to the same outcome.
+    A checkpoint that cannot be written is reported, and training goes on: the next interval tries again. RunFailed is
+    raised after checkpoint.max_failures of them in a row, the last of which is waited for, or if it is the last of a
+    run. All ranks call the same methods in the same order, and all come to the same outcome.
     """
 
     def __init__(self, config: Checkpoint, checkpoints: Checkpoints, device: torch.device, step: int) -> None:
@@ -53,26 +53,21 @@ class Saver:
     def save(self, tensors: dict[str, Any], record: Record, files: dict[str, bytes], last: bool = False) -> None:
         """Save; `last`: it must be on the disk before anything else happens, and must not fail."""
         self.settle()
-        if not last:
-            self._give_up_if_hopeless()
+        last = last or self._failures >= max(1, self._config.max_failures - 1)  # no further one is left after it
         begin = time.monotonic()
         self._attempted, self._outcome = record.step, None
         if self._config.async_mode == "disabled" or last:
             self._outcome = self._attempt(tensors, record, files, begin)
-            if last and isinstance(self._outcome, RunFailed):
-                raise RunFailed(f"{self._outcome}. {_WAY_OUT}")
-            self._report()
             self.settle()
-            self._give_up_if_hopeless()
+            if self._failures and (last or self._failures >= self._config.max_failures):
+                number = f". That is failure {self._failures} in a row" if self._failures > 1 else ""
+                raise RunFailed(f"{self._outcome}{number}. {_WAY_OUT}")
             return
         staged = self._staging.copy(tensors)
 
         def write() -> None:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # each thread has its own, and DCP asks for it
             self._staging.wait()
             self._outcome = self._attempt(staged, record, files, begin)
-            self._report()
 
         # A daemon: a rank that ends alone must not wait for the others.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
@@ -88,22 +83,23 @@ class Saver:
     ) -> BaseException | None:
         try:
             path = self._checkpoints.save(tensors, record, files)
+        except RunFailed as error:
+            if self._failures + 1 < self._config.max_failures:  # at once, not when it is noticed an interval later
+                self._report(error)
+            return error
         except BaseException as error:  # it travels to the thread that can end the run
             return error
         logger.info("checkpoint %s (%.1f s)", path, time.monotonic() - begin)
         return None
 
-    def _report(self) -> None:
-        """Say at once what else would be noticed an interval later."""
-        failures = self._failures + 1
-        if isinstance(self._outcome, RunFailed) and failures < self._config.max_failures:
-            logger.error(
-                "%s. Training goes on, and tries again after checkpoint.interval steps; this is failure %d in a row, "
-                "and %d end the run (checkpoint.max_failures)",
-                self._outcome,
-                failures,
-                self._config.max_failures,
-            )
+    def _report(self, error: RunFailed) -> None:
+        logger.error(
+            "%s. Training goes on, and tries again after checkpoint.interval steps; this is failure %d in a row, and "
+            "%d end the run (checkpoint.max_failures)",
+            error,
+            self._failures + 1,
+            self._config.max_failures,
+        )
 
     def settle(self) -> None:
         """Wait for the checkpoint in flight, and count it."""
@@ -119,7 +115,3 @@ class Saver:
             self._failures += 1
         else:
             raise self._outcome
-
-    def _give_up_if_hopeless(self) -> None:
-        if self._failures >= self._config.max_failures:
-            raise RunFailed(f"{self._outcome}. That is failure {self._failures} in a row. {_WAY_OUT}")

@@ -1,5 +1,7 @@
 """Copies of tensors in the memory of the host, from which a checkpoint can be written while training goes on."""
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,12 +10,17 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.parallel.sharded import local
 
+logger = logging.getLogger(__name__)
+
+_ALIGNED = 64  # bytes; any type may begin there
+
 
 class Staging:
-    """Host copies of what this rank holds of named tensors; their memory is kept for the next copy.
+    """Host copies of what this rank holds of named tensors, in one piece of memory that is kept for the next copy.
 
     On a GPU the memory is pinned, and the copy runs on a stream of its own beside the next step's forward and backward
-    passes. Neither host nor device waits for it until the tensors are about to be changed: `before_update`.
+    passes. Neither host nor device waits for it until the tensors are about to be changed: `before_update`. Memory that
+    cannot be pinned does as well, but the host waits for the copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,7 +28,8 @@ class Staging:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._awaited = True  # by the device
-        self._buffers: dict[str, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +38,12 @@ class Staging:
         Returns the same with copies in place of tensors, DTensors on the same mesh. They are good after `wait`, until
         the next call.
         """
+        self._reserve(sum(_room(local(each)) for each in _leaves(tensors)))
         if self._stream is None:
-            return self._copied_to_host(tensors, "")
+            return self._copied_to_host(tensors, [0])
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copies = self._copied_to_host(tensors, "")
+            copies = self._copied_to_host(tensors, [0])
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._awaited = False
@@ -51,24 +60,55 @@ class Staging:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def _copied_to_host(self, tensors: dict[str, Any], path: str) -> dict[str, Any]:
+    def _reserve(self, size: int) -> None:
+        """Have memory of at least `size` bytes."""
+        if size <= len(self._memory):
+            return
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory, self._pinned = torch.empty(size, dtype=torch.uint8), False
+        if self._stream is None:
+            return
+        # Not by torch's allocator of pinned memory, which takes the next power of two.
+        refused = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+        self._pinned = refused == 0
+        if refused:
+            logger.warning(
+                "%.1f GiB of the host's memory could not be pinned (CUDA error %d; see ulimit -l): checkpoints are "
+                "copied there all the same, but training waits for it",
+                size / 2**30,
+                refused,
+            )
+
+    def _copied_to_host(self, tensors: dict[str, Any], used: list[int]) -> dict[str, Any]:
+        """`used`: a single number, of the bytes of memory that are taken."""
         return {
-            name: self._copied_to_host(each, f"{path}{name}/")
-            if isinstance(each, dict)
-            else self._copy_of(each, path + name)
+            name: self._copied_to_host(each, used) if isinstance(each, dict) else self._copy_of(each, used)
             for name, each in tensors.items()
         }
 
-    def _copy_of(self, tensor: Tensor, name: str) -> Tensor:
+    def _copy_of(self, tensor: Tensor, used: list[int]) -> Tensor:
         own = local(tensor)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != own.shape or buffer.dtype != own.dtype:
-            buffer = torch.empty_like(own, device="cpu", pin_memory=self._stream is not None)
-            self._buffers[name] = buffer
-        buffer.copy_(own, non_blocking=True)
+        begin, size = used[0], own.numel() * own.element_size()
+        used[0] += _room(own)
+        buffer = self._memory[begin : begin + size].view(own.dtype).view(own.shape)
+        buffer.copy_(own, non_blocking=self._pinned)
         if self._stream is not None and own.is_cuda:
             own.record_stream(self._stream)  # it may be freed before the copy is done
         if not isinstance(tensor, DTensor):
             return buffer
         # Not by from_local, which would move it to the mesh's devices.
         return DTensor(buffer, tensor._spec, requires_grad=False)
+
+
+def _leaves(tensors: dict[str, Any]) -> Iterator[Tensor]:
+    for each in tensors.values():
+        if isinstance(each, dict):
+            yield from _leaves(each)
+        else:
+            yield each
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that a copy takes, with what keeps the next one aligned."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED

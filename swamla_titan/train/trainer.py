@@ -12,6 +12,7 @@ import torch
 from swamla_titan.config import Config, to_toml
 from swamla_titan.data import (
     BatchLoader,
+    Corpus,
     StepBatch,
     micro_batch_count,
     micro_batches,
@@ -72,13 +73,13 @@ class Trainer:
         recorded = from_first(world, lambda: read_data_record(newest))
         self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
         require_same_data(world, corpus)
-        self.data_record = data_record(corpus)
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         training = config.training
         self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
         self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
 
+        self.files = agree(world, lambda: _files(config, corpus))
         self.identity = run_identity(config, corpus)
         record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
 
@@ -191,7 +192,8 @@ class Trainer:
         """
         gc.enable()
         self.loader.close()
-        self.saver.close(alone)
+        with self.watchdog.pause("checkpoint"):
+            self.saver.close(alone)
         if alone:
             self.profiler.discard()
         else:
@@ -206,9 +208,12 @@ class Trainer:
         """
         try:
             batch = next_batch(self.world, self.loader, self.step + 1, self.sequences, self.stop, self.skipped_files)
-        except (UserError, RunFailed):
-            if self.step > self.saver.saved_step:
-                self._save(last=True)
+        except (UserError, RunFailed) as error:
+            try:
+                self._save_if_new()
+            except RunFailed:
+                logger.error("%s", error)  # else only what follows from it would be told
+                raise
             raise
         if isinstance(batch, Stop):
             return batch
@@ -219,8 +224,7 @@ class Trainer:
 
     def _stopped_while_waiting(self, stop: Stop) -> int:
         """Save, if there is anything new, and return the exit code."""
-        if self.step > self.saver.saved_step:
-            self._save(last=True)
+        self._save_if_new()
         logger.info("%s while waiting for data after step %d; %s", stop.reason, self.step, stop.outlook)
         return stop.code
 
@@ -323,6 +327,13 @@ class Trainer:
         line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         self._log(values, line)
 
+    def _save_if_new(self) -> None:
+        """Save before the run ends, unless this step is saved already."""
+        with self.watchdog.pause("checkpoint"):
+            saved = self.saver.saved_step
+        if self.step > saved:
+            self._save(last=True)
+
     def _save(self, last: bool = False) -> None:
         self._report_bad_steps()
         if not self._require_finite(to_save=True):
@@ -333,10 +344,19 @@ class Trainer:
             cursors = merged(self.world, self.loader.state_dict(self.sequences))
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
-            self.saver.save(self.state.tensors(), record, self._files(), last)
+            self.saver.save(self.state.tensors(), record, self.files, last)
 
-    def _files(self) -> dict[str, bytes]:
-        """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file."""
-        files = {CONFIG: to_toml(self.config).encode(), DATA_RECORD: self.data_record}
-        vocabulary = Path(self.config.data.tokenizer)
-        return files | ({VOCABULARY: vocabulary.read_bytes()} if vocabulary.suffix == ".tiktoken" else {})
+
+def _files(config: Config, corpus: Corpus) -> dict[str, bytes]:
+    """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file.
+
+    Read once: the file may not be there any more when a checkpoint is written.
+    """
+    files = {CONFIG: to_toml(config).encode(), DATA_RECORD: data_record(corpus)}
+    vocabulary = Path(config.data.tokenizer)
+    if vocabulary.suffix == ".tiktoken":
+        try:
+            files[VOCABULARY] = vocabulary.read_bytes()
+        except OSError as error:
+            raise UserError(f"data.tokenizer: {vocabulary} cannot be read ({error.strerror})") from None
+    return files

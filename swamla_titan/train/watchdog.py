@@ -173,9 +173,9 @@ class Watchdog:
         try:
             rank = self._world.rank
             place = place_of_main_thread()
+            self._publish(_HANG, str(rank))  # first: the disk may be what hangs
             path = self._traces / f"hang-step-{now.step}-rank-{rank}.txt"
             written = write_stacks(path, f"rank {rank}: {headline}")
-            self._publish(_HANG, str(rank))
             if self._world.device.type == "cuda" and self._world.size > 1:
                 write_nccl_trace(self._traces / f"hang-step-{now.step}-nccl-rank-{rank}")
             self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last: it says that all is written

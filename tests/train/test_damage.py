@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.errors import UserError
+from swamla_titan.train import checkpoint as checkpoint_module
 from swamla_titan.train.checkpoint import Checkpoints
 from tests.train.runs import assert_same_checkpoint, checkpoint, snapshot, train
 
@@ -74,7 +75,10 @@ def test_every_damage_of_every_file_is_named_and_passed_over_by_the_real_command
         assert f"{newest}: {name} " in line or f"{newest}: {name}: " in line, line
         assert f"resumed from {checkpoint(two, 2)}" in out
         assert_same_checkpoint(newest, tmp_path / "kept")
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000002", "step-00000004"]
+    # Whose manifest says nothing may be anybody's, and is put aside; the others are replaced.
+    left = sorted(path.name for path in newest.parent.iterdir())
+    aside = [f"replaced-{number}-step-00000004" for number in (1, 2, 3)]
+    assert left == [*aside, "step-00000002", "step-00000004"]
 
 
 def _edit(folder: Path, change: Callable[[dict], object]) -> None:
@@ -134,12 +138,44 @@ def test_no_damage_goes_unnoticed(two, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nothing")])
-def test_what_is_no_folder_is_named_and_replaced_when_the_step_is_saved_again(tiny, two, capsys, make):
+def test_what_is_no_folder_is_named_and_put_aside_when_the_step_is_saved_again(tiny, two, capsys, make):
     _becomes(checkpoint(two, 4), make)
     assert train(tiny, *FAST) == 0
     assert f"checkpoint passed over: {checkpoint(two, 4)}: " in capsys.readouterr().out
     assert Checkpoints(two / "checkpoints", 0).newest_whole() == checkpoint(two, 4)
-    assert sorted(path.name for path in (two / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    left = sorted(path.name for path in (two / "checkpoints").iterdir())
+    assert left == ["replaced-1-step-00000004", "step-00000002", "step-00000004"]
+
+
+def test_what_is_cut_does_not_count_among_those_kept_and_is_not_removed(tiny, two):
+    (victim, *_) = sorted(checkpoint(two, 4).glob("*.distcp"))
+    save = Checkpoints.save
+
+    def cut_first(self, *arguments):
+        _cut(victim)
+        return save(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", cut_first)
+        assert train(tiny, *FAST, "--training.steps", "6", "--checkpoint.keep_latest", "2") == 0
+    assert [checkpoint(two, step).exists() for step in (2, 4, 6)] == [True] * 3
+
+
+def test_a_folder_of_somebody_else_at_a_checkpoint_s_name_is_put_aside(tiny, tmp_path):
+    notes = checkpoint(tmp_path / "run", 2) / "notes.txt"
+    commit = checkpoint_module.commit
+
+    def after_somebody(temporary, final, known):
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text("mine")
+        commit(temporary, final, known)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_module, "commit", after_somebody)
+        assert train(tiny, *FAST, "--training.steps", "2") == 0
+    assert not notes.exists()
+    aside = notes.parent.with_name("replaced-1-step-00000002")
+    assert (aside / "notes.txt").read_text() == "mine"
 
 
 def test_if_the_only_one_is_a_file_the_run_is_refused_and_does_not_begin_anew(tiny, two, capsys):
