@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,10 @@ class Launch:
         while not all((self.seen / f"ready-{prefix}{rank}").exists() for rank in range(size)):
             assert time.monotonic() < end, "the workers did not start"
             time.sleep(0.02)
+
+    def ended(self) -> list[str]:
+        """What the workers of "grow" ended with, in order."""
+        return (self.seen / "ended").read_text().splitlines()
 
     def left_over(self) -> list[Path]:
         return list(self.temporary.glob("swamla-titan.*"))
@@ -273,6 +277,13 @@ def assert_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def endpoint() -> str:
     """One at which nobody listens yet."""
     with socket.socket() as probe:
@@ -291,16 +302,25 @@ def test_two_machines_end_with_the_same_code(launch: Launch) -> None:
 
 @pytest.fixture
 def two_of_three(launch: Launch) -> tuple[dict[str, str], list["subprocess.Popen[str]"]]:
-    """Two launchers of an elastic run, their workers training, and the settings with which a third would join."""
+    """Two launchers of an elastic run, their workers training, and the settings with which a third would join.
+
+    The second has joined the first, which trained alone.
+    """
     settings = {
         "NNODES": "1:3",
         "RDZV_ENDPOINT": endpoint(),
         "MAX_RESTARTS": "0",
         "PET_RDZV_CONF": "last_call_timeout=4",
     }
-    two = [launch.start("grow", 1, **settings) for _ in range(2)]
+    first = launch.start("grow", 1, **settings)
+    launch.wait_until_ready(1, "1-")  # so that it is the one that holds the meeting point
+    second = launch.start("grow", 1, **settings)
     launch.wait_until_ready(2, "2-")
-    return settings, two
+    return settings, [first, second]
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_machine_that_joins_makes_all_start_again_costs_no_restart_and_ends_nothing(
@@ -308,11 +328,16 @@ def test_a_machine_that_joins_makes_all_start_again_costs_no_restart_and_ends_no
 ) -> None:
     """The first worker that torchrun stops takes the other with it, before the other's torchrun knows why."""
     settings, two = two_of_three
+    folders = launch.left_over()
+    agents = {parent(agent): agent for agent in (parent(int((each / "0.pid").read_text())) for each in folders)}
     three = [*two, launch.start("grow", 1, **settings)]
+    wait_until(lambda: any((folder / "logs").exists() for folder in set(launch.left_over()) - set(folders)))
+    os.kill(agents[two[1].pid], signal.SIGSTOP)
+    wait_until(lambda: launch.ended().count("2 76") == 2)
+    time.sleep(2)  # for the second worker to be gone, if it did not wait
+    os.kill(agents[two[1].pid], signal.SIGCONT)
     assert [process.wait(timeout=100) for process in three] == [0, 0, 0]
-    ended = sorted((launch.seen / "ended").read_text().splitlines())
-    assert ended[-3:] == ["3 0"] * 3
-    assert ended[:-3] == ["2 76"] * 2 or ended[:-3] == ["1 76"] + ["2 76"] * 2  # one of the two may have been first
+    assert launch.ended() == ["1 76"] + ["2 76"] * 2 + ["3 0"] * 3
     assert not launch.left_over()
 
 
@@ -322,11 +347,8 @@ def test_a_signal_to_one_machine_while_another_joins_ends_all_with_75(
 ) -> None:
     settings, two = two_of_three
     three = [*two, launch.start("grow", 1, **settings)]
-    end = time.monotonic() + 60
-    while not any(list(folder.glob("regroup")) for folder in launch.left_over()):
-        assert time.monotonic() < end, "torchrun did not stop the workers"
-        time.sleep(0.005)
+    wait_until(lambda: any(list(folder.glob("regroup")) for folder in launch.left_over()))
     two[0].send_signal(number)
     codes = [process.wait(timeout=100) for process in three]
     assert codes == [75, 75, 75]
-    assert "3 0" not in (launch.seen / "ended").read_text()
+    assert "3 0" not in launch.ended()
