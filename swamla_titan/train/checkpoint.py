@@ -186,7 +186,7 @@ class Checkpoints:
         """What is named like a checkpoint, newest first. UserError if that cannot be seen."""
         try:
             found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # a file at this place is refused where it is written
             return []
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read ({error.strerror}), so nothing can be resumed") from None
