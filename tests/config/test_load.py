@@ -77,7 +77,7 @@ flavor = "smal"
         "[training] seq_length = 5: unknown key; did you mean `seq_len`?",
         "[training] local_batch_size = 0: expected a whole number >= 1",
         "[training] max_grad_norm = true: expected a number >= 0",
-        '[checkpoint] async_mode = "asynchronous": expected only "disabled"',
+        '[checkpoint] async_mode = "asynchronous": expected one of "async", "disabled"',
         '[model] flavor = "smal": unknown flavor; did you mean `small`?',
         "--optimizer.learning_rate 1: unknown key",
         '[job] deterministic = "yes": expected true or false',

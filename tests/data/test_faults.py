@@ -413,11 +413,11 @@ def test_restart_with_what_another_rank_could_not_read(maker, tmp_path):
         batch, other = next(there), next(here)
         if batch.skips:
             assert not other.skips
-            here.restart(step, batch.skips)
+            here.restart(5 * step, batch.skips)
             other = next(here)
             restarted += 1
         assert other.tokens.equal(batch.tokens)
-        assert other.step == batch.step == step
+        assert other.first == batch.first == 5 * step
     assert restarted == 1
     assert all_cursors([here]) == all_cursors([there])
     here.close()

@@ -12,7 +12,7 @@ import pytest
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import open_corpus
 from swamla_titan.data.streams import DocumentStream
-from swamla_titan.train import trainer
+from swamla_titan.train import open_data
 from tests.conftest import TINY
 from tests.data.faulty import Fails, flaky, truncate, write_parquet
 from tests.distributed.job import Ended, run, run_and_listen
@@ -60,20 +60,20 @@ def settings(corpus: Path, folder: Path, steps: int = 20) -> tuple[str, ...]:
 
 def run_flaky(rank: int, fails: list[Fails], counts: Path, delay: float, config: str, *overrides: str) -> Ended:
     """`run_and_listen`, with a source that fails on rank `rank` alone (-1: on all)."""
-    original, own = trainer.open_corpus, int(os.environ["RANK"])
+    original, own = open_data.open_corpus, int(os.environ["RANK"])
     if rank in (own, -1):
         mine = counts / str(own)
         counts.mkdir(exist_ok=True)
-        trainer.open_corpus = lambda *arguments: flaky(original(*arguments), fails, mine, delay)  # type: ignore
+        open_data.open_corpus = lambda *arguments: flaky(original(*arguments), fails, mine, delay)  # type: ignore
     try:
         return run_and_listen(config, *overrides)
     finally:
-        trainer.open_corpus = original
+        open_data.open_corpus = original
 
 
 def run_truncated(path: Path, config: str, *overrides: str) -> Ended:
     """`run_and_listen`, with a file cut after it was opened; the first rank cuts it, and all see it."""
-    original = trainer.open_corpus
+    original = open_data.open_corpus
     size = path.stat().st_size
 
     def open_and_cut(*arguments):
@@ -86,11 +86,11 @@ def run_truncated(path: Path, config: str, *overrides: str) -> Ended:
                 time.sleep(0.02)
         return corpus
 
-    trainer.open_corpus = open_and_cut  # type: ignore
+    open_data.open_corpus = open_and_cut  # type: ignore
     try:
         return run_and_listen(config, *overrides)
     finally:
-        trainer.open_corpus = original
+        open_data.open_corpus = original
 
 
 def cursors(folder: Path, step: int) -> dict[str, object]:

@@ -13,7 +13,7 @@ import pytest
 
 from swamla_titan.cli import main
 from swamla_titan.data import patience
-from swamla_titan.train import trainer
+from swamla_titan.train import open_data
 from tests.data.faulty import Fails, flaky, truncate, write_parquet
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 
@@ -50,9 +50,9 @@ def settings(folder: Path, *more: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def opened_then(action) -> Iterator[None]:
     """What befalls the data just after the next start has opened them: `action(corpus)` gives the corpus to read."""
-    original = trainer.open_corpus
+    original = open_data.open_corpus
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "open_corpus", lambda *arguments: action(original(*arguments)))
+        patch.setattr(open_data, "open_corpus", lambda *arguments: action(original(*arguments)))
         yield
 
 
