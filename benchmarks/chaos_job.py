@@ -211,7 +211,7 @@ class Moments:
             return set(job.find("rank")) - self._seen
 
         ready = job.wait(lambda: len(new()) >= job.processes, self._seconds, "a start")
-        return ready and self._now(job, self._draw.uniform(0, 8))
+        return ready and self._now(job, self._draw.uniform(0, 3))
 
     def first_step(self, job: Job) -> bool:
         """About the next step, which is the first of a start if this one has not made any."""

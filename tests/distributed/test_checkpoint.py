@@ -90,7 +90,7 @@ def _save_two(folder: str) -> None:
         _save(checkpoints, step)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_ranks_share_the_reading_and_find_what_one_process_finds(tmp_path, caplog, size, damage):
     on_ranks(3, _save_two, str(tmp_path))

@@ -95,7 +95,7 @@ def test_without_rewinds_the_metric_is_absent_and_nothing_more_is_kept(tiny, tmp
     assert saved(tmp_path / "kept") == [4, 6]
 
 
-@pytest.mark.parametrize("keep", ["1", "2"])
+@pytest.mark.parametrize("keep", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_killed_at_every_step_it_comes_to_the_same_end(tiny, tmp_path, undisturbed, keep):
     """One kill after the other, within the row, at its notice and behind the rewind; little is kept."""
     settings = (str(tiny), *COMMON, *REWINDS, "--checkpoint.keep_latest", keep)
