@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
 from swamla_titan.train.manifest import (
     TEMPORARY_PREFIX,
-    THREADS,
     Entries,
     commit,
     digested,
@@ -52,6 +52,8 @@ CONFIG = "config.toml"
 VOCABULARY = "tokenizer.tiktoken"
 # One process without a process group saves and loads alone. For good, because filters belong to all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+_COPIED_AHEAD = 10_000_000  # bytes
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -261,6 +263,8 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
-    # With one thread DCP would wait for the GPU's work at every tensor, also for those that are on the host already.
-    writer = dcp.FileSystemWriter(folder, thread_count=THREADS)
+    # From the host DCP is to copy nothing ahead: it would wait for all work of the GPU at every few tensors. And it is to
+    # write by one thread: what goes wrong in further ones it does not notice.
+    on_gpu = any(local(each).is_cuda for group in tensors.values() for each in group.values())
+    writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=_COPIED_AHEAD if on_gpu else 0)
     dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1, process_group=world.host_group)

@@ -18,7 +18,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
 FORMAT = "swamla-titan checkpoint 1"
-THREADS = 4  # that write and digest a rank's files: one is slower than a disk
+THREADS = 4  # that digest files: one is slower than a disk
 NEEDED = (".metadata", "train.json")  # no checkpoint is without them
 
 

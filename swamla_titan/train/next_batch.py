@@ -11,7 +11,7 @@ from swamla_titan.train.skipped_files import SkippedFiles
 
 LOOK = 1.0  # seconds between two looks at whether a signal came, while a rank waits for its data
 
-_READY, _SKIPPED, _FAILED, _WAITING = range(4)  # what a rank has; the largest decides
+_READY, _SKIPPED, _WAITING, _FAILED = range(4)  # what a rank has; the largest decides
 
 
 def next_batch(

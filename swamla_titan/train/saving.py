@@ -56,18 +56,20 @@ class Saver:
         last = last or self._failures >= max(1, self._config.max_failures - 1)  # no further one is left after it
         begin = time.monotonic()
         self._attempted, self._outcome = record.step, None
+        if self._config.async_mode != "disabled":
+            tensors = self._staging.copy(tensors)
         if self._config.async_mode == "disabled" or last:
+            self._staging.wait()
             self._outcome = self._attempt(tensors, record, files, begin)
             self.settle()
             if self._failures and (last or self._failures >= self._config.max_failures):
                 number = f". That is failure {self._failures} in a row" if self._failures > 1 else ""
                 raise RunFailed(f"{self._outcome}{number}. {_WAY_OUT}")
             return
-        staged = self._staging.copy(tensors)
 
         def write() -> None:
             self._staging.wait()
-            self._outcome = self._attempt(staged, record, files, begin)
+            self._outcome = self._attempt(tensors, record, files, begin)
 
         # A daemon: a rank that ends alone must not wait for the others.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
