@@ -263,8 +263,8 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(tensors: dict[str, Any], folder: Path, world: World) -> None:
-    # From the host DCP is to copy nothing ahead: it would wait for all work of the GPU at every few tensors. And it is to
-    # write by one thread: what goes wrong in further ones it does not notice.
+    # From the host DCP is to copy nothing ahead: it would wait for all work of the GPU at every few tensors. And one
+    # thread is to write: what goes wrong in further ones DCP does not notice.
     on_gpu = any(local(each).is_cuda for group in tensors.values() for each in group.values())
     writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=_COPIED_AHEAD if on_gpu else 0)
     dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1, process_group=world.host_group)
