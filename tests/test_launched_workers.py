@@ -341,7 +341,9 @@ def test_a_machine_that_joins_makes_all_start_again_costs_no_restart_and_ends_no
     assert not launch.left_over()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1)]
+)
 def test_a_signal_to_one_machine_while_another_joins_ends_all_with_75(
     launch: Launch, two_of_three: tuple[dict[str, str], list["subprocess.Popen[str]"]], number: signal.Signals
 ) -> None:

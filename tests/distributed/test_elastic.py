@@ -66,7 +66,7 @@ def test_every_number_of_ranks_has_the_same_global_batches(tmp_path: Path) -> No
     assert set(global_batches([other[0][1]], 1).values()).isdisjoint(found["1"].values())
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((4, 2, 3), marks=pytest.mark.slow), (3, 2)], ids=str)
 def test_stopped_and_resumed_on_other_numbers_of_ranks_it_equals_one_process(tmp_path: Path, sizes: tuple[int, ...]):
     """With dimensions that do not divide either. SIGTERM to the last rank alone stops a leg, after five steps each."""
     settings = (*COMMON, *ODD, "--training.steps", str(5 * len(sizes)))

@@ -36,7 +36,15 @@ def _run_with_a_full_disk(steps: tuple[int, ...], config: str, *overrides: str) 
         return run_and_listen(config, *overrides)
 
 
-@pytest.mark.parametrize("plan", [(), ("--parallel.tensor", "2"), ("--parallel.data_parallel", "ddp")], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        (),
+        pytest.param(("--parallel.tensor", "2"), marks=pytest.mark.slow),
+        pytest.param(("--parallel.data_parallel", "ddp"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_disk_that_fails_one_rank_for_a_while_costs_a_job_only_those_checkpoints(tmp_path, plan):
     config = tmp_path / "tiny.toml"
     config.write_text(TINY.format(folder=tmp_path))
@@ -81,6 +89,6 @@ def _staged() -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 def test_a_copy_is_sharded_as_its_tensor_is(size):
     assert on_ranks(size, _staged) == [[True] * 6] * size

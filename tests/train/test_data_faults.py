@@ -64,7 +64,7 @@ def cut(path: Path):
     return action
 
 
-@pytest.mark.parametrize("workers", ["0", "1", "2"])
+@pytest.mark.parametrize("workers", ["0", "1", pytest.param("2", marks=pytest.mark.slow)])
 def test_stop_saves_what_was_learnt_and_names_file_and_place(tiny, corpus, tmp_path, capsys, workers):
     with opened_then(cut(corpus / "2.parquet")):
         assert train(tiny, *settings(corpus, "--data.num_workers", workers)) == 2
@@ -172,8 +172,15 @@ def test_a_reader_that_keeps_failing_ends_the_run_with_1(tiny, corpus, tmp_path,
     assert train(tiny, *settings(corpus)) == 0  # it answers again
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number, workers",
+    [
+        (signal.SIGTERM, "0"),
+        (signal.SIGUSR1, "1"),
+        pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_while_a_reader_waits_saves_and_ends_with_75(tiny, corpus, tmp_path, capsys, workers, number):
     counts, heard = tmp_path / "counts", []
 
