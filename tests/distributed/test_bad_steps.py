@@ -39,7 +39,7 @@ CASES = [
     *((plan, "spike", -1) for plan in ("fsdp-2", "ddp-2", "tp-2", "pp-2")),
     *((plan, "nan batch", -1) for plan in ("fsdp-2", "ddp-2")),
 ]
-SLOW = {"hsdp-2x2", "fsdp-2-pp-2", "fsdp-3", "cp-2"}
+SLOW = {"hsdp-2x2", "fsdp-2-pp-2", "fsdp-2-tp-2", "fsdp-3", "cp-2", "ddp-2"}
 
 
 def written(folder: Path) -> str:

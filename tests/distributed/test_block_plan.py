@@ -86,7 +86,7 @@ def test_float32_too(tmp_path: Path):
 @pytest.mark.parametrize(
     "recipe, combinations",
     [
-        ("rowwise", [("operators", False), ("full", True)]),
+        pytest.param("rowwise", [("operators", False), ("full", True)], marks=pytest.mark.slow),
         ("rowwise_with_gw_hp", [("operators", True)]),
         pytest.param("rowwise", [("operators", True)], marks=pytest.mark.slow),
         pytest.param("rowwise_with_gw_hp", [("operators", False), ("full", True)], marks=pytest.mark.slow),

@@ -175,7 +175,8 @@ def flex_error():
 
 
 @pytest.mark.filterwarnings("ignore:.*unfused.*")
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_block_masks_mean_the_same_as_booleans(size):
     check(on_ranks(size, flex_error), 1e-5)
 

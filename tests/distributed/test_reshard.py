@@ -88,7 +88,7 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
         assert difference <= tolerance * tensor.double().abs().max(), name
 
 
-IN_CI = set(zip(CHAINS, ("untied", "tied", "tied", "tied")))
+IN_CI = set(list(zip(CHAINS, ("untied", "tied", "tied", "tied")))[:2])
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tin
     assert metrics(run) == metrics(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, undisturbed, number):
     # Five micro-batches a step: slow enough for the signal to come in time, on a busy machine too.
     slow = ("--training.local_batch_size", "1")
