@@ -147,7 +147,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
         "memory_gib": world.largest(memory),
         "first_step_s": first,
-        "losses": [round(loss, 4) for loss in losses],
+        "losses": [round(loss, 6) for loss in losses],
         **kernels,
     }
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.runs import kill_groups
+
 ROOT = Path(__file__).resolve().parent.parent
 PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point")]
 
@@ -148,12 +150,7 @@ class Launch:
 def launch(tmp_path: Path) -> Iterator[Launch]:
     made = Launch(tmp_path)
     yield made
-    for process in made.started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        process.communicate()
+    kill_groups(made.started)
 
 
 @pytest.mark.parametrize("what, code", [("0", 0), ("2", 2), ("raised", 75)])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.runs import kill_groups
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts/slurm.sbatch"
 
@@ -84,12 +86,7 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     made = Cluster(tmp_path)
     yield made
-    for process in made.started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        process.communicate()
+    kill_groups(made.started)
 
 
 def test_every_node_runs_the_same_command_and_meets_at_the_first(cluster: Cluster) -> None:

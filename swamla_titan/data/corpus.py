@@ -1,12 +1,13 @@
 """Everything the order of the data depends on, opened and checked once at start-up."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.dealing import ORDER, Share, deal
 from swamla_titan.data.document import Document, Source
@@ -36,9 +37,9 @@ class Corpus:
         """Whether what cannot be read is passed over, file by file."""
         return self.data.on_error == "skip_file"
 
-    def new_patience(self) -> Patience:
-        """For a process that reads it."""
-        return patience_of(self.data)
+    def new_patience(self, is_over: Callable[[], bool] | None = None) -> Patience:
+        """For a process that reads it, until `is_over()`."""
+        return patience_of(self.data, is_over)
 
     def record(self) -> dict[str, Any]:
         """What must be remembered (JSON types) to open the same corpus after files were damaged, see `open_corpus`."""
@@ -101,9 +102,9 @@ def open_corpus(
     return Corpus(data, source, tokenizer, held_out, seed, fraction, faults)
 
 
-def patience_of(data: Data) -> Patience:
+def patience_of(data: Data, is_over: Callable[[], bool] | None = None) -> Patience:
     """By data.retry_seconds; a trainer has put a number there in place of -1, see config/rules.py."""
-    return Patience(data.retry_seconds) if data.retry_seconds >= 0 else Patience()
+    return Patience(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_over)
 
 
 def all_documents(

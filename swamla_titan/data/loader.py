@@ -76,7 +76,9 @@ class BatchLoader(Iterator[StepBatch]):
     def _begin(self) -> None:
         """Prepares to read from sequence `_first` on, at `_cursors`."""
         workers = self._workers
-        dataset = StepDataset(self._corpus, list(self._cursors), self._seq_len, self._size, self._first, self._cursors)
+        dataset = self._dataset = StepDataset(
+            self._corpus, list(self._cursors), self._seq_len, self._size, self._first, self._cursors
+        )
         # A generator of its own: the loader draws seeds from it, and must not advance the trainer's random state.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's own affair
@@ -168,6 +170,7 @@ class BatchLoader(Iterator[StepBatch]):
         atexit.unregister(self.close)
         items, self._items = self._items, None
         self._coming = None
+        self._dataset.is_closed = True
         if hasattr(items, "_workers"):
             _end_workers(items)
         self._loader._iterator = None

@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.data.document import Document, Position, Source
@@ -12,6 +12,7 @@ from swamla_titan.data.faults import Fault, Unreachable
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, and some of it by chance
+LOOK = 1.0  # seconds between two looks at whether it is over
 QUICK_TRIES = 2  # for bytes that make no sense: a second look at them is enough
 FILES_IN_A_ROW = 3  # that do not answer and may be given up; where more do not, it is not the files
 
@@ -24,8 +25,9 @@ class Patience:
     of many processes over time; it decides nothing about the data.
     """
 
-    def __init__(self, seconds: float = RETRY_SECONDS) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = RETRY_SECONDS, is_over: Callable[[], bool] | None = None) -> None:
+        """`is_over()`: nobody waits for the data any more."""
+        self.seconds, self._is_over = seconds, is_over
         self._chance = random.Random()
         self._spent = 0.0  # on outages of this portion that are over
         self._since: float | None = None  # the one that lasts began
@@ -53,8 +55,13 @@ class Patience:
         self._tries += 1
         self._last = fault
         logger.warning("%s; trying again in %.1f s", fault, delay)
-        time.sleep(delay)
-        return True
+        while delay > 0 and not self._is_abandoned():
+            time.sleep(min(delay, LOOK))
+            delay -= LOOK
+        return not self._is_abandoned()
+
+    def _is_abandoned(self) -> bool:
+        return self._is_over is not None and self._is_over()
 
     def success(self) -> None:
         """A document was read."""

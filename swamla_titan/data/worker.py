@@ -76,6 +76,7 @@ class StepDataset(IterableDataset[Portion]):
         self.seq_len = seq_len
         self.global_batch_size = global_batch_size
         self.first = first
+        self.is_closed = False  # set where the reader is a thread of this process, which cannot be ended
         self.cursors = cursors
 
     def __iter__(self) -> "StepIterator":
@@ -93,7 +94,7 @@ class StepIterator(Iterator[Portion]):
         self._numbers = np.array(streams, dtype=np.int64)
         self._streams: dict[int, PackedStream] = {}  # opened when first needed
         self._cache = TokenCache(dataset.corpus.tokenizer)
-        self._patience = dataset.corpus.new_patience()
+        self._patience = dataset.corpus.new_patience(lambda: dataset.is_closed)
         # As text: they are copied and compared at every step, and only those that moved are written anew.
         self._cursors = {str(stream): json.dumps(dataset.cursors[stream]) for stream in streams}
 

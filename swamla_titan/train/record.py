@@ -58,8 +58,9 @@ def read_record(path: Path) -> Record:
 def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str = "") -> Record:
     """The record of the checkpoint to resume from, or of a run that begins.
 
-    `allow` names kinds of differences (identity.KINDS), separated by commas. With other data or another tokenizer the
-    data begin anew; with another batch they go on where they were. UserError for a difference that is not allowed.
+    `allow` names kinds of differences (rules.ALLOWED_DIFFERENCES), separated by commas. With other data or another
+    tokenizer the data begin anew; with another batch they go on where they were. UserError for a difference that is not
+    allowed.
     """
     if newest is None:
         return Record(step=0, tokens=0, sequences=0, cursors={}, identity=identity)
@@ -67,9 +68,10 @@ def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str =
     allowed = {name.strip() for name in allow.split(",")}
     changes = fingerprint_changes(record.identity, identity)
     kinds = {name: kind_of(name) for name in changes}
+    found = set(kinds.values())
     if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
-        names = ",".join(sorted({*kinds.values()}))
-        possible = {*kinds.values()} <= {*ALLOWED_DIFFERENCES}
+        names = ",".join(sorted(found))
+        possible = found <= {*ALLOWED_DIFFERENCES}
         raise UserError(
             f"{newest} belongs to another run:\n  "
             + "\n  ".join(refused)
@@ -77,7 +79,7 @@ def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str =
             + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else "")
         )
     if changes:
-        anew = ANEW & set(kinds.values())
+        anew = ANEW & found
         logger.warning(
             "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
             newest,

@@ -72,3 +72,12 @@ def write_parquet(path: Path, texts: list[str], rows: int = 10) -> None:
 def truncate(path: Path) -> None:
     """Cut a file in half."""
     os.truncate(path, path.stat().st_size // 2)
+
+
+def four_files(folder: Path) -> Path:
+    """A new folder with four parquet files of 24 rows with 50 tokens each, two row groups a file."""
+    folder.mkdir()
+    for number in range(4):
+        texts = [f"<{number}.{i:02}".ljust(49, ".") for i in range(24)]
+        write_parquet(folder / f"{number}.parquet", texts, rows=12)
+    return folder

@@ -14,7 +14,7 @@ from swamla_titan.data import open_corpus
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.train import open_data
 from tests.conftest import TINY
-from tests.data.faulty import Fails, flaky, truncate, write_parquet
+from tests.data.faulty import Fails, flaky, four_files, truncate
 from tests.distributed.job import Ended, run, run_and_listen
 from tests.distributed.ranks import on_ranks
 from tests.train.runs import checkpoint, metrics
@@ -31,12 +31,7 @@ def config(tmp_path: Path) -> str:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(4):
-        texts = [f"<{number}.{i:02}".ljust(49, ".") for i in range(24)]
-        write_parquet(folder / f"{number}.parquet", texts, rows=12)
-    return folder
+    return four_files(tmp_path / "corpus")
 
 
 def settings(corpus: Path, folder: Path, steps: int = 20) -> tuple[str, ...]:

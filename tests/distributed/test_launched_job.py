@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_launched_workers import assert_gone
-from tests.train.runs import checkpoint, metrics, wait_for
+from tests.train.runs import checkpoint, kill_groups, metrics, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 8
@@ -55,12 +55,7 @@ def start(tmp_path: Path, temporary: Path) -> Iterator[Start]:
         return process
 
     yield start
-    for process in started:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        process.communicate()
+    kill_groups(started)
 
 
 def end(process: "subprocess.Popen[str]", code: int) -> str:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from swamla_titan.cli import main
 from tests.conftest import TINY
@@ -125,6 +126,22 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     shape = (*BATCHES[batch], *MODELS[model])
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
     assert_same_curves(tmp_path, shape)
+
+
+OFFLOADED = ("--parallel.cpu_offload", "true")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "plan",
+    [(), OFFLOADED, *(PLANS[name][1] for name in ("fsdp-2-every", "ddp-2", "tp-2", "cp-2", "pp-2"))],
+    ids=str,
+)
+def test_on_gpus_a_plan_trains_as_one_gpu_does(tmp_path, plan):
+    shape = (*BATCHES["does not"], *MODELS["untied"], "--training.fp32_precision", "ieee")
+    assert on_ranks(2, run, written(tmp_path), *shape, *plan) == [0, 0]
+    assert_same_curves(tmp_path, shape, tolerance=1e-4)
 
 
 # Three ways at once need eight processes: once each.

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from swamla_titan.train import manifest
 from swamla_titan.train.staging import Staging
 from tests.conftest import TINY
-from tests.distributed.job import Ended, run_and_listen
+from tests.distributed.job import Ended, run, run_and_listen, run_killed
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics
 
@@ -92,3 +92,34 @@ def _staged() -> list[bool]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_copy_is_sharded_as_its_tensor_is(size):
     assert on_ranks(size, _staged) == [[True] * 6] * size
+
+
+# A step of this model takes as long as the copy of its tensors from a GPU.
+ON_GPUS = (
+    *("--model.dim", "1024", "--model.num_heads", "8", "--compile.enabled", "true"),
+    *("--training.compute_dtype", "bfloat16", "--training.steps", "10", "--data.num_workers", "0"),
+    *("--validation.interval", "0", "--checkpoint.interval", "2", "--checkpoint.keep_latest", "0"),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "plan",
+    [(), ("--parallel.data_parallel", "ddp"), ("--parallel.tensor", "2"), ("--parallel.cpu_offload", "true")],
+    ids=str,
+)
+def test_on_gpus_checkpoints_beside_the_next_steps_hold_the_moment_and_a_killed_job_goes_on_as_if_undisturbed(
+    tmp_path, plan
+):
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY.format(folder=tmp_path))
+    whole = ("--job.dump_folder", str(tmp_path / "whole"), "--checkpoint.async_mode", "disabled")
+    assert on_ranks(2, run, str(config), *ON_GPUS, *plan, *whole) == [0, 0]
+    with pytest.raises(AssertionError, match="died"):
+        on_ranks(2, run_killed, 8, str(config), *ON_GPUS, *plan)
+    assert on_ranks(2, run, str(config), *ON_GPUS, *plan) == [0, 0]
+    assert "resumed from" in (tmp_path / "run/logs/rank-0.log").read_text()
+    for step in (2, 4, 6, 8, 10):
+        assert_same_checkpoint(checkpoint(tmp_path / "run", step), checkpoint(tmp_path / "whole", step))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

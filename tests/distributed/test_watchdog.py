@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -103,6 +104,17 @@ def test_the_others_end_with_1_and_name_a_rank_that_is_stopped(tmp_path, config)
     assert (code, stopped) == (1, None)  # torchrun kills it then: a stopped process obeys nothing but SIGKILL
     assert seconds < 20
     assert "rank 1: no answer; stopped, cut off" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus_the_last_collectives_of_each_rank_are_in_traces_too(tmp_path, config):
+    ended = on_ranks(2, _watched, "asleep", tmp_path, ["5", "5"], config, *SHORT)
+    assert [code for code, _ in ended] == [1, 1]
+    for rank in range(2):
+        trace = tmp_path / "run" / "traces" / f"hang-step-3-nccl-rank-{rank}"
+        entries = pickle.loads(trace.read_bytes())["entries"]
+        assert any("nccl:" in entry["profiling_name"] for entry in entries)
 
 
 # out of memory

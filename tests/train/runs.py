@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +30,16 @@ def start(config: Path, *overrides: str) -> "subprocess.Popen[str]":
     """Train in a process of its own."""
     command = [sys.executable, "-m", "swamla_titan", "train", str(config), *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_groups(processes: "Iterable[subprocess.Popen[str]]") -> None:
+    """End what is left of processes that lead groups of their own, with all that they have started."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        process.communicate()
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 60) -> None:

@@ -14,7 +14,7 @@ import pytest
 from swamla_titan.cli import main
 from swamla_titan.data import patience
 from swamla_titan.train import open_data
-from tests.data.faulty import Fails, flaky, truncate, write_parquet
+from tests.data.faulty import Fails, flaky, four_files, truncate
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 
 
@@ -29,13 +29,7 @@ SKIP = ("--data.on_error", "skip_file")
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Four parquet files of 24 rows with 50 tokens each, two row groups a file."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(4):
-        texts = [f"<{number}.{i:02}".ljust(49, ".") for i in range(24)]
-        write_parquet(folder / f"{number}.parquet", texts, rows=12)
-    return folder
+    return four_files(tmp_path / "corpus")
 
 
 def settings(folder: Path, *more: str) -> tuple[str, ...]:
