@@ -19,8 +19,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     The function must be importable. It may call `init_gloo`, or the program's own `join_world`. The first failure ends
     all processes and is raised here with the rank's own traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    # The server imports once; each rank is a fork of it and starts in a tenth of a second instead of four.
+    # The server imports once; each rank is a fork of it and starts in a tenth of a second instead of four. But where
+    # there is a GPU, what it imports asks for it, and CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(["tests.distributed.preload"])
     # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
