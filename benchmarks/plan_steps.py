@@ -12,6 +12,7 @@ by kind, on the first rank: "exposed" is the time in which communication ran and
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -199,6 +200,9 @@ def main() -> None:
             try:
                 results[plan] = measure(plan, arguments, Path(folder))
             except torch.cuda.OutOfMemoryError:
+                if "RANK" in os.environ:  # the others may wait for this rank for ever; torchrun ends them
+                    print(plan, "out of memory", flush=True)
+                    os._exit(1)
                 results[plan] = {"out_of_memory": True}
             torch._dynamo.reset()
             gc.collect()

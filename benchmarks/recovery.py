@@ -12,6 +12,7 @@ says of the way there. Prints a table last.
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -146,6 +147,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for mode in ("disabled", "async"):
             rows[f"save, {mode}"] = cost_of_saving(arguments, Path(name) / mode, mode)
+            print(rows, flush=True)  # in case what follows takes too long
+            shutil.rmtree(Path(name) / mode)
         rows["restart"] = restart(arguments, Path(name) / "restart")
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1))

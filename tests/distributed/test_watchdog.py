@@ -113,6 +113,7 @@ def test_on_gpus_the_last_collectives_of_each_rank_are_in_traces_too(tmp_path, c
     assert [code for code, _ in ended] == [1, 1]
     for rank in range(2):
         trace = tmp_path / "run" / "traces" / f"hang-step-3-nccl-rank-{rank}"
+        assert trace.exists(), (tmp_path / f"run/logs/rank-{rank}.log").read_text()
         entries = pickle.loads(trace.read_bytes())["entries"]
         assert any("nccl:" in entry["profiling_name"] for entry in entries)
 
