@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.chaos_compare import _of_tensors, differences
-from tests.train.runs import checkpoint, train
+from tests.train.runs import checkpoint, metrics, train
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ("--data.num_workers", "0", "--validation.interval", "2", "--checkpoint.interval", "2", "--training.steps", "4")
@@ -77,6 +78,14 @@ def test_tensors_are_compared_bit_for_bit_with_nans_in_them_or_within_a_toleranc
     assert _of_tensors(near, one, 1e-5) == []
     assert _of_tensors({"a": one["a"]}, one, 1e-5) == []  # other ranks, other random states
     assert _of_tensors({"a": one["a"]}, one, 0.0) == ["tensor random.rank-0.cpu is there only once"]
+
+
+def test_the_gradients_of_the_steps_that_a_soak_names_are_no_numbers(tiny, tmp_path):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks/chaos_site'}:{ROOT}", "CHAOS_NAN_STEPS": "2,3"}
+    command = [sys.executable, "-m", "swamla_titan", "train", str(tiny), *FAST]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    norms = metrics(tmp_path / "run", "grad_norm")
+    assert [step for step, norm in norms.items() if norm is None] == [2, 3]
 
 
 @pytest.mark.slow

@@ -38,7 +38,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _spoil(module: ModuleType) -> None:
-    clip = module.ParallelModel.clip_gradients
+    from swamla_titan.parallel.parallel_model import ParallelModel
+
+    clip = ParallelModel.clip_gradients
     train_step = module.Trainer.train_step
     steps = 0
 
@@ -54,7 +56,7 @@ def _spoil(module: ModuleType) -> None:
         steps = self.step + 1
         return train_step(self, batch)
 
-    module.ParallelModel.clip_gradients = clip_gradients  # type: ignore[attr-defined]
+    ParallelModel.clip_gradients = clip_gradients  # type: ignore[method-assign]
     module.Trainer.train_step = count_and_train  # type: ignore[attr-defined]
 
 
