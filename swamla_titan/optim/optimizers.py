@@ -5,6 +5,9 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
 
+# Optimizer -> bytes of its state for a float32 parameter of so many elements: AdamW has two moments, and counts steps.
+STATE_BYTES = {"adamw": lambda elements: 2 * 4 * elements + 4}
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and vectors and scalars (norms, biases), which do not.

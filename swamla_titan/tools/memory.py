@@ -10,14 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.optim import STATE_BYTES
 from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
 _FLOAT32 = 4
-
-# Optimizer -> bytes of its state for a parameter of so many elements: AdamW has two moments, and counts its steps.
-STATE_BYTES = {"adamw": lambda elements: 2 * _FLOAT32 * elements + _FLOAT32}
 
 # Bytes a logit at the peak of a loss that is not compiled, gradient included: float32 in several forms, measured.
 EAGER_LOSS_BYTES = 20

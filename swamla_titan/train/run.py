@@ -1,5 +1,7 @@
 """A process's part in a run, from joining the others to leaving them."""
 
+import faulthandler
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from swamla_titan.train.watchdog import Watchdog
 
 def train(config: Config) -> int:
     """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
+    if not faulthandler.is_enabled() and sys.__stderr__:
+        faulthandler.enable(sys.__stderr__)  # a crash of C code leaves the stacks of Python there
     stop = StopRequest()
     with ExitStack() as stack:
         stack.callback(stop.forget)

@@ -26,13 +26,16 @@ class Saver:
     run. All ranks call the same methods in the same order, and all come to the same outcome.
     """
 
-    def __init__(self, config: Checkpoint, checkpoints: Checkpoints, device: torch.device, step: int) -> None:
+    def __init__(
+        self, config: Checkpoint, checkpoints: Checkpoints, device: torch.device, step: int, expected: int = 0
+    ) -> None:
         """`step`: where the run resumes; what is saved until then is no concern of this object.
 
-        `checkpoints` must talk to the other ranks through a group that nobody else uses at the same time.
+        `checkpoints` must talk to the other ranks through a group that nobody else uses at the same time. `expected`:
+        about how many bytes this rank will save, see Staging.
         """
         self._config, self._checkpoints = config, checkpoints
-        self._staging = Staging(device)
+        self._staging = Staging(device, expected if config.interval and config.async_mode != "disabled" else 0)
         self._device = device
         self._saved = step
         self._failures = 0

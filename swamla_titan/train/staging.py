@@ -1,6 +1,7 @@
 """Copies of tensors in the memory of the host, from which a checkpoint can be written while training goes on."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from swamla_titan.parallel.sharded import local
 
 logger = logging.getLogger(__name__)
 
-_ALIGNED = 64  # bytes; any type may begin there
+ALIGNED = 64  # bytes; any type may begin there
 
 
 class Staging:
@@ -23,13 +24,18 @@ class Staging:
     cannot be pinned does as well, but the host waits for the copy.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, expected: int = 0) -> None:
+        """`expected`: bytes for which memory is pinned at once, by a thread, for it takes half a second a gigabyte."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._awaited = True  # by the device
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._pinned = False
+        self._preparing: threading.Thread | None = None
+        if expected and self._stream is not None:
+            self._preparing = threading.Thread(target=self._reserve, args=(expected,), name="pinning", daemon=True)
+            self._preparing.start()
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +44,9 @@ class Staging:
         Returns the same with copies in place of tensors, DTensors on the same mesh. They are good after `wait`, until
         the next call.
         """
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         self._reserve(sum(_room(local(each)) for each in _leaves(tensors)))
         if self._stream is None:
             return self._copied_to_host(tensors, [0])
@@ -111,4 +120,4 @@ def _leaves(tensors: dict[str, Any]) -> Iterator[Tensor]:
 
 def _room(tensor: Tensor) -> int:
     """Bytes that a copy takes, with what keeps the next one aligned."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
+    return -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
-from swamla_titan.optim import build_optimizer
+from swamla_titan.optim import STATE_BYTES, build_optimizer
 from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.checkpoint import Checkpoints, load_tensors, tensors_of
 from swamla_titan.train.numerics import seed_of
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.rewinding import Rewinding
+from swamla_titan.train.staging import ALIGNED
 
 
 class TrainingState:
@@ -25,7 +27,7 @@ class TrainingState:
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints, newest: Path | None, step: int) -> None:
         """As of `step`: from the checkpoint `newest`, or without one as a run begins."""
-        self._seed, self._world = config.job.seed, world
+        self._seed, self._optimizer, self._world = config.job.seed, config.optimizer.name, world
         self.model = ParallelModel(config, world)
         if not newest:
             self.model.init_weights(config.job.seed)
@@ -42,6 +44,12 @@ class TrainingState:
         """What a checkpoint holds: the live tensors, but copies of the random states."""
         history = {"bad_steps": self.bad_steps.state()} if self.bad_steps else {}
         return tensors_of(self.model.parts, self.optimizers) | history | self._random()
+
+    def size(self) -> int:
+        """About how many bytes of them this rank holds, also before the optimizer's first step makes its states."""
+        state = STATE_BYTES[self._optimizer]
+        held = [local(weight).numel() for part in self.model.parts for weight in part.parameters()]
+        return sum(4 * elements + state(elements) + 4 * ALIGNED for elements in held) + (1 << 20)
 
     def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:
         """Fill weights, optimizer states and `rest` from a checkpoint, in place."""

@@ -89,7 +89,7 @@ class Trainer:
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        self.saver = Saver(config.checkpoint, self.checkpoints, self.device, record.step)
+        self.saver = Saver(config.checkpoint, self.checkpoints, self.device, record.step, self.state.size())
 
         self.loader = BatchLoader(
             corpus,

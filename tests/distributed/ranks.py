@@ -1,10 +1,13 @@
 """Real process groups on gloo: a function run by several processes, its results or its first error brought back."""
 
+import faulthandler
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
+    folder = tempfile.TemporaryDirectory()
+    stacks = [Path(folder.name) / f"rank-{rank}" for rank in range(size)]
     for rank in range(size):
         near, far = context.Pipe(duplex=False)
         variables = {
@@ -38,21 +43,22 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
-        process = context.Process(target=_rank, args=(far, variables | environment, function, arguments))
+        process = context.Process(target=_rank, args=(far, stacks[rank], variables | environment, function, arguments))
         process.start()
         far.close()
         processes.append(process)
         pipes.append(near)
     try:
-        return _collect(pipes)
+        return _collect(pipes, stacks)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.join()
+        folder.cleanup()
 
 
-def _collect(pipes: list[Connection]) -> list[Any]:
+def _collect(pipes: list[Connection], stacks: list[Path]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
@@ -63,17 +69,22 @@ def _collect(pipes: list[Connection]) -> list[Any]:
             try:
                 result, error = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
+                raise AssertionError(f"rank {rank} died\n{stacks[rank].read_text()}") from None
             assert error is None, f"rank {rank}:\n{error}"
             results[rank] = result
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(pipe: Connection, variables: dict[str, str], function: Callable[..., Any], arguments: Any) -> None:
+def _rank(
+    pipe: Connection, stacks: Path, variables: dict[str, str], function: Callable[..., Any], arguments: Any
+) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
     try:
-        pipe.send((function(*arguments), None))
+        with stacks.open("w") as file:
+            faulthandler.enable(file)  # what a crash of C code leaves
+            pipe.send((function(*arguments), None))
+            faulthandler.disable()
     except BaseException:
         pipe.send((None, traceback.format_exc()))
     finally:

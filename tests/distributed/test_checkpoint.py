@@ -28,9 +28,9 @@ def _save_and_listen(folder: str) -> list[str]:
     seen = []
     digest = manifest._digest
 
-    def listen(path: Path) -> str:
+    def listen(path: Path, kind: str) -> str:
         seen.append(path.name)
-        return digest(path)
+        return digest(path, kind)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "_digest", listen)
@@ -59,9 +59,9 @@ def _newest(folder: str, world: World | None = None) -> tuple[str, list[str]]:
     seen = []
     digest = manifest._digest
 
-    def listen(path: Path) -> str:
+    def listen(path: Path, kind: str) -> str:
         seen.append(f"{path.parent.name}/{path.name}")
-        return digest(path)
+        return digest(path, kind)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "_digest", listen)

@@ -25,10 +25,10 @@ def _run_with_a_full_disk(steps: tuple[int, ...], config: str, *overrides: str) 
     """Train; the last rank cannot read back what it wrote for the checkpoints of these steps."""
     digest = manifest._digest
 
-    def full(path: Path) -> str:
+    def full(path: Path, kind: str) -> str:
         if path.parent.name in {f".tmp-step-{step:08d}" for step in steps} and path.suffix == ".distcp":
             raise OSError(5, "Input/output error")
-        return digest(path)
+        return digest(path, kind)
 
     with pytest.MonkeyPatch.context() as patch:
         if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:

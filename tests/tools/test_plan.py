@@ -18,12 +18,12 @@ from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import MicroBatch
 from swamla_titan.kernels.cross_entropy import cross_entropy
-from swamla_titan.optim import build_optimizer
+from swamla_titan.optim import STATE_BYTES, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import join_world, leave_world
-from swamla_titan.tools.memory import EAGER_LOSS_BYTES, STATE_BYTES
+from swamla_titan.tools.memory import EAGER_LOSS_BYTES
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import listed, report, size
 from tests.distributed.ranks import on_ranks

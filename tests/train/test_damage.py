@@ -1,6 +1,8 @@
 """Whatever is damaged in the newest checkpoint is noticed and named, and the one before is used."""
 
+import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from swamla_titan.errors import UserError
 from swamla_titan.train import checkpoint as checkpoint_module
 from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.manifest import FORMAT, Damaged, digested, verify
 from tests.train.runs import assert_same_checkpoint, checkpoint, snapshot, train
 
 FILES = (".metadata", "__0_0.distcp", "train.json", "config.toml", "manifest.json")
@@ -224,3 +227,22 @@ def test_retention_leaves_a_checkpoint_with_a_file_that_is_not_of_it_and_one_tha
     left = sorted(path.name for path in (two / "checkpoints").iterdir())
     assert left == [f"step-{step:08d}" for step in (2, 4, 10)]
     assert (checkpoint(two, 4) / "train.json").exists()
+
+
+def test_a_large_file_is_digested_by_pieces_and_damage_to_any_of_them_is_noticed(tmp_path):
+    path, piece = tmp_path / "__0_0.distcp", 16 << 20
+    content = random.Random(0).randbytes(2 * piece + 5)
+    path.write_bytes(content)
+    (entry,) = digested(tmp_path, [path]).values()
+    pieces = [content[:piece], content[piece : 2 * piece], content[2 * piece :]]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(each).digest() for each in pieces)).hexdigest()
+    assert entry == {"bytes": len(content), "sha256_of_16_mib_pieces": digest}
+    for name in (".metadata", "train.json"):
+        (tmp_path / name).touch()
+    entries = digested(tmp_path, sorted(tmp_path.iterdir()))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": entries}))
+    verify(tmp_path)
+    for place in (0, piece - 1, piece, 2 * piece + 4):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(Damaged, match=r"__0_0\.distcp has changed since it was written"):
+            verify(tmp_path)

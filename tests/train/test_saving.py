@@ -49,11 +49,13 @@ def test_copies_are_of_the_moment_and_their_memory_is_kept():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it():
+@pytest.mark.parametrize("expected", [0, 1 << 27, 1 << 29])
+def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it(expected):
     device = torch.device("cuda")
-    staging = Staging(device)
     weight = torch.zeros(1 << 26, device=device)  # 256 MB: the copy takes milliseconds
+    staging = Staging(device, expected)
     staging.copy({"weight": weight})  # the memory is pinned by now
+    assert len(staging._memory) == max(expected, 1 << 28)
     for i in range(1, 6):
         weight.fill_(i)
         copy = staging.copy({"weight": weight})["weight"]
@@ -62,6 +64,28 @@ def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it():
         staging.wait()
         assert copy.is_pinned()
         assert copy.eq(i).all()
+
+
+def test_what_a_run_saves_was_expected_and_not_much_more(tiny, tmp_path, monkeypatch):
+    expected = []
+    save = Saver.save
+
+    def listen(self, tensors, *arguments, **options):
+        staging = Staging(torch.device("cpu"))
+        staging.copy(tensors)
+        expected.append((sizes[0], len(staging._memory)))
+        save(self, tensors, *arguments, **options)
+
+    sizes = []
+    init = Saver.__init__
+    monkeypatch.setattr(
+        Saver, "__init__", lambda self, *arguments: (sizes.append(arguments[-1]), init(self, *arguments))[1]
+    )
+    monkeypatch.setattr(Saver, "save", listen)
+    assert train(tiny, "--training.steps", "3", "--checkpoint.interval", "2", "--data.num_workers", "0") == 0
+    assert len(expected) == 2
+    for guess, size in expected:
+        assert size <= guess <= 1.1 * size + (1 << 20)
 
 
 class Gate:
