@@ -7,13 +7,15 @@ A plan is SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]: sequences a step over all ran
 in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to measure the wrapper.
 Data, model, losses, clipping and optimizer are the trainer's own. With --profile the last step's kernels are summed up
 by kind, on the first rank: "exposed" is the time in which communication ran and no other kernel did.
+
+The host does not wait for the GPU between the steps that count, as in the trainer between two log lines; host_ms is
+what it takes to submit a step.
 """
 
 import argparse
 import gc
 import json
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -91,7 +93,9 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
     training = config.training
     rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
-    losses, seconds, kernels = [], [], {}
+    losses, kernels = [], {}
+    steps = arguments.steps - arguments.profile  # that are timed, from `half` on
+    half = steps // 2
     is_gpu = world.device.type == "cuda"
     with BatchLoader(
         corpus,
@@ -110,9 +114,11 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             )
             if profiler:
                 profiler.__enter__()
-            if is_gpu:
+            if is_gpu and (step <= half or profiler):
                 torch.cuda.synchronize()
             start = time.perf_counter()
+            if step == half:
+                begun_steady = start
             count = micro_batch_count(
                 step * training.global_batch_size,
                 training.global_batch_size,
@@ -129,26 +135,24 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 optimizer.step()
                 optimizer.zero_grad()
             issued = time.perf_counter() - start
-            losses.append(loss.item())
-            if is_gpu:
+            losses.append(loss)
+            if is_gpu and step in (0, steps - 1, arguments.steps - 1):
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            if step == 0:
+                first = time.perf_counter() - begun
+            if step == steps - 1:
+                step_seconds = (time.perf_counter() - begun_steady) / (steps - half)
             if profiler:
                 profiler.__exit__(None, None, None)
                 kernels = summary(profiler) if world.is_first else {}
-            if step == 0:
-                first = time.perf_counter() - begun
-    steady = seconds[len(seconds) // 2 : -1 if arguments.profile else None]
-    step_seconds = statistics.median(steady)
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {
         "step_ms": 1e3 * step_seconds,
-        "spread_ms": 1e3 * (max(steady) - min(steady)),
         "host_ms": 1e3 * issued,
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
         "memory_gib": world.largest(memory),
         "first_step_s": first,
-        "losses": [round(loss, 6) for loss in losses],
+        "losses": [round(loss.item(), 6) for loss in losses],
         **kernels,
     }
 
