@@ -130,7 +130,7 @@ class Soak:
 
     def _strike(self, fault: Fault) -> None:
         folder = self.job.folder
-        before, saved = Progress.of(folder), (steps_of_checkpoints(folder) or [0])[-1]
+        before, saved = Progress.of(folder), max(self._saved(), default=0)
         print(f"{time.strftime('%H:%M:%S')} step {before.step}: {fault.name}", flush=True)
         began = time.monotonic()
         fault.inject(self.job, self.draw)
@@ -142,6 +142,12 @@ class Soak:
         if fault.deadly and not fault.damages and self.draw.random() < ALSO and self.job.code() is None:
             faults += self._strike_again()
         self._recover(faults, before, saved, began)
+
+    def _saved(self) -> set[int]:
+        """The steps of the checkpoints without those that this soak has spoilt, unless they were saved again."""
+        steps = set(steps_of_checkpoints(self.job.folder))
+        spoilt = steps & self.damaged
+        return steps - (spoilt - whole_checkpoints(self.job.folder)) if spoilt else steps
 
     def _strike_again(self) -> list[Fault]:
         """A rank is killed while it starts."""
