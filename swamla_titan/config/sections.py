@@ -173,6 +173,16 @@ class Float8:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    attention: str = key(
+        "auto",
+        "auto: what is fastest on this device. triton: our kernel for sliding windows (CUDA). flex: FlexAttention for "
+        "windows and documents (CUDA). sdpa: PyTorch's attention under boolean masks. reference: plain and slow.",
+        choices=("auto", "triton", "flex", "sdpa", "reference"),
+    )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     interval: int = key(500, "Steps between checkpoints; the last step is always saved.", minimum=1)
     keep_latest: int = key(3, "Checkpoints kept; 0: all.", minimum=0)
@@ -274,6 +284,7 @@ class Config:
     compile: Compile = field(default_factory=Compile)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     float8: Float8 = field(default_factory=Float8)
+    kernels: Kernels = field(default_factory=Kernels)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)

@@ -5,6 +5,7 @@ each token's own document starts: the mask, the positions and the sink all read 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -68,6 +69,15 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
     with torch.inference_mode(False):
         starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
         return _tiles_of_rows(starts, window, sink, mask_mod)
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """The same mask for our own kernel, which applies the rule itself."""
+
+    starts: Tensor | None  # [B, T] int32, contiguous; None: one document a row
+    window: int
+    sink: int
 
 
 class KeyIntervals(NamedTuple):

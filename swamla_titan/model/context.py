@@ -4,13 +4,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from swamla_titan.kernels.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
+from swamla_titan.kernels.attention import Mask
+from swamla_titan.kernels.masks import (
+    WindowRule,
+    block_mask,
+    block_mask_of_one_document,
+    dense_mask,
+    document_starts,
+)
+from swamla_titan.kernels.window_attention import window_kernel_takes
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
-ATTENTION_BACKENDS = ("auto", "masked", "reference")
+# "auto": the fastest that device, dtype and shape allow; "triton": our kernel for SWA, else as auto; "flex":
+# FlexAttention for what is not plainly causal; "sdpa": boolean masks, for any length without compiling anew;
+# "reference": boolean masks and explicit scores.
+ATTENTION_BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,8 @@ class SequenceContext:
     positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
     swa_rotation: Rotation
     mla_rotation: Rotation
-    swa_mask: Tensor | BlockMask | None
-    mla_mask: Tensor | BlockMask | None
+    swa_mask: Mask
+    mla_mask: Mask
     reference: bool  # attention by the plain reference
 
     @classmethod
@@ -36,25 +46,21 @@ class SequenceContext:
     ) -> "SequenceContext":
         """The context of rows of `seq_len` tokens; `document_ids` [B, T] cut them into documents, None: one each.
 
-        `dtype` is that of the activations. `backend`: "auto" takes the fastest form that the device has, "masked"
-        boolean masks and SDPA (any length without compiling anew), "reference" boolean masks and explicit scores.
+        `dtype` is that of the activations, `backend` one of ATTENTION_BACKENDS (else ValueError).
         """
-        if backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attention_backend {backend!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
-        fast = backend == "auto" and device.type == "cuda"
         if document_ids is None:
             starts = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
         else:
             starts = document_starts(document_ids)
 
-        def mask(window: int | None, sink: int) -> Tensor | BlockMask | None:
+        def mask(kind: str, window: int | None, sink: int) -> Mask:
+            path = attention_path(kind, config, backend, device, dtype)
             if document_ids is None and (window is None or window >= seq_len):
                 return None  # plain causal, which has kernels of its own
-            if window is None:
-                widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-            else:
-                widths = config.head_dim, config.head_dim
-            if not fast or not flex_takes(dtype, *widths):
+            if path == "triton":
+                assert window is not None
+                return WindowRule(None if document_ids is None else starts.to(torch.int32), window, sink)
+            if path != "flex":
                 return dense_mask(starts, window, sink)
             if document_ids is None:
                 return block_mask_of_one_document(seq_len, window, sink, device)
@@ -67,10 +73,30 @@ class SequenceContext:
             positions=positions,
             swa_rotation=swa_rotation,
             mla_rotation=mla_rotation,
-            swa_mask=mask(config.swa_window, config.swa_sink_size) if "swa" in kinds else None,
-            mla_mask=mask(None, 0) if "mla" in kinds else None,
+            swa_mask=mask("swa", config.swa_window, config.swa_sink_size) if "swa" in kinds else None,
+            mla_mask=mask("mla", None, 0) if "mla" in kinds else None,
             reference=backend == "reference",
         )
+
+
+def attention_path(
+    kind: str, config: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype, whole_rows: bool = True
+) -> str:
+    """What computes the attention of "swa" or "mla" blocks under a mask: "triton", "flex", "sdpa" or "reference".
+
+    Rows without a mask, which are plainly causal, go to SDPA's own kernels under all but "reference". `whole_rows`: a
+    process has all of a row. ValueError for an unknown backend.
+    """
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention_backend {backend!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
+    if backend in ("sdpa", "reference"):
+        return backend
+    widths = config.head_dim, config.head_dim
+    if kind == "mla":
+        widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    elif backend == "triton" and whole_rows and window_kernel_takes(device, dtype, widths[0], config.swa_sink_size):
+        return "triton"
+    return "flex" if device.type == "cuda" and flex_takes(dtype, *widths) else "sdpa"
 
 
 def flex_takes(dtype: torch.dtype, qk_width: int, v_width: int) -> bool:

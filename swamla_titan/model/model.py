@@ -27,8 +27,7 @@ class SWAMLAModel(nn.Module):
 
     Six attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
-    `attention_backend`: "auto" (the fastest that the device has), "masked" (SDPA under boolean masks) or "reference"
-    (explicit scores; slow, for comparisons).
+    `attention_backend`: one of ATTENTION_BACKENDS in model/context.py.
     `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
     `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
     `local_tokens`: the columns [B, t] that this process computes of something [B, T] for whole rows; all of them.
@@ -171,7 +170,7 @@ class SWAMLAModel(nn.Module):
         cache.start(tokens, lengths)
         # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel anew.
         real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
-        backend = "reference" if self.attention_backend == "reference" else "masked"
+        backend = "reference" if self.attention_backend == "reference" else "sdpa"
         context = SequenceContext.build(self.config, tokens.shape[1], real, self.device, self.activation_dtype, backend)
         x = self.embed(tokens)
         for name, block in self.blocks.items():

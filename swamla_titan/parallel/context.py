@@ -28,7 +28,7 @@ from swamla_titan.kernels.masks import (
     intervals_in_the_row,
 )
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.context import ATTENTION_BACKENDS, SequenceContext, flex_takes, rotations
+from swamla_titan.model.context import SequenceContext, attention_path, rotations
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
@@ -157,9 +157,9 @@ class _ContextBuilder:
         dtype: torch.dtype,
         backend: str = "auto",
     ) -> SharedContext:
-        if backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attention_backend {backend!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
-        fast = backend == "auto" and device.type == "cuda"
+        def flex(kind: str) -> bool:
+            return attention_path(kind, config, backend, device, dtype, whole_rows=False) == "flex"
+
         layout = SequenceLayout(seq_len, self.size, self.rank)
         exchange = plan_swa_exchange(layout, config.swa_window, config.swa_sink_size)
         starts = None if document_ids is None else document_starts(document_ids)
@@ -171,14 +171,13 @@ class _ContextBuilder:
         kinds = set(config.block_kinds)
         swa_mask = mla_mask = mla_kernel = None
         if "swa" in kinds:
-            flex = fast and flex_takes(dtype, config.head_dim, config.head_dim)
-            swa_mask = _mask(exchange, starts, device, flex)
+            swa_mask = _mask(exchange, starts, device, flex("swa"))
         if "mla" in kinds:
             widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-            if backend == "auto" and starts is None:
+            if backend not in ("sdpa", "reference") and starts is None:
                 mla_kernel = kernel_without_mask(device, dtype, layout, *widths)
             if mla_kernel is None:
-                mla_mask = _mask(layout, starts, device, fast and flex_takes(dtype, *widths))
+                mla_mask = _mask(layout, starts, device, flex("mla"))
         return SharedContext(
             positions=positions,
             swa_rotation=swa_rotation,

@@ -9,6 +9,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.world import World
+from swamla_titan.train.attention import attention_of
 from swamla_titan.train.record import Record
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
     waits = waits_for_streams(training.global_batch_size, config.data.streams, world.degrees.data, rows)
     if waits:
         logger.warning(waits)
+    logger.info(f"attention: {attention_of(config, world)}")
     if resumed:
         logger.info(f"resumed from {resumed}")
     if record.step >= training.steps:

@@ -26,6 +26,7 @@ from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
+from swamla_titan.train.attention import attention_of
 from swamla_titan.train.bad_batches import BatchPlaces
 from swamla_titan.train.bad_steps import are_finite, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
@@ -61,6 +62,7 @@ class Trainer:
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
+        agree(world, lambda: attention_of(config, world))
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(

@@ -147,6 +147,26 @@ def recipe(run: Runner) -> None:
     assert "expected one of" in run.refusal("--float8.recipe", "native")
 
 
+def attention(run: Runner) -> None:
+    """What computes it, and what it says it is; each to the same losses."""
+    losses = {}
+    for path in ("auto", "sdpa", "reference"):
+        with Witness() as seen:
+            done = run("--kernels.attention", path)
+        losses[path] = done.series()
+        fused = sum(count for operator, count in seen.operators.items() if "_scaled_dot_product" in str(operator))
+        assert (fused == 0) == (path == "reference")
+        said = (done.folder / "logs/rank-0.log").read_text()
+        assert {
+            "auto": "attention: SWA by sdpa, MLA by sdpa, causal",
+            "sdpa": "attention: SWA by sdpa, MLA by sdpa, causal",
+            "reference": "attention: SWA by reference, MLA by reference",
+        }[path] in said
+    assert losses["auto"] == losses["sdpa"] == pytest.approx(losses["reference"], rel=1e-5)
+    for path in ("triton", "flex"):
+        assert f'kernels.attention = "{path}" needs a GPU' in run.refusal("--kernels.attention", path)
+
+
 BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "compile.enabled": compile_enabled,
     "compile.cache_folder": cache_folder,
@@ -155,4 +175,5 @@ BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "activation_checkpoint.every_n_blocks": every_n_blocks,
     "activation_checkpoint.memory_budget": memory_budget,
     "float8.recipe": recipe,
+    "kernels.attention": attention,
 }

@@ -189,7 +189,7 @@ def kernels_asked_for():
     apply_context_parallel(model, world.activations["context"])
     ids = rows()[2]
     found = [model.context(T).mla_kernel, model.context(T, ids).mla_kernel]
-    for backend in ("masked", "reference"):
+    for backend in ("sdpa", "reference"):
         model.attention_backend = backend
         found.append(model.context(T).mla_kernel)
     return found

@@ -48,7 +48,7 @@ def test_reference_backend_equals_the_fast_one(kind):
     model = build(**kind)
     tokens, ids = random_tokens(2, 30), (torch.rand(2, 30) < 0.1).cumsum(dim=1)
     fast = model(tokens, document_ids=ids)
-    for backend in ("masked", "reference"):
+    for backend in ("sdpa", "reference"):
         model.attention_backend = backend
         torch.testing.assert_close(model(tokens, document_ids=ids), fast, rtol=1e-10, atol=1e-10)
     model.attention_backend = "fast"
