@@ -49,10 +49,8 @@ class Progress:
         starts, resumed = 0, 0
         with contextlib.suppress(FileNotFoundError):
             for line in (folder / "logs" / "rank-0.log").read_text(errors="replace").splitlines():
-                if ": model: " in line:
-                    starts, resumed = starts + 1, 0
-                elif found := re.search(r": resumed from .*step-(\d+)$", line):
-                    resumed = int(found[1])
+                if found := re.search(r": (?:a new run|resumed from .*step-(\d+))$", line):
+                    starts, resumed = starts + 1, int(found[1] or 0)
         steps = [each["step"] for each in metrics_lines(folder) if "loss" in each]
         return cls(starts, len(steps), steps[-1] if steps else 0, resumed)
 
