@@ -1,23 +1,28 @@
-"""Time of a training step under several plans, in one launch, without checkpoints in between; and where it goes.
+"""Time of a training step under several settings, in one launch, without checkpoints in between; and where it goes.
 
-    torchrun --nproc-per-node 2 benchmarks/plan_steps.py --corpus corpus.jsonl --flavor base --plans 16 \
-        32/16 32/16,parallel.data_parallel=ddp 32/16,parallel.tensor=2 32/4,parallel.pipeline=2
+    python benchmarks/train_step.py --corpus corpus.jsonl --profile --runs base:16 base:16,kernels.attention=triton
+    torchrun --nproc-per-node 2 benchmarks/train_step.py --corpus corpus.jsonl --runs \
+        base:32/16 base:32/16,parallel.data_parallel=ddp base:32/16,parallel.tensor=2 base:32/4,parallel.pipeline=2
 
-A plan is SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]: sequences a step over all ranks, at most ROWS of them (default: all)
-in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to measure the wrapper.
-Data, model, losses, clipping and optimizer are the trainer's own. With --profile the last step's kernels are summed up
-by kind, on the first rank: "exposed" is the time in which communication ran and no other kernel did.
+A run is FLAVOR:SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]: sequences a step over all ranks, at most ROWS of them (default:
+all) in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to measure the wrapper.
+Data, loader, model, losses, clipping and optimizer are the trainer's own. The host does not wait for the GPU between
+the steps that count, which are the second half, as in the trainer between two log lines; data_ms is what it waits for
+the loader in one of them.
 
-The host does not wait for the GPU between the steps that count, as in the trainer between two log lines; host_ms is
-what it takes to submit a step.
+With --profile one more step is taken, and its kernels are summed up by kind, on the first rank, in milliseconds:
+"exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran. --top lists the
+dearest kernels.
 """
 
 import argparse
 import gc
 import json
 import os
+import statistics
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -46,11 +51,12 @@ KINDS = {
 
 def configuration(plan: str, arguments: argparse.Namespace, folder: Path) -> Config:
     sequences, *overrides = plan.split(",")
+    flavor, _, sequences = sequences.partition(":")
     batch, _, rows = sequences.partition("/")
     path = folder / "config.toml"
     path.write_text(f"""
 [model]
-flavor = "{arguments.flavor}"
+flavor = "{flavor}"
 max_seq_len = {arguments.seq_len}
 [data]
 source = "local"
@@ -94,8 +100,9 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     training = config.training
     rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
     losses, kernels = [], {}
-    steps = arguments.steps - arguments.profile  # that are timed, from `half` on
+    steps = arguments.steps  # of which those from `half` on are timed
     half = steps // 2
+    waits = []
     is_gpu = world.device.type == "cuda"
     with BatchLoader(
         corpus,
@@ -104,14 +111,11 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         rank=world.data_rank,
         world_size=world.degrees.data,
     ) as loader:
-        for step in range(arguments.steps):
+        for step in range(steps + arguments.profile):
+            asked = time.perf_counter()
             batch = next(loader)
-            last = step == arguments.steps - 1
-            profiler = (
-                profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-                if last and arguments.profile
-                else None
-            )
+            waits.append(time.perf_counter() - asked)
+            profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) if step == steps else None
             if profiler:
                 profiler.__enter__()
             if is_gpu and (step <= half or profiler):
@@ -134,9 +138,8 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 set_learning_rate(optimizer, 3e-4 * min(1, (step + 1) / 10))
                 optimizer.step()
                 optimizer.zero_grad()
-            issued = time.perf_counter() - start
             losses.append(loss)
-            if is_gpu and step in (0, steps - 1, arguments.steps - 1):
+            if is_gpu and (step in (0, steps - 1) or profiler):
                 torch.cuda.synchronize()
             if step == 0:
                 first = time.perf_counter() - begun
@@ -144,11 +147,11 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 step_seconds = (time.perf_counter() - begun_steady) / (steps - half)
             if profiler:
                 profiler.__exit__(None, None, None)
-                kernels = summary(profiler) if world.is_first else {}
+                kernels = summary(profiler, arguments.top) if world.is_first else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {
         "step_ms": 1e3 * step_seconds,
-        "host_ms": 1e3 * issued,
+        "data_ms": 1e3 * statistics.median(waits[half:steps]),
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
         "memory_gib": world.largest(memory),
         "first_step_s": first,
@@ -157,10 +160,11 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     }
 
 
-def summary(profiler: profile) -> dict[str, float]:
+def summary(profiler: profile, top: int) -> dict[str, object]:
     """Milliseconds of kernels by kind, and of communication with nothing beside it."""
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    kernels: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
         if event.device_type != DeviceType.CUDA or event.name.startswith(("ProfilerStep", "## ")):
             continue
@@ -168,9 +172,12 @@ def summary(profiler: profile) -> dict[str, float]:
             continue
         name = event.name.lower()
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
+        kernels[event.name].append((event.time_range.end - event.time_range.start) / 1e3)
         totals[kind] += (event.time_range.end - event.time_range.start) / 1e3
         spans[kind == "communication"].append((event.time_range.start, event.time_range.end))
     both = covered(spans[True] + spans[False])
+    for name, each in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"{sum(each):8.2f} ms {len(each):5} x {name[:110]}")
     return {
         **{f"{kind}_ms": total for kind, total in totals.items()},
         "exposed_ms": (both - covered(spans[False])) / 1e3,
@@ -190,17 +197,17 @@ def covered(spans: list[tuple[float, float]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", required=True, type=Path, help="a .jsonl file or a folder of text")
-    parser.add_argument("--flavor", default="base")
-    parser.add_argument("--plans", nargs="+", required=True, metavar="SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="FLAVOR:SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]")
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--top", type=int, default=0, help="with --profile: list so many kernels")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     arguments.corpus = arguments.corpus.resolve()
     results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for plan in arguments.plans:
+        for plan in arguments.runs:
             try:
                 results[plan] = measure(plan, arguments, Path(folder))
             except torch.cuda.OutOfMemoryError:
