@@ -93,24 +93,22 @@ def _backward(
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    # Both passes meet the same tiles: what is near to a tile of queries follows from them.
-    tiles = backward_tiles(query.dtype, width)
+    tiles, tiles_of_keys = backward_tiles(query.dtype, width)
     rows = -(-length // tiles.queries)
     far = query.new_empty(batch, heads, rows, 2, sink, width, dtype=torch.float32)
-    constants = _constants(query, key, starts, window, sink, tiles)
     kernels.grad_query[(rows, heads, batch)](
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
         *(*_strides(query), *_strides(key), *_strides(value)),
         *(*_strides(out), *_strides(grad_out), *_strides(grad_query)),
         *(heads, length, scale),
-        **constants,
+        **_constants(query, key, starts, window, sink, tiles),
     )
     kernels.grad_key_value[(-(-length // tiles.keys), key.shape[2], batch)](
         *(query, key, value, grad_out, grad_key, grad_value, lse, delta, far, starts),
         *(*_strides(query), *_strides(key), *_strides(value)),
         *(*_strides(grad_out), *_strides(grad_key), *_strides(grad_value)),
         *(heads, length, rows, scale),
-        **constants,
+        **_constants(query, key, starts, window, sink, tiles_of_keys),
     )
     return grad_query, grad_key, grad_value
 
@@ -157,11 +155,15 @@ def forward_tiles(dtype: torch.dtype, width: int) -> Tiles:
     return Tiles(128, 64, 4 if width == 64 else 8, 3)
 
 
-def backward_tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """For both passes of the backward."""
+def backward_tiles(dtype: torch.dtype, width: int) -> tuple[Tiles, Tiles]:
+    """For the queries' pass of the backward, and for that of the keys and values.
+
+    Of the same rows, since what is near to a tile of queries follows from both numbers. Registers that sm_90 code spills
+    decide the warps.
+    """
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 4, 2)
+        return Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
+    return Tiles(64, 64, 4, 2), Tiles(64, 64, 8 if width == 128 else 4, 2)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
