@@ -158,8 +158,8 @@ def forward_tiles(dtype: torch.dtype, width: int) -> Tiles:
 def backward_tiles(dtype: torch.dtype, width: int) -> tuple[Tiles, Tiles]:
     """For the queries' pass of the backward, and for that of the keys and values.
 
-    Of the same rows, since what is near to a tile of queries follows from both numbers. Registers that sm_90 code spills
-    decide the warps.
+    Of the same rows, since what is near to a tile of queries follows from both numbers. Registers that sm_90 code
+    spills decide the warps.
     """
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
