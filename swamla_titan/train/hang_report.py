@@ -47,7 +47,8 @@ def write_nccl_trace(path: Path) -> bool:
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(dump())
+        # Without the stacks of the calls: to name their lines torch may wait for Python's lock, which hangs may keep.
+        path.write_bytes(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False))
     except (OSError, RuntimeError) as error:
         logger.warning("no flight recorder of NCCL: %s", error)
         return False

@@ -209,7 +209,7 @@ def test_the_ranks_are_listed_by_place_those_behind_first_and_the_silent_named()
 
 
 def test_nccls_flight_recorder_is_written_where_there_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda **_: b"trace", raising=False)
     assert write_nccl_trace(tmp_path / "traces/hang-step-3-nccl-rank-1")
     assert (tmp_path / "traces/hang-step-3-nccl-rank-1").read_bytes() == b"trace"
     monkeypatch.delattr(torch._C._distributed_c10d, "_dump_nccl_trace")
