@@ -157,7 +157,7 @@ def measure(shape: Shape, path: str, seconds: float, device: torch.device) -> di
         out = attend(*given)
         upstream = torch.randn_like(out)
         gradients = list(torch.autograd.grad(out, given, upstream))
-    except (ImportError, RuntimeError, TypeError, AssertionError) as error:
+    except Exception as error:  # of whatever library; the other paths are measured all the same
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"}
     found: dict[str, float | str] = {}
     if is_exact and shape.seq_len <= 8192:

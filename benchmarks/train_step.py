@@ -36,6 +36,7 @@ from swamla_titan.optim import build_optimizer, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import join_world, launched_rank, leave_world
+from swamla_titan.train.attention import attention_of
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
 
@@ -92,6 +93,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         parallelize.apply_data_parallel = wrap_alone
     world = join_world(config.parallel)
     set_numerics(config, world.device, world.rank)
+    attention = attention_of(config, world)
     config, corpus, _ = open_data(config)
     begun = time.perf_counter()
     model = ParallelModel(config, world)
@@ -150,6 +152,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 kernels = summary(profiler, arguments.top) if world.is_first else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {
+        "attention": attention,
         "step_ms": 1e3 * step_seconds,
         "data_ms": 1e3 * statistics.median(waits[half:steps]),
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,

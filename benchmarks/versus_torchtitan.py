@@ -72,14 +72,14 @@ def theirs(arguments: argparse.Namespace, folder: Path) -> list[float]:
         "metrics.log_freq": 5,
         "activation_checkpoint.mode": "none",
     }
-    command = [sys.executable, __file__, "--theirs", str(arguments.corpus), json.dumps(THEIRS | arguments.theirs)]
+    command = [sys.executable, __file__, "--run-theirs", str(arguments.corpus), json.dumps(THEIRS | arguments.theirs)]
     command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command += ["--compile.enable", "--metrics.disable_color_printing"]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
     done = subprocess.run(command, env=os.environ | alone, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     size = re.search(r"size: ([0-9,]+) total parameters", done.stdout)
     speeds = [float(number.replace(",", "")) for number in re.findall(r"tps: ([0-9,]+)", done.stdout)]
-    if done.returncode or not size:
+    if done.returncode or not size or not speeds:
         sys.exit(f"torchtitan ended with {done.returncode}:\n{done.stdout[-3000:]}")
     print(f"torchtitan: {size[1]} parameters; last lines:", *done.stdout.splitlines()[-6:], sep="\n  ", flush=True)
     return speeds
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--theirs" and len(sys.argv) > 3 and not sys.argv[2].startswith("{"):
+    if sys.argv[1:2] == ["--run-theirs"]:
         corpus, shape = sys.argv[2:4]
         del sys.argv[1:4]
         run_theirs(corpus, shape)

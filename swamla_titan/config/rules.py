@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
+from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
@@ -14,6 +15,7 @@ FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are 
 def contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys that cannot all hold."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
+    yield from _attention(config)
     if training.seq_len > model.max_seq_len:
         yield Contradiction(
             ("training.seq_len", "model.max_seq_len", "model.flavor"),
@@ -96,6 +98,42 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
             f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
             f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
+        )
+
+
+def _attention(config: Config) -> Iterator[Contradiction]:
+    """A way to compute attention that no block could take; what needs a GPU is told where there is none."""
+    asked, model = config.kernels.attention, config.model
+    if asked not in ("triton", "flex"):
+        return
+    at = "kernels.attention"
+    has_windows = "swa" in model.block_kinds
+    has_masks = config.data.document_mask or (has_windows and model.swa_window < config.training.seq_len)
+    if asked == "triton" and not has_windows:
+        yield Contradiction((at,), '"triton" is for sliding-window blocks, and this model has none: use "auto"')
+    elif not has_masks:
+        yield Contradiction(
+            (at, "model.swa_window", "training.seq_len", "data.document_mask"),
+            f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
+        )
+    if asked != "triton" or not has_windows:
+        return
+    widths = WINDOW_WIDTHS_FLOAT32 if config.training.compute_dtype == "float32" else WINDOW_WIDTHS
+    if model.head_dim not in widths:
+        yield Contradiction(
+            (at, "model.dim", "model.num_heads", "training.compute_dtype"),
+            f'"triton" takes heads of {", ".join(map(str, widths))} in {config.training.compute_dtype}, not of '
+            f'{model.head_dim}: use "flex" or "auto"',
+        )
+    if model.swa_sink_size > WINDOW_SINKS:
+        yield Contradiction(
+            (at, "model.swa_sink_size"),
+            f'"triton" takes at most {WINDOW_SINKS} sinks, not {model.swa_sink_size}: use "flex" or "auto"',
+        )
+    if config.parallel.context > 1:
+        yield Contradiction(
+            (at, "parallel.context"),
+            '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
         )
 
 

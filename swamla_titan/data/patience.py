@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.data.document import Document, Position, Source
 from swamla_titan.data.faults import Fault, Unreachable
+from swamla_titan.errors import RunFailed
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ class Patience:
         self._spent, self._since = 0.0, None
 
     def again(self, fault: Fault) -> bool:
-        """Waits; returns whether it is time to try once more, or False at once if there is no sense in it."""
+        """Waits; returns whether it is time to try once more, or False at once if there is no sense in it.
+
+        Raises RunFailed, at once, where nobody waits for the data any more.
+        """
+        self._look_around()
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -55,13 +60,15 @@ class Patience:
         self._tries += 1
         self._last = fault
         logger.warning("%s; trying again in %.1f s", fault, delay)
-        while delay > 0 and not self._is_abandoned():
+        while delay > 0:
             time.sleep(min(delay, LOOK))
             delay -= LOOK
-        return not self._is_abandoned()
+            self._look_around()
+        return True
 
-    def _is_abandoned(self) -> bool:
-        return self._is_over is not None and self._is_over()
+    def _look_around(self) -> None:
+        if self._is_over is not None and self._is_over():
+            raise RunFailed("the reader's loader was closed")
 
     def success(self) -> None:
         """A document was read."""

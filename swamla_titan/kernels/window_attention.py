@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-WIDTHS = (64, 96, 128)  # of heads
-MOST_SINKS = 64  # beyond, what tiles of queries leave for their far keys takes too much memory
+from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
 
 
 class Tiles(NamedTuple):
@@ -25,12 +24,14 @@ class Tiles(NamedTuple):
 
 def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> bool:
     """Whether `window_attention` computes heads of this width in this dtype on this device."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return device.type == "cuda" and dtype in dtypes and width in WIDTHS and sink <= MOST_SINKS and _has_triton()
+    widths = {torch.bfloat16: WINDOW_WIDTHS, torch.float16: WINDOW_WIDTHS, torch.float32: WINDOW_WIDTHS_FLOAT32}
+    fits = width in widths.get(dtype, ()) and sink <= WINDOW_SINKS
+    return device.type == "cuda" and fits and has_triton()
 
 
 @lru_cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with PyTorch for CUDA."""
     return find_spec("triton") is not None
 
 
@@ -39,9 +40,9 @@ def window_attention(
 ) -> Tensor:
     """softmax(scale * query key^T) value over the keys that kernels/masks.py's rule `sees` names.
 
-    query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WIDTHS and its elements adjacent in
-    memory -> [B, T, H, D], contiguous, in query's dtype. `starts` [B, T] int32, contiguous: the index at which each
-    token's document begins; None: one document a row.
+    query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WINDOW_WIDTHS and its elements
+    adjacent in memory -> [B, T, H, D], contiguous, in query's dtype; products of float32 are exact, never TF32.
+    `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a row.
     """
     out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
     return out
@@ -55,6 +56,13 @@ def _forward(
     from swamla_titan.kernels import window_triton as kernels
 
     batch, length, heads, width = query.shape
+    # Else it would read what is not there.
+    assert key.shape == value.shape == (batch, length, key.shape[2], width)
+    assert heads % key.shape[2] == 0
+    assert width in WINDOW_WIDTHS
+    assert window >= 1
+    assert starts is None or (starts.shape == (batch, length) and starts.is_contiguous())
+    assert starts is None or starts.dtype == torch.int32
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     tiles = forward_tiles(query.dtype, width)
@@ -177,7 +185,6 @@ def _constants(
     from swamla_titan.kernels.window_triton import FAR
 
     width = query.shape[-1]
-    assert window >= 1
     assert tiles.queries % tiles.keys == 0
     return {
         "GROUP": query.shape[2] // key.shape[2],

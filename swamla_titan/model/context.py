@@ -55,8 +55,8 @@ class SequenceContext:
 
         def mask(kind: str, window: int | None, sink: int) -> Mask:
             path = attention_path(kind, config, backend, device, dtype)
-            if document_ids is None and (window is None or window >= seq_len):
-                return None  # plain causal, which has kernels of its own
+            if is_plainly_causal(kind, config, seq_len, document_ids is not None):
+                return None  # which has kernels of its own
             if path == "triton":
                 assert window is not None
                 return WindowRule(None if document_ids is None else starts.to(torch.int32), window, sink)
@@ -79,13 +79,18 @@ class SequenceContext:
         )
 
 
+def is_plainly_causal(kind: str, config: ModelConfig, seq_len: int, documents: bool) -> bool:
+    """Whether "swa" or "mla" blocks need no mask for rows of `seq_len` tokens, cut into documents or not."""
+    return not documents and (kind == "mla" or config.swa_window >= seq_len)
+
+
 def attention_path(
     kind: str, config: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype, whole_rows: bool = True
 ) -> str:
     """What computes the attention of "swa" or "mla" blocks under a mask: "triton", "flex", "sdpa" or "reference".
 
-    Rows without a mask, which are plainly causal, go to SDPA's own kernels under all but "reference". `whole_rows`: a
-    process has all of a row. ValueError for an unknown backend.
+    Whole rows that are plainly causal go to SDPA's own kernels under all but "reference". `whole_rows`: a process has
+    all of a row. ValueError for an unknown backend.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend {backend!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")

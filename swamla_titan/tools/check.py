@@ -14,6 +14,7 @@ from swamla_titan.config import Config, Override, find_config, load_config, with
 from swamla_titan.data import load_tokenizer, open_corpus
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.context import attention_path
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
@@ -131,18 +132,18 @@ def _float8(config: Config, device: torch.device) -> Finding:
 
 def _attention(config: Config, device: torch.device) -> Finding:
     """Run a small model forward and backward through the fast paths and hold it against the plain ones."""
-    shape = ModelConfig(num_layers=2, swa_layers_per_cycle=1, dim=256, num_heads=2, vocab_size=256, max_seq_len=512)
+    shape = ModelConfig(num_layers=2, swa_layers_per_cycle=1, dim=192, num_heads=2, vocab_size=256, max_seq_len=512)
     model = SWAMLAModel(shape).to(device)
     tokens = torch.randint(256, (2, 512), device=device)
     gradients = []
-    for backend in ("auto", "reference"):
+    for backend in (config.kernels.attention, "reference"):
         model.attention_backend = backend
         model.zero_grad()
         model(tokens, tokens).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double())
     error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
-    paths = "SWA FlexAttention, MLA SDPA" if device.type == "cuda" else "SWA and MLA SDPA"
-    text = f"{paths}: gradients within {error:.0e} of plain attention"
+    path = attention_path("swa", shape, config.kernels.attention, device, torch.float32)
+    text = f"SWA by {path}, MLA by sdpa: gradients within {error:.0e} of plain attention"
     if not error < 2e-2:
         return Finding("failure", "attention", text, "these versions of torch and the driver compute attention wrongly")
     return Finding("ok", "attention", text)

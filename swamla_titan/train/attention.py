@@ -4,31 +4,39 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.errors import UserError
-from swamla_titan.model.context import attention_path
+from swamla_titan.kernels.window_attention import has_triton
+from swamla_titan.model.context import attention_path, is_plainly_causal
+from swamla_titan.parallel.context import kernel_without_mask
+from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.parallel.world import World
 
 
 def attention_of(config: Config, world: World) -> str:
-    """What computes the attention of each kind of block, in words; UserError if kernels.attention is not to be had."""
-    asked, model = config.kernels.attention, config.model
-    dtype = getattr(torch, config.training.compute_dtype)
-    whole_rows = config.parallel.context == 1
-    paths = {
-        kind: attention_path(kind, model, asked, world.device, dtype, whole_rows)
-        for kind in ("swa", "mla")
-        if kind in model.block_kinds
-    }
+    """What computes the attention of each kind of block, in words; UserError if kernels.attention is not to be had.
+
+    What does not depend on the machine is refused with the configuration.
+    """
+    asked = config.kernels.attention
+    paths = {kind: _path(kind, config, world) for kind in ("swa", "mla") if kind in config.model.block_kinds}
     if asked in ("triton", "flex") and asked not in paths.values():
-        needs = "16-bit or float32 activations"
-        if asked == "triton":
-            needs += (
-                f" and, in sliding-window blocks, heads of 64, 96 or 128 (here {model.head_dim}), at most 64 sinks "
-                f"(here {model.swa_sink_size}) and parallel.context = 1 (here {config.parallel.context})"
-            )
-        raise UserError(
-            f'kernels.attention = "{asked}" needs a GPU, {needs}; this is {world.device.type} and '
-            f'{config.training.compute_dtype}. With "auto" what fits is taken'
-        )
-    if "mla" in paths and not config.data.document_mask and asked != "reference":
-        paths["mla"] = "sdpa, causal"
+        if world.device.type != "cuda":
+            why = "needs a GPU"
+        elif asked == "triton" and not has_triton():
+            why = "needs the package triton, which comes with PyTorch for CUDA"
+        else:
+            why = f"takes no heads as wide as these in {config.training.compute_dtype}"
+        raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
     return ", ".join(f"{kind.upper()} by {path}" for kind, path in paths.items())
+
+
+def _path(kind: str, config: Config, world: World) -> str:
+    asked, model, degree = config.kernels.attention, config.model, config.parallel.context
+    dtype, seq_len = getattr(torch, config.training.compute_dtype), config.training.seq_len
+    if asked != "reference" and is_plainly_causal(kind, model, seq_len, config.data.document_mask):
+        if degree == 1:
+            return "sdpa, causal"
+        widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+        layout = SequenceLayout(seq_len, degree, 0)
+        if kind == "mla" and asked != "sdpa" and (kernel := kernel_without_mask(world.device, dtype, layout, *widths)):
+            return f"{kernel}, causal by chunks"
+    return attention_path(kind, model, asked, world.device, dtype, whole_rows=degree == 1)

@@ -35,7 +35,7 @@ class Saver:
         about how many bytes this rank will save, see Staging.
         """
         self._config, self._checkpoints = config, checkpoints
-        self._staging = Staging(device, expected if config.interval and config.async_mode != "disabled" else 0)
+        self._staging = Staging(device, expected if config.async_mode != "disabled" else 0)
         self._device = device
         self._saved = step
         self._failures = 0
@@ -82,6 +82,7 @@ class Saver:
         """Let the checkpoint in flight be finished. `alone`: the other ranks are not there for it; do not wait."""
         if self._thread is not None and not alone:
             self._thread.join()
+        self._staging.close()
 
     def _attempt(
         self, tensors: dict[str, Any], record: Record, files: dict[str, bytes], begin: float

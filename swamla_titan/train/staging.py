@@ -14,6 +14,7 @@ from swamla_titan.parallel.sharded import local
 logger = logging.getLogger(__name__)
 
 ALIGNED = 64  # bytes; any type may begin there
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class Staging:
@@ -44,9 +45,7 @@ class Staging:
         Returns the same with copies in place of tensors, DTensors on the same mesh. They are good after `wait`, until
         the next call.
         """
-        if self._preparing is not None:
-            self._preparing.join()
-            self._preparing = None
+        self.close()
         self._reserve(sum(_room(local(each)) for each in _leaves(tensors)))
         if self._stream is None:
             return self._copied_to_host(tensors, [0])
@@ -69,6 +68,12 @@ class Staging:
         if self._copied is not None:
             self._copied.synchronize()
 
+    def close(self) -> None:
+        """Wait for the thread that pins memory, which must not outlive the interpreter."""
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
     def _reserve(self, size: int) -> None:
         """Have memory of at least `size` bytes."""
         if size <= len(self._memory):
@@ -78,8 +83,10 @@ class Staging:
         self._memory, self._pinned = torch.empty(size, dtype=torch.uint8), False
         if self._stream is None:
             return
-        # Not by torch's allocator of pinned memory, which takes the next power of two.
-        refused = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+        # Not by torch's allocator of pinned memory, which takes the next power of two. A thread has a current device of
+        # its own, which would be the machine's first.
+        with torch.cuda.device(self._device):
+            refused = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, _PORTABLE))
         self._pinned = refused == 0
         if refused:
             logger.warning(

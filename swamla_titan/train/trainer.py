@@ -91,8 +91,6 @@ class Trainer:
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        self.saver = Saver(config.checkpoint, self.checkpoints, self.device, record.step, self.state.size())
-
         self.loader = BatchLoader(
             corpus,
             seq_len=config.training.seq_len,
@@ -112,6 +110,8 @@ class Trainer:
         agree(world, lambda: log_to_folder(self.folder, world.rank))
         self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=world.is_first)
         self.metrics = agree(world, self._open_metrics)
+        expected = self.state.size() if self.step < config.training.steps else 0
+        self.saver = Saver(config.checkpoint, self.checkpoints, self.device, self.step, expected)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)

@@ -158,13 +158,16 @@ def attention(run: Runner) -> None:
         assert (fused == 0) == (path == "reference")
         said = (done.folder / "logs/rank-0.log").read_text()
         assert {
-            "auto": "attention: SWA by sdpa, MLA by sdpa, causal",
-            "sdpa": "attention: SWA by sdpa, MLA by sdpa, causal",
+            "auto": "attention: SWA by sdpa, MLA by sdpa, causal\n",
+            "sdpa": "attention: SWA by sdpa, MLA by sdpa, causal\n",
             "reference": "attention: SWA by reference, MLA by reference",
         }[path] in said
     assert losses["auto"] == losses["sdpa"] == pytest.approx(losses["reference"], rel=1e-5)
+    whole_row = run("--training.steps", "1", "--model.swa_window", "64")
+    assert "attention: SWA by sdpa, causal, MLA" in (whole_row.folder / "logs/rank-0.log").read_text()
+    wide = ("--model.dim", "128")  # heads of 64
     for path in ("triton", "flex"):
-        assert f'kernels.attention = "{path}" needs a GPU' in run.refusal("--kernels.attention", path)
+        assert f'kernels.attention = "{path}" needs a GPU' in run.refusal(*wide, "--kernels.attention", path)
 
 
 BLOCK_CASES: dict[str, Callable[[Runner], None]] = {

@@ -4,6 +4,7 @@ import errno
 import gzip
 import json
 import pickle
+import threading
 import time
 from pathlib import Path
 
@@ -614,3 +615,8 @@ def test_waiting_hears_nothing_from_a_closed_loader(maker, tmp_path):
         start = time.monotonic()
         loader.close()
         assert time.monotonic() - start < 2
+        deadline = time.monotonic() + 3 * patience_module.LOOK
+        while workers == 0 and any(thread.name == "data" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline, "the reader in this process goes on"
+            time.sleep(0.05)
+    assert (tmp_path / "counts" / "0-5").stat().st_size == 2, "a reader tried again after its loader was closed"

@@ -83,8 +83,10 @@ def _rank(
     try:
         with stacks.open("w") as file:
             faulthandler.enable(file)  # what a crash of C code leaves
-            pipe.send((function(*arguments), None))
-            faulthandler.disable()
+            try:
+                pipe.send((function(*arguments), None))
+            finally:
+                faulthandler.disable()
     except BaseException:
         pipe.send((None, traceback.format_exc()))
     finally:

@@ -78,7 +78,8 @@ def test_a_few_kills_around_a_save_leave_no_trace(
     tmp_path: Path, config: Path, temporary: Path, processes: int, moments: list[str]
 ) -> None:
     with Job(config, tmp_path / "run", temporary, processes, *SETTINGS) as job:
-        assert kill_ranks(job, moments, random.Random(7), enough=1 if processes == 2 else None) >= 1
+        within_saves = kill_ranks(job, moments, random.Random(7), enough=1 if processes == 2 else None)
+    assert within_saves >= 1 or processes == 1  # that one of a single process does is for the twenty to show
     assert Progress.of(tmp_path / "run").starts >= 2
     assert_no_trace(tmp_path / "run", config, processes, 30, *SETTINGS)
 

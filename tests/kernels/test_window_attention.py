@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from swamla_titan.kernels import window_attention as module
 from swamla_titan.kernels.attention import attention, reference_attention
+from swamla_titan.kernels.limits import WINDOW_SINKS
 from swamla_titan.kernels.masks import WindowRule, dense_mask, document_starts
 from swamla_titan.kernels.window_attention import window_attention, window_kernel_takes
 
@@ -83,11 +83,16 @@ def test_of_real_size(width, documents):
 def test_gradients_arrive_in_any_layout():
     (query, key, value), _ = inputs(SHAPES["one document"], torch.float32)
     out = window_attention(query, key, value, None, 128, 4, 0.1)
-    upstream = torch.randn(*out.shape[:2], out.shape[3], out.shape[2], device=DEVICE).transpose(2, 3)
-    gradients = torch.autograd.grad(out, (query, key, value), upstream, retain_graph=True)
-    expected = torch.autograd.grad(out, (query, key, value), upstream.contiguous())
-    for a, b in zip(gradients, expected):
-        assert torch.equal(a, b)
+    batch, seq_len, heads, width = out.shape
+    for upstream in (
+        torch.randn(batch, seq_len, width, heads, device=DEVICE).transpose(2, 3),
+        torch.randn(batch, heads, seq_len, width, device=DEVICE).transpose(1, 2),
+        torch.randn(batch, 1, 1, width, device=DEVICE).expand(out.shape),
+    ):
+        gradients = torch.autograd.grad(out, (query, key, value), upstream, retain_graph=True)
+        expected = torch.autograd.grad(out, (query, key, value), upstream.contiguous(), retain_graph=True)
+        for a, b in zip(gradients, expected):
+            assert torch.equal(a, b)
 
 
 def test_every_run_gives_the_same_bits():
@@ -128,7 +133,7 @@ def test_what_the_kernel_does_not_take():
     assert window_kernel_takes(gpu, torch.bfloat16, 96, 4)
     for width, sink, dtype in (
         (80, 4, torch.bfloat16),
-        (96, module.MOST_SINKS + 1, torch.bfloat16),
+        (96, WINDOW_SINKS + 1, torch.bfloat16),
         (96, 4, torch.float64),
     ):
         assert not window_kernel_takes(gpu, dtype, width, sink)

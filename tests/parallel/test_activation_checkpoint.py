@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from swamla_titan.config.sections import ActivationCheckpoint, Compile
 from swamla_titan.model.blocks import MLABlock, SWABlock
+from swamla_titan.parallel import activation_checkpoint
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
 from tests.parallel.plan import ATTENTION, MODES, PRODUCT, Seen, batch, small_model, watch, watch_compiled
@@ -138,3 +139,14 @@ def test_twice_is_refused():
     apply_activation_checkpointing(model, MODES["full"])
     with pytest.raises(ValueError, match="CheckpointedSWABlock cannot be checkpointed"):
         apply_activation_checkpointing(model, MODES["full"])
+
+
+def test_every_attention_operator_of_our_own_is_kept():
+    """Under "operators" the forward pass of none of them is repeated."""
+    ours = {
+        getattr(torch.ops.swamla_titan, name.removeprefix("swamla_titan::")).default
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("swamla_titan::") and "attention" in name and "backward" not in name
+    }
+    assert len(ours) >= 2
+    assert ours <= activation_checkpoint._ATTENTION

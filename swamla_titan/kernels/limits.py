@@ -1,0 +1,5 @@
+"""What our kernels take, for whoever asks before torch is imported."""
+
+WINDOW_WIDTHS = (64, 96, 128)  # of heads
+WINDOW_WIDTHS_FLOAT32 = (64, 96)  # at 128 it would not fit into the registers
+WINDOW_SINKS = 64  # at most: beyond, what tiles of queries leave for their far keys takes too much memory

@@ -1,0 +1,55 @@
+"""kernels.attention where no block could take it, whatever the machine."""
+
+import dataclasses
+
+import pytest
+
+from swamla_titan.config.rules import contradictions
+from swamla_titan.config.sections import Config, Data, Kernels, Parallel, Training
+from swamla_titan.model import ModelConfig
+from swamla_titan.model.context import ATTENTION_BACKENDS
+
+FITS = ModelConfig(dim=1536, num_heads=16, max_seq_len=2048)  # heads of 96, a window of 256
+
+
+def found(attention: str, model: ModelConfig = FITS, **sections) -> list[set[str]]:
+    config = Config(kernels=Kernels(attention), model=model, **sections)
+    return [set(each.keys) for each in contradictions(config) if each.keys[0].startswith("kernels.")]
+
+
+def shape(**changes) -> ModelConfig:
+    return dataclasses.replace(FITS, **changes)
+
+
+WIDTH = {"kernels.attention", "model.dim", "model.num_heads", "training.compute_dtype"}
+MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.document_mask"}
+
+
+@pytest.mark.parametrize(
+    "attention, model, sections, expected",
+    [
+        ("triton", shape(num_heads=12), {"training": Training(compute_dtype="float32")}, [WIDTH]),
+        ("triton", shape(num_heads=24), {}, []),
+        ("triton", shape(num_heads=32), {}, [WIDTH]),
+        ("triton", shape(swa_sink_size=65), {}, [{"kernels.attention", "model.swa_sink_size"}]),
+        ("triton", FITS, {"parallel": Parallel(context=2)}, [{"kernels.attention", "parallel.context"}]),
+        ("triton", shape(swa_window=2048), {}, [MASKS]),
+        ("triton", shape(swa_window=2048), {"data": Data(document_mask=True)}, []),
+        ("triton", shape(swa_layers_per_cycle=0), {}, [{"kernels.attention"}]),
+        ("flex", shape(swa_layers_per_cycle=0), {}, [MASKS]),
+        ("flex", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
+        ("flex", shape(num_heads=32, swa_sink_size=65), {"parallel": Parallel(context=2)}, []),
+    ],
+)
+def test_refused_with_the_keys_that_cannot_hold_together(attention, model, sections, expected):
+    assert found(attention, model, **sections) == expected
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "reference"])
+def test_what_any_model_can_have(attention):
+    assert found(attention, shape(swa_layers_per_cycle=0, swa_sink_size=100), parallel=Parallel(context=2)) == []
+
+
+def test_the_key_has_the_models_own_names():
+    (key,) = dataclasses.fields(Kernels)
+    assert key.metadata["choices"] == ATTENTION_BACKENDS
