@@ -135,6 +135,7 @@ def test_what_the_kernel_does_not_take():
         (80, 4, torch.bfloat16),
         (96, WINDOW_SINKS + 1, torch.bfloat16),
         (96, 4, torch.float64),
+        (128, 4, torch.float32),
     ):
         assert not window_kernel_takes(gpu, dtype, width, sink)
     assert not window_kernel_takes(torch.device("cpu"), torch.bfloat16, 96, 4)
