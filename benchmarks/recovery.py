@@ -3,7 +3,7 @@
     python benchmarks/recovery.py --corpus corpus.jsonl --flavor base --sequences 16 --steps 40 --interval 10
 
 Trains through the real command line, logging every step, which waits for the device. First once for each
-checkpoint.async_mode: a checkpoint costs what the steps after it up to the next but one take longer than the median of
+checkpoint.async_mode of --modes: a checkpoint costs what the steps after it up to the next but one take longer than the median of
 the others, its own pause included. Then a run is killed (SIGKILL) a step after a checkpoint was finished and the same
 command started again, with the compiled code of the first run: the time until it has trained a step, and what the log
 says of the way there. Prints a table last.
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--interval", type=int, default=10)
+    parser.add_argument("--modes", nargs="+", default=["disabled", "async"], help="of checkpoint.async_mode")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.steps < 3 * arguments.interval or arguments.interval < 2 * AFTER:
@@ -145,7 +146,7 @@ def main() -> None:
     arguments.corpus = arguments.corpus.resolve()
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        for mode in ("disabled", "async"):
+        for mode in arguments.modes:
             rows[f"save, {mode}"] = cost_of_saving(arguments, Path(name) / mode, mode)
             print(rows, flush=True)  # in case what follows takes too long
             shutil.rmtree(Path(name) / mode)
