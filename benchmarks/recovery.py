@@ -3,10 +3,10 @@
     python benchmarks/recovery.py --corpus corpus.jsonl --flavor base --sequences 16 --steps 40 --interval 10
 
 Trains through the real command line, logging every step, which waits for the device. First once for each
-checkpoint.async_mode of --modes: a checkpoint costs what the steps after it up to the next but one take longer than the median of
-the others, its own pause included. Then a run is killed (SIGKILL) a step after a checkpoint was finished and the same
-command started again, with the compiled code of the first run: the time until it has trained a step, and what the log
-says of the way there. Prints a table last.
+checkpoint.async_mode of --modes: a checkpoint costs what the steps after it up to the next but one take longer than the
+median of the others, its own pause included. Then a run is killed (SIGKILL) a step after a checkpoint was finished and
+the same command started again, with the compiled code of the first run: the time until it has trained a step, and what
+the log says of the way there. Prints a table last.
 """
 
 import argparse

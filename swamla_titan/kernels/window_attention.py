@@ -20,6 +20,7 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread at most, so that more programs share a processor
 
 
 def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> bool:
@@ -41,7 +42,8 @@ def window_attention(
     """softmax(scale * query key^T) value over the keys that kernels/masks.py's rule `sees` names.
 
     query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WINDOW_WIDTHS and its elements
-    adjacent in memory -> [B, T, H, D], contiguous, in query's dtype; products of float32 are exact, never TF32.
+    adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, D], contiguous, in query's dtype;
+    products of float32 are exact, never TF32.
     `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a row.
     """
     out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
@@ -66,11 +68,13 @@ def _forward(
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     tiles = forward_tiles(query.dtype, width)
+    rule = _rule(query, key, starts, window, sink)
     kernels.forward[(-(-length // tiles.queries), heads, batch)](
-        *(query, key, value, out, lse, starts),
+        *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys), query, key, value, out, lse, starts),
         *(*_strides(query), *_strides(key), *_strides(value), *_strides(out)),
         *(heads, length, scale),
-        **_constants(query, key, starts, window, sink, tiles),
+        **rule,
+        **_tiles(tiles, width),
     )
     return out, lse
 
@@ -102,21 +106,39 @@ def _backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
     tiles, tiles_of_keys = backward_tiles(query.dtype, width)
+    rule = _rule(query, key, starts, window, sink)
     rows = -(-length // tiles.queries)
+    step = max(tiles.keys, tiles_of_keys.keys)
+    far_tiles = {"FAR_BM": tiles.queries, "STEP": step}
     far = query.new_empty(batch, heads, rows, 2, sink, width, dtype=torch.float32)
     kernels.grad_query[(rows, heads, batch)](
+        *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys)),
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
         *(*_strides(query), *_strides(key), *_strides(value)),
         *(*_strides(out), *_strides(grad_out), *_strides(grad_query)),
         *(heads, length, scale),
-        **_constants(query, key, starts, window, sink, tiles),
+        **rule,
+        **_tiles(tiles, width),
+        STEP=step,
     )
-    kernels.grad_key_value[(-(-length // tiles.keys), key.shape[2], batch)](
-        *(query, key, value, grad_out, grad_key, grad_value, lse, delta, far, starts),
-        *(*_strides(query), *_strides(key), *_strides(value)),
-        *(*_strides(grad_out), *_strides(grad_key), *_strides(grad_value)),
-        *(heads, length, rows, scale),
-        **_constants(query, key, starts, window, sink, tiles_of_keys),
+    key_grid = -(-length // tiles_of_keys.keys), key.shape[2], batch
+    sums = query.new_empty(batch, key.shape[2], key_grid[0], 2, sink, width, dtype=torch.float32)
+    if sink:
+        kernels.sum_far[key_grid](
+            *(far, sums, starts, heads, length, rows),
+            **rule,
+            **far_tiles,
+            D=width,
+            BN=tiles_of_keys.keys,
+        )
+    kernels.grad_key_value[key_grid](
+        *(*_descriptors(query, tiles_of_keys.queries), *_descriptors(grad_out, tiles_of_keys.queries)),
+        *(key, value, grad_key, grad_value, lse, delta, sums, starts),
+        *(*_strides(key), *_strides(value), *_strides(grad_key), *_strides(grad_value)),
+        *(heads, length, scale),
+        **rule,
+        **_tiles(tiles_of_keys, width),
+        **far_tiles,
     )
     return grad_query, grad_key, grad_value
 
@@ -156,22 +178,38 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
+# The fastest on an H100 of those that benchmarks/window_tiles.py tries, for heads of each width in 16 bits. Many small
+# programs win: each waits for memory most of the time, and up to four share a processor if they leave it registers.
+_FORWARD = {64: Tiles(64, 64, 4, 2, 128), 96: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 3)}
+_BACKWARD = {
+    64: (Tiles(64, 32, 4, 3, 128), Tiles(32, 64, 4, 2, 168)),
+    96: (Tiles(64, 32, 4, 2, 128), Tiles(64, 64, 4, 2)),
+    128: (Tiles(64, 64, 4, 2, 168), Tiles(32, 64, 4, 2)),
+}
+
+
 def forward_tiles(dtype: torch.dtype, width: int) -> Tiles:
     """For the forward pass."""
-    if dtype == torch.float32:
-        return Tiles(64, 32, 4, 1)
-    return Tiles(128, 64, 4 if width == 64 else 8, 3)
+    return Tiles(64, 32, 4, 1) if dtype == torch.float32 else _FORWARD[width]
 
 
 def backward_tiles(dtype: torch.dtype, width: int) -> tuple[Tiles, Tiles]:
-    """For the queries' pass of the backward, and for that of the keys and values.
+    """For the queries' pass of the backward, and for that of the keys and values."""
+    return (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)) if dtype == torch.float32 else _BACKWARD[width]
 
-    Of the same rows, since what is near to a tile of queries follows from both numbers. Registers that sm_90 code
-    spills decide the warps.
-    """
-    if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 4, 2), Tiles(64, 64, 8 if width == 128 else 4, 2)
+
+def _descriptors(x: Tensor, rows: int) -> list[Any]:
+    """By which the tensor memory accelerator reads both parts of so many rows of a head; None: there is one part."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    wide, narrow = _parts(x.shape[-1])
+    shape, strides = list(x.shape), list(x.stride())
+    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in (wide, narrow)]
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Powers of two that a head is cut into."""
+    return (64, 32) if width == 96 else (width, 0)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -179,23 +217,23 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _constants(
-    query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: int, tiles: Tiles
-) -> dict[str, Any]:
-    from swamla_titan.kernels.window_triton import FAR
-
-    width = query.shape[-1]
-    assert tiles.queries % tiles.keys == 0
+def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: int) -> dict[str, Any]:
     return {
         "GROUP": query.shape[2] // key.shape[2],
         "WINDOW": min(window, query.shape[1]),
         "SINK": sink,
         "DOCUMENTS": starts is not None,
-        "D1": 64 if width == 96 else width,
-        "D2": 32 if width == 96 else 0,
+    }
+
+
+def _tiles(tiles: Tiles, width: int) -> dict[str, Any]:
+    wide, narrow = _parts(width)
+    return {
+        "D1": wide,
+        "D2": narrow,
         "BM": tiles.queries,
         "BN": tiles.keys,
-        "NARROW": FAR,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }

@@ -60,9 +60,10 @@ class Watchdog:
     logs, or when some 1000 kernels are queued: a step that never ends there is noticed a few steps later.
 
     What is then written, by every rank, also by those that merely wait, since the first one asks all: the stacks of
-    all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, and a log
-    line that says where the ranks are. Before `begin` no file is made. A process whose Python cannot run leaves its
-    stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and removed at the end.
+    all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N
+    of the rank that noticed first, and a log line that says where the ranks are. Before `begin` no file is made. A
+    process whose Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and
+    removed at the end.
     """
 
     def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
@@ -173,11 +174,11 @@ class Watchdog:
         try:
             rank = self._world.rank
             place = place_of_main_thread()
-            self._publish(_HANG, str(rank))  # first: the disk may be what hangs
-            path = self._traces / f"hang-step-{now.step}-rank-{rank}.txt"
+            hang = f"hang-step-{self._agree_on_step(now.step)}"  # first: the disk may be what hangs
+            path = self._traces / f"{hang}-rank-{rank}.txt"
             written = write_stacks(path, f"rank {rank}: {headline}")
             if self._world.device.type == "cuda" and self._world.size > 1:
-                write_nccl_trace(self._traces / f"hang-step-{now.step}-nccl-rank-{rank}")
+                write_nccl_trace(self._traces / f"{hang}-nccl-rank-{rank}")
             self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last: it says that all is written
             steps, places = self._ask_all({rank: f"{now.step} {place}"})
             logger.error(
@@ -192,6 +193,18 @@ class Watchdog:
         finally:
             # Not sys.exit: that would only end this thread, and the main thread cannot be made to end.
             os._exit(EXIT_FAILED)
+
+    def _agree_on_step(self, step: int) -> int:
+        """Tell the others of the hang; the step of the rank that did so first, by which all ranks name their files.
+
+        Their own may differ, and NCCL's tools find the files of one hang by their common beginning.
+        """
+        if self._store is not None:
+            try:
+                return int(self._store.compare_set(_HANG, "", str(step)))
+            except RuntimeError:
+                self._store = None
+        return step
 
     def _publish(self, key: str, value: str) -> None:
         if self._store is not None:

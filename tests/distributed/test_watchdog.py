@@ -111,9 +111,10 @@ def test_the_others_end_with_1_and_name_a_rank_that_is_stopped(tmp_path, config)
 def test_on_gpus_the_last_collectives_of_each_rank_are_in_traces_too(tmp_path, config):
     ended = on_ranks(2, _watched, "asleep", tmp_path, ["5", "5"], config, *SHORT)
     assert [code for code, _ in ended] == [1, 1]
-    for rank in range(2):
-        trace = tmp_path / "run" / "traces" / f"hang-step-3-nccl-rank-{rank}"
-        assert trace.exists(), (tmp_path / f"run/logs/rank-{rank}.log").read_text()
+    traces = sorted((tmp_path / "run/traces").glob("hang-step-*-nccl-rank-*"))
+    # The rank that does not sleep has put step 4 on its GPU, and may be the one that notices first.
+    assert [path.name for path in traces] in [[f"hang-step-{n}-nccl-rank-{rank}" for rank in (0, 1)] for n in (3, 4)]
+    for trace in traces:
         entries = pickle.loads(trace.read_bytes())["entries"]
         assert any("nccl:" in entry["profiling_name"] for entry in entries)
 

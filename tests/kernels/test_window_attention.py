@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from swamla_titan.kernels import window_attention as window_attention_file
 from swamla_titan.kernels.attention import attention, reference_attention
 from swamla_titan.kernels.limits import WINDOW_SINKS
 from swamla_titan.kernels.masks import WindowRule, dense_mask, document_starts
@@ -71,6 +72,17 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("not in Triton's interpreter")
     check(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", ["one document", "sinks fill a window", "more sinks than the window", "many documents"]
+)
+@pytest.mark.parametrize("of_queries, of_keys", [((16, 64), (64, 16)), ((64, 16), (16, 64)), ((128, 64), (32, 32))])
+def test_tiles_of_any_size(of_queries, of_keys, shape, monkeypatch):
+    of_queries, of_keys = (window_attention_file.Tiles(*rows, 4, 2) for rows in (of_queries, of_keys))
+    monkeypatch.setattr(window_attention_file, "forward_tiles", lambda dtype, width: of_queries)
+    monkeypatch.setattr(window_attention_file, "backward_tiles", lambda dtype, width: (of_queries, of_keys))
+    check(SHAPES[shape], torch.float16)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes there")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import TINY, build, random_tokens
 
+from swamla_titan.kernels import window_attention
 from swamla_titan.model import ModelConfig, context
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext, flex_takes
@@ -49,9 +50,27 @@ def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, confi
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
     ids = (torch.arange(20) > 7).long()[None] if documents else None
+    monkeypatch.setattr(context, "window_kernel_takes", lambda *args: False)
     built = SequenceContext.build(config, 20, ids, torch.device("cuda"), dtype)
     assert built.swa_mask == swa
     assert built.mla_mask == (mla if documents else None)
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, rows, path",
+    [
+        ("auto", torch.bfloat16, "whole", "triton"),
+        ("auto", torch.float32, "whole", "flex"),
+        ("auto", torch.bfloat16, "parts", "flex"),
+        ("triton", torch.float32, "whole", "triton"),
+        ("flex", torch.bfloat16, "whole", "flex"),
+    ],
+)
+def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, path):
+    monkeypatch.setattr(window_attention, "has_triton", lambda: True)
+    config, gpu = ModelConfig(dim=1536, num_heads=16, swa_window=8), torch.device("cuda")
+    assert context.attention_path("swa", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
+    assert context.attention_path("mla", config, backend, gpu, torch.bfloat16) == "flex"
 
 
 @pytest.mark.parametrize(
