@@ -16,6 +16,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys that cannot all hold."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
     yield from _attention(config)
+    yield from _loss(config)
     if training.seq_len > model.max_seq_len:
         yield Contradiction(
             ("training.seq_len", "model.max_seq_len", "model.flavor"),
@@ -134,6 +135,15 @@ def _attention(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             (at, "parallel.context"),
             '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
+        )
+
+
+def _loss(config: Config) -> Iterator[Contradiction]:
+    split = [f"parallel.{name}" for name in ("tensor", "pipeline") if getattr(config.parallel, name) > 1]
+    if config.kernels.loss == "fused" and split:
+        yield Contradiction(
+            ("kernels.loss", *split),
+            f'"fused" wants the whole head in one place: use "plain" or "auto" with {" and ".join(split)}',
         )
 
 

@@ -181,6 +181,17 @@ class Kernels:
         "reference: plain and slow.",
         choices=("auto", "triton", "flex", "sdpa", "reference"),
     )
+    loss: str = key(
+        "auto",
+        "fused: output head and loss as one, which never holds all logits. plain, and auto as yet: all logits first.",
+        choices=("auto", "fused", "plain"),
+    )
+    pointwise: str = key(
+        "auto",
+        "SwiGLU, and the rotation of queries and keys of sliding windows. triton: our kernels (CUDA). plain, and auto "
+        "as yet: left to torch.compile.",
+        choices=("auto", "triton", "plain"),
+    )
 
 
 @dataclass(frozen=True)

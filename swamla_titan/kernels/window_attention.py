@@ -55,6 +55,74 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
+    return run_forward(query, key, value, starts, window, sink, scale)
+
+
+@_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("swamla_titan::window_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sink: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sink: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, starts, ctx.window, ctx.sink, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, starts, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    query, key, value, starts, out, lse = ctx.saved_tensors
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    gradients = torch.ops.swamla_titan.window_attention_backward(
+        grad_out, query, key, value, starts, out, lse, ctx.window, ctx.sink, ctx.scale
+    )
+    return (*gradients, None, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def run_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`_forward` for those who make an operator of more than that."""
     from swamla_titan.kernels import window_triton as kernels
 
     batch, length, heads, width = query.shape
@@ -79,16 +147,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@torch.library.custom_op("swamla_titan::window_attention_backward", mutates_args=())
-def _backward(
+def run_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -99,11 +158,16 @@ def _backward(
     window: int,
     sink: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the gradients of query, key and value into tensors of their shapes, whatever their strides.
+
+    The elements of a head must be adjacent in `grad_out` too.
+    """
     from swamla_titan.kernels import window_triton as kernels
 
     batch, length, heads, width = query.shape
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    grad_query, grad_key, grad_value = gradients
     delta = torch.empty_like(lse)
     tiles, tiles_of_keys = backward_tiles(query.dtype, width)
     rule = _rule(query, key, starts, window, sink)
@@ -140,42 +204,6 @@ def _backward(
         **_tiles(tiles_of_keys, width),
         **far_tiles,
     )
-    return grad_query, grad_key, grad_value
-
-
-@_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: int,
-    sink: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, starts, ctx.window, ctx.sink, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, starts, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
-    query, key, value, starts, out, lse = ctx.saved_tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    gradients = torch.ops.swamla_titan.window_attention_backward(
-        grad_out, query, key, value, starts, out, lse, ctx.window, ctx.sink, ctx.scale
-    )
-    return (*gradients, None, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
 
 
 # The fastest on an H100 of those that benchmarks/window_tiles.py tries, for heads of each width in 16 bits. Many small

@@ -1,5 +1,7 @@
 """The one kind of matrix product in the model, and the embedding; SWAMLAModel.init_weights gives them their values."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,14 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` with another weight in the place of the module's own: tensor parallelism passes its shard."""
         return F.linear(x, weight.to(x.dtype))
+
+
+class Head(Linear):
+    """The last product, whose result can also be a function of x and the weight: a loss that needs no whole logits."""
+
+    def forward(self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], or loss(x, weight)."""
+        return super().forward(x) if loss is None else loss(x, self.weight)
 
 
 class Embedding(nn.Embedding):

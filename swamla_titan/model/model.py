@@ -13,7 +13,7 @@ from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.model.init import initial_value
-from swamla_titan.model.linear import Embedding, Linear
+from swamla_titan.model.linear import Embedding, Head
 from swamla_titan.model.norms import build_norm
 
 
@@ -25,10 +25,11 @@ def all_columns(rows: Tensor) -> Tensor:
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Six attributes may be set from outside:
+    Seven attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: one of ATTENTION_BACKENDS in model/context.py.
     `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
+    `linear_loss`: kernels.linear_cross_entropy, to compute head and loss as one, without `loss_function`; None: apart.
     `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
     `local_tokens`: the columns [B, t] that this process computes of something [B, T] for whole rows; all of them.
     `build_context`: SequenceContext.build, or what makes the context of those columns from the same arguments.
@@ -46,6 +47,7 @@ class SWAMLAModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.attention_backend = "auto"
         self.loss_function: Callable[..., Tensor] = cross_entropy
+        self.linear_loss: Callable[..., Tensor] | None = None
         self.gather_logits: Callable[[Tensor], Tensor] | None = None
         self.local_tokens: Callable[[Tensor], Tensor] = all_columns
         self.build_context: Callable[..., SequenceContext] = SequenceContext.build
@@ -55,7 +57,7 @@ class SWAMLAModel(nn.Module):
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
         self.blocks = nn.ModuleDict({str(i): kinds[kind](config) for i, kind in enumerate(config.block_kinds)})
         self.norm = build_norm(config)
-        self.head = Linear(config.dim, config.padded_vocab_size)
+        self.head = Head(config.dim, config.padded_vocab_size)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_again)
         if not self.embedding.weight.is_meta:
@@ -128,10 +130,13 @@ class SWAMLAModel(nn.Module):
         x = self.embed(self.local_tokens(tokens))  # [B, T, dim]
         for block in self.blocks.values():
             x = block(x, context)
-        logits = self.head(self.norm(x))  # [B, T, padded vocabulary]
+        x = self.norm(x)
         if targets is None:
-            return self._real_vocabulary(logits)
-        return self.loss(logits, targets, loss_denominator)
+            return self._real_vocabulary(self.head(x))
+        if self.linear_loss is None:
+            return self.loss(self.head(x), targets, loss_denominator)
+        loss: Tensor = self.head(x, lambda x, weight: self._linear_loss(x, weight, targets, loss_denominator))
+        return loss
 
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
@@ -149,16 +154,23 @@ class SWAMLAModel(nn.Module):
 
     def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
         """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T] of whole rows."""
-        total = self.loss_function(
-            logits.flatten(0, 1),
-            self.local_tokens(targets).flatten(),
-            self.config.vocab_size,
-            z_loss=self.config.z_loss if self.training else 0.0,
-            label_smoothing=self.config.label_smoothing if self.training else 0.0,
-        )
-        if loss_denominator is None:
-            loss_denominator = (targets != IGNORE).sum().clamp(min=1)
-        return total / loss_denominator
+        own = self.local_tokens(targets).flatten()
+        total = self.loss_function(logits.flatten(0, 1), own, self.config.vocab_size, **self._loss_options)
+        return total / _denominator(targets, loss_denominator)
+
+    def _linear_loss(
+        self, x: Tensor, weight: Tensor, targets: Tensor, loss_denominator: Tensor | float | None
+    ) -> Tensor:
+        assert self.linear_loss is not None
+        own = self.local_tokens(targets).flatten()
+        denominator = _denominator(targets, loss_denominator)
+        return self.linear_loss(x.flatten(0, 1), weight, own, self.config.vocab_size, denominator, **self._loss_options)
+
+    @property
+    def _loss_options(self) -> dict[str, float]:
+        if not self.training:
+            return {"z_loss": 0.0, "label_smoothing": 0.0}
+        return {"z_loss": self.config.z_loss, "label_smoothing": self.config.label_smoothing}
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: DecodeCache, lengths: Tensor | None = None) -> Tensor:
@@ -213,6 +225,10 @@ class SWAMLAModel(nn.Module):
             )
         if document_ids is not None and document_ids.shape != tokens.shape:
             raise ValueError(f"document_ids {tuple(document_ids.shape)}: expected {tuple(tokens.shape)}")
+
+
+def _denominator(targets: Tensor, given: Tensor | float | None) -> Tensor | float:
+    return (targets != IGNORE).sum().clamp(min=1) if given is None else given
 
 
 def _tie_again(model: nn.Module, incompatible_keys: object) -> None:

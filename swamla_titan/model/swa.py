@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention import attention
+from swamla_titan.kernels.masks import WindowRule
 from swamla_titan.model.cache import SWACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
@@ -21,8 +22,9 @@ def attend_window(query: Tensor, key: Tensor, value: Tensor, context: SequenceCo
 class SlidingWindowAttention(nn.Module):
     """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
 
-    `attend` may be set from outside, to a function like `attend_window`, where this process has a part of each row
-    only: it is called by `forward`, with the queries, keys and values of that part.
+    Two functions may be set from outside, and `forward` calls them. `attend`, a function like `attend_window`, where
+    this process has a part of each row only: it gets the queries, keys and values of that part. `rotate_and_attend`,
+    like `rotary_window_attention`, to do all between the two products at once, where the mask is a WindowRule.
 
     Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
     tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
@@ -37,10 +39,16 @@ class SlidingWindowAttention(nn.Module):
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.rotate_and_attend: Callable[..., Tensor] | None = None
         self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_window
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
+        rule = context.swa_mask
+        if self.rotate_and_attend is not None and isinstance(rule, WindowRule):
+            groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim)).contiguous()
+            by, shape = context.swa_rotation, (rule.starts, rule.window, rule.sink)
+            return self._output(self.rotate_and_attend(groups, by.cos, by.sin, *shape, self.scale))
         query, key, value = self.project(x, context)
         return self._output(self.attend(query, key, value, context, self.scale))
 

@@ -11,6 +11,7 @@ from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel
+from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
 
@@ -22,7 +23,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     cannot do.
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
-    model.attention_backend = config.kernels.attention
+    choose_kernels(model, config, world)
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 

@@ -44,6 +44,8 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
     if waits:
         logger.warning(waits)
     logger.info(f"attention: {attention_of(config, world)}")
+    if config.kernels.loss == "fused":
+        logger.info("loss: as one with the output head")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

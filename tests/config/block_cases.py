@@ -170,6 +170,26 @@ def attention(run: Runner) -> None:
         assert f'kernels.attention = "{path}" needs a GPU' in run.refusal(*wide, "--kernels.attention", path)
 
 
+def loss(run: Runner) -> None:
+    """Head and loss as one or apart, to the same losses."""
+    losses = {}
+    for name in ("auto", "plain", "fused"):
+        done = run("--kernels.loss", name)
+        losses[name] = done.series()
+        said = (done.folder / "logs/rank-0.log").read_text()
+        assert ("loss: as one with the output head" in said) == (name == "fused")
+    assert losses["auto"] == losses["plain"] == pytest.approx(losses["fused"], rel=1e-5)
+    assert losses["plain"] != losses["fused"], "they round differently"
+    refused = run.refusal("--kernels.loss", "fused", "--parallel.pipeline", "2")
+    assert '"fused" wants the whole head' in refused
+
+
+def pointwise(run: Runner) -> None:
+    """On a CPU it is left to torch; what is chosen on a GPU is seen in tests/parallel/test_kernels.py."""
+    assert run("--kernels.pointwise", "auto").series() == run("--kernels.pointwise", "plain").series()
+    assert 'kernels.pointwise = "triton" needs a GPU' in run.refusal("--kernels.pointwise", "triton")
+
+
 BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "compile.enabled": compile_enabled,
     "compile.cache_folder": cache_folder,
@@ -179,4 +199,6 @@ BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "activation_checkpoint.memory_budget": memory_budget,
     "float8.recipe": recipe,
     "kernels.attention": attention,
+    "kernels.loss": loss,
+    "kernels.pointwise": pointwise,
 }

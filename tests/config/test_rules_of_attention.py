@@ -51,5 +51,12 @@ def test_what_any_model_can_have(attention):
 
 
 def test_the_key_has_the_models_own_names():
-    (key,) = dataclasses.fields(Kernels)
-    assert key.metadata["choices"] == ATTENTION_BACKENDS
+    keys = {key.name: key for key in dataclasses.fields(Kernels)}
+    assert keys["attention"].metadata["choices"] == ATTENTION_BACKENDS
+
+
+@pytest.mark.parametrize("degree", ["tensor", "pipeline"])
+def test_head_and_loss_cannot_be_one_where_ranks_share_them(degree):
+    config = Config(kernels=Kernels(loss="fused"), parallel=Parallel(**{degree: 2}))
+    refused = [set(each.keys) for each in contradictions(config) if each.keys[0].startswith("kernels.")]
+    assert refused == [{"kernels.loss", f"parallel.{degree}"}]

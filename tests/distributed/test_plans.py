@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -29,9 +30,23 @@ def run(config: str, *overrides: str) -> int:
 
 def written(folder: Path) -> str:
     """The path of the configuration that trains in `folder`."""
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(folder=folder))
+    config, text = folder / "tiny.toml", folder / "text.jsonl"
+    text.write_text(made_up_text())
+    config.write_text(TINY.format(folder=folder).replace('"builtin"', f'"local"\npath = "{text}"'))
     return str(config)
+
+
+@functools.cache
+def made_up_text() -> str:
+    """Documents of made-up words, frequent and rare ones, as lines of JSON.
+
+    The builtin text is that of the Python at hand, and with it would change how far roundings grow.
+    """
+    chance = random.Random(0)
+    words = ["".join(chance.choices("aeioulnrstdmkp", k=chance.randint(2, 9))) for _ in range(400)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    documents = [" ".join(chance.choices(words, weights, k=chance.randint(20, 1200))) for _ in range(100)]
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents)
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
@@ -125,6 +140,14 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     ranks, overrides = PLANS[plan]
     shape = (*BATCHES[batch], *MODELS[model])
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
+    assert_same_curves(tmp_path, shape)
+
+
+@pytest.mark.parametrize("plan, model", [("fsdp-2", "tied"), ("fsdp-3", "untied"), ("cp-2-ddp-2", "untied")])
+def test_head_and_loss_as_one_train_as_they_do_apart_in_one_process(tmp_path, plan, model):
+    ranks, overrides = PLANS[plan]
+    shape = (*BATCHES["does not"], *MODELS[model])
+    assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides, "--kernels.loss", "fused") == [0] * ranks
     assert_same_curves(tmp_path, shape)
 
 

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
+from swamla_titan.parallel.kernels import use_pointwise_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -30,11 +32,14 @@ def models(compute_dtype, **changes):
 
 @pytest.mark.parametrize("compute_dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 5e-3)])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "qk_norm": True, "q_lora_rank": 128}])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"num_kv_heads": 2, "qk_norm": True, "q_lora_rank": 128}])
 @pytest.mark.parametrize("backend", ["auto", "triton", "flex"])
 def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents, changes, backend):
     fast, exact = models(compute_dtype, **changes)
     fast.attention_backend = backend
+    if backend == "triton":  # all of our kernels
+        use_pointwise_kernels(fast)
+        fast.linear_loss = linear_cross_entropy
     for seq_len in (512, 300):
         tokens = torch.randint(0, 1000, (2, seq_len + 1), device="cuda")
         tokens, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

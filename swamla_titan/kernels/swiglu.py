@@ -1,0 +1,71 @@
+"""SwiGLU (Shazeer, arXiv:2002.05202) of gates and ups that come from one product: plain, and by a Triton kernel."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ELEMENTS = 4096  # that a program computes
+
+
+def swiglu(gate_up: Tensor, group: int) -> Tensor:
+    """silu(gate) * up: gate_up [..., n * (gate, up) * group], in whole groups -> [..., n * group], in its dtype.
+
+    torch.compile fuses it into one loop forward. Backward it makes a loop that reads everything twice.
+    """
+    gate, up = gate_up.unflatten(-1, (-1, 2, group)).unbind(dim=-2)  # [..., n, group] each
+    return (F.silu(gate) * up).flatten(-2)
+
+
+def triton_swiglu(gate_up: Tensor, group: int) -> Tensor:
+    """`swiglu` by our kernels (CUDA), computed in float32; `group` is a power of two."""
+    out: Tensor = _forward(gate_up, group)
+    return out
+
+
+@torch.library.custom_op("swamla_titan::swiglu", mutates_args=())
+def _forward(gate_up: Tensor, group: int) -> Tensor:
+    from swamla_titan.kernels import swiglu_triton as kernels
+
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    rows = out.numel() // group
+    each = max(_ELEMENTS // group, 1)
+    kernels.forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
+    return out
+
+
+@_forward.register_fake
+def _(gate_up: Tensor, group: int) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.custom_op("swamla_titan::swiglu_backward", mutates_args=())
+def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
+    from swamla_titan.kernels import swiglu_triton as kernels
+
+    gate_up, grad = gate_up.contiguous(), grad.contiguous()
+    grad_gate_up = torch.empty_like(gate_up)
+    rows = grad.numel() // group
+    each = max(_ELEMENTS // group, 1)
+    kernels.backward[(-(-rows // each),)](grad, gate_up, grad_gate_up, rows, GROUP=group, ROWS=each, num_warps=8)
+    return grad_gate_up
+
+
+@_backward.register_fake
+def _(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, ctx.group = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (gate_up,) = ctx.saved_tensors
+    return torch.ops.swamla_titan.swiglu_backward(grad, gate_up, ctx.group), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
