@@ -12,7 +12,7 @@ the loader in one of them.
 
 With --profile one more step is taken, and its kernels are summed up by kind, on the first rank, in milliseconds:
 "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran. --top lists the
-dearest kernels.
+dearest kernels, and the longest times in which none ran.
 """
 
 import argparse
@@ -43,8 +43,8 @@ from swamla_titan.train.open_data import open_data
 KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
-    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash"),
-    "fused": ("triton",),
+    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_"),
+    "fused": ("triton", "swiglu_", "rotate_heads", "cross_entropy_rows"),
     "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),
     "optimizer": ("adam", "lpnorm", "multi_tensor"),
 }
@@ -168,6 +168,7 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     kernels: dict[str, list[float]] = defaultdict(list)
+    named: list[tuple[float, float, str]] = []
     for event in profiler.events():
         if event.device_type != DeviceType.CUDA or event.name.startswith(("ProfilerStep", "## ")):
             continue
@@ -178,9 +179,12 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
         kernels[event.name].append((event.time_range.end - event.time_range.start) / 1e3)
         totals[kind] += (event.time_range.end - event.time_range.start) / 1e3
         spans[kind == "communication"].append((event.time_range.start, event.time_range.end))
+        named.append((event.time_range.start, event.time_range.end, event.name))
     both = covered(spans[True] + spans[False])
     for name, each in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(each):8.2f} ms {len(each):5} x {name[:110]}")
+    for idle, before, after in sorted(idle_times(named), reverse=True)[: top // 5]:
+        print(f"{idle / 1e3:8.2f} ms of nothing between {before[:60]} and {after[:60]}")
     return {
         **{f"{kind}_ms": total for kind, total in totals.items()},
         "exposed_ms": (both - covered(spans[False])) / 1e3,
@@ -195,6 +199,17 @@ def covered(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def idle_times(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """Lengths of the times that no interval covers, with the names of those around them."""
+    found, (_, reached, last) = [], min(spans)
+    for start, end, name in sorted(spans):
+        if start > reached:
+            found.append((start - reached, last, name))
+        if end > reached:
+            reached, last = end, name
+    return found
 
 
 def main() -> None:

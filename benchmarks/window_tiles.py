@@ -18,7 +18,7 @@ import torch
 from swamla_titan.kernels import window_attention
 from swamla_titan.kernels.window_attention import Tiles
 
-PASSES = ("forward", "grad_query", "grad_key_value")
+PASSES = ("window_forward", "window_grad_query", "window_grad_key_value")
 Job = tuple[int, str, Tiles]
 
 
@@ -32,7 +32,7 @@ def candidates() -> dict[str, list[Tiles]]:
     queries += [Tiles(128, keys, 8, stages, 128) for keys in (32, 64) for stages in (2, 3)]
     keys = [Tiles(*shape, *how) for shape in ((64, 64), (32, 64)) for how in ((4, 2), (4, 3), (4, 2, 168), (4, 3, 168))]
     keys += [Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 64, 8, 2)]
-    return {"forward": queries, "grad_query": queries, "grad_key_value": keys}
+    return dict(zip(PASSES, (queries, queries, keys)))
 
 
 class _Nothing:
@@ -50,16 +50,16 @@ def work_of(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]
     together = torch.randn(batch, seq_len, 3 * heads, width, device="cuda", dtype=torch.bfloat16)
     query, key, value = together.split(heads, dim=2)
     rule = (None, 256, 4, width**-0.5)
-    if name == "forward":
+    if name == "window_forward":
         window_attention.forward_tiles = lambda dtype, width: tiles
         return lambda: window_attention._forward(query, key, value, *rule)
     out, lse = window_attention._forward(query, key, value, *rule)
     upstream = torch.randn_like(out)
     other = Tiles(64, 64, 4, 1)
-    both = (tiles, other) if name == "grad_query" else (other, tiles)
+    both = (tiles, other) if name == "window_grad_query" else (other, tiles)
     window_attention.backward_tiles = lambda dtype, width: both
-    for each in ("grad_query", "sum_far", "grad_key_value"):
-        belongs = each == name or (each, name) == ("sum_far", "grad_key_value")
+    for each in ("window_grad_query", "window_sum_far", "window_grad_key_value"):
+        belongs = each == name or (each, name) == ("window_sum_far", "window_grad_key_value")
         setattr(kernels, each, _KERNELS.setdefault(each, getattr(kernels, each)) if belongs else _Nothing())
     return lambda: window_attention._backward(upstream, query, key, value, rule[0], out, lse, *rule[1:])
 
@@ -101,7 +101,7 @@ def main() -> None:
         found.setdefault(job[:2], []).append((ms, job[2]))
     for (width, name), timed in found.items():
         settings = "  ".join(f"{tuple(tiles)} {ms:.3f}" for ms, tiles in sorted(timed, key=lambda each: each[0])[:6])
-        print(f"D{width} {name:<15} {settings}", flush=True)
+        print(f"D{width} {name:<21} {settings}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def _numbers(row_ptr, column, real, width):
 
 
 @triton.jit
-def rows_kernel(
+def cross_entropy_rows(
     logits_ptr, targets_ptr, scale_ptr, losses_ptr, width, vocab_size, z_loss, label_smoothing,
     SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

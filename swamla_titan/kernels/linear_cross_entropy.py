@@ -139,12 +139,12 @@ def _triton_rows(
     label_smoothing: float,
     gradient: bool,
 ) -> Tensor:
-    from swamla_titan.kernels.cross_entropy_triton import rows_kernel
+    from swamla_titan.kernels.cross_entropy_triton import cross_entropy_rows as kernel
 
     assert logits.is_contiguous()
     assert targets.is_contiguous()
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    rows_kernel[(logits.shape[0],)](
+    kernel[(logits.shape[0],)](
         *(logits, targets, scale, losses, logits.shape[1], vocab_size, z_loss, label_smoothing),
         SMOOTHED=label_smoothing > 0,
         GRADIENT=gradient,

@@ -7,7 +7,7 @@ ROWS = tl.constexpr(32)  # heads of a token at a time
 
 
 @triton.jit
-def rotate(
+def rotate_heads(
     together_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, rows, angles, groups,
     PER_KEY: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip

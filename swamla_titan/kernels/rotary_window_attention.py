@@ -126,7 +126,7 @@ def _rotate(together: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tens
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape[0] in (1, batch)
     rows = batch * length * groups * (members - 1)
-    kernels.rotate[(-(-rows // kernels.ROWS.value),)](
+    kernels.rotate_heads[(-(-rows // kernels.ROWS.value),)](
         *(together, query, key, cos, sin, rows, length * cos.shape[0], groups),
         PER_KEY=members - 2,
         HALF=width // 2,

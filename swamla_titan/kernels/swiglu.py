@@ -32,7 +32,7 @@ def _forward(gate_up: Tensor, group: int) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     rows = out.numel() // group
     each = max(_ELEMENTS // group, 1)
-    kernels.forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
+    kernels.swiglu_forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
     return out
 
 
@@ -49,7 +49,7 @@ def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     grad_gate_up = torch.empty_like(gate_up)
     rows = grad.numel() // group
     each = max(_ELEMENTS // group, 1)
-    kernels.backward[(-(-rows // each),)](grad, gate_up, grad_gate_up, rows, GROUP=group, ROWS=each, num_warps=8)
+    kernels.swiglu_backward[(-(-rows // each),)](grad, gate_up, grad_gate_up, rows, GROUP=group, ROWS=each, num_warps=8)
     return grad_gate_up
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def forward(gate_up_ptr, out_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def swiglu_forward(gate_up_ptr, out_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """gate_up [rows, 2, GROUP] -> out [rows, GROUP]; ROWS rows a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, GROUP)[None, :]
@@ -18,7 +18,7 @@ def forward(gate_up_ptr, out_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr)
 
 
 @triton.jit
-def backward(grad_ptr, gate_up_ptr, grad_gate_up_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def swiglu_backward(grad_ptr, gate_up_ptr, grad_gate_up_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """grad [rows, GROUP] and gate_up [rows, 2, GROUP] -> grad_gate_up [rows, 2, GROUP]; ROWS rows a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, GROUP)[None, :]

@@ -137,7 +137,7 @@ def run_forward(
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     tiles = forward_tiles(query.dtype, width)
     rule = _rule(query, key, starts, window, sink)
-    kernels.forward[(-(-length // tiles.queries), heads, batch)](
+    kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
         *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys), query, key, value, out, lse, starts),
         *(*_strides(query), *_strides(key), *_strides(value), *_strides(out)),
         *(heads, length, scale),
@@ -175,7 +175,7 @@ def run_backward(
     step = max(tiles.keys, tiles_of_keys.keys)
     far_tiles = {"FAR_BM": tiles.queries, "STEP": step}
     far = query.new_empty(batch, heads, rows, 2, sink, width, dtype=torch.float32)
-    kernels.grad_query[(rows, heads, batch)](
+    kernels.window_grad_query[(rows, heads, batch)](
         *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys)),
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
         *(*_strides(query), *_strides(key), *_strides(value)),
@@ -188,14 +188,14 @@ def run_backward(
     key_grid = -(-length // tiles_of_keys.keys), key.shape[2], batch
     sums = query.new_empty(batch, key.shape[2], key_grid[0], 2, sink, width, dtype=torch.float32)
     if sink:
-        kernels.sum_far[key_grid](
+        kernels.window_sum_far[key_grid](
             *(far, sums, starts, heads, length, rows),
             **rule,
             **far_tiles,
             D=width,
             BN=tiles_of_keys.keys,
         )
-    kernels.grad_key_value[key_grid](
+    kernels.window_grad_key_value[key_grid](
         *(*_descriptors(query, tiles_of_keys.queries), *_descriptors(grad_out, tiles_of_keys.queries)),
         *(key, value, grad_key, grad_value, lse, delta, sums, starts),
         *(*_strides(key), *_strides(value), *_strides(grad_key), *_strides(grad_value)),

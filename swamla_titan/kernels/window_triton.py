@@ -7,9 +7,9 @@ a narrow tile of their own, so the work per query does not grow with the row. Wh
 nearly everywhere, the near keys are masked by the window alone.
 
 In the backward pass, queries collect their gradient first; each tile of queries then also leaves what it adds to the
-gradients of its far keys. `sum_far` adds that up, in order, before the keys and values collect their gradients from the
-queries near to them: no atomic additions, so the gradients are the same in every run. Heads of 96 are multiplied as
-64 + 32, since Triton's tiles are powers of two.
+gradients of its far keys. `window_sum_far` adds that up, in order, before the keys and values collect their gradients
+from the queries near to them: no atomic additions, so the gradients are the same in every run. Heads of 96 are
+multiplied as 64 + 32, since Triton's tiles are powers of two.
 """
 
 import triton
@@ -35,8 +35,10 @@ def _tile(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def _both(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Both parts of ROWS rows by the tensor memory accelerator, zeros behind the last row; the first part twice, if D2
-    is 0."""
+    """Both parts of ROWS rows by the tensor memory accelerator, zeros behind the last row.
+
+    The first part twice, if D2 is 0.
+    """
     part1 = wide.load([batch.to(tl.int32), row, head, 0]).reshape(ROWS, D1)
     part2 = part1
     if D2 > 0:
@@ -129,7 +131,7 @@ def _attend(
 
 
 @triton.jit
-def forward(
+def window_forward(
     k_wide, k_narrow, v_wide, v_narrow, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token, out_head,
     heads, seq_len, scale,
@@ -205,7 +207,7 @@ def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, see
 
 
 @triton.jit
-def grad_query(
+def window_grad_query(
     k_wide, k_narrow, v_wide, v_narrow,
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, far_ptr, starts_ptr,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -217,7 +219,7 @@ def grad_query(
     """Gradient of a tile of queries of one head; delta [B, H, T], the sum over a row of out * its gradient; and
 
     far [B, H, tiles, 2, SINK, D], what the tile adds to the gradients of its far keys and values, where it has any.
-    Grid as in `forward`.
+    Grid as in `window_forward`.
     """
     tile = tl.program_id(0)
     first = tile * BM
@@ -343,15 +345,15 @@ def _has_far(first, newest, seq_len, SINK: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def sum_far(
+def window_sum_far(
     far_ptr, sums_ptr, starts_ptr, heads, seq_len, tiles,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, FAR_BM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """sums [B, key heads, tiles of keys, 2, SINK, D]: what far queries add to the gradients of a tile's sinks.
 
-    Adds up, in order, what `tiles` tiles of queries left in `far`. Grid as in `grad_key_value`; a tile of keys without
-    sinks for far queries writes nothing.
+    Adds up, in order, what `tiles` tiles of queries left in `far`. Grid as in `window_grad_key_value`; a tile of keys
+    without sinks for far queries writes nothing.
     """
     first = tl.program_id(0) * BN
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -386,7 +388,7 @@ def _far_sum(sums_ptr, place, SINK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def grad_key_value(
+def window_grad_key_value(
     q_wide, q_narrow, do_wide, do_narrow, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, sums_ptr, starts_ptr,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,
     heads, seq_len, scale,
@@ -395,7 +397,8 @@ def grad_key_value(
 ):  # fmt: skip
     """Gradients of a tile of keys and values of one key head. Grid: [tiles of keys, key heads, batch].
 
-    FAR_BM and STEP are BM and STEP of `grad_query`, which decide what is near; STEP is a multiple of both passes' BN.
+    FAR_BM and STEP are BM and STEP of `window_grad_query`, which decide what is near; STEP is a multiple of both
+    passes' BN.
     """
     D: tl.constexpr = D1 + D2
     first = tl.program_id(0) * BN
