@@ -12,7 +12,7 @@ the loader in one of them.
 
 With --profile one more step is taken, and its kernels are summed up by kind, on the first rank, in milliseconds:
 "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran. --top lists the
-dearest kernels, and the longest times in which none ran.
+dearest kernels, the longest times in which none ran, and the products of each shape with their TFLOP/s.
 """
 
 import argparse
@@ -117,7 +117,8 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             asked = time.perf_counter()
             batch = next(loader)
             waits.append(time.perf_counter() - asked)
-            profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) if step == steps else None
+            kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+            profiler = profile(activities=kinds, record_shapes=arguments.top > 0) if step == steps else None
             if profiler:
                 profiler.__enter__()
             if is_gpu and (step <= half or profiler):
@@ -185,6 +186,8 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
         print(f"{sum(each):8.2f} ms {len(each):5} x {name[:110]}")
     for idle, before, after in sorted(idle_times(named), reverse=True)[: top // 5]:
         print(f"{idle / 1e3:8.2f} ms of nothing between {before[:60]} and {after[:60]}")
+    if top:
+        print_products(profiler)
     return {
         **{f"{kind}_ms": total for kind, total in totals.items()},
         "exposed_ms": (both - covered(spans[False])) / 1e3,
@@ -201,13 +204,26 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def print_products(profiler: profile) -> None:
+    """[M, K] x [K, N] of all matrix products: how often, how long in all, and how fast."""
+    products: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if event.name in ("aten::mm", "aten::addmm") and event.device_type == DeviceType.CPU:
+            (m, k), (_, n) = event.input_shapes[event.name == "aten::addmm" :][:2]
+            products[m, k, n].append(event.device_time_total)
+    for (m, k, n), each in sorted(products.items(), key=lambda item: -sum(item[1])):
+        rate = 2 * m * k * n * len(each) / sum(each) / 1e6 if sum(each) else 0.0
+        print(f"{sum(each) / 1e3:8.2f} ms {len(each):5} x [{m}, {k}] x [{k}, {n}] at {rate:.0f} TFLOP/s")
+
+
 def idle_times(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
     """Lengths of the times that no interval covers, with the names of those around them."""
-    found, (_, reached, last) = [], min(spans)
+    found = []
+    reached, last = float("inf"), ""
     for start, end, name in sorted(spans):
         if start > reached:
             found.append((start - reached, last, name))
-        if end > reached:
+        if not last or end > reached:
             reached, last = end, name
     return found
 
