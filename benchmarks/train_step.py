@@ -36,7 +36,7 @@ from swamla_titan.optim import build_optimizer, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import join_world, launched_rank, leave_world
-from swamla_titan.train.attention import attention_of
+from swamla_titan.train.kernels import attention_of
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
 

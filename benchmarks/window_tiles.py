@@ -19,6 +19,7 @@ from swamla_titan.kernels import window_attention
 from swamla_titan.kernels.window_attention import Tiles
 
 PASSES = ("window_forward", "window_grad_query", "window_grad_key_value")
+BACKWARD = ("window_grad_query", "window_sum_far", "window_grad_key_value")
 Job = tuple[int, str, Tiles]
 
 
@@ -58,9 +59,11 @@ def work_of(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]
     other = Tiles(64, 64, 4, 1)
     both = (tiles, other) if name == "window_grad_query" else (other, tiles)
     window_attention.backward_tiles = lambda dtype, width: both
-    for each in ("window_grad_query", "window_sum_far", "window_grad_key_value"):
+    if not _KERNELS:
+        _KERNELS.update({each: getattr(kernels, each) for each in BACKWARD})
+    for each in BACKWARD:
         belongs = each == name or (each, name) == ("window_sum_far", "window_grad_key_value")
-        setattr(kernels, each, _KERNELS.setdefault(each, getattr(kernels, each)) if belongs else _Nothing())
+        setattr(kernels, each, _KERNELS[each] if belongs else _Nothing())
     return lambda: window_attention._backward(upstream, query, key, value, rule[0], out, lse, *rule[1:])
 
 

@@ -188,8 +188,9 @@ class Kernels:
     )
     pointwise: str = key(
         "auto",
-        "SwiGLU, and the rotation of queries and keys of sliding windows. triton: our kernels (CUDA). plain, and auto "
-        "as yet: left to torch.compile.",
+        "SwiGLU, and the rotation of queries and keys of sliding windows. triton: our kernels (CUDA); for rotation "
+        "where attention is by triton, without qk_norm or selective activation checkpoints. plain, and auto as yet: "
+        "left to torch.compile.",
         choices=("auto", "triton", "plain"),
     )
 

@@ -32,11 +32,18 @@ def linear_cross_entropy(
     only the loss is computed.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    scale = torch.as_tensor(denominator, device=x.device).reshape(()).to(torch.promote_types(x.dtype, torch.float32))
-    total: Tensor = _LinearCrossEntropy.apply(
-        x, weight, targets, scale.reciprocal(), vocab_size, z_loss, label_smoothing, wanted
-    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(denominator, Tensor):
+        scale = denominator.detach().reshape(()).to(x.device, wide).reciprocal()
+    else:  # filled on the device: a tensor made of a Python number is copied there, and the copy waits
+        scale = torch.full((), 1 / denominator, dtype=wide, device=x.device)
+    total: Tensor = _LinearCrossEntropy.apply(x, weight, targets, scale, vocab_size, z_loss, label_smoothing, wanted)
     return total
+
+
+def tokens_at_a_time(vocabulary: int, itemsize: int) -> int:
+    """Rows of logits over so many columns, of so many bytes a number, that are held at a time."""
+    return max(_CHUNK_BYTES // (itemsize * vocabulary) // 256 * 256, 256)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -53,15 +60,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted: bool,
     ) -> Tensor:
         matrix = weight.to(x.dtype)
-        rows = max(_CHUNK_BYTES // (x.element_size() * weight.shape[0]) // 256 * 256, 256)
-        losses, grad_x, grad_weight = [], [], None
-        for some, their_targets in zip(x.split(rows), targets.split(rows)):
+        rows = tokens_at_a_time(weight.shape[0], x.element_size())
+        losses, grad_weight = [], None
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x
+        for some, their_targets, their_grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             logits = some @ matrix.T
             losses.append(cross_entropy_rows(logits, their_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
             if wanted:  # the logits are their gradient now
-                grad_x.append(logits @ matrix)
+                torch.mm(logits, matrix, out=their_grad)
                 grad_weight = _add_product(grad_weight, logits.T, some)
-        ctx.gradients = (torch.cat(grad_x), grad_weight) if wanted else None
+        ctx.gradients = (grad_x, grad_weight) if wanted else None
         ctx.weight_dtype = weight.dtype
         return torch.cat(losses).sum()
 
@@ -74,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b in float32 or wider, in place; total None: 0."""
+    """total + a b in float32 or wider, in place or not; total None: 0."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b if total is None else total.addmm_(a, b)
     if not a.is_cuda:  # where products of 16-bit numbers come in 16 bits only
@@ -82,7 +90,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         return product if total is None else total.add_(product)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return torch.addmm(total, a, b, out_dtype=torch.float32)
 
 
 def cross_entropy_rows(
@@ -144,11 +152,12 @@ def _triton_rows(
     assert logits.is_contiguous()
     assert targets.is_contiguous()
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    kernel[(logits.shape[0],)](
-        *(logits, targets, scale, losses, logits.shape[1], vocab_size, z_loss, label_smoothing),
-        SMOOTHED=label_smoothing > 0,
-        GRADIENT=gradient,
-        BLOCK=4096,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current one
+        kernel[(logits.shape[0],)](
+            *(logits, targets, scale, losses, logits.shape[1], vocab_size, z_loss, label_smoothing),
+            SMOOTHED=label_smoothing > 0,
+            GRADIENT=gradient,
+            BLOCK=4096,
+            num_warps=8,
+        )
     return losses

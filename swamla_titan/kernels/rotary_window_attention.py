@@ -32,8 +32,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse as in `window_attention`, and rotated queries [B, T, H, D] and keys [B, T, G, D]."""
     query, key = _empty_parts(qkv)
-    _rotate(qkv, query, key, cos, sin, back=False)
-    out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current one
+        _rotate(qkv, query, key, cos, sin, back=False)
+        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale)
     return out, lse, query, key
 
 
@@ -64,8 +65,9 @@ def _backward(
     grad_qkv = torch.empty_like(qkv)
     grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
     gradients = grad_query, grad_key, grad_qkv[..., -1, :]
-    run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, window, sink, scale, gradients)
-    _rotate(grad_qkv, grad_query, grad_key, cos, sin, back=True)
+    with torch.cuda.device_of(qkv):
+        run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, window, sink, scale, gradients)
+        _rotate(grad_qkv, grad_query, grad_key, cos, sin, back=True)
     return grad_qkv
 
 
@@ -88,18 +90,18 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
     qkv, cos, sin, starts, ctx.window, ctx.sink, ctx.scale = inputs
     out, lse, query, key = output
     ctx.save_for_backward(qkv, query, key, cos, sin, starts, out, lse)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, *of_the_rest: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
     # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
-    saved = ctx.saved_tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    if grad_out is None:
+        return (None,) * 7
     grad_qkv = torch.ops.swamla_titan.rotary_window_attention_backward(
-        grad_out, *saved, ctx.window, ctx.sink, ctx.scale
+        grad_out, *ctx.saved_tensors, ctx.window, ctx.sink, ctx.scale
     )
     return grad_qkv, None, None, None, None, None, None
 

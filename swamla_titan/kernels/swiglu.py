@@ -32,7 +32,8 @@ def _forward(gate_up: Tensor, group: int) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     rows = out.numel() // group
     each = max(_ELEMENTS // group, 1)
-    kernels.swiglu_forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
+    with torch.cuda.device_of(gate_up):  # Triton launches on the current one
+        kernels.swiglu_forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
     return out
 
 
@@ -49,7 +50,10 @@ def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     grad_gate_up = torch.empty_like(gate_up)
     rows = grad.numel() // group
     each = max(_ELEMENTS // group, 1)
-    kernels.swiglu_backward[(-(-rows // each),)](grad, gate_up, grad_gate_up, rows, GROUP=group, ROWS=each, num_warps=8)
+    with torch.cuda.device_of(gate_up):
+        kernels.swiglu_backward[(-(-rows // each),)](
+            *(grad, gate_up, grad_gate_up, rows), GROUP=group, ROWS=each, num_warps=8
+        )
     return grad_gate_up
 
 

@@ -30,6 +30,14 @@ def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, si
     return device.type == "cuda" and fits and has_triton()
 
 
+def window_kernel_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it is known to be faster than FlexAttention: its tiles were chosen in 16 bits on an H100.
+
+    On others before it (A100, L40) its code would keep much of its work in memory instead of registers.
+    """
+    return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @lru_cache
 def has_triton() -> bool:
     """Whether Triton is installed, as it is with PyTorch for CUDA."""
@@ -43,7 +51,7 @@ def window_attention(
 
     query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WINDOW_WIDTHS and its elements
     adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, D], contiguous, in query's dtype;
-    products of float32 are exact, never TF32.
+    products of float32 are exact, never TF32, and are for D in WINDOW_WIDTHS_FLOAT32. At most WINDOW_SINKS sinks.
     `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a row.
     """
     out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
@@ -55,7 +63,8 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
-    return run_forward(query, key, value, starts, window, sink, scale)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        return run_forward(query, key, value, starts, window, sink, scale)
 
 
 @_forward.register_fake
@@ -80,7 +89,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
+    with torch.cuda.device_of(query):
+        run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
     return gradients
 
 
@@ -101,15 +111,16 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # that of lse would be a tensor of zeros
     query, key, value, starts, ctx.window, ctx.sink, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, starts, *output)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 7
     query, key, value, starts, out, lse = ctx.saved_tensors
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
     gradients = torch.ops.swamla_titan.window_attention_backward(
         grad_out, query, key, value, starts, out, lse, ctx.window, ctx.sink, ctx.scale
     )
@@ -160,12 +171,10 @@ def run_backward(
     scale: float,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Writes the gradients of query, key and value into tensors of their shapes, whatever their strides.
-
-    The elements of a head must be adjacent in `grad_out` too.
-    """
+    """Writes the gradients of query, key and value into tensors of their shapes, whatever their strides."""
     from swamla_titan.kernels import window_triton as kernels
 
+    grad_out = readable(grad_out)
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = gradients
     delta = torch.empty_like(lse)
@@ -238,6 +247,12 @@ def _descriptors(x: Tensor, rows: int) -> list[Any]:
 def _parts(width: int) -> tuple[int, int]:
     """Powers of two that a head is cut into."""
     return (64, 32) if width == 96 else (width, 0)
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it where the tensor memory accelerator could not read it: addresses in multiples of 16 bytes."""
+    unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
+    return x.contiguous() if x.stride(-1) != 1 or unaligned or x.data_ptr() % 16 else x
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -13,13 +13,13 @@ from swamla_titan.kernels.masks import (
     dense_mask,
     document_starts,
 )
-from swamla_titan.kernels.window_attention import window_kernel_takes
+from swamla_titan.kernels.window_attention import window_kernel_is_fastest, window_kernel_takes
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
-# "auto": the fastest that device, dtype and shape allow; "triton": our kernel for SWA, in float32 too, where auto takes
-# FlexAttention, else as auto; "flex": FlexAttention for what is not plainly causal; "sdpa": boolean masks, for any
-# length without compiling anew; "reference": boolean masks and explicit scores.
+# "auto": the fastest that device, dtype and shape allow; "triton": our kernel for SWA wherever it runs, else as auto;
+# "flex": FlexAttention for what is not plainly causal; "sdpa": boolean masks, for any length without compiling anew;
+# "reference": boolean masks and explicit scores.
 ATTENTION_BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
 
@@ -100,9 +100,8 @@ def attention_path(
     if kind == "mla":
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     else:
-        # Of float32, only FlexAttention has been timed.
-        asked = backend == "triton" or (backend == "auto" and dtype in (torch.bfloat16, torch.float16))
-        if asked and whole_rows and window_kernel_takes(device, dtype, widths[0], config.swa_sink_size):
+        takes = whole_rows and window_kernel_takes(device, dtype, widths[0], config.swa_sink_size)
+        if takes and (backend == "triton" or (backend == "auto" and window_kernel_is_fastest(device, dtype))):
             return "triton"
     return "flex" if device.type == "cuda" and flex_takes(dtype, *widths) else "sdpa"
 

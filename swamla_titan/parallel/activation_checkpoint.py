@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import swamla_titan.kernels.chunked_attention  # both register their operators
-import swamla_titan.kernels.rotary_window_attention  # noqa: F401
+import swamla_titan.kernels.window_attention  # noqa: F401
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import MLABlock, SWABlock
@@ -42,7 +42,6 @@ _ATTENTION = frozenset(
         torch.ops.higher_order.flex_attention,
         torch.ops.swamla_titan.chunked_causal_attention.default,
         torch.ops.swamla_titan.window_attention.default,
-        torch.ops.swamla_titan.rotary_window_attention.default,
     }
 )
 _collective = torch.ops._c10d_functional

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
+from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import STATE_BYTES
 from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
@@ -130,6 +131,10 @@ def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: in
     logits = tokens * config.model.padded_vocab_size // world.degrees.tensor
     dtype = config.training.compute_dtype
     width = getattr(torch, dtype).itemsize
+    if config.kernels.loss == "fused":
+        vocabulary, dim = config.model.padded_vocab_size, config.model.dim
+        held = min(tokens, tokens_at_a_time(vocabulary, width)) * vocabulary * width
+        return held + tokens * dim * width + vocabulary * dim * _FLOAT32  # with the gradients of x and the weight
     if config.compile.enabled:
         return logits * width * (in_flight + 1)
     # What waits keeps its float32 form and a mask beside it; the last one is at its peak.

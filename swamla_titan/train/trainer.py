@@ -26,7 +26,6 @@ from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
-from swamla_titan.train.attention import attention_of
 from swamla_titan.train.bad_batches import BatchPlaces
 from swamla_titan.train.bad_steps import are_finite, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
@@ -34,6 +33,7 @@ from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
 from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
+from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import set_numerics
@@ -62,7 +62,7 @@ class Trainer:
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
-        agree(world, lambda: attention_of(config, world))
+        agree(world, lambda: (attention_of(config, world), pointwise_of(config, world)))
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(

@@ -42,6 +42,8 @@ def _wait(kind: str) -> None:
 
 def _train(kind: str, result: Path, limits: list[str], config: str, *overrides: str) -> None:
     """In a child: train until the last rank stands still in step 4; rank r waits limits[r] seconds for a step."""
+    # After a fork, the first use of torch's threads by several at once fails ("Invalid thread pool").
+    torch.set_num_threads(1)
     if kind != "asleep":
         module.BACKSTOP, module.OTHERS = 2.0, 1.0  # no other rank can answer
     rank = int(os.environ["RANK"])

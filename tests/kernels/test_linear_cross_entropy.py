@@ -91,11 +91,47 @@ def test_the_kernel_equals_plain_pytorch(vocab, padded, options, gradient):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16")
-def test_on_a_gpu_it_equals_head_and_loss_up_to_rounding(monkeypatch):
+@pytest.mark.parametrize("options", [{"z_loss": 0.0, "label_smoothing": 0.0}, OPTIONS[-1]], ids=str)
+def test_the_kernel_on_bfloat16_logits(options):
+    logits = (3 * torch.randn(9, 20096, device=DEVICE)).bfloat16()
+    targets = torch.randint(0, 20000, (9,), device=DEVICE)
+    rest = torch.tensor(0.25, device=DEVICE), 20000, options["z_loss"], options["label_smoothing"], True
+    wide = logits.float()
+    expected = plain_rows(wide, targets, *rest)
+    torch.testing.assert_close(fused._triton_rows(logits, targets, *rest), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, wide.bfloat16(), rtol=8e-3, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter has no bfloat16")
+def test_on_a_gpu_it_equals_head_and_loss_up_to_rounding_and_waits_for_nothing(monkeypatch):
     monkeypatch.setattr(fused, "_CHUNK_BYTES", 256 * PADDED * 2)
     x, weight, targets = example(700, torch.bfloat16, torch.float32, DEVICE)
     wide = x.detach().double().requires_grad_(), weight.detach().to(torch.bfloat16).double().requires_grad_()
-    ours, exact = linear_cross_entropy(x, weight, targets, VOCAB, 100.0), apart(*wide, targets, 100.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = linear_cross_entropy(x, weight, targets, VOCAB, 100.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = apart(*wide, targets, 100.0)
     torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=0)
     for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(exact, wide)):
         assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="measures the memory of a GPU")
+def test_no_more_than_one_stretch_of_logits_is_held_beside_the_gradients(monkeypatch):
+    """What tools/memory.py counts for it."""
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", 2048 * 8192 * 2)
+    x = torch.randn(16 * 2048, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(8192, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    targets = torch.randint(0, 8192, (len(x),), device=DEVICE)
+    linear_cross_entropy(x, weight, targets, 8192, 1.0).backward()  # cuBLAS' workspace
+    x.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(x, weight, targets, 8192, 1.0)
+    counted = 2 * 2048 * 8192 + 2 * x.numel() + 4 * weight.numel()
+    # addmm writes beside what it adds to
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * counted + 4 * weight.numel()

@@ -100,6 +100,7 @@ def test_gradients_arrive_in_any_layout():
         torch.randn(batch, seq_len, width, heads, device=DEVICE).transpose(2, 3),
         torch.randn(batch, heads, seq_len, width, device=DEVICE).transpose(1, 2),
         torch.randn(batch, 1, 1, width, device=DEVICE).expand(out.shape),
+        torch.randn(batch, seq_len, heads * width + 1, device=DEVICE)[..., 1:].unflatten(-1, (heads, width)),
     ):
         gradients = torch.autograd.grad(out, (query, key, value), upstream, retain_graph=True)
         expected = torch.autograd.grad(out, (query, key, value), upstream.contiguous(), retain_graph=True)

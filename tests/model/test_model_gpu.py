@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
+from swamla_titan.kernels.masks import WindowRule
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel.kernels import use_pointwise_kernels
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def models(compute_dtype, **changes):
     """(model on its fast path with compiled blocks, the same weights in float64 on the reference)."""
     torch._dynamo.reset()
-    config = ModelConfig(num_layers=3, dim=512, num_heads=4, vocab_size=1000, swa_window=128, **changes)
+    config = ModelConfig(num_layers=3, dim=384, num_heads=4, vocab_size=1000, swa_window=128, **changes)
     exact = SWAMLAModel(config).cuda()
     with torch.no_grad():
         for parameter in exact.parameters():
@@ -38,6 +39,7 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
     fast, exact = models(compute_dtype, **changes)
     fast.attention_backend = backend
     if backend == "triton":  # all of our kernels
+        assert isinstance(fast.context(512).swa_mask, WindowRule)
         use_pointwise_kernels(fast)
         fast.linear_loss = linear_cross_entropy
     for seq_len in (512, 300):
@@ -66,6 +68,7 @@ def test_new_documents_do_not_compile_anew():
 
 def test_training_after_a_validation_in_inference_mode():
     fast, _ = models(torch.bfloat16)
+    fast.attention_backend = "flex"  # whose masks are kept
     tokens = torch.randint(0, 1000, (2, 512), device="cuda")
     fast.eval()
     with torch.inference_mode():

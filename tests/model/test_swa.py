@@ -1,9 +1,15 @@
 """Sliding-window attention: which keys matter, one by one, and parity with transformers' Mistral."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import ALL_SWA, build, random_tokens
 from transformers import MistralConfig, MistralForCausalLM
+
+from swamla_titan.kernels.masks import WindowRule
+from swamla_titan.model.rope import Rotation, rotate
+from swamla_titan.model.swa import attend_window
 
 T = 14
 
@@ -108,3 +114,27 @@ def gradient_pairs(block, layer):
         "attention_norm": (block.attention_norm.weight.grad, layer.input_layernorm.weight.grad),
         "ffn_norm": (block.ffn_norm.weight.grad, layer.post_attention_layernorm.weight.grad),
     }
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(kv_heads):
+    """The operator's place is taken by those steps, written for its arguments."""
+    model = build(swa_window=4, swa_sink_size=2, num_kv_heads=kv_heads, **ALL_SWA)
+    attention, calls = model.blocks["0"].attention, []
+    plain = model.context(T, torch.tensor([[0] * 5 + [1] * 9]))
+    starts = torch.tensor([[0] * 5 + [5] * 9], dtype=torch.int32)
+    ruled = replace(plain, swa_mask=WindowRule(starts, 4, 2))
+
+    def steps(qkv, cos, sin, starts, window, sink, scale):
+        calls.append((starts, window, sink))
+        query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
+        query, key = rotate(query.flatten(2, 3), (by := Rotation(cos, sin))), rotate(key.squeeze(3), by)
+        return attend_window(query, key, value.squeeze(3), plain, scale)
+
+    hidden = torch.randn(1, T, 32, dtype=torch.float64)
+    expected = attention(hidden, plain)
+    attention.rotate_and_attend = steps
+    assert torch.equal(attention(hidden, ruled), expected)
+    assert calls == [(starts, 4, 2)]
+    assert torch.equal(attention(hidden, plain), expected), "under another mask the steps stay apart"
+    assert len(calls) == 1

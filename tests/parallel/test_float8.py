@@ -9,7 +9,7 @@ from torchao.float8.float8_linear import Float8Linear
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.linear import Head, Linear
 from swamla_titan.parallel.tensor import sides_on_a_rank
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import batch, gradients, small_model
@@ -24,7 +24,7 @@ def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: st
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
         convert_to_float8(model, Float8(recipe=recipe), CPU)
     assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 4 + 4 + 6
-    assert type(model.head) is Linear
+    assert type(model.head) is Head
     assert model.head.weight is model.embedding.weight
     assert f"emulated float8 ({recipe}): 14 of 14 products converted" in caplog.text
     assert "left" not in caplog.text

@@ -18,6 +18,7 @@ from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import MicroBatch
 from swamla_titan.kernels.cross_entropy import cross_entropy
+from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.optim import STATE_BYTES, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.parallel_model import ParallelModel
@@ -353,6 +354,16 @@ def test_the_peak_of_an_eager_loss(dtype):
     with Peak() as peak:
         cross_entropy(logits * 1, targets, 1000).backward()
     assert peak.most / logits.numel() == pytest.approx(EAGER_LOSS_BYTES, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_the_fused_loss_holds_one_stretch_of_logits_and_both_gradients(rows):
+    batch = [("training", key, str(rows)) for key in ("local_batch_size", "global_batch_size")]
+    config = resolved(shipped_configs()["base"], *batch, ("kernels", "loss", "fused"), vocabulary=50257)
+    dim, padded, tokens = config.model.dim, config.model.padded_vocab_size, rows * config.model.max_seq_len
+    stretch = tokens_at_a_time(padded, 2)
+    assert stretch < tokens
+    assert plan(config, 1).worst.memory.logits == 2 * stretch * padded + 2 * tokens * dim + 4 * padded * dim
 
 
 @pytest.mark.parametrize(

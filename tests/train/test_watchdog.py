@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.parallel.world import World
@@ -215,3 +216,15 @@ def test_nccls_flight_recorder_is_written_where_there_is_one(tmp_path, monkeypat
     monkeypatch.delattr(torch._C._distributed_c10d, "_dump_nccl_trace")
     assert not write_nccl_trace(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_files_of_one_hang_bear_the_step_of_the_rank_that_noticed_first(tmp_path):
+    watchdogs, store = [watch(tmp_path, step_timeout=0) for _ in range(3)], dist.HashStore()
+    for watchdog in watchdogs:
+        watchdog._store = store
+    assert not watchdogs[1]._another_stopped()
+    assert [watchdog._agree_on_step(step) for watchdog, step in zip(watchdogs, (4, 3, 5))] == [4, 4, 4]
+    assert watchdogs[1]._another_stopped()
+    alone = watch(tmp_path, step_timeout=0)
+    alone._store = None
+    assert alone._agree_on_step(7) == 7

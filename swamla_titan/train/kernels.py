@@ -1,4 +1,4 @@
-"""What computes attention in a run."""
+"""What computes attention, and what lies between the products, in a run."""
 
 import torch
 
@@ -7,6 +7,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model.context import attention_path, is_plainly_causal
 from swamla_titan.parallel.context import kernel_without_mask
+from swamla_titan.parallel.kernels import why_rotation_is_plain
 from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.parallel.world import World
 
@@ -27,6 +28,19 @@ def attention_of(config: Config, world: World) -> str:
             why = f"takes no heads as wide as these in {config.training.compute_dtype}"
         raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
     return ", ".join(f"{kind.upper()} by {path}" for kind, path in paths.items())
+
+
+def pointwise_of(config: Config, world: World) -> str | None:
+    """What our kernels compute between the products, in words; None: nothing. UserError if they are not to be had."""
+    if config.kernels.pointwise != "triton":
+        return None
+    if world.device.type != "cuda" or not has_triton():
+        raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
+    if "swa" not in config.model.block_kinds:
+        return "SwiGLU by triton"
+    path = _path("swa", config, world)
+    why = why_rotation_is_plain(config) or (None if path == "triton" else f"attention by {path}")
+    return f"SwiGLU by triton, rotation of SWA by {f'torch ({why})' if why else 'triton'}"
 
 
 def _path(kind: str, config: Config, world: World) -> str:
