@@ -188,9 +188,9 @@ class Kernels:
     )
     pointwise: str = key(
         "auto",
-        "SwiGLU, and the rotation of queries and keys of sliding windows. triton: our kernels (CUDA); for rotation "
-        "where attention is by triton, without qk_norm or selective activation checkpoints. plain, and auto as yet: "
-        "left to torch.compile.",
+        "SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention "
+        "is by triton, without qk_norm, in MLA without documents and context parallel, in both without selective "
+        "activation checkpoints. plain, and auto as yet: left to torch.compile.",
         choices=("auto", "triton", "plain"),
     )
 

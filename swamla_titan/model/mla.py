@@ -29,9 +29,11 @@ class LatentAttention(nn.Module):
 
     Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
 
-    Two functions may be set from outside where this process has a part of each row only, and `forward` calls them:
+    Functions may be set from outside, and `forward` calls them. Two where this process has a part of each row only:
     `gather` (like `whole_rows`) makes the rows' latents, in order, from those of the part, before they are expanded to
     keys and values; `attend` (like `attend_causally`) gets the part's queries and the whole rows' keys and values.
+    Where it has whole rows, `rotate_and_attend`, like `latent_attention`, to do all between the products at once, if
+    there is no mask.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -53,11 +55,17 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.latent_dim)
         self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
         self.wo = Linear(config.num_heads * self.v_dim, config.dim)
+        self.rotate_and_attend: Callable[..., Tensor] | None = None
         self.gather: Callable[[Tensor, Tensor, SequenceContext], tuple[Tensor, Tensor]] = whole_rows
         self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_causally
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
+        if self.rotate_and_attend is not None and context.mla_mask is None and not context.reference:
+            latent, rope_key = self.latents(x)
+            heads = self.queries(x).contiguous(), self.keys_values(latent).contiguous()
+            by = context.mla_rotation
+            return self._output(self.rotate_and_attend(*heads, rope_key, by.cos, by.sin, self.scale))
         latent, rope_key = self.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
         return self._output(self.attend(query, key, value, context, self.scale))
@@ -78,7 +86,7 @@ class LatentAttention(nn.Module):
         """
         latent, rope_key = self.compress(x, context)
         latents, rope_keys = cache.append(latent, rope_key.squeeze(2))  # [B, S, R], [B, S, rope]
-        q_nope, q_rope = self.queries(x, context)
+        q_nope, q_rope = self.rotated_queries(x, context)
         up = self.wkv_b.weight.to(x.dtype).unflatten(0, (-1, self.nope_dim + self.v_dim))  # [H, nope + v, R]
         w_key, w_value = up.split([self.nope_dim, self.v_dim], dim=1)
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_key)  # [B, 1, H, R]
@@ -90,16 +98,29 @@ class LatentAttention(nn.Module):
         out: Tensor = self.wo(torch.einsum("bthr,hvr->bthv", mixed, w_value).flatten(2))
         return out
 
-    def queries(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> queries [B, T, H, nope + rope], not rotated."""
+        query: Tensor = self.wq_b(self.q_norm(self.wq_a(x))) if self.q_lora_rank else self.wq(x)
+        return query.unflatten(-1, (-1, self.qk_dim))
+
+    def rotated_queries(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, T, dim] -> queries without position [B, T, H, nope] and rotated queries [B, T, H, rope]."""
-        query = self.wq_b(self.q_norm(self.wq_a(x))) if self.q_lora_rank else self.wq(x)
-        q_nope, q_rope = query.unflatten(-1, (-1, self.qk_dim)).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_nope, q_rope = self.queries(x).split([self.nope_dim, self.rope_dim], dim=-1)
         return q_nope, rotate(q_rope, context.mla_rotation)
+
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, dim] -> normed latent [B, T, R] and shared key [B, T, rope], not rotated."""
+        latent, rope_key = self.wkv_a(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        return self.kv_norm(latent), rope_key
 
     def compress(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """[B, T, dim] -> what decoding keeps: normed latent [B, T, R] and rotated shared key [B, T, 1, rope]."""
-        latent, rope_key = self.wkv_a(x).split([self.latent_dim, self.rope_dim], dim=-1)
-        return self.kv_norm(latent), rotate(rope_key.unsqueeze(2), context.mla_rotation)
+        latent, rope_key = self.latents(x)
+        return latent, rotate(rope_key.unsqueeze(2), context.mla_rotation)
+
+    def keys_values(self, latent: Tensor) -> Tensor:
+        """Latents [B, S, R] -> each head's part of its keys, and its values, [B, S, H, nope + v]."""
+        return self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
 
     def expand(
         self, x: Tensor, latent: Tensor, rope_key: Tensor, context: SequenceContext
@@ -108,9 +129,8 @@ class LatentAttention(nn.Module):
 
         The keys and values are made from latents [B, S, R] and rotated keys [B, S, 1, rope].
         """
-        q_nope, q_rope = self.queries(x, context)
-        keys_values = self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))  # [B, S, H, nope + v]
-        k_nope, value = keys_values.split([self.nope_dim, self.v_dim], dim=-1)
+        q_nope, q_rope = self.rotated_queries(x, context)
+        k_nope, value = self.keys_values(latent).split([self.nope_dim, self.v_dim], dim=-1)
         query = torch.cat([q_nope, q_rope], dim=-1)
         key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         return query, key, value

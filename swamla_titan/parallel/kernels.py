@@ -1,40 +1,60 @@
 """Which of our kernels a model computes with, by `[kernels]` of the configuration."""
 
+from collections.abc import Collection
+
+import torch
+
 from swamla_titan.config import Config
+from swamla_titan.kernels.causal_attention import cudnn_takes
+from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
+from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
 
 
-def choose_kernels(model: SWAMLAModel, config: Config) -> None:
+def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
     """Set them in place, before the model is split or compiled; train/kernels.py refuses what a machine cannot run.
 
-    "auto" takes those that have been timed on a GPU and found faster than what torch.compile makes. Those of the loss
-    and between the products have not yet.
+    `device` is where it will run. "auto" takes those that have been timed on a GPU and found faster than what
+    torch.compile makes. Those of the loss and between the products have not yet.
     """
     model.attention_backend = config.kernels.attention
     model.linear_loss = linear_cross_entropy if config.kernels.loss == "fused" else None
     if config.kernels.pointwise == "triton":
-        use_pointwise_kernels(model, rotation=why_rotation_is_plain(config) is None)
+        use_pointwise_kernels(
+            model, {kind for kind in ("swa", "mla") if why_rotation_is_plain(kind, config, device) is None}
+        )
 
 
-def use_pointwise_kernels(model: SWAMLAModel, rotation: bool = True) -> None:
-    """SwiGLU by our kernels, and with `rotation` what lies between the products of SWA blocks in one operator."""
+def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "mla")) -> None:
+    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the products of attention in one operator."""
     for module in model.modules():
         if isinstance(module, FeedForward):
             module.activate = triton_swiglu
-        elif isinstance(module, SlidingWindowAttention) and rotation:
+        elif isinstance(module, SlidingWindowAttention) and "swa" in kinds:
             module.rotate_and_attend = rotary_window_attention
+        elif isinstance(module, LatentAttention) and "mla" in kinds:
+            module.rotate_and_attend = latent_attention
 
 
-def why_rotation_is_plain(config: Config) -> str | None:
-    """What in the configuration keeps rotation and attention apart, or None."""
-    checkpointing = config.activation_checkpoint
-    if config.model.qk_norm:
-        return "model.qk_norm"  # lies between projection and rotation
+def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> str | None:
+    """What keeps rotation and attention apart in blocks of "swa" or "mla", or None.
+
+    In SWA blocks it stays apart also where kernels/window_attention.py does not compute the attention.
+    """
+    model, checkpointing = config.model, config.activation_checkpoint
     if checkpointing.mode == "selective" and checkpointing.selective == "operators":
         return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
-    return None
+    if kind == "swa":
+        return "model.qk_norm" if model.qk_norm else None  # which lies between projection and rotation
+    if config.parallel.context > 1:
+        return "parallel.context"
+    if config.data.document_mask:
+        return "data.document_mask"
+    widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    length, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
+    return None if cudnn_takes(device, dtype, length, length, *widths) else "not by cuDNN"

@@ -23,7 +23,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     cannot do.
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
-    choose_kernels(model, config)
+    choose_kernels(model, config, world.device)
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 

@@ -141,7 +141,7 @@ def _attention(config: Config, device: torch.device) -> Finding:
     plain.attention_backend = "reference"
     if device.type != "cuda":  # where a run would be refused, which is not for this line to say
         config = replace(config, kernels=replace(config.kernels, pointwise="plain"))
-    choose_kernels(model, config)
+    choose_kernels(model, config, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     tokens = torch.randint(256, (2, 512), device=device)
     gradients = []

@@ -36,11 +36,15 @@ def pointwise_of(config: Config, world: World) -> str | None:
         return None
     if world.device.type != "cuda" or not has_triton():
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
-    if "swa" not in config.model.block_kinds:
-        return "SwiGLU by triton"
-    path = _path("swa", config, world)
-    why = why_rotation_is_plain(config) or (None if path == "triton" else f"attention by {path}")
-    return f"SwiGLU by triton, rotation of SWA by {f'torch ({why})' if why else 'triton'}"
+    words = []
+    for kind in ("swa", "mla"):
+        if kind in config.model.block_kinds:
+            path = _path(kind, config, world)
+            why = why_rotation_is_plain(kind, config, world.device)
+            if kind == "swa" and path != "triton":
+                why = why or f"attention by {path}"
+            words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
+    return f"SwiGLU by triton, rotation of {' and '.join(words)}"
 
 
 def _path(kind: str, config: Config, world: World) -> str:

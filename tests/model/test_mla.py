@@ -8,6 +8,8 @@ from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from swamla_titan.model.context import rotations
+from swamla_titan.model.mla import attend_causally
+from swamla_titan.model.rope import Rotation, rotate
 
 
 @pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
@@ -28,6 +30,32 @@ def test_only_relative_positions_matter(kind):
     before = logits(positions)
     torch.testing.assert_close(logits(positions + 1000), before, rtol=1e-9, atol=1e-9)
     assert (logits(2 * positions) - before).abs().max() > 1e-3  # but they do matter
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 14])
+def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(q_lora_rank):
+    """The operator's place is taken by those steps, written for its arguments."""
+    model = build(q_lora_rank=q_lora_rank, **ALL_MLA)
+    attention, calls = model.blocks["0"].attention, []
+    alone, documents = model.context(12), model.context(12, torch.tensor([[0] * 5 + [1] * 7]))
+
+    def steps(query, keys_values, rope_key, cos, sin, scale):
+        calls.append(query.shape)
+        by, rope = Rotation(cos, sin), rope_key.shape[-1]
+        nope = query.shape[-1] - rope
+        query = torch.cat([query[..., :nope], rotate(query[..., nope:], by)], dim=-1)
+        shared = rotate(rope_key[:, :, None], by).expand(-1, -1, query.shape[2], -1)
+        key = torch.cat([keys_values[..., :nope], shared], dim=-1)
+        return attend_causally(query, key, keys_values[..., nope:], alone, scale)
+
+    hidden = torch.randn(2, 12, 32, dtype=torch.float64)
+    expected, expected_of_documents = attention(hidden, alone), attention(hidden, documents)
+    attention.rotate_and_attend = steps
+    assert torch.equal(attention(hidden, alone), expected)
+    assert len(calls) == 1
+    assert torch.equal(attention(hidden, documents), expected_of_documents)
+    torch.testing.assert_close(attention(hidden, replace(alone, reference=True)), expected)
+    assert len(calls) == 1, "under a mask, and by the reference, the steps stay apart"
 
 
 @pytest.mark.parametrize("q_lora_rank", [0, 14])

@@ -6,51 +6,72 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Kernels
+from swamla_titan.config.sections import ActivationCheckpoint, Data, Kernels, Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import window_attention
+from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import swiglu, triton_swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.world import World
 from swamla_titan.train import kernels as run_kernels
 from swamla_titan.train.kernels import pointwise_of
 
+CPU = torch.device("cpu")
 
-def chosen(own, checkpointing="none", **changes):
-    """(loss as one with the head, SwiGLU, rotation with attention) are ours."""
+
+def chosen(own, checkpointing="none", documents=False, context=1, **changes):
+    """What of loss, SwiGLU and the rotation of both kinds of attention is computed by our kernels."""
     config = ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, **changes)
     with torch.device("meta"):
         model = SWAMLAModel(config)
-    choose_kernels(
-        model, Config(kernels=own, model=config, activation_checkpoint=ActivationCheckpoint(mode=checkpointing))
+    choices = Config(
+        kernels=own,
+        model=config,
+        activation_checkpoint=ActivationCheckpoint(mode=checkpointing),
+        data=Data(document_mask=documents),
+        parallel=Parallel(context=context),
     )
-    windows = [getattr(block.attention, "rotate_and_attend", None) for block in model.blocks.values()]
-    assert windows[0] is windows[1]
-    assert windows[2] is None  # MLA
+    choose_kernels(model, choices, CPU)
+    first, second, mla = (block.attention.rotate_and_attend for block in model.blocks.values())
+    assert first is second
     activations = {block.feed_forward.activate for block in model.blocks.values()}
     assert len(activations) == 1
     assert activations <= {swiglu, triton_swiglu}
-    assert {model.linear_loss, windows[0]} <= {None, linear_cross_entropy, rotary_window_attention}
-    return model.linear_loss is not None, activations == {triton_swiglu}, windows[0] is not None
+    ours = {
+        "loss": model.linear_loss is linear_cross_entropy,
+        "swiglu": activations == {triton_swiglu},
+        "swa": first is rotary_window_attention,
+        "mla": mla is latent_attention,
+    }
+    assert [model.linear_loss, first, mla].count(None) == [ours[part] for part in ("loss", "swa", "mla")].count(False)
+    return " ".join(part for part, is_ours in ours.items() if is_ours)
 
 
 @pytest.mark.parametrize(
     "how, expected",
     [
-        ({"own": Kernels()}, (False, False, False)),
-        ({"own": Kernels(loss="fused")}, (True, False, False)),
-        ({"own": Kernels(pointwise="triton")}, (False, True, True)),
-        ({"own": Kernels(pointwise="triton"), "qk_norm": True}, (False, True, False)),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective"}, (False, True, False)),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "full"}, (False, True, True)),
+        ({"own": Kernels()}, ""),
+        ({"own": Kernels(loss="fused")}, "loss"),
+        ({"own": Kernels(pointwise="triton")}, "swiglu swa mla"),
+        ({"own": Kernels(pointwise="triton"), "qk_norm": True}, "swiglu mla"),
+        ({"own": Kernels(pointwise="triton"), "documents": True}, "swiglu swa"),
+        ({"own": Kernels(pointwise="triton"), "context": 2}, "swiglu swa"),
+        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective"}, "swiglu"),
+        ({"own": Kernels(pointwise="triton"), "checkpointing": "full"}, "swiglu swa mla"),
     ],
     ids=str,
 )
-def test_what_is_chosen(how, expected):
+def test_what_is_chosen(monkeypatch, how, expected):
+    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
     assert chosen(**how) == expected
+
+
+def test_without_cudnn_mla_rotates_apart():
+    assert chosen(Kernels(pointwise="triton")) == "swiglu swa"
 
 
 WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
@@ -59,18 +80,19 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
 @pytest.mark.parametrize(
     "model, attention, said",
     [
-        (WIDE, "auto", "SwiGLU by triton, rotation of SWA by triton"),
-        (replace(WIDE, qk_norm=True), "auto", "SwiGLU by triton, rotation of SWA by torch (model.qk_norm)"),
-        (WIDE, "flex", "SwiGLU by triton, rotation of SWA by torch (attention by flex)"),
-        (replace(WIDE, swa_layers_per_cycle=0), "auto", "SwiGLU by triton"),
+        (WIDE, "auto", "SWA by triton and MLA by triton"),
+        (replace(WIDE, qk_norm=True), "auto", "SWA by torch (model.qk_norm) and MLA by triton"),
+        (WIDE, "flex", "SWA by torch (attention by flex) and MLA by triton"),
+        (replace(WIDE, swa_layers_per_cycle=0), "auto", "MLA by triton"),
     ],
 )
 def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(window_attention, "has_triton", lambda: True)
     monkeypatch.setattr(run_kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
-    assert pointwise_of(config, World.alone(torch.device("cuda"))) == said
+    assert pointwise_of(config, World.alone(torch.device("cuda"))) == f"SwiGLU by triton, rotation of {said}"
     assert pointwise_of(replace(config, kernels=Kernels()), World.alone(torch.device("cuda"))) is None
 
 
