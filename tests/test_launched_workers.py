@@ -153,7 +153,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     kill_groups(made.started)
 
 
-@pytest.mark.parametrize("what, code", [("0", 0), ("2", 2), ("raised", 75)])
+@pytest.mark.parametrize(
+    "what, code", [("2", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("0", 0), ("raised", 75)))]
+)
 def test_the_code_that_all_end_with_arrives_and_nothing_is_restarted(launch: Launch, what: str, code: int) -> None:
     size = 3 if what == "0" else 2
     returned, out, err = launch.run(what, size, OMP_NUM_THREADS="5")
@@ -193,7 +195,11 @@ def test_a_crash_that_goes_on_is_1_and_names_the_first_cause_in_a_hidden_process
 
 @pytest.mark.parametrize(
     "number, to",
-    [(signal.SIGTERM, "the launcher"), (signal.SIGUSR1, "the launcher"), (signal.SIGINT, "every process")],
+    [
+        (signal.SIGINT, "every process"),
+        (signal.SIGUSR1, "the launcher"),
+        pytest.param(signal.SIGTERM, "the launcher", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_makes_all_workers_save_and_ends_with_75(launch: Launch, number: signal.Signals, to: str) -> None:
     process = launch.start("stop")

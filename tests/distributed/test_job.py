@@ -71,7 +71,9 @@ def two_streams(folder: Path) -> tuple[str, ...]:
 # stopped on purpose
 
 
-@pytest.mark.parametrize("at", [{1: 3}, {0: 3}, {0: 4, 1: 3}, {0: 3, 1: 3}], ids=str)
+@pytest.mark.parametrize(
+    "at", [{1: 3}, {0: 3, 1: 3}, *(pytest.param(at, marks=pytest.mark.slow) for at in ({0: 3}, {0: 4, 1: 3}))], ids=str
+)
 def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_goes_on(
     tmp_path, config, undisturbed, at
 ):
@@ -93,8 +95,8 @@ def test_a_signal_to_one_rank_or_to_all_saves_the_same_step_on_all_and_the_run_g
 @pytest.mark.parametrize(
     "bad, workers",
     [
-        ("a", "1"),
         ("b", "0"),
+        pytest.param("a", "1", marks=pytest.mark.slow),
         pytest.param("a", "0", marks=pytest.mark.slow),
         pytest.param("b", "1", marks=pytest.mark.slow),
     ],
@@ -233,7 +235,7 @@ def test_a_loss_that_is_no_number_ends_all_with_1_and_is_not_saved(tmp_path, con
 # who writes and who speaks
 
 
-@pytest.mark.parametrize("shown", ["", "0", "1", "0,1"])
+@pytest.mark.parametrize("shown", ["", "1", *(pytest.param(shown, marks=pytest.mark.slow) for shown in ("0", "0,1"))])
 def test_numbers_are_written_once_logs_by_each_and_the_console_is_for_the_ranks_of_log_rank(tmp_path, config, shown):
     variables = {"LOG_RANK": shown} if shown else {}
     ended = on_ranks(2, run_and_listen, config, *SHORT, "--metrics.tensorboard", "true", **variables)

@@ -138,7 +138,7 @@ def _clipped(parallel: dict[str, Any], max_norm: float) -> tuple[float, bool, bo
 
 
 @pytest.mark.parametrize("size, parallel", [(2, {}), (3, {}), (2, DDP), (4, HSDP), (4, {"tensor": 2}), (4, {})])
-@pytest.mark.parametrize("max_norm", [0.5, 1e3])
+@pytest.mark.parametrize("max_norm", [0.5, pytest.param(1e3, marks=pytest.mark.slow)])
 def test_the_ranks_clip_as_one_process_does(size, parallel, max_norm):
     results = on_ranks(size, _clipped, parallel, max_norm)
     for ratio, close, _ in results:

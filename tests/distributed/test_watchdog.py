@@ -66,7 +66,11 @@ def _watched(kind: str, folder: Path, limits: list[str], config: str, *overrides
     return code, time.monotonic() - start
 
 
-@pytest.mark.parametrize("limits", [["1", "1"], ["1", "600"], ["600", "600", "1"]], ids=str)
+@pytest.mark.parametrize(
+    "limits",
+    [["1", "600"], *(pytest.param(limits, marks=pytest.mark.slow) for limits in (["1", "1"], ["600", "600", "1"]))],
+    ids=str,
+)
 def test_stacks_of_all_ranks_are_in_traces_all_end_with_1_and_the_run_goes_on(tmp_path, config, limits):
     size, run_folder, whole = len(limits), tmp_path / "run", tmp_path / "whole"
     ended = on_ranks(size, _watched, "asleep", tmp_path, limits, config, *SHORT)

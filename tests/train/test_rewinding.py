@@ -110,7 +110,7 @@ def test_killed_at_every_step_it_comes_to_the_same_end(tiny, tmp_path, undisturb
     assert saved(run) == {"1": [10, 12], "2": [8, 10, 12]}[keep]
 
 
-@pytest.mark.parametrize("step", [3, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("step", [5, 7, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 6, 9))])
 def test_stopped_by_a_signal_it_comes_to_the_same_end(tiny, tmp_path, undisturbed, step):
     """Also where that saves a checkpoint which would be newer than the one to go back to, or fills the row."""
     settings = (str(tiny), *COMMON, *REWINDS, "--checkpoint.keep_latest", "1")
