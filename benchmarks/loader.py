@@ -1,0 +1,62 @@
+"""Tokens a second of the loader alone, from text: what its workers can make, and what a trainer would wait for.
+
+    python benchmarks/loader.py --corpus corpus.jsonl --workers 0 1 2 4
+
+Reads the text, makes GPT-2 tokens of it and cuts them into the batches of a step, as training does, on one rank. The
+first second is not counted: workers start, and fill what they may be ahead. CPU only.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from swamla_titan.config import Override, load_config, shipped_configs
+from swamla_titan.data import BatchLoader
+from swamla_titan.train.open_data import open_data
+
+WARM_UP = 1.0  # seconds
+
+
+def rate(arguments: argparse.Namespace, workers: int) -> float:
+    """Tokens a second that a loader with so many workers gives; 0: made in the process that asks for them."""
+    keys = {
+        ("data", "source"): "local",
+        ("data", "path"): str(arguments.corpus.resolve()),
+        ("validation", "interval"): "0",
+        ("data", "tokenizer"): "gpt2",
+        ("data", "num_workers"): str(workers),
+        ("training", "seq_len"): str(arguments.seq_len),
+        ("model", "max_seq_len"): str(arguments.seq_len),
+        ("training", "global_batch_size"): str(arguments.sequences),
+    }
+    overrides = [Override(section, key, value) for (section, key), value in keys.items()]
+    config, corpus, _ = open_data(load_config(shipped_configs()["debug"], overrides))
+    with BatchLoader(
+        corpus, seq_len=config.training.seq_len, global_batch_size=config.training.global_batch_size
+    ) as loader:
+        begin, tokens = time.perf_counter(), 0
+        start = last = begin
+        while last < begin + WARM_UP + arguments.seconds:
+            batch = next(loader)
+            last = time.perf_counter()
+            if last < begin + WARM_UP:
+                start = last
+            else:
+                tokens += batch.tokens.numel()
+    return tokens / (last - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, type=Path, help="a .jsonl file or a folder of text")
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sequences", type=int, default=16, help="of a step")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    arguments = parser.parse_args()
+    for workers in arguments.workers:
+        print(f"{workers} workers: {rate(arguments, workers) / 1e6:.2f} M tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
