@@ -3,8 +3,9 @@
 import atexit
 import json
 import logging
-import multiprocessing
+import multiprocessing.util
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from swamla_titan.errors import RunFailed, UserError
 logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
+_LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
 
 
 class BatchLoader(Iterator[StepBatch]):
@@ -252,9 +254,30 @@ def _unchanged(item: Portion) -> Portion:
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
+    _make_sockets_where_their_names_fit()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _make_sockets_where_their_names_fit() -> None:
+    """Let multiprocessing keep its sockets in /tmp where the folder for temporary files has too long a name.
+
+    The name of a socket has 107 bytes at most, of which Python takes 32, and clusters like to name TMPDIR after jobs.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_TEMPORARY_FOLDER:
+        return
+    kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and remembered
+    except OSError as error:
+        raise UserError(
+            f"the loader's processes talk through sockets, whose names are too long in {usual}, and there can be "
+            f"none in /tmp ({error.strerror}). Set TMPDIR to a folder of at most {_LONGEST_TEMPORARY_FOLDER} bytes"
+        ) from error
+    finally:
+        tempfile.tempdir = kept
 
 
 def _find_cursors(state: Any) -> Iterator[tuple[str, str]]:

@@ -1,12 +1,16 @@
 """The batch of a step does not depend on ranks, workers and restarts; workers end as they should."""
 
 import json
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +20,7 @@ import torch
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.data.corpus import all_documents
+from swamla_titan.data.loader import _make_sockets_where_their_names_fit
 from swamla_titan.data.packing import document_ids
 from swamla_titan.data.worker import StepDataset, StepIterator
 from swamla_titan.errors import RunFailed, UserError
@@ -391,3 +396,44 @@ def test_parquet_and_huggingface_through_workers(tmp_path):
         )
         assert "file 0" in text
         assert "file 1" in text
+
+
+# Temporary folders
+
+
+@pytest.fixture
+def new_sockets(monkeypatch):
+    """multiprocessing has chosen no folder for its sockets yet."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+
+
+@pytest.mark.parametrize("length, folder", [(75, None), (76, "/tmp")])
+def test_sockets_lie_where_their_names_fit(monkeypatch, new_sockets, length, folder):
+    usual = "/" + "x" * (length - 1)
+    monkeypatch.setattr(tempfile, "tempdir", usual)
+    _make_sockets_where_their_names_fit()
+    chosen = multiprocessing.current_process()._config["tempdir"]
+    assert (chosen and os.path.dirname(chosen)) == folder
+    assert tempfile.gettempdir() == usual
+
+
+@pytest.mark.parametrize("length", [75, 76])
+def test_75_bytes_is_what_fits(monkeypatch, length):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short + "/" + "x" * (length - len(short) - 1), "pymp-abcdefgh")
+        folder.mkdir(parents=True)
+        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
+        with nullcontext() if length == 75 else pytest.raises(OSError, match="too long"):
+            multiprocessing.connection.Listener(family="AF_UNIX").close()
+
+
+def test_without_any_folder_for_sockets_the_message_names_tmpdir(monkeypatch, new_sockets):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 90)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(
+        UserError, match=r"none in /tmp \(Permission denied\). Set TMPDIR to a folder of at most 75 bytes"
+    ):
+        _make_sockets_where_their_names_fit()
