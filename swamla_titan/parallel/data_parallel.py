@@ -16,7 +16,8 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from swamla_titan.config.sections import Parallel
+from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.sections import Config, Parallel
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -114,6 +115,17 @@ def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
     if parallel.reshard_after_forward == "auto":
         return parallel.pipeline == 1 and gathered_bytes > _KEPT_BYTES
     return parallel.reshard_after_forward == "always"
+
+
+def frees_gathered_weights(model: nn.Module) -> bool:
+    """Whether the blocks of a model that went through `apply_data_parallel` do."""
+    return isinstance(model, FSDPModule) and model not in _KEEPING
+
+
+def gathers_float8(config: Config, world: World) -> bool:
+    """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather)."""
+    shared = world.weights is not None and world.weights["shard"].size() > 1
+    return config.float8.fsdp_all_gather != "never" and not why_not_gathered(config) and shared
 
 
 def _prefetch(model: SWAMLAModel) -> None:

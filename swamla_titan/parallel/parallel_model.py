@@ -11,7 +11,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import clip_gradients
-from swamla_titan.parallel.data_parallel import reduce_after_this_backward
+from swamla_titan.parallel.data_parallel import gathers_float8, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.pipeline import Pipeline
@@ -54,6 +54,7 @@ class ParallelModel:
 
         Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.
         """
+        self._prepare_weights()
         if self.pipeline:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
         else:
@@ -70,6 +71,7 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Sum of the plain cross-entropy over all targets that all ranks hold, float64, on the device."""
+        self._prepare_weights()
         for part in self.parts:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -82,6 +84,14 @@ class ParallelModel:
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to a global norm of at most `max_norm`; returns the norm before."""
         return clip_gradients(self._gradients(), max_norm, self._sum_over_ranks if self.world.size > 1 else None)
+
+    def _prepare_weights(self) -> None:
+        """What is due once for the weights as they are now, however many micro-batches follow."""
+        if gathers_float8(self.config, self.world):
+            from swamla_titan.quantization.float8 import compute_scales
+
+            for part in self.parts:
+                compute_scales(part)
 
     def _loss(self, micro_batch: MicroBatch, denominator: float) -> Tensor:
         inputs = micro_batch.to(self.world.device)

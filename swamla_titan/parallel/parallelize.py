@@ -10,10 +10,11 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
-from swamla_titan.parallel.data_parallel import apply_data_parallel
+from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights, gathers_float8
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.native import keep_weights
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
@@ -27,7 +28,8 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        convert_to_float8(model, config.float8, world.device, functools.partial(sides_on_a_rank, world.degrees.tensor))
+        sides = functools.partial(sides_on_a_rank, world.degrees.tensor)
+        convert_to_float8(model, config.float8, world.device, sides, gathers_float8(config, world))
     if world.weights is not None and world.degrees.tensor > 1:
         apply_tensor_parallel(model, world.weights["tensor"])
         if config.parallel.async_tensor:
@@ -37,3 +39,5 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     apply_activation_checkpointing(model, config.activation_checkpoint)
     compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)
+    if config.float8.recipe == "native":
+        keep_weights(model, kept=not frees_gathered_weights(model))

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
-from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.sharded import local, plain
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
 from swamla_titan.train.manifest import (
@@ -69,7 +69,7 @@ def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Opti
     tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {})
     for part in parts:
         for name, weight in get_model_state_dict(part).items():
-            tensors["model"].setdefault(_stored_name(name, part), weight)
+            tensors["model"].setdefault(_stored_name(name, part), plain(weight))
     for part, optimizer in zip(parts, optimizers):
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         for name, value in get_optimizer_state_dict(part, optimizer, options=options).items():
