@@ -70,7 +70,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Operand:
     rstd = torch.rsqrt(plain.square().mean(-1) + eps)
     scale = scale_for((plain * rstd[:, None] * gain).abs().amax(), VALUES)
     carrier, rows, columns = _normalize(x, weight, rstd, scale, torch.is_grad_enabled())
-    return Operand(carrier, rows, columns, scale)
+    return Operand(carrier, rows.detach(), columns.detach(), scale)  # gradients flow through the carrier alone
 
 
 def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings) -> Operand:
@@ -80,7 +80,7 @@ def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings)
     factors = x.carrier, x.columns, x.scale, weight.carrier, weight.columns, weight.scale
     options = group, *settings, torch.is_grad_enabled()
     carrier, rows, columns = _swiglu(*factors, gate_up, scale, *options)
-    return Operand(carrier, rows, columns, scale)
+    return Operand(carrier, rows.detach(), columns.detach(), scale)  # gradients flow through the carrier alone
 
 
 @torch.library.custom_op("swamla_titan::float8_product", mutates_args=())

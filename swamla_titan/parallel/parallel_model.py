@@ -11,7 +11,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import clip_gradients
-from swamla_titan.parallel.data_parallel import gathers_float8, reduce_after_this_backward
+from swamla_titan.parallel.data_parallel import free_gathered_weights, gathers_float8, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.pipeline import Pipeline
@@ -33,6 +33,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
         self.pipeline = None
         if world.degrees.pipeline > 1:
             tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank
@@ -52,8 +53,17 @@ class ParallelModel:
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
         """Forward and backward passes over this rank's micro-batches; gradients are those of the global batch.
 
-        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.
+        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. The
+        backward passes are of `loss_scale` times the loss, and the gradients are divided by it after.
         """
+        if self.loss_scale is not None:
+            scale = self.loss_scale
+            loss = self._passes(micro_batches, loss_denominator / scale.to(self.world.device, non_blocking=True))
+            torch._foreach_mul_([gradient for gradient, _ in self._gradients()], scale.reciprocal())
+            return loss / scale.to(loss.device)
+        return self._passes(micro_batches, loss_denominator)
+
+    def _passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         self._prepare_weights()
         if self.pipeline:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
@@ -79,6 +89,8 @@ class ParallelModel:
             total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
+            if gathers_float8(self.config, self.world):  # float8 weights are for products alone
+                free_gathered_weights(part)
         return self.world.sum_over_sequences(total)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
@@ -93,7 +105,7 @@ class ParallelModel:
             for part in self.parts:
                 compute_scales(part)
 
-    def _loss(self, micro_batch: MicroBatch, denominator: float) -> Tensor:
+    def _loss(self, micro_batch: MicroBatch, denominator: Tensor | float) -> Tensor:
         inputs = micro_batch.to(self.world.device)
         loss: Tensor = self.parts[0](inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=denominator)
         return loss

@@ -226,9 +226,10 @@ def _step_of(path: Path) -> int:
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
     """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Random states of ranks that the checkpoint does not know are left as they are, and so is a history of bad steps
-    (`tensors["bad_steps"]`) that it does not have in that length. Raises UserError, on every rank, that
-    names the tensors that are missing or of another shape on one of them, before any is written.
+    Random states of ranks that the checkpoint does not know are left as they are, and so are a history of bad steps
+    (`tensors["bad_steps"]`) that it does not have in that length, and a loss scale that it does not have. Raises
+    UserError, on every rank, that names the tensors that are missing or of another shape on one of them, before any is
+    written.
     """
     world = world or World.alone()
     wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not
@@ -239,14 +240,16 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """`tensors` without random states that the checkpoint lacks; UserError if it lacks others."""
     stored = Reader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
-    wanted = {group: members for group, members in tensors.items() if group not in ("random", "bad_steps")}
+    optional = ("bad_steps", "loss_scale")
+    wanted = {group: members for group, members in tensors.items() if group not in ("random", *optional)}
     wanted |= {"random": known} if known else {}
-    history = {
-        name: tensor
-        for name, tensor in tensors.get("bad_steps", {}).items()
-        if getattr(stored.get(f"bad_steps.{name}"), "size", None) == tensor.shape
-    }
-    wanted |= {"bad_steps": history} if history else {}
+    for group in optional:
+        there = {
+            name: tensor
+            for name, tensor in tensors.get(group, {}).items()
+            if getattr(stored.get(f"{group}.{name}"), "size", None) == tensor.shape
+        }
+        wanted |= {group: there} if there else {}
     problems = []
     for group, members in wanted.items():
         for name, tensor in members.items():

@@ -192,8 +192,10 @@ def test_names_shapes_and_values_stay_those_of_the_plain_model():
     model.load_state_dict(plain.state_dict())
 
 
-@pytest.mark.parametrize("mode", ["blocks", "operators", "full"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "mode, compiled",
+    [("blocks", False), ("operators", False), ("full", False), pytest.param("operators", True, marks=pytest.mark.slow)],
+)
 def test_checkpointing_changes_nothing(mode, compiled, tmp_path):
     torch._dynamo.reset()
     seen = []
@@ -227,11 +229,11 @@ def test_weights_that_are_freed_are_not_kept_in_float8(compiled, tmp_path):
         weights = {tuple(w.shape) for w in model.parameters()} | {tuple(w.shape)[::-1] for w in model.parameters()}
 
         def pack(tensor, saved=saved, weights=weights):
-            if tensor.dtype == torch.float8_e4m3fn and tuple(tensor.shape) in weights - {(64, 64)}:
+            if tensor.dtype == torch.float8_e4m3fn and tuple(tensor.shape) in weights:
                 saved.add((tensor.data_ptr(), tuple(tensor.shape)))
             return tensor
 
-        tokens = batch(3)  # 192 rows: no weight has as many
+        tokens = batch(5)  # 320 rows: no weight has as many
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model(tokens, tokens)
         loss.backward()
