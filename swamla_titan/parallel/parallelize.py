@@ -15,6 +15,16 @@ from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
 from swamla_titan.quantization.native import keep_weights
+from swamla_titan.quantization.products import Product, survey
+
+
+def float8_products(config: Config) -> list[Product]:
+    """Which products of the configured model are computed in float8; empty if none are asked for."""
+    if config.float8.recipe == "off":
+        return []
+    with torch.device("meta"):
+        model = SWAMLAModel(config.model)
+    return survey(model, config.float8, functools.partial(sides_on_a_rank, config.parallel.tensor))
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:

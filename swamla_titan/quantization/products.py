@@ -117,7 +117,9 @@ def table(products: Sequence[Product], recipe: str) -> Iterator[str]:
 
 
 def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
-    """Where float8 will not pay, on a rank that computes `rows` sequences at a time."""
+    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
+    if not products:
+        return
     share = _share(products)
     if share < _LITTLE:
         yield (

@@ -19,6 +19,9 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.kernels import choose_kernels
+from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.quantization.float8 import require_float8_units
+from swamla_titan.quantization.products import refuse_none, table, warnings
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -48,7 +51,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             config = load_config(find_config(name), overrides)
-            inputs = [_folder, _tokenizer, _data, _model]
+            inputs = [_folder, _tokenizer, _data, _model] + ([_products] if config.float8.recipe != "off" else [])
             about_input = [Finding("ok", "config", f"{name} is valid")]
         except UserError as error:
             inputs = []
@@ -211,6 +214,18 @@ def _data(config: Config, device: torch.device) -> Finding:
 def _model(config: Config, device: torch.device) -> Finding:
     total, without_embeddings = parameter_counts(_resolved(config).model)
     return Finding("ok", "model", f"{total:,} parameters, {without_embeddings:,} without embeddings")
+
+
+def _products(config: Config, device: torch.device) -> Finding:
+    """What float8 takes, and whether it will pay."""
+    config = _resolved(config)
+    products = float8_products(config)
+    refuse_none(products, config.float8)
+    if device.type == "cuda":
+        require_float8_units(device)
+    text = "\n         ".join(table(products, config.float8.recipe))
+    doubts = "; ".join(warnings(products, config, config.training.local_batch_size))
+    return Finding("warning" if doubts else "ok", "products", text, doubts)
 
 
 def _resolved(config: Config) -> Config:
