@@ -43,7 +43,8 @@ def converted(inner: int, out: int, recipe: str) -> One:
         return model
     if recipe.startswith("native"):
         model.product.__class__ = NativeLinear
-        model.product.settings, model.product.keeps_columns = settings_of("e5m2", False), True
+        settings = settings_of("e5m2", False)
+        model.product.settings, model.product.keeps_columns, model.product.cast = settings, True, None
         return model
     convert_to_float8(model, Float8(recipe=recipe, products="all"), torch.device("cuda"))
     return model

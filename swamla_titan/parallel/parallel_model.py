@@ -1,11 +1,13 @@
 """The model as the trainer sees it: the same few calls whatever the plan."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
@@ -18,6 +20,7 @@ from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
 from swamla_titan.parallel.whole_gradients import sum_whole_gradients
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.native import cast_weights, forget_casts
 
 
 class ParallelModel:
@@ -64,7 +67,10 @@ class ParallelModel:
         return self._passes(micro_batches, loss_denominator)
 
     def _passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
-        self._prepare_weights()
+        with self._prepared_weights(len(micro_batches)):
+            return self._prepared_passes(micro_batches, loss_denominator)
+
+    def _prepared_passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         if self.pipeline:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
         else:
@@ -81,12 +87,12 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Sum of the plain cross-entropy over all targets that all ranks hold, float64, on the device."""
-        self._prepare_weights()
         for part in self.parts:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for micro_batch in micro_batches:
-            total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
+        with self._prepared_weights(len(micro_batches)):
+            for micro_batch in micro_batches:
+                total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
             if gathers_float8(self.config, self.world):  # float8 weights are for products alone
@@ -97,13 +103,23 @@ class ParallelModel:
         """Scale the gradients down to a global norm of at most `max_norm`; returns the norm before."""
         return clip_gradients(self._gradients(), max_norm, self._sum_over_ranks if self.world.size > 1 else None)
 
-    def _prepare_weights(self) -> None:
-        """What is due once for the weights as they are now, however many micro-batches follow."""
+    @contextmanager
+    def _prepared_weights(self, micro_batches: int) -> Iterator[None]:
+        """Do what is due once for the weights as they are now, for passes of so many micro-batches."""
+        once = self.config.float8.recipe == "native" and micro_batches > 1
+        parts = [part for part in self.parts if not isinstance(part, FSDPModule)] if once else []
+        for part in parts:
+            cast_weights(part, part.activation_dtype)
         if gathers_float8(self.config, self.world):
             from swamla_titan.quantization.float8 import compute_scales
 
             for part in self.parts:
                 compute_scales(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                forget_casts(part)
 
     def _loss(self, micro_batch: MicroBatch, denominator: Tensor | float) -> Tensor:
         inputs = micro_batch.to(self.world.device)

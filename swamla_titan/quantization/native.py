@@ -10,8 +10,11 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from swamla_titan.kernels.float8 import float8_cast, scale_for
 from swamla_titan.kernels.float8_product import (
+    VALUES,
     Operand,
     Settings,
     gate_up_product,
@@ -34,6 +37,7 @@ class NativeLinear(Linear):
 
     settings: Settings
     keeps_columns: bool
+    cast: tuple[Tensor, Tensor, Tensor] | None  # W's rows, columns and scale, for the micro-batches of a step
 
     def forward(self, x: Tensor | Operand) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype."""
@@ -45,6 +49,8 @@ class NativeLinear(Linear):
 
     def _operands(self, x: Tensor | Operand, weight: Tensor) -> tuple[Operand, Operand]:
         x = x if isinstance(x, Operand) else quantize(x)
+        if self.cast is not None:
+            return x, Operand(weight, *self.cast)
         # Through the activations' dtype, in which FSDP2 gathers weights: so one process and many cast the same.
         return x, quantize(weight, x.carrier.dtype, self.keeps_columns)
 
@@ -95,7 +101,7 @@ def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Setti
         module = model.get_submodule(name)
         assert isinstance(module, Linear)
         module.__class__ = NativeHead if name == "head" else NativeLinear
-        module.settings, module.keeps_columns = settings, True  # type: ignore[assignment]
+        module.settings, module.keeps_columns, module.cast = settings, True, None  # type: ignore[assignment]
     for block in model.blocks.values():
         assert isinstance(block, Block)
         readers = [getattr(block.attention, name, None) for name in ("wqkv", "wq", "wq_a", "wkv_a")]
@@ -113,6 +119,28 @@ def keep_weights(model: nn.Module, kept: bool) -> None:
     for module in model.modules():
         if isinstance(module, NativeLinear):
             module.keeps_columns = kept
+
+
+@torch.no_grad()
+def cast_weights(model: nn.Module, through: torch.dtype) -> None:
+    """Cast all weights once, for passes in which they do not change; until `forget_casts`.
+
+    For weights that a process holds itself, in whole or by tensor parallelism; FSDP2's come and go with their blocks.
+    """
+    linears = [module for module in model.modules() if isinstance(module, NativeLinear)]
+    if not linears:
+        return
+    weights = [each.weight.to_local() if isinstance(each.weight, DTensor) else each.weight for each in linears]
+    largest = torch.stack(torch._foreach_norm(weights, ord=torch.inf))
+    for linear, weight, scale in zip(linears, weights, scale_for(largest.to(through), VALUES).unbind()):
+        linear.cast = *float8_cast(weight.detach(), scale, VALUES, through), scale
+
+
+def forget_casts(model: nn.Module) -> None:
+    """Of `cast_weights`: the weights are about to change."""
+    for module in model.modules():
+        if isinstance(module, NativeLinear):
+            module.cast = None
 
 
 def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:

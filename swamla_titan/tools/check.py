@@ -114,17 +114,19 @@ def _gpu(config: Config, device: torch.device) -> Finding:
 
 
 def _tf32(config: Config, device: torch.device) -> Finding:
-    """Measured, not read from a flag: TF32 keeps 10 bits of mantissa, so products show it."""
+    """Measured, not only read from the switch: TF32 keeps 10 bits of mantissa, so products show it."""
+    switch = f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()}"
     if device.type == "cpu":
-        return Finding("ok", "tf32", "float32 products are exact on the CPU")
+        return Finding("ok", "tf32", f"float32 products are exact on the CPU; {switch}")
     matrix = torch.randn(512, 512, device=device)
     exact = matrix.double() @ matrix.double()
     error = ((matrix @ matrix).double() - exact).norm() / exact.norm()
     found = "tf32" if error > 1e-5 else "ieee"
-    text = f"float32 products are {found} (relative error {error:.0e})"
+    text = f"float32 products are {found} (relative error {error:.0e}); {switch}"
     wanted = config.training.fp32_precision
     if found != wanted:
-        return Finding("warning", "tf32", text, f'training.fp32_precision = "{wanted}" has no effect on this GPU')
+        remedy = f'training.fp32_precision = "{wanted}" has no effect: an old GPU, or NVIDIA_TF32_OVERRIDE is set'
+        return Finding("warning", "tf32", text, remedy)
     return Finding("ok", "tf32", text)
 
 

@@ -16,7 +16,15 @@ from swamla_titan.model.linear import Linear
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.native import NativeGateUp, NativeHead, NativeLinear, NativeRMSNorm, keep_weights
+from swamla_titan.quantization.native import (
+    NativeGateUp,
+    NativeHead,
+    NativeLinear,
+    NativeRMSNorm,
+    cast_weights,
+    forget_casts,
+    keep_weights,
+)
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch
 
 CPU = torch.device("cpu")
@@ -177,6 +185,30 @@ def test_loss_and_gradients_are_near_those_of_the_plain_model(dtype, norm):
     exact, found = (torch.cat([g.flatten() for g in gradients(each).values()]) for each in (plain, model))
     assert 0 < error(found, exact) < 0.16
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_cast_once_for_all_micro_batches_are_cast_alike(dtype, monkeypatch):
+    casts = []
+    real = float8_product.float8_cast
+    monkeypatch.setattr(float8_product, "float8_cast", lambda x, *a, **k: casts.append(x.shape) or real(x, *a, **k))
+    model = native_model(NATIVE, dtype)
+    tokens = batch(5)  # 320 rows: no weight has as many
+    results = []
+    for once in (False, True):
+        model.zero_grad()
+        casts.clear()
+        if once:
+            cast_weights(model, dtype)
+        model(tokens, tokens).backward()
+        forget_casts(model)
+        results.append(gradients(model))
+        assert sum(shape[0] != tokens.numel() for shape in casts) == (0 if once else 14)
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
+    with torch.no_grad():
+        before = model(tokens)
+        model.blocks["0"].feed_forward.down.weight.mul_(2)
+        assert not torch.equal(model(tokens), before)  # nothing is remembered
 
 
 def test_names_shapes_and_values_stay_those_of_the_plain_model():
