@@ -31,6 +31,11 @@ def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(largest.isnan(), largest.float(), upward).clamp(min=_SMALLEST)
 
 
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value: by rows first, as a compiler computes norms and their gradients, to be joined."""
+    return x.abs().amax(-1).amax()
+
+
 def plain_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x / scale in float8. Infinities and NaN become NaN, also where `dtype` has infinities."""
     return (x.float() * (1 / scale)).to(dtype)
@@ -105,6 +110,29 @@ def _fake_swiglu_backward(
     grad: Tensor, gate_up: Tensor, scale: Tensor, group: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return _empty(gate_up, gate_up.shape[0], gate_up.shape[1], dtype, True, True)
+
+
+@torch.library.custom_op("swamla_titan::float8_swiglu_largest", mutates_args=())
+def swiglu_largest(gate_up: Tensor, grad: Tensor | None, group: int) -> Tensor:
+    """The largest absolute value of SwiGLU of gate_up [M, 2 F]; with `grad` [M, F], of the gradient of gate_up.
+
+    Not in plain PyTorch: a compiler would keep gate_up in float32 for the second.
+    """
+    gate_up = gate_up.contiguous()
+    if _by_kernels(gate_up):
+        rows, hidden, tile = gate_up.shape[0], gate_up.shape[1] // 2, min(_TILE, group)
+        found = gate_up.new_empty((-(-rows // _TILE), -(-hidden // tile)), dtype=torch.int32)
+        inputs = gate_up, gate_up if grad is None else grad.contiguous(), found, rows, hidden
+        _launch("float8_swiglu_largest", inputs, {}, GROUP=group, BACKWARD=grad is not None, C=tile)
+        return found.amax().view(torch.float32)
+    if grad is None:
+        return largest_of(swiglu(gate_up.float(), group))
+    return largest_of(swiglu_gradient(grad, gate_up, group))
+
+
+@swiglu_largest.register_fake
+def _(gate_up: Tensor, grad: Tensor | None, group: int) -> Tensor:
+    return gate_up.new_empty((), dtype=torch.float32)
 
 
 def swiglu_gradient(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:

@@ -20,11 +20,11 @@ from swamla_titan.kernels.float8 import (
     empty_pair,
     float8_cast,
     float8_swiglu_backward,
+    largest_of,
     scale_for,
     scaled_product,
-    swiglu_gradient,
+    swiglu_largest,
 )
-from swamla_titan.kernels.swiglu import swiglu
 
 VALUES = torch.float8_e4m3fn  # of activations and weights
 
@@ -52,7 +52,7 @@ def quantize(x: Tensor, through: torch.dtype | None = None, columns: bool = True
     """x [..., K], rounded to `through` (None: x's dtype), as e4m3."""
     plain = x.detach().flatten(0, -2)
     through = through or x.dtype
-    scale = scale_for(plain.abs().amax().to(through), VALUES)
+    scale = scale_for(largest_of(plain).to(through), VALUES)
     wanted = columns and torch.is_grad_enabled()
     rows, turned = float8_cast(plain, scale, VALUES, through, columns=wanted)
     return Operand(x, rows, turned, scale)
@@ -68,7 +68,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Operand:
     """RMSNorm (model/norms.py) of x [..., K] by weight [K]."""
     plain, gain = x.detach().flatten(0, -2).float(), weight.detach().float()
     rstd = torch.rsqrt(plain.square().mean(-1) + eps)
-    scale = scale_for((plain * rstd[:, None] * gain).abs().amax(), VALUES)
+    scale = scale_for(((plain * gain).abs().amax(-1) * rstd).amax(), VALUES)
     carrier, rows, columns = _normalize(x, weight, rstd, scale, torch.is_grad_enabled())
     return Operand(carrier, rows.detach(), columns.detach(), scale)  # gradients flow through the carrier alone
 
@@ -76,7 +76,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Operand:
 def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings) -> Operand:
     """SwiGLU (kernels/swiglu.py) of x W^T: [..., K] and [2 F, K] -> [..., F]; the gradient of x W^T is float8 alone."""
     gate_up = scaled_product(x.rows, x.scale, weight.rows, weight.scale, x.carrier.dtype, fast=True)
-    scale = scale_for(swiglu(gate_up.float(), group).abs().amax(), VALUES)
+    scale = scale_for(swiglu_largest(gate_up, None, group), VALUES)
     factors = x.carrier, x.columns, x.scale, weight.carrier, weight.columns, weight.scale
     options = group, *settings, torch.is_grad_enabled()
     carrier, rows, columns = _swiglu(*factors, gate_up, scale, *options)
@@ -127,7 +127,7 @@ def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_columns, x_scale, weight, weight_columns, weight_scale = ctx.saved_tensors
     plain = grad.flatten(0, -2)
-    scale = scale_for(plain.abs().amax(), ctx.settings.gradients)
+    scale = scale_for(largest_of(plain), ctx.settings.gradients)
     rows, columns = float8_cast(plain, scale, ctx.settings.gradients, plain.dtype)
     weight_columns = _columns_of(weight, weight_columns, weight_scale, ctx.dtypes[0], rows)
     of_x = scaled_product(rows, scale, weight_columns, weight_scale, ctx.dtypes[0], ctx.settings.fast)
@@ -231,7 +231,7 @@ def _swiglu_gradients(ctx: Any, grad: Tensor | None, *of_float8: Tensor | None) 
         return (None,) * 12
     x_columns, x_scale, weight, weight_columns, weight_scale, gate_up = ctx.saved_tensors
     plain, dtype = grad.flatten(0, -2), ctx.settings.gradients
-    scale = scale_for(swiglu_gradient(plain, gate_up, ctx.group).abs().amax(), dtype)
+    scale = scale_for(swiglu_largest(gate_up, plain, ctx.group), dtype)
     rows, columns = float8_swiglu_backward(plain, gate_up, scale, ctx.group, dtype)
     weight_columns = _columns_of(weight, weight_columns, weight_scale, ctx.dtypes[0], rows)
     of_x = scaled_product(rows, scale, weight_columns, weight_scale, ctx.dtypes[0], ctx.settings.fast)

@@ -119,3 +119,28 @@ def float8_swiglu_backward(
     of_up = _rounded(grad * gate * sigmoid, TO_BFLOAT16)
     _store_both(of_gate, scale_ptr, rows_ptr, columns_ptr, row, gate_column, rows, 2 * hidden, True, True)
     _store_both(of_up, scale_ptr, rows_ptr, columns_ptr, row, up_column, rows, 2 * hidden, True, True)
+
+
+@triton.jit
+def float8_swiglu_largest(
+    gate_up_ptr, grad_ptr, largest_ptr, rows, hidden,
+    GROUP: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The largest absolute value in each program's tile of SwiGLU's result, or of gate_up's gradient: int32 [programs].
+
+    As the bits of float32 without the sign, whose order is that of the numbers, with NaN above infinity.
+    """
+    row, column = _place(R, C)
+    gate_column = _gate_column(GROUP, C)
+    gate = _tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    sigmoid = tl.sigmoid(gate)
+    if BACKWARD:
+        grad = _tile(grad_ptr, row, column, rows, hidden, hidden)
+        of_gate = (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        of_up = (grad * gate * sigmoid).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = tl.maximum(of_gate, of_up)
+    else:
+        bits = (gate * sigmoid * up).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(largest_ptr + program, tl.max(tl.max(bits, 1), 0))

@@ -5,7 +5,8 @@ import functools
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.model import SWAMLAModel
+from swamla_titan.config.sections import Float8
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
@@ -20,11 +21,14 @@ from swamla_titan.quantization.products import Product, survey
 
 def float8_products(config: Config) -> list[Product]:
     """Which products of the configured model are computed in float8; empty if none are asked for."""
-    if config.float8.recipe == "off":
-        return []
+    return [] if config.float8.recipe == "off" else list(_products(config.model, config.float8, config.parallel.tensor))
+
+
+@functools.lru_cache  # for `plan`, which asks for every layer
+def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product, ...]:
     with torch.device("meta"):
-        model = SWAMLAModel(config.model)
-    return survey(model, config.float8, functools.partial(sides_on_a_rank, config.parallel.tensor))
+        model = SWAMLAModel(shape)
+    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor)))
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:

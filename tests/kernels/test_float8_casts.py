@@ -17,6 +17,7 @@ from swamla_titan.kernels.float8 import (
     plain_cast,
     scale_for,
     swiglu_gradient,
+    swiglu_largest,
 )
 from swamla_titan.kernels.swiglu import swiglu
 
@@ -142,6 +143,18 @@ def test_swiglu_and_cast_at_once_and_backward(rows, hidden, group, kind, by_kern
         expected = swiglu_gradient(grad, gate_up, group).to(kind)
         scale = scale_of(expected, dtype)
         same(float8_swiglu_backward(grad, gate_up, scale, group, dtype), plain_cast(expected, scale, dtype), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, hidden, group", [(64, 256, 128), (48, 96, 32), (130, 128, 16)])
+@pytest.mark.parametrize("wrong", [None, float("nan"), float("inf")])
+def test_the_largest_number_of_swiglu_and_of_its_gradient(rows, hidden, group, wrong, by_kernels):
+    gate_up, grad = torch.randn(rows, 2 * hidden, device=DEVICE), torch.randn(rows, hidden, device=DEVICE)
+    if wrong is not None:
+        gate_up[rows - 1, 5 + group] = wrong  # an up
+    largest = swiglu_largest(gate_up, None, group), swiglu_largest(gate_up, grad, group)
+    expected = swiglu(gate_up, group).abs().amax(), swiglu_gradient(grad, gate_up, group).abs().amax()
+    torch.testing.assert_close(largest, expected, rtol=2e-6, atol=0, equal_nan=True)
 
 
 def test_the_plain_gradient_of_swiglu_is_autograds():
