@@ -44,8 +44,8 @@ KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
     "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_"),
-    "fused": ("triton", "swiglu_", "rotate_heads", "cross_entropy_rows"),
     "casts": ("float8_",),
+    "fused": ("triton", "swiglu_", "rotate_heads", "cross_entropy_rows"),
     "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),
     "optimizer": ("adam", "lpnorm", "multi_tensor"),
 }

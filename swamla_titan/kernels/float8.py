@@ -33,7 +33,7 @@ def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 def largest_of(x: Tensor) -> Tensor:
     """The largest absolute value: by rows first, as a compiler computes norms and their gradients, to be joined."""
-    return x.abs().amax(-1).amax()
+    return torch.linalg.vector_norm(x, torch.inf, dim=-1).amax()  # compiled, abs and amax; eager, without a copy
 
 
 def plain_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

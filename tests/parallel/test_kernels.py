@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Kernels
+from swamla_titan.config.sections import ActivationCheckpoint, Float8, Kernels
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import window_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
@@ -71,6 +71,9 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
     assert pointwise_of(config, World.alone(torch.device("cuda"))) == said
+    native = replace(config, float8=Float8(recipe="native"))
+    said = said.replace("SwiGLU by triton", "SwiGLU with its cast to float8")
+    assert pointwise_of(native, World.alone(torch.device("cuda"))) == said
     assert pointwise_of(replace(config, kernels=Kernels()), World.alone(torch.device("cuda"))) is None
 
 
