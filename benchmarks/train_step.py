@@ -44,6 +44,7 @@ KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
     "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_"),
+    "casts": ("float8_",),
     "fused": ("triton", "swiglu_", "_heads", "cross_entropy_rows"),
     "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),
     "optimizer": ("adam", "lpnorm", "multi_tensor"),
@@ -208,7 +209,7 @@ def print_products(profiler: profile) -> None:
     """[M, K] x [K, N] of all matrix products: how often, how long in all, and how fast."""
     products: dict[tuple[int, int, int], list[float]] = defaultdict(list)
     for event in profiler.events():
-        if event.name in ("aten::mm", "aten::addmm") and event.device_type == DeviceType.CPU:
+        if event.name in ("aten::mm", "aten::addmm", "aten::_scaled_mm") and event.device_type == DeviceType.CPU:
             (m, k), (_, n) = event.input_shapes[event.name == "aten::addmm" :][:2]
             products[m, k, n].append(event.device_time_total)
     for (m, k, n), each in sorted(products.items(), key=lambda item: -sum(item[1])):

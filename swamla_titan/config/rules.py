@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 from swamla_titan.config.contradiction import Contradiction
+from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
-FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
@@ -92,14 +92,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
     yield from parallel_contradictions(config)
-    # The latent's projections of MLA multiply the tokens of one tensor rank, the others those of a context rank.
-    tokens, odd = divmod(training.seq_len, config.parallel.context * config.parallel.tensor)
-    if config.float8.recipe != "off" and (odd or tokens % FLOAT8_MULTIPLE):
-        yield Contradiction(
-            ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
-            f'{training.seq_len}: float8.recipe = "{config.float8.recipe}" needs tokens a rank in multiples of '
-            f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
-        )
+    yield from float8_contradictions(config)
 
 
 def _attention(config: Config) -> Iterator[Contradiction]:

@@ -166,9 +166,33 @@ class ActivationCheckpoint:
 class Float8:
     recipe: str = key(
         "off",
-        "Products of the blocks in float8, scaled by a whole tensor (fastest), by its rows, or by rows with the "
-        "gradients of weights in full precision (most exact).",
-        choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp"),
+        "Products of the blocks in float8. By torchao: tensorwise (one scale a tensor), rowwise (one a row), "
+        "rowwise_with_gw_hp (and gradients of weights in full precision: most exact). native: by our kernels, which "
+        "cast within the operations before the products, one scale a tensor.",
+        choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
+    )
+    products: str = key(
+        "auto",
+        "auto: the products that are large enough to gain by it on an H100; all: each whose sides are multiples of 16.",
+        choices=("auto", "all"),
+    )
+    output_head: bool = key(False, "The output head too, at some cost in exactness of the loss.")
+    fsdp_all_gather: str = key(
+        "auto",
+        "tensorwise: FSDP2 gathers weights in float8, half the bytes, with scales computed for all at once before each "
+        "step. auto: where that can be, which is with fsdp or hsdp, without tensor parallelism and offloading.",
+        choices=("auto", "always", "never"),
+    )
+    gradient_dtype: str = key(
+        "e5m2", "native: type of gradients; e5m2 has more range, e4m3 a bit more precision.", choices=("e5m2", "e4m3")
+    )
+    fast_accumulation: bool = key(
+        False, "native: sum products of gradients, too, in the tensor cores' short registers: faster, less exact."
+    )
+    loss_scaling: bool = key(
+        False,
+        "Multiply the loss by a dynamic scale in the backward pass. Not needed: each tensor of gradients has its own "
+        "scale.",
     )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import swamla_titan.kernels.chunked_attention  # both register their operators
+import swamla_titan.kernels.chunked_attention  # these register their operators
+import swamla_titan.kernels.float8_product
 import swamla_titan.kernels.window_attention  # noqa: F401
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.model import SWAMLAModel
@@ -56,6 +57,9 @@ _COLLECTIVES = frozenset(
     }
 )
 _PRODUCTS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.default: 2}  # where the second factor stands
+
+_float8_product = torch.ops.swamla_titan.float8_product.default
+_WEIGHT = 4  # the place of its weight, [out, in]
 
 # A product of [N, K] and [K, M] costs 2 N K M operations and its result holds N M numbers: dropping it frees memory at
 # 2 K operations a number. These go first:
@@ -162,6 +166,8 @@ def _keep(
     not_kept: frozenset[tuple[int, int]], context: Any, operator: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
     if operator in _ATTENTION or operator in _COLLECTIVES:
+        return CheckpointPolicy.MUST_SAVE
+    if operator is _float8_product and tuple(args[_WEIGHT].shape)[::-1] not in not_kept:
         return CheckpointPolicy.MUST_SAVE
     place = _PRODUCTS.get(operator)
     if place is not None and tuple(args[place].shape) not in not_kept:

@@ -6,17 +6,20 @@ tokens.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from swamla_titan.config.sections import Parallel
+from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.sections import Config, Parallel
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -90,9 +93,26 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
         if mesh.size() > 1:  # alone there is nothing to add up, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
+        if mesh.device_type == "cpu" and isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_AllGatherOfBytes())
     if not reshard:
         _KEEPING.add(model)
     _prefetch(model)
+
+
+class _AllGatherOfBytes(AllGather):
+    """gloo sends bytes, but no float8."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        out, mine = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
+        # The name since torch 2.13, and the one before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return gather(out, mine, group=group, async_op=async_op)
 
 
 def is_kept_whole(weight: Tensor, parallel: Parallel) -> bool:
@@ -114,6 +134,23 @@ def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
     if parallel.reshard_after_forward == "auto":
         return parallel.pipeline == 1 and gathered_bytes > _KEPT_BYTES
     return parallel.reshard_after_forward == "always"
+
+
+def frees_gathered_weights(model: nn.Module) -> bool:
+    """Whether the blocks of a model that went through `apply_data_parallel` do."""
+    return isinstance(model, FSDPModule) and model not in _KEEPING
+
+
+def free_gathered_weights(model: nn.Module) -> None:
+    """Make parameters the sharded ones again, whatever passes have gathered."""
+    for module in _units(model):
+        module.reshard()
+
+
+def gathers_float8(config: Config, world: World) -> bool:
+    """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather)."""
+    shared = world.weights is not None and world.weights["shard"].size() > 1
+    return config.float8.fsdp_all_gather != "never" and not why_not_gathered(config) and shared
 
 
 def _prefetch(model: SWAMLAModel) -> None:

@@ -1,23 +1,26 @@
 """The model as the trainer sees it: the same few calls whatever the plan."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import clip_gradients
-from swamla_titan.parallel.data_parallel import reduce_after_this_backward
+from swamla_titan.parallel.data_parallel import free_gathered_weights, gathers_float8, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import parallelize
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
 from swamla_titan.parallel.whole_gradients import sum_whole_gradients
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.native import cast_weights, forget_casts
 
 
 class ParallelModel:
@@ -33,6 +36,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
         self.pipeline = None
         if world.degrees.pipeline > 1:
             tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank
@@ -52,8 +56,21 @@ class ParallelModel:
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
         """Forward and backward passes over this rank's micro-batches; gradients are those of the global batch.
 
-        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.
+        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. The
+        backward passes are of `loss_scale` times the loss, and the gradients are divided by it after.
         """
+        if self.loss_scale is not None:
+            scale = self.loss_scale
+            loss = self._passes(micro_batches, loss_denominator / scale.to(self.world.device, non_blocking=True))
+            torch._foreach_mul_([gradient for gradient, _ in self._gradients()], scale.reciprocal())
+            return loss / scale.to(loss.device)
+        return self._passes(micro_batches, loss_denominator)
+
+    def _passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
+        with self._prepared_weights(len(micro_batches)):
+            return self._prepared_passes(micro_batches, loss_denominator)
+
+    def _prepared_passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         if self.pipeline:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
         else:
@@ -73,17 +90,38 @@ class ParallelModel:
         for part in self.parts:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for micro_batch in micro_batches:
-            total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
+        with self._prepared_weights(len(micro_batches)):
+            for micro_batch in micro_batches:
+                total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
+            if gathers_float8(self.config, self.world):  # float8 weights are for products alone
+                free_gathered_weights(part)
         return self.world.sum_over_sequences(total)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to a global norm of at most `max_norm`; returns the norm before."""
         return clip_gradients(self._gradients(), max_norm, self._sum_over_ranks if self.world.size > 1 else None)
 
-    def _loss(self, micro_batch: MicroBatch, denominator: float) -> Tensor:
+    @contextmanager
+    def _prepared_weights(self, micro_batches: int) -> Iterator[None]:
+        """Do what is due once for the weights as they are now, for passes of so many micro-batches."""
+        once = self.config.float8.recipe == "native" and micro_batches > 1
+        parts = [part for part in self.parts if not isinstance(part, FSDPModule)] if once else []
+        for part in parts:
+            cast_weights(part, part.activation_dtype)
+        if gathers_float8(self.config, self.world):
+            from swamla_titan.quantization.float8 import compute_scales
+
+            for part in self.parts:
+                compute_scales(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                forget_casts(part)
+
+    def _loss(self, micro_batch: MicroBatch, denominator: Tensor | float) -> Tensor:
         inputs = micro_batch.to(self.world.device)
         loss: Tensor = self.parts[0](inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=denominator)
         return loss

@@ -5,15 +5,30 @@ import functools
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.model import SWAMLAModel
+from swamla_titan.config.sections import Float8
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
-from swamla_titan.parallel.data_parallel import apply_data_parallel
+from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights, gathers_float8
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.native import keep_weights
+from swamla_titan.quantization.products import Product, survey
+
+
+def float8_products(config: Config) -> list[Product]:
+    """Which products of the configured model are computed in float8; empty if none are asked for."""
+    return [] if config.float8.recipe == "off" else list(_products(config.model, config.float8, config.parallel.tensor))
+
+
+@functools.lru_cache  # for `plan`, which asks for every layer
+def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product, ...]:
+    with torch.device("meta"):
+        model = SWAMLAModel(shape)
+    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor)))
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
@@ -27,7 +42,8 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        convert_to_float8(model, config.float8, world.device, functools.partial(sides_on_a_rank, world.degrees.tensor))
+        sides = functools.partial(sides_on_a_rank, world.degrees.tensor)
+        convert_to_float8(model, config.float8, world.device, sides, gathers_float8(config, world))
     if world.weights is not None and world.degrees.tensor > 1:
         apply_tensor_parallel(model, world.weights["tensor"])
         if config.parallel.async_tensor:
@@ -37,3 +53,5 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     apply_activation_checkpointing(model, config.activation_checkpoint)
     compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)
+    if config.float8.recipe == "native":
+        keep_weights(model, kept=not frees_gathered_weights(model))

@@ -1,5 +1,7 @@
 """The part of a whole tensor that this rank keeps, computed without communication."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
@@ -10,7 +12,19 @@ def local(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     assert not any(placement.is_partial() for placement in tensor.placements), "a summand that is not yet reduced"
-    return tensor.to_local()
+    part = tensor.to_local()
+    inner: Tensor = getattr(part, "_tensor", part)  # of a weight that torchao lets FSDP2 gather in float8
+    return inner
+
+
+def plain(tensor: Any) -> Any:
+    """A weight without the subclass by which torchao lets FSDP2 gather it in float8; shares its memory."""
+    if not isinstance(tensor, DTensor) or not hasattr(tensor.to_local(), "_tensor"):
+        return tensor
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(
+        local(tensor), tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 @torch.no_grad()

@@ -1,29 +1,34 @@
-"""float8 training by torchao: the products of the blocks in 8 bits, everything else as it was.
+"""float8 training: the products of the blocks in 8 bits, everything else as it was.
 
+By torchao (tensorwise, rowwise, rowwise_with_gw_hp; see torchao.float8.config) or by our own kernels (native.py).
 Weights stay what they were, float32 parameters of the same names and shapes, so checkpoints of runs with and without
-float8 are interchangeable. What is quantized, and with how many scales, is the recipe's: see torchao.float8.config.
+float8 are interchangeable.
 """
 
 import dataclasses
 import logging
-from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.config.rules import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.quantization.native import convert_natively, settings_of
+from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides
 
 # torchao warns at its import that it has no kernels of its own for this Python or CPU; float8 training uses torch's.
 # torch warns of how torchao registers its enumerations.
 logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: E402
+from torchao.float8 import (  # noqa: E402
+    Float8LinearConfig,
+    convert_to_float8_training,
+    precompute_float8_dynamic_scale_for_fsdp,
+)
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args  # noqa: E402
+from torchao.float8.float8_training_tensor import Float8TrainingTensor  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ class Float8MasterLinear(Float8Linear):
 
     Float8Linear by itself would quantize float32 master weights directly and so round differently from FSDP2 with
     bfloat16 parameters, which quantizes what it gathered. As in model/linear.py, the cast makes both the same, and it
-    does nothing where the weight has the dtype already.
+    does nothing where the weight has the dtype already, or was gathered in float8.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,71 +49,68 @@ class Float8MasterLinear(Float8Linear):
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """`forward` with another weight in the place of the module's own, as in model/linear.py."""
-        weight = weight.to(x.dtype)
+        if not isinstance(weight, Float8TrainingTensor):
+            weight = weight.to(x.dtype)
         out: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
         return out
 
 
-Sides = Callable[[str, nn.Linear], tuple[int, int]]
-"""(name, product) -> [out, in] of the weight that a rank multiplies with."""
+def convert_to_float8(
+    model: SWAMLAModel, config: Float8, device: torch.device, sides: Sides = whole_sides, gathered: bool = False
+) -> list[Product]:
+    """Exchange products of the model for float8 ones, in place; nothing if the recipe is "off".
 
-
-def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
-    """Of a product that is not shared by ranks."""
-    return linear.out_features, linear.in_features
-
-
-def convert_to_float8(model: SWAMLAModel, config: Float8, device: torch.device, sides: Sides = whole_sides) -> None:
-    """Exchange the `Linear`s of `model.blocks` for Float8MasterLinear, in place; nothing if the recipe is "off".
-
-    A product is left as it is where a side of its weight is no multiple of 16, or will not be when tensor parallelism
-    has divided it (`sides`); the log says which. The output head is
-    not converted. Comes first of all, on the meta device, before tensor parallelism. On a CPU the products are
-    emulated: quantized and multiplied in float32.
+    Which, and why not the others, is in what it returns and in the log: see products.py. `sides` are those of the
+    weights that a rank will have when tensor parallelism has divided them. `gathered`: FSDP2 is to gather the weights
+    in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the meta device, before
+    tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
 
     Raises UserError for a GPU without float8 units (compute capability below 8.9) and where nothing can be converted.
     """
     if config.recipe == "off":
-        return
+        return []
     if device.type == "cuda":
-        _require_float8_units(device)
-    recipe = Float8LinearConfig.from_recipe_name(config.recipe)
-    recipe = dataclasses.replace(recipe, emulate=device.type != "cuda")
+        require_float8_units(device)
+    products = survey(model, config, sides)
+    refuse_none(products, config)
+    names = {product.name for product in products if product.why_not is None}
+    if config.recipe == "native":
+        convert_natively(model, names, settings_of(config.gradient_dtype, config.fast_accumulation))
+    else:
+        _convert_by_torchao(model, names, config.recipe, device, gathered)
+    for line in table(products, config.recipe + ("" if device.type == "cuda" else ", emulated")):
+        logger.info("%s", line)
+    return products
 
-    blocks = model.blocks
-    linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
-    left = {name: sides(name, module) for name, module in linears.items() if not _fits(sides(name, module))}
-    if len(left) == len(linears):
-        raise UserError(
-            f'float8.recipe = "{config.recipe}" would convert none of {len(linears)} products: the sides of their '
-            f"weights are no multiples of {MULTIPLE} ({_summary(left)}). Choose other widths, or set it to off"
+
+def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device: torch.device, gathered: bool) -> None:
+    plan = Float8LinearConfig.from_recipe_name(recipe)
+    plan = dataclasses.replace(plan, emulate=device.type != "cuda")
+    # A tied head's weight is the embedding's, which looks its rows up in full precision.
+    for apart, mine in ((False, names - {"head"}), (True, names & {"head"})):
+        convert_to_float8_training(
+            model,
+            module_filter_fn=lambda module, name, mine=mine: name in mine,
+            config=dataclasses.replace(plan, enable_fsdp_float8_all_gather=gathered and not apart),
         )
-    convert_to_float8_training(
-        blocks, module_filter_fn=lambda module, name: name in linears and name not in left, config=recipe
-    )
-    for module in blocks.modules():
+    for module in model.modules():
         if type(module) is Float8Linear:
             module.__class__ = Float8MasterLinear
-    converted = len(linears) - len(left)
-    rest = f"; left as they are, for a side that is no multiple of {MULTIPLE}: {_summary(left)}" if left else ""
-    how = "emulated " if recipe.emulate else ""
-    logger.info("%sfloat8 (%s): %d of %d products converted%s", how, config.recipe, converted, len(linears), rest)
 
 
-def _require_float8_units(device: torch.device) -> None:
+def compute_scales(model: nn.Module) -> None:
+    """Compute the scales of all weights that FSDP2 gathers in float8, with one reduction over the ranks.
+
+    Due after each change of the weights; without it each gather would compute and reduce its own. All ranks call it.
+    """
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def require_float8_units(device: torch.device) -> None:
+    """Raise UserError for a GPU without them."""
     capability = torch.cuda.get_device_capability(device)
     if capability < _FIRST_CAPABILITY:
         raise UserError(
             f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
         )
-
-
-def _fits(sides: tuple[int, int]) -> bool:
-    return all(side % MULTIPLE == 0 for side in sides)
-
-
-def _summary(left: dict[str, tuple[int, int]]) -> str:
-    """`2 x attention.wkv_a 64 -> 72`: kinds of products by their names within a block."""
-    kinds = Counter(f"{name.partition('.')[2]} {inner} -> {outer}" for name, (outer, inner) in left.items())
-    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

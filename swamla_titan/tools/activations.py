@@ -10,18 +10,21 @@ on it is repeated; widths of H heads and G key/value heads, F hidden units of th
 | MLA   | the latent and rotary key, the normed latent (and with a query rank the query's, twice); 2 H (nope +     |
 |       | rope): queries, keys; H (nope + v): the latent's expansion, which the values lie in; H v: the result     |
 
+With float8.recipe = "native" the inputs of converted products are kept as float8 (`native_savings`).
+
 Left out are masks and what is one number a head and token. Eager blocks keep more: each float32 intermediate of norms
 and rotations.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from swamla_titan.config import Config
 from swamla_titan.model import ModelConfig
 from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.parallel.parallelize import float8_products
 
 # Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
 EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
@@ -44,6 +47,24 @@ def kept_numbers(model: ModelConfig, kind: str, context: int = 1, tensor: int = 
         own_tokens += heads * (qk + model.v_head_dim) / tensor
         whole_rows += model.kv_lora_rank + heads * (qk + model.qk_nope_head_dim + model.v_head_dim) / tensor
     return own_tokens / context + whole_rows
+
+
+def native_savings(model: ModelConfig, kind: str, products: Collection[str], itemsize: int, tensor: int = 1) -> float:
+    """Numbers of `itemsize` bytes that a block of `kind` keeps less, or more, by native float8, for each own token.
+
+    `products` are the converted ones, by their names in a block. Inputs are kept in one byte instead; but attention
+    keeps its result for itself as well, so the input of `wo` comes on top.
+    """
+    width = model.head_dim if kind == "swa" else model.v_head_dim
+    inputs = {
+        "attention.wqkv": model.dim if kind == "swa" else 0,
+        "attention.wq": model.dim if kind == "mla" else 0,
+        "attention.wq_a": model.dim if kind == "mla" else 0,
+        "feed_forward.gate_up": model.dim,
+        "feed_forward.down": model.ffn_width / tensor,
+    }
+    saved = sum(numbers for name, numbers in inputs.items() if name in products) * (1 - 1 / itemsize)
+    return saved - ("attention.wo" in products) * model.num_heads * width / tensor / itemsize
 
 
 def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
@@ -84,6 +105,10 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> float:
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
     everything = kept_numbers(model, kind, degrees.context, degrees.tensor)
+    itemsize = getattr(torch, config.training.compute_dtype).itemsize
+    if config.float8.recipe == "native":
+        products = {each.kind for each in float8_products(config) if each.why_not is None}
+        everything -= native_savings(model, kind, products, itemsize, degrees.tensor) / degrees.context
     if not config.compile.enabled:
         everything *= EAGER_FACTOR[config.training.compute_dtype]
     its_input = model.dim / (degrees.tensor * degrees.context)
@@ -95,4 +120,4 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> float:
         numbers = kept_products(model, kind, degrees.context, degrees.tensor)
     else:
         numbers = its_input + settings.memory_budget * (everything - its_input)
-    return numbers * config.training.seq_len * getattr(torch, config.training.compute_dtype).itemsize
+    return numbers * config.training.seq_len * itemsize

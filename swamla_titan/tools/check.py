@@ -19,6 +19,9 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.kernels import choose_kernels
+from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.quantization.float8 import require_float8_units
+from swamla_titan.quantization.products import refuse_none, table, warnings
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -48,7 +51,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             config = load_config(find_config(name), overrides)
-            inputs = [_folder, _tokenizer, _data, _model]
+            inputs = [_folder, _tokenizer, _data, _model] + ([_products] if config.float8.recipe != "off" else [])
             about_input = [Finding("ok", "config", f"{name} is valid")]
         except UserError as error:
             inputs = []
@@ -111,17 +114,19 @@ def _gpu(config: Config, device: torch.device) -> Finding:
 
 
 def _tf32(config: Config, device: torch.device) -> Finding:
-    """Measured, not read from a flag: TF32 keeps 10 bits of mantissa, so products show it."""
+    """Measured, not only read from the switch: TF32 keeps 10 bits of mantissa, so products show it."""
+    switch = f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()}"
     if device.type == "cpu":
-        return Finding("ok", "tf32", "float32 products are exact on the CPU")
+        return Finding("ok", "tf32", f"float32 products are exact on the CPU; {switch}")
     matrix = torch.randn(512, 512, device=device)
     exact = matrix.double() @ matrix.double()
     error = ((matrix @ matrix).double() - exact).norm() / exact.norm()
     found = "tf32" if error > 1e-5 else "ieee"
-    text = f"float32 products are {found} (relative error {error:.0e})"
+    text = f"float32 products are {found} (relative error {error:.0e}); {switch}"
     wanted = config.training.fp32_precision
     if found != wanted:
-        return Finding("warning", "tf32", text, f'training.fp32_precision = "{wanted}" has no effect on this GPU')
+        remedy = f'training.fp32_precision = "{wanted}" has no effect: an old GPU, or NVIDIA_TF32_OVERRIDE is set'
+        return Finding("warning", "tf32", text, remedy)
     return Finding("ok", "tf32", text)
 
 
@@ -211,6 +216,18 @@ def _data(config: Config, device: torch.device) -> Finding:
 def _model(config: Config, device: torch.device) -> Finding:
     total, without_embeddings = parameter_counts(_resolved(config).model)
     return Finding("ok", "model", f"{total:,} parameters, {without_embeddings:,} without embeddings")
+
+
+def _products(config: Config, device: torch.device) -> Finding:
+    """What float8 takes, and whether it will pay."""
+    config = _resolved(config)
+    products = float8_products(config)
+    refuse_none(products, config.float8)
+    if device.type == "cuda":
+        require_float8_units(device)
+    text = "\n         ".join(table(products, config.float8.recipe))
+    doubts = "; ".join(warnings(products, config, config.training.local_batch_size))
+    return Finding("warning" if doubts else "ok", "products", text, doubts)
 
 
 def _resolved(config: Config) -> Config:

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from swamla_titan.config import Config
 from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.linear import Linear
 from swamla_titan.optim import STATE_BYTES
-from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
+from swamla_titan.parallel.data_parallel import frees_weights, gathers_float8, is_kept_whole
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
@@ -59,8 +60,8 @@ def memory_of(
     gradients: float32, like the parameters; until the last micro-batch of several reduces them, unsharded.
     weights_in_use: copies in the compute dtype that passes multiply with, beside the parameters.
     logits: of the micro-batches between forward and backward, and one gradient of them.
-    activations: those of the blocks. Not counted are buffers of communication, float8 copies, workspaces and
-    fragmentation.
+    activations: those of the blocks. Not counted are buffers of communication, float8 numbers that wait for nothing,
+    workspaces and fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]
@@ -72,7 +73,7 @@ def memory_of(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
         gradients=_FLOAT32 * gradients,
-        weights_in_use=sum(weights_in_use(part, config, world) for part in parts),
+        weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
         logits=_logits(parts, config, world, rows, in_flight.logits),
         activations=in_flight.activations,
         offloaded=offloaded if config.parallel.cpu_offload else 0,
@@ -90,7 +91,7 @@ def gathered_elements(parameter: Tensor) -> int:
     return elements
 
 
-def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
+def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batches: int = 1) -> int:
     """Most bytes of a part's weights that exist at a time as copies of the parameters.
 
     Under FSDP and HSDP that frees weights: each unit of communication (parallel/data_parallel.py) while it computes,
@@ -98,30 +99,47 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World) -> int:
 
     Without data parallelism a product casts its weight, and keeps that for its backward pass, unless the block is
     recomputed; in float32 there is nothing to cast. What each rank keeps whole (norms) is never copied.
+
+    Of native float8 products W^T is kept, in one byte a number, and W too if both are cast for all micro-batches;
+    beside what was gathered, where that is kept. Torchao's are gathered in one byte where FSDP2 gathers float8.
     """
-
-    def elements(module: nn.Module | None) -> int:
-        weights = [] if module is None else list(module.parameters())
-        return sum(gathered_elements(weight) for weight in weights if not is_kept_whole(weight, config.parallel))
-
     width = getattr(torch, config.training.compute_dtype).itemsize
-    embedding, head = (elements(getattr(part, name, None)) for name in ("embedding", "head"))
-    norm = elements(getattr(part, "norm", None))
-    blocks = [elements(block) for block in part.blocks.values()]
+    native = config.float8.recipe == "native"
+    around = ("embedding", "head", "norm")
+    embedding, head, norm = (_copied(getattr(part, name, None), config, width) for name in around)
     if world.weights is None or world.weights["replicate"].size() * world.weights["shard"].size() == 1:
-        if width == _FLOAT32:
-            return 0
-        kept = max(blocks) if config.activation_checkpoint.mode == "full" else sum(blocks)
-        return width * (kept + head)
+        cast = 0 if width == _FLOAT32 else width
+        blocks = [
+            _copied(block, config, cast, 1 + (micro_batches > 1) if native else cast) for block in part.blocks.values()
+        ]
+        recomputed = config.activation_checkpoint.mode == "full" and not (native and micro_batches > 1)
+        return (max(blocks) if recomputed else sum(blocks)) + (head if cast else 0)
+    blocks = [_copied(block, config, width) for block in part.blocks.values()]
     always = 0
     if part.config.tie_embeddings and embedding and head:
         units, always = blocks, embedding + norm
     else:
         units = [embedding, *blocks, head + norm]
     parallel = config.parallel
-    frees = parallel.data_parallel != "ddp" and frees_weights(parallel, width * (always + sum(units)))
+    frees = parallel.data_parallel != "ddp" and frees_weights(parallel, always + sum(units))
+    if gathers_float8(config, world):
+        gathered = [_copied(block, config, width, 1) for block in part.blocks.values()]
+        units = gathered if units is blocks else [embedding, *gathered, head + norm]
     most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
-    return width * (always + most)
+    kept = 0 if frees or not native else sum(_copied(block, config, 0, 1) for block in part.blocks.values())
+    return always + most + kept
+
+
+def _copied(module: nn.Module | None, config: Config, width: int, of_float8: int | None = None) -> int:
+    """Bytes of copies of a module's weights, `width` of a number, but `of_float8` of one of a converted product."""
+    total = 0
+    for each in module.modules() if module is not None else ():
+        is_float8 = getattr(type(each), "product", Linear.product) is not Linear.product
+        for weight in each.parameters(recurse=False):
+            if not is_kept_whole(weight, config.parallel):
+                of_each = of_float8 if is_float8 and of_float8 is not None else width
+                total += gathered_elements(weight) * of_each
+    return total
 
 
 def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, in_flight: int) -> int:

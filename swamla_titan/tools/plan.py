@@ -20,6 +20,7 @@ from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallel_model import build_parts
+from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.pretend import pretended_world
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
@@ -27,6 +28,7 @@ from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.stages import runnable_count, stage_count, stage_numbers
 from swamla_titan.parallel.timeline import Order, bubble_share, most_in_flight, order_of
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.products import Product
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
 
@@ -75,6 +77,7 @@ class Plan:
     swa_exchange: Traffic | None  # of one SWA layer's forward pass over a micro-batch; None where rows are not shared
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline place
+    products: list[Product]  # by float8.recipe
 
     @property
     def worst(self) -> Holding:
@@ -124,7 +127,8 @@ def plan(config: Config, ranks: int) -> Plan:
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
-    return Plan(config, degrees, mesh, batch, swa_exchange(config, degrees, batch.rows), bubble, holdings)
+    exchange = swa_exchange(config, degrees, batch.rows)
+    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_products(config))
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:

@@ -7,6 +7,7 @@ from swamla_titan.data import waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.stages import stage_count, stages_per_rank
+from swamla_titan.quantization.products import table, warnings
 from swamla_titan.tools.plan import Plan, Shape, folded, run_count
 
 _MEANING = {
@@ -20,7 +21,7 @@ _MEANING = {
 
 
 def report(plan: Plan) -> Iterator[str]:
-    """Lines: mesh, batch, context, pipeline, parameters, memory."""
+    """Lines: mesh, batch, context, pipeline, parameters, float8, memory."""
     total, without_embeddings = parameter_counts(plan.config.model)
     ranks = "1 rank" if plan.degrees.size == 1 else f"{plan.degrees.size} ranks"
     yield f"{ranks}: {plan.degrees}"
@@ -30,6 +31,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield from _context(plan)
     yield from _pipeline(plan)
     yield from _parameters(plan)
+    yield from _float8(plan)
     yield from _memory(plan)
 
 
@@ -98,6 +100,13 @@ def _parameters(plan: Plan) -> Iterator[str]:
     rows = [(name, str(count), _times(whole), on_rank) for (name, whole, on_rank), count in kinds.items()]
     yield "\nparameters"
     yield from _table([("name", "count", "whole", "on a rank"), *rows])
+
+
+def _float8(plan: Plan) -> Iterator[str]:
+    if plan.products:
+        yield ""
+        yield from table(plan.products, plan.config.float8.recipe)
+        yield from (f"  warning: {text}" for text in warnings(plan.products, plan.config, plan.batch.rows))
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -8,7 +8,10 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.parallel.data_parallel import gathers_float8
+from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.world import World
+from swamla_titan.quantization.products import warnings
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.record import Record
 
@@ -48,6 +51,11 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")
+    if gathers_float8(config, world):
+        logger.info("float8: FSDP2 gathers the weights of products in 8 bits")
+    if world.is_first:
+        for warning in warnings(float8_products(config), config, rows):
+            logger.warning(warning)
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.agreement import agree, from_first, merged
-from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.sharded import local, plain
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
 from swamla_titan.train.manifest import (
@@ -69,7 +69,7 @@ def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Opti
     tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {})
     for part in parts:
         for name, weight in get_model_state_dict(part).items():
-            tensors["model"].setdefault(_stored_name(name, part), weight)
+            tensors["model"].setdefault(_stored_name(name, part), plain(weight))
     for part, optimizer in zip(parts, optimizers):
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         for name, value in get_optimizer_state_dict(part, optimizer, options=options).items():
@@ -226,9 +226,10 @@ def _step_of(path: Path) -> int:
 def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
     """Fill `tensors` in place from a checkpoint that may hold more; each rank its part of each.
 
-    Random states of ranks that the checkpoint does not know are left as they are, and so is a history of bad steps
-    (`tensors["bad_steps"]`) that it does not have in that length. Raises UserError, on every rank, that
-    names the tensors that are missing or of another shape on one of them, before any is written.
+    Random states of ranks that the checkpoint does not know are left as they are, and so are a history of bad steps
+    (`tensors["bad_steps"]`) that it does not have in that length, and a loss scale that it does not have. Raises
+    UserError, on every rank, that names the tensors that are missing or of another shape on one of them, before any is
+    written.
     """
     world = world or World.alone()
     wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not
@@ -239,14 +240,16 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """`tensors` without random states that the checkpoint lacks; UserError if it lacks others."""
     stored = Reader(path).read_metadata().state_dict_metadata
     known = {name: state for name, state in tensors.get("random", {}).items() if f"random.{name}" in stored}
-    wanted = {group: members for group, members in tensors.items() if group not in ("random", "bad_steps")}
+    optional = ("bad_steps", "loss_scale")
+    wanted = {group: members for group, members in tensors.items() if group not in ("random", *optional)}
     wanted |= {"random": known} if known else {}
-    history = {
-        name: tensor
-        for name, tensor in tensors.get("bad_steps", {}).items()
-        if getattr(stored.get(f"bad_steps.{name}"), "size", None) == tensor.shape
-    }
-    wanted |= {"bad_steps": history} if history else {}
+    for group in optional:
+        there = {
+            name: tensor
+            for name, tensor in tensors.get(group, {}).items()
+            if getattr(stored.get(f"{group}.{name}"), "size", None) == tensor.shape
+        }
+        wanted |= {group: there} if there else {}
     problems = []
     for group, members in wanted.items():
         for name, tensor in members.items():

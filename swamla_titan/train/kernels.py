@@ -8,6 +8,7 @@ from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model.context import attention_path, is_plainly_causal
 from swamla_titan.parallel.context import kernel_without_mask
 from swamla_titan.parallel.kernels import why_rotation_is_plain
+from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.parallel.world import World
 
@@ -36,6 +37,9 @@ def pointwise_of(config: Config, world: World) -> str | None:
         return None
     if world.device.type != "cuda" or not has_triton():
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
+    float8 = {each.kind for each in float8_products(config) if each.why_not is None}
+    native = config.float8.recipe == "native" and {"feed_forward.gate_up", "feed_forward.down"} <= float8
+    swiglu = "SwiGLU with its cast to float8" if native else "SwiGLU by triton"
     words = []
     for kind in ("swa", "mla"):
         if kind in config.model.block_kinds:
@@ -44,7 +48,7 @@ def pointwise_of(config: Config, world: World) -> str | None:
             if kind == "swa" and path != "triton":
                 why = why or f"attention by {path}"
             words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
-    return f"SwiGLU by triton, rotation of {' and '.join(words)}"
+    return f"{swiglu}, rotation of {' and '.join(words)}"
 
 
 def _path(kind: str, config: Config, world: World) -> str:

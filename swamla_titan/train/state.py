@@ -13,6 +13,7 @@ from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.checkpoint import Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.numerics import seed_of
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.rewinding import Rewinding
@@ -22,7 +23,7 @@ from swamla_titan.train.staging import ALIGNED
 class TrainingState:
     """This rank's part of the model and of the optimizers, the history of bad steps, and the random states.
 
-    `bad_steps` and `rewinding` are None where bad steps are not skipped.
+    `bad_steps` and `rewinding` are None where bad steps are not skipped, `loss_scale` where the loss is not scaled.
     """
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints, newest: Path | None, step: int) -> None:
@@ -37,13 +38,16 @@ class TrainingState:
             weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device
             self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world)
             self.rewinding = Rewinding(config, checkpoints, self.bad_steps, world)
+        self.loss_scale = None
+        if config.float8.loss_scaling:
+            self.loss_scale = LossScale(torch.device("cpu") if config.parallel.cpu_offload else world.device)
+            self.model.loss_scale = self.loss_scale.value
         if newest:
             self._load(newest, step)
 
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds: the live tensors, but copies of the random states."""
-        history = {"bad_steps": self.bad_steps.state()} if self.bad_steps else {}
-        return tensors_of(self.model.parts, self.optimizers) | history | self._random()
+        return tensors_of(self.model.parts, self.optimizers) | self._policies() | self._random()
 
     def size(self) -> int:
         """About how many bytes of them this rank holds, also before the optimizer's first step makes its states."""
@@ -61,10 +65,14 @@ class TrainingState:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.
         torch.manual_seed(seed_of(self._seed, self._world.rank, step))
         random = self._random()
-        self.load_into(path, random | ({"bad_steps": self.bad_steps.state()} if self.bad_steps else {}))
+        self.load_into(path, random | self._policies())
         set_random_state(random["random"], self._world.device, self._world.rank)
         if self.bad_steps:
             self.bad_steps.resume(step)
+
+    def _policies(self) -> dict[str, dict[str, Tensor]]:
+        states = {"bad_steps": self.bad_steps, "loss_scale": self.loss_scale}
+        return {name: policy.state() for name, policy in states.items() if policy}
 
     def _random(self) -> dict[str, dict[str, Tensor]]:
         return {"random": random_state(self._world.device, self._world.rank)}

@@ -88,6 +88,7 @@ class Trainer:
         self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
         self.model, self.optimizers = self.state.model, self.state.optimizers
         self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
+        self.loss_scale = self.state.loss_scale
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
@@ -180,6 +181,8 @@ class Trainer:
         grad_norm = self.model.clip_gradients(training.max_grad_norm)
         self.saver.before_update()
         bad = self.bad_steps.judge(self.step + 1, loss, grad_norm) if self.bad_steps else None
+        if self.loss_scale:
+            self.loss_scale.update(grad_norm)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, lr)
             skip_where(optimizer, bad)
@@ -244,6 +247,8 @@ class Trainer:
             self._report_bad_steps()
             values["skipped_steps"] = self.bad_steps.skipped
             values |= {"rewinds": self.bad_steps.rewinds} if self.bad_steps.rewinds else {}
+        if self.loss_scale:
+            values["loss_scale"] = self.loss_scale.value.item()
         if self.skipped_files.count:
             values["skipped_files"] = self.skipped_files.count
         values["memory_gib"] = self.world.largest(values["memory_gib"])

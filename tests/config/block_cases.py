@@ -1,4 +1,4 @@
-"""The cases of [compile], [activation_checkpoint] and [float8]: what is done to the blocks of a real run."""
+"""The cases of [compile], [activation_checkpoint] and [kernels]: what is done to the blocks of a real run."""
 
 import contextlib
 import os
@@ -10,11 +10,9 @@ import pytest
 import torch
 import torch._inductor.compile_fx
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from swamla_titan.model import SWAMLAModel
-from tests.config.runner import Runner, before_every_call_of
+from tests.config.runner import Runner
 from tests.parallel.plan import PRODUCT, Witness
 
 ONE_CALL = ("--training.steps", "1", "--training.local_batch_size", "5")
@@ -127,26 +125,6 @@ def memory_budget(run: Runner) -> None:
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def recipe(run: Runner) -> None:
-    losses, norms = {}, set()
-    for name in ("off", "tensorwise", "rowwise", "rowwise_with_gw_hp"):
-        found: list[tuple[str, Any]] = []
-
-        def look(model: nn.Module, *_: Any, found: list[tuple[str, Any]] = found) -> None:
-            found += [(name, module.config) for name, module in model.named_modules() if hasattr(module, "config")]
-
-        with before_every_call_of(SWAMLAModel, look):
-            result = run(*ONE_CALL, "--float8.recipe", name)
-        losses[name] = result.series()[0]
-        norms.add(result.series("grad_norm")[0])
-        converted = {name: config for name, config in found if name.startswith("blocks.")}
-        assert len(converted) == (0 if name == "off" else 14)
-    assert len(set(losses.values())) == 3  # one differs in its backward pass alone
-    assert len(norms) == 4
-    assert list(losses.values()) == pytest.approx([losses["off"]] * 4, rel=0.02)
-    assert "expected one of" in run.refusal("--float8.recipe", "native")
-
-
 def attention(run: Runner) -> None:
     """What computes it, and what it says it is; each to the same losses."""
     losses = {}
@@ -197,7 +175,6 @@ BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "activation_checkpoint.selective": selective,
     "activation_checkpoint.every_n_blocks": every_n_blocks,
     "activation_checkpoint.memory_budget": memory_budget,
-    "float8.recipe": recipe,
     "kernels.attention": attention,
     "kernels.loss": loss,
     "kernels.pointwise": pointwise,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.sharded import local
 from tests.train.runs import train
 
 
@@ -80,12 +81,8 @@ def train_on_a_rank(config: Path, folder: Path, overrides: tuple[str, ...]) -> R
         for part in model.parts:
             seen.blocks.append(list(part.blocks))
             for name, parameter in part.named_parameters():
-                mine = _local(parameter.detach())
+                mine = local(parameter.detach())
                 seen.parts[name], seen.shapes[name] = mine.tolist(), tuple(mine.shape)
         if model.pipeline:
             seen.schedules |= {type(schedule).__name__ for schedule in model.pipeline._schedules.values()}
     return seen
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

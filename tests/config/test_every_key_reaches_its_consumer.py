@@ -29,6 +29,7 @@ from swamla_titan.train.numerics import set_numerics
 from tests.config.block_cases import BLOCK_CASES
 from tests.config.checkpoint_cases import CHECKPOINT_CASES
 from tests.config.fault_cases import FAULT_CASES
+from tests.config.float8_cases import FLOAT8_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
@@ -535,6 +536,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "lr_schedule.min_lr_ratio": min_lr_ratio,
     **PARALLEL_CASES,
     **BLOCK_CASES,
+    **FLOAT8_CASES,
     **CHECKPOINT_CASES,
     "validation.interval": validation_interval,
     "validation.path": validation_path,

@@ -3,7 +3,16 @@
 import pytest
 
 from swamla_titan.config.rules import contradictions
-from swamla_titan.config.sections import ActivationCheckpoint, Compile, Config, Float8, Parallel, Training
+from swamla_titan.config.sections import (
+    ActivationCheckpoint,
+    Compile,
+    Config,
+    FaultTolerance,
+    Float8,
+    Kernels,
+    Parallel,
+    Training,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,36 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Config, 
         (
             Config(float8=Float8(recipe="rowwise"), training=Training(seq_len=1040), parallel=Parallel(tensor=2)),
             {"training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"},
+        ),
+        (Config(float8=Float8(products="all")), {"float8.products", "float8.recipe"}),
+        (Config(float8=Float8(output_head=True)), {"float8.output_head", "float8.recipe"}),
+        (Config(float8=Float8(loss_scaling=True)), {"float8.loss_scaling", "float8.recipe"}),
+        (
+            Config(float8=Float8(recipe="tensorwise", gradient_dtype="e4m3")),
+            {"float8.gradient_dtype", "float8.recipe"},
+        ),
+        (
+            Config(float8=Float8(recipe="rowwise", fast_accumulation=True)),
+            {"float8.fast_accumulation", "float8.recipe"},
+        ),
+        (
+            Config(float8=Float8(recipe="tensorwise", fsdp_all_gather="always"), parallel=Parallel(tensor=2)),
+            {"float8.fsdp_all_gather", "parallel.tensor"},
+        ),
+        (
+            Config(float8=Float8(recipe="tensorwise", fsdp_all_gather="always"), parallel=Parallel(cpu_offload=True)),
+            {"float8.fsdp_all_gather", "parallel.cpu_offload"},
+        ),
+        (
+            Config(float8=Float8(recipe="native", output_head=True), kernels=Kernels(loss="fused")),
+            {"float8.output_head", "kernels.loss"},
+        ),
+        (
+            Config(
+                float8=Float8(recipe="native", loss_scaling=True),
+                fault_tolerance=FaultTolerance(skip_bad_steps=False),
+            ),
+            {"float8.loss_scaling", "fault_tolerance.skip_bad_steps"},
         ),
     ],
 )

@@ -24,7 +24,7 @@ def _passes(rank: int, size: int, plan: dict[str, Any]) -> tuple[float, dict[str
     """Loss, gradients as numpy arrays, names in a checkpoint, and graphs compiled; a rank reads its rows of 12."""
     torch._dynamo.reset()
     model = small_model(torch.float32)
-    convert_to_float8(model, Float8(recipe=plan.get("float8", "off")), CPU)
+    convert_to_float8(model, Float8(recipe=plan.get("float8", "off"), products="all"), CPU)
     model.to(plan.get("dtype", torch.float64))
     apply_activation_checkpointing(model, MODES[plan.get("mode", "none")])
     backend = plan.get("backend")
@@ -89,12 +89,13 @@ def test_float32_too(tmp_path: Path):
         pytest.param("rowwise", [("operators", False), ("full", True)], marks=pytest.mark.slow),
         ("rowwise_with_gw_hp", [("operators", True)]),
         pytest.param("rowwise", [("operators", True)], marks=pytest.mark.slow),
+        pytest.param("native", [("operators", True), ("full", False), ("none", True)], marks=pytest.mark.slow),
         pytest.param("rowwise_with_gw_hp", [("operators", False), ("full", True)], marks=pytest.mark.slow),
     ],
 )
 def test_float8_too(recipe: str, combinations: list[tuple[str, bool]], tmp_path: Path):
     """Each combination is a mode of checkpointing, compiled or not."""
-    # Gradients of weights are products over a rank's tokens, and their scales cover those alone. Both recipes round
+    # Gradients of weights are products over a rank's tokens, and their scales cover those alone. These recipes round
     # scales to powers of two, which do not change how a number is rounded. "tensorwise" does not, and ranks differ.
     single = {"folder": str(tmp_path), "dtype": torch.float32, "float8": recipe}
     plans = [{"mode": mode} | ({"backend": "aot_eager"} if code else {}) | single for mode, code in combinations]

@@ -217,17 +217,31 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan)
     assert_same_curves(tmp_path, BATCHES["divides"])
 
 
-@pytest.mark.parametrize("plan", ["fsdp-2", "tp-2"])
-def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan):
-    """By rows, whose scales need no other rank; but a rounding may move a number to the next of the few in 8 bits.
+@pytest.mark.parametrize(
+    "plan, recipe, tolerance",
+    [
+        ("fsdp-2", "rowwise", 1e-3),
+        ("fsdp-2", "native", 1e-3),
+        ("tp-2", "native", 1e-3),
+        pytest.param("fsdp-2", "tensorwise", 2e-2, marks=pytest.mark.slow),
+        pytest.param("tp-2", "rowwise", 2e-2, marks=pytest.mark.slow),
+        pytest.param("pp-2", "native", 1e-3, marks=pytest.mark.slow),
+        pytest.param("cp-2", "native", 1e-3, marks=pytest.mark.slow),
+        pytest.param("ddp-3", "native", 1e-3, marks=pytest.mark.slow),
+        pytest.param("fsdp-2-tp-2", "native", 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan, recipe, tolerance):
+    """Scales of rows, and those that are powers of two, need no other rank; but a rounding may move a number to the
+    next of the few in 8 bits.
 
-    Under TP weights are cut before they are scaled: near, not equal.
+    Under TP weights are cut before rows are scaled, and tensorwise a rank scales what it has: near, not equal.
     """
     ranks, overrides = PLANS[plan]
-    recipe = ("--float8.recipe", "rowwise")
+    recipe = ("--float8.recipe", recipe, "--float8.products", "all")
     shape = (*BATCHES["does not"], *recipe)
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
-    assert_same_curves(tmp_path, shape, tolerance=1e-3 if plan == "fsdp-2" else 2e-2)
+    assert_same_curves(tmp_path, shape, tolerance=tolerance)
     assert curves(tmp_path)["loss"] != alone(*BATCHES["does not"])["loss"]
 
 

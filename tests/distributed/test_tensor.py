@@ -330,16 +330,18 @@ def _float8(recipe: str) -> None:
     from torchao.float8.float8_linear import Float8Linear
 
     from swamla_titan.quantization.float8 import convert_to_float8
+    from swamla_titan.quantization.native import NativeLinear
 
     world = join_world(Parallel(tensor=2))
     torch.manual_seed(0)
     exact = SWAMLAModel(config(2, dim=64, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16))
     whole = copy.deepcopy(exact)
-    convert_to_float8(whole, Float8(recipe=recipe), torch.device("cpu"))
+    convert_to_float8(whole, Float8(recipe=recipe, products="all"), torch.device("cpu"))
     part = copy.deepcopy(whole)
     apply_tensor_parallel(part, world.weights["tensor"])
     for block in part.blocks.values():
-        assert all(isinstance(m, Float8Linear) for m in block.modules() if isinstance(m, nn.Linear))
+        converted = Float8Linear if recipe != "native" else NativeLinear
+        assert all(isinstance(m, converted) for m in block.modules() if isinstance(m, nn.Linear))
     tokens, targets, ids = batch()
     logits = [model(tokens, None, ids) for model in (exact, whole, part)]
     noise = (logits[1] - logits[0]).norm()
@@ -353,7 +355,7 @@ def _float8(recipe: str) -> None:
         assert (ours.grad.full_tensor() - one.grad).norm() < 2 * noise + 1e-6 * true.grad.norm(), name
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "native", pytest.param("rowwise", marks=pytest.mark.slow)])
 def test_float8_is_as_close_to_one_process_as_float8_is_to_float32(recipe):
     on_ranks(2, _float8, recipe)
 

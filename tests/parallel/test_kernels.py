@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Data, Kernels, Parallel
+from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import window_attention
 from swamla_titan.kernels.latent_attention import latent_attention
@@ -92,8 +92,11 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
-    assert pointwise_of(config, World.alone(torch.device("cuda"))) == f"SwiGLU by triton, rotation of {said}"
-    assert pointwise_of(replace(config, kernels=Kernels()), World.alone(torch.device("cuda"))) is None
+    cuda = World.alone(torch.device("cuda"))
+    assert pointwise_of(config, cuda) == f"SwiGLU by triton, rotation of {said}"
+    native = replace(config, float8=Float8(recipe="native"))
+    assert pointwise_of(native, cuda) == f"SwiGLU with its cast to float8, rotation of {said}"
+    assert pointwise_of(replace(config, kernels=Kernels()), cuda) is None
 
 
 @pytest.mark.parametrize("device, triton", [("cpu", True), ("cuda", False)])

@@ -97,7 +97,8 @@ def test_it_does_not_wait_for_ever(server: socket.socket) -> None:
 
 
 def test_torchrun_is_told(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set meanwhile is taken back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     vigils: list[MeetingPoint] = []
     monkeypatch.setattr(agent, "_end_in_silence", vigils.append)
     server.listen()

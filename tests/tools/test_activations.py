@@ -7,11 +7,13 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Training
-from swamla_titan.model import MLABlock, ModelConfig, SWABlock
+from swamla_titan.kernels.float8_product import Settings
+from swamla_titan.model import MLABlock, ModelConfig, SWABlock, SWAMLAModel
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.degrees import Degrees
-from swamla_titan.tools.activations import EAGER_FACTOR, block_bytes, kept_numbers, recomputed_bytes
+from swamla_titan.quantization.native import convert_natively, keep_weights
+from swamla_titan.tools.activations import EAGER_FACTOR, block_bytes, kept_numbers, native_savings, recomputed_bytes
 from tests.parallel.plan import Witness, small_model
 
 ROWS, LENGTH = 2, 96
@@ -35,12 +37,21 @@ SHAPES = {
 KINDS = {"swa": SWABlock, "mla": MLABlock}
 
 
-def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None) -> float:
+_ATTENTION = ("attention.wqkv", "attention.wq", "attention.wkv_a", "attention.wo")
+NATIVE = (*_ATTENTION, "feed_forward.gate_up", "feed_forward.down")
+
+
+def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None, native: bool = False) -> float:
     """Numbers a token that a block keeps for its backward pass, without weights, masks and rotations."""
     context = SequenceContext.build(shape, LENGTH, None, torch.device("cpu"), dtype)
     block = KINDS[kind](shape)
     # Weights have the dtype already, as under FSDP: a cast that is kept is counted among the weights in use.
     block.to(dtype)
+    if native:
+        model = SWAMLAModel(dataclasses.replace(shape, num_layers=1))
+        model.blocks["0"] = block
+        convert_natively(model, [f"blocks.0.{name}" for name in NATIVE if _has(block, name)], Settings())
+        keep_weights(model, False)
     assert isinstance(context.swa_mask, torch.Tensor)
     shared = (*context.swa_rotation, *context.mla_rotation, context.swa_mask, *block.parameters())
     found = {tensor.untyped_storage().data_ptr(): 0 for tensor in shared}
@@ -64,6 +75,17 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None)
 def test_what_a_compiled_block_keeps(shape, kind):
     measured = kept(SHAPES[shape], kind, torch.bfloat16, "aot_eager_decomp_partition")
     assert kept_numbers(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_compiled_block_keeps_in_native_float8(kind):
+    measured = kept(SHAPE, kind, torch.bfloat16, "aot_eager_decomp_partition", native=True)
+    expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
+    assert expected == pytest.approx(measured, rel=0.05)
+
+
+def _has(block: torch.nn.Module, name: str) -> bool:
+    return any(each == name for each, _ in block.named_modules())
 
 
 @pytest.mark.parametrize("kind", KINDS)

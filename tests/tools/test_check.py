@@ -137,3 +137,24 @@ def test_a_probe_that_breaks_is_a_line_and_not_the_end(report, monkeypatch):
     assert code == 1
     assert lines["torch"].startswith("failure  torch       ZeroDivisionError")
     assert list(lines) == [*MACHINE, "tokenizer"]
+
+
+def test_float8_that_is_asked_for_is_told_and_what_converts_nothing_is_a_failure(tiny, report):
+    code, lines = report(str(tiny), "--float8.recipe", "native")
+    assert code == 2
+    assert lines["products"].startswith("failure  products")
+    assert "would convert none of 14 products" in lines["products"]
+    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
+    assert code == 0
+    assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 products")
+
+
+def test_a_gpu_that_cannot_compute_float8_is_a_failure(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    config = module.load_config(
+        tiny, [module.Override("float8", "recipe", "native"), module.Override("float8", "products", "all")]
+    )
+    finding = module._answer(module._products, config, torch.device("cuda"))
+    assert finding.state == "failure"
+    assert "A100 has 8.0" in finding.text

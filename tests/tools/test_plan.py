@@ -191,6 +191,7 @@ def test_what_needs_gpus_is_planned_without_them(tiny):
     asking = (
         *parallel(cpu_offload="true", tensor=2, async_tensor="true"),
         ("float8", "recipe", "rowwise"),
+        ("float8", "products", "all"),
         ("compile", "enabled", "true"),
     )
     found, plain = plan(resolved(tiny, *asking), 4), plan(resolved(tiny, *asking[1:]), 4)
@@ -375,3 +376,27 @@ def test_the_sum_is_near_what_an_h100_needed(flavor, rows, gib):
     model = [("model", "flavor", flavor), ("model", "max_seq_len", "2048")]
     config = resolved(shipped_configs()["base"], *batch, *model, vocabulary=50257)
     assert plan(config, 1).worst.memory.total / 2**30 == pytest.approx(gib, rel=0.05)
+
+
+def test_float8_is_told_with_what_it_leaves_and_a_warning_where_it_will_not_pay(tiny, capsys):
+    assert main(["plan", str(tiny), "--float8.recipe", "native", "--float8.products", "all"]) == 0
+    said = capsys.readouterr().out
+    assert "float8 (native): 14 of 15 products" in said
+    assert "attention.wqkv           2 x 64 -> 192       float8\n" in said
+    assert "head                     1 x 64 -> 384       as it was: float8.output_head = false\n" in said
+    assert "warning: attention.wqkv 64 -> 192" in said
+    assert "128 tokens on a rank at a time: casting the weights takes longer" in said
+    assert main(["plan", str(tiny)]) == 0
+    assert "float8" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_native_float8_takes_less_memory(gpus):
+    def memory(recipe):
+        batch = [("training", key, "16") for key in ("local_batch_size", "global_batch_size")]
+        config = resolved(shipped_configs()["base"], ("float8", "recipe", recipe), *batch, vocabulary=50257)
+        return plan(config, gpus).worst.memory
+
+    plain, native = memory("off"), memory("native")
+    assert 0.85 * plain.activations < native.activations < 0.95 * plain.activations
+    assert (native.weights_in_use < plain.weights_in_use) == (gpus == 1)  # FSDP2 gathers bfloat16 all the same

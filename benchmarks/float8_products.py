@@ -1,0 +1,107 @@
+"""Where float8 pays: a product's forward and backward pass in bfloat16 and by each recipe, compiled, on a GPU.
+
+    python benchmarks/float8_products.py                                   # the products of base and large
+    python benchmarks/float8_products.py --shapes 32768x1536x4608 8192x4096x4096     # tokens x in x out
+
+Weights are float32, activations bfloat16, as in training. `native` casts its input; `native, given` is handed
+it in float8, as by a norm. Above 1.00 float8 pays: what THRESHOLDS in
+swamla_titan/quantization/products.py are to say.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+from triton.testing import do_bench
+
+from swamla_titan.config.sections import Float8
+from swamla_titan.kernels.float8_product import quantize
+from swamla_titan.model import FLAVORS, SWAMLAModel
+from swamla_titan.model.linear import Linear
+from swamla_titan.quantization.float8 import convert_to_float8
+from swamla_titan.quantization.native import NativeLinear, settings_of
+from swamla_titan.quantization.products import THRESHOLDS
+
+RECIPES = ("bfloat16", *THRESHOLDS, "native, given")
+
+
+class One(nn.Module):
+    """A model of one product."""
+
+    def __init__(self, inner: int, out: int) -> None:
+        super().__init__()
+        self.product = Linear(inner, out)
+
+    def forward(self, x):
+        return self.product(x)
+
+
+def converted(inner: int, out: int, recipe: str) -> One:
+    model = One(inner, out).cuda()
+    torch.nn.init.normal_(model.product.weight, std=0.02)
+    if recipe == "bfloat16":
+        return model
+    if recipe.startswith("native"):
+        model.product.__class__ = NativeLinear
+        settings = settings_of("e5m2", False)
+        model.product.settings, model.product.keeps_columns, model.product.cast = settings, True, None
+        return model
+    convert_to_float8(model, Float8(recipe=recipe, products="all"), torch.device("cuda"))
+    return model
+
+
+def milliseconds(shape: tuple[int, int, int], recipe: str) -> float:
+    """Median of forward and backward, the input given in float8 where `recipe` says so."""
+    tokens, inner, out = shape
+    torch._dynamo.reset()
+    model = converted(inner, out, recipe)
+    x = torch.randn(tokens, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(tokens, out, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    given = quantize(x) if recipe.endswith("given") else x
+
+    def step():
+        compiled(given).backward(upstream)
+        x.grad = model.product.weight.grad = None
+
+    return do_bench(step, warmup=20, rep=100, return_mode="median")
+
+
+def shapes_of(flavor: str, tokens: int) -> list[tuple[str, tuple[int, int, int]]]:
+    with torch.device("meta"):
+        model = SWAMLAModel(FLAVORS[flavor])
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[tokens, module.in_features, module.out_features] = f"{flavor} {name.rpartition('.')[2]}"
+    return [(name, shape) for shape, name in found.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flavors", nargs="*", default=["base", "large"])
+    parser.add_argument("--tokens", type=int, default=16 * 2048)
+    parser.add_argument("--shapes", nargs="*", default=[], metavar="TOKENSxINxOUT")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    arguments = parser.parse_args()
+    named = [("", tuple(map(int, text.split("x")))) for text in arguments.shapes]
+    if not named:
+        named = [each for flavor in arguments.flavors for each in shapes_of(flavor, arguments.tokens)]
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for name, shape in named:
+        exact = milliseconds(shape, "bfloat16")
+        tokens, inner, out = shape
+        rate = 6 * tokens * inner * out / exact / 1e9
+        print(f"{name:16} {tokens} x {inner} x {out}: bfloat16 {exact:.3f} ms ({rate:.0f} TFLOP/s)", flush=True)
+        for recipe in arguments.recipes:
+            if recipe == "bfloat16":
+                continue
+            took = milliseconds(shape, recipe)
+            pays = "pays" if took < exact else "does not pay"
+            threshold = THRESHOLDS[recipe.split(",")[0]].leaves(out, inner, recipe.endswith("given"))
+            now = "left by the threshold" if threshold else "taken"
+            print(f"    {recipe:20} {took:.3f} ms, {exact / took:.2f}: {pays}; {now}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

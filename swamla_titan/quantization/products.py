@@ -1,0 +1,149 @@
+"""Which products of a model are computed in float8, which are not, and why: for the conversion, `plan` and `check`."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from swamla_titan.config.sections import Config, Float8
+from swamla_titan.errors import UserError
+from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
+from swamla_titan.model import SWAMLAModel
+
+Sides = Callable[[str, nn.Linear], tuple[int, int]]
+"""(name, product) -> [out, in] of the weight that a rank multiplies with."""
+
+# What an H100 was measured to reach: operations a second in bfloat16 and float8 (tensorwise), bytes of memory a second.
+_BFLOAT16, _FLOAT8, _BYTES = 793e12, 1310e12, 3.02e12
+_CAST_BYTES = 6  # a number: read for the largest, read again, written twice
+_WEIGHT_BYTES = 10  # the same of float32
+_SHARED_INPUT = ("wkv_a", "wq_a")  # their input is cast once, for the other product of the norm's result too
+
+# Shares of a model's operations in float8 below which a warning is due: see `warnings`.
+_LITTLE = 0.6
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product by its module's name, with the sides of the weight on a rank; `why_not` None: in float8."""
+
+    name: str
+    out: int
+    inner: int
+    why_not: str | None
+
+    @property
+    def kind(self) -> str:
+        """The name without the number of its block."""
+        return self.name.split(".", 2)[2] if self.name.startswith("blocks.") else self.name
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Below what sides a product does not pay. `leaves(out, inner, shared)`; `shared`: its input is cast anyway."""
+
+    leaves: Callable[[int, int, bool], bool]
+    source: str
+
+
+def _rowwise(out: int, inner: int, shared: bool) -> bool:
+    return out <= 2048 or inner <= 1024 or (out <= 4096 and inner <= 2048)
+
+
+def _native(out: int, inner: int, shared: bool) -> bool:
+    """Seconds a token that three products save, against those that the casts of input and gradient take."""
+    saved = 6 * out * inner * (1 / _BFLOAT16 - 1 / _FLOAT8)
+    return saved < _CAST_BYTES * (out + (0 if shared else inner)) / _BYTES
+
+
+_PUBLISHED = "torchao's published thresholds for H100 (torchao.float8, auto filter)"
+THRESHOLDS = {
+    "tensorwise": Threshold(lambda out, inner, shared: inner <= 4096 and out <= 1024, _PUBLISHED),
+    "rowwise": Threshold(_rowwise, _PUBLISHED),
+    "rowwise_with_gw_hp": Threshold(_rowwise, f"those of rowwise in {_PUBLISHED}"),
+    "native": Threshold(_native, "arithmetic from an H100's measured rates of products and memory"),
+}
+"""Recipe -> threshold; to be replaced by what benchmarks/float8_products.py measures."""
+
+
+def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
+    """Of a product that is not shared by ranks."""
+    return linear.out_features, linear.in_features
+
+
+def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides) -> list[Product]:
+    """Every product of a model, or of a stage of it, in order; `config.recipe` is not "off"."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        Product(name, *sides(name, module), _why_not(name, *sides(name, module), config)) for name, module in linears
+    ]
+
+
+def _why_not(name: str, out: int, inner: int, config: Float8) -> str | None:
+    if name == "head" and not config.output_head:
+        return "float8.output_head = false"
+    odd = next((side for side in (out, inner) if side % MULTIPLE), None)
+    if odd is not None:
+        return f"{odd} is no multiple of {MULTIPLE}"
+    shared = name.rpartition(".")[2] in _SHARED_INPUT
+    if config.products == "auto" and THRESHOLDS[config.recipe].leaves(out, inner, shared):
+        return "too small to pay"
+    return None
+
+
+def refuse_none(products: Sequence[Product], config: Float8) -> None:
+    """Raise UserError where a recipe would convert nothing in the blocks."""
+    blocks = [product for product in products if product.name != "head"]
+    if not blocks or any(product.why_not is None for product in blocks):
+        return
+    reasons = "; ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}: {each.why_not}" for each in blocks))
+    small = any(product.why_not == "too small to pay" for product in blocks)
+    hint = ', or float8.products = "all" to convert them nevertheless' if small else ""
+    raise UserError(
+        f'float8.recipe = "{config.recipe}" would convert none of {len(blocks)} products ({reasons}). Choose other '
+        f"widths{hint}, or set it to off"
+    )
+
+
+def table(products: Sequence[Product], recipe: str) -> Iterator[str]:
+    """Kinds of products, how many there are of each, and what becomes of them."""
+    inside = sum(product.why_not is None for product in products)
+    share = _share(products)
+    yield f"float8 ({recipe}): {inside} of {len(products)} products, {share:.0%} of their operations"
+    kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
+    for (kind, sides, why_not), count in kinds.items():
+        yield f"  {kind:<22} {count:>3} x {sides:<15} {'float8' if why_not is None else f'as it was: {why_not}'}"
+
+
+def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
+    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
+    if not products:
+        return
+    share = _share(products)
+    if share < _LITTLE:
+        yield (
+            f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
+            f"(by {THRESHOLDS[config.float8.recipe].source}): little will be gained, and casts cost; wider models gain"
+        )
+    small = [each for each in products if each.why_not is None and _is_small(each, config.float8)]
+    if small:
+        kinds = ", ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in small))
+        yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
+    tokens = rows * config.training.seq_len // (config.parallel.context * config.parallel.tensor)
+    fewest = int(_WEIGHT_BYTES / _BYTES / (6 * (1 / _BFLOAT16 - 1 / _FLOAT8)))
+    if tokens < fewest:
+        yield (
+            f"{tokens} tokens on a rank at a time: casting the weights takes longer than float8 saves below "
+            f"{fewest}; raise training.local_batch_size"
+        )
+
+
+def _is_small(product: Product, config: Float8) -> bool:
+    shared = product.name.rpartition(".")[2] in _SHARED_INPUT
+    return THRESHOLDS[config.recipe].leaves(product.out, product.inner, shared)
+
+
+def _share(products: Sequence[Product]) -> float:
+    total = sum(each.out * each.inner for each in products)
+    return sum(each.out * each.inner for each in products if each.why_not is None) / total if total else 0.0

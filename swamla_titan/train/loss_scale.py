@@ -1,0 +1,36 @@
+"""Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740), for who asks for it (float8.loss_scaling).
+
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after. A step
+whose gradient norm is then no finite number halves the scale, and is skipped by the bad-step policy; 2,000 good ones in
+a row double it (the constants of torch.amp.GradScaler). It lives on the device, and the host never waits for it.
+"""
+
+import torch
+from torch import Tensor
+
+_FIRST = 2.0**16
+_INTERVAL = 2000  # good steps before it is tried twice as large
+_LEAST, _MOST = 2.0**-60, 2.0**60
+
+
+class LossScale:
+    """One on every rank, alike on all: it follows from the norm of the global gradient."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where the gradient norm is."""
+        self.value = torch.full((), _FIRST, dtype=torch.float32, device=device)
+        self._good = torch.zeros((), dtype=torch.int64, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors to save, or to load into."""
+        return {"value": self.value, "good_steps": self._good}
+
+    @torch.no_grad()
+    def update(self, grad_norm: Tensor) -> None:
+        """After a step; `grad_norm` of the gradients divided by `value` already."""
+        finite = grad_norm.detach().to(self.value.device).isfinite()
+        self._good.add_(1).mul_(finite)
+        grown = self._good >= _INTERVAL
+        self._good.mul_(~grown)
+        factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
+        self.value.mul_(factor).clamp_(_LEAST, _MOST)

@@ -1,0 +1,94 @@
+"""Weights that FSDP2 gathers in float8, and checkpoints of them, on gloo."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Compile, Float8, Parallel, Training
+from swamla_titan.data import MicroBatch
+from swamla_titan.model import ModelConfig
+from swamla_titan.parallel import data_parallel
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.world import join_world
+from swamla_titan.train.checkpoint import tensors_of
+from tests.distributed.ranks import on_ranks
+from tests.parallel.plan import SMALL, batch
+from tests.train.runs import metrics, train
+
+
+def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
+    """The types that were sent in a training step and a validation."""
+    from torchao.float8.float8_linear import Float8Linear
+
+    sent = set()
+    real = data_parallel._AllGatherOfBytes.__call__
+
+    def watched(self, output_tensor, input_tensor, group, async_op=False):
+        sent.add(input_tensor.dtype)
+        return real(self, output_tensor, input_tensor, group, async_op)
+
+    data_parallel._AllGatherOfBytes.__call__ = watched
+    config = Config(
+        model=ModelConfig(**SMALL),
+        float8=Float8(recipe="tensorwise", products="all", fsdp_all_gather=choice),
+        training=Training(seq_len=64, compute_dtype=dtype),
+        compile=Compile(enabled=False),
+    )
+    world = join_world(Parallel())
+    model = ParallelModel(config, world)
+    model.init_weights(0)
+    tokens = batch()
+    micro_batch = MicroBatch(tokens, tokens, None, tokens.numel())
+    model.train_step([micro_batch, micro_batch], tokens.numel())
+    for module in model.parts[0].modules():
+        if isinstance(module, Float8Linear):
+            assert isinstance(module.weight, DTensor)
+            scale = getattr(module.weight._local_tensor, "_precomputed_scale", None)
+            assert (scale is not None) == (choice == "auto")
+            if scale is not None:
+                largest = tensors_of(model.parts)["model"][_name_of(model, module)].full_tensor().abs().max()
+                torch.testing.assert_close(scale, 448 / largest)
+    stored = tensors_of(model.parts)["model"]
+    for name, parameter in model.parts[0].named_parameters():
+        assert type(local(stored[name])) is torch.Tensor
+        assert type(local(parameter.detach())) is torch.Tensor
+        local(stored[name]).add_(1)  # what is loaded into it is what is trained
+        assert torch.equal(local(parameter.detach()), local(stored[name]))
+    model.evaluate([micro_batch])
+    assert all(type(local(parameter.detach())) is torch.Tensor for parameter in model.parts[0].parameters())
+    return sent
+
+
+def _name_of(model: ParallelModel, module: torch.nn.Module) -> str:
+    return next(name for name, each in model.parts[0].named_modules() if each is module) + ".weight"
+
+
+@pytest.mark.parametrize(
+    "choice, dtype, expected",
+    [
+        ("auto", "bfloat16", {torch.float8_e4m3fn, torch.bfloat16}),  # the embedding stays as it is
+        pytest.param("never", "bfloat16", {torch.bfloat16}, marks=pytest.mark.slow),
+    ],
+)
+def test_products_are_gathered_in_float8_with_scales_made_at_once(choice, dtype, expected):
+    assert on_ranks(2, _gathered, choice, dtype) == [expected] * 2
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_under_any_recipe(tiny: Path, tmp_path: Path):
+    short = ("--validation.interval", "0", "--checkpoint.interval", "3", "--float8.products", "all")
+    steps = 0
+    for recipe in ("tensorwise", "native", "rowwise", "tensorwise"):
+        steps += 3
+        options = ("--training.steps", str(steps), "--float8.recipe", recipe, *short)
+        assert on_ranks(2, train, tiny, *options) == [0, 0]
+    steps += 3
+    assert train(tiny, "--training.steps", str(steps), *short[:-2]) == 0
+    assert list(metrics(tmp_path / "run")) == list(range(1, steps + 1))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line).get("loss", 1.0) < 6 for line in lines)

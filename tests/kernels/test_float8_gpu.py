@@ -1,0 +1,123 @@
+"""float8 by our kernels on a GPU: against float64, compiled, and in a model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swamla_titan.config.sections import Compile, Float8
+from swamla_titan.kernels.float8_product import Settings, gate_up_product, normalize, product, quantize
+from swamla_titan.kernels.swiglu import swiglu
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.parallel.compile import compile_model
+from swamla_titan.quantization.float8 import convert_to_float8
+from swamla_titan.train.numerics import set_numerics
+
+pytestmark = pytest.mark.gpu
+E4M3 = torch.float8_e4m3fn
+CUDA = torch.device("cuda")
+
+
+def passes(function, inputs, upstream):
+    inputs = [each.detach().requires_grad_() for each in inputs]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+
+
+def error(found, exact):
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def layer(x, gain, weight, down, settings):
+    """Norm, product with SwiGLU, product."""
+    hidden = gate_up_product(normalize(x, gain, 1e-6), quantize(weight, x.dtype), 64, settings)
+    return product(hidden, quantize(down, x.dtype), settings)
+
+
+def exact_layer(x, gain, weight, down):
+    return F.linear(swiglu(F.linear(F.rms_norm(x, gain.shape, gain, 1e-6), weight), 64), down)
+
+
+def inputs_of(dtype=torch.bfloat16, tokens=256, dim=512, hidden=768):
+    torch.manual_seed(0)
+    x, gain = torch.randn(4, tokens // 4, dim, device=CUDA, dtype=dtype), torch.rand(dim, device=CUDA) + 0.5
+    weight, down = torch.randn(2 * hidden, dim, device=CUDA) / dim**0.5, torch.randn(dim, hidden, device=CUDA) / 16
+    return (x, gain, weight, down), torch.randn(4, tokens // 4, dim, device=CUDA, dtype=dtype)
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(E4M3), Settings(fast=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_is_as_exact_as_its_types(settings, dtype):
+    inputs, upstream = inputs_of(dtype)
+    found = passes(lambda *each: layer(*each, settings), inputs, upstream)
+    exact = passes(exact_layer, [each.double() for each in inputs], upstream.double())
+    errors = [error(*pair) for pair in zip(found, exact)]
+    assert 0.01 < errors[0] < 0.07
+    assert all(0.01 < each < 0.16 for each in errors[1:]), errors
+    assert found[3].dtype == torch.float32
+
+
+def test_a_gpu_gives_what_the_emulation_gives():
+    inputs, upstream = inputs_of()
+    found = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
+    expected = passes(lambda *each: layer(*each, Settings()), [each.cpu() for each in inputs], upstream.cpu())
+    for ours, theirs in zip(found, expected):
+        assert error(ours.cpu(), theirs) < 0.02
+
+
+@pytest.mark.parametrize("dim", [48, 80, 1536])
+def test_widths_that_tiles_do_not_divide(dim):
+    inputs, upstream = inputs_of(dim=dim, hidden=192, tokens=272)
+    found = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
+    exact = passes(exact_layer, [each.double() for each in inputs], upstream.double())
+    assert all(error(*pair) < 0.16 for pair in zip(found, exact))
+
+
+@pytest.mark.parametrize("where", range(4))
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(where, wrong):
+    inputs, upstream = inputs_of()
+    inputs[where].view(-1)[7] = wrong
+    out, *gradients = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
+    assert not out.isfinite().all()
+    assert not torch.stack([each.float().norm() for each in gradients]).isfinite().all()
+
+
+def test_zeros_are_right():
+    inputs, upstream = inputs_of()
+    out, *gradients = passes(lambda *each: layer(*each, Settings()), inputs, torch.zeros_like(upstream))
+    assert out.isfinite().all()
+    assert not any(each.any() for each in gradients)
+
+
+def test_compiled_it_is_the_same_without_a_break():
+    torch._dynamo.reset()
+    inputs, upstream = inputs_of()
+    compiled = torch.compile(lambda *each: layer(*each, Settings()), fullgraph=True, dynamic=False)
+    found, expected = (passes(f, inputs, upstream) for f in (compiled, lambda *each: layer(*each, Settings())))
+    assert all(error(*pair) < 0.02 for pair in zip(found, expected))
+
+
+@pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise"])
+def test_a_compiled_model_is_near_bfloat16_under_tf32(recipe, tmp_path):
+    """float8 beside float32 products in TF32, which the compiler asks about."""
+    from swamla_titan.config import Config
+
+    torch._dynamo.reset()
+    set_numerics(Config(), CUDA)
+    assert torch.get_float32_matmul_precision() == "high"
+    shape = ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256)
+    tokens = torch.randint(500, (4, 256), device=CUDA)
+    results = []
+    for each in ("off", recipe):
+        with torch.device("meta"):
+            model = SWAMLAModel(shape)
+        convert_to_float8(model, Float8(recipe=each, products="all"), CUDA)
+        model.to_empty(device=CUDA)
+        model.init_weights(0)
+        model.compute_dtype = torch.bfloat16
+        compile_model(model, Compile(cache_folder=str(tmp_path)))
+        loss = model(tokens, tokens)
+        loss.backward()
+        results.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters()])))
+    assert results[1][0] == pytest.approx(results[0][0], rel=5e-3)
+    assert 0 < error(results[1][1], results[0][1]) < 0.2
