@@ -8,6 +8,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.optim import group_table
 from swamla_titan.parallel.world import World
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.record import Record
@@ -48,6 +49,10 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")
+    for row in group_table(config.model, config.optimizer):
+        logger.info(f"optimizer: {row}")
+    if config.ema.decay:
+        logger.info(f"average of the weights: decay {config.ema.decay:g}")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")
