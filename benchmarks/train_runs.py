@@ -3,6 +3,9 @@
     python benchmarks/train_runs.py --corpus corpus.jsonl --runs small:1:32 base:1:16 --steps 60
     python benchmarks/train_runs.py --corpus corpus.jsonl --gpus 2 --runs base:1:16 base:2:32/16,fsdp base:2:32,tensor=2
 
+    python benchmarks/train_runs.py --corpus corpus.jsonl --steps 1000 --curves optimizers.json --runs small:1:32 \\
+        small:1:32,optimizer.name=muon small:1:32,optimizer.name=lion,optimizer.lr=1e-4,optimizer.beta2=0.99
+
 A run is FLAVOR:GPUS:SEQUENCES[/ROWS][,PLAN...]: that many sequences of GPT-2 tokens a step over all GPUs, at most ROWS
 of them (default: all) in a micro-batch of a rank. PLAN is fsdp, hsdp, ddp, KEY=VALUE of [parallel], or
 SECTION.KEY=VALUE. `wrapped` puts FSDP2 around the model of a single GPU, to measure what the wrapper costs. Speed is
@@ -22,8 +25,8 @@ from pathlib import Path
 FIGURES = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu", "memory_gib", "step_seconds", "data_seconds")
 
 
-def run(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train one run in processes of its own; returns the figures of its row."""
+def run(name: str, arguments: argparse.Namespace, folder: Path, curves: dict[str, list[tuple[int, float]]]) -> dict:
+    """Train one run in processes of its own; returns the figures of its row, and puts its losses into `curves`."""
     flavor, gpus, rest = name.split(":")
     sequences, *plan = rest.split(",")
     batch, _, rows = sequences.partition("/")
@@ -73,6 +76,7 @@ tensorboard = false
         return {"exit_code": code}
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
+    curves[name] = [(line["step"], line["loss"]) for line in steps]
     steady = [line for line in steps if line["step"] > arguments.steps // 3]
     validation = next((line for line in lines if "val_loss" in line), {})
     return {
@@ -92,17 +96,23 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--timeout", type=float, help="seconds a run may take")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument(
+        "--curves", type=Path, help="write the losses of all runs here as JSON, for benchmarks/curves.py"
+    )
     arguments, arguments.overrides = parser.parse_known_args()
     arguments.corpus = arguments.corpus.resolve()
     rows: dict[str, dict[str, float]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for name in arguments.runs:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows[name] = run(name, arguments, Path(folder))
+                rows[name] = run(name, arguments, Path(folder), curves)
             except subprocess.TimeoutExpired:
                 rows[name] = {"timed_out_after": arguments.timeout}
         if arguments.out:
             arguments.out.write_text(json.dumps(rows, indent=1))
+        if arguments.curves:
+            arguments.curves.write_text(json.dumps(curves))
     width = max(map(len, rows))
     for name, row in rows.items():
         print(f"{name:<{width}}", " ".join(f"{key}={value:.5g}" for key, value in row.items()))

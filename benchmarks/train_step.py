@@ -99,7 +99,9 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     begun = time.perf_counter()
     model = ParallelModel(config, world)
     model.init_weights(config.job.seed)
-    optimizers = [build_optimizer(part, config.optimizer) for part in model.parts]
+    optimizers = [
+        build_optimizer(part, config.optimizer, world.stage_group, config.compile.enabled) for part in model.parts
+    ]
     training = config.training
     rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
     losses, kernels = [], {}

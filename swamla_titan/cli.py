@@ -76,6 +76,9 @@ class Generate:
     seed: int = 0
     """Seed of the sampling."""
 
+    ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Use the average of the weights, which a run with ema.decay keeps."""
+
 
 @dataclass
 class ConfigList:

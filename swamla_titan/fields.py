@@ -8,6 +8,8 @@ import dataclasses
 import math
 from typing import Any, get_type_hints
 
+TABLE = dict[str, float]
+
 
 def key(
     default: Any,
@@ -21,15 +23,18 @@ def key(
 ) -> Any:
     """A dataclass field with its meaning and its allowed values.
 
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive. `choices` lists every allowed value.
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive. `choices` lists every allowed value. The
+    numbers of a table (`dict[str, float]`) are each checked like a number.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata = {"doc": doc} | {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def field_types(cls: type) -> dict[str, type]:
-    """Name -> type (`int`, `float`, `bool` or `str`) of a dataclass made with `key`."""
+    """Name -> type (`int`, `float`, `bool`, `str` or `dict[str, float]`) of a dataclass made with `key`."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -42,7 +47,13 @@ def expectation(field: "dataclasses.Field[Any]", kind: type) -> str:
         return ("one of " if len(values) > 1 else "only ") + ", ".join(
             f'"{v}"' if kind is str else str(v) for v in values
         )
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        TABLE: "a table of numbers",
+    }[kind]
     signs = {"minimum": ">=", "maximum": "<=", "above": ">", "below": "<"}
     parts = [f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits]
     return " ".join([words, " and ".join(parts)]).strip()
@@ -54,6 +65,9 @@ def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> st
     A whole number is accepted where a number is asked for; a boolean is never a number, and NaN and infinity are never
     in range.
     """
+    if kind == TABLE:
+        fits = isinstance(value, dict) and all(value_problem(field, float, each) is None for each in value.values())
+        return None if fits else f"expected {expectation(field, kind)}"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     fits = type(value) is kind

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import Config
 from swamla_titan.errors import UserError
-from swamla_titan.fields import expectation, field_types, value_problem
+from swamla_titan.fields import TABLE, expectation, field_types, value_problem
 from swamla_titan.model import FLAVORS, ModelConfig
 
 if sys.version_info >= (3, 11):
@@ -122,9 +122,9 @@ def _apply_override(override: Override, tables: dict[str, dict[str, Any]], error
     value: Any = text
     if kind is bool:
         value = {"true": True, "false": False}.get(text, text)
-    elif kind in (int, float):
+    elif kind is not str:
         try:
-            value = kind(text)
+            value = tomllib.loads(f"value = {text}")["value"] if kind == TABLE else kind(text)
         except ValueError:
             value = text
     tables.setdefault(section, {})[key] = value
@@ -147,7 +147,9 @@ def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> d
         elif value_problem(fields[key], types[key], value):
             errors.append(f"[{section}] {key} = {_toml(value)}: {value_problem(fields[key], types[key], value)}")
         else:
-            checked[key] = types[key](value)
+            checked[key] = (
+                {name: float(each) for name, each in value.items()} if types[key] == TABLE else types[key](value)
+            )
     return checked
 
 
@@ -195,6 +197,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for a character that JSON leaves bare.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, dict):
+        pairs = (f"{_toml(name)} = {_toml(each)}" for name, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
     return repr(value)
 
 
@@ -203,11 +208,12 @@ def to_toml(config: Config, comments: bool = False) -> str:
     lines = []
     for section in SECTIONS:
         values = getattr(config, section)
+        kinds = field_types(type(values))
         lines.append(f"[{section}]")
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
             if comments:
-                allowed = expectation(field, type(value))
+                allowed = expectation(field, kinds[field.name])
                 lines.append(f"# {field.metadata['doc']} ({allowed})")
             lines.append(f"{field.name} = {_toml(value)}")
         lines.append("")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.float8_rules import float8_contradictions
+from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
@@ -91,6 +92,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("validation.fraction", "validation.path", "validation.interval"),
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
+    yield from optimizer_contradictions(config)
     yield from parallel_contradictions(config)
     yield from float8_contradictions(config)
 

@@ -75,12 +75,50 @@ class Training:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: str = key("adamw", "Optimizer.", choices=("adamw",))
+    name: str = key(
+        "adamw",
+        "adamw; lion: a third of AdamW's lr and three times its weight_decay are usual; adamw8bit, adamw4bit, "
+        "adamw_fp8: AdamW with quantized moments of matrices; muon: orthogonalized updates of the blocks' matrices, "
+        "AdamW for embedding, head and norms.",
+        choices=("adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon"),
+    )
     lr: float = key(3e-4, "Peak learning rate.", minimum=0)
-    beta1: float = key(0.9, "Decay of the first moment.", minimum=0, below=1)
-    beta2: float = key(0.95, "Decay of the second moment.", minimum=0, below=1)
-    eps: float = key(1e-8, "Added to the denominator.", above=0)
+    beta1: float = key(0.9, "Decay of the first moment; lion: its share in the direction.", minimum=0, below=1)
+    beta2: float = key(
+        0.95, "Decay of the second moment; lion: of its momentum, where 0.99 is usual.", minimum=0, below=1
+    )
+    eps: float = key(1e-8, "Added to AdamW's denominator.", above=0)
     weight_decay: float = key(0.1, "Decoupled weight decay of matrices; norms and biases have none.", minimum=0)
+    moments: str = key(
+        "float32",
+        "Type of the moments of matrices (adamw, lion, muon); norms keep float32.",
+        choices=("float32", "bfloat16"),
+    )
+    lr_multipliers: dict[str, float] = key(  # noqa: RUF009 (a field with a default_factory)
+        {},
+        "Factors of the learning rate, by patterns (*, ?) of parameters' names: "
+        '{"embedding.weight" = 0.5, "*.wo.weight" = 2.0}. Of several that fit a name the last one counts.',
+        minimum=0,
+    )
+    muon_momentum: float = key(0.95, "muon: decay of the momentum.", minimum=0, below=1)
+    muon_nesterov: bool = key(True, "muon: Nesterov's momentum.")
+    muon_ns_steps: int = key(5, "muon: Newton-Schulz iterations.", minimum=1, maximum=99)
+    muon_adjust_lr_fn: str = key(
+        "match_rms_adamw",
+        "muon: how lr follows a matrix's shape. match_rms_adamw: updates as large as AdamW's, one lr serves both; "
+        "original: by sqrt(max(1, rows / columns)), with an lr of its own through lr_multipliers.",
+        choices=("match_rms_adamw", "original"),
+    )
+
+
+@dataclass(frozen=True)
+class EMA:
+    decay: float = key(
+        0.0,
+        "Decay a step of a float32 average of the weights, which checkpoints keep as well; 0: none, 0.999 is usual.",
+        minimum=0,
+        below=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +290,7 @@ class Validation:
         below=1,
     )
     max_tokens: int = key(262_144, "Most tokens a validation uses.", minimum=1)
+    use_ema: bool = key(False, "Validate the average of the weights (ema.decay) in their place.")
 
 
 @dataclass(frozen=True)
@@ -316,6 +355,7 @@ class Config:
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    ema: EMA = field(default_factory=EMA)
     lr_schedule: LRSchedule = field(default_factory=LRSchedule)
     parallel: Parallel = field(default_factory=Parallel)
     compile: Compile = field(default_factory=Compile)

@@ -16,6 +16,13 @@ _RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.down.weight")
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing and torch.compile rename modules
 
 
+def plain_name(name: str, tied: bool) -> str:
+    """The name that a parameter has in a model to which nothing was applied; a tied head goes by the embedding's."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return "embedding.weight" if tied and name == "head.weight" else name
+
+
 def initial_value(name: str, shape: Sequence[int], num_layers: int, seed: int, tied: bool) -> Tensor:
     """The first value of parameter `name`, float32 on the CPU.
 
@@ -24,10 +31,7 @@ def initial_value(name: str, shape: Sequence[int], num_layers: int, seed: int, t
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 num_layers)), so that the stream's
     variance does not grow with depth; norm weights 1, their biases 0, DynamicTanh's alpha 0.5.
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    if tied and name == "head.weight":
-        name = "embedding.weight"
+    name = plain_name(name, tied)
     if name.endswith("alpha"):
         return torch.full(shape, 0.5)
     if name.endswith("bias"):

@@ -135,6 +135,16 @@ class LatentAttention(nn.Module):
         key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         return query, key, value
 
+    def split_kv_a(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`wkv_a.weight` -> weights of the latent [R, dim] and of the rotary key [rope, dim]."""
+        latent, rope_key = weight.split([self.latent_dim, self.rope_dim])
+        return latent, rope_key
+
+    def split_kv_b(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`wkv_b.weight` -> key [H nope, R] and value [H v, R] weights, head by head."""
+        key, value = weight.unflatten(0, (-1, self.nope_dim + self.v_dim)).split([self.nope_dim, self.v_dim], dim=1)
+        return key.flatten(0, 1), value.flatten(0, 1)
+
     def _output(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, v]
         return projected

@@ -1,4 +1,6 @@
-"""True parameter counts, of the module itself."""
+"""True parameter counts and names, of the module itself."""
+
+import dataclasses
 
 import torch
 
@@ -14,6 +16,13 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     outside = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
     return total, total - sum(outside.values())
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Names of all parameters; a tied head goes by the embedding's."""
+    config = dataclasses.replace(config, vocab_size=config.vocab_size or 1)  # not known yet, and in no name
+    with torch.device("meta"):
+        return [name for name, _ in SWAMLAModel(config).named_parameters()]
 
 
 def flavor_table() -> list[str]:

@@ -1,50 +1,77 @@
-"""Parameter groups and optimizers."""
+"""Optimizers as the trainer uses them: built from the configuration, told the learning rate and what is no step."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
+from swamla_titan.errors import UserError
+from swamla_titan.optim.grouped import GroupedOptimizer, param_groups
+from swamla_titan.optim.groups import groups
+from swamla_titan.optim.matrices import column_units
+from swamla_titan.optim.moments import bytes_of_state
+from swamla_titan.parallel.sharded import local
 
-# Optimizer -> bytes of its state for a float32 parameter of so many elements: AdamW has two moments, and counts steps.
-STATE_BYTES = {"adamw": lambda elements: 2 * 4 * elements + 4}
+_FLOAT8_CAPABILITY = (8, 9)  # of GPUs that convert to float8
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices, which decay, and vectors and scalars (norms, biases), which do not.
+def build_optimizer(
+    model: nn.Module, config: Optimizer, group: dist.ProcessGroup | None = None, compiled: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of a model's float32 weights, or of those of a pipeline stage.
 
-    A weight that is used in two places (tied embedding and head) appears once.
+    AdamW (arXiv:1711.05101) is torch's, fused: one kernel per group; the others are grouped.py's. `group`: the ranks
+    that hold parts of the same weights, which must all take each step; None: this process has them whole. `compiled`:
+    fuse what others than AdamW do to a parameter. Raises UserError where the GPU is too old for the optimizer.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    if config.name == "adamw" and config.moments == "float32":
+        return torch.optim.AdamW(
+            param_groups(groups(model, config)),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+    refuse_old_gpu(config, local(next(model.parameters())).device)
+    return GroupedOptimizer(model, config, group, compiled)
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over the model's float32 weights, fused: one kernel per group."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+def refuse_old_gpu(config: Optimizer, device: torch.device) -> None:
+    """Raise UserError where the GPU lacks what the optimizer needs."""
+    if config.name != "adamw_fp8" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLOAT8_CAPABILITY:
+        raise UserError(
+            f'optimizer.name = "adamw_fp8": this GPU (compute capability {capability[0]}.{capability[1]}) does not '
+            'convert to float8, which needs 8.9; use "adamw8bit"'
+        )
+
+
+def state_bytes(model: nn.Module, config: Optimizer) -> int:
+    """Bytes of an optimizer's state on this rank; the model's parameters may be on the meta device."""
+    units = column_units(model)
+    return sum(
+        bytes_of_state(parameter, kind, units.get(parameter, 0))
+        for kind, parameters in groups(model, config).items()
+        for parameter in parameters
     )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate for every group."""
+    """The learning rate, times each group's own factor (optimizer.lr_multipliers)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["kind"].lr_multiplier
 
 
 def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor | None) -> None:
     """Make the optimizer's next steps change nothing where `bad` is 1: float32 scalar on the weights' device, 0 or 1.
 
     Weights, moments, step counts and weight decay all stay, bit for bit, whatever the gradients hold, and the host
-    learns nothing of it: the fused kernels read the flag on the device and return (it is the one that torch's
-    GradScaler gives them). None: every step counts. DTensors take the plain scalar as one that all ranks have alike.
+    learns nothing of it: fused kernels read the flag on the device and return (it is the one that torch's GradScaler
+    gives them), the others choose by it between the old and the new (pointwise.py). None: every step counts. DTensors
+    take the plain scalar as one that all ranks have alike.
     """
-    assert all(group["fused"] for group in optimizer.param_groups), "only fused kernels know the flag"
+    is_obeyed = isinstance(optimizer, GroupedOptimizer) or all(group["fused"] for group in optimizer.param_groups)
+    assert is_obeyed, "only fused kernels know the flag"
     optimizer.found_inf = bad  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The part of a whole tensor that this rank keeps, computed without communication."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,15 +35,51 @@ def write_whole(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
         return
     assert parameter.shape == value.shape
-    # Innermost first: FSDP cuts what tensor parallelism has left on the rank.
-    mesh = parameter.device_mesh
-    for dimension in reversed(range(mesh.ndim)):
-        axis = _axis_cut_by(parameter.placements[dimension])
+    local(parameter).copy_(value[part_of(parameter)])
+
+
+def part_of(tensor: Tensor) -> tuple[slice, ...]:
+    """The part of the whole that this rank holds: a slice of each axis."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    mesh = tensor.device_mesh
+    return part_at(tensor, [mesh.get_local_rank(dimension) for dimension in range(mesh.ndim)])
+
+
+def part_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
+    """`part_of`, of the rank at this place of the tensor's mesh."""
+    begins, ends = [0] * tensor.ndim, list(tensor.shape)
+    # Innermost first: FSDP cuts what tensor parallelism has left on the rank. As torch.chunk cuts.
+    for dimension in reversed(range(tensor.device_mesh.ndim)):
+        axis = _axis_cut_by(tensor.placements[dimension])
         if axis is not None:
-            chunks = value.chunk(mesh.size(dimension), axis)
-            index = mesh.get_local_rank(dimension)
-            value = chunks[index] if index < len(chunks) else value.narrow(axis, 0, 0)
-    parameter.to_local().copy_(value)
+            size = -(-(ends[axis] - begins[axis]) // tensor.device_mesh.size(dimension))
+            begins[axis] = min(begins[axis] + coordinate[dimension] * size, ends[axis])
+            ends[axis] = min(begins[axis] + size, ends[axis])
+    return tuple(map(slice, begins, ends))
+
+
+def like_part(tensor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Zeros with `columns` in the place of the last axis, cut as `tensor` is, of which each rank makes its own part.
+
+    The tensor's shards along that axis must be of whole columns.
+    """
+    own = local(tensor).detach()
+    assert (own.shape[-1] * columns) % tensor.shape[-1] == 0, f"{columns} columns cannot be cut like {tensor.shape[-1]}"
+    shape = (*own.shape[:-1], own.shape[-1] * columns // tensor.shape[-1])
+    zeros = torch.zeros(shape, dtype=dtype, device=own.device)
+    if not isinstance(tensor, DTensor):
+        return zeros
+    whole = torch.empty(*tensor.shape[:-1], columns, device="meta")
+    distributed = DTensor.from_local(
+        zeros, tensor.device_mesh, tensor.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return distributed.to(own.device)  # back to the host, if parameters are offloaded: from_local goes to the mesh
+
+
+def is_shared(placement: Placement) -> bool:
+    """Whether all ranks along a dimension of a mesh hold the same."""
+    return _axis_cut_by(placement) is None
 
 
 def shards_of(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserErro
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.quantization.float8 import require_float8_units
@@ -51,7 +52,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             config = load_config(find_config(name), overrides)
-            inputs = [_folder, _tokenizer, _data, _model] + ([_products] if config.float8.recipe != "off" else [])
+            inputs = [_folder, _tokenizer, _data, _model, _optimizer]
+            inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
         except UserError as error:
             inputs = []
@@ -176,13 +178,14 @@ def _free_disk(config: Config, device: torch.device) -> Finding:
 def _disk(config: Config, device: torch.device) -> Finding:
     """Free space against what the run's checkpoints take."""
     try:
-        total, _ = parameter_counts(_resolved(config).model)
+        resolved = _resolved(config)
     except UserError:
         return _free_disk(config, device)  # the lines on tokenizer and model say why nothing is known of its size
+    total, _ = parameter_counts(resolved.model)
     existing = _existing(config)
     free = shutil.disk_usage(existing).free
-    # float32 weights and two moments; one checkpoint more than is kept exists while it is written.
-    needed = total * 12 * ((config.checkpoint.keep_latest or 10) + 1)
+    size = total * (8 if config.ema.decay else 4) + _state_bytes(resolved)  # weights and their average are float32
+    needed = size * ((config.checkpoint.keep_latest or 10) + 1)  # one more than is kept exists while it is written
     text = f"{free / 2**30:.1f} GiB free under {existing}; checkpoints take {needed / 2**30:.1f} GiB"
     if free < needed:
         return Finding("failure", "disk", text, "free some space, lower checkpoint.keep_latest or move job.dump_folder")
@@ -228,6 +231,21 @@ def _products(config: Config, device: torch.device) -> Finding:
     text = "\n         ".join(table(products, config.float8.recipe))
     doubts = "; ".join(warnings(products, config, config.training.local_batch_size))
     return Finding("warning" if doubts else "ok", "products", text, doubts)
+
+
+def _optimizer(config: Config, device: torch.device) -> Finding:
+    refuse_old_gpu(config.optimizer, device)
+    resolved = _resolved(config)
+    rows = group_table(resolved.model, config.optimizer)
+    of_groups = "; ".join(f"{row.kind}: {row.elements:,} parameters" for row in rows)
+    state = f"state of {_state_bytes(resolved) / 2**30:.2f} GiB over the ranks that share a copy"
+    return Finding("ok", "optimizer", f"{config.optimizer.name}, {state}; {of_groups}")
+
+
+def _state_bytes(config: Config) -> int:
+    """Of the optimizer of a whole model."""
+    with torch.device("meta"):
+        return state_bytes(SWAMLAModel(config.model), config.optimizer)
 
 
 def _resolved(config: Config) -> Config:

@@ -9,7 +9,7 @@ from swamla_titan.data import load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import generate
-from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_weights
 from swamla_titan.train.manifest import MANIFEST, Damaged, verify
 
 
@@ -39,8 +39,11 @@ def generate_from_checkpoint(
     top_k: int,
     top_p: float,
     seed: int,
+    ema: bool = False,
 ) -> None:
     """Print each prompt with its continuation, which ends at the end-of-text token or after `max_new_tokens`.
+
+    `ema`: by the average of the weights (ema.decay).
 
     Raises UserError for a checkpoint that cannot be used, and for sampling values or lengths out of range.
     """
@@ -52,7 +55,7 @@ def generate_from_checkpoint(
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
     model.to_empty(device=device)
-    load_tensors(path, tensors_of([model]))
+    load_weights(path, model, ema)
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
     model.eval()

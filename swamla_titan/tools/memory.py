@@ -12,7 +12,7 @@ from swamla_titan.config import Config
 from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
-from swamla_titan.optim import STATE_BYTES
+from swamla_titan.optim import state_bytes
 from swamla_titan.parallel.data_parallel import frees_weights, gathers_float8, is_kept_whole
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -25,21 +25,22 @@ EAGER_LOSS_BYTES = 20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `parameters` and `optimizer` are exact; see `memory_of` for the rest."""
+    """Bytes. `parameters`, `optimizer` and `average` are exact; see `memory_of` for the rest."""
 
     parameters: int
     optimizer: int
+    average: int
     gradients: int
     weights_in_use: int
     logits: int
     activations: int
-    offloaded: int  # of the first three, what parallel.cpu_offload keeps on the host
+    offloaded: int  # of the first four, what parallel.cpu_offload keeps on the host
 
     @property
     def total(self) -> int:
         """Of all that is counted, on the GPU."""
-        parts = self.parameters, self.optimizer, self.gradients, self.weights_in_use, self.logits, self.activations
-        return sum(parts) - self.offloaded
+        training = self.parameters + self.optimizer + self.average + self.gradients
+        return training + self.weights_in_use + self.logits + self.activations - self.offloaded
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,15 @@ def memory_of(
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]
-    state = sum(STATE_BYTES[config.optimizer.name](elements) for elements in held)
+    state = sum(state_bytes(part, config.optimizer) for part in parts)
+    average = _FLOAT32 * sum(held) if config.ema.decay else 0
     waiting = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
     gradients = sum(gathered_elements(p) for p in parameters) if waiting else sum(held)
-    offloaded = _FLOAT32 * sum(held) * (1 if waiting else 2) + state
+    offloaded = _FLOAT32 * sum(held) * (1 if waiting else 2) + state + average
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
+        average=average,
         gradients=_FLOAT32 * gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
         logits=_logits(parts, config, world, rows, in_flight.logits),

@@ -113,13 +113,15 @@ def _memory(plan: Plan) -> Iterator[str]:
     config, memory = plan.config, plan.worst.memory
     dtype = config.training.compute_dtype
     host = ", on the host" if config.parallel.cpu_offload else ""
+    moments = ", moments in bfloat16" if config.optimizer.moments == "bfloat16" else ""
     gradients = "float32"
     if plan.degrees.data * plan.degrees.context > 1 and config.parallel.data_parallel != "ddp":
         waiting = run_count(config.parallel, plan.batch) > 1 and not config.parallel.reduce_every_micro_batch
         gradients += ", unsharded until the last micro-batch" if waiting else f", sharded{host}"
     rows = [
         ("parameters", memory.parameters, f"float32{host}"),
-        ("optimizer", memory.optimizer, f"{config.optimizer.name}{host}"),
+        ("optimizer", memory.optimizer, f"{config.optimizer.name}{moments}{host}"),
+        ("average", memory.average, f"of the weights, float32{host}"),
         ("gradients", memory.gradients, gradients),
         ("weights in use", memory.weights_in_use, f"copies in {dtype}, the most at a time"),
         ("logits", memory.logits, "with their gradient"),

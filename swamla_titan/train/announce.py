@@ -8,6 +8,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.optim import group_table
 from swamla_titan.parallel.data_parallel import gathers_float8
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.world import World
@@ -56,6 +57,10 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
     if world.is_first:
         for warning in warnings(float8_products(config), config, rows):
             logger.warning(warning)
+    for row in group_table(config.model, config.optimizer):
+        logger.info(f"optimizer: {row}")
+    if config.ema.decay:
+        logger.info(f"average of the weights: decay {config.ema.decay:g}")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

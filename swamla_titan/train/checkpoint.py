@@ -1,7 +1,8 @@
 """Checkpoints on disk: written through DCP to a temporary folder, committed whole, verified on loading.
 
 checkpoints/step-00000100/
-    .metadata, *.distcp    tensors: model, optimizer, bad steps, random states (torch.distributed.checkpoint)
+    .metadata, *.distcp    tensors: model, average, optimizer, bad steps, random states
+                           (torch.distributed.checkpoint)
     train.json             step, counters, data cursors, identity of the run, versions
     config.toml            the resolved configuration
     tokenizer.tiktoken     the vocabulary, where it was read from a file
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.optim import AveragedWeights
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.sharded import local, plain
 from swamla_titan.parallel.world import World
@@ -48,6 +50,7 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
+_EMA = "ema"
 CONFIG = "config.toml"
 VOCABULARY = "tokenizer.tiktoken"
 # One process without a process group saves and loads alone. For good, because filters belong to all threads.
@@ -58,7 +61,11 @@ _COPIED_AHEAD = 10_000_000  # bytes
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer] = ()) -> dict[str, Any]:
+def tensors_of(
+    parts: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    ema: AveragedWeights | None = None,
+) -> dict[str, Any]:
     """The live tensors to save or to load into, by name; loading writes them in place.
 
     `parts` are the model, or the pipeline stages that this rank holds, each with its optimizer. Names and shapes are
@@ -66,7 +73,7 @@ def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Opti
     goes by the embedding's name: on a stage that holds it alone it is a copy. Of the optimizer only tensors are taken:
     learning rates and the like follow from the configuration and the step.
     """
-    tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {})
+    tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {}) | ({_EMA: {}} if ema else {})
     for part in parts:
         for name, weight in get_model_state_dict(part).items():
             tensors["model"].setdefault(_stored_name(name, part), plain(weight))
@@ -75,7 +82,22 @@ def tensors_of(parts: Sequence[nn.Module], optimizers: Sequence[torch.optim.Opti
         for name, value in get_optimizer_state_dict(part, optimizer, options=options).items():
             if isinstance(value, torch.Tensor):
                 tensors["optimizer"].setdefault(_stored_name(name, part), value)
+    if ema:
+        for part in parts:
+            tensors[_EMA] = ema.of_part(part) | tensors[_EMA]
     return tensors
+
+
+def holds_ema(path: Path) -> bool:
+    """Whether a checkpoint has an average of the weights beside them."""
+    return any(name.startswith(f"{_EMA}.") for name in Reader(path).read_metadata().state_dict_metadata)
+
+
+def load_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
+    """Fill a whole model with the weights of a checkpoint, or with their average; UserError if it has none."""
+    if ema and not holds_ema(path):
+        raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
+    load_tensors(path, {_EMA if ema else "model": tensors_of([model])["model"]})
 
 
 def _stored_name(name: str, part: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """What training changes, as tensors: made for a configuration, given to a checkpoint, filled from one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,32 +8,41 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
-from swamla_titan.optim import STATE_BYTES, build_optimizer
+from swamla_titan.optim import AveragedWeights, build_optimizer, state_bytes
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
-from swamla_titan.train.checkpoint import Checkpoints, load_tensors, tensors_of
+from swamla_titan.train.checkpoint import Checkpoints, holds_ema, load_tensors, tensors_of
 from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.numerics import seed_of
 from swamla_titan.train.random_state import random_state, set_random_state
 from swamla_titan.train.rewinding import Rewinding
 from swamla_titan.train.staging import ALIGNED
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingState:
-    """This rank's part of the model and of the optimizers, the history of bad steps, and the random states.
+    """This rank's part of model and optimizers, the average of weights, the history of bad steps, the random states.
 
-    `bad_steps` and `rewinding` are None where bad steps are not skipped, `loss_scale` where the loss is not scaled.
+    `bad_steps` and `rewinding` are None where bad steps are not skipped, `ema` where no average is kept, `loss_scale`
+    where the loss is not scaled.
     """
 
     def __init__(self, config: Config, world: World, checkpoints: Checkpoints, newest: Path | None, step: int) -> None:
         """As of `step`: from the checkpoint `newest`, or without one as a run begins."""
-        self._seed, self._optimizer, self._world = config.job.seed, config.optimizer.name, world
+        self._seed, self._optimizer, self._world = config.job.seed, config.optimizer, world
         self.model = ParallelModel(config, world)
         if not newest:
             self.model.init_weights(config.job.seed)
-        self.optimizers = [build_optimizer(part, config.optimizer) for part in self.model.parts]
+        compiled = config.compile.enabled and not config.parallel.cpu_offload
+        self.optimizers = [
+            build_optimizer(part, config.optimizer, world.stage_group, compiled) for part in self.model.parts
+        ]
+        self.ema = None
+        if config.ema.decay:
+            self.ema = AveragedWeights(self.model.parts, config.ema.decay, compiled)
         self.bad_steps = self.rewinding = None
         if config.fault_tolerance.skip_bad_steps:
             weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device
@@ -44,22 +54,30 @@ class TrainingState:
             self.model.loss_scale = self.loss_scale.value
         if newest:
             self._load(newest, step)
+        elif self.ema:
+            self.ema.restart()
 
     def tensors(self) -> dict[str, Any]:
         """What a checkpoint holds: the live tensors, but copies of the random states."""
-        return tensors_of(self.model.parts, self.optimizers) | self._policies() | self._random()
+        return tensors_of(self.model.parts, self.optimizers, self.ema) | self._policies() | self._random()
 
     def size(self) -> int:
         """About how many bytes of them this rank holds, also before the optimizer's first step makes its states."""
-        state = STATE_BYTES[self._optimizer]
+        copies = 2 if self.ema else 1
         held = [local(weight).numel() for part in self.model.parts for weight in part.parameters()]
-        return sum(4 * elements + state(elements) + 4 * ALIGNED for elements in held) + (1 << 20)
+        states = sum(state_bytes(part, self._optimizer) for part in self.model.parts)
+        return sum(copies * 4 * elements + 8 * ALIGNED for elements in held) + states + (1 << 20)
 
     def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:
-        """Fill weights, optimizer states and `rest` from a checkpoint, in place."""
+        """Fill weights, their average, optimizer states and `rest` from a checkpoint, in place."""
+        ema = self.ema if self.ema and holds_ema(path) else None
         # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
         for part, optimizer in zip(self.model.parts, self.optimizers):
-            load_tensors(path, tensors_of([part], [optimizer]) | rest, self._world)
+            load_tensors(path, tensors_of([part], [optimizer], ema) | rest, self._world)
+        if self.ema and not ema:
+            self.ema.restart()
+            if self._world.is_first:
+                logger.warning("%s holds no average of the weights: it begins with the weights themselves", path)
 
     def _load(self, path: Path, step: int) -> None:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -188,6 +189,9 @@ class Trainer:
             skip_where(optimizer, bad)
             optimizer.step()
             optimizer.zero_grad()
+        if self.state.ema:
+            self.state.ema.update(self.step + 1, bad)
+        self.lr = lr
         return loss, grad_norm
 
     def close(self, alone: bool = False) -> None:
@@ -240,7 +244,7 @@ class Trainer:
             "tokens": self.tokens,
             "loss": loss.item(),
             "grad_norm": grad_norm.item(),
-            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "lr": self.lr,
         }
         values |= self.throughput.read()
         if self.bad_steps:
@@ -329,9 +333,13 @@ class Trainer:
         )
 
     def _validate(self, validator: Validator) -> None:
+        ema = self.state.ema if self.config.validation.use_ema else None
         with self.throughput.paused(), self.watchdog.pause("validation"):
-            values = validator(self.model)
-        line = f"validation: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
+            self.saver.before_update()  # averages and weights change places
+            with ema.in_place_of_weights() if ema else nullcontext():
+                values = validator(self.model)
+        of = "validation of the average" if ema else "validation"
+        line = f"{of}: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         self._log(values, line)
 
     def _save_if_new(self) -> None:

@@ -30,6 +30,7 @@ from tests.config.block_cases import BLOCK_CASES
 from tests.config.checkpoint_cases import CHECKPOINT_CASES
 from tests.config.fault_cases import FAULT_CASES
 from tests.config.float8_cases import FLOAT8_CASES
+from tests.config.optimizer_cases import OPTIMIZER_CASES
 from tests.config.parallel_cases import PARALLEL_CASES
 from tests.config.runner import EOT, STEPS, Run, Runner, as_text, before_every_call_of
 from tests.conftest import WandbStub
@@ -356,19 +357,6 @@ def min_lr_ratio(run: Runner) -> None:
     assert run("--optimizer.lr", "1e-3", "--lr_schedule.min_lr_ratio", "0.3").series("lr")[-1] == pytest.approx(0.3e-3)
 
 
-def only(key: str, allowed: str, *others: str) -> Callable[[Runner], None]:
-    """The case of a key with one allowed value: every other is refused before anything runs."""
-
-    def case(run: Runner) -> None:
-        section, _, name = key.partition(".")
-        for other in others:
-            shown = other if other.lstrip("-").isdigit() else f'"{other}"'
-            error = run.refusal(f"--{key}={other}")
-            assert f"[{section}] {name} = {shown}: expected {allowed}" in error
-
-    return case
-
-
 # [validation]
 
 
@@ -522,9 +510,6 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "training.compute_dtype": compute_dtype,
     "training.fp32_precision": fp32_precision,
     "training.gc_interval": gc_interval,
-    "optimizer.name": only(
-        "optimizer.name", 'only "adamw"', "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon", "AdamW"
-    ),
     "optimizer.lr": lr,
     "optimizer.beta1": beta1,
     "optimizer.beta2": beta2,
@@ -534,6 +519,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "lr_schedule.warmup_steps": warmup_steps,
     "lr_schedule.decay_steps": decay_steps,
     "lr_schedule.min_lr_ratio": min_lr_ratio,
+    **OPTIMIZER_CASES,
     **PARALLEL_CASES,
     **BLOCK_CASES,
     **FLOAT8_CASES,

@@ -148,6 +148,19 @@ def test_every_section_and_key_survives_writing_and_reading(toml):
     assert [section for section in SECTIONS if f"[{section}]" not in to_toml(config)] == []
 
 
+def test_a_table_comes_from_a_section_of_its_own_or_a_line_and_survives_writing_and_reading(toml):
+    own = toml(BUILTIN + '[optimizer.lr_multipliers]\n"*.wo.weight" = 2\n"norm.*" = 0.5\n')
+    config = load_config(own)
+    assert list(config.optimizer.lr_multipliers.items()) == [("*.wo.weight", 2.0), ("norm.*", 0.5)]
+    assert list(load_config(toml(to_toml(config))).optimizer.lr_multipliers) == ["*.wo.weight", "norm.*"]
+    line = Override("optimizer", "lr_multipliers", '{"embedding.weight" = 3}')
+    assert load_config(own, [line]).optimizer.lr_multipliers == {"embedding.weight": 3.0}
+    for text in ("3", '{"norm.weight" = true}', "{norm.weight = 1}", '{"norm.weight" = nan}', "{"):
+        error = message(own, Override("optimizer", "lr_multipliers", text))
+        assert "[optimizer] lr_multipliers = " in error
+        assert "expected a table of numbers >= 0" in error
+
+
 def test_every_shipped_configuration_loads():
     assert "debug" in shipped_configs()
     for path in shipped_configs().values():

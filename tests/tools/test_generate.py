@@ -67,6 +67,21 @@ def test_a_dump_folder_stands_for_its_newest_checkpoint(trained, generate):
     assert generate(checkpoint(trained, 2), *arguments) != text
 
 
+def test_the_average_of_the_weights_writes_in_their_place(trained, tmp_path, generate, refusal):
+    """Of learning rate 0 it is the same as the weights; else it is not."""
+    arguments = ("--prompt", "The", "--max-new-tokens", "60", "--temperature", "1")
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY.format(folder=tmp_path))
+    settings = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "0", "--ema.decay", "0.9")
+    for lr in ("0", "0.01"):
+        folder = tmp_path / lr
+        settings_of_lr = ("--lr_schedule.warmup_steps", "0", "--optimizer.lr", lr, "--job.dump_folder", str(folder))
+        assert train(config, *settings, *settings_of_lr) == 0
+        is_same = generate(folder, *arguments) == generate(folder, *arguments, "--ema")
+        assert is_same == (lr == "0")
+    assert "holds no average of the weights: it was trained with ema.decay = 0" in refusal(trained, "--ema")
+
+
 def test_a_seed_gives_its_text_again_and_another_seed_another(trained, generate):
     texts = [generate(trained, "--max-new-tokens", "30", "--seed", seed) for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]

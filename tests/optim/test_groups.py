@@ -1,0 +1,160 @@
+"""Which rule moves a parameter, how its moments are kept, what its learning rate is, and which matrices are one."""
+
+import pytest
+import torch
+from torch import nn
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Optimizer, Parallel
+from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
+from swamla_titan.model.feed_forward import FeedForward
+from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model.swa import SlidingWindowAttention
+from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
+from swamla_titan.optim.groups import block_of, groups, multiplier
+from swamla_titan.optim.matrices import column_units, separate_rows
+from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.parallel.parallel_model import build_parts
+from swamla_titan.parallel.pretend import pretended_world
+
+GROUPED_QUERIES = ModelConfig(
+    **{"num_layers": 3, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 100, "max_seq_len": 32},
+    **{"ffn_hidden_dim": 96, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+)
+
+
+@pytest.mark.parametrize(
+    "name, columns, unit, block",
+    [
+        ("adamw8bit", 1024, 0, 256),
+        ("adamw8bit", 96, 0, 96),
+        ("adamw8bit", 2816, 32, 32),
+        ("adamw8bit", 1536, 96, 96),
+        ("adamw4bit", 1024, 0, 128),
+        ("adamw4bit", 66, 0, 66),
+        ("adamw4bit", 101, 0, 0),  # two in a byte
+        ("adamw_fp8", 352, 0, 176),
+        ("adamw_fp8", 64, 16, 0),  # scales would take a quarter of it
+    ],
+)
+def test_blocks_divide_rows_and_what_ranks_make_of_them(name, columns, unit, block):
+    assert block_of(name, columns, unit) == block
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit", "adamw_fp8"])
+def test_every_matrix_of_every_flavor_is_quantized_but_the_smallest(flavor, name):
+    for row in group_table(FLAVORS[flavor], Optimizer(name=name)):
+        assert row.kind.moments == (name if row.kind.weight_decay else "float32"), row
+
+
+def test_the_last_pattern_that_fits_counts():
+    patterns = {"blocks.*": 2.0, "*.wo.weight": 0.5, "blocks.1.attention.wo.weight": 3.0}
+    assert multiplier("embedding.weight", patterns) == 1.0
+    assert multiplier("blocks.0.feed_forward.down.weight", patterns) == 2.0
+    assert multiplier("blocks.0.attention.wo.weight", patterns) == 0.5
+    assert multiplier("blocks.1.attention.wo.weight", patterns) == 3.0
+    assert multiplier("blocks.1.attention.wo.weight", dict(reversed(patterns.items()))) == 2.0
+
+
+def test_multipliers_go_with_the_schedule():
+    model = SWAMLAModel(FLAVORS["debug"])
+    for name in ("adamw", "muon"):
+        optimizer = build_optimizer(model, Optimizer(name=name, lr_multipliers={"embedding.weight": 0.25}))
+        for lr in (1.0, 0.5):
+            set_learning_rate(optimizer, lr)
+            for group in optimizer.param_groups:
+                is_embedding = any(parameter is model.embedding.weight for parameter in group["params"])
+                assert group["lr"] == lr * (0.25 if is_embedding else 1.0)
+
+
+def test_both_ends_of_a_tied_weight_are_of_one_kind_on_other_stages_of_a_pipeline():
+    model = ModelConfig(num_layers=2, dim=64, num_heads=2, vocab_size=100, max_seq_len=32, tie_embeddings=True)
+    config = Config(model=model, parallel=Parallel(pipeline=2))
+    optimizer = Optimizer(name="muon", lr_multipliers={"embedding.weight": 0.5})
+    kinds = []
+    for rank in range(2):
+        with pretended_world(Degrees(pipeline=2), "fsdp", rank) as world:
+            [stage] = build_parts(config, world)
+            weight = stage.embedding.weight if rank == 0 else stage.head.weight
+            kinds += [kind for kind, members in groups(stage, optimizer).items() if any(m is weight for m in members)]
+    assert kinds[0] == kinds[1]
+    assert (kinds[0].rule, kinds[0].lr_multiplier) == ("adamw", 0.5)
+
+
+def test_the_table_tells_every_group():
+    rows = group_table(FLAVORS["debug"], Optimizer(name="muon", lr_multipliers={"*.wo.weight": 2.0}))
+    assert [str(row.kind) for row in rows] == [
+        "adamw, decay 0.1",
+        "muon, decay 0.1",
+        "muon, decay 0.1, lr x 2",
+        "adamw, no decay",
+    ]
+    assert rows[0].names == ["embedding"]
+    assert rows[2].names == ["attention.wo"]
+    total = sum(parameter.numel() for parameter in SWAMLAModel(FLAVORS["debug"]).parameters())
+    assert sum(row.elements for row in rows) == total
+
+
+# Fused weights
+
+
+def test_the_rows_of_fused_weights_are_each_in_one_matrix():
+    model = SWAMLAModel(GROUPED_QUERIES)
+    found = separate_rows(model)
+    kinds = {
+        name.split(".", 2)[2]: [len(rows) for rows in found[p]] for name, p in model.named_parameters() if p in found
+    }
+    assert kinds == {
+        "attention.wqkv.weight": [64, 32, 32],
+        "feed_forward.gate_up.weight": [96, 96],
+        "attention.wkv_a.weight": [24, 8],
+        "attention.wkv_b.weight": [64, 96],
+    }
+    for weight, parts in found.items():
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(len(weight)))
+
+
+def test_columns_that_ranks_may_part_come_in_units():
+    model = SWAMLAModel(GROUPED_QUERIES)
+    units = column_units(model)
+    named = {name.split(".", 2)[2]: units[p] for name, p in model.named_parameters() if p in units}
+    assert {name.split(".")[1] for name in named} == {"wo", "down"}
+    assert set(units.values()) == {16, 24, GROUPED_QUERIES.ffn_group}
+
+
+def split(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices of a block's part by its own words, as parameters of their own with gradients."""
+    fused = {
+        SlidingWindowAttention: {"wqkv": "split_qkv"},
+        LatentAttention: {"wkv_a": "split_kv_a", "wkv_b": "split_kv_b"},
+        FeedForward: {"gate_up": "split_gate_up"},
+    }[type(module)]
+    found = []
+    for name, child in module.named_children():
+        weight = getattr(child, "weight", None)
+        if weight is None or weight.ndim < 2:
+            continue
+        apart = getattr(module, fused[name]) if name in fused else lambda whole: (whole,)
+        for part, gradient in zip(apart(weight.detach()), apart(weight.grad)):
+            found.append(nn.Parameter(part.clone()))
+            found[-1].grad = gradient.clone()
+    return found
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_treats_fused_weights_as_torchs_does_the_matrices_in_them(adjust):
+    torch.manual_seed(0)
+    model = SWAMLAModel(GROUPED_QUERIES)
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    optimizer = build_optimizer(model, Optimizer(name="muon", muon_adjust_lr_fn=adjust, **settings))
+    modules = [part for block in model.blocks.values() for part in (block.attention, block.feed_forward)]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = [parameter for module in modules for parameter in split(module)]
+    torch.optim.Muon(expected, adjust_lr_fn=adjust, **settings).step()
+    optimizer.step()
+    found = [parameter for module in modules for parameter in split(module)]
+    assert len(found) == len(expected) > len(list(model.blocks.parameters())) // 2
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)

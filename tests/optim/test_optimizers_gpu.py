@@ -1,0 +1,46 @@
+"""Optimizers on a GPU, compiled as in training: the steps of a CPU, and no step waits for the device."""
+
+import pytest
+import torch
+from torch import nn
+
+from swamla_titan.config.sections import Optimizer
+from swamla_titan.optim import AveragedWeights, build_optimizer, set_learning_rate, skip_where
+from tests.optim.test_against_others import EVERY
+
+pytestmark = pytest.mark.gpu
+
+
+def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 384), nn.Linear(256, 640)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = build_optimizer(model, Optimizer(**settings), compiled=compiled)
+    ema = AveragedWeights([model], 0.9, compiled)
+    ema.restart()
+    flags = [torch.tensor(float(step == 2), device=device) for step in range(4)]
+    gradients = [[torch.randn(p.shape, generator=generator).to(device) for p in model.parameters()] for _ in flags]
+    for step, (flag, of_step) in enumerate(zip(flags, gradients)):
+        for parameter, gradient in zip(model.parameters(), of_step):
+            parameter.grad = gradient
+        # The first step compiles; later ones, of other learning rates, must only submit work.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            set_learning_rate(optimizer, 1e-3 * (step + 1))
+            skip_where(optimizer, flag)
+            optimizer.step()
+            ema.update(step + 1, flag)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    model.averages = list(ema.of_part(model).values())
+    return model
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("settings", EVERY, ids=str)
+def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled):
+    found, expected = moved(settings, "cuda", compiled), moved(settings, "cpu", False)
+    for one, other in zip(found.parameters(), expected.parameters()):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-4)
+    for one, other in zip(found.averages, expected.averages):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-4)
