@@ -142,11 +142,12 @@ def test_twice_is_refused():
 
 
 def test_every_attention_operator_of_our_own_is_kept():
-    """Under "operators" the forward pass of none of them is repeated."""
+    """Under "operators" the forward pass of none is repeated; the one with the rotation in it is not taken there."""
     ours = {
         getattr(torch.ops.swamla_titan, name.removeprefix("swamla_titan::")).default
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("swamla_titan::") and "attention" in name and "backward" not in name
+        if name.startswith("swamla_titan::") and "attention" in name
+        if "backward" not in name and "rotary" not in name
     }
     assert len(ours) >= 2
     assert ours <= activation_checkpoint._ATTENTION
