@@ -5,10 +5,11 @@ A float8 matrix here is x = scale * q with one float32 `scale`: dynamic scaling 
 one scale serves both layouts. It is a power of two, so that it rounds nothing: a number becomes the same float8
 whatever stands beside it, on one rank or on many, as long as it is not among the smallest.
 
-The largest number must be known before the first is cast. It is computed in plain PyTorch (`scale_for`), which
+The largest number must be known before the first is cast. It is computed in plain PyTorch (`largest_of`), which
 torch.compile joins with the operation that makes the input where it made that itself, as it does for norms behind
-residual sums; the kernels then compute, cast and write both layouts in one pass. All casts round through the dtype that
-activations have, so that fusing changes no bit.
+residual sums; of SwiGLU and its gradient by a kernel that reads and writes nothing (`swiglu_largest`). The kernels then
+compute, cast and write both layouts in one pass. All casts round through the dtype that activations have, so that
+fusing changes no bit.
 """
 
 import torch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides
@@ -65,12 +66,15 @@ def convert_to_float8(
     in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the meta device, before
     tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
 
-    Raises UserError for a GPU without float8 units (compute capability below 8.9) and where nothing can be converted.
+    Raises UserError for a GPU without float8 units (compute capability below 8.9), where nothing can be converted, and
+    for "native" without Triton.
     """
     if config.recipe == "off":
         return []
     if device.type == "cuda":
         require_float8_units(device)
+        if config.recipe == "native" and not has_triton():
+            raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
     products = survey(model, config, sides)
     refuse_none(products, config)
     names = {product.name for product in products if product.why_not is None}

@@ -10,6 +10,7 @@ from swamla_titan.config.sections import (
     FaultTolerance,
     Float8,
     Kernels,
+    Optimizer,
     Parallel,
     Training,
 )
@@ -56,6 +57,10 @@ from swamla_titan.config.sections import (
         (
             Config(float8=Float8(recipe="tensorwise", fsdp_all_gather="always"), parallel=Parallel(cpu_offload=True)),
             {"float8.fsdp_all_gather", "parallel.cpu_offload"},
+        ),
+        (
+            Config(float8=Float8(recipe="tensorwise", fsdp_all_gather="always"), optimizer=Optimizer(name="other")),
+            {"float8.fsdp_all_gather", "optimizer.name"},
         ),
         (
             Config(float8=Float8(recipe="native", output_head=True), kernels=Kernels(loss="fused")),

@@ -11,7 +11,8 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Parallel, Training
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import ModelConfig
-from swamla_titan.parallel import data_parallel
+from swamla_titan.optim import build_optimizer
+from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import join_world
@@ -92,3 +93,39 @@ def test_a_checkpoint_goes_on_under_any_recipe(tiny: Path, tmp_path: Path):
     assert list(metrics(tmp_path / "run")) == list(range(1, steps + 1))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line).get("loss", 1.0) < 6 for line in lines)
+
+
+def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[float]:
+    """Losses and gradient norms of three steps of two micro-batches, and the loss of a validation."""
+    real = parallelize.compile_model
+    parallelize.compile_model = lambda model, config, budget: real(model, config, budget, backend="aot_eager")
+    config = Config(
+        model=ModelConfig(**SMALL),
+        float8=Float8(recipe=recipe, products="all"),
+        training=Training(seq_len=64),
+        compile=Compile(enabled=compiled, cache_folder=folder),
+        parallel=Parallel(reshard_after_forward=reshard),
+    )
+    model = ParallelModel(config, join_world(config.parallel))
+    model.init_weights(0)
+    optimizer = build_optimizer(model.parts[0], config.optimizer)
+    tokens = batch()
+    micro_batch = MicroBatch(tokens, tokens, None, len(tokens))
+    found = []
+    for _ in range(3):
+        loss = model.train_step([micro_batch, micro_batch], 2 * tokens.numel())
+        found += [loss.item(), model.clip_gradients(1.0).item()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*found, model.evaluate([micro_batch]).item()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tensorwise", "native"])
+def test_compiled_or_not_and_freed_or_kept_weights_give_the_same_bits(recipe: str, tmp_path: Path):
+    plain, *others = (
+        on_ranks(2, _trained, recipe, compiled, reshard, str(tmp_path))
+        for compiled, reshard in ((False, "never"), (True, "never"), (True, "always"))
+    )
+    assert plain[0] == plain[1]
+    assert all(other == plain for other in others)

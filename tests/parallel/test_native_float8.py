@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swamla_titan.config.sections import Compile, Float8
+from swamla_titan.errors import UserError
 from swamla_titan.kernels import float8_product
 from swamla_titan.kernels.float8_product import Settings, gate_up_product, normalize, product, quantize
 from swamla_titan.kernels.swiglu import swiglu
@@ -15,6 +16,7 @@ from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
+from swamla_titan.quantization import float8
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import (
     NativeGateUp,
@@ -131,6 +133,13 @@ def test_tiny_gradients_are_not_flushed():
     x.requires_grad_()
     product(quantize(x), quantize(weight), Settings()).backward(grad)
     assert error(x.grad, grad @ weight) < 0.08
+
+
+def test_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(float8, "has_triton", lambda: False)
+    with pytest.raises(UserError, match="needs the package triton"):
+        convert_to_float8(small_model(torch.float32), NATIVE, torch.device("cuda", 0))
 
 
 def test_which_modules_are_native():
