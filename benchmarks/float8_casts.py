@@ -61,6 +61,14 @@ def cases(tokens: int, dim: int, hidden: int, group: int):
     yield case("swiglu backward", backward, back, E5M2, 10 * grad.numel())
 
 
+def reductions(tokens: int, hidden: int, group: int):
+    """(name, call, bytes that must be read) of the largest numbers that SwiGLU's casts ask for first."""
+    gate_up = torch.randn(tokens, 2 * hidden, device="cuda", dtype=BF16)
+    grad = torch.randn(tokens, hidden, device="cuda", dtype=BF16)
+    yield "swiglu, largest", lambda: float8.swiglu_largest(gate_up, None, group), 4 * grad.numel()
+    yield "backward, largest", lambda: float8.swiglu_largest(gate_up, grad, group), 6 * grad.numel()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flavors", nargs="+", default=["base", "large"])
@@ -87,6 +95,12 @@ def main() -> None:
                     f"off by {wrong:.1e}",
                     flush=True,
                 )
+        for name, call, moved in reductions(arguments.tokens, model.ffn_width, model.ffn_group):
+            for tile in arguments.tiles:
+                float8._TILE = tile
+                took = milliseconds(call)
+                floor = moved / speed
+                print(f"{flavor:6} {name:20} tile {tile:3}: {took:.3f} ms, floor {floor:.3f}, {took / floor:.2f} times")
 
 
 if __name__ == "__main__":
