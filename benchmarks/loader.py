@@ -3,7 +3,7 @@
     python benchmarks/loader.py --corpus corpus.jsonl --workers 0 1 2 4
 
 Reads the text, makes GPT-2 tokens of it and cuts them into the batches of a step, as training does, on one rank. The
-first second is not counted: workers start, and fill what they may be ahead. CPU only.
+first batch and a second after it are not counted: workers start, and fill what they may be ahead. CPU only.
 """
 
 import argparse
@@ -34,16 +34,15 @@ def rate(arguments: argparse.Namespace, workers: int) -> float:
     with BatchLoader(
         corpus, seq_len=config.training.seq_len, global_batch_size=config.training.global_batch_size
     ) as loader:
-        begin, tokens = time.perf_counter(), 0
-        start = last = begin
-        while last < begin + WARM_UP + arguments.seconds:
-            batch = next(loader)
-            last = time.perf_counter()
-            if last < begin + WARM_UP:
-                start = last
-            else:
-                tokens += batch.tokens.numel()
-    return tokens / (last - start)
+        next(loader)  # workers have started
+        warm = time.perf_counter() + WARM_UP
+        while (begin := time.perf_counter()) < warm:
+            next(loader)
+        tokens, now = 0, begin
+        while now < begin + arguments.seconds:
+            tokens += next(loader).tokens.numel()
+            now = time.perf_counter()
+    return tokens / (now - begin)
 
 
 def main() -> None:

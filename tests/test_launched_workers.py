@@ -197,8 +197,8 @@ def test_a_crash_that_goes_on_is_1_and_names_the_first_cause_in_a_hidden_process
     "number, to",
     [
         (signal.SIGINT, "every process"),
-        (signal.SIGUSR1, "the launcher"),
-        pytest.param(signal.SIGTERM, "the launcher", marks=pytest.mark.slow),
+        (signal.SIGTERM, "the launcher"),
+        pytest.param(signal.SIGUSR1, "the launcher", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_makes_all_workers_save_and_ends_with_75(launch: Launch, number: signal.Signals, to: str) -> None:

@@ -238,9 +238,9 @@ class Float8:
 class Kernels:
     attention: str = key(
         "auto",
-        "auto: what is fastest on this device. triton: our kernel for sliding windows (CUDA), which auto takes in 16 "
-        "bits. flex: FlexAttention for windows and documents (CUDA). sdpa: PyTorch's attention under boolean masks. "
-        "reference: plain and slow.",
+        "auto: what is fastest on this device. triton: our kernel for sliding windows (CUDA), which auto takes on H100 "
+        "and H200 in 16 bits. flex: FlexAttention for windows and documents (CUDA). sdpa: PyTorch's attention under "
+        "boolean masks. reference: plain and slow.",
         choices=("auto", "triton", "flex", "sdpa", "reference"),
     )
     loss: str = key(
@@ -251,8 +251,8 @@ class Kernels:
     pointwise: str = key(
         "auto",
         "SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention "
-        "is by triton, without qk_norm, in MLA without documents and context parallel, in both without selective "
-        "activation checkpoints. plain, and auto as yet: left to torch.compile.",
+        "is by triton, without qk_norm, in MLA where it is by cuDNN, without documents and context parallel, in both "
+        'without checkpoints of operators (selective = "operators"). plain, and auto as yet: left to torch.compile.',
         choices=("auto", "triton", "plain"),
     )
 

@@ -252,7 +252,8 @@ def _parts(width: int) -> tuple[int, int]:
 def readable(x: Tensor) -> Tensor:
     """x, or a copy of it where the tensor memory accelerator could not read it: addresses in multiples of 16 bytes."""
     unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
-    return x.contiguous() if x.stride(-1) != 1 or unaligned or x.data_ptr() % 16 else x
+    fits = x.stride(-1) == 1 and not unaligned and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 import torch
+from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.kernels.causal_attention import cudnn_takes
@@ -14,6 +15,8 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
+
+_ALIGNED = 8  # numbers of 16 bits: cuDNN reads values where they lie, behind the heads' parts of the keys
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
@@ -31,12 +34,16 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
 
 
 def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "mla")) -> None:
-    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the products of attention in one operator."""
+    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the products of attention in one operator.
+
+    Not in SWA blocks with norms of queries and keys, which come before the rotation.
+    """
     for module in model.modules():
         if isinstance(module, FeedForward):
             module.activate = triton_swiglu
         elif isinstance(module, SlidingWindowAttention) and "swa" in kinds:
-            module.rotate_and_attend = rotary_window_attention
+            if isinstance(module.q_norm, nn.Identity):
+                module.rotate_and_attend = rotary_window_attention
         elif isinstance(module, LatentAttention) and "mla" in kinds:
             module.rotate_and_attend = latent_attention
 
@@ -51,10 +58,14 @@ def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> st
         return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
     if kind == "swa":
         return "model.qk_norm" if model.qk_norm else None  # which lies between projection and rotation
+    if config.kernels.attention == "reference":
+        return "attention by reference"
     if config.parallel.context > 1:
         return "parallel.context"
     if config.data.document_mask:
         return "data.document_mask"
     widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    if model.qk_nope_head_dim % _ALIGNED:
+        return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}"
     length, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
     return None if cudnn_takes(device, dtype, length, length, *widths) else "not by cuDNN"

@@ -17,6 +17,7 @@ from swamla_titan.data import load_tokenizer, open_corpus
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
+from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
 from swamla_titan.parallel.kernels import choose_kernels
@@ -144,6 +145,10 @@ def _attention(config: Config, device: torch.device) -> Finding:
     """Run a small model forward and backward through the fast paths and hold it against the plain ones."""
     shape = ModelConfig(num_layers=2, swa_layers_per_cycle=1, dim=192, num_heads=2, vocab_size=256, max_seq_len=512)
     model = SWAMLAModel(shape).to(device)
+    with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
     plain = copy.deepcopy(model)
     plain.attention_backend = "reference"
     if device.type != "cuda":  # where a run would be refused, which is not for this line to say
@@ -151,15 +156,20 @@ def _attention(config: Config, device: torch.device) -> Finding:
     choose_kernels(model, config, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     tokens = torch.randint(256, (2, 512), device=device)
-    gradients = []
     for each in (model, plain):
         each(tokens, tokens).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]).double())
-    error = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+    error = max(
+        ((ours.grad.double() - theirs.grad.double()).norm() / theirs.grad.double().norm()).item()
+        for ours, theirs in zip(model.parameters(), plain.parameters())
+        if ours.ndim == 2 and ours.grad is not None and theirs.grad is not None
+    )
     path = attention_path("swa", shape, config.kernels.attention, device, dtype)
     mla = "reference" if path == "reference" else "sdpa"  # rows are plainly causal there
+    if any(isinstance(module, LatentAttention) and module.rotate_and_attend for module in model.modules()):
+        mla = "cudnn with its rotation"
     text = f"SWA by {path}, MLA by {mla}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
-    if not error < (2e-2 if dtype == torch.float32 else 5e-2):
+    # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
+    if not error < (2e-2 if dtype == torch.float32 else 7e-2):
         return Finding("failure", "attention", text, "these versions of torch and the driver compute attention wrongly")
     return Finding("ok", "attention", text)
 

@@ -154,8 +154,10 @@ def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: in
     width = getattr(torch, dtype).itemsize
     if config.kernels.loss == "fused":
         vocabulary, dim = config.model.padded_vocab_size, config.model.dim
-        held = min(tokens, tokens_at_a_time(vocabulary, width)) * vocabulary * width
-        return held + tokens * dim * width + vocabulary * dim * _FLOAT32  # with the gradients of x and the weight
+        stretch = min(tokens, tokens_at_a_time(vocabulary, width))
+        # Beside the weight's gradient in float32 there is the sum before, where 16-bit products are added to it.
+        sums = 2 if stretch < tokens and width < _FLOAT32 else 1
+        return stretch * vocabulary * width + tokens * dim * width + sums * vocabulary * dim * _FLOAT32
     if config.compile.enabled:
         return logits * width * (in_flight + 1)
     # What waits keeps its float32 form and a mask beside it; the last one is at its peak.

@@ -7,6 +7,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,15 +94,7 @@ class Trainer:
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        self.loader = BatchLoader(
-            corpus,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            rank=world.data_rank,
-            world_size=world.degrees.data,
-            cursors=record.cursors or None,
-            first=self.sequences,
-        )
+        self.loader = agree(world, lambda: self._open_loader(corpus, record.cursors or None))
         # The row that stops a run, and the step after it, see BadSteps.too_many.
         self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
         if config.metrics.wandb:
@@ -330,6 +323,17 @@ class Trainer:
             "command again: it goes on after them. If the loss had risen before, move the newest checkpoints away "
             "first, and lower optimizer.lr or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise "
             "fault_tolerance.spike_sigma"
+        )
+
+    def _open_loader(self, corpus: Corpus, cursors: dict[int, dict[str, Any]] | None) -> BatchLoader:
+        return BatchLoader(
+            corpus,
+            seq_len=self.config.training.seq_len,
+            global_batch_size=self.config.training.global_batch_size,
+            rank=self.world.data_rank,
+            world_size=self.world.degrees.data,
+            cursors=cursors,
+            first=self.sequences,
         )
 
     def _validate(self, validator: Validator) -> None:

@@ -427,6 +427,25 @@ def test_75_bytes_is_what_fits(monkeypatch, length):
             multiprocessing.connection.Listener(family="AF_UNIX").close()
 
 
+def test_workers_start_under_a_long_tmpdir(tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    program = """
+from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data import BatchLoader, open_corpus
+if __name__ == "__main__":
+    corpus = open_corpus(Data(source="builtin", tokenizer="byte", num_workers=1), Validation(), 0)
+    with BatchLoader(corpus, seq_len=16, global_batch_size=2) as loader:
+        print(next(loader).tokens.shape)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    out = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True
+    )
+    assert out.stdout == "torch.Size([2, 16])\n", out.stderr
+
+
 def test_without_any_folder_for_sockets_the_message_names_tmpdir(monkeypatch, new_sockets):
     def refuse(**options):
         raise PermissionError(13, "Permission denied")

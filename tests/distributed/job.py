@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +32,15 @@ def run_and_listen(config: str, *overrides: str) -> Ended:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(config, *overrides)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_without_sockets(config: str, *overrides: str) -> Ended:
+    """`run_and_listen` where the second rank's machine has no folder for its loader's sockets."""
+    if os.environ["RANK"] == "1":
+        tempfile.tempdir = "/nowhere/" + "x" * 80
+        multiprocessing.current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
+        tempfile.mkdtemp = lambda **options: os.stat("/nowhere")  # type: ignore[assignment]
+    return run_and_listen(config, *overrides)
 
 
 def run_signalled(number: int, at: dict[int, int], config: str, *overrides: str) -> Ended:

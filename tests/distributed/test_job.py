@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.distributed.job import Ended, before_step, run, run_and_listen, run_killed_loader, run_signalled
+from tests.distributed.job import (
+    Ended,
+    before_step,
+    run,
+    run_and_listen,
+    run_killed_loader,
+    run_signalled,
+    run_without_sockets,
+)
 from tests.distributed.ranks import on_ranks
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot
 
@@ -170,6 +178,11 @@ def test_numbers_that_have_no_place_are_refused_on_all_before_the_first_step(tmp
 
 
 # what all find out
+
+
+def test_what_one_machine_has_no_place_for_is_refused_on_all_and_said_once(config):
+    ended = on_ranks(2, run_without_sockets, config, *SHORT, "--data.num_workers", "1")
+    assert "Set TMPDIR to a folder of at most" in assert_all_end(ended, 2)
 
 
 @pytest.mark.parametrize(

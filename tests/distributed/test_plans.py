@@ -147,7 +147,10 @@ def test_a_plan_trains_as_one_process_does(tmp_path, plan, batch, model):
     assert_same_curves(tmp_path, shape)
 
 
-@pytest.mark.parametrize("plan, model", [("fsdp-2", "tied"), ("cp-2-ddp-2", "untied")])
+@pytest.mark.parametrize(
+    "plan, model",
+    [("fsdp-3", "untied"), ("cp-2-ddp-2", "untied"), pytest.param("fsdp-2", "tied", marks=pytest.mark.slow)],
+)
 def test_head_and_loss_as_one_train_as_they_do_apart_in_one_process(tmp_path, plan, model):
     ranks, overrides = PLANS[plan]
     shape = (*BATCHES["does not"], *MODELS[model])

@@ -132,6 +132,5 @@ def test_no_more_than_one_stretch_of_logits_is_held_beside_the_gradients(monkeyp
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(x, weight, targets, 8192, 1.0)
-    counted = 2 * 2048 * 8192 + 2 * x.numel() + 4 * weight.numel()
-    # addmm writes beside what it adds to
-    assert torch.cuda.max_memory_allocated() - before < 1.1 * counted + 4 * weight.numel()
+    counted = 2 * 2048 * 8192 + 2 * x.numel() + 2 * 4 * weight.numel()
+    assert 0.9 * counted < torch.cuda.max_memory_allocated() - before < 1.1 * counted

@@ -101,9 +101,12 @@ def test_gradients_arrive_in_any_layout():
         torch.randn(batch, heads, seq_len, width, device=DEVICE).transpose(1, 2),
         torch.randn(batch, 1, 1, width, device=DEVICE).expand(out.shape),
         torch.randn(batch, seq_len, heads * width + 1, device=DEVICE)[..., 1:].unflatten(-1, (heads, width)),
+        torch.randn(out.numel() + 1, device=DEVICE)[1:].view(out.shape),  # contiguous, but for where it begins
     ):
         gradients = torch.autograd.grad(out, (query, key, value), upstream, retain_graph=True)
-        expected = torch.autograd.grad(out, (query, key, value), upstream.contiguous(), retain_graph=True)
+        expected = torch.autograd.grad(
+            out, (query, key, value), upstream.clone(memory_format=torch.contiguous_format), retain_graph=True
+        )
         for a, b in zip(gradients, expected):
             assert torch.equal(a, b)
 

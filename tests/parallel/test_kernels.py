@@ -23,7 +23,7 @@ from swamla_titan.train.kernels import pointwise_of
 CPU = torch.device("cpu")
 
 
-def chosen(own, checkpointing="none", documents=False, context=1, **changes):
+def chosen(own, checkpointing="none", selective="operators", documents=False, context=1, **changes):
     """What of loss, SwiGLU and the rotation of both kinds of attention is computed by our kernels."""
     config = ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, **changes)
     with torch.device("meta"):
@@ -31,7 +31,7 @@ def chosen(own, checkpointing="none", documents=False, context=1, **changes):
     choices = Config(
         kernels=own,
         model=config,
-        activation_checkpoint=ActivationCheckpoint(mode=checkpointing),
+        activation_checkpoint=ActivationCheckpoint(mode=checkpointing, selective=selective),
         data=Data(document_mask=documents),
         parallel=Parallel(context=context),
     )
@@ -61,13 +61,23 @@ def chosen(own, checkpointing="none", documents=False, context=1, **changes):
         ({"own": Kernels(pointwise="triton"), "documents": True}, "swiglu swa"),
         ({"own": Kernels(pointwise="triton"), "context": 2}, "swiglu swa"),
         ({"own": Kernels(pointwise="triton"), "checkpointing": "selective"}, "swiglu"),
+        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective", "selective": "blocks"}, "swiglu swa mla"),
         ({"own": Kernels(pointwise="triton"), "checkpointing": "full"}, "swiglu swa mla"),
+        ({"own": Kernels(pointwise="triton", attention="reference")}, "swiglu swa"),
+        ({"own": Kernels(pointwise="triton"), "qk_nope_head_dim": 20}, "swiglu swa"),
     ],
     ids=str,
 )
 def test_what_is_chosen(monkeypatch, how, expected):
     monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
     assert chosen(**how) == expected
+
+
+def test_norms_of_queries_and_keys_are_passed_over_by_no_caller():
+    with torch.device("meta"):
+        model = SWAMLAModel(ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, qk_norm=True))
+    kernels.use_pointwise_kernels(model)
+    assert [block.attention.rotate_and_attend for block in model.blocks.values()] == [None, None, latent_attention]
 
 
 def test_without_cudnn_mla_rotates_apart():
@@ -83,6 +93,7 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
         (WIDE, "auto", "SWA by triton and MLA by triton"),
         (replace(WIDE, qk_norm=True), "auto", "SWA by torch (model.qk_norm) and MLA by triton"),
         (WIDE, "flex", "SWA by torch (attention by flex) and MLA by triton"),
+        (WIDE, "reference", "SWA by torch (attention by reference) and MLA by torch (attention by reference)"),
         (replace(WIDE, swa_layers_per_cycle=0), "auto", "MLA by triton"),
     ],
 )

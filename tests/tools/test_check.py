@@ -1,5 +1,6 @@
 """`check`: a line for each thing, an exit code for the whole."""
 
+import functools
 import shutil
 import sys
 from collections import namedtuple
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
+from swamla_titan.kernels import attention
 from swamla_titan.tools import check as module
 from tests.train.runs import snapshot
 
@@ -117,14 +119,19 @@ def test_an_untested_torch_gives_1_and_a_remedy(report, monkeypatch):
     assert "-> install a tested version: pip install 'torch>=2.11,<2.14'" in lines["torch"]
 
 
-def test_attention_that_is_wrong_is_found(report, monkeypatch):
-    """One path computes something else than the other."""
-    real = module.SWAMLAModel.forward
+FAULTS = {
+    "no gradients of queries and keys": lambda real, q, k, v, mask, scale: real(q.detach(), k.detach(), v, mask, scale),
+    "another scale": lambda real, q, k, v, mask, scale: real(q, k, v, mask, 2 * scale),
+    "keys of other heads": lambda real, q, k, v, mask, scale: real(q, k.flip(1), v, mask, scale),
+    "no sinks": lambda real, q, k, v, mask, scale: real(
+        q, k, v, mask if mask is None else mask.tril().triu(-255), scale
+    ),
+}
 
-    def wrong(self, tokens, targets=None):
-        return real(self, tokens if self.attention_backend == "reference" else tokens.roll(1, 1), targets)
 
-    monkeypatch.setattr(module.SWAMLAModel, "forward", wrong)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_attention_that_is_wrong_is_found(report, monkeypatch, fault):
+    monkeypatch.setattr(attention, "_sdpa", functools.partial(FAULTS[fault], attention._sdpa))
     code, lines = report()
     assert code == 1
     assert lines["attention"].startswith("failure  attention")
