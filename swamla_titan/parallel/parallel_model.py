@@ -36,6 +36,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        self._gathers_float8 = gathers_float8(config, world)  # asked once: it slices the mesh
         self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
         self.pipeline = None
         if world.degrees.pipeline > 1:
@@ -95,7 +96,7 @@ class ParallelModel:
                 total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
-            if gathers_float8(self.config, self.world):  # float8 weights are for products alone
+            if self._gathers_float8:  # float8 weights are for products alone
                 free_gathered_weights(part)
         return self.world.sum_over_sequences(total)
 
@@ -110,7 +111,7 @@ class ParallelModel:
         parts = [part for part in self.parts if not isinstance(part, FSDPModule)] if once else []
         for part in parts:
             cast_weights(part, part.activation_dtype)
-        if gathers_float8(self.config, self.world):
+        if self._gathers_float8:
             from swamla_titan.quantization.float8 import compute_scales
 
             for part in self.parts:
