@@ -49,6 +49,12 @@ def float8_contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("float8.fsdp_all_gather", *why), f'"always" cannot be with {" and ".join(why)} as set: use "auto"'
         )
+    if float8.recipe == "native" and parallel.async_tensor:
+        yield Contradiction(
+            ("parallel.async_tensor", "float8.recipe"),
+            'true has no effect with recipe = "native", whose products the compiler does not cut into pieces: set it '
+            'to false, or choose "rowwise"',
+        )
     if float8.loss_scaling and not config.fault_tolerance.skip_bad_steps:
         yield Contradiction(
             ("float8.loss_scaling", "fault_tolerance.skip_bad_steps"),
@@ -66,5 +72,6 @@ def why_not_gathered(config: Config) -> list[str]:
         "parallel.cpu_offload": parallel.cpu_offload,
         # The weights are of a subclass of Tensor then, which nothing but fused AdamW was tried on.
         "optimizer.name": config.optimizer.name != "adamw",
+        "optimizer.moments": config.optimizer.moments != "float32",
     }
     return [key for key, stands_in_the_way in keys.items() if stands_in_the_way]

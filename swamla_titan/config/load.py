@@ -124,10 +124,18 @@ def _apply_override(override: Override, tables: dict[str, dict[str, Any]], error
         value = {"true": True, "false": False}.get(text, text)
     elif kind is not str:
         try:
-            value = tomllib.loads(f"value = {text}")["value"] if kind == TABLE else kind(text)
+            value = _inline_table(text) if kind == TABLE else kind(text)
         except ValueError:
             value = text
     tables.setdefault(section, {})[key] = value
+
+
+def _inline_table(text: str) -> Any:
+    """ValueError if it is anything but one value."""
+    parsed = tomllib.loads(f"value = {text}")
+    if parsed.keys() != {"value"}:
+        raise ValueError
+    return parsed["value"]
 
 
 def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.optim.groups import named
 from swamla_titan.optim.pointwise import pointwise, put
+from swamla_titan.parallel.data_parallel import free_gathered_weights
 from swamla_titan.parallel.sharded import like_part, local
 
 
@@ -63,9 +63,8 @@ class AveragedWeights:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
-        for module in (module for part in self._parts for module in part.modules()):
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what was gathered of the others, and may have been kept
+        for part in self._parts:
+            free_gathered_weights(part)  # which may have been kept, of the others
 
 
 def _move(mean: Tensor, weight: Tensor, share: Tensor, bad: Tensor | None) -> None:

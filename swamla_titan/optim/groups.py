@@ -17,7 +17,7 @@ from swamla_titan.optim.matrices import column_units
 # torchao's.
 BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
-_SMALLEST_BLOCK = 32  # below, scales take more than half a byte an element: little is left of what is saved
+_SMALLEST_BLOCK = 32  # below, scales of both moments take more than a quarter of a byte an element
 _VOCABULARY = ("embedding.weight", "head.weight")  # looked up or as wide as the vocabulary: no hidden layer's matrices
 
 
@@ -45,9 +45,13 @@ def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]
     A tied weight is one, and both ends of it, on different stages of a pipeline, are of the same kind.
     """
     units = column_units(model)
+    untied = isinstance(model, SWAMLAModel) and not model.config.tie_embeddings
     found: dict[Kind, list[nn.Parameter]] = {}
     for name, parameter in sorted(named(model), key=lambda pair: pair[1].ndim < 2):
-        kind = _kind(name, parameter, units.get(parameter, 0), config)
+        # Rows of absent tokens have no gradient: a second moment that fades to the code of 0 before the first one does
+        # would make steps of first / eps (hundreds of learning rates were seen). bitsandbytes advises the same.
+        quantized = not (untied and name == "embedding.weight")
+        kind = _kind(name, parameter, units.get(parameter, 0), config, quantized)
         found.setdefault(kind, []).append(parameter)
     return found
 
@@ -90,13 +94,13 @@ def multiplier(name: str, patterns: Mapping[str, float]) -> float:
     return next((factor for pattern, factor in reversed(list(patterns.items())) if fnmatchcase(name, pattern)), 1.0)
 
 
-def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer) -> Kind:
+def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quantized: bool) -> Kind:
     is_matrix = parameter.ndim >= 2
     rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
     if rule == "muon" and (not is_matrix or name in _VOCABULARY):
         rule = "adamw"
     moments = config.moments if is_matrix else "float32"
-    if config.name in BLOCKS and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
+    if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_of(config.name, parameter.shape[-1], unit) else "float32"
     decay = config.weight_decay if is_matrix else 0.0
     return Kind(rule, moments, decay, multiplier(name, config.lr_multipliers))

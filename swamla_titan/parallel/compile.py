@@ -1,5 +1,7 @@
 """Compilation: block by block, kept between runs, and accounted for."""
 
+import functools
+import hashlib
 import logging
 import os
 import tempfile
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics, counters
 from torch._functorch import config as functorch_config
 
+from swamla_titan import kernels
 from swamla_titan.config.sections import Compile
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
@@ -43,6 +46,7 @@ def compile_model(
     if not config.enabled:
         return
     set_cache_folder(config)
+    torch.compiler.config.cache_key_tag = _tag_of_operators()
     # One object for all blocks: torch compiles again for another backend.
     of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     blocks = model.blocks
@@ -88,6 +92,18 @@ def set_cache_folder(config: Compile) -> Path | None:
     os.environ[_INDUCTOR_FOLDER] = str(folder)
     os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
     return folder
+
+
+@functools.cache
+def _tag_of_operators() -> str:
+    """What changes with the code of our own operators, of which torch puts no more than the names into its keys.
+
+    Their gradients are traced into compiled code, which an earlier version of them would otherwise go on giving.
+    """
+    digest = hashlib.sha256(os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "").encode())
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def refuse_cache_folder(config: Compile) -> None:

@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from swamla_titan.config.float8_rules import why_not_gathered
-from swamla_titan.config.sections import Config, Parallel
+from swamla_titan.config.sections import Parallel
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -145,12 +144,6 @@ def free_gathered_weights(model: nn.Module) -> None:
     """Make parameters the sharded ones again, whatever passes have gathered."""
     for module in _units(model):
         module.reshard()
-
-
-def gathers_float8(config: Config, world: World) -> bool:
-    """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather)."""
-    shared = world.weights is not None and world.weights["shard"].size() > 1
-    return config.float8.fsdp_all_gather != "never" and not why_not_gathered(config) and shared
 
 
 def _prefetch(model: SWAMLAModel) -> None:

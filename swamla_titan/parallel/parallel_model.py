@@ -13,9 +13,9 @@ from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import clip_gradients
-from swamla_titan.parallel.data_parallel import free_gathered_weights, gathers_float8, reduce_after_this_backward
+from swamla_titan.parallel.data_parallel import free_gathered_weights, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
-from swamla_titan.parallel.parallelize import parallelize
+from swamla_titan.parallel.parallelize import gathers_float8, parallelize
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
 from swamla_titan.parallel.whole_gradients import sum_whole_gradients

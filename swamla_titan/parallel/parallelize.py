@@ -5,13 +5,15 @@ import functools
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.config.sections import Float8
+from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
-from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights, gathers_float8
+from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
@@ -22,6 +24,27 @@ from swamla_titan.quantization.products import Product, survey
 def float8_products(config: Config) -> list[Product]:
     """Which products of the configured model are computed in float8; empty if none are asked for."""
     return [] if config.float8.recipe == "off" else list(_products(config.model, config.float8, config.parallel.tensor))
+
+
+def gathers_float8(config: Config, world: World) -> bool:
+    """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather).
+
+    Not where a rank's part of a weight would be smaller than another's: torchao sends parts as they are, of whatever
+    size. UserError if that stands in the way of "always".
+    """
+    wanted = config.float8.fsdp_all_gather
+    if wanted == "never" or why_not_gathered(config) or world.weights is None or world.weights["shard"].size() == 1:
+        return False
+    shards = world.weights["shard"].size()
+    uneven = [
+        each for each in float8_products(config) if not each.why_not and each.name != "head" and each.out % shards
+    ]
+    if uneven and wanted == "always":
+        raise UserError(
+            f'float8.fsdp_all_gather = "always": {shards} ranks cannot share the {uneven[0].out} rows of '
+            f'{uneven[0].kind} evenly, as they would have to; use "auto", or other widths or numbers of ranks'
+        )
+    return not uneven
 
 
 @functools.lru_cache  # for `plan`, which asks for every layer

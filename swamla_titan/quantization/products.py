@@ -130,7 +130,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     if small:
         kinds = ", ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in small))
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
-    tokens = rows * config.training.seq_len // (config.parallel.context * config.parallel.tensor)
+    tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
     fewest = int(_WEIGHT_BYTES / _BYTES / (6 * (1 / _BFLOAT16 - 1 / _FLOAT8)))
     if tokens < fewest:
         yield (

@@ -13,7 +13,8 @@ from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
-from swamla_titan.parallel.data_parallel import frees_weights, gathers_float8, is_kept_whole
+from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
+from swamla_titan.parallel.parallelize import gathers_float8
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 

@@ -9,8 +9,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
-from swamla_titan.parallel.data_parallel import gathers_float8
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_products, gathers_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.quantization.products import warnings
 from swamla_titan.train.kernels import attention_of, pointwise_of

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.optim import AveragedWeights, build_optimizer, state_bytes
+from swamla_titan.parallel.agreement import agree
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -70,7 +71,8 @@ class TrainingState:
 
     def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:
         """Fill weights, their average, optimizer states and `rest` from a checkpoint, in place."""
-        ema = self.ema if self.ema and holds_ema(path) else None
+        there = agree(self._world, lambda: holds_ema(path))
+        ema = self.ema if there else None
         # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
         for part, optimizer in zip(self.model.parts, self.optimizers):
             load_tensors(path, tensors_of([part], [optimizer], ema) | rest, self._world)
@@ -78,6 +80,8 @@ class TrainingState:
             self.ema.restart()
             if self._world.is_first:
                 logger.warning("%s holds no average of the weights: it begins with the weights themselves", path)
+        if there and not self.ema and self._world.is_first:
+            logger.warning("%s holds an average of the weights, which ema.decay = 0 drops", path)
 
     def _load(self, path: Path, step: int) -> None:
         # What a rank keeps that the checkpoint has no random state for: there are more ranks now than there were.

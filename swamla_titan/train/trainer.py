@@ -23,7 +23,7 @@ from swamla_titan.data import (
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import lr_factor, set_learning_rate, skip_where
+from swamla_titan.optim import lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.world import World
@@ -64,7 +64,7 @@ class Trainer:
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
-        agree(world, lambda: (attention_of(config, world), pointwise_of(config, world)))
+        agree(world, lambda: _refuse_what_this_machine_lacks(config, world))
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(
@@ -364,6 +364,12 @@ class Trainer:
             replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
             record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
             self.saver.save(self.state.tensors(), record, self.files, last)
+
+
+def _refuse_what_this_machine_lacks(config: Config, world: World) -> None:
+    attention_of(config, world)
+    pointwise_of(config, world)
+    refuse_old_gpu(config.optimizer, world.device)
 
 
 def _files(config: Config, corpus: Corpus) -> dict[str, bytes]:

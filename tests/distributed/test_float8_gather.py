@@ -16,7 +16,9 @@ from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import join_world
+from swamla_titan.quantization.native import NativeLinear
 from swamla_titan.train.checkpoint import tensors_of
+from tests.distributed.job import run_and_listen
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import SMALL, batch
 from tests.train.runs import metrics, train
@@ -78,6 +80,32 @@ def _name_of(model: ParallelModel, module: torch.nn.Module) -> str:
 )
 def test_products_are_gathered_in_float8_with_scales_made_at_once(choice, dtype, expected):
     assert on_ranks(2, _gathered, choice, dtype) == [expected] * 2
+
+
+def test_weights_that_ranks_cannot_share_evenly_are_not(tiny: Path):
+    """torchao sends each rank's part as it is: with parts of several sizes ranks would wait for ever."""
+    float8 = ("--float8.recipe", "tensorwise", "--float8.products", "all", "--training.steps", "1")
+    assert on_ranks(3, train, tiny, *float8) == [0] * 3
+    ended = on_ranks(3, run_and_listen, str(tiny), *float8, "--float8.fsdp_all_gather", "always")
+    assert [each.code for each in ended] == [2] * 3
+    assert "3 ranks cannot share the " in ended[0].err
+
+
+@pytest.mark.parametrize("reshard, kept", [("always", False), ("never", True)])
+def test_native_weights_in_float8_wait_for_the_backward_pass_where_weights_do(reshard: str, kept: bool):
+    assert on_ranks(2, _keeps_columns, reshard) == [{kept}] * 2
+
+
+def _keeps_columns(reshard: str) -> set[bool]:
+    config = Config(
+        model=ModelConfig(**SMALL),
+        float8=Float8(recipe="native", products="all"),
+        training=Training(seq_len=64),
+        compile=Compile(enabled=False),
+        parallel=Parallel(reshard_after_forward=reshard),
+    )
+    model = ParallelModel(config, join_world(config.parallel))
+    return {module.keeps_columns for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
 
 
 @pytest.mark.slow

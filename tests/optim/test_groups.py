@@ -1,5 +1,7 @@
 """Which rule moves a parameter, how its moments are kept, what its learning rate is, and which matrices are one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,33 @@ def test_multipliers_go_with_the_schedule():
             for group in optimizer.param_groups:
                 is_embedding = any(parameter is model.embedding.weight for parameter in group["params"])
                 assert group["lr"] == lr * (0.25 if is_embedding else 1.0)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit", "adamw_fp8"])
+@pytest.mark.parametrize("tied, moments", [(True, None), (False, "float32")])
+def test_an_embedding_of_its_own_whose_rows_are_mostly_without_gradient_is_not_quantized(name, tied, moments):
+    config = replace(FLAVORS["debug"], vocab_size=512, tie_embeddings=tied)
+    with torch.device("meta"):
+        model = SWAMLAModel(config)
+    of = {parameter: kind for kind, each in groups(model, Optimizer(name=name)).items() for parameter in each}
+    assert of[model.embedding.weight].moments == (moments or name)
+    assert of[model.head.weight].moments == name
+
+
+def test_absent_tokens_make_no_large_steps():
+    """A gradient once, then none for a while: the step is never much more than the learning rate."""
+    torch.manual_seed(0)
+    model = SWAMLAModel(replace(FLAVORS["debug"], num_layers=3, vocab_size=512, tie_embeddings=False))
+    optimizer = build_optimizer(model, Optimizer(name="adamw8bit", lr=1e-3, weight_decay=0.0))
+    set_learning_rate(optimizer, 1e-3)
+    for _ in range(12):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        seen = torch.randint(0, 512, (20,))
+        model.embedding.weight.grad[seen] = 1e-2 * torch.randn(20, model.config.dim)
+        before = model.embedding.weight.detach().clone()
+        optimizer.step()
+        assert (model.embedding.weight - before).abs().max() < 1.5e-3
 
 
 def test_both_ends_of_a_tied_weight_are_of_one_kind_on_other_stages_of_a_pipeline():

@@ -41,6 +41,13 @@ def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
 def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled):
     found, expected = moved(settings, "cuda", compiled), moved(settings, "cpu", False)
     for one, other in zip(found.parameters(), expected.parameters()):
-        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-4)
+        assert_near(one.cpu(), other)
     for one, other in zip(found.averages, expected.averages):
-        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-4)
+        assert_near(one.cpu(), other)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for the few elements whose roundings tip a code or a sign, and so a step of at most two learning rates."""
+    off = (found - expected).abs()
+    assert off.max() < 1e-2
+    assert (off > 2e-4).sum() <= 1e-4 * off.numel()

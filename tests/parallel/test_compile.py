@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 
 from swamla_titan.config.sections import Compile
 from swamla_titan.errors import UserError
+from swamla_titan.parallel import compile as compile_file
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
@@ -186,3 +187,19 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: 
     assert f"compiled {graphs} graph" in said[0]
     assert f"0 graph breaks; 0 of {passes} from {tmp_path}" in said[0]
     assert f"0 graph breaks; {passes} of {passes} from {tmp_path}" in said[1]
+
+
+def test_compiled_code_is_not_found_again_when_an_operator_of_ours_is_another(tmp_path, monkeypatch):
+    """Of custom operators torch's keys hold the names alone, and compiled code their gradients."""
+    for name in ("__init__.py", "product.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(compile_file.kernels, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    tags = []
+    for text in ("", "2 * x", ""):
+        (tmp_path / "product.py").write_text(text)
+        compile_file._tag_of_operators.cache_clear()
+        compile_model(small_model(), Compile(cache_folder=str(tmp_path / "cache")), backend="eager")
+        tags.append(torch.compiler.config.cache_key_tag)
+    compile_file._tag_of_operators.cache_clear()
+    assert tags[0] == tags[2] != tags[1]

@@ -1,9 +1,17 @@
 """Dynamic loss scaling: the scale itself, and runs with it."""
 
+import pytest
 import torch
 
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Compile, Float8, Training
+from swamla_titan.data import MicroBatch
+from swamla_titan.model import ModelConfig
+from swamla_titan.parallel.parallel_model import ParallelModel
+from swamla_titan.parallel.world import World
 from swamla_titan.train import loss_scale as module
 from swamla_titan.train.loss_scale import LossScale
+from tests.parallel.plan import SMALL, batch
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train
 
@@ -23,6 +31,25 @@ def test_it_stays_a_number_whatever_happens():
     for _ in range(200):
         scale.update(torch.tensor(float("nan")))
     assert scale.value == 2.0**-60
+
+
+@pytest.mark.parametrize("scale", [2.0**10, None])
+def test_backward_passes_are_of_the_scaled_loss_and_gradients_are_not(scale):
+    config = Config(
+        model=ModelConfig(**SMALL),
+        float8=Float8(recipe="native", products="all"),
+        training=Training(seq_len=64),
+        compile=Compile(enabled=False),
+    )
+    model = ParallelModel(config, World.alone())
+    model.init_weights(0)
+    model.loss_scale = None if scale is None else torch.tensor(scale)
+    weight, seen = model.parts[0].blocks["0"].feed_forward.down.weight, []
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.norm().item()))
+    tokens = batch()
+    loss = model.train_step([MicroBatch(tokens, tokens, None, len(tokens))], tokens.numel())
+    assert 2 < loss.item() < 6  # some targets are none
+    assert seen[0] == pytest.approx((scale or 1.0) * weight.grad.norm().item(), rel=1e-5)
 
 
 SCALED = ("--float8.recipe", "native", "--float8.products", "all", "--float8.loss_scaling", "true")
