@@ -135,7 +135,8 @@ def test_loss_and_gradients_equal_one_process(size):
     "size, documents, compiler",
     [
         (2, True, "inductor"),
-        (3, False, "aot_eager"),  # the same graphs, without half a minute of code generation
+        # The same graphs, without half a minute of code generation.
+        pytest.param(3, False, "aot_eager", marks=pytest.mark.slow),
         pytest.param(4, True, "aot_eager", marks=pytest.mark.slow),
         pytest.param(2, False, "inductor", marks=pytest.mark.slow),
         pytest.param(3, True, "inductor", marks=pytest.mark.slow),
