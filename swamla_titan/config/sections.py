@@ -218,7 +218,8 @@ class Float8:
     fsdp_all_gather: str = key(
         "auto",
         "tensorwise: FSDP2 gathers weights in float8, half the bytes, with scales computed for all at once before each "
-        "step. auto: where that can be: with fsdp or hsdp and adamw, without tensor parallelism and offloading.",
+        "step. auto: where that can be: with fsdp or hsdp, adamw with moments in float32 and weights whose rows all "
+        "ranks can share evenly, without tensor parallelism and offloading.",
         choices=("auto", "always", "never"),
     )
     gradient_dtype: str = key(

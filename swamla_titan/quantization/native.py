@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from swamla_titan.kernels.float8 import float8_cast, scale_for
 from swamla_titan.kernels.float8_product import (
@@ -26,6 +25,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import EPS, DynamicTanh, RMSNorm
+from swamla_titan.parallel.sharded import local
 
 
 class NativeLinear(Linear):
@@ -130,7 +130,7 @@ def cast_weights(model: nn.Module, through: torch.dtype) -> None:
     linears = [module for module in model.modules() if isinstance(module, NativeLinear)]
     if not linears:
         return
-    weights = [each.weight.to_local() if isinstance(each.weight, DTensor) else each.weight for each in linears]
+    weights = [local(each.weight) for each in linears]
     largest = torch.stack(torch._foreach_norm(weights, ord=torch.inf))
     for linear, weight, scale in zip(linears, weights, scale_for(largest.to(through), VALUES).unbind()):
         linear.cast = *float8_cast(weight.detach(), scale, VALUES, through), scale

@@ -39,6 +39,16 @@ from swamla_titan.config.sections import (
             Config(float8=Float8(recipe="rowwise"), training=Training(seq_len=1040), parallel=Parallel(tensor=2)),
             {"training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"},
         ),
+        (
+            Config(float8=Float8(recipe="native"), parallel=Parallel(tensor=2, async_tensor=True)),
+            {"parallel.async_tensor", "float8.recipe"},
+        ),
+        (
+            Config(
+                float8=Float8(recipe="tensorwise", fsdp_all_gather="always"), optimizer=Optimizer(moments="bfloat16")
+            ),
+            {"float8.fsdp_all_gather", "optimizer.moments"},
+        ),
         (Config(float8=Float8(products="all")), {"float8.products", "float8.recipe"}),
         (Config(float8=Float8(output_head=True)), {"float8.output_head", "float8.recipe"}),
         (Config(float8=Float8(loss_scaling=True)), {"float8.loss_scaling", "float8.recipe"}),

@@ -66,6 +66,8 @@ def test_other_ranks_go_on_with_it_and_a_run_that_had_none_begins_with_its_weigh
     for name in found:
         if name.startswith("ema."):
             assert torch.equal(found[name], found[name.replace("ema.", "model.", 1)])
+    ended = run_and_listen(config, *COMMON, *none, "--training.steps", "5", "--job.dump_folder", str(without))
+    assert "holds an average of the weights, which ema.decay = 0 drops" in ended.out + ended.err
 
 
 def test_a_bad_step_and_a_rewind_take_it_along(tmp_path):
