@@ -246,14 +246,16 @@ class Kernels:
     )
     loss: str = key(
         "auto",
-        "fused: output head and loss as one, which never holds all logits. plain, and auto as yet: all logits first.",
+        "fused: output head and loss as one, which never holds all logits. auto: fused on GPUs in 16 bits, unless the "
+        "head is in float8 or shared by ranks. plain: all logits first.",
         choices=("auto", "fused", "plain"),
     )
     pointwise: str = key(
         "auto",
         "SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention "
         "is by triton, without qk_norm, in MLA where it is by cuDNN, without documents and context parallel, in both "
-        'without checkpoints of operators (selective = "operators"). plain, and auto as yet: left to torch.compile.',
+        'without checkpoints of operators (selective = "operators"). auto: these on H100 and H200 in 16 bits. plain: '
+        "left to torch.compile.",
         choices=("auto", "triton", "plain"),
     )
 

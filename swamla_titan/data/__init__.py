@@ -16,7 +16,7 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
-from swamla_titan.data.loader import BatchLoader
+from swamla_titan.data.loader import BatchLoader, prepare_workers
 from swamla_titan.data.skips import Skip, skips_of
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +38,7 @@ __all__ = [
     "micro_batches",
     "open_corpus",
     "pinned",
+    "prepare_workers",
     "rows_at_a_time",
     "sequences_per_rank",
     "skips_of",

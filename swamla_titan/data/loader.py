@@ -3,11 +3,13 @@
 import atexit
 import json
 import logging
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -251,6 +253,17 @@ def _end_workers(items: Any) -> None:
 def _unchanged(item: Portion) -> Portion:
     # torch's default would move arrays into shared memory, of which containers often have little.
     return item
+
+
+def prepare_workers(count: int) -> None:
+    """Let the server that the loader's `count` processes are forked from begin to start, which takes seconds.
+
+    Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
+    """
+    if count:
+        _fork_server()
+        with suppress(OSError):  # the loader's own start will tell
+            multiprocessing.forkserver.ensure_running()
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:

@@ -9,6 +9,7 @@ from swamla_titan.kernels.cross_entropy import IGNORE
 
 # Of logits at a time. With fewer, adding to the weight's gradient, which reads and writes all of it, would cost more.
 _CHUNK_BYTES = 2**30
+_ROWS = 256  # a part is a multiple of, as products like it
 
 
 def linear_cross_entropy(
@@ -41,9 +42,11 @@ def linear_cross_entropy(
     return total
 
 
-def tokens_at_a_time(vocabulary: int, itemsize: int) -> int:
-    """Rows of logits over so many columns, of so many bytes a number, that are held at a time."""
-    return max(_CHUNK_BYTES // (itemsize * vocabulary) // 256 * 256, 256)
+def tokens_at_a_time(tokens: int, vocabulary: int, itemsize: int) -> int:
+    """Rows of logits over so many columns, of so many bytes a number, that are held at a time: tokens in even parts."""
+    most = max(_CHUNK_BYTES // (itemsize * vocabulary), _ROWS) // _ROWS * _ROWS
+    even = -(-tokens // -(-tokens // most))
+    return min(tokens, -(-even // _ROWS) * _ROWS)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted: bool,
     ) -> Tensor:
         matrix = weight.to(x.dtype)
-        rows = tokens_at_a_time(weight.shape[0], x.element_size())
+        rows = tokens_at_a_time(x.shape[0], weight.shape[0], x.element_size())
         losses, grad_weight = [], None
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x
         for some, their_targets, their_grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):

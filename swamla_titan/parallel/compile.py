@@ -72,6 +72,19 @@ class _Budgeted:
         return compiled
 
 
+def warm_compiler(config: Compile, device: torch.device) -> None:
+    """Let the processes that compile a GPU's kernels begin to start, which takes seconds; nothing waits for them.
+
+    Without this they start with the first graph, whose kernels are then compiled one after the other in this process.
+    Raises UserError as `set_cache_folder` does.
+    """
+    if config.enabled and device.type == "cuda":
+        set_cache_folder(config)  # which they ask for at their start
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
 def set_cache_folder(config: Compile) -> Path | None:
     """Where compiled code is kept from now on, for the next run as well; None: where torch does by itself.
 

@@ -11,6 +11,7 @@ from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import triton_swiglu
+from swamla_titan.kernels.window_attention import has_triton, window_kernel_is_fastest
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
@@ -22,15 +23,42 @@ _ALIGNED = 8  # numbers of 16 bits: cuDNN reads values where they lie, behind th
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
     """Set them in place, before the model is split or compiled; train/kernels.py refuses what a machine cannot run.
 
-    `device` is where it will run. "auto" takes those that have been timed on a GPU and found faster than what
-    torch.compile makes. Those of the loss and between the products have not yet.
+    `device` is where it will run. "auto" takes those that were timed there, or on a GPU like it, and found faster than
+    what torch.compile makes.
     """
     model.attention_backend = config.kernels.attention
-    model.linear_loss = linear_cross_entropy if config.kernels.loss == "fused" else None
-    if config.kernels.pointwise == "triton":
+    model.linear_loss = linear_cross_entropy if is_loss_fused(config, device) else None
+    if are_pointwise_ours(config, device):
         use_pointwise_kernels(
             model, {kind for kind in ("swa", "mla") if why_rotation_is_plain(kind, config, device) is None}
         )
+
+
+def is_loss_fused(config: Config, device: torch.device) -> bool:
+    """Whether head and loss are one operation on this device."""
+    return wants_fused_loss(config) and (config.kernels.loss == "fused" or is_gpu_with_triton(device))
+
+
+def wants_fused_loss(config: Config) -> bool:
+    """Whether they are one on a GPU: "auto" wants that wherever it can be, in 16 bits."""
+    if config.kernels.loss != "auto":
+        return config.kernels.loss == "fused"
+    parallel, float8 = config.parallel, config.float8
+    is_split = parallel.tensor > 1 or parallel.pipeline > 1
+    return not is_split and not float8.output_head and config.training.compute_dtype != "float32"
+
+
+def are_pointwise_ours(config: Config, device: torch.device) -> bool:
+    """Whether kernels of ours compute what lies between the products, as far as they can; "auto": on H100 and H200."""
+    if config.kernels.pointwise != "auto":
+        return config.kernels.pointwise == "triton"
+    dtype = getattr(torch, config.training.compute_dtype)
+    return is_gpu_with_triton(device) and window_kernel_is_fastest(device, dtype)
+
+
+def is_gpu_with_triton(device: torch.device) -> bool:
+    """Whether our kernels run there at all."""
+    return device.type == "cuda" and has_triton()
 
 
 def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "mla")) -> None:

@@ -14,6 +14,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
 from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
+from swamla_titan.parallel.kernels import wants_fused_loss
 from swamla_titan.parallel.parallelize import gathers_float8
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
@@ -153,9 +154,9 @@ def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: in
     logits = tokens * config.model.padded_vocab_size // world.degrees.tensor
     dtype = config.training.compute_dtype
     width = getattr(torch, dtype).itemsize
-    if config.kernels.loss == "fused":
+    if wants_fused_loss(config):
         vocabulary, dim = config.model.padded_vocab_size, config.model.dim
-        stretch = min(tokens, tokens_at_a_time(vocabulary, width))
+        stretch = tokens_at_a_time(tokens, vocabulary, width)
         # Beside the weight's gradient in float32 there is the sum before, where 16-bit products are added to it.
         sums = 2 if stretch < tokens and width < _FLOAT32 else 1
         return stretch * vocabulary * width + tokens * dim * width + sums * vocabulary * dim * _FLOAT32

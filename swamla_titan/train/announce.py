@@ -9,6 +9,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
+from swamla_titan.parallel.kernels import is_loss_fused
 from swamla_titan.parallel.parallelize import float8_products, gathers_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.quantization.products import warnings
@@ -47,7 +48,7 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
     if waits:
         logger.warning(waits)
     logger.info(f"attention: {attention_of(config, world)}")
-    if config.kernels.loss == "fused":
+    if is_loss_fused(config, world.device):
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")

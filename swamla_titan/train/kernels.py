@@ -9,7 +9,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model.context import attention_path, is_plainly_causal
 from swamla_titan.parallel.context import kernel_without_mask
-from swamla_titan.parallel.kernels import why_rotation_is_plain
+from swamla_titan.parallel.kernels import are_pointwise_ours, is_gpu_with_triton, why_rotation_is_plain
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.parallel.world import World
@@ -35,9 +35,9 @@ def attention_of(config: Config, world: World) -> str:
 
 def pointwise_of(config: Config, world: World) -> str | None:
     """What our kernels compute between the products, in words; None: nothing. UserError if they are not to be had."""
-    if config.kernels.pointwise != "triton":
+    if not are_pointwise_ours(config, world.device):
         return None
-    if world.device.type != "cuda" or not has_triton():
+    if not is_gpu_with_triton(world.device):
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
     # The vocabulary is not known yet, and nothing is asked of the head.
     model = replace(config.model, vocab_size=config.model.vocab_size or 1)

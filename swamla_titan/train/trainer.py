@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import logging
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from swamla_titan.data import (
     micro_batch_count,
     micro_batches,
     pinned,
+    prepare_workers,
     rows_at_a_time,
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
-from swamla_titan.parallel.compile import compilation
+from swamla_titan.parallel.compile import compilation, warm_compiler
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
@@ -65,6 +66,7 @@ class Trainer:
         self.device = world.device
         set_numerics(config, self.device, world.rank)
         agree(world, lambda: _refuse_what_this_machine_lacks(config, world))
+        agree(world, lambda: _start_helpers(config, world))
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(
@@ -87,14 +89,24 @@ class Trainer:
         self.identity = run_identity(config, corpus)
         record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
 
-        self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
-        self.model, self.optimizers = self.state.model, self.state.optimizers
-        self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
-        self.loss_scale = self.state.loss_scale
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
         self.loader = agree(world, lambda: self._open_loader(corpus, record.cursors or None))
+        with ExitStack() as refused:
+            refused.callback(self.loader.close)
+            if self.step < training.steps:
+                agree(world, self.loader.start)  # it reads ahead while the model is made
+            self._prepare(corpus, record, newest)
+            refused.pop_all()
+
+    def _prepare(self, corpus: Corpus, record: Record, newest: Path | None) -> None:
+        """Make what trains, filled from the checkpoint `newest` if there is one, and what writes to the folder."""
+        config, world = self.config, self.world
+        self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
+        self.model, self.optimizers = self.state.model, self.state.optimizers
+        self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
+        self.loss_scale = self.state.loss_scale
         # The row that stops a run, and the step after it, see BadSteps.too_many.
         self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
         if config.metrics.wandb:
@@ -370,6 +382,12 @@ def _refuse_what_this_machine_lacks(config: Config, world: World) -> None:
     attention_of(config, world)
     pointwise_of(config, world)
     refuse_old_gpu(config.optimizer, world.device)
+
+
+def _start_helpers(config: Config, world: World) -> None:
+    """The processes that read data and compile, beside what comes first here."""
+    prepare_workers(config.data.num_workers)
+    warm_compiler(config.compile, world.device)
 
 
 def _files(config: Config, corpus: Corpus) -> dict[str, bytes]:

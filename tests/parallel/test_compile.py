@@ -11,12 +11,13 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
+from torch._inductor import async_compile
 
 from swamla_titan.config.sections import Compile
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import compile as compile_file
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
-from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder
+from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder, warm_compiler
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
 
 
@@ -203,3 +204,16 @@ def test_compiled_code_is_not_found_again_when_an_operator_of_ours_is_another(tm
         tags.append(torch.compiler.config.cache_key_tag)
     compile_file._tag_of_operators.cache_clear()
     assert tags[0] == tags[2] != tags[1]
+
+
+def test_compiling_processes_start_for_a_gpu_alone_and_know_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folders: list[str] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    here = str(tmp_path / "code")
+    warm_compiler(Compile(cache_folder=here), torch.device("cpu"))
+    warm_compiler(Compile(cache_folder=here, enabled=False), torch.device("cuda"))
+    assert not folders
+    warm_compiler(Compile(cache_folder=here), torch.device("cuda"))
+    assert folders == [here]

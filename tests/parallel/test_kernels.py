@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel
+from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel, Training
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import window_attention
 from swamla_titan.kernels.latent_attention import latent_attention
@@ -17,13 +17,14 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.world import World
-from swamla_titan.train import kernels as run_kernels
 from swamla_titan.train.kernels import pointwise_of
 
 CPU = torch.device("cpu")
 
 
-def chosen(own, checkpointing="none", selective="operators", documents=False, context=1, **changes):
+def chosen(
+    own, checkpointing="none", selective="operators", documents=False, context=1, device=CPU, others=None, **changes
+):
     """What of loss, SwiGLU and the rotation of both kinds of attention is computed by our kernels."""
     config = ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, **changes)
     with torch.device("meta"):
@@ -35,7 +36,7 @@ def chosen(own, checkpointing="none", selective="operators", documents=False, co
         data=Data(document_mask=documents),
         parallel=Parallel(context=context),
     )
-    choose_kernels(model, choices, CPU)
+    choose_kernels(model, replace(choices, **(others or {})), device)
     first, second, mla = (block.attention.rotate_and_attend for block in model.blocks.values())
     assert first is second
     activations = {block.feed_forward.activate for block in model.blocks.values()}
@@ -80,6 +81,30 @@ def test_norms_of_queries_and_keys_are_passed_over_by_no_caller():
     assert [block.attention.rotate_and_attend for block in model.blocks.values()] == [None, None, latent_attention]
 
 
+H100, A100 = (9, 0), (8, 0)
+
+
+@pytest.mark.parametrize(
+    "gpu, changes, expected",
+    [
+        (H100, {}, "loss swiglu swa mla"),
+        (A100, {}, "loss"),  # not timed there
+        (H100, {"training": Training(compute_dtype="float32")}, ""),
+        (H100, {"parallel": Parallel(tensor=2)}, "swiglu swa mla"),
+        (H100, {"parallel": Parallel(pipeline=2)}, "swiglu swa mla"),
+        (H100, {"float8": Float8(recipe="tensorwise", output_head=True)}, "swiglu swa mla"),
+        (H100, {"kernels": Kernels(loss="plain", pointwise="plain")}, ""),
+        (None, {}, ""),
+    ],
+    ids=str,
+)
+def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
+    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
+
+
 def test_without_cudnn_mla_rotates_apart():
     assert chosen(Kernels(pointwise="triton")) == "swiglu swa"
 
@@ -99,7 +124,7 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
 )
 def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(window_attention, "has_triton", lambda: True)
-    monkeypatch.setattr(run_kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
@@ -108,11 +133,12 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     unknown = replace(model, vocab_size=0)  # before the tokenizer is read
     native = replace(config, model=unknown, float8=Float8(recipe="native"))
     assert pointwise_of(native, cuda) == f"SwiGLU with its cast to float8, rotation of {said}"
-    assert pointwise_of(replace(config, kernels=Kernels()), cuda) is None
+    assert pointwise_of(replace(config, kernels=Kernels(attention=attention)), cuda) == pointwise_of(config, cuda)
+    assert pointwise_of(replace(config, kernels=Kernels(pointwise="plain")), cuda) is None
 
 
 @pytest.mark.parametrize("device, triton", [("cpu", True), ("cuda", False)])
 def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
-    monkeypatch.setattr(run_kernels, "has_triton", lambda: triton)
+    monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
         pointwise_of(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
