@@ -82,7 +82,7 @@ class Saver:
         """Let the checkpoint in flight be finished. `alone`: the other ranks are not there for it; do not wait."""
         if self._thread is not None and not alone:
             self._thread.join()
-        self._staging.close()
+        self._staging.close(alone)
 
     def _attempt(
         self, tensors: dict[str, Any], record: Record, files: dict[str, bytes], begin: float

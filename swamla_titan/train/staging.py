@@ -45,7 +45,7 @@ class Staging:
         Returns the same with copies in place of tensors, DTensors on the same mesh. They are good after `wait`, until
         the next call.
         """
-        self.close()
+        self._prepared()
         self._reserve(sum(_room(local(each)) for each in _leaves(tensors)))
         if self._stream is None:
             return self._copied_to_host(tensors, [0])
@@ -68,19 +68,35 @@ class Staging:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def close(self) -> None:
-        """Wait for the thread that pins memory, which must not outlive the interpreter."""
+    def close(self, alone: bool = False) -> None:
+        """Give the memory back; copies are good no longer.
+
+        `alone`: the device may never be done with it, so only the thread that pins memory is waited for, which must not
+        outlive the interpreter.
+        """
+        self._prepared()
+        if not alone:
+            self.wait()
+            self._release()
+
+    def _prepared(self) -> None:
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
+
+    def _release(self) -> None:
+        # Memory that is freed while it is pinned stays so by its address, and what comes to lie there next cannot be
+        # pinned, or is copied to where it was.
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
     def _reserve(self, size: int) -> None:
         """Have memory of at least `size` bytes."""
         if size <= len(self._memory):
             return
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
-        self._memory, self._pinned = torch.empty(size, dtype=torch.uint8), False
+        self._release()
+        self._memory = torch.empty(size, dtype=torch.uint8)
         if self._stream is None:
             return
         # Not by torch's allocator of pinned memory, which takes the next power of two. A thread has a current device of

@@ -64,6 +64,8 @@ def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it(exp
         staging.wait()
         assert copy.is_pinned()
         assert copy.eq(i).all()
+    staging.close()
+    assert not copy.is_pinned()  # else the next memory at this address could not be
 
 
 def test_what_a_run_saves_was_expected_and_not_much_more(tiny, tmp_path, monkeypatch):
