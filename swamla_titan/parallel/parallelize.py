@@ -51,7 +51,7 @@ def gathers_float8(config: Config, world: World) -> bool:
 def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product, ...]:
     with torch.device("meta"):
         model = SWAMLAModel(shape)
-    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor)))
+    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor), norms_cast=tensor == 1))
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
@@ -65,8 +65,9 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        sides = functools.partial(sides_on_a_rank, world.degrees.tensor)
-        convert_to_float8(model, config.float8, world.device, sides, gathers_float8(config, world))
+        tensor, gathered = world.degrees.tensor, gathers_float8(config, world)
+        sides = functools.partial(sides_on_a_rank, tensor)
+        convert_to_float8(model, config.float8, world.device, sides, norms_cast=tensor == 1, gathered=gathered)
     if world.weights is not None and world.degrees.tensor > 1:
         apply_tensor_parallel(model, world.weights["tensor"])
         if config.parallel.async_tensor:
