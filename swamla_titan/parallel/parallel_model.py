@@ -36,7 +36,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-        self._gathers_float8 = gathers_float8(config, world)  # asked once: it slices the mesh
+        self._gathers_float8 = gathers_float8(config, world.degrees)
         self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
         self.pipeline = None
         if world.degrees.pipeline > 1:

@@ -126,7 +126,7 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
         units = [embedding, *blocks, head + norm]
     parallel = config.parallel
     frees = parallel.data_parallel != "ddp" and frees_weights(parallel, always + sum(units))
-    if gathers_float8(config, world):
+    if gathers_float8(config, world.degrees):
         gathered = [_copied(block, config, width, 1) for block in part.blocks.values()]
         units = gathered if units is blocks else [embedding, *gathered, head + norm]
     most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
