@@ -17,11 +17,9 @@ from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides
+from swamla_titan.quiet_torchao import quiet_torchao
 
-# torchao warns at its import that it has no kernels of its own for this Python or CPU; float8 training uses torch's.
-# torch warns of how torchao registers its enumerations.
-logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+quiet_torchao()
 
 from torchao.float8 import (  # noqa: E402
     Float8LinearConfig,
