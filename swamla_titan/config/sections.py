@@ -219,7 +219,7 @@ class Float8:
         "auto",
         "tensorwise: FSDP2 gathers weights in float8, half the bytes, with scales computed for all at once before each "
         "step. auto: where that can be: with fsdp or hsdp, adamw with moments in float32 and weights whose rows all "
-        "ranks can share evenly, without tensor parallelism and offloading.",
+        "ranks can share evenly, without tensor parallelism and offloading; always: refused where it cannot be.",
         choices=("auto", "always", "never"),
     )
     gradient_dtype: str = key(

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.causal_attention import KERNELS
+from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
 
 def chunked_causal_attention(
@@ -131,3 +133,19 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 
 
 _chunked.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention)
+def _forward_flops(query: Size, key: Size, value: Size, starts: list[int], *rest: Any, **out: Any) -> int:
+    return attention_flops(query, value[3], _pairs(query[1], starts))
+
+
+@register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
+    *_, starts, _scale, _kernel = rest
+    return 2 * attention_flops(query, grad_out[3], _pairs(query[1], starts))
+
+
+def _pairs(queries: int, starts: Sequence[int]) -> int:
+    length = queries // len(starts)
+    return sum(start * length + causal_pairs(length) for start in starts)

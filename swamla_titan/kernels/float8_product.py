@@ -12,7 +12,8 @@ or of SwiGLU) it is one number, expanded to the shape. Saved for the backward pa
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.float8 import (
     cast_rms_norm,
@@ -136,6 +137,14 @@ def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_product_gradients, setup_context=_setup_product)
+
+
+# Of the others here, no operator multiplies matrices itself, and the backward pass is made of torch's own products.
+@register_flop_formula(torch.ops.swamla_titan.float8_product)
+def _flops(
+    x: Size, x_rows: Size, x_columns: Size, x_scale: Size, weight: Size, weight_rows: Size, *rest: Any, **out: Any
+) -> int:
+    return 2 * x_rows[0] * weight_rows[0] * weight_rows[1]
 
 
 def _columns_of(weight: Tensor | None, columns: Tensor, scale: Tensor, through: torch.dtype, after: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ pass of its own. Here the queries' are rotated back where the attention wrote th
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.causal_attention import KERNELS
+from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
 _HEADS_AT_A_TIME = 16
 
@@ -112,6 +114,17 @@ def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.latent_attention)
+def _forward_flops(query: Size, keys_values: Size, rope_key: Size, *rest: Any, **out: Any) -> int:
+    value_dim = keys_values[3] - (query[3] - rope_key[2])
+    return attention_flops(query, value_dim, causal_pairs(query[1]))
+
+
+@register_flop_formula(torch.ops.swamla_titan.latent_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
+    return 2 * attention_flops(query, grad_out[3], causal_pairs(query[1]))
 
 
 def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from swamla_titan.kernels.flops import attention_flops, swa_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
 
 
@@ -128,6 +130,18 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.window_attention)
+def _forward_flops(query: Size, *rest: Any, **out: Any) -> int:
+    *_, window, sink, _scale = rest
+    return attention_flops(query, query[3], swa_pairs(query[1], window, sink))
+
+
+@register_flop_formula(torch.ops.swamla_titan.window_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
+    *_, window, sink, _scale = rest
+    return 2 * attention_flops(query, query[3], swa_pairs(query[1], window, sink))
 
 
 def run_forward(

@@ -11,20 +11,9 @@ subtracted, so that the figure does not depend on the data.
 import torch
 from torch import nn
 
+from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.model import SWAMLAModel
-
-
-def causal_pairs(seq_len: int) -> int:
-    """Visible (query, key) pairs of a row in MLA layers."""
-    return seq_len * (seq_len + 1) // 2
-
-
-def swa_pairs(seq_len: int, window: int, sink: int) -> int:
-    """Visible (query, key) pairs of a row in SWA layers; a key that is in window and sink counts once."""
-    in_window = sum(min(t + 1, window) for t in range(seq_len))
-    in_sink_alone = sum(min(sink, max(0, t - window + 1)) for t in range(seq_len))
-    return in_window + in_sink_alone
 
 
 def matmul_weights(config: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swamla_titan.optim.groups import Kind, block_of
 from swamla_titan.parallel.sharded import like_part, local
+from swamla_titan.quiet_torchao import quiet_torchao
 
 _ADAMW = ("exp_avg", "exp_avg_sq")
 _NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)}  # as torch's optimizers name them
@@ -22,6 +23,8 @@ _NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)}  
 
 def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tensor]:
     """Zeros: moments on the parameter's device, cut like the parameter, and AdamW's count of steps."""
+    if _is_quantized(kind):
+        quiet_torchao()  # which is imported below, and there within compiled code
     state = {
         name: like_part(parameter, parameter.shape[-1] // divisor, dtype)
         for name, (dtype, divisor) in _layout(parameter, kind, unit).items()

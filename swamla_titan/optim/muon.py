@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.parallel.sharded import is_shared, local, part_at, shards_of
@@ -25,6 +26,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
 
 Part = tuple[slice, ...]
+Place = tuple[int, ...]
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
@@ -64,16 +66,13 @@ def step_sizes(shape: torch.Size, rows: Sequence[Tensor], adjust_lr_fn: str) -> 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A weight, the rows of its matrices, and which ranks of the group hold which parts; none, if it is here whole."""
+    """A weight, and what of it travels: nothing, if it is here whole. What only its owner asks for, only that has."""
 
     weight: nn.Parameter
-    rows: list[Tensor]
-    parts: list[Part]
-    senders: list[int]  # ranks that together hold the whole once, with the owner among them
-
-    def elements(self, rank: int) -> int:
-        """Of the part on a rank."""
-        return math.prod(axis.stop - axis.start for axis in self.parts[rank])
+    is_sent: bool = False  # from this rank, to the owner
+    rows: Sequence[Tensor] = ()  # the owner's: of the weight's matrices
+    parts: Sequence[Part] = ()  # the owner's: each rank's
+    arriving: Sequence[int] = ()  # the owner's: elements from each rank; from some, which together hold the whole once
 
 
 class Orthogonalizer:
@@ -92,8 +91,9 @@ class Orthogonalizer:
         self._size, self._rank = (self._group.size(), self._group.rank()) if self._group else (1, 0)
         self._device = local(weights[0]).detach().device
         by_work = sorted(weights, key=lambda weight: _work(weight, rows.get(weight, [])), reverse=True)
+        places: dict[DeviceMesh, list[Place]] = {}
         self._rounds = [
-            [self._matrix(weight, rows.get(weight, []), owner) for owner, weight in enumerate(each)]
+            [self._matrix(weight, rows.get(weight, []), owner, places) for owner, weight in enumerate(each)]
             for each in (by_work[begin : begin + self._size] for begin in range(0, len(by_work), self._size))
         ]
 
@@ -127,20 +127,19 @@ class Orthogonalizer:
             return lambda: updates[0]
         mine = self._own(matrices)
         sent = [
-            update.flatten() if self._rank in matrix.senders else update.new_empty(0)
-            for matrix, update in zip(matrices, updates)
+            update.flatten() if matrix.is_sent else update.new_empty(0) for matrix, update in zip(matrices, updates)
         ]
-        sizes = [mine.elements(rank) if rank in mine.senders else 0 for rank in range(self._size)] if mine else []
-        arrived = self._exchanged(sent, sizes)
+        arrived = self._exchanged(sent, mine.arriving if mine else [])
 
         def assembled() -> Tensor | None:
             pieces = arrived()
             if mine is None:
                 return None
             whole = pieces[0].new_empty(mine.weight.shape)
-            for rank in mine.senders:
-                part = whole[mine.parts[rank]]
-                part.copy_(pieces[rank].view_as(part))
+            for rank, elements in enumerate(mine.arriving):
+                if elements:
+                    part = whole[mine.parts[rank]]
+                    part.copy_(pieces[rank].view_as(part))
             return whole
 
         return assembled
@@ -155,7 +154,7 @@ class Orthogonalizer:
             return lambda: None
         mine = self._own(matrices)
         sent = [whole[part].flatten() for part in mine.parts] if mine and whole is not None else []
-        arrived = self._exchanged(sent, [matrix.elements(self._rank) for matrix in matrices])
+        arrived = self._exchanged(sent, [local(matrix.weight).numel() for matrix in matrices])
 
         def applied() -> None:
             for matrix, piece in zip(matrices, arrived()):
@@ -166,7 +165,7 @@ class Orthogonalizer:
     def _own(self, matrices: list[_Matrix]) -> _Matrix | None:
         return matrices[self._rank] if self._rank < len(matrices) else None
 
-    def _exchanged(self, sent: list[Tensor], sizes: list[int]) -> Callable[[], Sequence[Tensor]]:
+    def _exchanged(self, sent: list[Tensor], sizes: Sequence[int]) -> Callable[[], Sequence[Tensor]]:
         """Begin to send the first ranks of the group these, bfloat16, and to receive so many elements from its first.
 
         Waits when what is returned is called, which gives what came, by rank.
@@ -183,21 +182,41 @@ class Orthogonalizer:
 
         return arrived
 
-    def _matrix(self, weight: nn.Parameter, rows: list[Tensor], owner: int) -> _Matrix:
-        rows = [each.to(local(weight).detach().device) for each in rows]
+    def _matrix(
+        self, weight: nn.Parameter, rows: list[Tensor], owner: int, places: dict[DeviceMesh, list[Place]]
+    ) -> _Matrix:
+        """`places`: of the group's ranks on the meshes seen so far."""
         if self._group is None:
             assert shards_of(weight) == 1, "other ranks hold parts of this weight: name their group"
-            return _Matrix(weight, rows, [], [])
+            return _Matrix(weight, rows=[each.to(self._device) for each in rows])
         assert isinstance(weight, DTensor)
-        assert weight.device_mesh.size() == self._size, "held by other ranks than those that share the work"
-        parts, places = {}, {}
-        for place in itertools.product(*map(range, weight.device_mesh.shape)):
-            rank = dist.get_group_rank(self._group, int(weight.device_mesh.mesh[place]))
-            parts[rank], places[rank] = part_at(weight, place), place
+        mesh = weight.device_mesh
+        if mesh not in places:
+            places[mesh] = _places(mesh, self._group)
+        of_rank = places[mesh]
         # Of copies, those that the owner's neighbours hold.
         copies = [i for i, placement in enumerate(weight.placements) if is_shared(placement)]
-        senders = [rank for rank in sorted(parts) if all(places[rank][i] == places[owner][i] for i in copies)]
-        return _Matrix(weight, rows, [parts[rank] for rank in sorted(parts)], senders)
+        senders = [all(place[i] == of_rank[owner][i] for i in copies) for place in of_rank]
+        if owner != self._rank:
+            return _Matrix(weight, senders[self._rank])
+        parts = [part_at(weight, place) for place in of_rank]
+        arriving = [_elements(part) if is_sent else 0 for part, is_sent in zip(parts, senders)]
+        return _Matrix(weight, True, [each.to(self._device) for each in rows], parts, arriving)
+
+
+def _places(mesh: DeviceMesh, group: dist.ProcessGroup) -> list[Place]:
+    """Where on the mesh each rank of the group is. Asked once for all weights: on a large mesh it takes long."""
+    ranks = mesh.mesh.flatten().tolist()
+    assert len(ranks) == group.size(), "held by other ranks than those that share the work"
+    found = {
+        dist.get_group_rank(group, rank): place
+        for rank, place in zip(ranks, itertools.product(*map(range, mesh.shape)))
+    }
+    return [found[rank] for rank in range(len(ranks))]
+
+
+def _elements(part: Part) -> int:
+    return math.prod(axis.stop - axis.start for axis in part)
 
 
 def _work(weight: nn.Parameter, rows: list[Tensor]) -> int:

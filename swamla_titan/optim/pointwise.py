@@ -20,6 +20,8 @@ def pointwise(update: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
     """
     if not compiled:
         return update
+    # Not all parameters in one call: Lion for `base` would compile for 26 s instead of 7 (a CPU; same bits), to save
+    # 2 ms of host time a step while the device computes. torch._foreach passes over memory for each operation.
     fused = torch.compile(update, fullgraph=True)
 
     def call(*arguments: Any) -> Any:

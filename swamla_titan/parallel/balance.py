@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model.blocks import MLABlock, SWABlock
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.flops import causal_pairs, swa_pairs
 
 # The loss is bound by memory, not by arithmetic: forward and backward move each logit three times, two bytes each, and
 # in the time of a byte a GPU multiplies some 250 numbers (H100: 0.8e15 operations a second, 3.3e12 bytes).

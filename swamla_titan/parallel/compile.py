@@ -67,7 +67,8 @@ class _Budgeted:
         self.budget = budget
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
-        with functorch_config.patch(activation_memory_budget=self.budget):
+        # By itself torch recomputes every operator that is not its own as if it were free, attention first.
+        with functorch_config.patch(activation_memory_budget=self.budget, is_non_builtin_to_include=True):
             compiled: Callable[..., Any] = self.backend(graph, inputs, **options)
         return compiled
 

@@ -36,7 +36,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-        self._gathers_float8 = gathers_float8(config, world)  # asked once: it slices the mesh
+        self._gathers_float8 = gathers_float8(config, world.degrees)
         self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
         self.pipeline = None
         if world.degrees.pipeline > 1:
@@ -108,7 +108,8 @@ class ParallelModel:
     def _prepared_weights(self, micro_batches: int) -> Iterator[None]:
         """Do what is due once for the weights as they are now, for passes of so many micro-batches."""
         once = self.config.float8.recipe == "native" and micro_batches > 1
-        parts = [part for part in self.parts if not isinstance(part, FSDPModule)] if once else []
+        has_whole = self.config.parallel.data_parallel == "ddp"  # others' come and go with their blocks
+        parts = [part for part in self.parts if has_whole or not isinstance(part, FSDPModule)] if once else []
         for part in parts:
             cast_weights(part, part.activation_dtype)
         if self._gathers_float8:

@@ -14,6 +14,7 @@ from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights
+from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
@@ -26,16 +27,22 @@ def float8_products(config: Config) -> list[Product]:
     return [] if config.float8.recipe == "off" else list(_products(config.model, config.float8, config.parallel.tensor))
 
 
-def gathers_float8(config: Config, world: World) -> bool:
+def gathers_float8(config: Config, degrees: Degrees) -> bool:
     """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather).
 
-    Not where a rank's part of a weight would be smaller than another's: torchao sends parts as they are, of whatever
-    size. UserError if that stands in the way of "always".
+    Not where ranks share no weights, and not where a rank's part of a weight would be smaller than another's: torchao
+    sends parts as they are, of whatever size. UserError if that stands in the way of "always".
     """
-    wanted = config.float8.fsdp_all_gather
-    if wanted == "never" or why_not_gathered(config) or world.weights is None or world.weights["shard"].size() == 1:
+    wanted, shards = config.float8.fsdp_all_gather, degrees.shard * degrees.context
+    if wanted == "never" or why_not_gathered(config):
         return False
-    shards = world.weights["shard"].size()
+    if shards == 1:
+        if wanted == "always":
+            raise UserError(
+                'float8.fsdp_all_gather = "always": every rank has whole weights, and nothing is gathered; use '
+                '"auto", or share them (parallel.dp_shard above 1)'
+            )
+        return False
     uneven = [
         each for each in float8_products(config) if not each.why_not and each.name != "head" and each.out % shards
     ]
@@ -51,7 +58,7 @@ def gathers_float8(config: Config, world: World) -> bool:
 def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product, ...]:
     with torch.device("meta"):
         model = SWAMLAModel(shape)
-    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor)))
+    return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor), norms_cast=tensor == 1))
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
@@ -65,8 +72,9 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        sides = functools.partial(sides_on_a_rank, world.degrees.tensor)
-        convert_to_float8(model, config.float8, world.device, sides, gathers_float8(config, world))
+        tensor, gathered = world.degrees.tensor, gathers_float8(config, world.degrees)
+        sides = functools.partial(sides_on_a_rank, tensor)
+        convert_to_float8(model, config.float8, world.device, sides, norms_cast=tensor == 1, gathered=gathered)
     if world.weights is not None and world.degrees.tensor > 1:
         apply_tensor_parallel(model, world.weights["tensor"])
         if config.parallel.async_tensor:

@@ -17,11 +17,9 @@ from swamla_titan.kernels.window_attention import has_triton
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides
+from swamla_titan.quiet_torchao import quiet_torchao
 
-# torchao warns at its import that it has no kernels of its own for this Python or CPU; float8 training uses torch's.
-# torch warns of how torchao registers its enumerations.
-logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+quiet_torchao()
 
 from torchao.float8 import (  # noqa: E402
     Float8LinearConfig,
@@ -57,14 +55,19 @@ class Float8MasterLinear(Float8Linear):
 
 
 def convert_to_float8(
-    model: SWAMLAModel, config: Float8, device: torch.device, sides: Sides = whole_sides, gathered: bool = False
+    model: SWAMLAModel,
+    config: Float8,
+    device: torch.device,
+    sides: Sides = whole_sides,
+    norms_cast: bool = True,
+    gathered: bool = False,
 ) -> list[Product]:
     """Exchange products of the model for float8 ones, in place; nothing if the recipe is "off".
 
     Which, and why not the others, is in what it returns and in the log: see products.py. `sides` are those of the
-    weights that a rank will have when tensor parallelism has divided them. `gathered`: FSDP2 is to gather the weights
-    in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the meta device, before
-    tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
+    weights that a rank will have when tensor parallelism has divided them; without it `norms_cast`. `gathered`: FSDP2
+    is to gather the weights in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the
+    meta device, before tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
 
     Raises UserError for a GPU without float8 units (compute capability below 8.9), where nothing can be converted, and
     for "native" without Triton.
@@ -75,7 +78,7 @@ def convert_to_float8(
         require_float8_units(device)
         if config.recipe == "native" and not has_triton():
             raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
-    products = survey(model, config, sides)
+    products = survey(model, config, sides, norms_cast)
     refuse_none(products, config)
     names = {product.name for product in products if product.why_not is None}
     if config.recipe == "native":

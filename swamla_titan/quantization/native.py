@@ -125,7 +125,8 @@ def keep_weights(model: nn.Module, kept: bool) -> None:
 def cast_weights(model: nn.Module, through: torch.dtype) -> None:
     """Cast all weights once, for passes in which they do not change; until `forget_casts`.
 
-    For weights that a process holds itself, in whole or by tensor parallelism; FSDP2's come and go with their blocks.
+    For weights that a process holds itself, in whole, under DDP too, or by tensor parallelism; FSDP2's come and go with
+    their blocks.
     """
     linears = [module for module in model.modules() if isinstance(module, NativeLinear)]
     if not linears:

@@ -1,7 +1,7 @@
 """Which products of a model are computed in float8, which are not, and why: for the conversion, `plan` and `check`."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +18,7 @@ Sides = Callable[[str, nn.Linear], tuple[int, int]]
 _BFLOAT16, _FLOAT8, _BYTES = 793e12, 1310e12, 3.02e12
 _CAST_BYTES = 6  # a number: read for the largest, read again, written twice
 _WEIGHT_BYTES = 10  # the same of float32
-_SHARED_INPUT = ("wkv_a", "wq_a")  # their input is cast once, for the other product of the norm's result too
+_OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
 
 # Shares of a model's operations in float8 below which a warning is due: see `warnings`.
 _LITTLE = 0.6
@@ -41,25 +41,29 @@ class Product:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Below what sides a product does not pay. `leaves(out, inner, shared)`; `shared`: its input is cast anyway."""
+    """Below what sides a product does not pay. `leaves(out, inner, given)`; `given`: its input is cast already."""
 
     leaves: Callable[[int, int, bool], bool]
     source: str
 
 
-def _rowwise(out: int, inner: int, shared: bool) -> bool:
+def _rowwise(out: int, inner: int, given: bool) -> bool:
     return out <= 2048 or inner <= 1024 or (out <= 4096 and inner <= 2048)
 
 
-def _native(out: int, inner: int, shared: bool) -> bool:
-    """Seconds a token that three products save, against those that the casts of input and gradient take."""
+def _native(out: int, inner: int, given: bool) -> bool:
+    return _gain(out, inner, given) < 0
+
+
+def _gain(out: int, inner: int, given: bool) -> float:
+    """Seconds a token that three products save, less those that the casts of input and gradient take."""
     saved = 6 * out * inner * (1 / _BFLOAT16 - 1 / _FLOAT8)
-    return saved < _CAST_BYTES * (out + (0 if shared else inner)) / _BYTES
+    return saved - _CAST_BYTES * (out + (0 if given else inner)) / _BYTES
 
 
 _PUBLISHED = "torchao's published thresholds for H100 (torchao.float8, auto filter)"
 THRESHOLDS = {
-    "tensorwise": Threshold(lambda out, inner, shared: inner <= 4096 and out <= 1024, _PUBLISHED),
+    "tensorwise": Threshold(lambda out, inner, given: inner <= 4096 and out <= 1024, _PUBLISHED),
     "rowwise": Threshold(_rowwise, _PUBLISHED),
     "rowwise_with_gw_hp": Threshold(_rowwise, f"those of rowwise in {_PUBLISHED}"),
     "native": Threshold(_native, "arithmetic from an H100's measured rates of products and memory"),
@@ -72,24 +76,46 @@ def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides) -> list[Product]:
-    """Every product of a model, or of a stage of it, in order; `config.recipe` is not "off"."""
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [
-        Product(name, *sides(name, module), _why_not(name, *sides(name, module), config)) for name, module in linears
-    ]
+def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms_cast: bool = True) -> list[Product]:
+    """Every product of a model, or of a stage of it, in order; `config.recipe` is not "off".
+
+    `norms_cast`: no tensor parallelism keeps norms from giving their result in float8, by "native".
+    """
+    shapes = {name: sides(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
+    if config.products == "auto":
+        possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
+        reasons |= dict.fromkeys(_too_small(possible, config.recipe, norms_cast), "too small to pay")
+    return [Product(name, *shape, reasons[name]) for name, shape in shapes.items()]
 
 
-def _why_not(name: str, out: int, inner: int, config: Float8) -> str | None:
+def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
     if name == "head" and not config.output_head:
         return "float8.output_head = false"
     odd = next((side for side in (out, inner) if side % MULTIPLE), None)
-    if odd is not None:
-        return f"{odd} is no multiple of {MULTIPLE}"
-    shared = name.rpartition(".")[2] in _SHARED_INPUT
-    if config.products == "auto" and THRESHOLDS[config.recipe].leaves(out, inner, shared):
-        return "too small to pay"
-    return None
+    return None if odd is None else f"{odd} is no multiple of {MULTIPLE}"
+
+
+def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: bool) -> set[str]:
+    """Those of the products, by name with [out, in], that would not pay.
+
+    Readers of one norm all pay or each for itself: only together do they share the cast of their input.
+    """
+    small = {name for name, shape in shapes.items() if THRESHOLDS[recipe].leaves(*shape, False)}
+    if recipe != "native" or not norms_cast:
+        return small
+    of_norm: dict[str, list[str]] = {}
+    for name in shapes:
+        module, _, kind = name.rpartition(".")
+        if kind in _OF_ONE_NORM:
+            of_norm.setdefault(module, []).append(name)
+    for readers in of_norm.values():
+        own_cast = [_gain(*shapes[name], given=False) for name in readers]
+        # One of them casts the input, the rest are given it.
+        together = own_cast[0] + sum(_gain(*shapes[name], given=True) for name in readers[1:])
+        if len(readers) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
+            small -= set(readers)
+    return small
 
 
 def refuse_none(products: Sequence[Product], config: Float8) -> None:
@@ -126,9 +152,12 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
             f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
             f"(by {THRESHOLDS[config.float8.recipe].source}): little will be gained, and casts cost; wider models gain"
         )
-    small = [each for each in products if each.why_not is None and _is_small(each, config.float8)]
+    inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
+    small = _too_small(inside, config.float8.recipe, norms_cast=config.parallel.tensor == 1)
     if small:
-        kinds = ", ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in small))
+        kinds = ", ".join(
+            dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
+        )
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
     fewest = int(_WEIGHT_BYTES / _BYTES / (6 * (1 / _BFLOAT16 - 1 / _FLOAT8)))
@@ -137,11 +166,6 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
             f"{tokens} tokens on a rank at a time: casting the weights takes longer than float8 saves below "
             f"{fewest}; raise training.local_batch_size"
         )
-
-
-def _is_small(product: Product, config: Float8) -> bool:
-    shared = product.name.rpartition(".")[2] in _SHARED_INPUT
-    return THRESHOLDS[config.recipe].leaves(product.out, product.inner, shared)
 
 
 def _share(products: Sequence[Product]) -> float:

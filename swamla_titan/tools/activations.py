@@ -13,7 +13,8 @@ on it is repeated; widths of H heads and G key/value heads, F hidden units of th
 With float8.recipe = "native" the inputs of converted products are kept as float8 (`native_savings`).
 
 Left out are masks and what is one number a head and token. Eager blocks keep more: each float32 intermediate of norms
-and rotations.
+and rotations; not where native float8 has operators for all of those. Blocks checkpointed by operators keep results of
+products, which float8 gives in the type that they have without it.
 """
 
 import dataclasses
@@ -67,6 +68,12 @@ def native_savings(model: ModelConfig, kind: str, products: Collection[str], ite
     return saved - ("attention.wo" in products) * model.num_heads * width / tensor / itemsize
 
 
+def has_operators(model: ModelConfig, kind: str, products: Collection[str]) -> bool:
+    """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these products converted."""
+    readers = {"wqkv"} if kind == "swa" else {"wkv_a", "wq_a" if model.q_lora_rank else "wq"}
+    return {*(f"attention.{each}" for each in readers), "feed_forward.gate_up", "feed_forward.down"} <= set(products)
+
+
 def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
     """The same for a block that is checkpointed by operators (parallel/activation_checkpoint.py).
 
@@ -106,10 +113,11 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> float:
     kind = model.block_kinds[layer]
     everything = kept_numbers(model, kind, degrees.context, degrees.tensor)
     itemsize = getattr(torch, config.training.compute_dtype).itemsize
+    products = set[str]()
     if config.float8.recipe == "native":
         products = {each.kind for each in float8_products(config) if each.why_not is None}
         everything -= native_savings(model, kind, products, itemsize, degrees.tensor) / degrees.context
-    if not config.compile.enabled:
+    if not config.compile.enabled and not (degrees.tensor == 1 and has_operators(model, kind, products)):
         everything *= EAGER_FACTOR[config.training.compute_dtype]
     its_input = model.dim / (degrees.tensor * degrees.context)
     if settings.mode == "full" or (

@@ -105,8 +105,9 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
     Without data parallelism a product casts its weight, and keeps that for its backward pass, unless the block is
     recomputed; in float32 there is nothing to cast. What each rank keeps whole (norms) is never copied.
 
-    Of native float8 products W^T is kept, in one byte a number, and W too if both are cast for all micro-batches;
-    beside what was gathered, where that is kept. Torchao's are gathered in one byte where FSDP2 gathers float8.
+    Of native float8 products W^T is kept, in one byte a number, and W too if both are cast for all micro-batches (not
+    by FSDP2); beside what was gathered, where that is kept. Torchao's are gathered in one byte where FSDP2 gathers
+    float8.
     """
     width = getattr(torch, config.training.compute_dtype).itemsize
     native = config.float8.recipe == "native"
@@ -127,11 +128,12 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
         units = [embedding, *blocks, head + norm]
     parallel = config.parallel
     frees = parallel.data_parallel != "ddp" and frees_weights(parallel, always + sum(units))
-    if gathers_float8(config, world):
+    if gathers_float8(config, world.degrees):
         gathered = [_copied(block, config, width, 1) for block in part.blocks.values()]
         units = gathered if units is blocks else [embedding, *gathered, head + norm]
     most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
-    kept = 0 if frees or not native else sum(_copied(block, config, 0, 1) for block in part.blocks.values())
+    both = micro_batches > 1 and parallel.data_parallel == "ddp"
+    kept = 0 if frees or not native else sum(_copied(block, config, 0, 1 + both) for block in part.blocks.values())
     return always + most + kept
 
 

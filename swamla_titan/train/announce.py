@@ -52,7 +52,7 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")
-    if gathers_float8(config, world):
+    if gathers_float8(config, world.degrees):
         logger.info("float8: FSDP2 gathers the weights of products in 8 bits")
     if world.is_first:
         for warning in warnings(float8_products(config), config, rows):

@@ -72,6 +72,7 @@ def fsdp_all_gather(run: Runner) -> None:
     assert said == {"auto": True, "never": False}  # and tests/distributed/test_float8_gather.py looks
     cannot = ("--float8.fsdp_all_gather", "always", "--parallel.data_parallel", "ddp")
     assert '"always" cannot be with parallel.data_parallel as set' in run.refusal(*tensorwise, *cannot)
+    assert "every rank has whole weights" in run.refusal(*tensorwise, "--float8.fsdp_all_gather", "always")
     assert "has no effect" in run.refusal("--float8.recipe", "rowwise", "--float8.fsdp_all_gather", "always")
 
 

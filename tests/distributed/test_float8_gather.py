@@ -10,12 +10,14 @@ from torch.distributed.tensor import DTensor
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Parallel, Training
 from swamla_titan.data import MicroBatch
+from swamla_titan.kernels import float8_product
 from swamla_titan.model import ModelConfig
 from swamla_titan.optim import build_optimizer
-from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel import data_parallel, parallel_model, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import join_world
+from swamla_titan.quantization import native
 from swamla_titan.quantization.native import NativeLinear
 from swamla_titan.train.checkpoint import tensors_of
 from tests.distributed.job import run_and_listen
@@ -106,6 +108,51 @@ def _keeps_columns(reshard: str) -> set[bool]:
     )
     model = ParallelModel(config, join_world(config.parallel))
     return {module.keeps_columns for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
+
+
+def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float], list[float]]:
+    """How often a step of three micro-batches casts weights of one shape; then losses and norms of two steps."""
+    config = Config(
+        model=ModelConfig(**SMALL),
+        float8=Float8(recipe="native", products="all"),
+        training=Training(seq_len=64),
+        compile=Compile(enabled=False),
+        parallel=Parallel(data_parallel=data_parallel),
+    )
+    casts = []
+    for file in (float8_product, native):
+        real = file.float8_cast
+
+        def watched(x, *arguments, real=real, **options):
+            casts.append(x.shape)
+            return real(x, *arguments, **options)
+
+        file.float8_cast = watched
+    if not once:
+        parallel_model.cast_weights = lambda model, through: None
+    model = ParallelModel(config, join_world(config.parallel))
+    model.init_weights(0)
+    optimizer = build_optimizer(model.parts[0], config.optimizer)
+    tokens = batch() + torch.distributed.get_rank()
+    micro_batch = MicroBatch(tokens, tokens, None, len(tokens))
+    losses, norms, of_down = [], [], 0
+    for _ in range(2):
+        casts.clear()
+        losses.append(model.train_step([micro_batch] * 3, 6 * tokens.numel()).item())
+        of_down = casts.count(model.parts[0].blocks["0"].feed_forward.down.weight.shape)
+        norms.append(model.clip_gradients(1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(model.evaluate([micro_batch] * 2).item())
+    return of_down, losses, norms
+
+
+def test_replicated_weights_are_cast_once_a_step_to_the_same_bits():
+    layers, micro_batches = SMALL["num_layers"], 3
+    once, each_time = (on_ranks(2, _casts_of_weights, "ddp", once) for once in (True, False))
+    assert [of_rank[0] for of_rank in once] == [layers] * 2
+    assert [of_rank[0] for of_rank in each_time] == [layers * micro_batches] * 2
+    assert [of_rank[1:] for of_rank in once] == [of_rank[1:] for of_rank in each_time]
 
 
 @pytest.mark.slow

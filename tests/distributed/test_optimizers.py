@@ -16,7 +16,7 @@ from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import plain_name
 from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
 from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import part_of
+from swamla_titan.parallel.sharded import local, part_of
 from swamla_titan.parallel.world import join_world
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.optim import test_against_others as others
@@ -60,12 +60,12 @@ def sharded_steps(names: list[str]) -> dict[str, list[Tensor]]:
 def sendable(tensor: Tensor) -> Any:
     """A whole tensor as an array, which, other than a tensor, outlives the process that sends it."""
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy()
+    return (whole.float() if whole.dtype == torch.bfloat16 else whole).cpu().numpy()
 
 
 def as_held(parameter: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor's part as this rank would have it, laid out like the parameter."""
-    part = whole[part_of(parameter)].clone()
+    part = whole[part_of(parameter)].clone().to(local(parameter).device)
     if not isinstance(parameter, DTensor):
         return part
     return DTensor(part, parameter.detach()._spec, requires_grad=False)
@@ -137,7 +137,7 @@ def moved(settings: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Tenso
             for name, parameter in part.named_parameters():
                 parameter.grad = as_held(parameter, whole_gradient(plain_name(name, False), parameter.shape, step))
             set_learning_rate(optimizer, 0.02 * (step + 1))
-            skip_where(optimizer, torch.tensor(float(step == 1)))
+            skip_where(optimizer, torch.tensor(float(step == 1), device=world.device))
             optimizer.step()
         for name, parameter in part.named_parameters():
             for kind, value in ({"": parameter.detach()} | optimizer.state[parameter]).items():
@@ -166,9 +166,13 @@ def is_fused(name: str, tensor: str, state: dict[str, Any]) -> bool:
 )
 def test_every_plan_takes_the_steps_of_one_process_bit_for_bit(plan):
     ranks, parallel = PLANS[plan]
-    expected = expected_of_each()
+    assert_same_steps(on_ranks(ranks, moved_by_each, list(SETTINGS), parallel), expected_of_each())
+
+
+def assert_same_steps(of_ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """All tensors of all ranks are those of one process bit for bit, but for those that the fused kernel moves."""
     seen = set()
-    for of_rank in on_ranks(ranks, moved_by_each, list(SETTINGS), parallel):
+    for of_rank in of_ranks:
         for name, tensors in of_rank.items():
             for tensor, value in tensors.items():
                 if is_fused(name, tensor, expected[name]):

@@ -1,8 +1,12 @@
 import torch
 
-from swamla_titan.config.sections import Optimizer
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Compile, Optimizer
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.optim import build_optimizer, set_learning_rate
+from swamla_titan.optim import build_optimizer, muon, set_learning_rate
+from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.parallel.parallel_model import build_parts
+from swamla_titan.parallel.pretend import pretended_world
 
 
 def test_matrices_decay_and_vectors_do_not_and_a_tied_weight_counts_once():
@@ -28,3 +32,18 @@ def test_a_step_follows_the_formula_of_adamw():
         grad = getattr(layer, name).grad
         expected = before[name] * (1 - 0.1 * decay) - 0.1 * grad / (grad.abs() + 1e-3)
         torch.testing.assert_close(getattr(layer, name).detach(), expected)
+
+
+def test_muons_set_up_looks_at_the_parts_of_owned_matrices_alone(monkeypatch):
+    """Of all parts of all matrices it took seconds on a thousand ranks."""
+    asked = []
+    real = muon.part_at
+    monkeypatch.setattr(muon, "part_at", lambda tensor, place: asked.append(tensor) or real(tensor, place))
+    ranks = 40
+    config = Config(model=FLAVORS["debug"], optimizer=Optimizer(name="muon"), compile=Compile(enabled=False))
+    with pretended_world(Degrees(shard=ranks), "fsdp", rank=3) as world:
+        [part] = build_parts(config, world)
+        optimizer = build_optimizer(part.to_empty(device="cpu"), config.optimizer, torch.distributed.group.WORLD)
+        mine = [each[3].weight for each in optimizer._orthogonalizer._rounds]
+    assert len(asked) == ranks * len(mine)
+    assert {id(tensor) for tensor in asked} == {id(weight) for weight in mine}

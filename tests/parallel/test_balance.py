@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from swamla_titan.config.sections import Parallel
+from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.flops import causal_pairs, swa_pairs, training_flops
+from swamla_titan.model.flops import training_flops
 from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
 from swamla_titan.parallel.stages import holder, runnable_count, stage_count, stage_numbers
 

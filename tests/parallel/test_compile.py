@@ -13,11 +13,12 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import async_compile
 
-from swamla_titan.config.sections import Compile
+from swamla_titan.config.sections import Compile, Float8
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import compile as compile_file
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder, warm_compiler
+from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
 
 
@@ -93,6 +94,21 @@ def test_the_memory_budget_reaches_blocks_and_nothing_else():
     for name, gradient in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_recomputes_casts_before_float8_products():
+    recomputed = []
+    for budget in (0.9, 0.1):
+        torch._dynamo.reset()
+        model = small_model(torch.float32, num_layers=1)
+        convert_to_float8(model, Float8(recipe="native", products="all"), torch.device("cpu"))
+        compile_model(model, Compile(), memory_budget=budget, backend="aot_eager")
+        seen = watch_compiled(model, batch(64))
+        ours = torch.ops.swamla_titan
+        recomputed.append([seen.backward[each.default] for each in (ours.float8_normalize, ours.float8_product)])
+    (casts, products), (_, products_of_little) = recomputed
+    assert casts == 2
+    assert products == 0 < products_of_little
 
 
 @pytest.mark.parametrize("layers", [6, pytest.param(3, marks=pytest.mark.slow)])

@@ -60,6 +60,28 @@ def test_native_float8_leaves_what_its_casts_would_outweigh():
     )
 
 
+@pytest.mark.parametrize("query_rank, together", [(0, {"wq", "wkv_a"}), (512, set()), (1536, {"wq_a", "wkv_a"})])
+def test_readers_of_one_norm_share_its_cast_or_none_counts_on_it(query_rank, together):
+    model = replace(FLAVORS["base"], q_lora_rank=query_rank)
+    kinds = {
+        each.kind.rpartition(".")[2]: each
+        for each in float8_products(Config(model=model, float8=Float8(recipe="native")))
+    }
+    assert {name for name in ("wq", "wq_a", "wkv_a") if name in kinds and kinds[name].why_not is None} == together
+
+
+def test_a_small_reader_of_a_norm_is_left_with_the_other():
+    assert converted("150m", recipe="native") == {"feed_forward.gate_up"}  # wq is too small, so wkv_a would cast alone
+
+
+def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_casting():
+    config, _ = products_of("base", recipe="native")
+    shared = float8_products(replace(config, parallel=replace(config.parallel, tensor=2)))
+    found = {each.kind for each in shared if each.why_not is None}
+    assert "attention.wq" in found
+    assert "attention.wkv_a" not in found
+
+
 def test_the_head_is_converted_where_it_is_asked_for():
     assert "head" not in converted("base", recipe="native", products="all")
     assert "head" in converted("base", recipe="native", output_head=True)
@@ -97,6 +119,8 @@ def test_warnings_come_where_little_is_gained():
     assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(warnings(products, config, rows=8))
     config = replace(config, training=Training(seq_len=512), float8=Float8(recipe="native"))
     assert "512 tokens on a rank at a time" in next(warnings(float8_products(config), config, rows=1))
+    config, products = products_of("150m", recipe="native", products="all")
+    assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, rows=32))
 
 
 def test_no_product_of_a_model_is_forgotten():

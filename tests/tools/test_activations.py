@@ -6,14 +6,22 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import ActivationCheckpoint, Compile, Training
+from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Training
 from swamla_titan.kernels.float8_product import Settings
 from swamla_titan.model import MLABlock, ModelConfig, SWABlock, SWAMLAModel
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, keep_weights
-from swamla_titan.tools.activations import EAGER_FACTOR, block_bytes, kept_numbers, native_savings, recomputed_bytes
+from swamla_titan.tools.activations import (
+    EAGER_FACTOR,
+    block_bytes,
+    has_operators,
+    kept_numbers,
+    native_savings,
+    recomputed_bytes,
+)
 from tests.parallel.plan import Witness, small_model
 
 ROWS, LENGTH = 2, 96
@@ -95,6 +103,16 @@ def test_what_an_eager_block_keeps(dtype, kind):
     assert kept_numbers(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", EAGER_FACTOR)
+def test_what_an_eager_block_keeps_in_native_float8(dtype, kind):
+    dtype = getattr(torch, dtype)
+    measured = kept(SHAPE, kind, dtype, None, native=True)
+    assert has_operators(SHAPE, kind, NATIVE)
+    expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, dtype.itemsize)
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
 MODES = {
     "none": (ActivationCheckpoint(), 0.2),
     "operators": (ActivationCheckpoint(mode="selective"), 0.1),
@@ -103,12 +121,16 @@ MODES = {
 }
 
 
+@pytest.mark.parametrize("recipe", ["off", "native"])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_checkpointed_blocks_keep(mode):
+def test_what_checkpointed_blocks_keep(mode, recipe):
     settings, tolerance = MODES[mode]
+    float8 = Float8() if recipe == "off" else Float8(recipe=recipe, products="all")
 
     def held(layers: int) -> int:
         model = small_model(torch.float32, num_layers=layers)
+        convert_to_float8(model, float8, torch.device("cpu"))
+        keep_weights(model, False)
         apply_activation_checkpointing(model, settings)
         tokens = torch.randint(0, 50, (ROWS, 64))
         with Witness() as witness:
@@ -122,6 +144,7 @@ def test_what_checkpointed_blocks_keep(mode):
         training=Training(seq_len=64, compute_dtype="float32"),
         compile=Compile(enabled=False),
         activation_checkpoint=settings,
+        float8=float8,
     )
     cycle = ROWS * block_bytes(config, Degrees(), range(3))
     assert cycle == pytest.approx(held(6) - held(3), rel=tolerance)

@@ -18,6 +18,7 @@ from swamla_titan.config.sections import Optimizer, Parallel
 from swamla_titan.data import MicroBatch
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
+from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.parallel_model import ParallelModel
@@ -430,3 +431,17 @@ def test_native_float8_takes_less_memory(gpus):
     plain, native = memory("off"), memory("native")
     assert 0.85 * plain.activations < native.activations < 0.95 * plain.activations
     assert (native.weights_in_use < plain.weights_in_use) == (gpus == 1)  # FSDP2 gathers bfloat16 all the same
+
+
+def test_native_weights_that_are_cast_for_all_micro_batches_take_two_bytes_a_number(tiny):
+    def in_use(plan_of: str, batch: int) -> int:
+        float8 = [("float8", "recipe", "native"), ("float8", "products", "all"), ("compile", "enabled", "false")]
+        sizes = [("training", "local_batch_size", "2"), ("training", "global_batch_size", str(batch))]
+        config = resolved(tiny, *float8, *sizes, ("parallel", "data_parallel", plan_of))
+        return plan(config, 2).worst.memory.weights_in_use
+
+    with torch.device("meta"):
+        model = SWAMLAModel(resolved(tiny).model)
+    converted = sum(each.weight.numel() for each in model.blocks.modules() if isinstance(each, torch.nn.Linear))
+    assert in_use("ddp", 8) - in_use("ddp", 4) == converted
+    assert in_use("fsdp", 8) == in_use("fsdp", 4) == in_use("ddp", 4)

@@ -1,0 +1,27 @@
+"""How many operations our attention operators count as, for torch's FlopCounterMode.
+
+The compiler asks it what it costs to recompute an operator, and an operator without a formula costs nothing. The
+formulas stand beside the operators and count as model/flops.py does: pairs that see each other, as if each row were one
+document, and in the backward pass twice the forward's. (torch counts whole squares, and that backward passes of
+attention make the scores again.)
+"""
+
+from torch import Size
+
+
+def causal_pairs(seq_len: int) -> int:
+    """Visible (query, key) pairs of a row in MLA layers."""
+    return seq_len * (seq_len + 1) // 2
+
+
+def swa_pairs(seq_len: int, window: int, sink: int) -> int:
+    """Visible (query, key) pairs of a row in SWA layers; a key that is in window and sink counts once."""
+    in_window = sum(min(t + 1, window) for t in range(seq_len))
+    in_sink_alone = sum(min(sink, max(0, t - window + 1)) for t in range(seq_len))
+    return in_window + in_sink_alone
+
+
+def attention_flops(query: Size, value_dim: int, pairs: int) -> int:
+    """Of a forward pass of queries [B, T, H, D] over so many pairs a row: scores, and the average of the values."""
+    batch, _, heads, width = query
+    return 2 * batch * heads * pairs * (width + value_dim)
