@@ -21,10 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swamla_titan.kernels.attention import attention, reference_attention
 from swamla_titan.kernels.masks import (
+    DocumentRule,
     WindowRule,
     block_mask,
     block_mask_of_one_document,
     dense_mask,
+    document_ends,
     document_starts,
 )
 
@@ -98,6 +100,9 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
     if shape.window is not None:
         rule = WindowRule(starts.to(torch.int32) if shape.documents else None, shape.window, SINK)
         found["triton"] = under(rule), True
+    elif shape.documents:
+        bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
+        found["triton"] = under(DocumentRule(*bounds)), True
     sink = SINK if shape.window else 0
     if shape.documents:
         found["flex"] = under(block_mask(starts, shape.window, sink)), True

@@ -105,8 +105,11 @@ def _attention(config: Config) -> Iterator[Contradiction]:
     at = "kernels.attention"
     has_windows = "swa" in model.block_kinds
     has_masks = config.data.document_mask or (has_windows and model.swa_window < config.training.seq_len)
-    if asked == "triton" and not has_windows:
-        yield Contradiction((at,), '"triton" is for sliding-window blocks, and this model has none: use "auto"')
+    if asked == "triton" and not has_windows and not config.data.document_mask:
+        yield Contradiction(
+            (at, "data.document_mask"),
+            '"triton" is for sliding-window blocks, of which this model has none, and for documents: use "auto"',
+        )
     elif not has_masks:
         yield Contradiction(
             (at, "model.swa_window", "training.seq_len", "data.document_mask"),

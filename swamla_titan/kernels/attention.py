@@ -2,12 +2,13 @@
 
 The form of the mask picks the path, and whoever builds the mask (model/context.py) picks its form:
 
-| mask       | meaning                           | path                                              |
-|------------|-----------------------------------|---------------------------------------------------|
-| None       | causal, one document per row      | SDPA's causal kernels; cuDNN first on CUDA        |
-| WindowRule | window + sink, also in documents  | our Triton kernel (CUDA)                          |
-| BlockMask  | window + sink, or documents       | FlexAttention, always compiled (CUDA)             |
-| Tensor     | the same, as booleans             | SDPA with a mask (CPU, where flex has no backward)|
+| mask         | meaning                           | path                                               |
+|--------------|-----------------------------------|----------------------------------------------------|
+| None         | causal, one document per row      | SDPA's causal kernels; cuDNN first on CUDA         |
+| WindowRule   | window + sink, also in documents  | our Triton kernel (CUDA)                           |
+| DocumentRule | causal inside documents           | our Triton kernel (CUDA)                           |
+| BlockMask    | window + sink, or documents       | FlexAttention, always compiled (CUDA)              |
+| Tensor       | the same, as booleans             | SDPA with a mask (CPU, where flex has no backward) |
 """
 
 from functools import lru_cache
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from swamla_titan.kernels.masks import WindowRule
+from swamla_titan.kernels.document_attention import document_attention
+from swamla_titan.kernels.masks import DocumentRule, WindowRule
 from swamla_titan.kernels.window_attention import window_attention
 
-Mask = Tensor | BlockMask | WindowRule | None
+Mask = Tensor | BlockMask | WindowRule | DocumentRule | None
 
 # cuDNN first: on an H100 it takes queries and keys of 192 beside values of 128, 3.5 times as fast as flex.
 _CUDA_BACKENDS = [
@@ -50,13 +52,16 @@ def attention(
     """softmax(scale * query key^T + mask) value.
 
     query [B, T, H, D], key [B, S, G, D], value [B, S, G, E] with H a multiple of G (query heads h*H/G ... share the
-    key head h) -> [B, T, H, E] in query's dtype. `mask` is None (causal, S = T), a WindowRule (S = T), a BlockMask, or
-    booleans that broadcast to [B, H, T, S], True where the key is seen; each query must see a key. `reference` takes
-    the plain path, for None and boolean masks.
+    key head h) -> [B, T, H, E] in query's dtype. `mask` is None (causal, S = T), a WindowRule (S = T), a DocumentRule
+    (S = T, G = H), a BlockMask, or booleans that broadcast to [B, H, T, S], True where the key is seen; each query must
+    see a key. `reference` takes the plain path, for None and boolean masks.
     """
     if isinstance(mask, WindowRule):
         assert not reference, "the reference path takes a boolean mask"
         return window_attention(query, key, value, mask.starts, mask.window, mask.sink, scale)
+    if isinstance(mask, DocumentRule):
+        assert not reference, "the reference path takes a boolean mask"
+        return document_attention(query, key, value, mask.starts, mask.ends, scale)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, heads, length, width]
     if reference:
         assert not isinstance(mask, BlockMask), "the reference path takes a boolean mask"

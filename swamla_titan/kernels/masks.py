@@ -39,6 +39,15 @@ def document_starts(document_ids: Tensor) -> Tensor:
     return torch.where(first, index, 0).cummax(dim=1).values
 
 
+def document_ends(starts: Tensor) -> Tensor:
+    """[B, T] document starts -> [B, T] int64 index behind the last token of each token's document."""
+    length = starts.shape[1]
+    index = torch.arange(length, device=starts.device)
+    begins_next = torch.full_like(starts, length)
+    begins_next[:, :-1] = torch.where(starts[:, 1:] == index[1:], index[1:], length)
+    return begins_next.flip(1).cummin(dim=1).values.flip(1)
+
+
 def dense_mask(starts: Tensor, window: int | None, sink: int) -> Tensor:
     """[B, T] document starts -> boolean [B, 1, T, T], True where the query (third axis) sees the key (last)."""
     index = torch.arange(starts.shape[1], device=starts.device)
@@ -78,6 +87,14 @@ class WindowRule:
     starts: Tensor | None  # [B, T] int32, contiguous; None: one document a row
     window: int
     sink: int
+
+
+@dataclass(frozen=True)
+class DocumentRule:
+    """Causal inside documents, for our own kernel: where each token's begins and has ended, [B, T] contiguous int32."""
+
+    starts: Tensor
+    ends: Tensor
 
 
 class KeyIntervals(NamedTuple):

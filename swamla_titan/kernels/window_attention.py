@@ -5,24 +5,15 @@ torch.compile takes it into a graph as it is. Value and gradients are the same i
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.flops import attention_flops, swa_pairs
+from swamla_titan.kernels.launch import Tiles, descriptors, parts, readable, strides
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
-
-
-class Tiles(NamedTuple):
-    """Rows of queries and of keys that meet at a time, and what runs one such program."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None  # of a thread at most, so that more programs share a processor
 
 
 def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> bool:
@@ -163,8 +154,8 @@ def run_forward(
     tiles = forward_tiles(query.dtype, width)
     rule = _rule(query, key, starts, window, sink)
     kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
-        *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys), query, key, value, out, lse, starts),
-        *(*_strides(query), *_strides(key), *_strides(value), *_strides(out)),
+        *(*descriptors(key, tiles.keys), *descriptors(value, tiles.keys), query, key, value, out, lse, starts),
+        *(*strides(query), *strides(key), *strides(value), *strides(out)),
         *(heads, length, scale),
         **rule,
         **_tiles(tiles, width),
@@ -199,10 +190,10 @@ def run_backward(
     far_tiles = {"FAR_BM": tiles.queries, "STEP": step}
     far = query.new_empty(batch, heads, rows, 2, sink, width, dtype=torch.float32)
     kernels.window_grad_query[(rows, heads, batch)](
-        *(*_descriptors(key, tiles.keys), *_descriptors(value, tiles.keys)),
+        *(*descriptors(key, tiles.keys), *descriptors(value, tiles.keys)),
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
-        *(*_strides(query), *_strides(key), *_strides(value)),
-        *(*_strides(out), *_strides(grad_out), *_strides(grad_query)),
+        *(*strides(query), *strides(key), *strides(value)),
+        *(*strides(out), *strides(grad_out), *strides(grad_query)),
         *(heads, length, scale),
         **rule,
         **_tiles(tiles, width),
@@ -219,9 +210,9 @@ def run_backward(
             BN=tiles_of_keys.keys,
         )
     kernels.window_grad_key_value[key_grid](
-        *(*_descriptors(query, tiles_of_keys.queries), *_descriptors(grad_out, tiles_of_keys.queries)),
+        *(*descriptors(query, tiles_of_keys.queries), *descriptors(grad_out, tiles_of_keys.queries)),
         *(key, value, grad_key, grad_value, lse, delta, sums, starts),
-        *(*_strides(key), *_strides(value), *_strides(grad_key), *_strides(grad_value)),
+        *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value)),
         *(heads, length, scale),
         **rule,
         **_tiles(tiles_of_keys, width),
@@ -249,32 +240,6 @@ def backward_tiles(dtype: torch.dtype, width: int) -> tuple[Tiles, Tiles]:
     return (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)) if dtype == torch.float32 else _BACKWARD[width]
 
 
-def _descriptors(x: Tensor, rows: int) -> list[Any]:
-    """By which the tensor memory accelerator reads both parts of so many rows of a head; None: there is one part."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    wide, narrow = _parts(x.shape[-1])
-    shape, strides = list(x.shape), list(x.stride())
-    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in (wide, narrow)]
-
-
-def _parts(width: int) -> tuple[int, int]:
-    """Powers of two that a head is cut into."""
-    return (64, 32) if width == 96 else (width, 0)
-
-
-def readable(x: Tensor) -> Tensor:
-    """x, or a copy of it where the tensor memory accelerator could not read it: addresses in multiples of 16 bytes."""
-    unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
-    fits = x.stride(-1) == 1 and not unaligned and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    assert x.stride(-1) == 1, "the elements of a head must be adjacent"
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
 def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: int) -> dict[str, Any]:
     return {
         "GROUP": query.shape[2] // key.shape[2],
@@ -285,13 +250,5 @@ def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: 
 
 
 def _tiles(tiles: Tiles, width: int) -> dict[str, Any]:
-    wide, narrow = _parts(width)
-    return {
-        "D1": wide,
-        "D2": narrow,
-        "BM": tiles.queries,
-        "BN": tiles.keys,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
-    }
+    wide, narrow = parts(width)
+    return {"D1": wide, "D2": narrow, **tiles.constants()}

@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention import Mask
+from swamla_titan.kernels.document_attention import document_kernel_takes
 from swamla_titan.kernels.masks import (
+    DocumentRule,
     WindowRule,
     block_mask,
     block_mask_of_one_document,
     dense_mask,
+    document_ends,
     document_starts,
 )
 from swamla_titan.kernels.window_attention import window_kernel_is_fastest, window_kernel_takes
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
-# "auto": the fastest that device, dtype and shape allow; "triton": our kernel for SWA wherever it runs, else as auto;
+# "auto": the fastest that device, dtype and shape allow; "triton": our kernels wherever they run, else as auto;
 # "flex": FlexAttention for what is not plainly causal; "sdpa": boolean masks, for any length without compiling anew;
 # "reference": boolean masks and explicit scores.
 ATTENTION_BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
@@ -57,6 +60,8 @@ class SequenceContext:
             path = attention_path(kind, config, backend, device, dtype)
             if is_plainly_causal(kind, config, seq_len, document_ids is not None):
                 return None  # which has kernels of its own
+            if path == "triton" and window is None:
+                return DocumentRule(starts.to(torch.int32), document_ends(starts).to(torch.int32))
             if path == "triton":
                 assert window is not None
                 return WindowRule(None if document_ids is None else starts.to(torch.int32), window, sink)
@@ -99,6 +104,8 @@ def attention_path(
     widths = config.head_dim, config.head_dim
     if kind == "mla":
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        if whole_rows and backend == "triton" and document_kernel_takes(device, dtype, *widths):
+            return "triton"
     else:
         takes = whole_rows and window_kernel_takes(device, dtype, widths[0], config.swa_sink_size)
         if takes and (backend == "triton" or (backend == "auto" and window_kernel_is_fastest(device, dtype))):

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import swamla_titan.kernels.chunked_attention  # these register their operators
+import swamla_titan.kernels.document_attention
 import swamla_titan.kernels.float8_product
 import swamla_titan.kernels.window_attention  # noqa: F401
 from swamla_titan.config.sections import ActivationCheckpoint
@@ -42,6 +43,7 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_fused_attention_overrideable.default,
         torch.ops.higher_order.flex_attention,
         torch.ops.swamla_titan.chunked_causal_attention.default,
+        torch.ops.swamla_titan.document_attention.default,
         torch.ops.swamla_titan.window_attention.default,
     }
 )

@@ -5,7 +5,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from swamla_titan.kernels.attention import reference_attention
-from swamla_titan.kernels.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
+from swamla_titan.kernels.masks import (
+    block_mask,
+    block_mask_of_one_document,
+    dense_mask,
+    document_ends,
+    document_starts,
+)
 
 WINDOWS = [(None, 0), (1, 0), (1, 2), (3, 2), (4, 0), (2, 5), (50, 3)]
 
@@ -32,6 +38,8 @@ def spelled_out(ids, window, sink):
 def test_documents_are_runs_of_equal_ids():
     starts = document_starts(torch.tensor([[5, 5, 2, 2, 2, 5, 5, 0], [1, 1, 1, 1, 1, 1, 1, 1]]))
     assert starts.tolist() == [[0, 0, 2, 2, 2, 5, 5, 7], [0] * 8]
+    assert document_ends(starts).tolist() == [[2, 2, 5, 5, 5, 7, 7, 8], [8] * 8]
+    assert document_ends(starts[:, 7:]).tolist() == [[1], [1]]
 
 
 @pytest.mark.parametrize("window, sink", WINDOWS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import TINY, build, random_tokens
 
-from swamla_titan.kernels import window_attention
+from swamla_titan.kernels import document_attention, window_attention
 from swamla_titan.model import ModelConfig, context
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext, flex_takes
@@ -73,6 +73,32 @@ def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capab
     config, gpu = ModelConfig(dim=1536, num_heads=16, swa_window=8), torch.device("cuda")
     assert context.attention_path("swa", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
     assert context.attention_path("mla", config, backend, gpu, torch.bfloat16) == "flex"
+
+
+@pytest.mark.parametrize(
+    "backend, dtype, rows, v_width, path",
+    [
+        ("triton", torch.bfloat16, "whole", 128, "triton"),
+        ("auto", torch.bfloat16, "whole", 128, "flex"),
+        ("triton", torch.bfloat16, "parts", 128, "flex"),
+        ("triton", torch.bfloat16, "whole", 96, "flex"),
+        ("triton", torch.float32, "whole", 128, "sdpa"),
+    ],
+)
+def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, rows, v_width, path):
+    monkeypatch.setattr(document_attention, "has_triton", lambda: True)
+    config, gpu = ModelConfig(v_head_dim=v_width), torch.device("cuda")
+    assert context.attention_path("mla", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
+
+
+def test_our_kernel_s_rule_of_documents_says_where_they_begin_and_end(monkeypatch):
+    monkeypatch.setattr(context, "attention_path", lambda *args: "triton")
+    ids = torch.tensor([[0, 0, 0, 1, 1], [4, 4, 4, 4, 4]])
+    rule = SequenceContext.build(TINY, 5, ids, torch.device("cpu"), torch.bfloat16).mla_mask
+    assert rule.starts.tolist() == [[0, 0, 0, 3, 3], [0] * 5]
+    assert rule.ends.tolist() == [[3, 3, 3, 5, 5], [5] * 5]
+    assert rule.starts.dtype == rule.ends.dtype == torch.int32
+    assert SequenceContext.build(TINY, 5, None, torch.device("cpu"), torch.bfloat16).mla_mask is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""What our attention kernels are launched with: tiles, and views of tensors as they read them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tiles(NamedTuple):
+    """Rows of queries and of keys that meet at a time, and what runs one such program."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread at most, so that more programs share a processor
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels' arguments."""
+        rows = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        return rows if self.registers is None else rows | {"maxnreg": self.registers}
+
+
+def parts(width: int) -> tuple[int, int]:
+    """Powers of two that a head is cut into, since Triton's tiles are such; the second may be 0."""
+    wide = 1 << (width.bit_length() - 1)
+    return wide, width - wide
+
+
+def descriptors(x: Tensor, rows: int) -> list[Any]:
+    """By which the tensor memory accelerator reads both parts of so many rows of a head; None: there is one part."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, strides = list(x.shape), list(x.stride())
+    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in parts(x.shape[-1])]
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it where the tensor memory accelerator could not read it: addresses in multiples of 16 bytes."""
+    unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
+    fits = x.stride(-1) == 1 and not unaligned and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, token and head."""
+    assert x.stride(-1) == 1, "the elements of a head must be adjacent"
+    return x.stride(0), x.stride(1), x.stride(2)
