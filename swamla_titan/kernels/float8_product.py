@@ -24,6 +24,8 @@ from swamla_titan.kernels.float8 import (
     largest_of,
     scale_for,
     scaled_product,
+    swiglu_gradient_bound,
+    swiglu_gradient_largest,
     swiglu_largest,
 )
 
@@ -51,7 +53,7 @@ class Operand(NamedTuple):
 
 def quantize(x: Tensor, through: torch.dtype | None = None, columns: bool = True) -> Operand:
     """x [..., K], rounded to `through` (None: x's dtype), as e4m3."""
-    plain = x.detach().flatten(0, -2)
+    plain = x.detach().flatten(0, -2).contiguous()
     through = through or x.dtype
     scale = scale_for(largest_of(plain).to(through), VALUES)
     wanted = columns and torch.is_grad_enabled()
@@ -77,10 +79,11 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Operand:
 def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings) -> Operand:
     """SwiGLU (kernels/swiglu.py) of x W^T: [..., K] and [2 F, K] -> [..., F]; the gradient of x W^T is float8 alone."""
     gate_up = scaled_product(x.rows, x.scale, weight.rows, weight.scale, x.carrier.dtype, fast=True)
-    scale = scale_for(swiglu_largest(gate_up, None, group), VALUES)
+    largest, of_gate_up = swiglu_largest(gate_up, group).unbind()
+    scale = scale_for(largest, VALUES)
     factors = x.carrier, x.columns, x.scale, weight.carrier, weight.columns, weight.scale
     options = group, *settings, torch.is_grad_enabled()
-    carrier, rows, columns = _swiglu(*factors, gate_up, scale, *options)
+    carrier, rows, columns = _swiglu(*factors, gate_up, of_gate_up, scale, *options)
     return Operand(carrier, rows.detach(), columns.detach(), scale)  # gradients flow through the carrier alone
 
 
@@ -127,7 +130,7 @@ def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_columns, x_scale, weight, weight_columns, weight_scale = ctx.saved_tensors
-    plain = grad.flatten(0, -2)
+    plain = grad.flatten(0, -2).contiguous()
     scale = scale_for(largest_of(plain), ctx.settings.gradients)
     rows, columns = float8_cast(plain, scale, ctx.settings.gradients, plain.dtype)
     weight_columns = _columns_of(weight, weight_columns, weight_scale, ctx.dtypes[0], rows)
@@ -196,6 +199,7 @@ def _swiglu(
     weight_columns: Tensor,
     weight_scale: Tensor,
     gate_up: Tensor,
+    of_gate_up: Tensor,
     scale: Tensor,
     group: int,
     gradients: torch.dtype,
@@ -216,6 +220,7 @@ def _(
     weight_columns: Tensor,
     weight_scale: Tensor,
     gate_up: Tensor,
+    of_gate_up: Tensor,
     scale: Tensor,
     group: int,
     gradients: torch.dtype,
@@ -228,24 +233,28 @@ def _(
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    x, x_columns, x_scale, weight, weight_columns, weight_scale, gate_up, _, ctx.group, *settings, _ = inputs
-    ctx.settings = Settings(*settings)
+    x, x_columns, x_scale, weight, weight_columns, weight_scale, gate_up, of_gate_up, _, ctx.group, *rest = inputs
+    ctx.settings = Settings(*rest[:2])
     ctx.shape, ctx.dtypes = x.shape, (x.dtype, weight.dtype)
     again = weight if weight_columns.numel() == 0 else None
-    ctx.save_for_backward(x_columns, x_scale, again, weight_columns, weight_scale, gate_up)
+    ctx.save_for_backward(x_columns, x_scale, again, weight_columns, weight_scale, gate_up, of_gate_up)
 
 
 def _swiglu_gradients(ctx: Any, grad: Tensor | None, *of_float8: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    x_columns, x_scale, weight, weight_columns, weight_scale, gate_up = ctx.saved_tensors
-    plain, dtype = grad.flatten(0, -2), ctx.settings.gradients
-    scale = scale_for(swiglu_largest(gate_up, plain, ctx.group), dtype)
+        return (None,) * 13
+    x_columns, x_scale, weight, weight_columns, weight_scale, gate_up, of_gate_up = ctx.saved_tensors
+    plain, dtype = grad.flatten(0, -2).contiguous(), ctx.settings.gradients
+    if dtype == torch.float8_e5m2:
+        largest = swiglu_gradient_bound(plain, of_gate_up)
+    else:
+        largest = swiglu_gradient_largest(plain, gate_up, ctx.group)
+    scale = scale_for(largest, dtype)
     rows, columns = float8_swiglu_backward(plain, gate_up, scale, ctx.group, dtype)
     weight_columns = _columns_of(weight, weight_columns, weight_scale, ctx.dtypes[0], rows)
     of_x = scaled_product(rows, scale, weight_columns, weight_scale, ctx.dtypes[0], ctx.settings.fast)
     of_weight = scaled_product(columns, scale, x_columns, x_scale, ctx.dtypes[1], ctx.settings.fast)
-    return of_x.unflatten(0, ctx.shape[:-1]), None, None, of_weight, *[None] * 8
+    return of_x.unflatten(0, ctx.shape[:-1]), None, None, of_weight, *[None] * 9
 
 
 _swiglu.register_autograd(_swiglu_gradients, setup_context=_setup_swiglu)

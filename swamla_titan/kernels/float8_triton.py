@@ -122,13 +122,27 @@ def float8_swiglu_backward(
 
 
 @triton.jit
+def _bits(x):
+    """Of float32 without the sign, as int32, whose order is that of the absolute values, with NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def float8_largest(x_ptr, largest_ptr, numbers, BLOCK: tl.constexpr):
+    """The bits of the largest absolute value in each program's BLOCK of x [numbers]: int32 [programs]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < numbers, other=0.0).to(tl.float32)
+    tl.store(largest_ptr + tl.program_id(0), tl.max(_bits(x), 0))
+
+
+@triton.jit
 def float8_swiglu_largest(
     gate_up_ptr, grad_ptr, largest_ptr, rows, hidden,
     GROUP: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The largest absolute value in each program's tile of SwiGLU's result, or of gate_up's gradient: int32 [programs].
+    """The bits of the largest absolute value in each program's tile of gate_up's gradient: int32 [programs];
 
-    As the bits of float32 without the sign, whose order is that of the numbers, with NaN above infinity.
+    or forward of SwiGLU's result and of gate_up: [2, programs].
     """
     row, column = _place(R, C)
     gate_column = _gate_column(GROUP, C)
@@ -137,10 +151,12 @@ def float8_swiglu_largest(
     sigmoid = tl.sigmoid(gate)
     if BACKWARD:
         grad = _tile(grad_ptr, row, column, rows, hidden, hidden)
-        of_gate = (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        of_up = (grad * gate * sigmoid).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        bits = tl.maximum(of_gate, of_up)
+        bits = tl.maximum(_bits(grad * up * sigmoid * (1 + gate * (1 - sigmoid))), _bits(grad * gate * sigmoid))
     else:
-        bits = (gate * sigmoid * up).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = _bits(gate * sigmoid * up)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(largest_ptr + program, tl.max(tl.max(bits, 1), 0))
+    if not BACKWARD:
+        both = tl.maximum(_bits(gate), _bits(up))
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        tl.store(largest_ptr + programs + program, tl.max(tl.max(both, 1), 0))

@@ -14,9 +14,12 @@ from swamla_titan.kernels.float8 import (
     cast_swiglu,
     float8_cast,
     float8_swiglu_backward,
+    largest_of,
     plain_cast,
     scale_for,
     swiglu_gradient,
+    swiglu_gradient_bound,
+    swiglu_gradient_largest,
     swiglu_largest,
 )
 from swamla_titan.kernels.swiglu import swiglu
@@ -152,9 +155,30 @@ def test_the_largest_number_of_swiglu_and_of_its_gradient(rows, hidden, group, w
     gate_up, grad = torch.randn(rows, 2 * hidden, device=DEVICE), torch.randn(rows, hidden, device=DEVICE)
     if wrong is not None:
         gate_up[rows - 1, 5 + group] = wrong  # an up
-    largest = swiglu_largest(gate_up, None, group), swiglu_largest(gate_up, grad, group)
-    expected = swiglu(gate_up, group).abs().amax(), swiglu_gradient(grad, gate_up, group).abs().amax()
-    torch.testing.assert_close(largest, expected, rtol=2e-6, atol=0, equal_nan=True)
+    found = [*swiglu_largest(gate_up, group), swiglu_gradient_largest(grad, gate_up, group), largest_of(grad)]
+    expected = [x.abs().amax() for x in (swiglu(gate_up, group), gate_up, swiglu_gradient(grad, gate_up, group), grad)]
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", [1, 8192, 8193, 100_000])
+@pytest.mark.parametrize("wrong", [None, float("nan"), float("-inf")])
+def test_the_largest_of_any_number_of_numbers(numbers, wrong, by_kernels):
+    x = torch.randn(numbers, device=DEVICE)
+    x[-1] = -50.0 if wrong is None else wrong
+    assert largest_of(x).dtype == torch.float32
+    torch.testing.assert_close(largest_of(x), x.abs().amax(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(largest_of(x[::2]), x[::2].abs().amax(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 3.0, 100.0])
+def test_the_bound_of_swiglu_s_gradient_holds_and_is_no_more_than_too_large(size):
+    gate_up, grad = size * torch.randn(64, 256), torch.randn(64, 128)
+    gate_up[3, 5], gate_up[3, 64 + 5], grad[3, 5] = 2.4, 5 * size, 5.0  # the steepest place of silu: a slope of 1.0998
+    for dtype in (torch.float32, torch.bfloat16):
+        exact = swiglu_gradient_largest(grad, gate_up, 64).to(dtype)
+        bound = swiglu_gradient_bound(grad, largest_of(gate_up))
+        assert exact <= bound < 1000 * exact
 
 
 def test_the_plain_gradient_of_swiglu_is_autograds():

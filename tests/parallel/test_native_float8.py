@@ -333,7 +333,10 @@ def test_the_operators_declare_what_they_do():
         (ops.float8_swiglu_backward, (torch.randn(16, 32), gate_up, scale, 16, e5m2)),
         (ops.float8_normalize, (x, gain, torch.ones(16), scale, True)),
         (ops.float8_product, (*a, *b, e5m2, False)),
-        (ops.float8_gate_up, (*parts, gate_up, scale, 16, e5m2, False, True)),
+        (ops.float8_gate_up, (*parts, gate_up, scale, scale, 16, e5m2, False, True)),
+        (ops.float8_largest, (x,)),
+        (ops.float8_swiglu_largest, (gate_up, 16)),
+        (ops.float8_swiglu_gradient_largest, (torch.randn(16, 32), gate_up, 16)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
