@@ -10,9 +10,11 @@ Data, loader, model, losses, clipping and optimizer are the trainer's own. The h
 the steps that count, which are the second half, as in the trainer between two log lines; data_ms is what it waits for
 the loader in one of them.
 
-With --profile one more step is taken, and its kernels are summed up by kind, on the first rank, in milliseconds:
-"exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran. --top lists the
-dearest kernels, the longest times in which none ran, and the products of each shape with their TFLOP/s.
+With --profile three more steps are taken in a row, and their kernels are summed up by kind, on the first rank, in
+milliseconds a step: "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any
+ran, "idle" the rest. (The first of the three follows a pause, in which a GPU at its power limit rests; its kernels may
+be faster.) --top lists the dearest kernels, the longest times in which none ran, and the products of each shape with
+their TFLOP/s, of all three steps.
 """
 
 import argparse
@@ -34,12 +36,14 @@ from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
 from swamla_titan.optim import build_optimizer, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel.compile import warm_compiler
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import join_world, launched_rank, leave_world
 from swamla_titan.train.kernels import attention_of
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
 
+PROFILED = 3  # steps
 KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
@@ -93,6 +97,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallelize.apply_data_parallel = wrap_alone
     world = join_world(config.parallel)
+    warm_compiler(config.compile, world.device)
     set_numerics(config, world.device, world.rank)
     attention = attention_of(config, world)
     config, corpus, _ = open_data(config)
@@ -116,15 +121,15 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         rank=world.data_rank,
         world_size=world.degrees.data,
     ) as loader:
-        for step in range(steps + arguments.profile):
+        for step in range(steps + PROFILED * arguments.profile):
             asked = time.perf_counter()
             batch = next(loader)
             waits.append(time.perf_counter() - asked)
-            kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-            profiler = profile(activities=kinds, record_shapes=arguments.top > 0) if step == steps else None
-            if profiler:
+            if step == steps:
+                kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+                profiler = profile(activities=kinds, record_shapes=arguments.top > 0)
                 profiler.__enter__()
-            if is_gpu and (step <= half or profiler):
+            if is_gpu and (step <= half or step == steps):
                 torch.cuda.synchronize()
             start = time.perf_counter()
             if step == half:
@@ -145,13 +150,13 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss)
-            if is_gpu and (step in (0, steps - 1) or profiler):
+            if is_gpu and (step in (0, steps - 1, steps + PROFILED - 1)):
                 torch.cuda.synchronize()
             if step == 0:
                 first = time.perf_counter() - begun
             if step == steps - 1:
                 step_seconds = (time.perf_counter() - begun_steady) / (steps - half)
-            if profiler:
+            if step == steps + PROFILED - 1:
                 profiler.__exit__(None, None, None)
                 kernels = summary(profiler, arguments.top) if world.is_first else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
@@ -168,7 +173,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def summary(profiler: profile, top: int) -> dict[str, object]:
-    """Milliseconds of kernels by kind, and of communication with nothing beside it."""
+    """Milliseconds a step of kernels by kind, and of communication with nothing beside it."""
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     kernels: dict[str, list[float]] = defaultdict(list)
@@ -191,10 +196,13 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
         print(f"{idle / 1e3:8.2f} ms of nothing between {before[:60]} and {after[:60]}")
     if top:
         print_products(profiler)
+    every = spans[True] + spans[False]
+    took = max(end for _, end in every) - min(start for start, _ in every) if every else 0.0
     return {
-        **{f"{kind}_ms": total for kind, total in totals.items()},
-        "exposed_ms": (both - covered(spans[False])) / 1e3,
-        "busy_ms": both / 1e3,
+        **{f"{kind}_ms": total / PROFILED for kind, total in totals.items()},
+        "exposed_ms": (both - covered(spans[False])) / 1e3 / PROFILED,
+        "busy_ms": both / 1e3 / PROFILED,
+        "idle_ms": (took - both) / 1e3 / PROFILED,
     }
 
 

@@ -7,7 +7,13 @@ from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.sections import Config
-from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
+from swamla_titan.kernels.limits import (
+    DOCUMENT_V_WIDTHS,
+    DOCUMENT_WIDTHS,
+    WINDOW_SINKS,
+    WINDOW_WIDTHS,
+    WINDOW_WIDTHS_FLOAT32,
+)
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
@@ -115,25 +121,54 @@ def _attention(config: Config) -> Iterator[Contradiction]:
             (at, "model.swa_window", "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
         )
-    if asked != "triton" or not has_windows:
+    if asked != "triton":
         return
-    widths = WINDOW_WIDTHS_FLOAT32 if config.training.compute_dtype == "float32" else WINDOW_WIDTHS
+    if has_windows:
+        yield from _window_kernel(config)
+    elif config.data.document_mask:
+        yield from _document_kernel(config)
+    if config.parallel.context > 1:
+        yield Contradiction(
+            (at, "parallel.context"),
+            '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
+        )
+
+
+def _window_kernel(config: Config) -> Iterator[Contradiction]:
+    """What our kernel for sliding windows does not take."""
+    at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
+    widths = WINDOW_WIDTHS_FLOAT32 if dtype == "float32" else WINDOW_WIDTHS
     if model.head_dim not in widths:
         yield Contradiction(
             (at, "model.dim", "model.num_heads", "training.compute_dtype"),
-            f'"triton" takes heads of {", ".join(map(str, widths))} in {config.training.compute_dtype}, not of '
-            f'{model.head_dim}: use "flex" or "auto"',
+            f'"triton" takes heads of {", ".join(map(str, widths))} in {dtype}, not of {model.head_dim}: use "flex" or '
+            '"auto"',
         )
     if model.swa_sink_size > WINDOW_SINKS:
         yield Contradiction(
             (at, "model.swa_sink_size"),
             f'"triton" takes at most {WINDOW_SINKS} sinks, not {model.swa_sink_size}: use "flex" or "auto"',
         )
-    if config.parallel.context > 1:
+
+
+def _document_kernel(config: Config) -> Iterator[Contradiction]:
+    """What our kernel for documents in MLA does not take."""
+    at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
+    if dtype == "float32":
         yield Contradiction(
-            (at, "parallel.context"),
-            '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
+            (at, "training.compute_dtype"), f'"triton" takes MLA in 16 bits, not in {dtype}: use "auto"'
         )
+    sides = (
+        (("qk_nope_head_dim", "qk_rope_head_dim"), model.qk_nope_head_dim + model.qk_rope_head_dim, DOCUMENT_WIDTHS),
+        (("v_head_dim",), model.v_head_dim, DOCUMENT_V_WIDTHS),
+    )
+    for keys, width, widths in sides:
+        if width not in widths:
+            yield Contradiction(
+                (at, *(f"model.{key}" for key in keys)),
+                f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, widths))}, not of {width}: use "flex" or '
+                '"auto"',
+            )
 
 
 def _loss(config: Config) -> Iterator[Contradiction]:

@@ -246,8 +246,8 @@ class Kernels:
     )
     loss: str = key(
         "auto",
-        "fused: output head and loss as one, which never holds all logits. auto: fused on GPUs in 16 bits, unless the "
-        "head is in float8 or shared by ranks. plain: all logits first.",
+        "fused: output head and loss as one, which never holds all logits. auto: fused on GPUs in 16 bits, but "
+        "not with a float8 head, tensor or pipeline parallelism. plain: all logits first.",
         choices=("auto", "fused", "plain"),
     )
     pointwise: str = key(

@@ -10,9 +10,8 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
-from swamla_titan.kernels.launch import Tiles, descriptors, parts, readable, strides
+from swamla_titan.kernels.launch import Tiles, descriptors, has_triton, parts, readable, strides
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
-from swamla_titan.kernels.window_attention import has_triton
 
 
 def document_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> bool:

@@ -9,11 +9,20 @@ each other are not masked.
 import triton
 import triton.language as tl
 
-from swamla_titan.kernels.window_triton import LN_2, LOG2_E, NEVER, _both, _both_at, _product, _put, _tile
+from swamla_titan.kernels.tiles_triton import (
+    LN_2,
+    LOG2_E,
+    NEVER,
+    load_part,
+    load_parts,
+    load_parts_at,
+    product_of_parts,
+    store_part,
+)
 
 
 @triton.jit
-def _hidden(scores, query, key, start):
+def _masked(scores, query, key, start):
     """Scores of queries [rows] and keys [columns], NEVER where the key is later or in another document."""
     return tl.where((key <= query) & (key >= start), scores, NEVER)
 
@@ -33,27 +42,29 @@ def document_forward(
     start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
     document = tl.load(starts_ptr + first)  # where that of the first query begins, and
     newest = tl.load(starts_ptr + last - 1)  # of the last
-    q1, q2 = _both_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
+    q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
     highest = tl.full([BM], NEVER, tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, DV], tl.float32)
     scale_log2 = scale * LOG2_E
     for begin in range(document // BN * BN, last, BN):
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
-        scores = _product(q1, q2, k1, k2, D2 > 0)
+        # Scaled before they are masked: of NEVER * scale - NEVER * scale a compiler makes one operation that rounds
+        # once and is not 0, in rows whose document begins behind the first tiles.
+        scores = product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2
         if (begin + BN - 1 > first) | (begin < newest):
             key = begin + tl.arange(0, BN)
-            scores = _hidden(scores, query[:, None], key[None, :], start[:, None])
+            scores = _masked(scores, query[:, None], key[None, :], start[:, None])
         new_highest = tl.maximum(highest, tl.max(scores, 1))
-        shrink = tl.exp2((highest - new_highest) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - (new_highest * scale_log2)[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        weights = tl.exp2(scores - new_highest[:, None])
         total = total * shrink + tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         highest = new_highest
     total = tl.where(query < seq_len, total, 1.0)
-    _put(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, out / total[:, None], 0, DV)
-    lse = (highest * scale_log2 + tl.log2(total)) * LN_2
+    store_part(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, out / total[:, None], 0, DV)
+    lse = (highest + tl.log2(total)) * LN_2
     tl.store(lse_ptr + (batch * heads + head) * seq_len + query, lse, mask=query < seq_len)
 
 
@@ -73,9 +84,9 @@ def document_grad_query(
     start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
     document = tl.load(starts_ptr + first)
     newest = tl.load(starts_ptr + last - 1)
-    q1, q2 = _both_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
-    do = _tile(do_ptr + batch * do_batch + head * do_head, do_token, query, seq_len, 0, DV)
-    out = _tile(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, 0, DV)
+    q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
+    do = load_part(do_ptr + batch * do_batch + head * do_head, do_token, query, seq_len, 0, DV)
+    out = load_part(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, 0, DV)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     row = (batch * heads + head) * seq_len
     tl.store(delta_ptr + row + query, delta, mask=query < seq_len)
@@ -84,12 +95,12 @@ def document_grad_query(
     dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
     scale_log2 = scale * LOG2_E
     for begin in range(document // BN * BN, last, BN):
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
-        scores = _product(q1, q2, k1, k2, D2 > 0)
+        scores = product_of_parts(q1, q2, k1, k2, D2 > 0)
         if (begin + BN - 1 > first) | (begin < newest):
             key = begin + tl.arange(0, BN)
-            scores = _hidden(scores, query[:, None], key[None, :], start[:, None])
+            scores = _masked(scores, query[:, None], key[None, :], start[:, None])
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         of_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
         grad = (weights * (of_weights - delta[:, None])).to(k1.dtype)
@@ -97,9 +108,9 @@ def document_grad_query(
         if D2 > 0:
             dq2 = tl.dot(grad, k2, dq2, input_precision="ieee")
     dq_ptr += batch * dq_batch + head * dq_head
-    _put(dq_ptr, dq_token, query, seq_len, dq1 * scale, 0, D1)
+    store_part(dq_ptr, dq_token, query, seq_len, dq1 * scale, 0, D1)
     if D2 > 0:
-        _put(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
+        store_part(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
 
 
 @triton.jit
@@ -118,8 +129,8 @@ def document_grad_key_value(
     key = first + tl.arange(0, BN)
     starts_ptr += batch * seq_len
     end = tl.load(ends_ptr + batch * seq_len + tl.minimum(first + BN, seq_len) - 1)  # of the last key's document
-    k1, k2 = _both_at(k_ptr + batch * k_batch + head * k_head, k_token, key, seq_len, D1, D2)
-    v = _tile(v_ptr + batch * v_batch + head * v_head, v_token, key, seq_len, 0, DV)
+    k1, k2 = load_parts_at(k_ptr + batch * k_batch + head * k_head, k_token, key, seq_len, D1, D2)
+    v = load_part(v_ptr + batch * v_batch + head * v_head, v_token, key, seq_len, 0, DV)
     dk1 = tl.zeros([BN, D1], tl.float32)
     dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
     dv = tl.zeros([BN, DV], tl.float32)
@@ -127,15 +138,15 @@ def document_grad_key_value(
     scale_log2 = scale * LOG2_E
     for begin in range(first // BM * BM, end, BM):
         query = begin + tl.arange(0, BM)
-        q1, q2 = _both(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
+        q1, q2 = load_parts(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
         do = do_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BM, DV)
         lse_log2 = tl.load(lse_ptr + row + query, mask=query < seq_len, other=0.0) * LOG2_E
         delta = tl.load(delta_ptr + row + query, mask=query < seq_len, other=0.0)
-        scores = _product(k1, k2, q1, q2, D2 > 0)  # [BN, BM]
+        scores = product_of_parts(k1, k2, q1, q2, D2 > 0)  # [BN, BM]
         newest = tl.load(starts_ptr + tl.minimum(begin + BM, seq_len) - 1)
         if (first + BN - 1 > begin) | (first < newest):
             start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
-            scores = _hidden(scores, query[None, :], key[:, None], start[None, :])
+            scores = _masked(scores, query[None, :], key[:, None], start[None, :])
         weights = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
         of_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -144,7 +155,7 @@ def document_grad_key_value(
         if D2 > 0:
             dk2 = tl.dot(grad, q2, dk2, input_precision="ieee")
     dk_ptr += batch * dk_batch + head * dk_head
-    _put(dk_ptr, dk_token, key, seq_len, dk1 * scale, 0, D1)
+    store_part(dk_ptr, dk_token, key, seq_len, dk1 * scale, 0, D1)
     if D2 > 0:
-        _put(dk_ptr, dk_token, key, seq_len, dk2 * scale, D1, D2)
-    _put(dv_ptr + batch * dv_batch + head * dv_head, dv_token, key, seq_len, dv, 0, DV)
+        store_part(dk_ptr, dk_token, key, seq_len, dk2 * scale, D1, D2)
+    store_part(dv_ptr + batch * dv_batch + head * dv_head, dv_token, key, seq_len, dv, 0, DV)

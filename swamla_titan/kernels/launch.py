@@ -1,9 +1,17 @@
 """What our attention kernels are launched with: tiles, and views of tensors as they read them."""
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@lru_cache
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with PyTorch for CUDA."""
+    return find_spec("triton") is not None
 
 
 class Tiles(NamedTuple):

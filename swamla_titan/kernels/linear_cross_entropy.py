@@ -45,7 +45,7 @@ def linear_cross_entropy(
 def tokens_at_a_time(tokens: int, vocabulary: int, itemsize: int) -> int:
     """Rows of logits over so many columns, of so many bytes a number, that are held at a time: tokens in even parts."""
     most = max(_CHUNK_BYTES // (itemsize * vocabulary), _ROWS) // _ROWS * _ROWS
-    even = -(-tokens // -(-tokens // most))
+    even = -(-tokens // max(-(-tokens // most), 1))
     return min(tokens, -(-even // _ROWS) * _ROWS)
 
 

@@ -3,8 +3,6 @@
 torch.compile takes it into a graph as it is. Value and gradients are the same in every run.
 """
 
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.flops import attention_flops, swa_pairs
-from swamla_titan.kernels.launch import Tiles, descriptors, parts, readable, strides
+from swamla_titan.kernels.launch import Tiles, descriptors, has_triton, parts, readable, strides
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
 
 
@@ -29,12 +27,6 @@ def window_kernel_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
     On others before it (A100, L40) its code would keep much of its work in memory instead of registers.
     """
     return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed, as it is with PyTorch for CUDA."""
-    return find_spec("triton") is not None
 
 
 def window_attention(

@@ -15,61 +15,20 @@ multiplied as 64 + 32, since Triton's tiles are powers of two.
 import triton
 import triton.language as tl
 
+from swamla_titan.kernels.tiles_triton import (
+    LN_2,
+    LOG2_E,
+    NEVER,
+    load_part,
+    load_parts,
+    load_parts_at,
+    product_of_parts,
+    store_part,
+)
+
 AT_ONCE = tl.constexpr(16)  # tiles of queries, and
 PART = tl.constexpr(256)  # numbers of each, that are read together to be summed
 FAR = tl.constexpr(16)  # far keys at a time, the least that a tensor core's product takes
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-# Instead of minus infinity, of which the running maximum of a row that has seen nothing yet would make NaN.
-NEVER = tl.constexpr(-1.0e30)
-
-
-@triton.jit
-def _tile(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH of rows, zeros where there are none: [len(rows), WIDTH]."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    inside = (rows >= 0) & (rows < seq_len)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(base + offsets, mask=inside[:, None], other=0.0)
-
-
-@triton.jit
-def _both(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Both parts of ROWS rows by the tensor memory accelerator, zeros behind the last row.
-
-    The first part twice, if D2 is 0.
-    """
-    part1 = wide.load([batch.to(tl.int32), row, head, 0]).reshape(ROWS, D1)
-    part2 = part1
-    if D2 > 0:
-        part2 = narrow.load([batch.to(tl.int32), row, head, D1]).reshape(ROWS, D2)
-    return part1, part2
-
-
-@triton.jit
-def _both_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexpr):
-    """Both parts of any rows, zeros where there are none."""
-    part1 = _tile(base, stride, rows, seq_len, 0, D1)
-    part2 = part1
-    if D2 > 0:
-        part2 = _tile(base, stride, rows, seq_len, D1, D2)
-    return part1, part2
-
-
-@triton.jit
-def _put(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    columns = FIRST + tl.arange(0, WIDTH)
-    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=(rows < seq_len)[:, None])
-
-
-@triton.jit
-def _product(a1, a2, b1, b2, SPLIT: tl.constexpr):
-    """a b^T over both parts of the head's width, in float32."""
-    product = tl.dot(a1, tl.trans(b1), input_precision="ieee")
-    if SPLIT:
-        product = tl.dot(a2, tl.trans(b2), product, input_precision="ieee")
-    return product
 
 
 @triton.jit
@@ -118,7 +77,7 @@ def _attend(
 
     A row that has not seen any key yet collects nonsense, which its first one multiplies by zero.
     """
-    scores = tl.where(seen, _product(q1, q2, k1, k2, D2 > 0) * scale_log2, NEVER)
+    scores = tl.where(seen, product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2, NEVER)
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     shrink = tl.exp2(highest - new_highest)
     weights = tl.exp2(scores - new_highest[:, None])
@@ -153,7 +112,7 @@ def window_forward(
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + group * k_head
     v_ptr += batch * v_batch + group * v_head
-    q1, q2 = _both_at(q_ptr, q_token, query, seq_len, D1, D2)
+    q1, q2 = load_parts_at(q_ptr, q_token, query, seq_len, D1, D2)
     highest = tl.full([BM], NEVER, tl.float32)
     total = tl.zeros([BM], tl.float32)
     out1 = tl.zeros([BM, D1], tl.float32)
@@ -166,8 +125,8 @@ def window_forward(
             place = sink + tl.arange(0, FAR)
             key = document + place
             seen = (start == document)[:, None] & ((place < SINK) & (key < near))[None, :]
-            k1, k2 = _both_at(k_ptr, k_token, key, seq_len, D1, D2)
-            v1, v2 = _both_at(v_ptr, v_token, key, seq_len, D1, D2)
+            k1, k2 = load_parts_at(k_ptr, k_token, key, seq_len, D1, D2)
+            v1, v2 = load_parts_at(v_ptr, v_token, key, seq_len, D1, D2)
             highest, total, out1, out2 = _attend(
                 highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2
             )
@@ -175,21 +134,21 @@ def window_forward(
     for begin in range(near, sinks_end, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, SINK, DOCUMENTS)
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
-        v1, v2 = _both(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
+        v1, v2 = load_parts(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
         highest, total, out1, out2 = _attend(highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2)
     for begin in range(from_here, last, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, 0, DOCUMENTS)
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
-        v1, v2 = _both(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
+        v1, v2 = load_parts(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
         highest, total, out1, out2 = _attend(highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2)
 
     total = tl.where(query < seq_len, total, 1.0)
     out_ptr += batch * out_batch + head * out_head
-    _put(out_ptr, out_token, query, seq_len, out1 / total[:, None], 0, D1)
+    store_part(out_ptr, out_token, query, seq_len, out1 / total[:, None], 0, D1)
     if D2 > 0:
-        _put(out_ptr, out_token, query, seq_len, out2 / total[:, None], D1, D2)
+        store_part(out_ptr, out_token, query, seq_len, out2 / total[:, None], D1, D2)
     lse_ptr += (batch * heads + head) * seq_len
     tl.store(lse_ptr + query, (highest + tl.log2(total)) * LN_2, mask=query < seq_len)
 
@@ -197,9 +156,9 @@ def window_forward(
 @triton.jit
 def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr):
     """What the keys add to the queries' gradients; also the weights and the scores' gradients."""
-    weights = tl.exp2(_product(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
+    weights = tl.exp2(product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
     weights = tl.where(seen, weights, 0.0)
-    grad = (weights * (_product(do1, do2, v1, v2, D2 > 0) - delta[:, None])).to(k1.dtype)
+    grad = (weights * (product_of_parts(do1, do2, v1, v2, D2 > 0) - delta[:, None])).to(k1.dtype)
     dq1 = tl.dot(grad, k1, dq1, input_precision="ieee")
     if D2 > 0:
         dq2 = tl.dot(grad, k2, dq2, input_precision="ieee")
@@ -238,14 +197,14 @@ def window_grad_query(
     v_ptr += batch * v_batch + group * v_head
     out_ptr += batch * out_batch + head * out_head
     do_ptr += batch * do_batch + head * do_head
-    q1 = _tile(q_ptr, q_token, query, seq_len, 0, D1)
-    do1 = _tile(do_ptr, do_token, query, seq_len, 0, D1)
-    delta = tl.sum(_tile(out_ptr, out_token, query, seq_len, 0, D1).to(tl.float32) * do1.to(tl.float32), 1)
+    q1 = load_part(q_ptr, q_token, query, seq_len, 0, D1)
+    do1 = load_part(do_ptr, do_token, query, seq_len, 0, D1)
+    delta = tl.sum(load_part(out_ptr, out_token, query, seq_len, 0, D1).to(tl.float32) * do1.to(tl.float32), 1)
     q2, do2 = q1, do1
     if D2 > 0:
-        q2 = _tile(q_ptr, q_token, query, seq_len, D1, D2)
-        do2 = _tile(do_ptr, do_token, query, seq_len, D1, D2)
-        delta += tl.sum(_tile(out_ptr, out_token, query, seq_len, D1, D2).to(tl.float32) * do2.to(tl.float32), 1)
+        q2 = load_part(q_ptr, q_token, query, seq_len, D1, D2)
+        do2 = load_part(do_ptr, do_token, query, seq_len, D1, D2)
+        delta += tl.sum(load_part(out_ptr, out_token, query, seq_len, D1, D2).to(tl.float32) * do2.to(tl.float32), 1)
     row = (batch * heads + head) * seq_len
     tl.store(delta_ptr + row + query, delta, mask=query < seq_len)
     lse_log2 = tl.load(lse_ptr + row + query, mask=query < seq_len, other=0.0) * LOG2_E
@@ -260,41 +219,41 @@ def window_grad_query(
             place = sink + tl.arange(0, FAR)
             key = document + place
             seen = (start == document)[:, None] & ((place < SINK) & (key < near))[None, :]
-            k1, k2 = _both_at(k_ptr, k_token, key, seq_len, D1, D2)
-            v1, v2 = _both_at(v_ptr, v_token, key, seq_len, D1, D2)
+            k1, k2 = load_parts_at(k_ptr, k_token, key, seq_len, D1, D2)
+            v1, v2 = load_parts_at(v_ptr, v_token, key, seq_len, D1, D2)
             dq1, dq2, weights, grad = _grad_query(
                 dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2
             )
             dk1 = tl.dot(tl.trans(grad), q1, input_precision="ieee") * scale
             dv1 = tl.dot(tl.trans(weights), do1, input_precision="ieee")
-            _put(far_ptr, D1 + D2, place, SINK, dk1, 0, D1)
-            _put(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv1, 0, D1)
+            store_part(far_ptr, D1 + D2, place, SINK, dk1, 0, D1)
+            store_part(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv1, 0, D1)
             if D2 > 0:
                 dk2 = tl.dot(tl.trans(grad), q2, input_precision="ieee") * scale
                 dv2 = tl.dot(tl.trans(weights), do2, input_precision="ieee")
-                _put(far_ptr, D1 + D2, place, SINK, dk2, D1, D2)
-                _put(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv2, D1, D2)
+                store_part(far_ptr, D1 + D2, place, SINK, dk2, D1, D2)
+                store_part(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv2, D1, D2)
     sinks_end, from_here = _ways(first, last, near, document, WINDOW, SINK, BM, BN)
     for begin in range(near, sinks_end, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, SINK, DOCUMENTS)
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
-        v1, v2 = _both(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
+        v1, v2 = load_parts(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
         dq1, dq2, _w, _g = _grad_query(
             dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2
         )
     for begin in range(from_here, last, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, 0, DOCUMENTS)
-        k1, k2 = _both(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
-        v1, v2 = _both(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
+        v1, v2 = load_parts(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
         dq1, dq2, _w, _g = _grad_query(
             dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2
         )
     dq_ptr += batch * dq_batch + head * dq_head
-    _put(dq_ptr, dq_token, query, seq_len, dq1 * scale, 0, D1)
+    store_part(dq_ptr, dq_token, query, seq_len, dq1 * scale, 0, D1)
     if D2 > 0:
-        _put(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
+        store_part(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
 
 
 @triton.jit
@@ -312,8 +271,8 @@ def _grad_key_value(
     start = tl.zeros([BM], tl.int32)
     if DOCUMENTS:
         start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
-    q1, q2 = _both(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
-    do1, do2 = _both(do_wide, do_narrow, batch, begin, head, BM, D1, D2)
+    q1, q2 = load_parts(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
+    do1, do2 = load_parts(do_wide, do_narrow, batch, begin, head, BM, D1, D2)
     lse_log2 = tl.load(lse_ptr + query, mask=query < seq_len, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + query, mask=query < seq_len, other=0.0)
     seen = _sees(query[None, :], key[:, None], start[None, :], WINDOW, SINK, DOCUMENTS)
@@ -323,9 +282,9 @@ def _grad_key_value(
         if DOCUMENTS:
             document = tl.load(starts_ptr + tile, mask=tile < seq_len, other=0)
         seen = seen & (key[:, None] >= _near(tile, document, WINDOW, STEP)[None, :])
-    weights = tl.exp2(_product(k1, k2, q1, q2, D2 > 0) * scale_log2 - lse_log2[None, :])  # [BN, BM]
+    weights = tl.exp2(product_of_parts(k1, k2, q1, q2, D2 > 0) * scale_log2 - lse_log2[None, :])  # [BN, BM]
     weights = tl.where(seen, weights, 0.0)
-    grad = weights * (_product(v1, v2, do1, do2, D2 > 0) - delta[None, :])
+    grad = weights * (product_of_parts(v1, v2, do1, do2, D2 > 0) - delta[None, :])
     weights, grad = weights.to(do1.dtype), grad.to(q1.dtype)
     dv1 = tl.dot(weights, do1, dv1, input_precision="ieee")
     dk1 = tl.dot(grad, q1, dk1, input_precision="ieee")
@@ -408,8 +367,8 @@ def window_grad_key_value(
         starts_ptr += batch * seq_len
     k_ptr += batch * k_batch + group * k_head
     v_ptr += batch * v_batch + group * v_head
-    k1, k2 = _both_at(k_ptr, k_token, key, seq_len, D1, D2)
-    v1, v2 = _both_at(v_ptr, v_token, key, seq_len, D1, D2)
+    k1, k2 = load_parts_at(k_ptr, k_token, key, seq_len, D1, D2)
+    v1, v2 = load_parts_at(v_ptr, v_token, key, seq_len, D1, D2)
     dk1 = tl.zeros([BN, D1], tl.float32)
     dv1 = tl.zeros([BN, D1], tl.float32)
     dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
@@ -452,8 +411,8 @@ def window_grad_key_value(
                 dv2 += _far_sum(sums_ptr + SINK * D, place, SINK, D1, D2, D)
     dk_ptr += batch * dk_batch + group * dk_head
     dv_ptr += batch * dv_batch + group * dv_head
-    _put(dk_ptr, dk_token, key, seq_len, dk1, 0, D1)
-    _put(dv_ptr, dv_token, key, seq_len, dv1, 0, D1)
+    store_part(dk_ptr, dk_token, key, seq_len, dk1, 0, D1)
+    store_part(dv_ptr, dv_token, key, seq_len, dv1, 0, D1)
     if D2 > 0:
-        _put(dk_ptr, dk_token, key, seq_len, dk2, D1, D2)
-        _put(dv_ptr, dv_token, key, seq_len, dv2, D1, D2)
+        store_part(dk_ptr, dk_token, key, seq_len, dk2, D1, D2)
+        store_part(dv_ptr, dv_token, key, seq_len, dv2, D1, D2)

@@ -101,11 +101,17 @@ def set_cache_folder(config: Compile) -> Path | None:
     if problem:
         _refuse_if_named(config, problem)
     if problem:
-        logger.warning("%s cannot %s: compiled code is kept in the temporary folder", folder, problem)
+        _warn_of(folder, problem)
         return None
     os.environ[_INDUCTOR_FOLDER] = str(folder)
     os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
     return folder
+
+
+@functools.cache
+def _warn_of(folder: Path, problem: str) -> None:
+    """Once, however often it is asked for."""
+    logger.warning("%s cannot %s: compiled code is kept in the temporary folder", folder, problem)
 
 
 @functools.cache

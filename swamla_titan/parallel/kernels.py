@@ -8,10 +8,11 @@ from torch import nn
 from swamla_titan.config import Config
 from swamla_titan.kernels.causal_attention import cudnn_takes
 from swamla_titan.kernels.latent_attention import latent_attention
+from swamla_titan.kernels.launch import has_triton
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import triton_swiglu
-from swamla_titan.kernels.window_attention import has_triton, window_kernel_is_fastest
+from swamla_titan.kernels.window_attention import window_kernel_is_fastest
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
@@ -23,8 +24,8 @@ _ALIGNED = 8  # numbers of 16 bits: cuDNN reads values where they lie, behind th
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
     """Set them in place, before the model is split or compiled; train/kernels.py refuses what a machine cannot run.
 
-    `device` is where it will run. "auto" takes those that were timed there, or on a GPU like it, and found faster than
-    what torch.compile makes.
+    `device` is where it will run. "auto" takes the loss on any GPU, for its memory; the others where they were timed
+    and found faster than what torch.compile makes, on H100 and H200.
     """
     model.attention_backend = config.kernels.attention
     model.linear_loss = linear_cross_entropy if is_loss_fused(config, device) else None

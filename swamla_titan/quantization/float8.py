@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.window_attention import has_triton
+from swamla_titan.kernels.launch import has_triton
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides

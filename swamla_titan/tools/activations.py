@@ -70,6 +70,8 @@ def native_savings(model: ModelConfig, kind: str, products: Collection[str], ite
 
 def has_operators(model: ModelConfig, kind: str, products: Collection[str]) -> bool:
     """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these products converted."""
+    if model.norm != "rmsnorm":  # the other is cast, but computed as ever
+        return False
     readers = {"wqkv"} if kind == "swa" else {"wkv_a", "wq_a" if model.q_lora_rank else "wq"}
     return {*(f"attention.{each}" for each in readers), "feed_forward.gate_up", "feed_forward.down"} <= set(products)
 

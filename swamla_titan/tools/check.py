@@ -156,15 +156,17 @@ def _attention(config: Config, device: torch.device) -> Finding:
     choose_kernels(model, config, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     tokens = torch.randint(256, (2, 512), device=device)
+    documents = (torch.rand(2, 512, device=device) < 0.01).cumsum(1) if config.data.document_mask else None
     for each in (model, plain):
-        each(tokens, tokens).backward()
+        each(tokens, tokens, documents).backward()
     error = max(
         ((ours.grad.double() - theirs.grad.double()).norm() / theirs.grad.double().norm()).item()
         for ours, theirs in zip(model.parameters(), plain.parameters())
         if ours.ndim == 2 and ours.grad is not None and theirs.grad is not None
     )
-    path = attention_path("swa", shape, config.kernels.attention, device, dtype)
-    mla = "reference" if path == "reference" else "sdpa"  # rows are plainly causal there
+    path, mla = (attention_path(kind, shape, config.kernels.attention, device, dtype) for kind in ("swa", "mla"))
+    if documents is None and path != "reference":
+        mla = "sdpa"  # rows are plainly causal there
     if any(isinstance(module, LatentAttention) and module.rotate_and_attend for module in model.modules()):
         mla = "cudnn with its rotation"
     text = f"SWA by {path}, MLA by {mla}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"

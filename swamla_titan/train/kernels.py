@@ -6,7 +6,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.window_attention import has_triton
+from swamla_titan.kernels.launch import has_triton
 from swamla_titan.model.context import attention_path, is_plainly_causal
 from swamla_titan.parallel.context import kernel_without_mask
 from swamla_titan.parallel.kernels import are_pointwise_ours, is_gpu_with_triton, why_rotation_is_plain

@@ -385,7 +385,7 @@ def _refuse_what_this_machine_lacks(config: Config, world: World) -> None:
 
 
 def _start_helpers(config: Config, world: World) -> None:
-    """The processes that read data and compile, beside what comes first here."""
+    """The processes that read data and compile, beside what comes first here; in vain where a run is finished."""
     prepare_workers(config.data.num_workers)
     warm_compiler(config.compile, world.device)
 

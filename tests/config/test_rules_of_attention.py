@@ -22,6 +22,7 @@ def shape(**changes) -> ModelConfig:
 
 
 WIDTH = {"kernels.attention", "model.dim", "model.num_heads", "training.compute_dtype"}
+NO_WINDOWS, DOCUMENTS = shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}
 MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.document_mask"}
 
 
@@ -36,7 +37,28 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
         ("triton", shape(swa_window=2048), {}, [MASKS]),
         ("triton", shape(swa_window=2048), {"data": Data(document_mask=True)}, []),
         ("triton", shape(swa_layers_per_cycle=0), {}, [{"kernels.attention", "data.document_mask"}]),
-        ("triton", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
+        ("triton", NO_WINDOWS, DOCUMENTS, []),
+        (
+            "triton",
+            NO_WINDOWS,
+            DOCUMENTS | {"parallel": Parallel(context=2)},
+            [{"kernels.attention", "parallel.context"}],
+        ),
+        (
+            "triton",
+            NO_WINDOWS,
+            DOCUMENTS | {"training": Training(compute_dtype="float32")},
+            [{"kernels.attention", "training.compute_dtype"}],
+        ),
+        (
+            "triton",
+            shape(swa_layers_per_cycle=0, v_head_dim=96, qk_rope_head_dim=96),
+            DOCUMENTS,
+            [
+                {"kernels.attention", "model.qk_nope_head_dim", "model.qk_rope_head_dim"},
+                {"kernels.attention", "model.v_head_dim"},
+            ],
+        ),
         ("flex", shape(swa_layers_per_cycle=0), {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
         ("flex", shape(num_heads=32, swa_sink_size=65), {"parallel": Parallel(context=2)}, []),

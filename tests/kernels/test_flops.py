@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swamla_titan.kernels.attention import reference_attention
 from swamla_titan.kernels.chunked_attention import chunked_causal_attention
+from swamla_titan.kernels.document_attention import document_attention
 from swamla_titan.kernels.float8_product import Settings, gate_up_product, product, quantize
 from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.masks import dense_mask
@@ -63,6 +64,14 @@ def test_latent_attention_counts_the_causal_pairs():
         rope_key, angles = torch.empty(BATCH, LENGTH, ROPE), torch.empty(1, LENGTH, 1, ROPE // 2)
         parts = query, keys_values, rope_key
         found = counted(lambda *parts: latent_attention(*parts, angles, angles, 1.0), *parts)
+    assert_share_of_all_pairs(found, torch.ones(LENGTH, LENGTH).tril(), value=VALUE)
+
+
+def test_document_attention_counts_as_if_each_row_were_one_document():
+    with torch.device("meta"):
+        query, key = (torch.empty(BATCH, LENGTH, HEADS, WIDTH) for _ in range(2))
+        value, bounds = torch.empty(BATCH, LENGTH, HEADS, VALUE), torch.empty(BATCH, LENGTH, dtype=torch.int32)
+        found = counted(lambda *parts: document_attention(*parts, bounds, bounds, 1.0), query, key, value)
     assert_share_of_all_pairs(found, torch.ones(LENGTH, LENGTH).tril(), value=VALUE)
 
 

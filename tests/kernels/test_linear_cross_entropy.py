@@ -64,6 +64,22 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     assert not linear_cross_entropy(x.detach(), weight.detach(), targets, VOCAB, 1.0).requires_grad
 
 
+@pytest.mark.parametrize(
+    "tokens, rows", [(0, 0), (1, 1), (100, 100), (10240, 10240), (10600, 5376), (32768, 8192), (65536, 9472)]
+)
+def test_parts_are_even_and_no_more_than_fit(tokens, rows):
+    assert fused.tokens_at_a_time(tokens, 50304, 2) == rows  # 10,496 fit
+
+
+def test_no_tokens_have_no_loss():
+    x, weight, targets = example(0)
+    loss = linear_cross_entropy(x, weight, targets, VOCAB, 1.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
 def test_a_second_backward_pass_is_refused():
     x, weight, targets = example(30)
     loss = linear_cross_entropy(x, weight, targets, VOCAB, 1.0)

@@ -109,6 +109,7 @@ def test_what_an_eager_block_keeps_in_native_float8(dtype, kind):
     dtype = getattr(torch, dtype)
     measured = kept(SHAPE, kind, dtype, None, native=True)
     assert has_operators(SHAPE, kind, NATIVE)
+    assert not has_operators(dataclasses.replace(SHAPE, norm="dynamic_tanh"), kind, NATIVE)
     expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, dtype.itemsize)
     assert expected == pytest.approx(measured, rel=0.1)
 

@@ -34,6 +34,20 @@ def test_data_is_read_while_the_model_is_made_and_a_refused_start_leaves_no_read
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_helpers_start_before_the_data_are_opened(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    order: list[str] = []
+    for name in ("prepare_workers", "warm_compiler", "open_data"):
+        real = getattr(trainer, name)
+
+        def listen(*arguments: Any, name: str = name, real: Any = real) -> Any:
+            order.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(trainer, name, listen)
+    assert train(tiny, *SETTINGS, "--job.dump_folder", str(tmp_path / "run")) == 0
+    assert order == ["prepare_workers", "warm_compiler", "open_data"]
+
+
 def test_a_finished_run_starts_no_reader(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = (*SETTINGS, "--job.dump_folder", str(tmp_path / "run"))
     assert train(tiny, *settings) == 0

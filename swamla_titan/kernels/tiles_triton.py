@@ -1,0 +1,57 @@
+"""What our attention kernels have in common: tiles of heads in two parts, since Triton's are powers of two wide."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Instead of minus infinity, of which the running maximum of a row that has seen nothing yet would make NaN.
+NEVER = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def load_part(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns FIRST ... FIRST + WIDTH of rows, zeros where there are none: [len(rows), WIDTH]."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    inside = (rows >= 0) & (rows < seq_len)
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(base + offsets, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_parts(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Both parts of ROWS rows by the tensor memory accelerator, zeros behind the last row.
+
+    The first part twice, if D2 is 0.
+    """
+    part1 = wide.load([batch.to(tl.int32), row, head, 0]).reshape(ROWS, D1)
+    part2 = part1
+    if D2 > 0:
+        part2 = narrow.load([batch.to(tl.int32), row, head, D1]).reshape(ROWS, D2)
+    return part1, part2
+
+
+@triton.jit
+def load_parts_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexpr):
+    """Both parts of any rows, zeros where there are none."""
+    part1 = load_part(base, stride, rows, seq_len, 0, D1)
+    part2 = part1
+    if D2 > 0:
+        part2 = load_part(base, stride, rows, seq_len, D1, D2)
+    return part1, part2
+
+
+@triton.jit
+def store_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    columns = FIRST + tl.arange(0, WIDTH)
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=(rows < seq_len)[:, None])
+
+
+@triton.jit
+def product_of_parts(a1, a2, b1, b2, SPLIT: tl.constexpr):
+    """a b^T over both parts of the head's width, in float32."""
+    product = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+    if SPLIT:
+        product = tl.dot(a2, tl.trans(b2), product, input_precision="ieee")
+    return product
