@@ -99,7 +99,7 @@ class Job:
         self.wait_for(lambda: self.lines() >= before + count, 300, *running)
 
     def told(self) -> str:
-        return "\n\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("*.log")))
+        return "\n\n".join(path.read_text()[-20_000:] for path in sorted(self.folder.glob("*.log")))
 
     def assert_same_as(self, undisturbed: Path) -> None:
         """Every step's loss and gradient norm, of the last line that has it; counters and data cursors exactly.
