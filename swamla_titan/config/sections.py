@@ -253,9 +253,9 @@ class Kernels:
     pointwise: str = key(
         "auto",
         "SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention "
-        "is by triton, without qk_norm, in MLA where it is by cuDNN, without documents and context parallel, in both "
-        'without checkpoints of operators (selective = "operators"). auto: these on H100 and H200 in 16 bits. plain: '
-        "left to torch.compile.",
+        "is by triton, without qk_norm, in MLA where it is by cuDNN, or documents by triton, without context parallel, "
+        'in both without checkpoints of operators (selective = "operators"). auto: these on H100 and H200 in 16 bits. '
+        "plain: left to torch.compile.",
         choices=("auto", "triton", "plain"),
     )
 

@@ -36,27 +36,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, E] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
-    from swamla_titan.kernels import document_triton as kernels
-
-    batch, length, heads, width = query.shape
-    # Else it would read what is not there.
-    assert key.shape == query.shape
-    assert value.shape[:3] == query.shape[:3]
-    for bounds in (starts, ends):
-        assert bounds.shape == (batch, length)
-        assert bounds.is_contiguous()
-        assert bounds.dtype == torch.int32
-    key, value = readable(key), readable(value)
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles = forward_tiles()
-    with torch.cuda.device_of(query):  # Triton launches on the current one
-        kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
-            *(*descriptors(key, tiles.keys), descriptors(value, tiles.keys)[0], query, out, lse, starts),
-            *(*strides(query), *strides(out), heads, length, scale),
-            **_constants(tiles, width, value.shape[-1]),
-        )
-    return out, lse
+    return run_forward(query, key, value, starts, ends, scale)
 
 
 @_forward.register_fake
@@ -77,28 +57,7 @@ def _backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from swamla_titan.kernels import document_triton as kernels
-
-    grad_out, query, key, value = (readable(each) for each in (grad_out, query, key, value))
-    batch, length, heads, width = query.shape
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    delta = torch.empty_like(lse)
-    of_queries, of_keys = backward_tiles()
-    widths = width, value.shape[-1]
-    with torch.cuda.device_of(query):
-        kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
-            *(*descriptors(key, of_queries.keys), descriptors(value, of_queries.keys)[0]),
-            *(query, out, grad_out, grad_query, lse, delta, starts),
-            *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
-            **_constants(of_queries, *widths),
-        )
-        kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
-            *(*descriptors(query, of_keys.queries), descriptors(grad_out, of_keys.queries)[0]),
-            *(key, value, grad_key, grad_value, lse, delta, starts, ends),
-            *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
-            **_constants(of_keys, *widths),
-        )
-    return grad_query, grad_key, grad_value
+    return run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
 
 
 @_backward.register_fake
@@ -141,6 +100,69 @@ def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) 
 @register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
 def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
     return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
+
+
+def run_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`_forward` for those who make an operator of more than that."""
+    from swamla_titan.kernels import document_triton as kernels
+
+    batch, length, heads, width = query.shape
+    # Else it would read what is not there.
+    assert key.shape == query.shape
+    assert value.shape[:3] == query.shape[:3]
+    for bounds in (starts, ends):
+        assert bounds.shape == (batch, length)
+        assert bounds.is_contiguous()
+        assert bounds.dtype == torch.int32
+    key, value = readable(key), readable(value)
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    tiles = forward_tiles()
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
+            *(*descriptors(key, tiles.keys), descriptors(value, tiles.keys)[0], query, out, lse, starts),
+            *(*strides(query), *strides(out), heads, length, scale),
+            **_constants(tiles, width, value.shape[-1]),
+        )
+    return out, lse
+
+
+def run_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    from swamla_titan.kernels import document_triton as kernels
+
+    grad_out, query, key, value = (readable(each) for each in (grad_out, query, key, value))
+    batch, length, heads, width = query.shape
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    delta = torch.empty_like(lse)
+    of_queries, of_keys = backward_tiles()
+    widths = width, value.shape[-1]
+    with torch.cuda.device_of(query):
+        kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
+            *(*descriptors(key, of_queries.keys), descriptors(value, of_queries.keys)[0]),
+            *(query, out, grad_out, grad_query, lse, delta, starts),
+            *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
+            **_constants(of_queries, *widths),
+        )
+        kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
+            *(*descriptors(query, of_keys.queries), descriptors(grad_out, of_keys.queries)[0]),
+            *(key, value, grad_key, grad_value, lse, delta, starts, ends),
+            *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
+            **_constants(of_keys, *widths),
+        )
+    return grad_query, grad_key, grad_value
 
 
 # Of those that spill no register at heads of 192 and 128 those with the widest tiles. Not timed yet.

@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from swamla_titan.kernels import document_attention
 from swamla_titan.kernels.causal_attention import KERNELS
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
@@ -17,35 +18,63 @@ _HEADS_AT_A_TIME = 16
 
 
 def latent_attention(
-    query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, scale: float, kernel: str = "cudnn"
+    query: Tensor,
+    keys_values: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    kernel: str = "cudnn",
 ) -> Tensor:
-    """Causal attention of one document a row: softmax(scale * rotated query key^T, causal) value.
+    """Causal attention: softmax(scale * rotated query key^T, causal) value, in documents if `starts` and `ends` say so.
 
     query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, rope_key [B, T, rope], a head's part
     without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
     [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
-    KERNELS (causal_attention.py) -> [B, T, H, v] in query's dtype.
+    KERNELS (causal_attention.py), for rows of one document; `starts` and `ends` are document_attention.py's, which
+    computes the others -> [B, T, H, v] in query's dtype.
     """
-    out: Tensor = _forward(query, keys_values, rope_key, cos, sin, scale, kernel)[0]
+    out: Tensor = _forward(query, keys_values, rope_key, cos, sin, scale, starts, ends, kernel)[0]
     return out
 
 
 @torch.library.custom_op("swamla_titan::latent_attention", mutates_args=())
 def _forward(
-    query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, scale: float, kernel: str
+    query: Tensor,
+    keys_values: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse [B, H, T] in float32, rotated queries and keys [B, T, H, nope + rope]."""
     rotated, key = torch.empty_like(query), torch.empty_like(query)
     with torch.cuda.device_of(query):  # Triton launches on the current one
         _make_heads(query, keys_values, rope_key, cos, sin, rotated, key)
-    query, value = rotated.transpose(1, 2), _values(rotated, keys_values, rope_key).transpose(1, 2)
-    out, lse = KERNELS[kernel].forward(query, key.transpose(1, 2), value, scale, True)
+    value = _values(rotated, keys_values, rope_key)
+    if starts is not None and ends is not None:
+        return *document_attention.run_forward(rotated, key, value, starts, ends, scale), rotated, key
+    heads = [x.transpose(1, 2) for x in (rotated, key, value)]
+    out, lse = KERNELS[kernel].forward(heads[0], heads[1], heads[2], scale, True)
     return out.transpose(1, 2).contiguous(), lse.contiguous(), rotated, key
 
 
 @_forward.register_fake
 def _(
-    query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, scale: float, kernel: str
+    query: Tensor,
+    keys_values: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     out = query.new_empty(_values(query, keys_values, rope_key).shape)
@@ -61,6 +90,8 @@ def _backward(
     keys_values: Tensor,
     cos: Tensor,
     sin: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
     out: Tensor,
     lse: Tensor,
     rope_dim: int,
@@ -68,9 +99,13 @@ def _backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     value = keys_values[..., query.shape[-1] - rope_dim :]
-    grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    gradients = KERNELS[kernel].backward(grad_out, query, key, value, out, lse, scale, True)
-    grad_query, grad_key, grad_value = (x.transpose(1, 2).contiguous() for x in gradients)
+    if starts is not None and ends is not None:
+        gradients = document_attention.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
+    else:
+        grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        gradients = KERNELS[kernel].backward(grad_out, query, key, value, out, lse, scale, True)
+        gradients = gradients[0].transpose(1, 2), gradients[1].transpose(1, 2), gradients[2].transpose(1, 2)
+    grad_query, grad_key, grad_value = (x.contiguous() for x in gradients)
     grad_keys_values = torch.empty_like(keys_values)
     grad_rope_key = cos.new_empty(*grad_query.shape[:2], rope_dim, dtype=grad_query.dtype)
     with torch.cuda.device_of(query):
@@ -86,6 +121,8 @@ def _(
     keys_values: Tensor,
     cos: Tensor,
     sin: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
     out: Tensor,
     lse: Tensor,
     rope_dim: int,
@@ -97,20 +134,20 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
-    _, keys_values, rope_key, cos, sin, ctx.scale, ctx.kernel = inputs
+    _, keys_values, rope_key, cos, sin, ctx.scale, starts, ends, ctx.kernel = inputs
     out, lse, query, key = output
     ctx.rope_dim = rope_key.shape[-1]
-    ctx.save_for_backward(query, key, keys_values, cos, sin, out, lse)
+    ctx.save_for_backward(query, key, keys_values, cos, sin, starts, ends, out, lse)
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
     # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
     if grad_out is None:
-        return (None,) * 7
+        return (None,) * 9
     gradients = torch.ops.swamla_titan.latent_attention_backward(
         grad_out.contiguous(), *ctx.saved_tensors, ctx.rope_dim, ctx.scale, ctx.kernel
     )
-    return (*gradients, None, None, None, None)
+    return (*gradients, *[None] * 6)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

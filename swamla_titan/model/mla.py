@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention import attention
+from swamla_titan.kernels.masks import DocumentRule
 from swamla_titan.model.cache import MLACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
@@ -33,7 +34,7 @@ class LatentAttention(nn.Module):
     `gather` (like `whole_rows`) makes the rows' latents, in order, from those of the part, before they are expanded to
     keys and values; `attend` (like `attend_causally`) gets the part's queries and the whole rows' keys and values.
     Where it has whole rows, `rotate_and_attend`, like `latent_attention`, to do all between the products at once, if
-    there is no mask.
+    there is no mask, or a DocumentRule.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -61,11 +62,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        if self.rotate_and_attend is not None and context.mla_mask is None and not context.reference:
+        rule = context.mla_mask
+        is_plain = rule is None and not context.reference
+        if self.rotate_and_attend is not None and (is_plain or isinstance(rule, DocumentRule)):
             latent, rope_key = self.latents(x)
             heads = self.queries(x).contiguous(), self.keys_values(latent).contiguous()
             by = context.mla_rotation
-            return self._output(self.rotate_and_attend(*heads, rope_key, by.cos, by.sin, self.scale))
+            documents = (rule.starts, rule.ends) if isinstance(rule, DocumentRule) else ()
+            return self._output(self.rotate_and_attend(*heads, rope_key, by.cos, by.sin, self.scale, *documents))
         latent, rope_key = self.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
         return self._output(self.attend(query, key, value, context, self.scale))

@@ -7,6 +7,7 @@ from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.kernels.causal_attention import cudnn_takes
+from swamla_titan.kernels.document_attention import document_kernel_takes
 from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.launch import has_triton
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
@@ -91,10 +92,11 @@ def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> st
         return "attention by reference"
     if config.parallel.context > 1:
         return "parallel.context"
-    if config.data.document_mask:
-        return "data.document_mask"
     widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
     if model.qk_nope_head_dim % _ALIGNED:
         return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}"
     length, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
+    if config.data.document_mask:
+        ours = config.kernels.attention == "triton" and document_kernel_takes(device, dtype, *widths)
+        return None if ours else "data.document_mask"
     return None if cudnn_takes(device, dtype, length, length, *widths) else "not by cuDNN"

@@ -105,6 +105,12 @@ def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
 
 
+def test_documents_of_mla_rotate_in_our_kernel_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(kernels, "document_kernel_takes", lambda *about: True)
+    assert chosen(Kernels(attention="triton", pointwise="triton"), documents=True) == "swiglu swa mla"
+    assert chosen(Kernels(pointwise="triton"), documents=True) == "swiglu swa"
+
+
 def test_without_cudnn_mla_rotates_apart():
     assert chosen(Kernels(pointwise="triton")) == "swiglu swa"
 
