@@ -287,6 +287,6 @@ def compiled_step(schedule):
     compare(pipeline, reference, 1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
+@pytest.mark.parametrize("schedule", [pytest.param("1F1B", marks=pytest.mark.slow), "Interleaved1F1B"])
 def test_compiled_blocks(schedule):
     on_ranks(2, compiled_step, schedule)

@@ -118,7 +118,7 @@ def test_a_run_that_changes_its_plan_again_and_again_equals_one_process(tmp_path
 
 
 SAME_PLAN = {"fsdp-2": FSDP_2, "tp-2": TP_2, "pp-2": PP_2, "ddp-3": DDP_3, "hsdp-2x2": HSDP_2X2, "zbv-2": ZBV_2}
-EXPENSIVE = ("pp-2", "ddp-3", "hsdp-2x2", "zbv-2")
+EXPENSIVE = ("tp-2", "pp-2", "ddp-3", "hsdp-2x2", "zbv-2")
 
 
 @pytest.mark.parametrize(
