@@ -40,9 +40,9 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def document_ends(starts: Tensor) -> Tensor:
-    """[B, T] document starts -> [B, T] int64 index behind the last token of each token's document."""
+    """[B, T] document starts -> [B, T], in their dtype, index behind the last token of each token's document."""
     length = starts.shape[1]
-    index = torch.arange(length, device=starts.device)
+    index = torch.arange(length, device=starts.device, dtype=starts.dtype)
     begins_next = torch.full_like(starts, length)
     begins_next[:, :-1] = torch.where(starts[:, 1:] == index[1:], index[1:], length)
     return begins_next.flip(1).cummin(dim=1).values.flip(1)

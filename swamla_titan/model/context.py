@@ -60,11 +60,11 @@ class SequenceContext:
             path = attention_path(kind, config, backend, device, dtype)
             if is_plainly_causal(kind, config, seq_len, document_ids is not None):
                 return None  # which has kernels of its own
-            if path == "triton" and window is None:
-                return DocumentRule(starts.to(torch.int32), document_ends(starts).to(torch.int32))
             if path == "triton":
-                assert window is not None
-                return WindowRule(None if document_ids is None else starts.to(torch.int32), window, sink)
+                own = starts.to(torch.int32)
+                if window is None:
+                    return DocumentRule(own, document_ends(own))
+                return WindowRule(None if document_ids is None else own, window, sink)
             if path != "flex":
                 return dense_mask(starts, window, sink)
             if document_ids is None:

@@ -101,6 +101,27 @@ def test_our_kernel_s_rule_of_documents_says_where_they_begin_and_end(monkeypatc
     assert SequenceContext.build(TINY, 5, None, torch.device("cpu"), torch.bfloat16).mla_mask is None
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, documents):
+    monkeypatch.setattr(context, "attention_path", lambda *args: "triton")
+    attention = next(
+        block.attention for block in build(torch.float32).blocks.values() if hasattr(block.attention, "wkv_b")
+    )
+    given = []
+
+    def all_at_once(query, keys_values, rope_key, cos, sin, scale, *bounds):
+        given.extend(bounds)
+        return query.new_zeros(*query.shape[:3], TINY.v_head_dim)
+
+    attention.rotate_and_attend = all_at_once
+    ids = torch.tensor([[0, 0, 1, 1, 1]]) if documents else None
+    shared = SequenceContext.build(TINY, 5, ids, torch.device("cpu"), torch.float32)
+    attention(torch.randn(1, 5, TINY.dim), shared)
+    expected = [shared.mla_mask.starts, shared.mla_mask.ends] if documents else []
+    assert len(given) == len(expected)
+    assert all(a is b for a, b in zip(given, expected))
+
+
 @pytest.mark.parametrize(
     "activations, wide",
     [
