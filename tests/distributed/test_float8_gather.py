@@ -98,27 +98,25 @@ def test_native_weights_in_float8_wait_for_the_backward_pass_where_weights_do(re
     assert on_ranks(2, _keeps_columns, reshard) == [{kept}] * 2
 
 
-def _keeps_columns(reshard: str) -> set[bool]:
-    config = Config(
+def _native(parallel: Parallel) -> Config:
+    return Config(
         model=ModelConfig(**SMALL),
         float8=Float8(recipe="native", products="all"),
         training=Training(seq_len=64),
         compile=Compile(enabled=False),
-        parallel=Parallel(reshard_after_forward=reshard),
+        parallel=parallel,
     )
+
+
+def _keeps_columns(reshard: str) -> set[bool]:
+    config = _native(Parallel(reshard_after_forward=reshard))
     model = ParallelModel(config, join_world(config.parallel))
     return {module.keeps_columns for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
 
 
 def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float], list[float]]:
     """How often a step of three micro-batches casts weights of one shape; then losses and norms of two steps."""
-    config = Config(
-        model=ModelConfig(**SMALL),
-        float8=Float8(recipe="native", products="all"),
-        training=Training(seq_len=64),
-        compile=Compile(enabled=False),
-        parallel=Parallel(data_parallel=data_parallel),
-    )
+    config = _native(Parallel(data_parallel=data_parallel))
     casts = []
     for file in (float8_product, native):
         real = file.float8_cast
