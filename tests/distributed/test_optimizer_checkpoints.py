@@ -89,8 +89,9 @@ def test_a_killed_job_goes_on_bit_for_bit(tmp_path, name):
     settings = (*COMMON, *OPTIMIZERS[name], "--training.steps", "4")
     assert on_ranks(2, run, config, *settings, "--job.dump_folder", str(whole)) == [0, 0]
     with pytest.raises(AssertionError, match="died"):
-        on_ranks(2, run_killed, 4, config, *settings)
+        on_ranks(2, run_killed, 4, config, *settings, "--checkpoint.async_mode", "disabled")
     assert on_ranks(2, run, config, *settings) == [0, 0]
+    assert "resumed from" in (tmp_path / "run/logs/rank-0.log").read_text()
     assert_same_checkpoint(checkpoint(tmp_path / "run", 4), checkpoint(whole, 4))
 
 

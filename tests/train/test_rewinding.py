@@ -20,6 +20,7 @@ COMMON = (
 REWINDS = ("--fault_tolerance.max_bad_steps", "3", "--fault_tolerance.max_rewinds", "1")
 ROW = tuple(Fault(step, "nan gradient") for step in (5, 6, 7))  # noticed at the end of step 8; 4 and 6 are saved within
 BACK = 2  # to the weights of this step
+SAVED_BY_THEN = ("--checkpoint.async_mode", "disabled")  # a kill between two checkpoints finds the first one written
 
 
 def saved(run: Path) -> list[int]:
@@ -124,7 +125,7 @@ def test_stopped_by_a_signal_it_comes_to_the_same_end(tiny, tmp_path, undisturbe
 def test_where_the_newest_is_damaged_the_row_comes_again_and_its_target_is_still_there(tiny, tmp_path, undisturbed):
     settings = (str(tiny), *COMMON, *REWINDS, "--checkpoint.keep_latest", "2")
     with pytest.raises(AssertionError, match="rank 0 died"):
-        on_ranks(1, run_with_faults_and_signal, ROW, signal.SIGKILL, 10, *settings)
+        on_ranks(1, run_with_faults_and_signal, ROW, signal.SIGKILL, 10, *settings, *SAVED_BY_THEN)
     run = tmp_path / "run"
     assert saved(run) == [2, 6, 8]
     next(checkpoint(run, 8).glob("*.distcp")).write_bytes(b"damaged")
