@@ -56,7 +56,7 @@ def loaded_and_saved(config: str, source: str, target: str, overrides: list[str]
     leave_world()
 
 
-@each("muon", "adamw4bit")
+@each("adamw4bit")
 def test_what_2_ranks_wrote_3_and_1_read_bit_for_bit(tmp_path, name):
     config, settings = written(tmp_path), [*COMMON, *OPTIMIZERS[name], "--training.steps", "2"]
     assert on_ranks(2, run, config, *settings) == [0, 0]

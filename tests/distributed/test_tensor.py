@@ -270,7 +270,7 @@ def _fsdp(compiled: bool) -> None:
     same_gradients(part, whole, 1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fsdp2_over_tensor_parallel_equals_one_process(compiled):
     on_ranks(4, _fsdp, compiled)
 

@@ -178,7 +178,7 @@ def _findings(plan: str) -> tuple[list[str], list[str], Held]:
     return narrow, exact, _held(parallel, shape_of(plan))
 
 
-COVERED = ("fsdp-4", "ddp-3", "hsdp-2x2-every", "ddp-2-cp-2")  # by others that divide the same way
+COVERED = ("fsdp-4", "ddp-3", "hsdp-2x2-every", "ddp-2-cp-2", "ddp-2-tp-2")  # by others that divide the same way
 
 
 @pytest.mark.parametrize(
