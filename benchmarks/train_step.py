@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
-from swamla_titan.optim import build_optimizer, set_learning_rate
+from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.compile import warm_compiler
 from swamla_titan.parallel.parallel_model import ParallelModel
@@ -144,9 +144,10 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             loss = model.train_step(
                 list(micro_batches(batch, rows, count)), training.global_batch_size * training.seq_len
             )
-            model.clip_gradients(training.max_grad_norm)
+            norm = model.gradient_norm()
             for optimizer in optimizers:
                 set_learning_rate(optimizer, 3e-4 * min(1, (step + 1) / 10))
+                clip_gradients(optimizer, norm, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss)

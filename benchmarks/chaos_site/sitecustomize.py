@@ -40,23 +40,23 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _spoil(module: ModuleType) -> None:
     from swamla_titan.parallel.parallel_model import ParallelModel
 
-    clip = ParallelModel.clip_gradients
+    norm_of = ParallelModel.gradient_norm
     train_step = module.Trainer.train_step
     steps = 0
 
-    def clip_gradients(self, *arguments):  # type: ignore[no-untyped-def]
+    def gradient_norm(self):  # type: ignore[no-untyped-def]
         if steps in _STEPS:
             for part in self.parts:
                 for weight in part.parameters():
                     weight.grad.fill_(float("nan"))
-        return clip(self, *arguments)
+        return norm_of(self)
 
     def count_and_train(self, batch):  # type: ignore[no-untyped-def]
         nonlocal steps
         steps = self.step + 1
         return train_step(self, batch)
 
-    ParallelModel.clip_gradients = clip_gradients  # type: ignore[method-assign]
+    ParallelModel.gradient_norm = gradient_norm  # type: ignore[method-assign]
     module.Trainer.train_step = count_and_train  # type: ignore[attr-defined]
 
 

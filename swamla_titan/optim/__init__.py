@@ -1,15 +1,23 @@
 """Parameter groups, optimizers, the average of weights, and learning-rate schedules."""
 
 from swamla_titan.optim.ema import AveragedWeights
-from swamla_titan.optim.gradients import clip_gradients
+from swamla_titan.optim.gradients import gradient_norm
 from swamla_titan.optim.groups import group_table
-from swamla_titan.optim.optimizers import build_optimizer, refuse_old_gpu, set_learning_rate, skip_where, state_bytes
+from swamla_titan.optim.optimizers import (
+    build_optimizer,
+    clip_gradients,
+    refuse_old_gpu,
+    set_learning_rate,
+    skip_where,
+    state_bytes,
+)
 from swamla_titan.optim.schedules import lr_factor
 
 __all__ = [
     "AveragedWeights",
     "build_optimizer",
     "clip_gradients",
+    "gradient_norm",
     "group_table",
     "lr_factor",
     "refuse_old_gpu",

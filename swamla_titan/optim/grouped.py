@@ -22,7 +22,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """Lion, Muon, and AdamW with moments in fewer bits; what these are not meant for moves by fused AdamW.
 
     States are there from the start, plain tensors or DTensors cut like their parameters. Set `found_inf` through
-    `skip_where`.
+    `skip_where`, `grad_scale` through `clip_gradients`.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         of_kind = groups(model, config)
         super().__init__(param_groups(of_kind), {"lr": config.lr})
         self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
         self._config = config
         units = column_units(model)
         self._moments: dict[nn.Parameter, list[list[Tensor]]] = {}  # views of the states, which are loaded in place
@@ -57,13 +58,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter; all have gradients, or those of a group none."""
         for group in self.param_groups:
-            if group["params"][0].grad is None or group["kind"].rule == "muon":
+            if group["params"][0].grad is None:
                 continue
-            if group["kind"].rule == "lion":
-                self._lion(group)
-            elif group["kind"].moments == "float32":
+            is_fused = group["kind"].rule == "adamw" and group["kind"].moments == "float32"
+            if self.grad_scale is not None and not is_fused:
+                torch._foreach_div_([local(parameter.grad) for parameter in group["params"]], self.grad_scale)
+            if is_fused:
                 self._fused_adamw(group)
-            else:
+            elif group["kind"].rule == "lion":
+                self._lion(group)
+            elif group["kind"].rule == "adamw":
                 self._adamw(group)
         if self._orthogonalizer:
             self._muon(self._orthogonalizer)
@@ -78,6 +82,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             [],
             [state["step"] for state in states],
             fused=True,
+            grad_scale=self.grad_scale,
             found_inf=self.found_inf,
             amsgrad=False,
             beta1=self._config.beta1,

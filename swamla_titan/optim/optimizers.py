@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.errors import UserError
+from swamla_titan.optim.gradients import clip_divisor
 from swamla_titan.optim.grouped import GroupedOptimizer, param_groups
 from swamla_titan.optim.groups import groups
 from swamla_titan.optim.matrices import column_units
@@ -62,6 +63,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate, times each group's own factor (optimizer.lr_multipliers)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["kind"].lr_multiplier
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    """Make the optimizer's next step divide its gradients so that they have a norm of at most `max_norm` (0: of any).
+
+    `norm`: of all gradients of the model, a scalar. Kernels divide as they read (as torch's GradScaler has them do):
+    a pass over all gradients less than to scale them before. Afterwards they hold the quotients.
+    """
+    optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None  # type: ignore[attr-defined]
 
 
 def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.optim import clip_gradients
+from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import free_gathered_weights, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
@@ -100,9 +100,9 @@ class ParallelModel:
                 free_gathered_weights(part)
         return self.world.sum_over_sequences(total)
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of at most `max_norm`; returns the norm before."""
-        return clip_gradients(self._gradients(), max_norm, self._sum_over_ranks if self.world.size > 1 else None)
+    def gradient_norm(self) -> Tensor:
+        """The L2 norm of all gradients of the model, a scalar on their device; all ranks come here."""
+        return gradient_norm(self._gradients(), self._sum_over_ranks if self.world.size > 1 else None)
 
     @contextmanager
     def _prepared_weights(self, micro_batches: int) -> Iterator[None]:

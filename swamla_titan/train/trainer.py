@@ -24,7 +24,7 @@ from swamla_titan.data import (
 )
 from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.optim import lr_factor, refuse_old_gpu, set_learning_rate, skip_where
+from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation, warm_compiler
 from swamla_titan.parallel.world import World
@@ -184,13 +184,14 @@ class Trainer:
         )
         # Sums over the global count: the mean over the global batch, however it is cut into micro-batches and ranks.
         loss = self.model.train_step(list(micro_batches(batch, self.rows, count)), self.tokens_per_step)
-        grad_norm = self.model.clip_gradients(training.max_grad_norm)
+        grad_norm = self.model.gradient_norm()
         self.saver.before_update()
         bad = self.bad_steps.judge(self.step + 1, loss, grad_norm) if self.bad_steps else None
         if self.loss_scale:
             self.loss_scale.update(grad_norm)
         for optimizer in self.optimizers:
             set_learning_rate(optimizer, lr)
+            clip_gradients(optimizer, grad_norm, training.max_grad_norm)
             skip_where(optimizer, bad)
             optimizer.step()
             optimizer.zero_grad()

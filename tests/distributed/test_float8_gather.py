@@ -138,7 +138,7 @@ def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float],
         casts.clear()
         losses.append(model.train_step([micro_batch] * 3, 6 * tokens.numel()).item())
         of_down = casts.count(model.parts[0].blocks["0"].feed_forward.down.weight.shape)
-        norms.append(model.clip_gradients(1.0).item())
+        norms.append(model.gradient_norm().item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(model.evaluate([micro_batch] * 2).item())
@@ -187,7 +187,7 @@ def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[flo
     found = []
     for _ in range(3):
         loss = model.train_step([micro_batch, micro_batch], 2 * tokens.numel())
-        found += [loss.item(), model.clip_gradients(1.0).item()]
+        found += [loss.item(), model.gradient_norm().item()]
         optimizer.step()
         optimizer.zero_grad()
     return [*found, model.evaluate([micro_batch]).item()]

@@ -11,6 +11,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import initial_value
+from swamla_titan.optim.gradients import clip_divisor
 from swamla_titan.parallel.parallel_model import ParallelModel, build_parts
 from swamla_titan.parallel.sharded import local, shards_of, write_whole
 from swamla_titan.parallel.world import World, join_world
@@ -125,14 +126,15 @@ def _clipped(parallel: dict[str, Any], max_norm: float) -> tuple[float, bool, bo
         parameter = nn.Parameter(torch.zeros_like(laid))
         parameter.grad = laid
         parameters.append(parameter)
-    norm = _Held(world, parameters).clip_gradients(max_norm)
+    norm = _Held(world, parameters).gradient_norm()
 
     expected = [nn.Parameter(torch.zeros_like(whole)) for whole in wholes]
     for parameter, whole in zip(expected, wholes):
         parameter.grad = whole
     whole_norm = torch.nn.utils.clip_grad_norm_(expected, max_norm)
     found = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters]
-    close = [torch.allclose(mine, p.grad, rtol=1e-13, atol=0) for mine, p in zip(found, expected)]
+    divisor = clip_divisor(norm, max_norm)
+    close = [torch.allclose(mine / divisor, p.grad, rtol=1e-6, atol=0) for mine, p in zip(found, expected)]
     empty = any(local(p.grad).numel() == 0 for p in parameters)
     return (norm / whole_norm).item(), all(close), empty
 

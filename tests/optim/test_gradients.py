@@ -1,51 +1,67 @@
-"""Clipping by a process alone is torch's, bit for bit."""
+"""The norm of gradients is torch's, bit for bit, and a step with clipping is the one that torch takes after its own."""
 
 import copy
 
 import pytest
 import torch
 
-from swamla_titan.optim import clip_gradients
+from swamla_titan.config.sections import Optimizer
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.optim import build_optimizer, clip_gradients, gradient_norm
 
 SHAPES = ((64, 7), (5,), (), (0, 3), (33, 2))
-
-
-def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+SMALL = ModelConfig(vocab_size=64, dim=64, num_layers=3, num_heads=2, swa_window=8, ffn_hidden_dim=96)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("max_norm", [0.7, 1e6])
-def test_alone_it_is_torchs(dtype, max_norm):
-    found = gradients(dtype)
-    parameters = [torch.nn.Parameter(torch.empty_like(gradient)) for gradient in found]
-    for parameter, gradient in zip(parameters, copy.deepcopy(found)):
-        parameter.grad = gradient
-    expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    norm = clip_gradients(((gradient, 1.0) for gradient in found), max_norm)
+def test_alone_the_norm_is_torchs(dtype):
+    found = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    norm = gradient_norm((gradient, 1.0) for gradient in found)
     assert norm.dtype == dtype
-    assert torch.equal(norm, expected)
-    for gradient, parameter in zip(found, parameters):
-        assert torch.equal(gradient, parameter.grad)
-
-
-def test_zero_leaves_them_as_they_are_and_tells_the_norm():
-    found = gradients(torch.float64)
-    before = copy.deepcopy(found)
-    norm = clip_gradients(((gradient, 1.0) for gradient in found), 0.0)
-    assert norm.item() == pytest.approx(torch.cat([gradient.flatten() for gradient in before]).norm().item())
-    assert all(map(torch.equal, found, before))
+    assert torch.equal(norm, torch.nn.utils.get_total_norm(found))
 
 
 def test_shares_say_how_much_of_a_gradient_counts():
     """As if another rank held a copy of the second and a gradient of norm 2."""
     found = [torch.full((4,), 1.5), torch.full((9,), 4.0)]
-    norm = clip_gradients(zip(found, (1.0, 0.5)), 1.0, lambda square: square + 72 + 4)
+    norm = gradient_norm(zip(found, (1.0, 0.5)), lambda square: square + 72 + 4)
     assert norm.item() == pytest.approx((9 + 144 + 4) ** 0.5)
-    torch.testing.assert_close(found[1], torch.full((9,), 4.0 / 157**0.5))
 
 
 def test_what_is_no_number_shows():
     for bad in (float("nan"), float("inf")):
-        found = [torch.ones(3), torch.tensor([1.0, bad])]
-        assert not clip_gradients(((gradient, 1.0) for gradient in found), 1.0).isfinite()
+        assert not gradient_norm([(torch.ones(3), 1.0), (torch.tensor([1.0, bad]), 1.0)]).isfinite()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adamw8bit"])
+@pytest.mark.parametrize("max_norm", [0.05, 1e6, 0.0])
+def test_a_step_is_that_of_gradients_clipped_by_torch(name, max_norm, device):
+    config = Optimizer(name=name, lr=1e-2)
+    mine = SWAMLAModel(SMALL)
+    mine.init_weights(0)
+    mine.to(device)
+    theirs = copy.deepcopy(mine)
+    optimizers = [build_optimizer(model, config) for model in (mine, theirs)]
+    for _ in range(2):
+        theirs.load_state_dict(mine.state_dict())
+        tokens = torch.randint(64, (2, 16), device=device)
+        for model in (mine, theirs):
+            model(tokens, tokens, loss_denominator=tokens.numel()).backward()
+        norm = gradient_norm((weight.grad, 1.0) for weight in mine.parameters())
+        clip_gradients(optimizers[0], norm, max_norm)
+        if max_norm > 0:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        for weight, other in zip(mine.parameters(), theirs.parameters()):
+            assert torch.equal(weight.grad, other.grad) == (max_norm != 0.05)
+        for optimizer in optimizers:
+            optimizer.step()
+        for weight, other in zip(mine.parameters(), theirs.parameters()):
+            if max_norm == 0.05:
+                torch.testing.assert_close(weight.grad, other.grad, rtol=1e-6, atol=0)
+                torch.testing.assert_close(weight, other, rtol=1e-4, atol=2e-4)
+            else:
+                assert torch.equal(weight.grad, other.grad)
+                assert torch.equal(weight, other)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
