@@ -31,81 +31,10 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor
     return out
 
 
-@torch.library.custom_op("swamla_titan::document_attention", mutates_args=())
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, E] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
-    return run_forward(query, key, value, starts, ends, scale)
-
-
-@_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@torch.library.custom_op("swamla_titan::document_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
-
-
-@_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # that of lse would be a tensor of zeros
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
-    if grad_out is None:
-        return (None,) * 6
-    gradients = torch.ops.swamla_titan.document_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.document_attention)
-def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
-    return attention_flops(query, value[3], causal_pairs(query[1]))
-
-
-@register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
-    return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
-
-
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`_forward` for those who make an operator of more than that."""
+    """out [B, T, H, E] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
     from swamla_titan.kernels import document_triton as kernels
 
     batch, length, heads, width = query.shape
@@ -163,6 +92,48 @@ def run_backward(
             **_constants(of_keys, *widths),
         )
     return grad_query, grad_key, grad_value
+
+
+_forward = torch.library.custom_op("swamla_titan::document_attention", run_forward, mutates_args=())
+_backward = torch.library.custom_op("swamla_titan::document_attention_backward", run_backward, mutates_args=())
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # that of lse would be a tensor of zeros
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 6
+    gradients = torch.ops.swamla_titan.document_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return (*gradients, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.document_attention)
+def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
+    return attention_flops(query, value[3], causal_pairs(query[1]))
+
+
+@register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
+    return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
 
 
 # Of those that spill no register at heads of 192 and 128 those with the widest tiles. Not timed yet.

@@ -28,6 +28,13 @@ def _masked(scores, query, key, start):
 
 
 @triton.jit
+def _documents(starts_ptr, query, first, last, seq_len):
+    """Where documents begin: of each of a tile's queries, of its first, and of its last, before `last`."""
+    start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
+    return start, tl.load(starts_ptr + first), tl.load(starts_ptr + last - 1)
+
+
+@triton.jit
 def document_forward(
     k_wide, k_narrow, v_wide, q_ptr, out_ptr, lse_ptr, starts_ptr,
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, seq_len, scale,
@@ -36,12 +43,8 @@ def document_forward(
     """A tile of queries of one head. Grid: [tiles of queries, heads, batch], those with the most keys first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query = first + tl.arange(0, BM)
-    last = tl.minimum(first + BM, seq_len)
-    starts_ptr += batch * seq_len
-    start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
-    document = tl.load(starts_ptr + first)  # where that of the first query begins, and
-    newest = tl.load(starts_ptr + last - 1)  # of the last
+    query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
+    start, document, newest = _documents(starts_ptr + batch * seq_len, query, first, last, seq_len)
     q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
     highest = tl.full([BM], NEVER, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -78,12 +81,8 @@ def document_grad_query(
     """Gradient of a tile of queries, and delta [B, H, T], the sum over a row of out * its gradient. Grid as above."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query = first + tl.arange(0, BM)
-    last = tl.minimum(first + BM, seq_len)
-    starts_ptr += batch * seq_len
-    start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
-    document = tl.load(starts_ptr + first)
-    newest = tl.load(starts_ptr + last - 1)
+    query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
+    start, document, newest = _documents(starts_ptr + batch * seq_len, query, first, last, seq_len)
     q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
     do = load_part(do_ptr + batch * do_batch + head * do_head, do_token, query, seq_len, 0, DV)
     out = load_part(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, 0, DV)

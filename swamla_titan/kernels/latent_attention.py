@@ -65,17 +65,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    keys_values: Tensor,
-    rope_key: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    scale: float,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(query: Tensor, keys_values: Tensor, rope_key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     out = query.new_empty(_values(query, keys_values, rope_key).shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -114,21 +104,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    keys_values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    starts: Tensor | None,
-    ends: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rope_dim: int,
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, query: Tensor, key: Tensor, keys_values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, rope_dim, _scale, _kernel = rest
     return torch.empty_like(query), torch.empty_like(keys_values), key.new_empty(*key.shape[:2], rope_dim)
 
 

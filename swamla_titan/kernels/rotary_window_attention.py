@@ -41,9 +41,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key = _empty_parts(qkv)
     batch, length, heads, _ = query.shape
     return torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32), query, key
@@ -74,20 +72,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad_out: Tensor,
-    qkv: Tensor,
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    starts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: int,
-    sink: int,
-    scale: float,
-) -> Tensor:
+def _(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(qkv)
 
 

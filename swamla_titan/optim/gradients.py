@@ -24,5 +24,5 @@ def gradient_norm(
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are divided by to have one of at most `max_norm`: float32 scalar, 1 or more."""
-    return ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)
+    """What gradients of this norm are divided by to have one of at most `max_norm`: a scalar like it, 1 or more."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0)

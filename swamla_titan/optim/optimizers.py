@@ -68,8 +68,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
     """Make the optimizer's next step divide its gradients so that they have a norm of at most `max_norm` (0: of any).
 
-    `norm`: of all gradients of the model, a scalar. Kernels divide as they read (as torch's GradScaler has them do):
-    a pass over all gradients less than to scale them before. Afterwards they hold the quotients.
+    `norm`: of all gradients of the model, a float32 scalar. Kernels divide as they read (as torch's GradScaler has them
+    do): a pass over all gradients less than to scale them before. Afterwards they hold the quotients.
     """
     optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None  # type: ignore[attr-defined]
 

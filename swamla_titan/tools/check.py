@@ -168,7 +168,7 @@ def _attention(config: Config, device: torch.device) -> Finding:
     if documents is None and path != "reference":
         mla = "sdpa"  # rows are plainly causal there
     if any(isinstance(module, LatentAttention) and module.rotate_and_attend for module in model.modules()):
-        mla = "cudnn with its rotation"
+        mla = f"{'cudnn' if documents is None else mla} with its rotation"
     text = f"SWA by {path}, MLA by {mla}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
     if not error < (2e-2 if dtype == torch.float32 else 7e-2):

@@ -134,7 +134,7 @@ def _clipped(parallel: dict[str, Any], max_norm: float) -> tuple[float, bool, bo
     whole_norm = torch.nn.utils.clip_grad_norm_(expected, max_norm)
     found = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters]
     divisor = clip_divisor(norm, max_norm)
-    close = [torch.allclose(mine / divisor, p.grad, rtol=1e-6, atol=0) for mine, p in zip(found, expected)]
+    close = [torch.allclose(mine / divisor, p.grad, rtol=1e-13, atol=0) for mine, p in zip(found, expected)]
     empty = any(local(p.grad).numel() == 0 for p in parameters)
     return (norm / whole_norm).item(), all(close), empty
 

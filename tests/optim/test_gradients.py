@@ -8,17 +8,27 @@ import torch
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, clip_gradients, gradient_norm
+from swamla_titan.optim.gradients import clip_divisor
 
 SHAPES = ((64, 7), (5,), (), (0, 3), (33, 2))
 SMALL = ModelConfig(vocab_size=64, dim=64, num_layers=3, num_heads=2, swa_window=8, ffn_hidden_dim=96)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_alone_the_norm_is_torchs(dtype):
+@pytest.mark.parametrize("max_norm", [0.7, 1e6])
+def test_alone_it_is_torchs(dtype, max_norm):
+    """The norm bit for bit; quotients but for the last bit, as torch multiplies."""
     found = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(torch.empty_like(gradient)) for gradient in found]
+    for parameter, gradient in zip(parameters, copy.deepcopy(found)):
+        parameter.grad = gradient
+    expected = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = gradient_norm((gradient, 1.0) for gradient in found)
     assert norm.dtype == dtype
-    assert torch.equal(norm, torch.nn.utils.get_total_norm(found))
+    assert torch.equal(norm, expected)
+    for gradient, parameter in zip(found, parameters):
+        quotient = gradient / clip_divisor(norm, max_norm)
+        torch.testing.assert_close(quotient, parameter.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_shares_say_how_much_of_a_gradient_counts():
@@ -26,6 +36,7 @@ def test_shares_say_how_much_of_a_gradient_counts():
     found = [torch.full((4,), 1.5), torch.full((9,), 4.0)]
     norm = gradient_norm(zip(found, (1.0, 0.5)), lambda square: square + 72 + 4)
     assert norm.item() == pytest.approx((9 + 144 + 4) ** 0.5)
+    torch.testing.assert_close(found[1] / clip_divisor(norm, 1.0), torch.full((9,), 4.0 / 157**0.5))
 
 
 def test_what_is_no_number_shows():

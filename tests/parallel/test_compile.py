@@ -148,8 +148,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         set_cache_folder(Compile(cache_folder=inside))
     monkeypatch.setenv("HOME", inside)
     with caplog.at_level(logging.WARNING, logger="swamla_titan"):
-        assert set_cache_folder(Compile()) is None
-    assert "cannot be written" in caplog.text
+        assert [set_cache_folder(Compile()) for _ in range(2)] == [None, None]
+    assert caplog.text.count("cannot be written") == 1
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", inside)
     with pytest.raises(UserError, match="TORCHINDUCTOR_CACHE_DIR = "):

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import Float8, Training
+from swamla_titan.config.sections import Compile, Float8, Parallel, Training
 from swamla_titan.model import FLAVORS, SWAMLAModel
+from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.quantization.native import NativeLinear
 from swamla_titan.quantization.products import THRESHOLDS, table, warnings
 
 
@@ -72,6 +76,18 @@ def test_readers_of_one_norm_share_its_cast_or_none_counts_on_it(query_rank, tog
 
 def test_a_small_reader_of_a_norm_is_left_with_the_other():
     assert converted("150m", recipe="native") == {"feed_forward.gate_up"}  # wq is too small, so wkv_a would cast alone
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_is_listed_is_what_is_converted(tensor):
+    model, parallel = replace(FLAVORS["base"], num_layers=4, vocab_size=256), Parallel(tensor=tensor)
+    config = Config(model=model, float8=Float8(recipe="native"), parallel=parallel, compile=Compile(enabled=False))
+    with pretended_world(Degrees(tensor=tensor), "fsdp", rank=0) as world:
+        [part] = build_parts(config, world)
+        found = {name for name, module in part.named_modules() if isinstance(module, NativeLinear)}
+    listed = {each.name for each in float8_products(config) if each.why_not is None}
+    assert found == listed
+    assert any(name.endswith("wkv_a") for name in found) == (tensor == 1)
 
 
 def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_casting():

@@ -137,6 +137,18 @@ def test_attention_that_is_wrong_is_found(report, monkeypatch, fault):
     assert lines["attention"].startswith("failure  attention")
 
 
+@pytest.mark.parametrize("documents", ["true", "false"])
+def test_attention_is_tried_under_documents_where_the_run_has_them(tiny, report, monkeypatch, documents):
+    real, masks = attention._sdpa, []
+    monkeypatch.setattr(
+        attention, "_sdpa", lambda q, k, v, mask, scale: masks.append(mask) or real(q, k, v, mask, scale)
+    )
+    _, lines = report(str(tiny), "--data.document_mask", documents)
+    assert lines["attention"].startswith("ok       attention")
+    own_of_rows = [mask is not None and len(mask) == 2 for mask in masks if mask is None or mask.shape[-1] == 512]
+    assert own_of_rows == [documents == "true"] * 2
+
+
 def test_a_probe_that_breaks_is_a_line_and_not_the_end(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr(module.metadata, "version", lambda name: 1 / 0)

@@ -68,6 +68,14 @@ def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it(exp
     assert not copy.is_pinned()  # else the next memory at this address could not be
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_rank_that_ends_alone_does_not_wait_for_its_device(tmp_path, monkeypatch, alone):
+    saver, waits = saver_of(tmp_path), []
+    monkeypatch.setattr(saver._staging, "wait", lambda: waits.append("for copies"))
+    saver.close(alone)
+    assert waits == ([] if alone else ["for copies"])
+
+
 def test_what_a_run_saves_was_expected_and_not_much_more(tiny, tmp_path, monkeypatch):
     expected = []
     save = Saver.save
