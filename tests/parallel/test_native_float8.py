@@ -346,3 +346,12 @@ def test_a_loss_that_is_one_with_a_converted_head_is_no_silent_matter():
     assert isinstance(head, nn.Linear)
     with pytest.raises(AssertionError, match="contradict"):
         head(torch.randn(1, 2, 64), lambda x, weight: x)
+
+
+@pytest.mark.parametrize("settings", [Settings(), E4M3], ids=["e5m2", "e4m3"])
+def test_only_gradients_of_few_exponents_are_read_with_gate_up_for_their_largest(settings, monkeypatch):
+    real, reads = float8_product.swiglu_gradient_largest, []
+    monkeypatch.setattr(float8_product, "swiglu_gradient_largest", lambda *inputs: reads.append(1) or real(*inputs))
+    x, weight = torch.randn(32, 64), torch.randn(128, 64)
+    passes(lambda x, w: gate_up_product(quantize(x), quantize(w), 32, settings).carrier, x, weight)
+    assert len(reads) == (settings is E4M3)
