@@ -199,7 +199,7 @@ def run_backward(
     )
 
 
-# The fastest on an H100 of those that benchmarks/window_tiles.py tries, for heads of each width in 16 bits. Many small
+# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, for heads of each width in 16 bits. Small
 # programs win: each waits for memory most of the time, and up to four share a processor if they leave it registers.
 _FORWARD = {64: Tiles(64, 64, 4, 2, 128), 96: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 3)}
 _BACKWARD = {

@@ -27,6 +27,8 @@ from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import EPS, DynamicTanh, RMSNorm
 from swamla_titan.parallel.sharded import local
 
+_APART = 4  # float32 numbers from one weight's scale to the next: cuBLASLt reads a scale at multiples of 16 bytes
+
 
 class NativeLinear(Linear):
     """x W^T in float8, of x that is cast already or will be here.
@@ -133,7 +135,8 @@ def cast_weights(model: nn.Module, through: torch.dtype) -> None:
         return
     weights = [local(each.weight) for each in linears]
     largest = torch.stack(torch._foreach_norm(weights, ord=torch.inf))
-    for linear, weight, scale in zip(linears, weights, scale_for(largest.to(through), VALUES).unbind()):
+    scales = scale_for(largest.to(through), VALUES)[:, None].repeat(1, _APART)[:, 0]
+    for linear, weight, scale in zip(linears, weights, scales.unbind()):
         linear.cast = *float8_cast(weight.detach(), scale, VALUES, through), scale
 
 

@@ -71,7 +71,7 @@ def random_inputs(shapes, dtype):
 )
 def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, window, sink, ids, "auto", dtype).swa_mask
+    mask = context(seq_len, window, sink, ids, "flex", dtype).swa_mask
     exact_mask = context(seq_len, window, sink, ids, "reference").swa_mask
     if documents or window < seq_len:
         assert isinstance(mask, BlockMask)
@@ -83,7 +83,7 @@ def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink
 def test_bare_calls_take_more_lengths_than_dynamo_s_limit(documents):
     for seq_len in range(130, 130 + 12 * 37, 37):
         ids = random_documents(2, seq_len) if documents else None
-        mask = context(seq_len, 128, 4, ids, "auto").swa_mask
+        mask = context(seq_len, 128, 4, ids, "flex").swa_mask
         assert isinstance(mask, BlockMask)
         exact_mask = context(seq_len, 128, 4, ids, "reference").swa_mask
         shapes = [(2, seq_len, 4, 64)] + 2 * [(2, seq_len, 2, 64)]
@@ -114,7 +114,7 @@ def test_mla_takes_cudnn():
 
 def test_document_tiles_on_the_gpu_equal_those_of_the_cpu():
     ids = random_documents(3, 700)
-    gpu = context(700, 100, 4, ids, "auto")
+    gpu = context(700, 100, 4, ids, "flex")
     for mask, window, sink in ((gpu.swa_mask, 100, 4), (gpu.mla_mask, None, 0)):
         cpu = block_mask(document_starts(ids.cpu()), window, sink)
         assert torch.equal(mask.to_dense().cpu(), cpu.to_dense())

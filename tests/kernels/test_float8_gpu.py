@@ -10,6 +10,7 @@ from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization.float8 import convert_to_float8
+from swamla_titan.quantization.native import cast_weights, forget_casts
 from swamla_titan.train.numerics import set_numerics
 
 pytestmark = pytest.mark.gpu
@@ -121,3 +122,32 @@ def test_a_compiled_model_is_near_bfloat16_under_tf32(recipe, tmp_path):
         results.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters()])))
     assert results[1][0] == pytest.approx(results[0][0], rel=5e-3)
     assert 0 < error(results[1][1], results[0][1]) < 0.2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_cast_once_serve_all_micro_batches(compiled, tmp_path):
+    """Where the casts of a step, their scales beside each other, are given to every pass."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = SWAMLAModel(ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256))
+    convert_to_float8(model, Float8(recipe="native", products="all"), CUDA)
+    model.to_empty(device=CUDA)
+    model.init_weights(0)
+    model.compute_dtype = torch.bfloat16
+    if compiled:
+        compile_model(model, Compile(cache_folder=str(tmp_path)))
+    tokens = torch.randint(500, (4, 256), device=CUDA)
+    results = []
+    for once in (False, True):
+        if once:
+            cast_weights(model, torch.bfloat16)
+        for _ in range(2):
+            loss = model(tokens, tokens)
+            loss.backward()
+        with torch.no_grad():
+            evaluated = model(tokens, tokens)
+        results.append((loss.item(), evaluated.item(), torch.cat([w.grad.flatten() for w in model.parameters()])))
+        model.zero_grad()
+        forget_casts(model)
+    assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-6)
+    assert error(results[1][2], results[0][2]) < 0.02

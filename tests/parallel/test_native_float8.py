@@ -209,6 +209,9 @@ def test_weights_cast_once_for_all_micro_batches_are_cast_alike(dtype, monkeypat
         casts.clear()
         if once:
             cast_weights(model, dtype)
+            scales = [module.cast[2] for module in model.modules() if isinstance(module, NativeLinear)]
+            assert len(scales) == 14
+            assert not any(scale.data_ptr() % 16 for scale in scales)  # else cuBLASLt does not multiply
         model(tokens, tokens).backward()
         forget_casts(model)
         results.append(gradients(model))
