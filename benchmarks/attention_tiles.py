@@ -51,12 +51,13 @@ def window_kernels() -> list[Kernel]:
 
 def document_kernels() -> list[Kernel]:
     """Heads twice as wide, and as many tiles as documents are long."""
-    forward = [Tiles(64, keys, 4, stages) for keys in (32, 64, 128) for stages in (2, 3)]
-    forward += [Tiles(128, keys, 8, stages) for keys in (32, 64, 128) for stages in (2, 3)]
+    forward = [Tiles(64, keys, 4, stages) for keys in (32, 64) for stages in (2, 3, 4)]
+    forward += [Tiles(128, keys, 8, stages) for keys in (32, 64) for stages in (2, 3, 4)]
     queries = [Tiles(64, keys, warps, stages) for keys in (32, 64) for warps in (4, 8) for stages in (2, 3)]
-    queries += [Tiles(128, keys, 8, stages) for keys in (32, 64) for stages in (2, 3)]
-    keys = [Tiles(rows, 64, warps, stages) for rows in (32, 64) for warps in (4, 8) for stages in (2, 3)]
-    keys += [Tiles(rows, 128, 8, stages) for rows in (32, 64) for stages in (2, 3)]
+    queries += [Tiles(64, 32, 4, 4), *(Tiles(128, 32, 8, stages) for stages in (2, 3)), Tiles(32, 32, 4, 3)]
+    keys = [Tiles(rows, 64, warps, stages) for rows in (32, 64) for warps in (4, 8) for stages in (1, 2, 3)]
+    keys += [Tiles(rows, 128, 8, stages) for rows in (32, 64) for stages in (1, 2)]
+    keys += [Tiles(rows, 32, 4, stages) for rows in (32, 64) for stages in (2, 3)]
     backward = ("document_grad_query", "document_grad_key_value")
     return [
         Kernel("document_forward", forward),
@@ -82,14 +83,16 @@ class _Nothing:
 
 
 _KERNELS: dict[str, Any] = {}
+_FORWARD = {module: module.forward_tiles for module in (window_attention, document_attention)}  # those in use
 _OTHER = Tiles(64, 64, 4, 1)  # of the pass that is not timed
 
 
 def leave_alone(module: Any, job: Job) -> None:
     """Nothing of a backward pass is launched but the kernel that is timed, and what sums its far keys."""
     for each in job.others:
+        kernel = _KERNELS.setdefault(each, getattr(module, each))
         belongs = each == job.kernel or (each, job.kernel) == ("window_sum_far", "window_grad_key_value")
-        setattr(module, each, _KERNELS.setdefault(each, getattr(module, each)) if belongs else _Nothing())
+        setattr(module, each, kernel if belongs else _Nothing())
 
 
 def work_of(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
@@ -106,6 +109,7 @@ def randn(*shape: int) -> Tensor:
 def window_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
     query, key, value = randn(batch, seq_len, 3 * heads, job.width).split(heads, dim=2)
     rule = (None, 256, 4, job.width**-0.5)
+    window_attention.forward_tiles = _FORWARD[window_attention]
     if not job.others:
         window_attention.forward_tiles = lambda dtype, width: job.tiles
         return lambda: window_attention._forward(query, key, value, *rule)
@@ -123,6 +127,7 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     starts = document_starts((torch.rand(batch, seq_len, device="cuda") < 1 / 500).cumsum(dim=1))
     bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
     inputs = query, key, value, *bounds
+    document_attention.forward_tiles = _FORWARD[document_attention]
     if not job.others:
         document_attention.forward_tiles = lambda: job.tiles
         return lambda: document_attention.run_forward(*inputs, 192**-0.5)

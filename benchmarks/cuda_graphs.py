@@ -3,18 +3,22 @@
     python benchmarks/cuda_graphs.py --corpus corpus.jsonl --runs debug:8 small:2 small:8 base:16
 
 A run is FLAVOR:SEQUENCES[,SECTION.KEY=VALUE...], in one micro-batch on one GPU. Both kinds of steps take the same
-batches from the same weights, so their losses must be equal. Clipping and optimizer are launched in both. Prints ms a
-step, the loss of the last one, and GiB of memory, in which a graph holds what its kernels use.
+batches from the same weights, so their losses are the same until training has made more of the last bits. Clipping and
+optimizer are launched in both. Prints ms a step, the losses of the first replayed step and of the last one, and GiB of
+memory, in which a graph holds what its kernels use.
 """
 
 import argparse
 import gc
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.train_step import configuration
 from swamla_titan.config import Config
@@ -46,8 +50,8 @@ def parts_of(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
     return batch.tokens, batch.targets, batch.document_ids
 
 
-def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: bool) -> tuple[float, float, float]:
-    """Milliseconds a step, the last loss, and GiB."""
+def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: bool) -> tuple[float, ...]:
+    """Milliseconds a step, the first and the last loss after WARM steps, and GiB."""
     torch._dynamo.reset()
     model = ParallelModel(config, world)
     model.init_weights(config.job.seed)
@@ -72,7 +76,7 @@ def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: b
         return loss
 
     for batch in batches[:WARM]:
-        loss = step(batch, passes, keep=False)
+        first = step(batch, passes, keep=False)
     torch.cuda.synchronize()
     run = passes
     if is_graph:
@@ -89,10 +93,11 @@ def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: b
         if number == half:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        loss = step(batch, run, keep=is_graph)
+        loss = step(batch, run, keep=is_graph).clone()  # a graph writes each into the same place
+        first = loss if number == WARM else first
     torch.cuda.synchronize()
     milliseconds = 1e3 * (time.perf_counter() - begun) / (len(batches) - half)
-    return milliseconds, loss.item(), torch.cuda.max_memory_allocated() / 2**30
+    return milliseconds, first.item(), loss.item(), torch.cuda.max_memory_allocated() / 2**30
 
 
 def main() -> None:
@@ -114,8 +119,9 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
                 kind = "graph" if is_graph else "launches"
                 try:
-                    took, loss, memory = measure(config, world, batches, is_graph)
-                    print(f"{plan:12} {kind:8} {took:8.2f} ms  loss {loss:.6f}  {memory:6.1f} GiB", flush=True)
+                    took, first, last, memory = measure(config, world, batches, is_graph)
+                    losses = f"losses {first:.6f} {last:.6f}"
+                    print(f"{plan:12} {kind:8} {took:8.2f} ms  {losses}  {memory:6.1f} GiB", flush=True)
                 except RuntimeError as error:  # out of memory, or a call that cannot be captured
                     print(f"{plan:12} {kind:8} {str(error).splitlines()[0][:120]}", flush=True)
                 gc.collect()

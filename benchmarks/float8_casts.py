@@ -8,10 +8,14 @@ share of numbers that differ from the plain reference: those that lie at the mid
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
-from triton.testing import do_bench
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.device_time import device_milliseconds
 from swamla_titan.kernels import float8
 from swamla_titan.kernels.float8 import scale_for
 from swamla_titan.kernels.swiglu import swiglu
@@ -21,16 +25,11 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 BF16 = torch.bfloat16
 
 
-def milliseconds(function) -> float:
-    """Median, with a cold cache."""
-    return do_bench(function, warmup=5, rep=50, return_mode="median")
-
-
 def copy_speed() -> float:
     """Bytes a millisecond, read and written."""
     source = torch.empty(2**29, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source))
+    return 2 * source.numel() / device_milliseconds(lambda: target.copy_(source))
 
 
 def cases(tokens: int, dim: int, hidden: int, group: int):
@@ -90,7 +89,7 @@ def main() -> None:
             floor = moved / speed
             for tile in arguments.tiles:
                 float8._TILE = tile
-                took = milliseconds(call)
+                took = device_milliseconds(call)
                 print(
                     f"{flavor:6} {name:20} tile {tile:3}: {took:.3f} ms, floor {floor:.3f}, {took / floor:.2f} times; "
                     f"off by {wrong:.1e}",
@@ -99,7 +98,7 @@ def main() -> None:
         for name, call, moved in reductions(arguments.tokens, model.ffn_width, model.ffn_group):
             for tile in arguments.tiles:
                 float8._TILE = tile
-                took = milliseconds(call)
+                took = device_milliseconds(call)
                 floor = moved / speed
                 print(f"{flavor:6} {name:20} tile {tile:3}: {took:.3f} ms, floor {floor:.3f}, {took / floor:.2f} times")
 

@@ -9,11 +9,15 @@ swamla_titan/quantization/products.py are to say.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
-from triton.testing import do_bench
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.device_time import device_milliseconds
 from swamla_titan.config.sections import Float8
 from swamla_titan.kernels.float8_product import quantize
 from swamla_titan.model import FLAVORS, SWAMLAModel
@@ -51,7 +55,7 @@ def converted(inner: int, out: int, recipe: str) -> One:
 
 
 def milliseconds(shape: tuple[int, int, int], recipe: str) -> float:
-    """Median of forward and backward, the input given in float8 where `recipe` says so."""
+    """Of forward and backward on the GPU, the input given in float8 where `recipe` says so."""
     tokens, inner, out = shape
     torch._dynamo.reset()
     model = converted(inner, out, recipe)
@@ -64,7 +68,7 @@ def milliseconds(shape: tuple[int, int, int], recipe: str) -> float:
         compiled(given).backward(upstream)
         x.grad = model.product.weight.grad = None
 
-    return do_bench(step, warmup=20, rep=100, return_mode="median")
+    return device_milliseconds(step)
 
 
 def shapes_of(flavor: str, tokens: int) -> list[tuple[str, tuple[int, int, int]]]:

@@ -239,8 +239,8 @@ class Float8:
 class Kernels:
     attention: str = key(
         "auto",
-        "auto: what is fastest on this device. triton: our kernels for sliding windows, which auto takes on H100 and "
-        "H200 in 16 bits, and for documents in MLA (CUDA). flex: FlexAttention for windows and documents (CUDA). sdpa: "
+        "auto: what is fastest on this device. triton: our kernels for sliding windows and for documents in MLA, which "
+        "auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA). sdpa: "
         "PyTorch's attention under boolean masks. reference: plain and slow.",
         choices=("auto", "triton", "flex", "sdpa", "reference"),
     )

@@ -129,26 +129,28 @@ def _fake_swiglu_backward(
 
 
 @torch.library.custom_op("swamla_titan::float8_swiglu_largest", mutates_args=())
-def swiglu_largest(gate_up: Tensor, group: int) -> Tensor:
-    """The largest absolute values of SwiGLU of gate_up [M, 2 F], and of gate_up: float32 [2].
+def swiglu_largest(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The largest absolute values of SwiGLU of gate_up [M, 2 F], and of gate_up: float32 scalars.
 
-    Not in plain PyTorch: a compiler would keep gate_up in float32 for the gradient.
+    Not in plain PyTorch: a compiler would keep gate_up in float32 for the gradient. And not as one tensor: a compiler
+    may put a scale where one of them was, and cuBLASLt reads scales at multiples of 16 bytes alone.
     """
     if _by_kernels(gate_up):
-        return _swiglu_largest(gate_up, None, group)
-    return torch.stack([largest_of(swiglu(gate_up.float(), group)), largest_of(gate_up)])
+        largest, of_gate_up = _swiglu_largest(gate_up, None, group)
+        return largest.amax().view(torch.float32), of_gate_up.amax().view(torch.float32)
+    return largest_of(swiglu(gate_up.float(), group)), largest_of(gate_up)
 
 
 @swiglu_largest.register_fake
-def _(gate_up: Tensor, group: int) -> Tensor:
-    return gate_up.new_empty(2, dtype=torch.float32)
+def _(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty((), dtype=torch.float32), gate_up.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("swamla_titan::float8_swiglu_gradient_largest", mutates_args=())
 def swiglu_gradient_largest(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     """The largest absolute value of the gradient of gate_up [M, 2 F] from that of SwiGLU's result [M, F]: float32."""
     if _by_kernels(gate_up):
-        return _swiglu_largest(gate_up, grad, group)[0]
+        return _swiglu_largest(gate_up, grad, group)[0].amax().view(torch.float32)
     return largest_of(swiglu_gradient(grad, gate_up, group))
 
 
@@ -166,13 +168,14 @@ def swiglu_gradient_bound(grad: Tensor, of_gate_up: Tensor) -> Tensor:
 
 
 def _swiglu_largest(gate_up: Tensor, grad: Tensor | None, group: int) -> Tensor:
+    """The bits of what each program finds: int32 [2 or, of the gradient, 1, programs]."""
     gate_up = gate_up.contiguous()
     rows, hidden, tile = gate_up.shape[0], gate_up.shape[1] // 2, min(_TILE, group)
     programs = -(-rows // _TILE) * -(-hidden // tile)
     found = gate_up.new_empty((2 if grad is None else 1, programs), dtype=torch.int32)
     inputs = gate_up, gate_up if grad is None else grad.contiguous(), found, rows, hidden
     _launch("float8_swiglu_largest", inputs, {}, GROUP=group, BACKWARD=grad is not None, C=tile)
-    return found.amax(1).view(torch.float32)
+    return found
 
 
 def swiglu_gradient(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:

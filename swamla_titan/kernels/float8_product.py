@@ -79,7 +79,7 @@ def normalize(x: Tensor, weight: Tensor, eps: float) -> Operand:
 def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings) -> Operand:
     """SwiGLU (kernels/swiglu.py) of x W^T: [..., K] and [2 F, K] -> [..., F]; the gradient of x W^T is float8 alone."""
     gate_up = scaled_product(x.rows, x.scale, weight.rows, weight.scale, x.carrier.dtype, fast=True)
-    largest, of_gate_up = swiglu_largest(gate_up, group).unbind()
+    largest, of_gate_up = swiglu_largest(gate_up, group)
     scale = scale_for(largest, VALUES)
     factors = x.carrier, x.columns, x.scale, weight.carrier, weight.columns, weight.scale
     options = group, *settings, torch.is_grad_enabled()

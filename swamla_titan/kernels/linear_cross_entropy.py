@@ -72,6 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wanted:  # the logits are their gradient now
                 torch.mm(logits, matrix, out=their_grad)
                 grad_weight = _add_product(grad_weight, logits.T, some)
+            del logits  # or the next stretch would be made beside this one
         ctx.gradients = (grad_x, grad_weight) if wanted else None
         ctx.weight_dtype = weight.dtype
         return torch.cat(losses).sum()

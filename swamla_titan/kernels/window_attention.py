@@ -21,14 +21,6 @@ def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, si
     return device.type == "cuda" and fits and has_triton()
 
 
-def window_kernel_is_fastest(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it is known to be faster than FlexAttention: its tiles were chosen in 16 bits on an H100.
-
-    On others before it (A100, L40) its code would keep much of its work in memory instead of registers.
-    """
-    return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention import Mask
 from swamla_titan.kernels.document_attention import document_kernel_takes
+from swamla_titan.kernels.launch import is_tuned_for
 from swamla_titan.kernels.masks import (
     DocumentRule,
     WindowRule,
@@ -16,7 +17,7 @@ from swamla_titan.kernels.masks import (
     document_ends,
     document_starts,
 )
-from swamla_titan.kernels.window_attention import window_kernel_is_fastest, window_kernel_takes
+from swamla_titan.kernels.window_attention import window_kernel_takes
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
@@ -104,12 +105,11 @@ def attention_path(
     widths = config.head_dim, config.head_dim
     if kind == "mla":
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-        if whole_rows and backend == "triton" and document_kernel_takes(device, dtype, *widths):
-            return "triton"
+        takes = document_kernel_takes(device, dtype, *widths)
     else:
-        takes = whole_rows and window_kernel_takes(device, dtype, widths[0], config.swa_sink_size)
-        if takes and (backend == "triton" or (backend == "auto" and window_kernel_is_fastest(device, dtype))):
-            return "triton"
+        takes = window_kernel_takes(device, dtype, widths[0], config.swa_sink_size)
+    if takes and whole_rows and (backend == "triton" or (backend == "auto" and is_tuned_for(device, dtype))):
+        return "triton"
     return "flex" if device.type == "cuda" and flex_takes(dtype, *widths) else "sdpa"
 
 

@@ -7,14 +7,13 @@ from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.kernels.causal_attention import cudnn_takes
-from swamla_titan.kernels.document_attention import document_kernel_takes
 from swamla_titan.kernels.latent_attention import latent_attention
-from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.launch import has_triton, is_tuned_for
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import triton_swiglu
-from swamla_titan.kernels.window_attention import window_kernel_is_fastest
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.context import attention_path
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
@@ -55,7 +54,7 @@ def are_pointwise_ours(config: Config, device: torch.device) -> bool:
     if config.kernels.pointwise != "auto":
         return config.kernels.pointwise == "triton"
     dtype = getattr(torch, config.training.compute_dtype)
-    return is_gpu_with_triton(device) and window_kernel_is_fastest(device, dtype)
+    return is_gpu_with_triton(device) and is_tuned_for(device, dtype)
 
 
 def is_gpu_with_triton(device: torch.device) -> bool:
@@ -97,6 +96,6 @@ def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> st
         return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}"
     length, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
     if config.data.document_mask:
-        ours = config.kernels.attention == "triton" and document_kernel_takes(device, dtype, *widths)
+        ours = attention_path("mla", model, config.kernels.attention, device, dtype) == "triton"
         return None if ours else "data.document_mask"
     return None if cudnn_takes(device, dtype, length, length, *widths) else "not by cuDNN"

@@ -95,7 +95,7 @@ def test_bare_calls_take_more_lengths_than_dynamo_s_limit(documents):
 @pytest.mark.parametrize("seq_len", [512, 333])
 def test_mla(dtype, documents, seq_len):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, 64, 4, ids, "auto", dtype).mla_mask
+    mask = context(seq_len, 64, 4, ids, "flex", dtype).mla_mask
     exact_mask = context(seq_len, 64, 4, ids, "reference").mla_mask
     if documents:
         assert isinstance(mask, BlockMask) == (dtype == torch.bfloat16)

@@ -76,17 +76,21 @@ def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capab
 
 
 @pytest.mark.parametrize(
-    "backend, dtype, rows, v_width, path",
+    "backend, dtype, rows, v_width, capability, path",
     [
-        ("triton", torch.bfloat16, "whole", 128, "triton"),
-        ("auto", torch.bfloat16, "whole", 128, "flex"),
-        ("triton", torch.bfloat16, "parts", 128, "flex"),
-        ("triton", torch.bfloat16, "whole", 96, "flex"),
-        ("triton", torch.float32, "whole", 128, "sdpa"),
+        ("auto", torch.bfloat16, "whole", 128, (9, 0), "triton"),
+        ("auto", torch.bfloat16, "whole", 128, (8, 0), "flex"),
+        ("auto", torch.bfloat16, "parts", 128, (9, 0), "flex"),
+        ("triton", torch.bfloat16, "whole", 128, (8, 0), "triton"),
+        ("triton", torch.bfloat16, "parts", 128, (9, 0), "flex"),
+        ("triton", torch.bfloat16, "whole", 96, (9, 0), "flex"),
+        ("triton", torch.float32, "whole", 128, (9, 0), "sdpa"),
+        ("flex", torch.bfloat16, "whole", 128, (9, 0), "flex"),
     ],
 )
-def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, rows, v_width, path):
+def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, rows, v_width, capability, path):
     monkeypatch.setattr(document_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(v_head_dim=v_width), torch.device("cuda")
     assert context.attention_path("mla", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
 

@@ -105,10 +105,10 @@ def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
 
 
-def test_documents_of_mla_rotate_in_our_kernel_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(kernels, "document_kernel_takes", lambda *about: True)
-    assert chosen(Kernels(attention="triton", pointwise="triton"), documents=True) == "swiglu swa mla"
-    assert chosen(Kernels(pointwise="triton"), documents=True) == "swiglu swa"
+@pytest.mark.parametrize("path, expected", [("triton", "swiglu swa mla"), ("flex", "swiglu swa")])
+def test_documents_of_mla_rotate_where_our_kernel_computes_them(monkeypatch, path, expected):
+    monkeypatch.setattr(kernels, "attention_path", lambda kind, *about: path if kind == "mla" else "triton")
+    assert chosen(Kernels(pointwise="triton"), documents=True) == expected
 
 
 def test_without_cudnn_mla_rotates_apart():
