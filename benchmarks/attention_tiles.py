@@ -24,11 +24,11 @@ from swamla_titan.kernels.masks import document_ends, document_starts
 
 
 class Kernel(NamedTuple):
-    """A pass: the kernel's name, the settings worth a try, and the kernels that belong to its backward pass."""
+    """A pass: the kernel's name, settings worth a try, and all kernels of the backward pass if it is one of them."""
 
     name: str
     tiles: list[Tiles]
-    others: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
 
 
 def window_kernels() -> list[Kernel]:
@@ -72,7 +72,7 @@ class Job(NamedTuple):
     width: int
     kernel: str
     tiles: Tiles
-    others: tuple[str, ...]
+    backward: tuple[str, ...]
 
 
 class _Nothing:
@@ -89,7 +89,7 @@ _OTHER = Tiles(64, 64, 4, 1)  # of the pass that is not timed
 
 def leave_alone(module: Any, job: Job) -> None:
     """Nothing of a backward pass is launched but the kernel that is timed, and what sums its far keys."""
-    for each in job.others:
+    for each in job.backward:
         kernel = _KERNELS.setdefault(each, getattr(module, each))
         belongs = each == job.kernel or (each, job.kernel) == ("window_sum_far", "window_grad_key_value")
         setattr(module, each, kernel if belongs else _Nothing())
@@ -110,7 +110,7 @@ def window_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int, h
     query, key, value = randn(batch, seq_len, 3 * heads, job.width).split(heads, dim=2)
     rule = (None, 256, 4, job.width**-0.5)
     window_attention.forward_tiles = _FORWARD[window_attention]
-    if not job.others:
+    if not job.backward:
         window_attention.forward_tiles = lambda dtype, width: job.tiles
         return lambda: window_attention._forward(query, key, value, *rule)
     out, lse = window_attention._forward(query, key, value, *rule)
@@ -128,7 +128,7 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
     inputs = query, key, value, *bounds
     document_attention.forward_tiles = _FORWARD[document_attention]
-    if not job.others:
+    if not job.backward:
         document_attention.forward_tiles = lambda: job.tiles
         return lambda: document_attention.run_forward(*inputs, 192**-0.5)
     out, lse = document_attention.run_forward(*inputs, 192**-0.5)
@@ -165,7 +165,7 @@ def main() -> None:
         passes += [(width, kernel) for width in arguments.widths for kernel in window_kernels()]
     if "documents" in arguments.kernels:
         passes += [(192, kernel) for kernel in document_kernels()]
-    jobs = [Job(width, kernel.name, tiles, kernel.others) for width, kernel in passes for tiles in kernel.tiles]
+    jobs = [Job(width, kernel.name, tiles, kernel.backward) for width, kernel in passes for tiles in kernel.tiles]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool:
         wrong = list(pool.map(partial(compile_alone, **shape), jobs))

@@ -76,7 +76,7 @@ def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: b
         return loss
 
     for batch in batches[:WARM]:
-        first = step(batch, passes, keep=False)
+        step(batch, passes, keep=False)
     torch.cuda.synchronize()
     run = passes
     if is_graph:
@@ -94,7 +94,8 @@ def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: b
             torch.cuda.synchronize()
             begun = time.perf_counter()
         loss = step(batch, run, keep=is_graph).clone()  # a graph writes each into the same place
-        first = loss if number == WARM else first
+        if number == WARM:
+            first = loss
     torch.cuda.synchronize()
     milliseconds = 1e3 * (time.perf_counter() - begun) / (len(batches) - half)
     return milliseconds, first.item(), loss.item(), torch.cuda.max_memory_allocated() / 2**30

@@ -5,7 +5,7 @@
 
 Weights are float32, activations bfloat16, as in training. `native` casts its input; `native, given` is handed
 it in float8, as by a norm. Above 1.00 float8 pays: what THRESHOLDS in
-swamla_titan/quantization/products.py are to say.
+swamla_titan/quantization/products.py are to say. Times are the GPU's alone: what its host takes to ask is not in them.
 """
 
 import argparse

@@ -47,7 +47,7 @@ PROFILED = 3  # steps
 KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
-    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_"),
+    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_", "document_"),
     "casts": ("float8_",),
     "fused": ("triton", "swiglu_", "_heads", "cross_entropy_rows"),
     "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),

@@ -70,10 +70,8 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     choose_kernels(model, config, world.device)
     if config.float8.recipe != "off":
-        # torchao takes a second to import
-        from swamla_titan.quantization.float8 import convert_to_float8, refuse_float32
+        from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 
-        refuse_float32(config, world.device)
         tensor, gathered = world.degrees.tensor, gathers_float8(config, world.degrees)
         sides = functools.partial(sides_on_a_rank, tensor)
         convert_to_float8(model, config.float8, world.device, sides, norms_cast=tensor == 1, gathered=gathered)

@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.config.sections import Config, Float8
+from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.launch import has_triton
 from swamla_titan.model import SWAMLAModel
@@ -120,13 +120,4 @@ def require_float8_units(device: torch.device) -> None:
         raise UserError(
             f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
-        )
-
-
-def refuse_float32(config: Config, device: torch.device) -> None:
-    """Raise UserError for native float8 between float32 activations on a GPU: its gradients were seen to be wrong."""
-    if device.type == "cuda" and config.float8.recipe == "native" and config.training.compute_dtype == "float32":
-        raise UserError(
-            'float8.recipe = "native" gives wrong gradients on a GPU with training.compute_dtype = "float32" (a known '
-            'fault): take "bfloat16", or another recipe'
         )

@@ -16,6 +16,8 @@ from swamla_titan.train.numerics import set_numerics
 pytestmark = pytest.mark.gpu
 E4M3 = torch.float8_e4m3fn
 CUDA = torch.device("cuda")
+# Not strict: an H200 passed two of three cases. A run is refused there (train/kernels.py).
+WRONG = pytest.mark.xfail(reason="gradients between float32 activations are wrong on an H100: see LOG, 2026-11-23")
 
 
 def passes(function, inputs, upstream):
@@ -46,7 +48,7 @@ def inputs_of(dtype=torch.bfloat16, tokens=256, dim=512, hidden=768):
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(E4M3), Settings(fast=True)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=WRONG)])
 def test_a_layer_is_as_exact_as_its_types(settings, dtype):
     inputs, upstream = inputs_of(dtype)
     found = passes(lambda *each: layer(*each, settings), inputs, upstream)

@@ -57,8 +57,10 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
             assert error < 2 * tolerance, f"gradient of {name} at length {seq_len}: {error}"
 
 
-def test_new_documents_do_not_compile_anew():
+@pytest.mark.parametrize("backend", ["auto", "flex"])
+def test_new_documents_do_not_compile_anew(backend):
     fast, _ = models(torch.bfloat16)
+    fast.attention_backend = backend
     tokens = torch.randint(0, 1000, (2, 512), device="cuda")
     for step in range(4):
         ids = (torch.rand(2, 512, device="cuda") < 0.01).cumsum(dim=1)

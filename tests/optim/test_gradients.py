@@ -67,11 +67,12 @@ def test_a_step_is_that_of_gradients_clipped_by_torch(name, max_norm, device):
             assert torch.equal(weight.grad, other.grad) == (max_norm != 0.05)
         for optimizer in optimizers:
             optimizer.step()
-        for weight, other in zip(mine.parameters(), theirs.parameters()):
+        for (path, weight), other in zip(mine.named_parameters(), theirs.parameters()):
             if max_norm == 0.05:
                 torch.testing.assert_close(weight.grad, other.grad, rtol=1e-6, atol=0)
-                # Muon's bfloat16 makes more of a last bit; its updates are 2e-3 in the mean, of any norm.
-                torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-3 if name == "muon" else 2e-4)
+                # Muon's bfloat16 makes more of a last bit; its updates are 2e-3 in the mean.
+                by_muon = name == "muon" and path.startswith("blocks.") and weight.ndim == 2
+                torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-3 if by_muon else 2e-4)
             else:
                 assert torch.equal(weight.grad, other.grad)
                 assert torch.equal(weight, other)

@@ -1,5 +1,6 @@
 """Which kernels are chosen for a GPU, decided on a CPU."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel, Training
 from swamla_titan.errors import UserError
-from swamla_titan.kernels import window_attention
+from swamla_titan.kernels import document_attention, window_attention
 from swamla_titan.kernels.latent_attention import latent_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
@@ -17,9 +18,11 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.world import World
+from swamla_titan.train import trainer
 from swamla_titan.train.kernels import pointwise_of
 
 CPU = torch.device("cpu")
+TRITON = Kernels(attention="triton", pointwise="triton")
 
 
 def chosen(
@@ -94,21 +97,20 @@ H100, A100 = (9, 0), (8, 0)
         (H100, {"parallel": Parallel(pipeline=2)}, "swiglu swa mla"),
         (H100, {"float8": Float8(recipe="tensorwise", output_head=True)}, "swiglu swa mla"),
         (H100, {"kernels": Kernels(loss="plain", pointwise="plain")}, ""),
+        (H100, {"data": Data(document_mask=True)}, "loss swiglu swa mla"),
+        (H100, {"data": Data(document_mask=True), "kernels": Kernels(attention="flex")}, "loss swiglu swa"),
+        (A100, {"data": Data(document_mask=True), "kernels": Kernels(pointwise="triton")}, "loss swiglu swa"),
+        (A100, {"data": Data(document_mask=True), "kernels": TRITON}, "loss swiglu swa mla"),
         (None, {}, ""),
     ],
     ids=str,
 )
 def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
     monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
-    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    for module in (kernels, document_attention):
+        monkeypatch.setattr(module, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
-
-
-@pytest.mark.parametrize("path, expected", [("triton", "swiglu swa mla"), ("flex", "swiglu swa")])
-def test_documents_of_mla_rotate_where_our_kernel_computes_them(monkeypatch, path, expected):
-    monkeypatch.setattr(kernels, "attention_path", lambda kind, *about: path if kind == "mla" else "triton")
-    assert chosen(Kernels(pointwise="triton"), documents=True) == expected
 
 
 def test_without_cudnn_mla_rotates_apart():
@@ -148,3 +150,19 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
         pointwise_of(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
+
+
+@pytest.mark.parametrize(
+    "recipe, dtype, device, refused",
+    [
+        ("native", "float32", "cuda", True),
+        ("native", "bfloat16", "cuda", False),
+        ("native", "float32", "cpu", False),
+        ("tensorwise", "float32", "cuda", False),
+    ],
+)
+def test_a_run_of_wrong_gradients_is_refused(monkeypatch, recipe, dtype, device, refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = Config(model=WIDE, float8=Float8(recipe=recipe), training=Training(compute_dtype=dtype))
+    with pytest.raises(UserError, match="gives wrong gradients") if refused else nullcontext():
+        trainer._refuse_what_this_machine_lacks(config, World.alone(torch.device(device)))

@@ -1,6 +1,5 @@
 """float8 by our own kernels, emulated on the CPU: products, modules and what is applied to blocks besides."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swamla_titan.config.sections import Compile, Config, Float8, Training
+from swamla_titan.config.sections import Compile, Float8
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import float8_product
 from swamla_titan.kernels.float8_product import Settings, gate_up_product, normalize, product, quantize
@@ -222,21 +221,6 @@ def test_weights_cast_once_for_all_micro_batches_are_cast_alike(dtype, monkeypat
         before = model(tokens)
         model.blocks["0"].feed_forward.down.weight.mul_(2)
         assert not torch.equal(model(tokens), before)  # nothing is remembered
-
-
-@pytest.mark.parametrize(
-    "recipe, dtype, device, refused",
-    [
-        ("native", "float32", "cuda", True),
-        ("native", "bfloat16", "cuda", False),
-        ("native", "float32", "cpu", False),
-        ("tensorwise", "float32", "cuda", False),
-    ],
-)
-def test_float32_activations_are_refused_on_a_gpu(recipe, dtype, device, refused):
-    config = Config(float8=Float8(recipe=recipe), training=Training(compute_dtype=dtype))
-    with pytest.raises(UserError, match="wrong gradients") if refused else contextlib.nullcontext():
-        float8.refuse_float32(config, torch.device(device))
 
 
 def test_names_shapes_and_values_stay_those_of_the_plain_model():
