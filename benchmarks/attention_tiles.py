@@ -70,9 +70,8 @@ class Job(NamedTuple):
     """One setting of one pass."""
 
     width: int
-    kernel: str
+    kernel: Kernel
     tiles: Tiles
-    backward: tuple[str, ...]
 
 
 class _Nothing:
@@ -89,16 +88,17 @@ _OTHER = Tiles(64, 64, 4, 1)  # of the pass that is not timed
 
 def leave_alone(module: Any, job: Job) -> None:
     """Nothing of a backward pass is launched but the kernel that is timed, and what sums its far keys."""
-    for each in job.backward:
+    timed = job.kernel.name
+    for each in job.kernel.backward:
         kernel = _KERNELS.setdefault(each, getattr(module, each))
-        belongs = each == job.kernel or (each, job.kernel) == ("window_sum_far", "window_grad_key_value")
+        belongs = each == timed or (each, timed) == ("window_sum_far", "window_grad_key_value")
         setattr(module, each, kernel if belongs else _Nothing())
 
 
 def work_of(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
     """What runs one pass alone, on numbers that are like those of training."""
-    both = (_OTHER, job.tiles) if job.kernel.endswith("key_value") else (job.tiles, _OTHER)
-    make = window_work if job.kernel.startswith("window") else document_work
+    both = (_OTHER, job.tiles) if job.kernel.name.endswith("key_value") else (job.tiles, _OTHER)
+    make = window_work if job.kernel.name.startswith("window") else document_work
     return make(job, both, batch, seq_len, heads)
 
 
@@ -110,7 +110,7 @@ def window_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int, h
     query, key, value = randn(batch, seq_len, 3 * heads, job.width).split(heads, dim=2)
     rule = (None, 256, 4, job.width**-0.5)
     window_attention.forward_tiles = _FORWARD[window_attention]
-    if not job.backward:
+    if not job.kernel.backward:
         window_attention.forward_tiles = lambda dtype, width: job.tiles
         return lambda: window_attention._forward(query, key, value, *rule)
     out, lse = window_attention._forward(query, key, value, *rule)
@@ -128,7 +128,7 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
     inputs = query, key, value, *bounds
     document_attention.forward_tiles = _FORWARD[document_attention]
-    if not job.backward:
+    if not job.kernel.backward:
         document_attention.forward_tiles = lambda: job.tiles
         return lambda: document_attention.run_forward(*inputs, 192**-0.5)
     out, lse = document_attention.run_forward(*inputs, 192**-0.5)
@@ -165,17 +165,17 @@ def main() -> None:
         passes += [(width, kernel) for width in arguments.widths for kernel in window_kernels()]
     if "documents" in arguments.kernels:
         passes += [(192, kernel) for kernel in document_kernels()]
-    jobs = [Job(width, kernel.name, tiles, kernel.backward) for width, kernel in passes for tiles in kernel.tiles]
+    jobs = [Job(width, kernel, tiles) for width, kernel in passes for tiles in kernel.tiles]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool:
         wrong = list(pool.map(partial(compile_alone, **shape), jobs))
     found: dict[tuple[int, str], list[tuple[float, Tiles]]] = {}
     for job, problem in zip(jobs, wrong):
         if problem:
-            print("left out", job.width, job.kernel, tuple(job.tiles), problem)
+            print("left out", job.width, job.kernel.name, tuple(job.tiles), problem)
             continue
         ms = do_bench(work_of(job, **shape), warmup=3, rep=20, return_mode="median")
-        found.setdefault((job.width, job.kernel), []).append((ms, job.tiles))
+        found.setdefault((job.width, job.kernel.name), []).append((ms, job.tiles))
     for (width, name), timed in found.items():
         settings = "  ".join(f"{tuple(tiles)} {ms:.3f}" for ms, tiles in sorted(timed, key=lambda each: each[0])[:6])
         print(f"D{width} {name:<23} {settings}", flush=True)

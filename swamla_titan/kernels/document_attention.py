@@ -13,6 +13,8 @@ from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.launch import Tiles, descriptors, has_triton, parts, readable, strides
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 
+TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it is known to be fast: with documents of 500
+
 
 def document_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> bool:
     """Whether `document_attention` computes heads of these widths in this dtype on this device."""

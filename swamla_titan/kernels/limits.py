@@ -6,4 +6,3 @@ WINDOW_SINKS = 64  # at most: beyond, what tiles of queries leave for their far 
 FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 DOCUMENT_WIDTHS = (32, 48, 64, 80, 96, 128, 160, 192)  # of queries and keys: a power of two, or two of them
 DOCUMENT_V_WIDTHS = (16, 32, 64, 128)
-DOCUMENT_WIDTHS_TIMED = (192, 128)  # of all flavors, with documents of 500 tokens

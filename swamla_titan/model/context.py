@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention import Mask
-from swamla_titan.kernels.document_attention import document_kernel_takes
+from swamla_titan.kernels.document_attention import TIMED_WIDTHS, document_kernel_takes
 from swamla_titan.kernels.launch import is_tuned_for
-from swamla_titan.kernels.limits import DOCUMENT_WIDTHS_TIMED
 from swamla_titan.kernels.masks import (
     DocumentRule,
     WindowRule,
@@ -106,12 +105,10 @@ def attention_path(
     widths = config.head_dim, config.head_dim
     if kind == "mla":
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-        takes, is_timed = document_kernel_takes(device, dtype, *widths), widths == DOCUMENT_WIDTHS_TIMED
+        takes = document_kernel_takes(device, dtype, *widths) and (backend == "triton" or widths == TIMED_WIDTHS)
     else:
-        takes, is_timed = window_kernel_takes(device, dtype, widths[0], config.swa_sink_size), True
-    if takes and whole_rows and backend == "triton":
-        return "triton"
-    if takes and whole_rows and backend == "auto" and is_timed and is_tuned_for(device, dtype):
+        takes = window_kernel_takes(device, dtype, widths[0], config.swa_sink_size)
+    if takes and whole_rows and (backend == "triton" or (backend == "auto" and is_tuned_for(device, dtype))):
         return "triton"
     return "flex" if device.type == "cuda" and flex_takes(dtype, *widths) else "sdpa"
 

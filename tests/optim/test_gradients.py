@@ -65,14 +65,16 @@ def test_a_step_is_that_of_gradients_clipped_by_torch(name, max_norm, device):
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
         for weight, other in zip(mine.parameters(), theirs.parameters()):
             assert torch.equal(weight.grad, other.grad) == (max_norm != 0.05)
+        before = copy.deepcopy(mine.state_dict())
         for optimizer in optimizers:
             optimizer.step()
         for (path, weight), other in zip(mine.named_parameters(), theirs.parameters()):
             if max_norm == 0.05:
                 torch.testing.assert_close(weight.grad, other.grad, rtol=1e-6, atol=0)
-                # Muon's bfloat16 makes more of a last bit; its updates are 2e-3 in the mean.
+                # Muon's bfloat16 makes more of a last bit: of single numbers as much as they move, 1e-3, but of few.
                 by_muon = name == "muon" and path.startswith("blocks.") and weight.ndim == 2
                 torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-3 if by_muon else 2e-4)
+                assert (weight - other).norm() <= 0.1 * (weight - before[path]).norm()
             else:
                 assert torch.equal(weight.grad, other.grad)
                 assert torch.equal(weight, other)
