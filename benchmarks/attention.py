@@ -61,6 +61,7 @@ SHAPES = [
     Shape("mla", 16, 2048, 16, 16, 192, 128, None, 0),
     Shape("mla", 16, 2048, 16, 16, 192, 128, None, 500),
     Shape("mla", 4, 8192, 16, 16, 192, 128, None, 0),
+    Shape("mla", 4, 8192, 16, 16, 192, 128, None, 4000),
 ]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

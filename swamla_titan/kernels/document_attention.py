@@ -138,10 +138,9 @@ def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: 
     return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
 
 
-# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at heads of 192 and 128. Those of the keys'
-# pass have not been timed: of the ones that spill no register they are the widest.
+# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at heads of 192 and 128.
 _FORWARD = Tiles(128, 32, 8, 3)
-_BACKWARD = Tiles(64, 32, 4, 3), Tiles(64, 64, 8, 2)
+_BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
 
 
 def forward_tiles() -> Tiles:

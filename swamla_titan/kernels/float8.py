@@ -15,6 +15,7 @@ casts round through the dtype that activations have, so that fusing changes no b
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.operator import operator, seen_through
 from swamla_titan.kernels.swiglu import swiglu
 
 _BLOCK = 8192  # numbers of which a program finds the largest
@@ -33,7 +34,7 @@ def scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(largest.isnan(), largest.float(), upward).clamp(min=_SMALLEST)
 
 
-@torch.library.custom_op("swamla_titan::float8_largest", mutates_args=())
+@operator("swamla_titan::float8_largest")
 def largest_of(x: Tensor) -> Tensor:
     """The largest absolute value, a float32 scalar."""
     if not _by_kernels(x):
@@ -43,7 +44,7 @@ def largest_of(x: Tensor) -> Tensor:
     x = x.contiguous()
     found = x.new_empty(-(-x.numel() // _BLOCK), dtype=torch.int32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        kernels.float8_largest[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
+        seen_through(kernels.float8_largest)[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
     return found.amax().view(torch.float32)
 
 
@@ -69,7 +70,7 @@ def scaled_product(
     return ((a.float() * a_scale) @ (b.float() * b_scale).t()).to(dtype)
 
 
-@torch.library.custom_op("swamla_titan::float8_cast", mutates_args=())
+@operator("swamla_titan::float8_cast")
 def float8_cast(
     x: Tensor,
     scale: Tensor,
@@ -86,9 +87,8 @@ def float8_cast(
     x = x.contiguous()
     out, turned = _fake_cast(x, scale, dtype, through, rows, columns, after)
     if _by_kernels(x):
-        _launch(
-            "float8_cast", (x, scale, out, turned, *x.shape), _bf16(through), ROWS_WANTED=rows, COLUMNS_WANTED=columns
-        )
+        inputs = x, scale, out, turned, x if after is None else after, *x.shape
+        _launch("float8_cast", inputs, _bf16(through), ROWS_WANTED=rows, COLUMNS_WANTED=columns)
         return out, turned
     return _both(plain_cast(x.to(through), scale, dtype), rows, columns)
 
@@ -106,7 +106,7 @@ def _fake_cast(
     return _empty(x, x.shape[0], x.shape[1], dtype, rows, columns)
 
 
-@torch.library.custom_op("swamla_titan::float8_swiglu_backward", mutates_args=())
+@operator("swamla_titan::float8_swiglu_backward")
 def float8_swiglu_backward(
     grad: Tensor, gate_up: Tensor, scale: Tensor, group: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def _fake_swiglu_backward(
     return _empty(gate_up, gate_up.shape[0], gate_up.shape[1], dtype, True, True)
 
 
-@torch.library.custom_op("swamla_titan::float8_swiglu_largest", mutates_args=())
+@operator("swamla_titan::float8_swiglu_largest")
 def swiglu_largest(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """The largest absolute values of SwiGLU of gate_up [M, 2 F], and of gate_up: float32 scalars.
 
@@ -146,7 +146,7 @@ def _(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return gate_up.new_empty((), dtype=torch.float32), gate_up.new_empty((), dtype=torch.float32)
 
 
-@torch.library.custom_op("swamla_titan::float8_swiglu_gradient_largest", mutates_args=())
+@operator("swamla_titan::float8_swiglu_gradient_largest")
 def swiglu_gradient_largest(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     """The largest absolute value of the gradient of gate_up [M, 2 F] from that of SwiGLU's result [M, F]: float32."""
     if _by_kernels(gate_up):
@@ -253,4 +253,4 @@ def _launch(name: str, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool],
     tile = {"R": _TILE, "C": _TILE} | options
     grid = -(-columns // tile["C"]), -(-rows // tile["R"])
     with torch.cuda.device_of(inputs[0]):  # Triton launches on the current one
-        getattr(kernels, name)[grid](*inputs, **dtype, **tile, num_warps=4)
+        seen_through(getattr(kernels, name))[grid](*inputs, **dtype, **tile, num_warps=4)

@@ -28,6 +28,7 @@ from swamla_titan.kernels.float8 import (
     swiglu_gradient_largest,
     swiglu_largest,
 )
+from swamla_titan.kernels.operator import operator
 
 VALUES = torch.float8_e4m3fn  # of activations and weights
 
@@ -87,7 +88,7 @@ def gate_up_product(x: Operand, weight: Operand, group: int, settings: Settings)
     return Operand(carrier, rows.detach(), columns.detach(), scale)  # gradients flow through the carrier alone
 
 
-@torch.library.custom_op("swamla_titan::float8_product", mutates_args=())
+@operator("swamla_titan::float8_product")
 def _product(
     x: Tensor,
     x_rows: Tensor,
@@ -159,7 +160,7 @@ def _columns_of(weight: Tensor | None, columns: Tensor, scale: Tensor, through: 
     return again
 
 
-@torch.library.custom_op("swamla_titan::float8_normalize", mutates_args=())
+@operator("swamla_titan::float8_normalize")
 def _normalize(x: Tensor, weight: Tensor, rstd: Tensor, scale: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Carrier, rows, and columns if `wanted`."""
     return _carrier(x, x.shape), *cast_rms_norm(x.flatten(0, -2), weight, rstd, scale, VALUES, wanted)
@@ -190,7 +191,7 @@ def _normalize_gradients(ctx: Any, grad: Tensor | None, *of_float8: Tensor | Non
 _normalize.register_autograd(_normalize_gradients, setup_context=_setup_normalize)
 
 
-@torch.library.custom_op("swamla_titan::float8_gate_up", mutates_args=())
+@operator("swamla_titan::float8_gate_up")
 def _swiglu(
     x: Tensor,
     x_columns: Tensor,

@@ -11,22 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
+def _quantized(values, scale_ptr, out_ptr):
+    # Volatile, so that the two layouts share no conversion: ptxas 12.8 loses half of those that are stored both as they
+    # are and, byte by byte, transposed, as those of float32 are. It reads registers that nothing has written instead.
+    # 0 of what holds an infinity, so that infinity becomes NaN and is seen in whatever is computed of it.
+    return (values * (1.0 / tl.load(scale_ptr, volatile=True))).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _store_both(
     values, scale_ptr, rows_ptr, columns_ptr, row, column, rows, columns,
     ROWS_WANTED: tl.constexpr, COLUMNS_WANTED: tl.constexpr,
 ):  # fmt: skip
     """values [R, C] in float32 to [rows, columns] and [columns, rows], at `row` [R] and `column` [C]."""
-    # 0 of what holds an infinity, so that infinity becomes NaN and is seen in whatever is computed of it.
-    values = values * (1.0 / tl.load(scale_ptr))
     far_row, far_column = row.to(tl.int64), column.to(tl.int64)
     if ROWS_WANTED:
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = far_row[:, None] * columns + column[None, :]
-        tl.store(rows_ptr + at, values.to(rows_ptr.dtype.element_ty), mask=inside)
+        tl.store(rows_ptr + at, _quantized(values, scale_ptr, rows_ptr), mask=inside)
     if COLUMNS_WANTED:
         inside = (column < columns)[:, None] & (row < rows)[None, :]
         at = far_column[:, None] * rows + row[None, :]
-        tl.store(columns_ptr + at, tl.trans(values.to(columns_ptr.dtype.element_ty)), mask=inside)
+        tl.store(columns_ptr + at, tl.trans(_quantized(values, scale_ptr, columns_ptr)), mask=inside)
 
 
 @triton.jit
@@ -61,11 +67,11 @@ def _rounded(x, TO_BFLOAT16: tl.constexpr):
 
 @triton.jit
 def float8_cast(
-    x_ptr, scale_ptr, rows_ptr, columns_ptr, rows, columns,
+    x_ptr, scale_ptr, rows_ptr, columns_ptr, after_ptr, rows, columns,
     TO_BFLOAT16: tl.constexpr, ROWS_WANTED: tl.constexpr, COLUMNS_WANTED: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, columns]; grid (tiles of columns, tiles of rows)."""
+    """x [rows, columns]; grid (tiles of columns, tiles of rows). Nothing is read at `after_ptr`."""
     row, column = _place(R, C)
     x = _rounded(_tile(x_ptr, row, column, rows, columns, columns), TO_BFLOAT16)
     _store_both(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swamla_titan.kernels.operator import operator, seen_through
+
 _ELEMENTS = 4096  # that a program computes
 
 
@@ -24,7 +26,7 @@ def triton_swiglu(gate_up: Tensor, group: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("swamla_titan::swiglu", mutates_args=())
+@operator("swamla_titan::swiglu")
 def _forward(gate_up: Tensor, group: int) -> Tensor:
     from swamla_titan.kernels import swiglu_triton as kernels
 
@@ -33,7 +35,8 @@ def _forward(gate_up: Tensor, group: int) -> Tensor:
     rows = out.numel() // group
     each = max(_ELEMENTS // group, 1)
     with torch.cuda.device_of(gate_up):  # Triton launches on the current one
-        kernels.swiglu_forward[(-(-rows // each),)](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
+        grid = (-(-rows // each),)
+        seen_through(kernels.swiglu_forward)[grid](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
     return out
 
 
@@ -42,7 +45,7 @@ def _(gate_up: Tensor, group: int) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("swamla_titan::swiglu_backward", mutates_args=())
+@operator("swamla_titan::swiglu_backward")
 def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     from swamla_titan.kernels import swiglu_triton as kernels
 
@@ -51,7 +54,7 @@ def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     rows = grad.numel() // group
     each = max(_ELEMENTS // group, 1)
     with torch.cuda.device_of(gate_up):
-        kernels.swiglu_backward[(-(-rows // each),)](
+        seen_through(kernels.swiglu_backward)[(-(-rows // each),)](
             *(grad, gate_up, grad_gate_up, rows), GROUP=group, ROWS=each, num_warps=8
         )
     return grad_gate_up

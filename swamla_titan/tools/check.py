@@ -24,7 +24,6 @@ from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.quantization.float8 import require_float8_units
 from swamla_titan.quantization.products import refuse_none, table, warnings
-from swamla_titan.train.kernels import refuse_wrong_gradients
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -241,7 +240,6 @@ def _products(config: Config, device: torch.device) -> Finding:
     refuse_none(products, config.float8)
     if device.type == "cuda":
         require_float8_units(device)
-    refuse_wrong_gradients(config, device)
     text = "\n         ".join(table(products, config.float8.recipe))
     doubts = "; ".join(warnings(products, config, config.training.local_batch_size))
     return Finding("warning" if doubts else "ok", "products", text, doubts)

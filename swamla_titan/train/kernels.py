@@ -1,4 +1,4 @@
-"""What computes attention, and what lies between the products, in a run; and what no GPU computes rightly."""
+"""What computes attention, and what lies between the products, in a run."""
 
 from dataclasses import replace
 
@@ -53,15 +53,6 @@ def pointwise_of(config: Config, world: World) -> str | None:
                 why = why or f"attention by {path}"
             words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
     return f"{swiglu}, rotation of {' and '.join(words)}"
-
-
-def refuse_wrong_gradients(config: Config, device: torch.device) -> None:
-    """Raise UserError for native float8 between float32 activations on a GPU, whose gradients were seen to be wrong."""
-    if device.type == "cuda" and config.float8.recipe == "native" and config.training.compute_dtype == "float32":
-        raise UserError(
-            'float8.recipe = "native" gives wrong gradients on a GPU with training.compute_dtype = "float32" (a known '
-            'fault): take "bfloat16", or another recipe'
-        )
 
 
 def _path(kind: str, config: Config, world: World) -> str:

@@ -36,7 +36,7 @@ from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
 from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
-from swamla_titan.train.kernels import attention_of, pointwise_of, refuse_wrong_gradients
+from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import set_numerics
@@ -382,7 +382,6 @@ class Trainer:
 def _refuse_what_this_machine_lacks(config: Config, world: World) -> None:
     attention_of(config, world)
     pointwise_of(config, world)
-    refuse_wrong_gradients(config, world.device)
     refuse_old_gpu(config.optimizer, world.device)
 
 

@@ -1,6 +1,5 @@
 """Which kernels are chosen for a GPU, decided on a CPU."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.world import World
-from swamla_titan.train import trainer
 from swamla_titan.train.kernels import pointwise_of
 
 CPU = torch.device("cpu")
@@ -150,19 +148,3 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
         pointwise_of(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
-
-
-@pytest.mark.parametrize(
-    "recipe, dtype, device, refused",
-    [
-        ("native", "float32", "cuda", True),
-        ("native", "bfloat16", "cuda", False),
-        ("native", "float32", "cpu", False),
-        ("tensorwise", "float32", "cuda", False),
-    ],
-)
-def test_a_run_of_wrong_gradients_is_refused(monkeypatch, recipe, dtype, device, refused):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = Config(model=WIDE, float8=Float8(recipe=recipe), training=Training(compute_dtype=dtype))
-    with pytest.raises(UserError, match="gives wrong gradients") if refused else nullcontext():
-        trainer._refuse_what_this_machine_lacks(config, World.alone(torch.device(device)))

@@ -168,16 +168,6 @@ def test_float8_that_is_asked_for_is_told_and_what_converts_nothing_is_a_failure
     assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 products")
 
 
-@pytest.mark.parametrize("dtype, state", [("float32", "failure"), ("bfloat16", "warning")])
-def test_float8_between_float32_activations_on_a_gpu_is_a_failure(tiny, monkeypatch, dtype, state):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    given = {"float8": {"recipe": "native", "products": "all"}, "training": {"compute_dtype": dtype}}
-    overrides = [module.Override(section, *each) for section, keys in given.items() for each in keys.items()]
-    finding = module._answer(module._products, module.load_config(tiny, overrides), torch.device("cuda"))
-    assert finding.state == state
-    assert ("wrong gradients" in finding.text) == (dtype == "float32")
-
-
 def test_a_gpu_that_cannot_compute_float8_is_a_failure(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")

@@ -1,0 +1,44 @@
+"""Operators of Triton kernels that torch.compile sees through on a GPU, so that the host launches them fast."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.library import CustomOpDef
+
+from swamla_titan.kernels.launch import has_triton
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """torch.library.triton_op without arguments that it writes to; on a CPU, where no kernel is in it, opaque.
+
+    An opaque operator (torch.library.custom_op) takes a hundred microseconds or more of Python each time compiled code
+    calls it; of one that is seen through, its kernels alone are launched. On a CPU a compiler would fuse what emulates
+    kernels, and keep other tensors for the backward pass than a GPU does.
+    """
+
+    def make(function: Callable[..., Any]) -> CustomOpDef:
+        if not has_triton():
+            return torch.library.custom_op(name, function, mutates_args=())
+        made = cast(CustomOpDef, torch.library.triton_op(name, function, mutates_args=()))
+
+        @made.register_torch_dispatch(FunctionalTensorMode)  # where torch.compile takes operators apart
+        def _(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not any(isinstance(each, Tensor) and each.is_cuda for each in args):
+                return mode.__torch_dispatch__(overload, types, args, kwargs)
+            with mode:
+                return function(*args, **kwargs)
+
+        return made
+
+    return make
+
+
+def seen_through(kernel: Any) -> Any:
+    """A Triton kernel as an `operator` launches it. Those that read by TensorDescriptor cannot be seen through."""
+    from triton.runtime.jit import JITFunction
+
+    # Triton's interpreter has kernels of another type, and never comes here from torch.compile.
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
