@@ -206,7 +206,7 @@ class Float8:
         "off",
         "Products of the blocks in float8. By torchao: tensorwise (one scale a tensor), rowwise (one a row), "
         "rowwise_with_gw_hp (and gradients of weights in full precision: most exact). native: by our kernels, which "
-        "cast within the operations before the products, one scale a tensor (on a GPU with compute_dtype = bfloat16).",
+        "cast within the operations before the products, one scale a tensor.",
         choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
     )
     products: str = key(

@@ -16,20 +16,21 @@ def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
     An opaque operator (torch.library.custom_op) takes a hundred microseconds or more of Python each time compiled code
     calls it; of one that is seen through, its kernels alone are launched. On a CPU a compiler would fuse what emulates
-    kernels, and keep other tensors for the backward pass than a GPU does.
+    kernels, and keep other tensors for the backward pass than a GPU does. torch's caches of compiled code know our
+    operators by their names alone: compile_model puts the code of this folder into its keys.
     """
 
     def make(function: Callable[..., Any]) -> CustomOpDef:
         if not has_triton():
             return torch.library.custom_op(name, function, mutates_args=())
         made = cast(CustomOpDef, torch.library.triton_op(name, function, mutates_args=()))
+        take_apart = made._torch_dispatch_fns[FunctionalTensorMode]  # where torch.compile sees what operators do
 
-        @made.register_torch_dispatch(FunctionalTensorMode)  # where torch.compile takes operators apart
+        @made.register_torch_dispatch(FunctionalTensorMode)
         def _(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not any(isinstance(each, Tensor) and each.is_cuda for each in args):
-                return mode.__torch_dispatch__(overload, types, args, kwargs)
-            with mode:
-                return function(*args, **kwargs)
+            if any(isinstance(each, Tensor) and each.is_cuda for each in args):
+                return take_apart(mode, overload, types, args, kwargs)
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
 
         return made
 

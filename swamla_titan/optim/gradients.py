@@ -1,6 +1,7 @@
 """The norm of all gradients, and what clipping divides them by, without waiting for the device."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,8 +20,14 @@ def gradient_norm(
     norms = torch.stack(torch._foreach_norm(parts))
     if sum_over_ranks is None:
         return torch.linalg.vector_norm(norms)
-    shares_there = torch.tensor(shares, dtype=norms.dtype).to(norms.device, non_blocking=True)
+    shares_there = _on_device(shares, norms.dtype, norms.device)
     return sum_over_ranks((norms.square() * shares_there).sum()).sqrt()
+
+
+@lru_cache(maxsize=8)
+def _on_device(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Once for all steps: a copy of numbers of the host's may wait for what the device does."""
+    return torch.tensor(shares, dtype=dtype, device=device)
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:

@@ -87,14 +87,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
             amsgrad=False,
             beta1=self._config.beta1,
             beta2=self._config.beta2,
-            lr=group["lr"],
+            lr=_rate(group),
             weight_decay=group["weight_decay"],
             eps=self._config.eps,
             maximize=False,
         )
 
     def _adamw(self, group: dict[str, Any]) -> None:
-        config, kind, lr = self._config, group["kind"], _scalar(group["lr"])
+        config, kind, lr = self._config, group["kind"], _scalar(_rate(group))
         steps = [self.state[parameter]["step"] for parameter in group["params"]]
         torch._foreach_add_(steps, 1)
         if self.found_inf is not None:
@@ -109,7 +109,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 self._updates["adamw"](*blocks, step, moments, maps, *rest)
 
     def _lion(self, group: dict[str, Any]) -> None:
-        lr, decay = _scalar(group["lr"]), _scalar(1 - group["lr"] * group["weight_decay"])
+        lr, decay = _scalars(group)
         kind, betas = group["kind"], (self._config.beta1, self._config.beta2)
         for parameter in group["params"]:
             weight = local(parameter).detach()
@@ -123,8 +123,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         of_weight: dict[nn.Parameter, tuple[Kind, Tensor, Tensor]] = {}
         for group in self.param_groups:
             if group["kind"].rule == "muon":
-                common = group["kind"], _scalar(group["lr"]), _scalar(1 - group["lr"] * group["weight_decay"])
-                of_weight |= dict.fromkeys(group["params"], common)
+                of_weight |= dict.fromkeys(group["params"], (group["kind"], *_scalars(group)))
 
         def update_of(weight: nn.Parameter) -> Tensor:
             assert weight.grad is not None
@@ -151,5 +150,16 @@ def param_groups(of_kind: Mapping[Kind, list[nn.Parameter]]) -> list[dict[str, A
     ]
 
 
+def _rate(group: dict[str, Any]) -> float:
+    """The learning rate, which others may have made a tensor of one number, as torch's optimizers allow."""
+    return float(group["lr"])
+
+
+def _scalars(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The learning rate, and what a step leaves of a weight by decay."""
+    return _scalar(_rate(group)), _scalar(1 - _rate(group) * group["weight_decay"])
+
+
 def _scalar(value: float) -> Tensor:
+    """Not a number, so that compiled code is the same for all."""
     return torch.tensor(value, dtype=torch.float32)

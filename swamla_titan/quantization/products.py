@@ -14,10 +14,11 @@ from swamla_titan.model import SWAMLAModel
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
 
-# What an H100 was measured to reach: operations a second in bfloat16 and float8 (tensorwise), bytes of memory a second.
-_BFLOAT16, _FLOAT8, _BYTES = 793e12, 1310e12, 3.02e12
-_CAST_BYTES = 6  # a number: read for the largest, read again, written twice
-_WEIGHT_BYTES = 10  # the same of float32
+# What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
+# second; and what a number of input or gradient costs that a recipe casts, in bytes at that speed.
+_BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
+_CAST_BYTES = {"native": 7, "tensorwise": 9, "rowwise": 14, "rowwise_with_gw_hp": 14}  # the last one as rowwise
+_WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
 _OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
 
 # Shares of a model's operations in float8 below which a warning is due: see `warnings`.
@@ -39,36 +40,14 @@ class Product:
         return self.name.split(".", 2)[2] if self.name.startswith("blocks.") else self.name
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """Below what sides a product does not pay. `leaves(out, inner, given)`; `given`: its input is cast already."""
+def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
+    """Seconds a token that three products save, less those that the casts of input and gradient take.
 
-    leaves: Callable[[int, int, bool], bool]
-    source: str
-
-
-def _rowwise(out: int, inner: int, given: bool) -> bool:
-    return out <= 2048 or inner <= 1024 or (out <= 4096 and inner <= 2048)
-
-
-def _native(out: int, inner: int, given: bool) -> bool:
-    return _gain(out, inner, given) < 0
-
-
-def _gain(out: int, inner: int, given: bool) -> float:
-    """Seconds a token that three products save, less those that the casts of input and gradient take."""
+    `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
+    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
+    """
     saved = 6 * out * inner * (1 / _BFLOAT16 - 1 / _FLOAT8)
-    return saved - _CAST_BYTES * (out + (0 if given else inner)) / _BYTES
-
-
-_PUBLISHED = "torchao's published thresholds for H100 (torchao.float8, auto filter)"
-THRESHOLDS = {
-    "tensorwise": Threshold(lambda out, inner, given: inner <= 4096 and out <= 1024, _PUBLISHED),
-    "rowwise": Threshold(_rowwise, _PUBLISHED),
-    "rowwise_with_gw_hp": Threshold(_rowwise, f"those of rowwise in {_PUBLISHED}"),
-    "native": Threshold(_native, "arithmetic from an H100's measured rates of products and memory"),
-}
-"""Recipe -> threshold; to be replaced by what benchmarks/float8_products.py measures."""
+    return saved - _CAST_BYTES[recipe] * (out + (0 if given else inner)) / _BYTES
 
 
 def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
@@ -101,7 +80,7 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: b
 
     Readers of one norm all pay or each for itself: only together do they share the cast of their input.
     """
-    small = {name for name, shape in shapes.items() if THRESHOLDS[recipe].leaves(*shape, False)}
+    small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
     if recipe != "native" or not norms_cast:
         return small
     of_norm: dict[str, list[str]] = {}
@@ -110,9 +89,9 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: b
         if kind in _OF_ONE_NORM:
             of_norm.setdefault(module, []).append(name)
     for readers in of_norm.values():
-        own_cast = [_gain(*shapes[name], given=False) for name in readers]
+        own_cast = [gain(recipe, *shapes[name]) for name in readers]
         # One of them casts the input, the rest are given it.
-        together = own_cast[0] + sum(_gain(*shapes[name], given=True) for name in readers[1:])
+        together = own_cast[0] + sum(gain(recipe, *shapes[name], given=True) for name in readers[1:])
         if len(readers) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
             small -= set(readers)
     return small
@@ -150,7 +129,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     if share < _LITTLE:
         yield (
             f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
-            f"(by {THRESHOLDS[config.float8.recipe].source}): little will be gained, and casts cost; wider models gain"
+            "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
         )
     inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
     small = _too_small(inside, config.float8.recipe, norms_cast=config.parallel.tensor == 1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from swamla_titan.parallel.world import join_world
 from swamla_titan.quantization import native
 from swamla_titan.quantization.native import NativeLinear
 from swamla_titan.train.checkpoint import tensors_of
+from swamla_titan.train.numerics import set_numerics
 from tests.distributed.job import run_and_listen
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import SMALL, batch
@@ -202,3 +204,48 @@ def test_compiled_or_not_and_freed_or_kept_weights_give_the_same_bits(recipe: st
     )
     assert plain[0] == plain[1]
     assert all(other == plain for other in others)
+
+
+def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str) -> list[float]:
+    """Losses and gradient norms of three compiled steps of four micro-batches over all ranks, and a held-out loss."""
+    config = Config(
+        model=ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=512, max_seq_len=256),
+        float8=Float8(recipe=recipe, products="all"),
+        training=Training(seq_len=256),
+        compile=Compile(cache_folder=folder),
+        parallel=parallel,
+    )
+    world = join_world(config.parallel)
+    set_numerics(config, world.device, world.rank)
+    model = ParallelModel(config, world)
+    model.init_weights(0)
+    optimizer = build_optimizer(model.parts[0], config.optimizer)
+    tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0)).to(world.device)
+    micro_batches = [MicroBatch(tokens, tokens, None, len(tokens))] * (4 // world.degrees.data)
+    found = []
+    for _ in range(3):
+        loss = model.train_step(micro_batches, 4 * tokens.numel())
+        found += [loss.item(), model.gradient_norm().item()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*found, model.evaluate(micro_batches[: 2 // world.degrees.data]).item()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"reshard_after_forward": "always"},
+        {"reshard_after_forward": "never"},
+        {"data_parallel": "ddp"},
+        {"tensor": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recipe, tolerance", [("native", 1e-2), ("tensorwise", 6e-2)])
+def test_on_gpus_float8_trains_as_on_one(recipe: str, tolerance: float, plan: dict[str, Any], tmp_path: Path):
+    """Every rank has the same rows. Under tensor parallelism scales differ, and only powers of two round nothing."""
+    [expected] = on_ranks(1, _trained_on_gpus, recipe, Parallel(), str(tmp_path))
+    for found in on_ranks(2, _trained_on_gpus, recipe, Parallel(**plan), str(tmp_path)):
+        assert found == pytest.approx(expected, rel=tolerance)

@@ -11,7 +11,7 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.native import cast_weights, forget_casts
+from swamla_titan.quantization.native import cast_weights, forget_casts, keep_weights
 from swamla_titan.train.numerics import set_numerics
 
 pytestmark = pytest.mark.gpu
@@ -177,11 +177,40 @@ def test_what_is_computed_again_is_the_same(kept, tmp_path):
         compile_model(model, Compile(cache_folder=str(tmp_path)), budget)
         model(tokens, tokens).backward()  # compiles
         model.zero_grad()
+        before = torch.cuda.memory_allocated()
         loss = model(tokens, tokens)
-        held = torch.cuda.memory_allocated()
+        kept_bytes = torch.cuda.memory_allocated() - before
         loss.backward()
-        results.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters()]), held))
-        del model, loss
+        results.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters()]), kept_bytes))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert error(results[1][1], results[0][1]) < 0.02
     assert results[1][2] < results[0][2]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_freed_are_cast_again_and_not_kept(compiled, tmp_path):
+    """As FSDP2 frees them: neither they nor their casts are among what a forward pass keeps."""
+    torch._dynamo.reset()
+    tokens = torch.randint(500, (1, 16), device=CUDA)  # weights outweigh activations
+    results = []
+    for keeps in (True, False):
+        with torch.device("meta"):
+            model = SWAMLAModel(ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256))
+        convert_to_float8(model, Float8(recipe="native", products="all"), CUDA)
+        model.to_empty(device=CUDA)
+        model.init_weights(0)
+        model.compute_dtype = torch.bfloat16
+        keep_weights(model, keeps)
+        if compiled:
+            compile_model(model, Compile(cache_folder=str(tmp_path)))
+        model(tokens, tokens).backward()
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        loss = model(tokens, tokens)
+        kept_bytes = torch.cuda.memory_allocated() - before
+        loss.backward()
+        results.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters()]), kept_bytes))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    assert error(results[1][1], results[0][1]) < 0.02
+    weights = sum(each.numel() for each in model.blocks.parameters() if each.ndim == 2)
+    assert results[0][2] - results[1][2] > 0.9 * weights  # a byte for each number

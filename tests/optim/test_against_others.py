@@ -157,6 +157,19 @@ def test_muon_moves_vectors_and_the_vocabulary_as_adamw_does():
         assert torch.equal(one, other) == (one.ndim == 1 or name == "embedding.weight"), name
 
 
+@pytest.mark.parametrize("settings", EVERY, ids=str)
+def test_a_learning_rate_may_be_a_tensor(settings):
+    ours, theirs = two()
+    trained(ours, settings)
+    optimizer = build_optimizer(theirs, Optimizer(**{**HYPER, **settings}))
+    for lr, _ in zip(learning_rates(), gradients(theirs)):
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr, dtype=torch.float64)
+        optimizer.step()
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(one, other)
+
+
 # Bad steps
 
 

@@ -13,7 +13,7 @@ from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.pretend import pretended_world
 from swamla_titan.quantization.native import NativeLinear
-from swamla_titan.quantization.products import THRESHOLDS, table, warnings
+from swamla_titan.quantization.products import gain, table, warnings
 
 
 def products_of(flavor: str, **float8):
@@ -28,9 +28,9 @@ def converted(flavor: str, **float8) -> set[str]:
 @pytest.mark.parametrize(
     "recipe, expected",
     [
-        ("tensorwise", {"wqkv", "wq", "wkv_b", "wo", "gate_up", "down"}),
-        ("rowwise", {"wqkv", "gate_up"}),
-        ("rowwise_with_gw_hp", {"wqkv", "gate_up"}),
+        ("tensorwise", {"wqkv", "wq", "wo", "gate_up", "down"}),
+        ("rowwise", {"gate_up"}),
+        ("rowwise_with_gw_hp", {"gate_up"}),
         ("native", {"wqkv", "wq", "wkv_a", "wo", "gate_up", "down"}),
     ],
 )
@@ -38,30 +38,30 @@ def test_what_pays_in_base(recipe, expected):
     assert {name.rpartition(".")[2] for name in converted("base", recipe=recipe)} == expected
 
 
-@pytest.mark.parametrize(
-    "recipe, function", [("tensorwise", "_auto_filter_for_tensorwise"), ("rowwise", "_auto_filter_for_rowwise")]
-)
-def test_torchaos_recipes_leave_what_torchao_leaves(recipe, function):
-    from torchao.float8 import float8_linear_utils
-
-    theirs = getattr(float8_linear_utils, function)
-    for out in (16, 320, 1024, 1536, 2048, 4096, 8192):
-        for inner in (256, 1024, 1536, 2048, 4096, 8192):
-            with torch.device("meta"):
-                linear = torch.nn.Linear(inner, out, bias=False)
-            assert THRESHOLDS[recipe].leaves(out, inner, False) != theirs(linear, "", [])
+# benchmarks/float8_products.py on an H100, 32,768 tokens (LOG.md, 2026-11-23): how many times as fast as bfloat16.
+MEASURED = {
+    (1024, 1024): {"native": 0.84, "native, given": 1.08, "tensorwise": 0.79, "rowwise": 0.47},
+    (1024, 3072): {"native": 1.04, "native, given": 1.16, "tensorwise": 0.99, "rowwise": 0.70},
+    (1536, 320): {"native": 0.63, "native, given": 1.05, "tensorwise": 0.58, "rowwise": 0.28},
+    (1536, 1536): {"native": 1.08, "native, given": 1.34, "tensorwise": 0.98, "rowwise": 0.62},
+    (1536, 4608): {"native": 1.39, "native, given": 1.48, "tensorwise": 1.27, "rowwise": 0.96},
+    (1536, 8192): {"native": 1.38, "native, given": 1.43, "tensorwise": 1.27, "rowwise": 1.03},
+    (256, 4096): {"native": 0.64, "native, given": 0.67, "tensorwise": 0.52, "rowwise": 0.41},
+}
 
 
-def test_native_float8_leaves_what_its_casts_would_outweigh():
-    leaves = THRESHOLDS["native"].leaves
-    assert leaves(4096, 256, False)  # wkv_b of `base`
-    assert not leaves(8192, 1536, False)
-    assert leaves(320, 1536, False)
-    assert not leaves(320, 1536, True)  # wkv_a: its input is cast for wq
-    # Wider never pays less.
-    assert all(
-        leaves(2**n, 2**k, False) >= leaves(2 ** (n + 1), 2**k, False) for n in range(4, 14) for k in range(4, 14)
-    )
+@pytest.mark.parametrize("recipe", ["native", "native, given", "tensorwise", "rowwise"])
+def test_what_was_measured_to_pay_is_what_is_expected_to(recipe):
+    name, _, given = recipe.partition(", ")
+    for (inner, out), ratios in MEASURED.items():
+        assert (gain(name, out, inner, bool(given)) > 0) == (ratios[recipe] > 1)
+
+
+@pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_wider_products_never_pay_less(recipe):
+    for out in range(4, 14):
+        for inner in range(4, 14):
+            assert (gain(recipe, 2**out, 2**inner) > 0) <= (gain(recipe, 2 ** (out + 1), 2**inner) > 0)
 
 
 @pytest.mark.parametrize("query_rank, together", [(0, {"wq", "wkv_a"}), (512, set()), (1536, {"wq_a", "wkv_a"})])
@@ -124,8 +124,8 @@ def test_warnings_come_where_little_is_gained():
     for recipe, flavor, expected in (
         ("native", "base", []),
         ("tensorwise", "large", []),
-        ("rowwise", "base", ["takes 55% of the operations"]),
-        ("tensorwise", "small", ["takes 52% of the operations"]),
+        ("rowwise", "base", ["takes 40% of the operations"]),
+        ("tensorwise", "small", ["takes 32% of the operations"]),
     ):
         config, products = products_of(flavor, recipe=recipe)
         found = list(warnings(products, config, rows=8))
