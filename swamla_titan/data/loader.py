@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 _LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
+_PATIENCE_AT_CLOSE = 0.5  # seconds
+
+
+class _Step(NamedTuple):
+    """A step's batch as a thread made it ready; `state` is the loader's after it, `notes` are for the log."""
+
+    batch: StepBatch
+    notes: list[str]
+    state: dict[str, Any]
 
 
 class BatchLoader(Iterator[StepBatch]):
@@ -97,7 +106,7 @@ class BatchLoader(Iterator[StepBatch]):
                 generator=torch.Generator(),
             )
         self._items: Iterator[Portion] | None = None
-        self._coming: Background[list[Portion]] | None = None  # the step to come, if it was asked for
+        self._coming: Background[_Step] | None = None  # the step to come, if it was asked for
         # The loader's, after the step that was delivered last, and before it.
         self._state: dict[str, Any] | None = None
         self._state_before: dict[str, Any] | None = None
@@ -118,22 +127,26 @@ class BatchLoader(Iterator[StepBatch]):
         """
         self.start()
         if self._coming is None:
-            items = self._items
-            self._coming = Background(lambda: self._portions(items))
+            self._ask()
+        assert self._coming is not None
         return self._coming.wait(seconds)
+
+    def _ask(self) -> None:
+        device = torch.cuda.current_device() if self._pin else None  # threads begin with the first one
+        self._coming = Background(partial(self._make_ready, self._items, self._first, device))
 
     def __next__(self) -> StepBatch:
         self.wait()
         coming, self._coming = self._coming, None
         assert coming is not None
-        portions = coming.result()
-        for note in (note for portion in portions for note in portion.notes):
+        step = coming.result()
+        for note in step.notes:
             logger.warning("data: %s", note)
-        batch = self._merge(portions)
         self._first += self._size
-        # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
-        self._state_before, self._state = self._state, self._loader.state_dict()
-        return batch
+        self._state_before, self._state = self._state, step.state
+        if self._workers:
+            self._ask()  # beside the step that trains on this one
+        return step.batch
 
     def state_dict(self, first: int | None = None) -> dict[int, dict[str, Any]]:
         """{stream: cursor} of the streams this rank owns, as they stand before the batch from sequence `first` is read.
@@ -173,8 +186,11 @@ class BatchLoader(Iterator[StepBatch]):
         """Ends the workers. They hold nothing that is not in the cursors, so they are not asked but ended."""
         atexit.unregister(self.close)
         items, self._items = self._items, None
-        self._coming = None
+        coming, self._coming = self._coming, None
         self._dataset.is_closed = True
+        if coming is not None:
+            # Mostly it is there; a thread that waits for workers which are gone looks for them seconds later only.
+            coming.wait(_PATIENCE_AT_CLOSE)
         if hasattr(items, "_workers"):
             _end_workers(items)
         self._loader._iterator = None
@@ -187,6 +203,15 @@ class BatchLoader(Iterator[StepBatch]):
     ) -> None:
         self.close()
 
+    def _make_ready(self, items: Any, first: int, device: int | None) -> _Step:
+        """The batch from sequence `first` on, in memory that `device` copies from; in a thread."""
+        if device is not None:
+            torch.cuda.set_device(device)
+        portions = self._portions(items)
+        notes = [note for portion in portions for note in portion.notes]
+        # Taken at whole steps: where one worker's part cannot be read, others' cursors are already past theirs.
+        return _Step(self._merge(portions, first), notes, items.state_dict())
+
     def _portions(self, items: Any) -> list[Portion]:
         """The parts of the step to come, of all workers; without workers the one reader is in this process."""
         portions: list[Portion] = []
@@ -197,7 +222,7 @@ class BatchLoader(Iterator[StepBatch]):
             portions.append(portion)
         return portions
 
-    def _merge(self, portions: list[Portion]) -> StepBatch:
+    def _merge(self, portions: list[Portion], first: int) -> StepBatch:
         numbers = np.concatenate([portion.sequences for portion in portions])
         order = np.argsort(numbers)
         rows = np.concatenate([portion.tokens for portion in portions])[order]  # [n, T + 1] int32
@@ -213,7 +238,7 @@ class BatchLoader(Iterator[StepBatch]):
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(portion.replaced for portion in portions)
         skips = tuple(skip for portion in portions for skip in portion.skips)
-        return StepBatch(self._first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced, skips)
+        return StepBatch(first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced, skips)
 
     def _guarded(self, work: Any) -> Any:
         try:

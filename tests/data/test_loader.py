@@ -204,6 +204,19 @@ def test_no_held_out_text_is_trained_on(maker):
     assert all(document.split(":")[0] + ":" in text for document in texts if document not in held_out)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_next_batch_is_made_ready_beside_the_step_and_counts_when_it_is_taken(corpus, workers):
+    (reference,) = loaders(corpus, 4, 1)
+    with loaders(corpus, 4, 1, workers)[0] as loader:
+        for _ in range(3):
+            batch, expected = next(loader), next(reference)
+            assert torch.equal(batch.tokens, expected.tokens)
+            place = loader.place()
+            assert loader._coming.wait(30)  # nobody asked for it
+            assert loader.state_dict() == reference.state_dict() == place()
+        assert loader._coming.result().batch.first == 12
+
+
 def test_document_mask_gives_ids(maker, corpus):
     assert next(loaders(corpus, 4, 1)[0]).document_ids is None
     (loader,) = loaders(maker.open(streams=6, document_mask=True), 4, 1)
