@@ -12,7 +12,6 @@ from swamla_titan.kernels.limits import (
     DOCUMENT_WIDTHS,
     WINDOW_SINKS,
     WINDOW_WIDTHS,
-    WINDOW_WIDTHS_FLOAT32,
 )
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
@@ -136,13 +135,12 @@ def _attention(config: Config) -> Iterator[Contradiction]:
 
 def _window_kernel(config: Config) -> Iterator[Contradiction]:
     """What our kernel for sliding windows does not take."""
-    at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
-    widths = WINDOW_WIDTHS_FLOAT32 if dtype == "float32" else WINDOW_WIDTHS
-    if model.head_dim not in widths:
+    at, model = "kernels.attention", config.model
+    if model.head_dim not in WINDOW_WIDTHS:
         yield Contradiction(
-            (at, "model.dim", "model.num_heads", "training.compute_dtype"),
-            f'"triton" takes heads of {", ".join(map(str, widths))} in {dtype}, not of {model.head_dim}: use "flex" or '
-            '"auto"',
+            (at, "model.dim", "model.num_heads"),
+            f'"triton" takes heads of {", ".join(map(str, WINDOW_WIDTHS))}, not of {model.head_dim}: '
+            'use "flex" or "auto"',
         )
     if model.swa_sink_size > WINDOW_SINKS:
         yield Contradiction(

@@ -70,7 +70,11 @@ class Training:
     fp32_precision: str = key(
         "tf32", "How CUDA multiplies float32 matrices: tf32 is fast, ieee is exact.", choices=("tf32", "ieee")
     )
-    gc_interval: int = key(100, "Steps between runs of Python's garbage collector; 0: leave it automatic.", minimum=0)
+    gc_interval: int = key(
+        100,
+        "Steps between runs of Python's garbage collector, beside those at checkpoints; 0: leave it automatic.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)

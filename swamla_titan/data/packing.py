@@ -125,5 +125,5 @@ def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:
 
     End of text belongs to the document it ends: ids[t] = number of eot in tokens[:t].
     """
-    ends = tokens == eot_id
-    return ends.cumsum(dim=-1) - ends.long()
+    ends = tokens.numpy() == eot_id  # by NumPy, as the loader copies: torch would wake all its threads
+    return torch.from_numpy(ends.cumsum(axis=-1, dtype=np.int64) - ends)

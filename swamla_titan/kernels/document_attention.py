@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
-from swamla_titan.kernels.launch import Tiles, descriptors, has_triton, parts, readable, strides
+from swamla_titan.kernels.launch import Parts, Tiles, descriptors, has_triton, readable, strides
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 
 TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it is known to be fast: with documents of 500
@@ -50,12 +50,14 @@ def run_forward(
     key, value = readable(key), readable(value)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles = forward_tiles()
+    tiles, cut, whole = forward_tiles(), Parts.of(width), value.shape[-1:]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
-            *(*descriptors(key, tiles.keys), descriptors(value, tiles.keys)[0], query, out, lse, starts),
+            *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, whole), query, out, lse, starts),
             *(*strides(query), *strides(out), heads, length, scale),
-            **_constants(tiles, width, value.shape[-1]),
+            **cut._asdict(),
+            DV=whole[0],
+            **tiles.constants(),
         )
     return out, lse
 
@@ -79,19 +81,23 @@ def run_backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
     of_queries, of_keys = backward_tiles()
-    widths = width, value.shape[-1]
+    cut, whole = Parts.of(width), value.shape[-1:]
     with torch.cuda.device_of(query):
         kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
-            *(*descriptors(key, of_queries.keys), descriptors(value, of_queries.keys)[0]),
+            *(*descriptors(key, of_queries.keys, cut), *descriptors(value, of_queries.keys, whole)),
             *(query, out, grad_out, grad_query, lse, delta, starts),
             *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
-            **_constants(of_queries, *widths),
+            **cut._asdict(),
+            DV=whole[0],
+            **of_queries.constants(),
         )
         kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
-            *(*descriptors(query, of_keys.queries), descriptors(grad_out, of_keys.queries)[0]),
+            *(*descriptors(query, of_keys.queries, cut), *descriptors(grad_out, of_keys.queries, whole)),
             *(key, value, grad_key, grad_value, lse, delta, starts, ends),
             *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
-            **_constants(of_keys, *widths),
+            **cut._asdict(),
+            DV=whole[0],
+            **of_keys.constants(),
         )
     return grad_query, grad_key, grad_value
 
@@ -151,8 +157,3 @@ def forward_tiles() -> Tiles:
 def backward_tiles() -> tuple[Tiles, Tiles]:
     """For the queries' pass of the backward, and for that of the keys and values."""
     return _BACKWARD
-
-
-def _constants(tiles: Tiles, width: int, v_width: int) -> dict[str, Any]:
-    wide, narrow = parts(width)
-    return {"D1": wide, "D2": narrow, "DV": v_width, **tiles.constants()}

@@ -37,18 +37,25 @@ class Tiles(NamedTuple):
         return rows if self.registers is None else rows | {"maxnreg": self.registers}
 
 
-def parts(width: int) -> tuple[int, int]:
+class Parts(NamedTuple):
     """Powers of two that a head is cut into, since Triton's tiles are such; the second may be 0."""
-    wide = 1 << (width.bit_length() - 1)
-    return wide, width - wide
+
+    D1: int
+    D2: int
+
+    @classmethod
+    def of(cls, width: int) -> "Parts":
+        """As few as can be."""
+        wide = 1 << (width.bit_length() - 1)
+        return cls(wide, width - wide)
 
 
-def descriptors(x: Tensor, rows: int) -> list[Any]:
-    """By which the tensor memory accelerator reads both parts of so many rows of a head; None: there is one part."""
+def descriptors(x: Tensor, rows: int, parts: tuple[int, ...]) -> list[Any]:
+    """By which the tensor memory accelerator reads `rows` rows of each part of a head; None for a part of 0."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     shape, strides = list(x.shape), list(x.stride())
-    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in parts(x.shape[-1])]
+    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in parts]
 
 
 def readable(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """What our kernels take, for whoever asks before torch is imported."""
 
 WINDOW_WIDTHS = (64, 96, 128)  # of heads
-WINDOW_WIDTHS_FLOAT32 = (64, 96)  # at 128 it would not fit into the registers
 WINDOW_SINKS = 64  # at most: beyond, what tiles of queries leave for their far keys takes too much memory
 FLOAT8_MULTIPLE = 16  # the float8 units of a GPU take matrices whose sides are multiples of it
 DOCUMENT_WIDTHS = (32, 48, 64, 80, 96, 128, 160, 192)  # of queries and keys: a power of two, or two of them

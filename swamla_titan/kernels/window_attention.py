@@ -10,15 +10,15 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.flops import attention_flops, swa_pairs
-from swamla_titan.kernels.launch import Tiles, descriptors, has_triton, parts, readable, strides
-from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS, WINDOW_WIDTHS_FLOAT32
+from swamla_titan.kernels.launch import Parts, Tiles, descriptors, has_triton, readable, strides
+from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 
 
 def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> bool:
     """Whether `window_attention` computes heads of this width in this dtype on this device."""
-    widths = {torch.bfloat16: WINDOW_WIDTHS, torch.float16: WINDOW_WIDTHS, torch.float32: WINDOW_WIDTHS_FLOAT32}
-    fits = width in widths.get(dtype, ()) and sink <= WINDOW_SINKS
-    return device.type == "cuda" and fits and has_triton()
+    takes = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    fits = width in WINDOW_WIDTHS and sink <= WINDOW_SINKS
+    return device.type == "cuda" and takes and fits and has_triton()
 
 
 def window_attention(
@@ -28,7 +28,7 @@ def window_attention(
 
     query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WINDOW_WIDTHS and its elements
     adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, D], contiguous, in query's dtype;
-    products of float32 are exact, never TF32, and are for D in WINDOW_WIDTHS_FLOAT32. At most WINDOW_SINKS sinks.
+    products of float32 are exact, never TF32. At most WINDOW_SINKS sinks.
     `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a row.
     """
     out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
@@ -122,14 +122,16 @@ def run_forward(
     assert starts is None or starts.dtype == torch.int32
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles = forward_tiles(query.dtype, width)
+    tiles, cut = forward_tiles(query.dtype, width), _cut(width, query.dtype)
     rule = _rule(query, key, starts, window, sink)
     kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
-        *(*descriptors(key, tiles.keys), *descriptors(value, tiles.keys), query, key, value, out, lse, starts),
+        *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, cut)),
+        *(query, key, value, out, lse, starts),
         *(*strides(query), *strides(key), *strides(value), *strides(out)),
         *(heads, length, scale),
         **rule,
-        **_tiles(tiles, width),
+        **cut._asdict(),
+        **tiles.constants(),
     )
     return out, lse
 
@@ -155,19 +157,21 @@ def run_backward(
     grad_query, grad_key, grad_value = gradients
     delta = torch.empty_like(lse)
     tiles, tiles_of_keys = backward_tiles(query.dtype, width)
+    cut = _cut(width, query.dtype)
     rule = _rule(query, key, starts, window, sink)
     rows = -(-length // tiles.queries)
     step = max(tiles.keys, tiles_of_keys.keys)
     far_tiles = {"FAR_BM": tiles.queries, "STEP": step}
     far = query.new_empty(batch, heads, rows, 2, sink, width, dtype=torch.float32)
     kernels.window_grad_query[(rows, heads, batch)](
-        *(*descriptors(key, tiles.keys), *descriptors(value, tiles.keys)),
+        *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, cut)),
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
         *(*strides(query), *strides(key), *strides(value)),
         *(*strides(out), *strides(grad_out), *strides(grad_query)),
         *(heads, length, scale),
         **rule,
-        **_tiles(tiles, width),
+        **cut._asdict(),
+        **tiles.constants(),
         STEP=step,
     )
     key_grid = -(-length // tiles_of_keys.keys), key.shape[2], batch
@@ -181,12 +185,13 @@ def run_backward(
             BN=tiles_of_keys.keys,
         )
     kernels.window_grad_key_value[key_grid](
-        *(*descriptors(query, tiles_of_keys.queries), *descriptors(grad_out, tiles_of_keys.queries)),
+        *(*descriptors(query, tiles_of_keys.queries, cut), *descriptors(grad_out, tiles_of_keys.queries, cut)),
         *(key, value, grad_key, grad_value, lse, delta, sums, starts),
         *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value)),
         *(heads, length, scale),
         **rule,
-        **_tiles(tiles_of_keys, width),
+        **cut._asdict(),
+        **tiles_of_keys.constants(),
         **far_tiles,
     )
 
@@ -203,12 +208,12 @@ _BACKWARD = {
 
 def forward_tiles(dtype: torch.dtype, width: int) -> Tiles:
     """For the forward pass."""
-    return Tiles(64, 32, 4, 1) if dtype == torch.float32 else _FORWARD[width]
+    return Tiles(64, 32, 8, 1) if dtype == torch.float32 else _FORWARD[width]
 
 
 def backward_tiles(dtype: torch.dtype, width: int) -> tuple[Tiles, Tiles]:
     """For the queries' pass of the backward, and for that of the keys and values."""
-    return (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)) if dtype == torch.float32 else _BACKWARD[width]
+    return (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)) if dtype == torch.float32 else _BACKWARD[width]
 
 
 def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: int) -> dict[str, Any]:
@@ -220,6 +225,6 @@ def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: 
     }
 
 
-def _tiles(tiles: Tiles, width: int) -> dict[str, Any]:
-    wide, narrow = parts(width)
-    return {"D1": wide, "D2": narrow, **tiles.constants()}
+def _cut(width: int, dtype: torch.dtype) -> Parts:
+    """In float32 one part of 128 would not fit into the registers; two of 64 do."""
+    return Parts(64, 64) if dtype == torch.float32 and width == 128 else Parts.of(width)

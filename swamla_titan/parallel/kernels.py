@@ -87,8 +87,8 @@ def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> st
         return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
     if kind == "swa":
         return "model.qk_norm" if model.qk_norm else None  # which lies between projection and rotation
-    if config.kernels.attention == "reference":
-        return "attention by reference"
+    if config.kernels.attention in ("sdpa", "reference"):
+        return f"attention by {config.kernels.attention}"
     if config.parallel.context > 1:
         return "parallel.context"
     widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim

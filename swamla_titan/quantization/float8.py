@@ -31,7 +31,7 @@ from torchao.float8.float8_training_tensor import Float8TrainingTensor  # noqa: 
 
 logger = logging.getLogger(__name__)
 
-_FIRST_CAPABILITY = (8, 9)  # of CUDA devices with such units
+FLOAT8_CAPABILITY = (8, 9)  # of the first CUDA devices with such units
 
 
 class Float8MasterLinear(Float8Linear):
@@ -116,7 +116,7 @@ def compute_scales(model: nn.Module) -> None:
 def require_float8_units(device: torch.device) -> None:
     """Raise UserError for a GPU without them."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < _FIRST_CAPABILITY:
+    if capability < FLOAT8_CAPABILITY:
         raise UserError(
             f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"

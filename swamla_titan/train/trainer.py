@@ -163,8 +163,8 @@ class Trainer:
                 self._validate(self.validator)
             if save:
                 self._save(last=finished or stop is not None)
-            if config.training.gc_interval and self.step % config.training.gc_interval == 0:
-                gc.collect(1)
+            if config.training.gc_interval and (save or self.step % config.training.gc_interval == 0):
+                gc.collect(2 if save else 1)  # old objects too, which takes longer, where a checkpoint does as well
             if stop and (not finished or stop.code == EXIT_REGROUP):  # all meet again, also to see that it is done
                 logger.info("%s after step %d; %s", stop.reason, self.step, stop.outlook)
                 return stop.code

@@ -274,7 +274,7 @@ def gc_interval(run: Runner) -> None:
     gc.callbacks.append(note)
     try:
         with before_every_call_of(SWAMLAModel, lambda *_: inside.append(gc.isenabled())):
-            for interval, collections in (("2", [1, 1]), ("3", [1])):
+            for interval, collections in (("2", [1, 2]), ("3", [1, 2])):  # all objects at the checkpoint
                 inside: list[bool] = []
                 found.clear()
                 run("--training.gc_interval", interval, "--training.steps", "4")

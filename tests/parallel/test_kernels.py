@@ -124,6 +124,7 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
         (WIDE, "auto", "SWA by triton and MLA by triton"),
         (replace(WIDE, qk_norm=True), "auto", "SWA by torch (model.qk_norm) and MLA by triton"),
         (WIDE, "flex", "SWA by torch (attention by flex) and MLA by triton"),
+        (WIDE, "sdpa", "SWA by torch (attention by sdpa) and MLA by torch (attention by sdpa)"),
         (WIDE, "reference", "SWA by torch (attention by reference) and MLA by torch (attention by reference)"),
         (replace(WIDE, swa_layers_per_cycle=0), "auto", "MLA by triton"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
-from swamla_titan.kernels import attention
+from swamla_titan.kernels import attention, float8
 from swamla_titan.tools import check as module
 from tests.train.runs import snapshot
 
@@ -166,6 +166,32 @@ def test_float8_that_is_asked_for_is_told_and_what_converts_nothing_is_a_failure
     code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
     assert code == 0
     assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 products")
+
+
+def _transposed_wrongly(real, quantized, rows, columns):
+    out, turned = real(quantized, rows, columns)
+    return out, turned.flip(0)
+
+
+def _not_a_number(real, quantized, rows, columns):
+    out, turned = real(quantized, rows, columns)
+    return out, torch.full_like(turned.float(), float("nan")).to(turned.dtype)
+
+
+@pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise"])
+def test_float8_is_tried_where_it_is_asked_for(tiny, report, recipe):
+    code, lines = report(str(tiny), "--float8.recipe", recipe, "--float8.products", "all")
+    assert code == 0
+    assert lines["float8"].startswith("ok       float8")
+    assert f"{recipe}: gradients within" in lines["float8"]
+
+
+@pytest.mark.parametrize("fault", [_transposed_wrongly, _not_a_number])
+def test_float8_that_is_wrong_is_found(tiny, report, monkeypatch, fault):
+    monkeypatch.setattr(float8, "_both", functools.partial(fault, float8._both))
+    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
+    assert code == 1
+    assert lines["float8"].startswith("failure  float8")
 
 
 def test_a_gpu_that_cannot_compute_float8_is_a_failure(tiny, monkeypatch):
