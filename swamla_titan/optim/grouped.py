@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
@@ -144,9 +146,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def param_groups(of_kind: Mapping[Kind, list[nn.Parameter]]) -> list[dict[str, Any]]:
-    """The groups as torch's optimizers take them, each with its `kind`."""
+    """The groups as torch's optimizers take them, each with its `kind`.
+
+    Cut by meshes: the fused kernel takes DTensors of one, or plain tensors, as norms are that every rank keeps whole.
+    """
+    of_mesh: dict[tuple[Kind, DeviceMesh | None], list[nn.Parameter]] = {}
+    for kind, parameters in of_kind.items():
+        for parameter in parameters:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            of_mesh.setdefault((kind, mesh), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind} for kind, parameters in of_kind.items()
+        {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind}
+        for (kind, _), parameters in of_mesh.items()
     ]
 
 

@@ -1,6 +1,7 @@
 """Applies the plan of the configuration to a model, from outside, in one fixed order."""
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -19,12 +20,21 @@ from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.world import World
 from swamla_titan.quantization.native import keep_weights
-from swamla_titan.quantization.products import Product, survey
+from swamla_titan.quantization.products import Product, refuse_device, refuse_none, survey
 
 
 def float8_products(config: Config) -> list[Product]:
     """Which products of the configured model are computed in float8; empty if none are asked for."""
-    return [] if config.float8.recipe == "off" else list(_products(config.model, config.float8, config.parallel.tensor))
+    if config.float8.recipe == "off":
+        return []
+    model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # not known before the tokenizer is
+    return list(_products(model, config.float8, config.parallel.tensor))
+
+
+def refuse_float8(config: Config, device: torch.device) -> None:
+    """Raise UserError where `device` cannot compute what [float8] asks for, or nothing would be converted."""
+    refuse_device(config.float8.recipe, device)
+    refuse_none(float8_products(config), config.float8)
 
 
 def gathers_float8(config: Config, degrees: Degrees) -> bool:

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
-from swamla_titan.errors import UserError
-from swamla_titan.kernels.launch import has_triton
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import convert_natively, settings_of
-from swamla_titan.quantization.products import Product, Sides, refuse_none, survey, table, whole_sides
+from swamla_titan.quantization.products import Product, Sides, refuse_device, survey, table, whole_sides
 from swamla_titan.quiet_torchao import quiet_torchao
 
 quiet_torchao()
@@ -30,8 +28,6 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 from torchao.float8.float8_training_tensor import Float8TrainingTensor  # noqa: E402
 
 logger = logging.getLogger(__name__)
-
-FLOAT8_CAPABILITY = (8, 9)  # of the first CUDA devices with such units
 
 
 class Float8MasterLinear(Float8Linear):
@@ -69,23 +65,19 @@ def convert_to_float8(
     is to gather the weights in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the
     meta device, before tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
 
-    Raises UserError for a GPU without float8 units (compute capability below 8.9), where nothing can be converted, and
-    for "native" without Triton.
+    Raises UserError as `refuse_device` does. That a stage of a pipeline has nothing to convert is no error; whether the
+    whole model has is for `refuse_none`, before any rank begins.
     """
     if config.recipe == "off":
         return []
-    if device.type == "cuda":
-        require_float8_units(device)
-        if config.recipe == "native" and not has_triton():
-            raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
+    refuse_device(config.recipe, device)
     products = survey(model, config, sides, norms_cast)
-    refuse_none(products, config)
     names = {product.name for product in products if product.why_not is None}
     if config.recipe == "native":
         convert_natively(model, names, settings_of(config.gradient_dtype, config.fast_accumulation))
     else:
         _convert_by_torchao(model, names, config.recipe, device, gathered)
-    for line in table(products, config.recipe + ("" if device.type == "cuda" else ", emulated")):
+    for line in table(products, config.recipe, emulated=device.type != "cuda"):
         logger.info("%s", line)
     return products
 
@@ -111,13 +103,3 @@ def compute_scales(model: nn.Module) -> None:
     Due after each change of the weights; without it each gather would compute and reduce its own. All ranks call it.
     """
     precompute_float8_dynamic_scale_for_fsdp(model)
-
-
-def require_float8_units(device: torch.device) -> None:
-    """Raise UserError for a GPU without them."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FLOAT8_CAPABILITY:
-        raise UserError(
-            f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
-        )

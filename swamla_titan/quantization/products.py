@@ -4,12 +4,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from swamla_titan.config.sections import Config, Float8
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.launch import has_triton
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
+
+CAPABILITY = (8, 9)  # of the first CUDA devices with float8 units
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
@@ -17,7 +21,10 @@ Sides = Callable[[str, nn.Linear], tuple[int, int]]
 # What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
 # second; and what a number of input or gradient costs that a recipe casts, in bytes at that speed.
 _BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
-_CAST_BYTES = {"native": 7, "tensorwise": 9, "rowwise": 14, "rowwise_with_gw_hp": 14}  # the last one as rowwise
+# The last one was not measured: it casts along rows alone, rowwise along columns too.
+_CAST_BYTES = {"native": 7, "tensorwise": 9, "rowwise": 14, "rowwise_with_gw_hp": 7}
+# In float8 of the three of a weight; in the last recipe, its gradient is not.
+_PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
 _WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
 _OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
 
@@ -41,13 +48,17 @@ class Product:
 
 
 def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
-    """Seconds a token that three products save, less those that the casts of input and gradient take.
+    """Seconds a token that products in float8 save, less those that the casts of input and gradient take.
 
     `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
     benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
     """
-    saved = 6 * out * inner * (1 / _BFLOAT16 - 1 / _FLOAT8)
-    return saved - _CAST_BYTES[recipe] * (out + (0 if given else inner)) / _BYTES
+    return _saved(recipe) * out * inner - _CAST_BYTES[recipe] * (out + (0 if given else inner)) / _BYTES
+
+
+def _saved(recipe: str) -> float:
+    """Seconds for each number of a weight and token, by the forward product and those of the gradients."""
+    return 2 * _PRODUCTS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
 
 
 def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
@@ -97,8 +108,22 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: b
     return small
 
 
+def refuse_device(recipe: str, device: torch.device) -> None:
+    """Raise UserError for a GPU without float8 units, and for "native" without Triton. A CPU emulates them."""
+    if recipe == "off" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        raise UserError(
+            f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
+        )
+    if recipe == "native" and not has_triton():
+        raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
+
+
 def refuse_none(products: Sequence[Product], config: Float8) -> None:
-    """Raise UserError where a recipe would convert nothing in the blocks."""
+    """Raise UserError where a recipe would convert nothing in the blocks of a whole model."""
     blocks = [product for product in products if product.name != "head"]
     if not blocks or any(product.why_not is None for product in blocks):
         return
@@ -111,11 +136,11 @@ def refuse_none(products: Sequence[Product], config: Float8) -> None:
     )
 
 
-def table(products: Sequence[Product], recipe: str) -> Iterator[str]:
+def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
     """Kinds of products, how many there are of each, and what becomes of them."""
     inside = sum(product.why_not is None for product in products)
-    share = _share(products)
-    yield f"float8 ({recipe}): {inside} of {len(products)} products, {share:.0%} of their operations"
+    how, share = recipe + (", emulated" if emulated else ""), _share(products, recipe)
+    yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
     kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
     for (kind, sides, why_not), count in kinds.items():
         yield f"  {kind:<22} {count:>3} x {sides:<15} {'float8' if why_not is None else f'as it was: {why_not}'}"
@@ -125,7 +150,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
     if not products:
         return
-    share = _share(products)
+    share = _share(products, config.float8.recipe)
     if share < _LITTLE:
         yield (
             f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
@@ -138,8 +163,12 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
         )
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
+    if not config.compile.enabled:
+        yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
+    if config.float8.output_head and config.kernels.loss == "auto":
+        yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
-    fewest = int(_WEIGHT_BYTES / _BYTES / (6 * (1 / _BFLOAT16 - 1 / _FLOAT8)))
+    fewest = int(_WEIGHT_BYTES / _BYTES / _saved(config.float8.recipe))
     if tokens < fewest:
         yield (
             f"{tokens} tokens on a rank at a time: casting the weights takes longer than float8 saves below "
@@ -147,6 +176,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         )
 
 
-def _share(products: Sequence[Product]) -> float:
+def _share(products: Sequence[Product], recipe: str) -> float:
+    """Of the operations of all products, forward and backward, that are in float8."""
     total = sum(each.out * each.inner for each in products)
-    return sum(each.out * each.inner for each in products if each.why_not is None) / total if total else 0.0
+    inside = sum(each.out * each.inner for each in products if each.why_not is None)
+    return inside / total * _PRODUCTS[recipe] / 3 if total else 0.0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
-from swamla_titan.data import load_tokenizer, open_corpus
+from swamla_titan.data import load_tokenizer, open_corpus, rows_at_a_time
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
@@ -21,9 +21,9 @@ from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
 from swamla_titan.parallel.kernels import choose_kernels
-from swamla_titan.parallel.parallelize import float8_products
-from swamla_titan.quantization.float8 import FLOAT8_CAPABILITY, convert_to_float8, require_float8_units
-from swamla_titan.quantization.products import refuse_none, table, warnings
+from swamla_titan.parallel.parallelize import float8_products, refuse_float8
+from swamla_titan.quantization.float8 import convert_to_float8
+from swamla_titan.quantization.products import CAPABILITY, table, warnings
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -140,7 +140,7 @@ def _float8(config: Config, device: torch.device) -> Finding:
     text, recipe = "no GPU: emulated only", config.float8.recipe
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        able = (major, minor) >= FLOAT8_CAPABILITY
+        able = (major, minor) >= CAPABILITY
         text = f"compute capability {major}.{minor}: {'yes' if able else 'no, needs 8.9'}"
         recipe = recipe if able else "off"
     if recipe == "off":
@@ -257,12 +257,11 @@ def _model(config: Config, device: torch.device) -> Finding:
 def _products(config: Config, device: torch.device) -> Finding:
     """What float8 takes, and whether it will pay."""
     config = _resolved(config)
+    refuse_float8(config, device)
     products = float8_products(config)
-    refuse_none(products, config.float8)
-    if device.type == "cuda":
-        require_float8_units(device)
     text = "\n         ".join(table(products, config.float8.recipe))
-    doubts = "; ".join(warnings(products, config, config.training.local_batch_size))
+    rows = rows_at_a_time(config.training.local_batch_size, config.training.global_batch_size, 1)
+    doubts = "; ".join(warnings(products, config, rows))
     return Finding("warning" if doubts else "ok", "products", text, doubts)
 
 

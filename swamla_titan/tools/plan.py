@@ -20,7 +20,7 @@ from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallel_model import build_parts
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.pretend import pretended_world
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
@@ -102,6 +102,7 @@ def plan(config: Config, ranks: int) -> Plan:
     machine lacks, GPUs above all, is no reason.
     """
     degrees = fit_degrees(config.parallel, ranks)
+    refuse_float8(config, torch.device("cpu"))
     batch = batch_of(config, degrees)
     # Neither changes a shape, and both ask for a compiler or a GPU.
     laid_out = dataclasses.replace(

@@ -1,7 +1,5 @@
 """What computes attention, and what lies between the products, in a run."""
 
-from dataclasses import replace
-
 import torch
 
 from swamla_titan.config import Config
@@ -39,9 +37,7 @@ def pointwise_of(config: Config, world: World) -> str | None:
         return None
     if not is_gpu_with_triton(world.device):
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
-    # The vocabulary is not known yet, and nothing is asked of the head.
-    model = replace(config.model, vocab_size=config.model.vocab_size or 1)
-    float8 = {each.kind for each in float8_products(replace(config, model=model)) if each.why_not is None}
+    float8 = {each.kind for each in float8_products(config) if each.why_not is None}
     native = config.float8.recipe == "native" and {"feed_forward.gate_up", "feed_forward.down"} <= float8
     swiglu = "SwiGLU with its cast to float8" if native else "SwiGLU by triton"
     words = []

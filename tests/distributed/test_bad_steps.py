@@ -41,6 +41,7 @@ CASES = [
 ]
 SLOW = {"hsdp-2x2", "fsdp-2-pp-2", "fsdp-2-tp-2", "fsdp-3", "cp-2", "ddp-2"}
 SLOW |= {("tp-2", "nan loss"), ("tp-2", "spike"), ("fsdp-2", "nan loss"), ("fsdp-2", "nan batch")}
+SLOW |= {("pp-2", "nan loss"), ("pp-2", "spike")}
 
 
 def written(folder: Path) -> str:

@@ -49,9 +49,11 @@ def global_batches(ranks: list[Rows], data_ranks: int) -> dict[int, str]:
     return found
 
 
-def test_every_number_of_ranks_has_the_same_global_batches(tmp_path: Path) -> None:
-    plans = {"1": (1, ()), "2": (2, ()), "3": (3, ()), "4": (4, ()), "tensor 2": (4, ("--parallel.tensor", "2"))}
-    plans |= {"workers": (2, ("--data.num_workers", "1"))}
+@pytest.mark.parametrize("sizes", [(3,), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+def test_every_number_of_ranks_has_the_same_global_batches(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    plans: dict[str, tuple[int, tuple[str, ...]]] = {"1": (1, ())} | {str(size): (size, ()) for size in sizes}
+    if len(sizes) == 1:
+        plans |= {"tensor 2": (4, ("--parallel.tensor", "2")), "workers": (2, ("--data.num_workers", "1"))}
     steps = ("--training.steps", "9", "--data.document_mask", "true")
     found = {}
     for name, (size, plan) in plans.items():

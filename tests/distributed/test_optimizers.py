@@ -23,6 +23,8 @@ from tests.optim import test_against_others as others
 
 STEPS = 3
 SETTINGS = {
+    "adamw": {"name": "adamw"},
+    "adamw-no-decay": {"name": "adamw", "weight_decay": 0.0},  # norms move with matrices
     "lion": {"name": "lion"},
     "muon": {"name": "muon"},
     "muon-original": {"name": "muon", "muon_adjust_lr_fn": "original", "moments": "bfloat16"},
@@ -127,7 +129,7 @@ def moved(settings: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Tenso
     config = Config(
         model=ModelConfig(**MODEL, **NARROW, tie_embeddings=False),
         parallel=Parallel(**parallel),
-        optimizer=Optimizer(lr=0.02, weight_decay=0.3, **settings, lr_multipliers={"*.wo.*": 2.0}),
+        optimizer=Optimizer(**{"lr": 0.02, "weight_decay": 0.3} | settings, lr_multipliers={"*.wo.*": 2.0}),
     )
     world = join_world(config.parallel)
     model = ParallelModel(config, world)

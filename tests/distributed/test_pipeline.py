@@ -137,11 +137,8 @@ def assert_evaluates(pipeline, reference, micro_batch):
     assert all(parameter.grad is None for stage in pipeline.stages for parameter in stage.parameters())
 
 
-# In CI every schedule on an even and on an odd number of ranks, but the simplest, and all numbers of ranks.
-IN_CI = {
-    *(("GPipe", 3), ("1F1B", 2), ("1F1B", 3), ("Interleaved1F1B", 3), ("Interleaved1F1B", 4)),
-    *(("InterleavedZeroBubble", 2), ("InterleavedZeroBubble", 3), ("ZBVZeroBubble", 3), ("ZBVZeroBubble", 4)),
-}
+# In CI every schedule on some number of ranks, and all numbers of ranks.
+IN_CI = {("GPipe", 3), ("1F1B", 2), ("Interleaved1F1B", 3), ("InterleavedZeroBubble", 2), ("ZBVZeroBubble", 4)}
 
 
 @pytest.mark.parametrize(
@@ -221,10 +218,10 @@ def assert_same_norm(pipeline, reference, world):
     torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-9, atol=0)
 
 
-# In CI every schedule, both kinds of sharding, and weights that are freed between passes and that are not.
+# In CI every schedule but the simplest, both kinds of sharding, and weights that are freed between passes and that are
+# not.
 SHARDED_IN_CI = {
-    *(("GPipe", "hsdp"), ("1F1B", "fsdp"), ("Interleaved1F1B", "hsdp"), ("Interleaved1F1B", "fsdp")),
-    *(("InterleavedZeroBubble", "fsdp"), ("ZBVZeroBubble", "hsdp")),
+    *(("1F1B", "fsdp"), ("Interleaved1F1B", "hsdp"), ("InterleavedZeroBubble", "fsdp"), ("ZBVZeroBubble", "hsdp")),
 }
 
 
@@ -264,7 +261,9 @@ def tied_steps(schedule, ranks):
     return {name: found[name].numpy() for name in ("embedding.weight", "head.weight") if name in found}
 
 
-@pytest.mark.parametrize("schedule, ranks", [("1F1B", 3), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 2)])
+@pytest.mark.parametrize(
+    "schedule, ranks", [pytest.param("1F1B", 3, marks=pytest.mark.slow), ("Interleaved1F1B", 4), ("ZBVZeroBubble", 2)]
+)
 def test_tied_copies_stay_alike_to_the_last_bit(schedule, ranks):
     results = on_ranks(ranks, tied_steps, schedule, ranks)
     (embedding,) = [result["embedding.weight"] for result in results if "embedding.weight" in result]

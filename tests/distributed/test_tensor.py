@@ -245,6 +245,7 @@ def _overlappable(graphs: list[torch.fx.Graph]) -> None:
         assert made == fused
 
 
+@pytest.mark.slow
 def test_compiled_blocks_and_loss_equal_one_process_and_can_overlap():
     on_ranks(2, _compiled)
 
@@ -254,7 +255,7 @@ def _fsdp(compiled: bool) -> None:
     whole, part = pair(world, torch.float32, **EVERYTHING, **TWO_LAYERS)
     if compiled:
         for block in part.blocks.values():
-            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # inductor itself is tested above
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")  # inductor itself is tested above, slowly
     for module in (*part.blocks.values(), part):
         fully_shard(module, mesh=world.weights["shard"])
         module.set_gradient_divide_factor(1.0)

@@ -12,6 +12,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.model.linear import Head, Linear
 from swamla_titan.parallel.tensor import sides_on_a_rank
 from swamla_titan.quantization.float8 import convert_to_float8
+from swamla_titan.quantization.products import refuse_none
 from tests.parallel.plan import batch, gradients, small_model
 
 CPU = torch.device("cpu")
@@ -63,8 +64,10 @@ def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pyte
 
 def test_a_recipe_that_converts_nothing_is_refused():
     model = small_model(torch.float32, num_layers=2, dim=72)
+    config = Float8(recipe="rowwise", products="all")
+    products = convert_to_float8(model, config, CPU)  # which may be a stage of a pipeline
     with pytest.raises(UserError, match="would convert none of 8 products"):
-        convert_to_float8(model, Float8(recipe="rowwise", products="all"), CPU)
+        refuse_none(products, config)
 
 
 def test_off_changes_nothing():

@@ -30,7 +30,7 @@ def converted(flavor: str, **float8) -> set[str]:
     [
         ("tensorwise", {"wqkv", "wq", "wo", "gate_up", "down"}),
         ("rowwise", {"gate_up"}),
-        ("rowwise_with_gw_hp", {"gate_up"}),
+        ("rowwise_with_gw_hp", {"wqkv", "wq", "gate_up", "down"}),
         ("native", {"wqkv", "wq", "wkv_a", "wo", "gate_up", "down"}),
     ],
 )

@@ -16,7 +16,7 @@ from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.quantization import float8
+from swamla_titan.quantization import products
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import (
     NativeGateUp,
@@ -137,7 +137,7 @@ def test_tiny_gradients_are_not_flushed():
 
 def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(float8, "has_triton", lambda: False)
+    monkeypatch.setattr(products, "has_triton", lambda: False)
     with pytest.raises(UserError, match="needs the package triton"):
         convert_to_float8(small_model(torch.float32), NATIVE, torch.device("cuda", 0))
 
