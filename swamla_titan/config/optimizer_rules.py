@@ -14,7 +14,9 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config, Optimizer
 
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
-_LARGEST_BETA2_IN_BFLOAT16 = 0.99  # above, a mean of squares moves by less than its last bit and stands still
+# Of the decay of an average that is kept in bfloat16: nearer to 1, it moves by less than its last bit and stands still.
+_LARGEST_IN_BFLOAT16 = 0.99
+_DECAYS = {"adamw": ("beta1", "beta2"), "lion": ("beta2",), "muon": ("muon_momentum", "beta1", "beta2")}
 
 
 def optimizer_contradictions(config: Config) -> Iterator[Contradiction]:
@@ -59,12 +61,15 @@ def _moments(config: Config) -> Iterator[Contradiction]:
             ("optimizer.moments", "optimizer.name"),
             f'"{optimizer.moments}", but name = "{optimizer.name}" quantizes moments: leave it out, or use "adamw"',
         )
-    elif optimizer.name != "lion" and optimizer.beta2 > _LARGEST_BETA2_IN_BFLOAT16:
-        yield Contradiction(
-            ("optimizer.moments", "optimizer.beta2"),
-            f'"bfloat16" has no bits for the changes of a second moment with beta2 = {optimizer.beta2}: use beta2 <= '
-            f'{_LARGEST_BETA2_IN_BFLOAT16}, or "float32"',
-        )
+        return
+    for key in _DECAYS[optimizer.name]:
+        decay = getattr(optimizer, key)
+        if decay > _LARGEST_IN_BFLOAT16:
+            yield Contradiction(
+                ("optimizer.moments", f"optimizer.{key}"),
+                f'"bfloat16" has no bits for the changes of a moment with {key} = {decay}: use {key} <= '
+                f'{_LARGEST_IN_BFLOAT16}, or "float32"',
+            )
 
 
 def _offloaded(config: Config) -> Iterator[Contradiction]:

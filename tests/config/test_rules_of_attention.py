@@ -21,7 +21,7 @@ def shape(**changes) -> ModelConfig:
     return dataclasses.replace(FITS, **changes)
 
 
-WIDTH = {"kernels.attention", "model.dim", "model.num_heads", "training.compute_dtype"}
+WIDTH = {"kernels.attention", "model.dim", "model.num_heads"}
 NO_WINDOWS, DOCUMENTS = shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}
 MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.document_mask"}
 
@@ -29,7 +29,7 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
 @pytest.mark.parametrize(
     "attention, model, sections, expected",
     [
-        ("triton", shape(num_heads=12), {"training": Training(compute_dtype="float32")}, [WIDTH]),
+        ("triton", shape(num_heads=12), {"training": Training(compute_dtype="float32")}, []),
         ("triton", shape(num_heads=24), {}, []),
         ("triton", shape(num_heads=32), {}, [WIDTH]),
         ("triton", shape(swa_sink_size=65), {}, [{"kernels.attention", "model.swa_sink_size"}]),

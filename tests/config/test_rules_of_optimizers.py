@@ -16,6 +16,17 @@ OFFLOADED = Parallel(cpu_offload=True)
         (Config(optimizer=Optimizer(muon_ns_steps=6)), ("muon_ns_steps", "name"), "leave it out"),
         (Config(optimizer=Optimizer(name="lion", muon_nesterov=False)), ("muon_nesterov", "name"), "leave it out"),
         (Config(optimizer=Optimizer(moments="bfloat16", beta2=0.995)), ("moments", "beta2"), 'or "float32"'),
+        (Config(optimizer=Optimizer(moments="bfloat16", beta1=0.999)), ("moments", "beta1"), "use beta1 <= 0.99"),
+        (
+            Config(optimizer=Optimizer(name="lion", moments="bfloat16", beta2=0.999)),
+            ("moments", "beta2"),
+            "use beta2 <= 0.99",
+        ),
+        (
+            Config(optimizer=Optimizer(name="muon", moments="bfloat16", muon_momentum=0.995)),
+            ("moments", "muon_momentum"),
+            "use muon_momentum <= 0.99",
+        ),
         (Config(optimizer=Optimizer(name="adamw4bit", moments="bfloat16")), ("moments", "name"), 'use "adamw"'),
         (Config(optimizer=Optimizer(name="muon"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), '"lion"'),
         (Config(optimizer=Optimizer(name="adamw_fp8"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), "adamw"),
@@ -46,7 +57,7 @@ def test_refused(config: Config, keys: tuple[str, ...], way_out: str):
 @pytest.mark.parametrize(
     "config",
     [
-        Config(optimizer=Optimizer(name="lion", moments="bfloat16", beta2=0.999), parallel=OFFLOADED),
+        Config(optimizer=Optimizer(name="lion", moments="bfloat16", beta2=0.99), parallel=OFFLOADED),
         Config(optimizer=Optimizer(name="muon", muon_ns_steps=6, moments="bfloat16")),
         Config(ema=EMA(decay=0.9), validation=Validation(use_ema=True)),
         Config(optimizer=Optimizer(lr_multipliers={"*": 1.0, "blocks.5.*": 2.0}), model=FLAVORS["debug"]),

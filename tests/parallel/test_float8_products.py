@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchao.float8.float8_linear import Float8Linear
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Parallel, Training
-from swamla_titan.model import FLAVORS, SWAMLAModel
+from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.parallel_model import build_parts
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.parallel.pretend import pretended_world
 from swamla_titan.quantization.native import NativeLinear
 from swamla_titan.quantization.products import gain, table, warnings
@@ -144,3 +145,17 @@ def test_no_product_of_a_model_is_forgotten():
         model = SWAMLAModel(FLAVORS["base"])
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert [each.name for each in products_of("base", recipe="native")[1]] == linears
+
+
+def test_a_stage_without_any_is_no_error():
+    """The last of three, a block of MLA of widths that are no multiples of 16; the others have some."""
+    odd = {"kv_lora_rank": 34, "qk_nope_head_dim": 22, "qk_rope_head_dim": 8, "v_head_dim": 33, "ffn_hidden_dim": 68}
+    model = ModelConfig(num_layers=3, dim=64, num_heads=2, vocab_size=50, max_seq_len=64, **odd)
+    config = Config(model=model, float8=Float8(recipe="rowwise", products="all"), parallel=Parallel(pipeline=3))
+    refuse_float8(config, torch.device("cpu"))
+    found = []
+    for rank in range(3):
+        with pretended_world(Degrees(pipeline=3), "fsdp", rank) as world:
+            [part] = build_parts(replace(config, compile=Compile(enabled=False)), world)
+            found.append(any(isinstance(module, Float8Linear) for module in part.modules()))
+    assert found == [True, True, False]
