@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
@@ -54,6 +55,8 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info(f"pointwise: {pointwise}")
     if gathers_float8(config, world.degrees):
         logger.info("float8: FSDP2 gathers the weights of products in 8 bits")
+    elif world.degrees.shard > 1 and config.float8.recipe == "tensorwise" and (why := why_not_gathered(config)):
+        logger.info(f"float8: FSDP2 gathers weights in {training.compute_dtype}, for {' and '.join(why)}")
     if world.is_first:
         for warning in warnings(float8_products(config), config, rows):
             logger.warning(warning)
