@@ -163,6 +163,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {
         "attention": attention,
+        "seq_len": training.seq_len,
         "step_ms": 1e3 * step_seconds,
         "data_ms": 1e3 * statistics.mean(waits[half:steps]),  # of which one may be long
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,

@@ -14,7 +14,7 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config, Optimizer
 
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
-# Of the decay of an average that is kept in bfloat16: nearer to 1, it moves by less than its last bit and stands still.
+# Of the decay of an average that is kept in bfloat16: nearer to 1, steps are of the size of its last bit or less.
 _LARGEST_IN_BFLOAT16 = 0.99
 _DECAYS = {"adamw": ("beta1", "beta2"), "lion": ("beta2",), "muon": ("muon_momentum", "beta1", "beta2")}
 
@@ -67,7 +67,7 @@ def _moments(config: Config) -> Iterator[Contradiction]:
         if decay > _LARGEST_IN_BFLOAT16:
             yield Contradiction(
                 ("optimizer.moments", f"optimizer.{key}"),
-                f'"bfloat16" has no bits for the changes of a moment with {key} = {decay}: use {key} <= '
+                f'"bfloat16" has too few bits for the changes of a moment with {key} = {decay}: use {key} <= '
                 f'{_LARGEST_IN_BFLOAT16}, or "float32"',
             )
 

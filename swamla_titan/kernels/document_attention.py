@@ -50,13 +50,13 @@ def run_forward(
     key, value = readable(key), readable(value)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles, cut, whole = forward_tiles(), Parts.of(width), value.shape[-1:]
+    tiles, cut, v_width = forward_tiles(), Parts.of(width), value.shape[-1]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
-            *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, whole), query, out, lse, starts),
+            *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, (v_width,)), query, out, lse, starts),
             *(*strides(query), *strides(out), heads, length, scale),
             **cut._asdict(),
-            DV=whole[0],
+            DV=v_width,
             **tiles.constants(),
         )
     return out, lse
@@ -81,22 +81,22 @@ def run_backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
     of_queries, of_keys = backward_tiles()
-    cut, whole = Parts.of(width), value.shape[-1:]
+    cut, v_width = Parts.of(width), value.shape[-1]
     with torch.cuda.device_of(query):
         kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
-            *(*descriptors(key, of_queries.keys, cut), *descriptors(value, of_queries.keys, whole)),
+            *(*descriptors(key, of_queries.keys, cut), *descriptors(value, of_queries.keys, (v_width,))),
             *(query, out, grad_out, grad_query, lse, delta, starts),
             *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
             **cut._asdict(),
-            DV=whole[0],
+            DV=v_width,
             **of_queries.constants(),
         )
         kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
-            *(*descriptors(query, of_keys.queries, cut), *descriptors(grad_out, of_keys.queries, whole)),
+            *(*descriptors(query, of_keys.queries, cut), *descriptors(grad_out, of_keys.queries, (v_width,))),
             *(key, value, grad_key, grad_value, lse, delta, starts, ends),
             *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
             **cut._asdict(),
-            DV=whole[0],
+            DV=v_width,
             **of_keys.constants(),
         )
     return grad_query, grad_key, grad_value

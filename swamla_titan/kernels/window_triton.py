@@ -9,7 +9,7 @@ nearly everywhere, the near keys are masked by the window alone.
 In the backward pass, queries collect their gradient first; each tile of queries then also leaves what it adds to the
 gradients of its far keys. `window_sum_far` adds that up, in order, before the keys and values collect their gradients
 from the queries near to them: no atomic additions, so the gradients are the same in every run. Heads of 96 are
-multiplied as 64 + 32, since Triton's tiles are powers of two.
+multiplied as 64 + 32, since Triton's tiles are powers of two; those of 128 in float32 as 64 + 64, for the registers.
 """
 
 import triton

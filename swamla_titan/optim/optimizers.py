@@ -6,14 +6,13 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.optim.gradients import clip_divisor
 from swamla_titan.optim.grouped import GroupedOptimizer, param_groups
 from swamla_titan.optim.groups import groups
 from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.moments import bytes_of_state
 from swamla_titan.parallel.sharded import local
-
-_FLOAT8_CAPABILITY = (8, 9)  # of GPUs that convert to float8
 
 
 def build_optimizer(
@@ -42,7 +41,7 @@ def refuse_old_gpu(config: Optimizer, device: torch.device) -> None:
     if config.name != "adamw_fp8" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
-    if capability < _FLOAT8_CAPABILITY:
+    if capability < FLOAT8_CAPABILITY:
         raise UserError(
             f'optimizer.name = "adamw_fp8": this GPU (compute capability {capability[0]}.{capability[1]}) does not '
             'convert to float8, which needs 8.9; use "adamw8bit"'

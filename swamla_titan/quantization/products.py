@@ -10,10 +10,9 @@ from torch import nn
 from swamla_titan.config.sections import Config, Float8
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
-
-CAPABILITY = (8, 9)  # of the first CUDA devices with float8 units
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
@@ -21,7 +20,7 @@ Sides = Callable[[str, nn.Linear], tuple[int, int]]
 # What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
 # second; and what a number of input or gradient costs that a recipe casts, in bytes at that speed.
 _BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
-# The last one was not measured: it casts along rows alone, rowwise along columns too.
+# The last one was not measured: it casts along one axis, where rowwise casts along both.
 _CAST_BYTES = {"native": 7, "tensorwise": 9, "rowwise": 14, "rowwise_with_gw_hp": 7}
 # In float8 of the three of a weight; in the last recipe, its gradient is not.
 _PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
@@ -51,7 +50,8 @@ def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
     """Seconds a token that products in float8 save, less those that the casts of input and gradient take.
 
     `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
-    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
+    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid. That of
+    "rowwise_with_gw_hp" is half of rowwise's by reckoning.
     """
     return _saved(recipe) * out * inner - _CAST_BYTES[recipe] * (out + (0 if given else inner)) / _BYTES
 
@@ -113,7 +113,7 @@ def refuse_device(recipe: str, device: torch.device) -> None:
     if recipe == "off" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
-    if capability < CAPABILITY:
+    if capability < FLOAT8_CAPABILITY:
         raise UserError(
             f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
@@ -139,7 +139,7 @@ def refuse_none(products: Sequence[Product], config: Float8) -> None:
 def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
     """Kinds of products, how many there are of each, and what becomes of them."""
     inside = sum(product.why_not is None for product in products)
-    how, share = recipe + (", emulated" if emulated else ""), _share(products, recipe)
+    how, share = recipe + (", emulated" if emulated else ""), _share(products) * _PRODUCTS[recipe] / 3
     yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
     kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
     for (kind, sides, why_not), count in kinds.items():
@@ -150,7 +150,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
     if not products:
         return
-    share = _share(products, config.float8.recipe)
+    share = _share(products)
     if share < _LITTLE:
         yield (
             f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
@@ -165,7 +165,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
     if not config.compile.enabled:
         yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
-    if config.float8.output_head and config.kernels.loss == "auto":
+    parallel, dtype = config.parallel, config.training.compute_dtype
+    if config.float8.output_head and parallel.tensor == parallel.pipeline == 1 and dtype != "float32":
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
     fewest = int(_WEIGHT_BYTES / _BYTES / _saved(config.float8.recipe))
@@ -176,8 +177,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         )
 
 
-def _share(products: Sequence[Product], recipe: str) -> float:
-    """Of the operations of all products, forward and backward, that are in float8."""
+def _share(products: Sequence[Product]) -> float:
+    """Of the products, by their operations, that are converted."""
     total = sum(each.out * each.inner for each in products)
     inside = sum(each.out * each.inner for each in products if each.why_not is None)
-    return inside / total * _PRODUCTS[recipe] / 3 if total else 0.0
+    return inside / total if total else 0.0

@@ -15,6 +15,7 @@ import torch
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.data import load_tokenizer, open_corpus, rows_at_a_time
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.context import attention_path
 from swamla_titan.model.mla import LatentAttention
@@ -23,7 +24,7 @@ from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.products import CAPABILITY, table, warnings
+from swamla_titan.quantization.products import table, warnings
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -140,12 +141,13 @@ def _float8(config: Config, device: torch.device) -> Finding:
     text, recipe = "no GPU: emulated only", config.float8.recipe
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        able = (major, minor) >= CAPABILITY
+        able = (major, minor) >= FLOAT8_CAPABILITY
         text = f"compute capability {major}.{minor}: {'yes' if able else 'no, needs 8.9'}"
         recipe = recipe if able else "off"
     if recipe == "off":
         return Finding("ok", "float8", text)
     model = SWAMLAModel(SMALL).to(device)
+    model.attention_backend = "reference"
     plain = copy.deepcopy(model)
     convert_to_float8(model, replace(config.float8, products="all", output_head=False), device)
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
@@ -190,11 +192,15 @@ def _gradients_apart(model: SWAMLAModel, plain: SWAMLAModel, config: Config, dev
     for each in (model, plain):
         each(tokens, tokens, documents).backward()
     errors = [
-        (ours.grad.double() - theirs.grad.double()).norm() / theirs.grad.double().norm()
+        (_gradient(ours) - _gradient(theirs)).norm() / _gradient(theirs).norm()
         for ours, theirs in zip(model.parameters(), plain.parameters())
-        if ours.ndim == 2 and ours.grad is not None and theirs.grad is not None
+        if ours.ndim == 2
     ]
     return torch.stack(errors).max().item()
+
+
+def _gradient(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weight).double() if weight.grad is None else weight.grad.double()
 
 
 def _existing(config: Config) -> Path:

@@ -53,10 +53,13 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")
-    if gathers_float8(config, world.degrees):
+    degrees = world.degrees
+    is_sharded = config.parallel.data_parallel != "ddp" and degrees.shard * degrees.context > 1
+    if gathers_float8(config, degrees):
         logger.info("float8: FSDP2 gathers the weights of products in 8 bits")
-    elif world.degrees.shard > 1 and config.float8.recipe == "tensorwise" and (why := why_not_gathered(config)):
-        logger.info(f"float8: FSDP2 gathers weights in {training.compute_dtype}, for {' and '.join(why)}")
+    elif config.float8.fsdp_all_gather == "auto" and config.float8.recipe == "tensorwise" and is_sharded:
+        why = why_not_gathered(config) or ["rows that ranks cannot share evenly"]
+        logger.info(f"float8: FSDP2 gathers weights in {training.compute_dtype}, because of {' and '.join(why)}")
     if world.is_first:
         for warning in warnings(float8_products(config), config, rows):
             logger.warning(warning)

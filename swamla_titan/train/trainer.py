@@ -27,7 +27,7 @@ from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation, warm_compiler
-from swamla_titan.parallel.parallelize import refuse_float8
+from swamla_titan.parallel.parallelize import gathers_float8, refuse_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
@@ -66,7 +66,7 @@ class Trainer:
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
-        agree(world, lambda: _refuse_what_this_machine_lacks(config, world))
+        agree(world, lambda: _refuse_what_cannot_be(config, world))
         agree(world, lambda: _start_helpers(config, world))
         config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
@@ -131,6 +131,7 @@ class Trainer:
         first_step = self.step + 1
         if config.training.gc_interval:
             gc.disable()  # a collection at a random moment on one rank stalls all; below all collect at the same steps
+            gc.freeze()  # what is here stays, and need not be looked through
         self.watchdog.begin(self.step)
         while self.step < config.training.steps:
             self.profiler.before_step(self.step + 1)
@@ -164,13 +165,21 @@ class Trainer:
                 self._validate(self.validator)
             if save:
                 self._save(last=finished or stop is not None)
-            if config.training.gc_interval and (save or self.step % config.training.gc_interval == 0):
-                gc.collect(2 if save else 1)  # old objects too, which takes longer, where a checkpoint does as well
+            if config.training.gc_interval and not finished and not stop:
+                self._collect_garbage(self.step == first_step, saved=self.step % config.checkpoint.interval == 0)
             if stop and (not finished or stop.code == EXIT_REGROUP):  # all meet again, also to see that it is done
                 logger.info("%s after step %d; %s", stop.reason, self.step, stop.outlook)
                 return stop.code
         logger.info('done; let it write: swamla-titan generate %s --prompt "The"', self.folder)
         return EXIT_DONE
+
+    def _collect_garbage(self, first: bool, saved: bool) -> None:
+        """All of it at checkpoints, which takes milliseconds: what begins with the run is not looked through."""
+        if first and self.config.compile.enabled:
+            gc.collect()
+            gc.freeze()  # compiled code stays too
+        elif saved or self.step % self.config.training.gc_interval == 0:
+            gc.collect(2 if saved else 1)
 
     def train_step(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on this rank's part of a global batch, without waiting for the device.
@@ -207,6 +216,7 @@ class Trainer:
         `alone`: this rank ends and the others do not, so that its device may never be done; a profile is dropped then.
         """
         gc.enable()
+        gc.unfreeze()
         self.loader.close()
         with self.watchdog.pause("checkpoint"):
             self.saver.close(alone)
@@ -380,10 +390,12 @@ class Trainer:
             self.saver.save(self.state.tensors(), record, self.files, last)
 
 
-def _refuse_what_this_machine_lacks(config: Config, world: World) -> None:
+def _refuse_what_cannot_be(config: Config, world: World) -> None:
+    """On this machine, or on so many ranks."""
     attention_of(config, world)
     pointwise_of(config, world)
     refuse_float8(config, world.device)
+    gathers_float8(config, world.degrees)
     refuse_old_gpu(config.optimizer, world.device)
 
 

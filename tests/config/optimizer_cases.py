@@ -48,7 +48,7 @@ def moments(run: Runner) -> None:
             assert kept == {kind}
             assert {t.dtype for key, t in found.items() if key.startswith("optimizer.state.norm.")} == {torch.float32}
     error = run.refusal("--optimizer.moments", "bfloat16", "--optimizer.beta2", "0.999")
-    assert "no bits for the changes of a moment with beta2 = 0.999" in error
+    assert "too few bits for the changes of a moment with beta2 = 0.999" in error
     error = run.refusal("--optimizer.moments", "bfloat16", "--optimizer.name", "adamw8bit")
     assert 'name = "adamw8bit" quantizes moments' in error
 

@@ -274,10 +274,12 @@ def gc_interval(run: Runner) -> None:
     gc.callbacks.append(note)
     try:
         with before_every_call_of(SWAMLAModel, lambda *_: inside.append(gc.isenabled())):
-            for interval, collections in (("2", [1, 2]), ("3", [1, 2])):  # all objects at the checkpoint
+            # At checkpoints but the last all objects.
+            for interval, checkpoints, collections in (("2", "9", [1]), ("3", "9", [1]), ("3", "2", [2, 1])):
                 inside: list[bool] = []
                 found.clear()
-                run("--training.gc_interval", interval, "--training.steps", "4")
+                steps = ("--training.steps", "4", "--checkpoint.interval", checkpoints)
+                run("--training.gc_interval", interval, *steps)
                 assert found == collections
                 assert set(inside) == {False}
             inside = []

@@ -99,11 +99,11 @@ def test_moments_of_another_type_are_converted(tmp_path):
     config, settings = written(tmp_path), (*COMMON, "--training.steps", "2")
     assert run(config, *settings) == 0
     further = ("--training.steps", "4", "--optimizer.moments", "bfloat16", "--optimizer.lr", "0")
-    assert run(config, *settings, *further, "--optimizer.beta1", "0.999") == 0
+    assert run(config, *settings, *further, "--optimizer.beta1", "0.99", "--training.max_grad_norm", "1e-12") == 0
     one, other = (tensors(checkpoint(tmp_path / "run", step)) for step in (2, 4))
     name = "optimizer.state.blocks.0.attention.wo.weight.exp_avg"
     assert other[name].dtype == torch.bfloat16
-    torch.testing.assert_close(other[name].float(), one[name], rtol=0.02, atol=0.02 * one[name].abs().max().item())
+    torch.testing.assert_close(other[name].float(), 0.99**2 * one[name], rtol=2**-7, atol=1e-12)  # by two steps
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_difference(tmp_path):

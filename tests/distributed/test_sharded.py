@@ -55,7 +55,10 @@ def _written(parallel: dict[str, Any]) -> list[tuple[bool, bool, int]]:
     return found
 
 
-@pytest.mark.parametrize("size, parallel", [(3, {}), (4, HSDP), (4, {"tensor": 2})])
+@pytest.mark.parametrize(
+    "size, parallel",
+    [(3, {}), (4, HSDP), (4, {"tensor": 2}), *(pytest.param(n, {}, marks=pytest.mark.slow) for n in (2, 4))],
+)
 def test_each_rank_writes_its_part_of_uneven_shards(size, parallel):
     for found in on_ranks(size, _written, parallel):
         assert all(same and whole for same, whole, _ in found)

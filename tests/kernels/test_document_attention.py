@@ -63,6 +63,7 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
     check(shape, dtype)
 
 
+@pytest.mark.tedious
 @pytest.mark.parametrize("shape", ["narrow heads", "tiny documents"])
 @pytest.mark.parametrize("of_queries, of_keys", [((16, 64), (64, 16)), ((64, 16), (16, 64)), ((128, 32), (32, 128))])
 def test_tiles_of_any_size(of_queries, of_keys, shape, monkeypatch):
@@ -78,6 +79,7 @@ def test_of_real_size(documents):
     check((2048, 4, 192, 128, documents), torch.bfloat16)
 
 
+@pytest.mark.tedious
 def test_every_run_gives_the_same_bits():
     (query, key, value), starts = inputs(SHAPES["as base has them"], torch.float16)
     upstream = torch.randn_like(value)

@@ -63,6 +63,7 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
     check(shape, dtype)
 
 
+@pytest.mark.tedious
 @pytest.mark.parametrize(
     "shape", ["one document", "sinks fill a window", "more sinks than the window", "many documents"]
 )
@@ -81,6 +82,7 @@ def test_of_real_size(width, documents):
     check((2048, width, 4, 2, 256, 4, documents), torch.bfloat16)
 
 
+@pytest.mark.tedious
 def test_gradients_arrive_in_any_layout():
     (query, key, value), _ = inputs(SHAPES["one document"], torch.float32)
     out = window_attention(query, key, value, None, 128, 4, 0.1)
@@ -100,6 +102,7 @@ def test_gradients_arrive_in_any_layout():
             assert torch.equal(a, b)
 
 
+@pytest.mark.tedious
 def test_every_run_gives_the_same_bits():
     (query, key, value), starts = inputs(SHAPES["heads of 128, grouped"], torch.float16)
     upstream = torch.randn_like(query)
