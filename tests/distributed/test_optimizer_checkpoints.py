@@ -103,7 +103,7 @@ def test_moments_of_another_type_are_converted(tmp_path):
     one, other = (tensors(checkpoint(tmp_path / "run", step)) for step in (2, 4))
     name = "optimizer.state.blocks.0.attention.wo.weight.exp_avg"
     assert other[name].dtype == torch.bfloat16
-    torch.testing.assert_close(other[name].float(), 0.99**2 * one[name], rtol=0.015, atol=1e-12)  # by two steps, rounded thrice
+    torch.testing.assert_close(other[name].float(), 0.99**2 * one[name], rtol=0.015, atol=1e-12)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_difference(tmp_path):
