@@ -83,6 +83,7 @@ def test_a_run_on_2_then_3_then_1_ranks_learns_what_one_process_does(tmp_path, n
     assert metrics(tmp_path / "run") == pytest.approx(metrics(whole), rel=1e-3)
 
 
+@pytest.mark.slow  # AdamW is killed in test_kills.py
 @each("adamw4bit")
 def test_a_killed_job_goes_on_bit_for_bit(tmp_path, name):
     config, whole = written(tmp_path), tmp_path / "whole"

@@ -179,7 +179,15 @@ def _findings(plan: str) -> tuple[list[str], list[str], Held]:
     return narrow, exact, _held(parallel, shape_of(plan))
 
 
-COVERED = ("fsdp-4", "ddp-3", "hsdp-2x2-every", "ddp-2-cp-2", "ddp-2-tp-2")  # by others that divide the same way
+COVERED = (
+    "fsdp-2",
+    "fsdp-4",
+    "ddp-3",
+    "hsdp-2x2-every",
+    "ddp-2-cp-2",
+    "ddp-2-tp-2",
+    "fsdp-2-pp-2",
+)  # by others that divide the same way
 
 
 @pytest.mark.parametrize(
