@@ -41,15 +41,8 @@ def floors(config: ModelConfig, sequences: int, seq_len: int) -> dict[str, float
     between += seconds(0, 12 * parameters)
     # Gradients are read for their norm; then weight, gradient and moments, and all but the gradient are written.
     optimizer = seconds(0, (4 + 16 + 12) * parameters)
-    return {
-        f"{kind}_ms": 1e3 * value
-        for kind, value in (
-            ("products", products),
-            ("attention", attention),
-            ("fused", between),
-            ("optimizer", optimizer),
-        )
-    }
+    found = {"products": products, "attention": attention, "fused": between, "optimizer": optimizer}
+    return {f"{kind}_ms": 1e3 * value for kind, value in found.items()}
 
 
 def _attention(config: ModelConfig, kind: str, sequences: int, seq_len: int) -> float:

@@ -31,10 +31,15 @@ def float8_products(config: Config) -> list[Product]:
     return list(_products(model, config.float8, config.parallel.tensor))
 
 
-def refuse_float8(config: Config, device: torch.device) -> None:
-    """Raise UserError where `device` cannot compute what [float8] asks for, or nothing would be converted."""
+def refuse_float8(config: Config, device: torch.device, degrees: Degrees | None = None) -> None:
+    """Raise UserError where `device` cannot compute what [float8] asks for, or nothing would be converted.
+
+    Or where FSDP2 on ranks of these `degrees` (None: not known) cannot gather weights as "always" would have it.
+    """
     refuse_device(config.float8.recipe, device)
     refuse_none(float8_products(config), config.float8)
+    if degrees:
+        gathers_float8(config, degrees)
 
 
 def gathers_float8(config: Config, degrees: Degrees) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from swamla_titan.kernels.launch import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.kernels import wants_fused_loss
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
@@ -165,8 +166,9 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
     if not config.compile.enabled:
         yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
-    parallel, dtype = config.parallel, config.training.compute_dtype
-    if config.float8.output_head and parallel.tensor == parallel.pipeline == 1 and dtype != "float32":
+    if config.float8.output_head and wants_fused_loss(
+        replace(config, float8=replace(config.float8, output_head=False))
+    ):
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
     fewest = int(_WEIGHT_BYTES / _BYTES / _saved(config.float8.recipe))

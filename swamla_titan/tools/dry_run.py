@@ -10,7 +10,7 @@ from swamla_titan.data import BatchLoader, load_tokenizer, pinned
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.compile import refuse_cache_folder
 from swamla_titan.parallel.degrees import fit_degrees
-from swamla_titan.parallel.parallelize import gathers_float8, refuse_float8
+from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.parallel.world import World, launched_rank, launched_size
 from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
@@ -46,8 +46,7 @@ def dry_run(config: Config, gpus: int | None) -> None:
     """
     ranks = _positive(gpus) or launched_size()
     degrees = fit_degrees(config.parallel, ranks)  # at once; to open data takes long
-    refuse_float8(config, torch.device("cpu"))
-    gathers_float8(config, degrees)
+    refuse_float8(config, torch.device("cpu"), degrees)
     config = dataclasses.replace(config, data=pinned(config.data))
     folder = Path(config.job.dump_folder)
     newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()

@@ -102,7 +102,7 @@ def plan(config: Config, ranks: int) -> Plan:
     machine lacks, GPUs above all, is no reason.
     """
     degrees = fit_degrees(config.parallel, ranks)
-    refuse_float8(config, torch.device("cpu"))
+    refuse_float8(config, torch.device("cpu"), degrees)
     batch = batch_of(config, degrees)
     # Neither changes a shape, and both ask for a compiler or a GPU.
     laid_out = dataclasses.replace(

@@ -27,7 +27,7 @@ from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.compile import compilation, warm_compiler
-from swamla_titan.parallel.parallelize import gathers_float8, refuse_float8
+from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
@@ -394,8 +394,7 @@ def _refuse_what_cannot_be(config: Config, world: World) -> None:
     """On this machine, or on so many ranks."""
     attention_of(config, world)
     pointwise_of(config, world)
-    refuse_float8(config, world.device)
-    gathers_float8(config, world.degrees)
+    refuse_float8(config, world.device, world.degrees)
     refuse_old_gpu(config.optimizer, world.device)
 
 

@@ -38,7 +38,8 @@ def recipe(run: Runner) -> None:
 
 
 def products(run: Runner) -> None:
-    refused = run.refusal(*ONE_CALL, "--float8.recipe", "native")
+    nowhere = ("--data.source", "local", "--data.path", "nowhere")  # it is not looked at
+    refused = run.refusal(*ONE_CALL, "--float8.recipe", "native", *nowhere)
     assert "would convert none of 14 products" in refused
     assert 'float8.products = "all"' in refused
     done = run(*ONE_CALL, "--float8.recipe", "native", *ALL)

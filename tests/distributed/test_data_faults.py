@@ -94,10 +94,11 @@ def cursors(folder: Path, step: int) -> dict[str, object]:
     return found
 
 
-def test_on_any_number_of_ranks_the_same_is_passed_over_and_they_resume_each_other(tmp_path, config, corpus):
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 3), marks=pytest.mark.slow)], ids=str)
+def test_on_any_number_of_ranks_the_same_is_passed_over_and_they_resume_each_other(tmp_path, config, corpus, sizes):
     path = corpus / "2.parquet"
     intact = path.read_bytes()
-    for size in (1, 2):
+    for size in sizes:
         path.write_bytes(intact)
         folder = tmp_path / f"on-{size}"
         ended = on_ranks(size, run_truncated, path, config, *settings(corpus, folder), *SKIP)

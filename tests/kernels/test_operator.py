@@ -17,25 +17,15 @@ def seen(operator, device: str) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-@pytest.mark.filterwarnings("ignore:Triton")
-def test_with_triton_it_is_seen_through_on_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(module, "has_triton", lambda: True)
+@pytest.mark.parametrize("triton", [True, False])
+def test_with_triton_it_is_seen_through_on_a_gpu_alone(monkeypatch, triton):
+    monkeypatch.setattr(module, "has_triton", lambda: triton)
 
-    @module.operator("swamla_test::seen_through")
+    @module.operator(f"swamla_test::double_{triton}".lower())
     def double(x: Tensor) -> Tensor:
         return x * 2
 
     double.register_fake(torch.empty_like)
-    assert seen(double, "cuda") == ["aten.mul.Tensor", "aten.add.Tensor"]
-    assert seen(double, "cpu") == ["swamla_test.seen_through.default", "aten.add.Tensor"]
-
-
-def test_without_triton_it_is_opaque(monkeypatch):
-    monkeypatch.setattr(module, "has_triton", lambda: False)
-
-    @module.operator("swamla_test::opaque")
-    def double(x: Tensor) -> Tensor:
-        return x * 2
-
-    double.register_fake(torch.empty_like)
-    assert seen(double, "cpu") == seen(double, "cuda") == ["swamla_test.opaque.default", "aten.add.Tensor"]
+    opaque = [f"swamla_test.double_{triton}.default".lower(), "aten.add.Tensor"]
+    assert seen(double, "cpu") == opaque
+    assert seen(double, "cuda") == (["aten.mul.Tensor", "aten.add.Tensor"] if triton else opaque)

@@ -136,6 +136,13 @@ def test_warnings_come_where_little_is_gained():
     assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(warnings(products, config, rows=8))
     config = replace(config, training=Training(seq_len=512), float8=Float8(recipe="native"))
     assert "512 tokens on a rank at a time" in next(warnings(float8_products(config), config, rows=1))
+    config, products = products_of("base", recipe="native")
+    (eager,) = warnings(products, replace(config, compile=Compile(enabled=False)), rows=8)
+    assert eager.startswith("compile.enabled = false")
+    config, products = products_of("base", recipe="native", output_head=True)
+    (head,) = warnings(products, config, rows=8)
+    assert head.startswith("float8.output_head = true")
+    assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), rows=8))
     config, products = products_of("150m", recipe="native", products="all")
     assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, rows=32))
 

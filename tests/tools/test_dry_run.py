@@ -10,6 +10,7 @@ import torch.distributed as dist
 from swamla_titan.cli import main
 from tests.train.runs import snapshot, train
 
+NO_DATA = ("--data.source", "local", "--data.path", "nowhere")
 ALWAYS_FLOAT8 = tuple(f"--float8.{each}" for each in ("recipe=tensorwise", "products=all", "fsdp_all_gather=always"))
 
 
@@ -70,6 +71,8 @@ def test_a_run_that_goes_on_and_one_that_is_finished(dry_run, tiny, tmp_path):
         (("--gpus", "4", "--parallel.pipeline", "4"), "more than the 3 layers"),
         ((*ALWAYS_FLOAT8, "--gpus", "1"), "every rank has whole weights"),
         ((*ALWAYS_FLOAT8, "--gpus", "3"), "3 ranks cannot share the "),
+        ((*ALWAYS_FLOAT8, "--gpus", "3", *NO_DATA), "3 ranks cannot share the "),  # before data is opened
+        (("--float8.recipe", "native", *NO_DATA), "would convert none of "),
     ],
 )
 def test_wrong_input_is_refused(dry_run, arguments, message):
