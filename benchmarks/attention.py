@@ -1,15 +1,16 @@
 """Milliseconds and errors of every way to compute the attention of a block, forward and backward, on one GPU.
 
     python benchmarks/attention.py
-    python benchmarks/attention.py --only swa --paths triton flex --seconds 0.5 --out attention.json
+    python benchmarks/attention.py --only swa --paths triton flex --replays 20 --out attention.json
 
-bfloat16, queries, keys and values as views of one tensor, as the model's projections leave them. Times are medians,
-with a cold cache. Errors are norms relative to a float64 reference, of the output and of the worst of the three
-gradients, for the first two rows and heads.
+bfloat16, queries, keys and values as views of one tensor, as the model's projections leave them. Times are the GPU's
+own (benchmarks/device_time.py), medians with a cold cache. Errors are norms relative to a float64 reference, of the
+output and of the worst of the three gradients, for the first two rows and heads.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.device_time import device_milliseconds
 from swamla_titan.kernels.attention import attention, reference_attention
 from swamla_titan.kernels.masks import (
     DocumentRule,
@@ -149,9 +153,7 @@ def errors(shape: Shape, starts: Tensor, found: list[Tensor], given: list[Tensor
     return [((part(x, n) - y).norm() / y.norm()).item() for x, y, n in pairs]
 
 
-def measure(shape: Shape, path: str, seconds: float, device: torch.device) -> dict[str, float | str]:
-    from triton.testing import do_bench
-
+def measure(shape: Shape, path: str, replays: int, device: torch.device) -> dict[str, float | str]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     given = inputs(shape, device)
@@ -159,21 +161,19 @@ def measure(shape: Shape, path: str, seconds: float, device: torch.device) -> di
     starts = document_starts((torch.rand(shape.batch, shape.seq_len, device=device) < 1 / length).cumsum(dim=1))
     starts = starts if shape.documents else torch.zeros_like(starts)
     attend, is_exact = ways(shape, starts, device)[path]
+    found: dict[str, float | str] = {}
     try:
         out = attend(*given)
         upstream = torch.randn_like(out)
         gradients = list(torch.autograd.grad(out, given, upstream))
+        if is_exact and shape.seq_len <= 8192:
+            of_out, *of_gradients = errors(shape, starts, [out, *gradients], given, upstream)
+            found = {"error_out": of_out, "error_gradients": max(of_gradients)}
+        with torch.no_grad():
+            found["forward_ms"] = device_milliseconds(lambda: attend(*given), replays)
+        found["both_ms"] = device_milliseconds(lambda: torch.autograd.grad(attend(*given), given, upstream), replays)
     except Exception as error:  # of whatever library; the other paths are measured all the same
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"}
-    found: dict[str, float | str] = {}
-    if is_exact and shape.seq_len <= 8192:
-        of_out, *of_gradients = errors(shape, starts, [out, *gradients], given, upstream)
-        found = {"error_out": of_out, "error_gradients": max(of_gradients)}
-    with torch.no_grad():
-        found["forward_ms"] = do_bench(lambda: attend(*given), rep=int(1000 * seconds), return_mode="median")
-    found["both_ms"] = do_bench(
-        lambda: torch.autograd.grad(attend(*given), given, upstream), rep=int(1000 * seconds), return_mode="median"
-    )
+        found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
     return found
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("swa", "mla"), help="blocks of this kind")
     parser.add_argument("--paths", nargs="+", help="default: all")
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each time")
+    parser.add_argument("--replays", type=int, default=7, help="of which a time is the median")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
@@ -192,7 +192,7 @@ def main() -> None:
         for path in ways(shape, torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64, device=device), device):
             if arguments.paths and path not in arguments.paths:
                 continue
-            row = rows.setdefault(str(shape), {})[path] = measure(shape, path, arguments.seconds, device)
+            row = rows.setdefault(str(shape), {})[path] = measure(shape, path, arguments.replays, device)
             figures = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
             print(f"{shape!s:<45} {path:<22} {figures}", flush=True)
             torch.cuda.empty_cache()
