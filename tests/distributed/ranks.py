@@ -1,7 +1,7 @@
 """Real process groups on gloo: a function run by several processes, its results or its first error brought back."""
 
 import faulthandler
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import tempfile
 import traceback
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT = 240.0  # seconds; two busy cores are slow
+_server: int | None = None  # the process that ranks are forked from
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> list[Any]:
@@ -22,10 +23,9 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     The function must be importable. It may call `init_gloo`, or the program's own `join_world`. The first failure ends
     all processes and is raised here with the rank's own traceback.
     """
-    # The server imports once; each rank is a fork of it and starts in a tenth of a second instead of four. But where
-    # there is a GPU, what it imports asks for it, and CUDA does not survive a fork.
+    # Where there is a GPU, what the server imports asks for it, and CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
+    _start_server()
     # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
@@ -58,6 +58,20 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
         folder.cleanup()
 
 
+def _start_server() -> None:
+    """It imports once; each rank is a fork of it and starts in a tenth of a second instead of four.
+
+    Not that of a loader which a test has used in this process, as it has imported little.
+    """
+    global _server
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    if _server is None or server._forkserver_pid != _server:
+        server._stop()
+        server.set_forkserver_preload(["tests.distributed.preload"])
+        server.ensure_running()
+        _server = server._forkserver_pid
+
+
 def _collect(pipes: list[Connection], stacks: list[Path]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
@@ -80,6 +94,9 @@ def _rank(
 ) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
+    # Its loader's workers come from where it comes from; a server of its own would import for seconds.
+    server = multiprocessing.forkserver
+    server.ensure_running = server._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     try:
         with stacks.open("w") as file:
             faulthandler.enable(file)  # what a crash of C code leaves
