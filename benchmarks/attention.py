@@ -5,7 +5,7 @@
 
 bfloat16, queries, keys and values as views of one tensor, as the model's projections leave them. Times are the GPU's
 own (benchmarks/device_time.py), medians with a cold cache. Errors are norms relative to a float64 reference, of the
-output and of the worst of the three gradients, for the first two rows and heads.
+output and of the worst of the three gradients, for the first two rows and heads, in rows of up to 8,192 tokens.
 """
 
 import argparse
@@ -56,6 +56,7 @@ class Shape(NamedTuple):
 
 
 SINK = 4
+_LONGEST_DENSE = 8192  # rows of which a mask of all pairs, and scores in float64, fit into memory
 SHAPES = [
     *(Shape("swa", 16, 2048, 16, 16, width, width, 256, 0) for width in (64, 96, 128)),
     Shape("swa", 16, 2048, 16, 4, 96, 96, 256, 0),
@@ -113,7 +114,12 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
         found["flex"] = under(block_mask(starts, shape.window, sink)), True
     else:
         found["flex"] = under(block_mask_of_one_document(shape.seq_len, shape.window, sink, device)), True
+    if not is_plain and shape.seq_len <= _LONGEST_DENSE:
+        found["sdpa, mask"] = under(dense_mask(starts, shape.window, sink)), True
     found["cudnn, causal"] = causal_sdpa(SDPBackend.CUDNN_ATTENTION), is_plain
+    if is_plain:
+        found["flash, causal"] = causal_sdpa(SDPBackend.FLASH_ATTENTION), True
+        found["efficient, causal"] = causal_sdpa(SDPBackend.EFFICIENT_ATTENTION), True
     if not shape.documents:
         found["flash-attn-4, no sink"] = flash_attention_4(shape.window), is_plain
     return found
@@ -166,7 +172,7 @@ def measure(shape: Shape, path: str, replays: int, device: torch.device) -> dict
         out = attend(*given)
         upstream = torch.randn_like(out)
         gradients = list(torch.autograd.grad(out, given, upstream))
-        if is_exact and shape.seq_len <= 8192:
+        if is_exact and shape.seq_len <= _LONGEST_DENSE:
             of_out, *of_gradients = errors(shape, starts, [out, *gradients], given, upstream)
             found = {"error_out": of_out, "error_gradients": max(of_gradients)}
         with torch.no_grad():

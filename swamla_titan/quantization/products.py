@@ -28,7 +28,7 @@ _PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2
 _WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
 _OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
 
-# Shares of a model's operations in float8 below which a warning is due: see `warnings`.
+# The share of a model's operations in float8, of those that a recipe can take, below which a warning is due.
 _LITTLE = 0.6
 
 
@@ -140,7 +140,7 @@ def refuse_none(products: Sequence[Product], config: Float8) -> None:
 def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
     """Kinds of products, how many there are of each, and what becomes of them."""
     inside = sum(product.why_not is None for product in products)
-    how, share = recipe + (", emulated" if emulated else ""), _share(products) * _PRODUCTS[recipe] / 3
+    how, share = recipe + (", emulated" if emulated else ""), _share(products, recipe)
     yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
     kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
     for (kind, sides, why_not), count in kinds.items():
@@ -151,14 +151,15 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
     if not products:
         return
-    share = _share(products)
-    if share < _LITTLE:
+    recipe = config.float8.recipe
+    share = _share(products, recipe)
+    if share < _LITTLE * _PRODUCTS[recipe] / 3:
         yield (
-            f'float8.recipe = "{config.float8.recipe}" takes {share:.0%} of the operations of products at these shapes '
+            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of products at these shapes '
             "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
         )
     inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
-    small = _too_small(inside, config.float8.recipe, norms_cast=config.parallel.tensor == 1)
+    small = _too_small(inside, recipe, norms_cast=config.parallel.tensor == 1)
     if small:
         kinds = ", ".join(
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
@@ -171,7 +172,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     ):
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
-    fewest = int(_WEIGHT_BYTES / _BYTES / _saved(config.float8.recipe))
+    fewest = int(_WEIGHT_BYTES / _BYTES / _saved(recipe))
     if tokens < fewest:
         yield (
             f"{tokens} tokens on a rank at a time: casting the weights takes longer than float8 saves below "
@@ -179,8 +180,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         )
 
 
-def _share(products: Sequence[Product]) -> float:
-    """Of the products, by their operations, that are converted."""
+def _share(products: Sequence[Product], recipe: str) -> float:
+    """Of the operations of all products, forward and backward, that are in float8."""
     total = sum(each.out * each.inner for each in products)
     inside = sum(each.out * each.inner for each in products if each.why_not is None)
-    return inside / total if total else 0.0
+    return inside / total * _PRODUCTS[recipe] / 3 if total else 0.0

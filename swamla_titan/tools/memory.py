@@ -36,13 +36,14 @@ class Memory:
     weights_in_use: int
     logits: int
     activations: int
+    in_turn: int  # of gradients and activations, what is never there with the rest of them
     offloaded: int  # of the first four, what parallel.cpu_offload keeps on the host
 
     @property
     def total(self) -> int:
         """Of all that is counted, on the GPU."""
         training = self.parameters + self.optimizer + self.average + self.gradients
-        return training + self.weights_in_use + self.logits + self.activations - self.offloaded
+        return training + self.weights_in_use + self.logits + self.activations - self.in_turn - self.offloaded
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def memory_of(
     gradients: float32, like the parameters; until the last micro-batch of several reduces them, unsharded.
     weights_in_use: copies in the compute dtype that passes multiply with, beside the parameters.
     logits: of the micro-batches between forward and backward, and one gradient of them.
-    activations: those of the blocks. Not counted are buffers of communication, float8 numbers that wait for nothing,
-    workspaces and fragmentation.
+    activations: those of the blocks.
+    in_turn: with one micro-batch a block's gradients come when its activations have gone, so the larger of both counts;
+    the gradients of several wait beside the activations of the next.
+    Not counted are buffers of communication, float8 numbers that wait for nothing, workspaces and fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]
@@ -72,16 +75,19 @@ def memory_of(
     average = _FLOAT32 * sum(held) if config.ema.decay else 0
     waiting = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
     gradients = sum(gathered_elements(p) for p in parameters) if waiting else sum(held)
+    gradients *= _FLOAT32
+    offload = config.parallel.cpu_offload  # of gradients too, as soon as they are there
     offloaded = _FLOAT32 * sum(held) * (1 if waiting else 2) + state + average
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
         average=average,
-        gradients=_FLOAT32 * gradients,
+        gradients=gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
         logits=_logits(parts, config, world, rows, in_flight.logits),
         activations=in_flight.activations,
-        offloaded=offloaded if config.parallel.cpu_offload else 0,
+        in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
+        offloaded=offloaded if offload else 0,
     )
 
 

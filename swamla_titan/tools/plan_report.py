@@ -118,6 +118,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     if plan.degrees.data * plan.degrees.context > 1 and config.parallel.data_parallel != "ddp":
         waiting = run_count(config.parallel, plan.batch) > 1 and not config.parallel.reduce_every_micro_batch
         gradients += ", unsharded until the last micro-batch" if waiting else f", sharded{host}"
+    larger = ", with the larger of gradients and activations, which come and go in turn" if memory.in_turn else ""
     rows = [
         ("parameters", memory.parameters, f"float32{host}"),
         ("optimizer", memory.optimizer, f"{config.optimizer.name}{moments}{host}"),
@@ -130,7 +131,11 @@ def _memory(plan: Plan) -> Iterator[str]:
             memory.activations,
             f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}",
         ),
-        ("sum", memory.total, "on the GPU; buffers of communication, workspaces and fragmentation come on top"),
+        (
+            "sum",
+            memory.total,
+            f"on the GPU{larger}; buffers of communication, workspaces and fragmentation come on top",
+        ),
     ]
     yield "\nmemory of a GPU" + (
         "" if plan.degrees.size == 1 else f", that of rank {plan.worst.rank}, which needs the most"

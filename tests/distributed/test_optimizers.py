@@ -1,6 +1,7 @@
 """Optimizers on several ranks take the very steps of one process, under every plan, with sizes that do not divide."""
 
 import functools
+import importlib.util
 from typing import Any
 
 import numpy
@@ -77,8 +78,9 @@ def as_held(parameter: Tensor, whole: Tensor) -> Tensor:
 def test_shards_move_as_the_whole_does_with_other_implementations(ranks):
     import torchao.optim
 
-    lion_pytorch = pytest.importorskip("lion_pytorch")
-    names = ["lion", "muon", *others.QUANTIZED]
+    names = ["muon", *others.QUANTIZED]
+    if importlib.util.find_spec("lion_pytorch"):  # where it is not, as on some GPU machines, the others are compared
+        names.append("lion")
     found = on_ranks(ranks, sharded_steps, names)
     hyper = others.HYPER
     betas, lr, decay = (hyper["beta1"], hyper["beta2"]), hyper["lr"], hyper["weight_decay"]
@@ -87,6 +89,8 @@ def test_shards_move_as_the_whole_does_with_other_implementations(ranks):
         torch.manual_seed(0)
         model = others.layers()
         if name == "lion":
+            import lion_pytorch
+
             others.trained_by(model, lambda them: lion_pytorch.Lion(them, lr, betas, decay), 2)
         elif name == "muon":
             others.trained_by(model, lambda them: torch.optim.Muon(them, lr, weight_decay=decay, **adjust), 2)

@@ -224,6 +224,8 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan)
         ("tp-2", "native", 1e-3),
         pytest.param("fsdp-2", "rowwise", 1e-3, marks=pytest.mark.slow),
         pytest.param("fsdp-2", "tensorwise", 2e-2, marks=pytest.mark.slow),
+        pytest.param("hsdp-2x2", "tensorwise", 2e-2, marks=pytest.mark.slow),
+        pytest.param("hsdp-2x2", "native", 1e-3, marks=pytest.mark.slow),
         pytest.param("tp-2", "rowwise", 2e-2, marks=pytest.mark.slow),
         pytest.param("pp-2", "native", 1e-3, marks=pytest.mark.slow),
         pytest.param("cp-2", "native", 1e-3, marks=pytest.mark.slow),
@@ -243,6 +245,16 @@ def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan, recipe, tol
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
     assert_same_curves(tmp_path, shape, tolerance=tolerance)
     assert curves(tmp_path)["loss"] != alone(*BATCHES["does not"])["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_native_float8_trains_alike_where_the_backward_pass_is_split(tmp_path, schedule):
+    recipe = ("--float8.recipe", "native", "--float8.products", "all")
+    shape = (*BATCHES["divides"], "--model.num_layers", "4", *recipe)
+    plan = (*PLANS["pp-2"][1], "--parallel.pipeline_schedule", schedule)
+    assert on_ranks(2, run, written(tmp_path), *shape, *plan) == [0, 0]
+    assert_same_curves(tmp_path, shape, tolerance=1e-3)
 
 
 CHAINS = {

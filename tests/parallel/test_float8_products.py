@@ -127,6 +127,8 @@ def test_warnings_come_where_little_is_gained():
         ("tensorwise", "large", []),
         ("rowwise", "base", ["takes 40% of the operations"]),
         ("tensorwise", "small", ["takes 32% of the operations"]),
+        ("rowwise_with_gw_hp", "base", []),
+        ("rowwise_with_gw_hp", "small", ["takes 0% of the operations"]),
     ):
         config, products = products_of(flavor, recipe=recipe)
         found = list(warnings(products, config, rows=8))
@@ -145,6 +147,13 @@ def test_warnings_come_where_little_is_gained():
     assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), rows=8))
     config, products = products_of("150m", recipe="native", products="all")
     assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, rows=32))
+
+
+def test_table_and_warning_tell_the_same_share(monkeypatch):
+    monkeypatch.setattr("swamla_titan.quantization.products._LITTLE", 1.0)
+    config, products = products_of("base", recipe="rowwise_with_gw_hp")
+    assert next(table(products, "rowwise_with_gw_hp")).endswith(" 53% of their operations")  # two thirds of 80%
+    assert "takes 53% of the operations" in next(warnings(products, config, rows=8))
 
 
 def test_no_product_of_a_model_is_forgotten():
