@@ -62,10 +62,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["params"][0].grad is None:
                 continue
-            is_fused = group["kind"].rule == "adamw" and group["kind"].moments == "float32"
-            if self.grad_scale is not None and not is_fused:
-                torch._foreach_div_([local(parameter.grad) for parameter in group["params"]], self.grad_scale)
-            if is_fused:
+            if group["kind"].rule == "adamw" and group["kind"].moments == "float32":
                 self._fused_adamw(group)
             elif group["kind"].rule == "lion":
                 self._lion(group)
@@ -102,13 +99,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
         maps = maps_of(kind, steps[0].device)
-        rest = (self.found_inf, lr, kind.moments, config.beta1, config.beta2, config.eps, group["weight_decay"])
+        factors = self.grad_scale, self.found_inf, lr, kind.moments
+        constants = config.beta1, config.beta2, config.eps, group["weight_decay"]
         for parameter, step in zip(group["params"], steps):
             weight, moments = local(parameter).detach(), self._moments[parameter]
             if weight.numel():
                 shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
                 blocks = weight.view(shape), local(parameter.grad).reshape(shape)
-                self._updates["adamw"](*blocks, step, moments, maps, *rest)
+                self._updates["adamw"](*blocks, step, moments, maps, *factors, *constants)
 
     def _lion(self, group: dict[str, Any]) -> None:
         lr, decay = _scalars(group)
@@ -117,8 +115,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             weight = local(parameter).detach()
             if weight.numel():
                 [momentum] = self._moments[parameter]
-                flat = weight.view(-1), local(parameter.grad).reshape(-1)
-                self._updates["lion"](*flat, momentum, self.found_inf, lr, decay, kind.moments, *betas)
+                flat = weight.view(-1), local(parameter.grad).reshape(-1), momentum
+                self._updates["lion"](*flat, self.grad_scale, self.found_inf, lr, decay, kind.moments, *betas)
 
     def _muon(self, orthogonalizer: Orthogonalizer) -> None:
         config = self._config
@@ -133,8 +131,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if not gradient.numel():
                 return gradient.bfloat16()
             [momentum] = self._moments[weight]
-            settings = kind.moments, config.muon_momentum, config.muon_nesterov
-            update: Tensor = self._updates["muon_momentum"](gradient.reshape(-1), momentum, self.found_inf, *settings)
+            factors = self.grad_scale, self.found_inf, kind.moments, config.muon_momentum, config.muon_nesterov
+            update: Tensor = self._updates["muon_momentum"](gradient.reshape(-1), momentum, *factors)
             return update.view(gradient.shape)
 
         def apply(weight: nn.Parameter, direction: Tensor) -> None:

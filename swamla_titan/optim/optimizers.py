@@ -68,7 +68,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: flo
     """Make the optimizer's next step divide its gradients so that they have a norm of at most `max_norm` (0: of any).
 
     `norm`: of all gradients of the model, a float32 scalar. Kernels divide as they read (as torch's GradScaler has them
-    do): a pass over all gradients less than to scale them before. Afterwards they hold the quotients.
+    do): a pass over all gradients less than to scale them before. torch's kernel leaves the quotients in their place.
     """
     optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None  # type: ignore[attr-defined]
 

@@ -1,6 +1,7 @@
 """What a step does to one parameter's part on this rank, as formulas on plain tensors (pointwise.py).
 
-Where the scalar `bad` is 1 everything stays as it is, bit for bit. Learning rates are scalar tensors on the host.
+Where the scalar `bad` is 1 everything stays as it is, bit for bit. `divisor`: of gradients, None: 1. A division before
+the rule would read and write them all once more. Learning rates are scalar tensors on the host.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ def adamw(
     step: Tensor,
     kept: Sequence[list[Tensor]],
     maps: Sequence[Tensor | None],
+    divisor: Tensor | None,
     bad: Tensor | None,
     lr: Tensor,
     moments: str,
@@ -30,6 +32,7 @@ def adamw(
     `weight` and `gradient` are float32 [blocks, block], `step` counts from 1. The update is made of the moments before
     they are rounded.
     """
+    gradient = _over(gradient, divisor)
     first, second = (restored(each, moments, table) for each, table in zip(kept, maps))
     first = first.lerp(gradient, 1 - beta1)
     second = second.lerp(gradient.square(), 1 - beta2)
@@ -45,6 +48,7 @@ def lion(
     weight: Tensor,
     gradient: Tensor,
     kept: list[Tensor],
+    divisor: Tensor | None,
     bad: Tensor | None,
     lr: Tensor,
     decay: Tensor,
@@ -56,7 +60,7 @@ def lion(
 
     `decay` is 1 - lr * weight_decay.
     """
-    momentum = restored(kept, moments, None)
+    momentum, gradient = restored(kept, moments, None), _over(gradient, divisor)
     direction = (momentum * beta1).add(gradient, alpha=1 - beta1).sign()
     put(weight, weight * decay - lr * direction, bad)
     [target], [value] = kept, condensed((momentum * beta2).add(gradient, alpha=1 - beta2), moments, None)
@@ -64,9 +68,16 @@ def lion(
 
 
 def muon_momentum(
-    gradient: Tensor, kept: list[Tensor], bad: Tensor | None, moments: str, momentum: float, nesterov: bool
+    gradient: Tensor,
+    kept: list[Tensor],
+    divisor: Tensor | None,
+    bad: Tensor | None,
+    moments: str,
+    momentum: float,
+    nesterov: bool,
 ) -> Tensor:
     """What Muon orthogonalizes, bfloat16, as torch.optim.Muon makes it of gradient and momentum."""
+    gradient = _over(gradient, divisor)
     average = restored(kept, moments, None).lerp(gradient, 1 - momentum)
     update = gradient.lerp(average, momentum) if nesterov else average
     [target], [value] = kept, condensed(average, moments, None)
@@ -80,3 +91,7 @@ def muon_weight(weight: Tensor, direction: Tensor, size: Tensor, bad: Tensor | N
     `decay` is 1 - lr * weight_decay.
     """
     put(weight, weight * decay - (lr * size) * direction, bad)
+
+
+def _over(gradient: Tensor, divisor: Tensor | None) -> Tensor:
+    return gradient if divisor is None else gradient / divisor
