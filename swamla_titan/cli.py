@@ -126,7 +126,7 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `swamla_titan.errors`)."""
-    spoken = True
+    spoken, code = True, EXIT_DONE
     try:
         spoken = speaks()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -139,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
-        return _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
+        code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
+        sys.stdout.flush()  # or Python does at its end, where a reader that has gone is an error
+        return code
     except UserError as error:
         if spoken:
             print(f"error: {error}", file=sys.stderr)
@@ -149,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
-        # The reader, `head` perhaps, has seen enough; Python would complain once more when it flushes at its end.
+        # The reader, `head` perhaps, has seen enough; Python would try once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+        return code
 
 
 def _run(command: object, overrides: list[Override]) -> int:
