@@ -142,6 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
         sys.stdout.flush()  # or Python does at its end, where a reader that has gone is an error
         return code
+    except SystemExit:  # tyro's, with its help
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return _without_a_reader(code)
+        raise
     except UserError as error:
         if spoken:
             print(f"error: {error}", file=sys.stderr)
@@ -151,9 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except BrokenPipeError:
-        # The reader, `head` perhaps, has seen enough; Python would try once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code
+        return _without_a_reader(code)
+
+
+def _without_a_reader(code: int) -> int:
+    """Of a command whose reader, `head` perhaps, has seen enough; Python would try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _run(command: object, overrides: list[Override]) -> int:

@@ -23,10 +23,13 @@ assert "torch" not in sys.modules
     assert "train" in done.stdout
 
 
-@pytest.mark.parametrize("command, reader, read", [("show debug", "head -1", "[job]\n"), ("ls", "true", "")])
+@pytest.mark.parametrize(
+    "command, reader, read",
+    [("config show debug", "head -1", "[job]\n"), ("config ls", "true", ""), ("--help", "true", "")],
+)
 def test_a_reader_that_stops_early_is_no_error(command, reader, read):
     """In the midst of the output, or before its end is written."""
-    piped = f"unset PYTHONUNBUFFERED; set -o pipefail; {sys.executable} -m swamla_titan config {command} | {reader}"
+    piped = f"unset PYTHONUNBUFFERED; set -o pipefail; {sys.executable} -m swamla_titan {command} | {reader}"
     done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", read)
 

@@ -51,6 +51,7 @@ class InFlight:
     """What a rank keeps between forward and backward passes when that is most."""
 
     activations: int  # bytes
+    again: int  # bytes of activations that one block at a time computes again in its backward pass
     logits: int  # micro-batches whose logits are kept
 
 
@@ -64,9 +65,9 @@ def memory_of(
     gradients: float32, like the parameters; until the last micro-batch of several reduces them, unsharded.
     weights_in_use: copies in the compute dtype that passes multiply with, beside the parameters.
     logits: of the micro-batches between forward and backward, and one gradient of them.
-    activations: those of the blocks.
-    in_turn: with one micro-batch a block's gradients come when its activations have gone, so the larger of both counts;
-    the gradients of several wait beside the activations of the next.
+    activations: those of the blocks, with what one of them computes again.
+    in_turn: with one micro-batch a block's gradients come when the activations that it kept have gone, so the larger of
+    both counts; the gradients of several wait beside the activations of the next.
     Not counted are buffers of communication, float8 numbers that wait for nothing, workspaces and fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
@@ -85,7 +86,7 @@ def memory_of(
         gradients=gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
         logits=_logits(parts, config, world, rows, in_flight.logits),
-        activations=in_flight.activations,
+        activations=in_flight.activations + in_flight.again,
         in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
         offloaded=offloaded if offload else 0,
     )

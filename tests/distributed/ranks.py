@@ -25,7 +25,8 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environ
     """
     # Where there is a GPU, what the server imports asks for it, and CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    _start_server()
+    if context.get_start_method() == "forkserver":
+        _start_server()
     # As torchrun does: a store of ours to meet at, on a port that is bound already, so that nobody else can take it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
@@ -66,7 +67,9 @@ def _start_server() -> None:
     global _server
     server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     if _server is None or server._forkserver_pid != _server:
-        server._stop()
+        if server._forkserver_pid is not None:
+            os.close(server._forkserver_alive_fd)  # it ends with the last process that it made
+        server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
         server.set_forkserver_preload(["tests.distributed.preload"])
         server.ensure_running()
         _server = server._forkserver_pid
@@ -94,9 +97,10 @@ def _rank(
 ) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
-    # Its loader's workers come from where it comes from; a server of its own would import for seconds.
     server = multiprocessing.forkserver
-    server.ensure_running = server._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    if server._forkserver._forkserver_address is not None:  # type: ignore[attr-defined]
+        # Its loader's workers come from the server it comes from itself; one of its own would import for seconds.
+        server.ensure_running = server._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
     try:
         with stacks.open("w") as file:
             faulthandler.enable(file)  # what a crash of C code leaves

@@ -425,6 +425,10 @@ def test_gradients_take_the_place_of_activations_but_those_of_several_micro_batc
     assert one.in_turn == min(one.gradients, one.activations) > 0
     assert two.in_turn == 0
     assert two.total - one.total == one.in_turn
+    # What a block computes again is there beside the gradients of all blocks behind it.
+    recomputed = memory(2, ("activation_checkpoint", "mode", "full"))
+    assert recomputed.activations < recomputed.gradients
+    assert 0 < recomputed.in_turn < 0.8 * recomputed.activations
 
 
 def test_float8_is_told_with_what_it_leaves_and_a_warning_where_it_will_not_pay(tiny, capsys):
