@@ -70,7 +70,7 @@ def why_not_gathered(config: Config) -> list[str]:
         "parallel.data_parallel": parallel.data_parallel == "ddp",
         "parallel.tensor": parallel.tensor > 1,
         "parallel.cpu_offload": parallel.cpu_offload,
-        # The weights are of a subclass of Tensor then, which nothing but fused AdamW was tried on.
+        # The weights are of a subclass of Tensor then, which nothing but AdamW was tried on.
         "optimizer.name": config.optimizer.name != "adamw",
         "optimizer.moments": config.optimizer.moments != "float32",
     }

@@ -1,13 +1,11 @@
 """An optimizer whose groups move by different rules, all of which obey the flag of bad steps."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
@@ -19,9 +17,12 @@ from swamla_titan.optim.muon import Orthogonalizer, step_sizes
 from swamla_titan.optim.pointwise import pointwise
 from swamla_titan.parallel.sharded import local, part_of
 
+# Elements from which compiled AdamW is worth a launch of its own.
+_LARGE = 1 << 22
+
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """Lion, Muon, and AdamW with moments in fewer bits; what these are not meant for moves by fused AdamW.
+    """AdamW with moments of any width, Lion, Muon; what the last two are not meant for moves by AdamW.
 
     States are there from the start, plain tensors or DTensors cut like their parameters. Set `found_inf` through
     `skip_where`, `grad_scale` through `clip_gradients`.
@@ -34,10 +35,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         a rule does to a parameter into one kernel.
         """
         of_kind = groups(model, config)
-        super().__init__(param_groups(of_kind), {"lr": config.lr})
+        of_groups = [
+            {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind}
+            for kind, parameters in of_kind.items()
+        ]
+        super().__init__(of_groups, {"lr": config.lr})
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
-        self._config = config
+        self._config, self._compiled = config, compiled
         units = column_units(model)
         self._moments: dict[nn.Parameter, list[list[Tensor]]] = {}  # views of the states, which are loaded in place
         for kind, parameters in of_kind.items():
@@ -62,20 +67,24 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["params"][0].grad is None:
                 continue
-            if group["kind"].rule == "adamw" and group["kind"].moments == "float32":
-                self._fused_adamw(group)
-            elif group["kind"].rule == "lion":
+            parameters, rule = group["params"], group["kind"].rule
+            if rule == "lion":
                 self._lion(group)
-            elif group["kind"].rule == "adamw":
-                self._adamw(group)
+            elif rule == "adamw" and group["kind"].moments != "float32":
+                self._adamw(group, parameters)
+            elif rule == "adamw":
+                by_rule = [each for each in parameters if self._compiled and _pays(local(each).detach())]
+                self._adamw(group, by_rule)
+                self._fused_adamw(group, [each for each in parameters if each not in set(by_rule)])
         if self._orthogonalizer:
             self._muon(self._orthogonalizer)
 
-    def _fused_adamw(self, group: dict[str, Any]) -> None:
-        states = [self.state[parameter] for parameter in group["params"]]
+    def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        """All of them in few launches, which move 36 bytes an element where gradients are divided, compiled code 28."""
+        states = [self.state[parameter] for parameter in parameters]
         fused_adamw(
-            [local(parameter).detach() for parameter in group["params"]],
-            [local(parameter.grad) for parameter in group["params"]],
+            [local(parameter).detach() for parameter in parameters],
+            [_gradient(parameter) for parameter in parameters],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [],
@@ -92,20 +101,22 @@ class GroupedOptimizer(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _adamw(self, group: dict[str, Any]) -> None:
+    def _adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
+        if not parameters:
+            return
         config, kind, lr = self._config, group["kind"], _scalar(_rate(group))
-        steps = [self.state[parameter]["step"] for parameter in group["params"]]
+        steps = [self.state[parameter]["step"] for parameter in parameters]
         torch._foreach_add_(steps, 1)
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
         maps = maps_of(kind, steps[0].device)
         factors = self.grad_scale, self.found_inf, lr, kind.moments
         constants = config.beta1, config.beta2, config.eps, group["weight_decay"]
-        for parameter, step in zip(group["params"], steps):
+        for parameter, step in zip(parameters, steps):
             weight, moments = local(parameter).detach(), self._moments[parameter]
             if weight.numel():
                 shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
-                blocks = weight.view(shape), local(parameter.grad).reshape(shape)
+                blocks = weight.view(shape), _gradient(parameter).reshape(shape)
                 self._updates["adamw"](*blocks, step, moments, maps, *factors, *constants)
 
     def _lion(self, group: dict[str, Any]) -> None:
@@ -115,7 +126,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             weight = local(parameter).detach()
             if weight.numel():
                 [momentum] = self._moments[parameter]
-                flat = weight.view(-1), local(parameter.grad).reshape(-1), momentum
+                flat = weight.view(-1), _gradient(parameter).reshape(-1), momentum
                 self._updates["lion"](*flat, self.grad_scale, self.found_inf, lr, decay, kind.moments, *betas)
 
     def _muon(self, orthogonalizer: Orthogonalizer) -> None:
@@ -126,8 +137,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 of_weight |= dict.fromkeys(group["params"], (group["kind"], *_scalars(group)))
 
         def update_of(weight: nn.Parameter) -> Tensor:
-            assert weight.grad is not None
-            gradient, (kind, *_) = local(weight.grad), of_weight[weight]
+            gradient, (kind, *_) = _gradient(weight), of_weight[weight]
             if not gradient.numel():
                 return gradient.bfloat16()
             [momentum] = self._moments[weight]
@@ -143,20 +153,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         orthogonalizer(update_of, apply)
 
 
-def param_groups(of_kind: Mapping[Kind, list[nn.Parameter]]) -> list[dict[str, Any]]:
-    """The groups as torch's optimizers take them, each with its `kind`.
+def _pays(weight: Tensor) -> bool:
+    """Whether compiled AdamW is faster than torch's fused kernel, which a CPU need not compile first."""
+    return weight.is_cuda and weight.numel() >= _LARGE
 
-    Cut by meshes: the fused kernel takes DTensors of one, or plain tensors, as norms are that every rank keeps whole.
-    """
-    of_mesh: dict[tuple[Kind, DeviceMesh | None], list[nn.Parameter]] = {}
-    for kind, parameters in of_kind.items():
-        for parameter in parameters:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            of_mesh.setdefault((kind, mesh), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": kind.weight_decay, "kind": kind}
-        for (kind, _), parameters in of_mesh.items()
-    ]
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return local(parameter.grad)
 
 
 def _rate(group: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ from swamla_titan.config.sections import Optimizer
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.optim.gradients import clip_divisor
-from swamla_titan.optim.grouped import GroupedOptimizer, param_groups
+from swamla_titan.optim.grouped import GroupedOptimizer
 from swamla_titan.optim.groups import groups
 from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.moments import bytes_of_state
@@ -17,21 +17,13 @@ from swamla_titan.parallel.sharded import local
 
 def build_optimizer(
     model: nn.Module, config: Optimizer, group: dist.ProcessGroup | None = None, compiled: bool = False
-) -> torch.optim.Optimizer:
+) -> GroupedOptimizer:
     """The optimizer of a model's float32 weights, or of those of a pipeline stage.
 
-    AdamW (arXiv:1711.05101) is torch's, fused: one kernel per group; the others are grouped.py's. `group`: the ranks
-    that hold parts of the same weights, which must all take each step; None: this process has them whole. `compiled`:
-    fuse what others than AdamW do to a parameter. Raises UserError where the GPU is too old for the optimizer.
+    `group`: the ranks that hold parts of the same weights, which must all take each step; None: this process has them
+    whole. `compiled`: fuse what is done to a parameter into one kernel, unless torch's own does it faster. Raises
+    UserError where the GPU is too old for the optimizer.
     """
-    if config.name == "adamw" and config.moments == "float32":
-        return torch.optim.AdamW(
-            param_groups(groups(model, config)),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
     refuse_old_gpu(config, local(next(model.parameters())).device)
     return GroupedOptimizer(model, config, group, compiled)
 
@@ -58,29 +50,26 @@ def state_bytes(model: nn.Module, config: Optimizer) -> int:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: GroupedOptimizer, lr: float) -> None:
     """The learning rate, times each group's own factor (optimizer.lr_multipliers)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["kind"].lr_multiplier
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+def clip_gradients(optimizer: GroupedOptimizer, norm: Tensor, max_norm: float) -> None:
     """Make the optimizer's next step divide its gradients so that they have a norm of at most `max_norm` (0: of any).
 
     `norm`: of all gradients of the model, a float32 scalar. Kernels divide as they read (as torch's GradScaler has them
     do): a pass over all gradients less than to scale them before. torch's kernel leaves the quotients in their place.
     """
-    optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None  # type: ignore[attr-defined]
+    optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None
 
 
-def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor | None) -> None:
+def skip_where(optimizer: GroupedOptimizer, bad: Tensor | None) -> None:
     """Make the optimizer's next steps change nothing where `bad` is 1: float32 scalar on the weights' device, 0 or 1.
 
     Weights, moments, step counts and weight decay all stay, bit for bit, whatever the gradients hold, and the host
     learns nothing of it: fused kernels read the flag on the device and return (it is the one that torch's GradScaler
-    gives them), the others choose by it between the old and the new (pointwise.py). None: every step counts. DTensors
-    take the plain scalar as one that all ranks have alike.
+    gives them), the others choose by it between the old and the new (pointwise.py). None: every step counts.
     """
-    is_obeyed = isinstance(optimizer, GroupedOptimizer) or all(group["fused"] for group in optimizer.param_groups)
-    assert is_obeyed, "only fused kernels know the flag"
-    optimizer.found_inf = bad  # type: ignore[attr-defined]
+    optimizer.found_inf = bad

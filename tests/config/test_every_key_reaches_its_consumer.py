@@ -435,7 +435,7 @@ def progress_bar(run: Runner) -> None:
 
 def optimizer_steps(run: Run, name: str) -> int:
     events = json.loads((run.folder / "traces" / name).read_text())["traceEvents"]
-    return sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events)
+    return sum(event.get("name") == "Optimizer.step#GroupedOptimizer.step" for event in events)
 
 
 def profiling_enabled(run: Runner) -> None:

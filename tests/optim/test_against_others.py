@@ -1,5 +1,6 @@
 """Each optimizer takes the steps of an independent implementation: torchao's, lion-pytorch's, torch's own."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
+from swamla_titan.optim import build_optimizer, grouped, set_learning_rate, skip_where
 
 STEPS = 20
 HYPER = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.3}
@@ -37,8 +38,8 @@ def gradients(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def trained(model: nn.Module, settings: dict, flag: Tensor | None = None) -> nn.Module:
-    optimizer = build_optimizer(model, Optimizer(**{**HYPER, **settings}))
+def trained(model: nn.Module, settings: dict, flag: Tensor | None = None, compiled: bool = False) -> nn.Module:
+    optimizer = build_optimizer(model, Optimizer(**{**HYPER, **settings}), compiled=compiled)
     skip_where(optimizer, flag)
     for lr, _ in zip(learning_rates(), gradients(model)):
         set_learning_rate(optimizer, lr)
@@ -98,6 +99,21 @@ def test_a_step_is_about_that_of_adamw(settings):
         optimizer.step()
     for one, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_rule", [True, False])
+def test_adamw_is_torchs(by_rule, monkeypatch):
+    """By the rule that is compiled for large weights on GPUs, and by the kernel for the others."""
+    monkeypatch.setattr(grouped, "_pays", lambda weight: by_rule)
+    ours, theirs = two()
+    betas = (HYPER["beta1"], HYPER["beta2"])
+    with torch.compiler.set_stance("force_eager"):
+        trained(ours, {}, compiled=True)
+    for axes, decay in ((2, HYPER["weight_decay"]), (1, 0.0)):
+        make = functools.partial(torch.optim.AdamW, lr=HYPER["lr"], betas=betas, eps=HYPER["eps"], weight_decay=decay)
+        trained_by(theirs, make, axes)
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def lion_of_the_paper(model: nn.Module, beta1: float, beta2: float, weight_decay: float) -> None:

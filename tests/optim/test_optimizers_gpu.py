@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.optim import AveragedWeights, build_optimizer, set_learning_rate, skip_where
+from swamla_titan.optim import AveragedWeights, build_optimizer, grouped, set_learning_rate, skip_where
 from tests.optim.test_against_others import EVERY
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +38,8 @@ def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("settings", EVERY, ids=str)
-def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled):
+def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled, monkeypatch):
+    monkeypatch.setattr(grouped, "_LARGE", 1000)
     found, expected = moved(settings, "cuda", compiled), moved(settings, "cpu", False)
     for one, other in zip(found.parameters(), expected.parameters()):
         assert_near(one.cpu(), other)
