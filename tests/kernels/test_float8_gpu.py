@@ -1,5 +1,7 @@
 """float8 by our kernels on a GPU: against float64, compiled, and in a model."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,15 @@ def layer(x, gain, weight, down, settings):
     return product(hidden, quantize(down, x.dtype), settings)
 
 
+def plain_layer(x, gain, weight, down):
+    return layer(x, gain, weight, down, Settings())
+
+
+@functools.cache
+def compiled_layer():
+    return torch.compile(plain_layer, fullgraph=True, dynamic=False)
+
+
 def exact_layer(x, gain, weight, down):
     return F.linear(swiglu(F.linear(F.rms_norm(x, gain.shape, gain, 1e-6), weight), 64), down)
 
@@ -60,8 +71,8 @@ def test_a_layer_is_as_exact_as_its_types(settings, dtype):
 
 def test_a_gpu_gives_what_the_emulation_gives():
     inputs, upstream = inputs_of()
-    found = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
-    expected = passes(lambda *each: layer(*each, Settings()), [each.cpu() for each in inputs], upstream.cpu())
+    found = passes(plain_layer, inputs, upstream)
+    expected = passes(plain_layer, [each.cpu() for each in inputs], upstream.cpu())
     for ours, theirs in zip(found, expected):
         assert error(ours.cpu(), theirs) < 0.02
 
@@ -69,24 +80,35 @@ def test_a_gpu_gives_what_the_emulation_gives():
 @pytest.mark.parametrize("dim", [48, 80, 1536])
 def test_widths_that_tiles_do_not_divide(dim):
     inputs, upstream = inputs_of(dim=dim, hidden=192, tokens=272)
-    found = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
+    found = passes(plain_layer, inputs, upstream)
     exact = passes(exact_layer, [each.double() for each in inputs], upstream.double())
     assert all(error(*pair) < 0.16 for pair in zip(found, exact))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("where", range(4))
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_seen(where, wrong):
+def test_what_is_not_finite_is_seen(where, wrong, compiled):
     inputs, upstream = inputs_of()
     inputs[where].view(-1)[7] = wrong
-    out, *gradients = passes(lambda *each: layer(*each, Settings()), inputs, upstream)
+    out, *gradients = passes(compiled_layer() if compiled else plain_layer, inputs, upstream)
     assert not out.isfinite().all()
     assert not torch.stack([each.float().norm() for each in gradients]).isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("wrong", [float("nan"), -float("inf")])
+def test_what_is_not_finite_in_a_gradient_is_seen(wrong, compiled):
+    inputs, upstream = inputs_of()
+    upstream[1, 2, 3] = wrong
+    out, *gradients = passes(compiled_layer() if compiled else plain_layer, inputs, upstream)
+    assert out.isfinite().all()
+    assert not any(each.isfinite().all() for each in gradients)
+
+
 def test_zeros_are_right():
     inputs, upstream = inputs_of()
-    out, *gradients = passes(lambda *each: layer(*each, Settings()), inputs, torch.zeros_like(upstream))
+    out, *gradients = passes(plain_layer, inputs, torch.zeros_like(upstream))
     assert out.isfinite().all()
     assert not any(each.any() for each in gradients)
 
@@ -94,8 +116,7 @@ def test_zeros_are_right():
 def test_compiled_it_is_the_same_without_a_break():
     torch._dynamo.reset()
     inputs, upstream = inputs_of()
-    compiled = torch.compile(lambda *each: layer(*each, Settings()), fullgraph=True, dynamic=False)
-    found, expected = (passes(f, inputs, upstream) for f in (compiled, lambda *each: layer(*each, Settings())))
+    found, expected = (passes(each, inputs, upstream) for each in (compiled_layer(), plain_layer))
     assert all(error(*pair) < 0.02 for pair in zip(found, expected))
 
 
