@@ -14,7 +14,6 @@ casts round through the dtype that activations have, so that fusing changes no b
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from swamla_titan.kernels.operator import operator, seen_through
 from swamla_titan.kernels.swiglu import swiglu
@@ -52,16 +51,6 @@ def largest_of(x: Tensor) -> Tensor:
 @largest_of.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
-
-
-def largest_by_rows(x: Tensor) -> Tensor:
-    """`largest_of` x [M, K], which a compiled kernel that makes x row by row finds as well, and need not be read again.
-
-    A row's largest number joins such kernels (the backward pass of a norm, with the residual sum), a tensor's does not.
-    """
-    if isinstance(x, FunctionalTensor) and x.is_cuda:  # seen by a compiler
-        return x.abs().amax(-1).amax().float()
-    return largest_of(x)
 
 
 def plain_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,6 @@ from swamla_titan.kernels.float8 import (
     empty_pair,
     float8_cast,
     float8_swiglu_backward,
-    largest_by_rows,
     largest_of,
     scale_for,
     scaled_product,
@@ -133,7 +132,7 @@ def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_columns, x_scale, weight, weight_columns, weight_scale = ctx.saved_tensors
     plain = grad.flatten(0, -2).contiguous()
-    scale = scale_for(largest_by_rows(plain), ctx.settings.gradients)
+    scale = scale_for(largest_of(plain), ctx.settings.gradients)
     rows, columns = float8_cast(plain, scale, ctx.settings.gradients, plain.dtype)
     weight_columns = _columns_of(weight, weight_columns, weight_scale, ctx.dtypes[0], rows)
     of_x = scaled_product(rows, scale, weight_columns, weight_scale, ctx.dtypes[0], ctx.settings.fast)

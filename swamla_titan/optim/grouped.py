@@ -17,8 +17,9 @@ from swamla_titan.optim.muon import Orthogonalizer, step_sizes
 from swamla_titan.optim.pointwise import pointwise
 from swamla_titan.parallel.sharded import local, part_of
 
-# Elements from which compiled AdamW is worth a launch of its own.
-_LARGE = 1 << 22
+# Elements from which compiled AdamW is worth a launch of its own, 0.2 ms of the host: an H100 moves 16M elements in 161
+# instead of 206 us, and 4M in 49 instead of 51.
+_LARGE = 1 << 23
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
@@ -73,9 +74,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
             elif rule == "adamw" and group["kind"].moments != "float32":
                 self._adamw(group, parameters)
             elif rule == "adamw":
-                by_rule = [each for each in parameters if self._compiled and _pays(local(each).detach())]
-                self._adamw(group, by_rule)
-                self._fused_adamw(group, [each for each in parameters if each not in set(by_rule)])
+                by_rule = {each for each in parameters if self._compiled and _pays(local(each).detach())}
+                self._adamw(group, [each for each in parameters if each in by_rule])
+                self._fused_adamw(group, [each for each in parameters if each not in by_rule])
         if self._orthogonalizer:
             self._muon(self._orthogonalizer)
 

@@ -19,10 +19,9 @@ Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
 
 # What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
-# second; and what a number of input or gradient costs that a recipe casts, in bytes at that speed.
+# second; and what a number of the input, and one of the gradient, costs that a recipe casts, in bytes at that speed.
 _BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
-# The last one was not measured: it casts along one axis, where rowwise casts along both.
-_CAST_BYTES = {"native": 7, "tensorwise": 9, "rowwise": 14, "rowwise_with_gw_hp": 7}
+_CAST_BYTES = {"native": (7, 7), "tensorwise": (9, 9), "rowwise": (28, 12), "rowwise_with_gw_hp": (12, 6)}
 # In float8 of the three of a weight; in the last recipe, its gradient is not.
 _PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
 _WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
@@ -51,10 +50,10 @@ def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
     """Seconds a token that products in float8 save, less those that the casts of input and gradient take.
 
     `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
-    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid. That of
-    "rowwise_with_gw_hp" is half of rowwise's by reckoning.
+    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
     """
-    return _saved(recipe) * out * inner - _CAST_BYTES[recipe] * (out + (0 if given else inner)) / _BYTES
+    of_input, of_gradient = _CAST_BYTES[recipe]
+    return _saved(recipe) * out * inner - (of_gradient * out + (0 if given else of_input * inner)) / _BYTES
 
 
 def _saved(recipe: str) -> float:

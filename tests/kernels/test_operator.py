@@ -8,7 +8,6 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from swamla_titan.kernels import operator as module
-from swamla_titan.kernels.float8 import largest_by_rows
 
 
 def seen(operator, device: str) -> list[str]:
@@ -30,8 +29,3 @@ def test_with_triton_it_is_seen_through_on_a_gpu_alone(monkeypatch, triton):
     opaque = [f"swamla_test.double_{triton}.default".lower(), "aten.add.Tensor"]
     assert seen(double, "cpu") == opaque
     assert seen(double, "cuda") == (["aten.mul.Tensor", "aten.add.Tensor"] if triton else opaque)
-
-
-def test_a_gradients_largest_number_is_left_to_the_kernel_that_makes_it_where_a_compiler_looks_on_a_gpu():
-    assert [each for each in seen(largest_by_rows, "cuda") if "amax" in each] == ["aten.amax.default"] * 2
-    assert seen(largest_by_rows, "cpu") == ["swamla_titan.float8_largest.default", "aten.add.Tensor"]

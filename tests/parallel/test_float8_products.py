@@ -31,7 +31,7 @@ def converted(flavor: str, **float8) -> set[str]:
     [
         ("tensorwise", {"wqkv", "wq", "wo", "gate_up", "down"}),
         ("rowwise", {"gate_up"}),
-        ("rowwise_with_gw_hp", {"wqkv", "wq", "gate_up", "down"}),
+        ("rowwise_with_gw_hp", {"wqkv", "gate_up"}),
         ("native", {"wqkv", "wq", "wkv_a", "wo", "gate_up", "down"}),
     ],
 )
@@ -39,7 +39,8 @@ def test_what_pays_in_base(recipe, expected):
     assert {name.rpartition(".")[2] for name in converted("base", recipe=recipe)} == expected
 
 
-# benchmarks/float8_products.py on an H100, 32,768 tokens (LOG.md, 2026-11-23): how many times as fast as bfloat16.
+# benchmarks/float8_products.py on an H100, 32,768 tokens, 16,384 of the last four (LOG.md, 2026-11-23): (in, out) ->
+# how many times as fast as bfloat16. What is within 1% of it may be taken or left.
 MEASURED = {
     (1024, 1024): {"native": 0.84, "native, given": 1.08, "tensorwise": 0.79, "rowwise": 0.47},
     (1024, 3072): {"native": 1.04, "native, given": 1.16, "tensorwise": 0.99, "rowwise": 0.70},
@@ -48,14 +49,19 @@ MEASURED = {
     (1536, 4608): {"native": 1.39, "native, given": 1.48, "tensorwise": 1.27, "rowwise": 0.96},
     (1536, 8192): {"native": 1.38, "native, given": 1.43, "tensorwise": 1.27, "rowwise": 1.03},
     (256, 4096): {"native": 0.64, "native, given": 0.67, "tensorwise": 0.52, "rowwise": 0.41},
+    (2048, 2048): {"native": 1.09, "native, given": 1.31, "tensorwise": 1.03, "rowwise": 0.67, "gw_hp": 0.87},
+    (2048, 6144): {"native": 1.39, "native, given": 1.48, "tensorwise": 1.31, "rowwise": 0.99, "gw_hp": 1.16},
+    (2048, 11264): {"native": 1.50, "native, given": 1.52, "tensorwise": 1.39, "rowwise": 1.12, "gw_hp": 1.16},
+    (5632, 2048): {"native": 1.41, "native, given": 1.70, "tensorwise": 1.34, "rowwise": 0.85, "gw_hp": 1.05},
 }
 
 
-@pytest.mark.parametrize("recipe", ["native", "native, given", "tensorwise", "rowwise"])
+@pytest.mark.parametrize("recipe", ["native", "native, given", "tensorwise", "rowwise", "gw_hp"])
 def test_what_was_measured_to_pay_is_what_is_expected_to(recipe):
-    name, _, given = recipe.partition(", ")
-    for (inner, out), ratios in MEASURED.items():
-        assert (gain(name, out, inner, bool(given)) > 0) == (ratios[recipe] > 1)
+    name, _, given = recipe.replace("gw_hp", "rowwise_with_gw_hp").partition(", ")
+    measured = {sides: ratios[recipe] for sides, ratios in MEASURED.items() if recipe in ratios}
+    for (inner, out), ratio in measured.items():
+        assert (gain(name, out, inner, bool(given)) > 0) == (ratio > 1) or abs(ratio - 1) < 0.015
 
 
 @pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise", "rowwise_with_gw_hp"])
@@ -127,7 +133,8 @@ def test_warnings_come_where_little_is_gained():
         ("tensorwise", "large", []),
         ("rowwise", "base", ["takes 40% of the operations"]),
         ("tensorwise", "small", ["takes 32% of the operations"]),
-        ("rowwise_with_gw_hp", "base", []),
+        ("rowwise_with_gw_hp", "base", ["takes 37% of the operations"]),
+        ("rowwise_with_gw_hp", "large", []),
         ("rowwise_with_gw_hp", "small", ["takes 0% of the operations"]),
     ):
         config, products = products_of(flavor, recipe=recipe)
@@ -152,8 +159,8 @@ def test_warnings_come_where_little_is_gained():
 def test_table_and_warning_tell_the_same_share(monkeypatch):
     monkeypatch.setattr("swamla_titan.quantization.products._LITTLE", 1.0)
     config, products = products_of("base", recipe="rowwise_with_gw_hp")
-    assert next(table(products, "rowwise_with_gw_hp")).endswith(" 53% of their operations")  # two thirds of 80%
-    assert "takes 53% of the operations" in next(warnings(products, config, rows=8))
+    assert next(table(products, "rowwise_with_gw_hp")).endswith(" 37% of their operations")  # two thirds of 56%
+    assert "takes 37% of the operations" in next(warnings(products, config, rows=8))
 
 
 def test_no_product_of_a_model_is_forgotten():
