@@ -49,9 +49,9 @@ KINDS = {
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
     "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_", "document_"),
     "casts": ("float8_",),
+    "optimizer": ("adam", "fusedoptimizer", "lpnorm", "_lerp_"),  # the last: AdamW and Muon by rules
     "fused": ("triton", "swiglu_", "_heads", "cross_entropy_rows"),
     "copies": ("copy", "memcpy", "split_with_sizes", "chunk_cat", "catarray", "memset"),
-    "optimizer": ("adam", "lpnorm", "multi_tensor"),
 }
 
 

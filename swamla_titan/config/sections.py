@@ -176,7 +176,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Compile:
-    enabled: bool = key(True, "torch.compile each block and the loss.")
+    enabled: bool = key(True, "torch.compile each block, the loss and what moves the weights.")
     cache_folder: str = key(
         "", "Folder that keeps compiled kernels between runs; empty: TORCHINDUCTOR_CACHE_DIR, or ~/.cache/swamla-titan."
     )

@@ -63,7 +63,7 @@ class TrainingState:
         return tensors_of(self.model.parts, self.optimizers, self.ema) | self._policies() | self._random()
 
     def size(self) -> int:
-        """About how many bytes of them this rank holds, also before the optimizer's first step makes its states."""
+        """About how many bytes of them this rank holds."""
         copies = 2 if self.ema else 1
         held = [local(weight).numel() for part in self.model.parts for weight in part.parameters()]
         states = sum(state_bytes(part, self._optimizer) for part in self.model.parts)

@@ -25,6 +25,7 @@ def test_two_gpus_take_the_steps_of_one():
 
 OFFLOADED = ("--parallel.cpu_offload", "true")
 MOVED_BY = {
+    "adamw": (),
     "lion": ("--optimizer.name", "lion"),
     "adamw-bfloat16": ("--optimizer.moments", "bfloat16", "--optimizer.beta2", "0.95"),
 }
@@ -43,7 +44,7 @@ def test_what_the_host_keeps_moves_as_on_the_gpus(tmp_path: Path, settings: str)
     found, expected = (tensors(checkpoint(folder, STEPS)) for folder in (tmp_path / "run", on_gpus))
     kept = {name for name in expected if name.startswith(("model.", "ema.", "optimizer."))}
     assert kept <= found.keys()
-    assert any(expected[name].dtype == torch.bfloat16 for name in kept) == (settings != "lion")
+    assert any(expected[name].dtype == torch.bfloat16 for name in kept) == (settings == "adamw-bfloat16")
     for name in kept:
         assert found[name].dtype == expected[name].dtype
         assert_near(found[name].float(), expected[name].float(), is_moment=name.startswith("optimizer."))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.optim import build_optimizer, grouped, set_learning_rate, skip_where
+from swamla_titan.optim import build_optimizer, grouped, set_learning_rate, skip_where, updates
 
 STEPS = 20
 HYPER = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.3}
@@ -105,10 +105,13 @@ def test_a_step_is_about_that_of_adamw(settings):
 def test_adamw_is_torchs(by_rule, monkeypatch):
     """By the rule that is compiled for large weights on GPUs, and by the kernel for the others."""
     monkeypatch.setattr(grouped, "_pays", lambda weight: by_rule)
+    calls, rule = [], updates.adamw
+    monkeypatch.setattr(updates, "adamw", lambda *arguments: calls.append(rule(*arguments)))
     ours, theirs = two()
     betas = (HYPER["beta1"], HYPER["beta2"])
     with torch.compiler.set_stance("force_eager"):
         trained(ours, {}, compiled=True)
+    assert len(calls) == (STEPS * len(list(ours.parameters())) if by_rule else 0)
     for axes, decay in ((2, HYPER["weight_decay"]), (1, 0.0)):
         make = functools.partial(torch.optim.AdamW, lr=HYPER["lr"], betas=betas, eps=HYPER["eps"], weight_decay=decay)
         trained_by(theirs, make, axes)

@@ -1,9 +1,12 @@
+import copy
+
+import pytest
 import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Optimizer
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.optim import build_optimizer, muon, set_learning_rate
+from swamla_titan.optim import build_optimizer, grouped, muon, set_learning_rate
 from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.pretend import pretended_world
@@ -32,6 +35,32 @@ def test_a_step_follows_the_formula_of_adamw():
         grad = getattr(layer, name).grad
         expected = before[name] * (1 - 0.1 * decay) - 0.1 * grad / (grad.abs() + 1e-3)
         torch.testing.assert_close(getattr(layer, name).detach(), expected)
+
+
+@pytest.mark.parametrize("by_rule", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_one_that_is_given_anothers_state_goes_on_as_it_does(name, by_rule, monkeypatch):
+    monkeypatch.setattr(grouped, "_pays", lambda weight: by_rule)
+    model = SWAMLAModel(FLAVORS["debug"])
+    model.init_weights(0)
+    optimizer = build_optimizer(model, Optimizer(name=name), compiled=True)
+
+    def step(model: SWAMLAModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    with torch.compiler.set_stance("force_eager"):
+        step(model, optimizer, 0)
+        other = copy.deepcopy(model)
+        follower = build_optimizer(other, Optimizer(name=name), compiled=True)
+        follower.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for seed in (1, 2):
+            step(model, optimizer, seed)
+            step(other, follower, seed)
+    for one, another in zip(model.parameters(), other.parameters()):
+        assert torch.equal(one, another)
 
 
 def test_muons_set_up_looks_at_the_parts_of_owned_matrices_alone(monkeypatch):
