@@ -48,7 +48,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for kind, parameters in of_kind.items():
             for parameter in parameters:
                 self.state[parameter] = new_state(parameter, kind, units.get(parameter, 0))
-        self._by_rule = {each for each in self.state if compiled and _pays(local(each))}  # of AdamW's with float32
+        # If AdamW with float32 moments is to move them; every other rule moves all that it is given.
+        self._by_rule = {each for each in self.state if compiled and _pays(local(each))}
         names = ("adamw", "lion", "muon_momentum", "muon_weight")
         self._updates = {name: pointwise(getattr(updates, name), compiled) for name in names}
         self._orthogonalizer, self._sizes = None, dict[nn.Parameter, Tensor]()

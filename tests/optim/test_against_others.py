@@ -101,16 +101,16 @@ def test_a_step_is_about_that_of_adamw(settings):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("by_rule", [True, False])
-def test_adamw_is_torchs(by_rule, monkeypatch):
+@pytest.mark.parametrize("compiled, pays, by_rule", [(True, True, True), (True, False, False), (False, True, False)])
+def test_adamw_is_torchs(compiled, pays, by_rule, monkeypatch):
     """By the rule that is compiled for large weights on GPUs, and by the kernel for the others."""
-    monkeypatch.setattr(grouped, "_pays", lambda weight: by_rule)
+    monkeypatch.setattr(grouped, "_pays", lambda weight: pays)
     calls, rule = [], updates.adamw
     monkeypatch.setattr(updates, "adamw", lambda *arguments: calls.append(rule(*arguments)))
     ours, theirs = two()
     betas = (HYPER["beta1"], HYPER["beta2"])
     with torch.compiler.set_stance("force_eager"):
-        trained(ours, {}, compiled=True)
+        trained(ours, {}, compiled=compiled)
     assert len(calls) == (STEPS * len(list(ours.parameters())) if by_rule else 0)
     for axes, decay in ((2, HYPER["weight_decay"]), (1, 0.0)):
         make = functools.partial(torch.optim.AdamW, lr=HYPER["lr"], betas=betas, eps=HYPER["eps"], weight_decay=decay)

@@ -40,7 +40,7 @@ def test_what_pays_in_base(recipe, expected):
 
 
 # benchmarks/float8_products.py on an H100, 32,768 tokens, 16,384 of the last four (LOG.md, 2026-11-23): (in, out) ->
-# how many times as fast as bfloat16. What is within 1% of it may be taken or left.
+# how many times as fast as bfloat16.
 MEASURED = {
     (1024, 1024): {"native": 0.84, "native, given": 1.08, "tensorwise": 0.79, "rowwise": 0.47},
     (1024, 3072): {"native": 1.04, "native, given": 1.16, "tensorwise": 0.99, "rowwise": 0.70},
@@ -55,13 +55,16 @@ MEASURED = {
     (5632, 2048): {"native": 1.41, "native, given": 1.70, "tensorwise": 1.34, "rowwise": 0.85, "gw_hp": 1.05},
 }
 
+TAKEN_ALL_THE_SAME = [("rowwise", (2048, 6144))]  # at a loss of 1%, which no formula so simple foresees
+
 
 @pytest.mark.parametrize("recipe", ["native", "native, given", "tensorwise", "rowwise", "gw_hp"])
 def test_what_was_measured_to_pay_is_what_is_expected_to(recipe):
     name, _, given = recipe.replace("gw_hp", "rowwise_with_gw_hp").partition(", ")
     measured = {sides: ratios[recipe] for sides, ratios in MEASURED.items() if recipe in ratios}
     for (inner, out), ratio in measured.items():
-        assert (gain(name, out, inner, bool(given)) > 0) == (ratio > 1) or abs(ratio - 1) < 0.015
+        is_taken = ratio > 1 or (recipe, (inner, out)) in TAKEN_ALL_THE_SAME
+        assert (gain(name, out, inner, bool(given)) > 0) == is_taken
 
 
 @pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise", "rowwise_with_gw_hp"])

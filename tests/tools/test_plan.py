@@ -425,6 +425,7 @@ def test_gradients_take_the_place_of_activations_but_those_of_several_micro_batc
     assert one.in_turn == min(one.gradients, one.activations) > 0
     assert two.in_turn == 0
     assert two.total - one.total == one.in_turn
+    assert memory(2, ("parallel", "cpu_offload", "true")).in_turn == 0  # the host takes gradients as they come
     # What a block computes again is there beside the gradients of all blocks behind it.
     recomputed = memory(2, ("activation_checkpoint", "mode", "full"))
     assert recomputed.activations < recomputed.gradients
