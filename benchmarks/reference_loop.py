@@ -74,10 +74,11 @@ def plain_losses(arguments: argparse.Namespace, rows: int) -> list[float]:
     model.to(device)
     model.attention_backend = "reference"
     model.compute_dtype = getattr(torch, arguments.dtype)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in model.blocks.parameters() if p.ndim > 1]
+    in_blocks = {*matrices}
+    others = [p for p in model.parameters() if p not in in_blocks]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         foreach=False,
         fused=False,

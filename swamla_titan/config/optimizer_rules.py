@@ -22,6 +22,7 @@ _DECAYS = {"adamw": ("beta1", "beta2"), "lion": ("beta2",), "muon": ("muon_momen
 def optimizer_contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys of these sections that cannot all hold."""
     yield from _without_effect(config)
+    yield from _decay(config)
     yield from _moments(config)
     yield from _offloaded(config)
     yield from _multipliers(config)
@@ -50,6 +51,14 @@ def _without_effect(config: Config) -> Iterator[Contradiction]:
                 (f"optimizer.{key}", "optimizer.name"),
                 f'{value} has no effect with name = "{optimizer.name}": leave it out',
             )
+
+
+def _decay(config: Config) -> Iterator[Contradiction]:
+    if config.optimizer.decay_embeddings and not config.optimizer.weight_decay:
+        yield Contradiction(
+            ("optimizer.decay_embeddings", "optimizer.weight_decay"),
+            "true has no effect with weight_decay = 0: leave it out",
+        )
 
 
 def _moments(config: Config) -> Iterator[Contradiction]:

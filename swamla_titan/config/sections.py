@@ -92,7 +92,10 @@ class Optimizer:
         0.95, "Decay of the second moment; lion: of its momentum, where 0.99 is usual.", minimum=0, below=1
     )
     eps: float = key(1e-8, "Added to AdamW's denominator.", above=0)
-    weight_decay: float = key(0.1, "Decoupled weight decay of matrices; norms and biases have none.", minimum=0)
+    weight_decay: float = key(
+        0.1, "Decoupled weight decay of the blocks' matrices; embedding, head, norms and biases have none.", minimum=0
+    )
+    decay_embeddings: bool = key(False, "Weight decay of the embedding and the output head, tied or not, as well.")
     moments: str = key(
         "float32",
         "Type of the moments of matrices (adamw, lion, muon); norms keep float32.",

@@ -111,7 +111,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
         maps = maps_of(kind, steps[0].device)
         factors = self.grad_scale, self.found_inf, lr, kind.moments
-        constants = config.beta1, config.beta2, config.eps, group["weight_decay"]
+        constants = config.beta1, config.beta2, config.eps, _scalar(group["weight_decay"])
         for parameter, step in zip(parameters, steps):
             weight, moments = local(parameter).detach(), moments_in(self.state[parameter], kind)
             if weight.numel():

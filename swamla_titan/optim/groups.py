@@ -18,7 +18,9 @@ from swamla_titan.optim.matrices import column_units
 BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
 _SMALLEST_BLOCK = 32  # below, scales of both moments take more than a quarter of a byte an element
-_VOCABULARY = ("embedding.weight", "head.weight")  # looked up or as wide as the vocabulary: no hidden layer's matrices
+# Looked up or as wide as the vocabulary: no hidden layer's matrices. Muon leaves them to AdamW, and by default they do
+# not decay: the norms behind an embedding make up for any size of its rows, and those of rare tokens would fade.
+_VOCABULARY = ("embedding.weight", "head.weight")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quan
     moments = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_of(config.name, parameter.shape[-1], unit) else "float32"
-    decay = config.weight_decay if is_matrix else 0.0
+    decays = is_matrix and (name not in _VOCABULARY or config.decay_embeddings)
+    decay = config.weight_decay if decays else 0.0
     return Kind(rule, moments, decay, multiplier(name, config.lr_multipliers))
 
 

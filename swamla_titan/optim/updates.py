@@ -1,7 +1,8 @@
 """What a step does to one parameter's part on this rank, as formulas on plain tensors (pointwise.py).
 
 Where the scalar `bad` is 1 everything stays as it is, bit for bit. `divisor`: of gradients, None: 1. A division before
-the rule would read and write them all once more. Learning rates are scalar tensors on the host.
+the rule would read and write them all once more. Learning rates and weight decay are scalar tensors on the host, so
+that groups share compiled code.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def adamw(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: Tensor,
 ) -> None:
     """AdamW (arXiv:1711.05101) with moments kept as `moments` says; in the order of torchao's formulas.
 

@@ -14,6 +14,8 @@ from swamla_titan.parallel.kernels import is_loss_fused
 from swamla_titan.parallel.parallelize import float8_products, gathers_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.quantization.products import warnings
+from swamla_titan.train.changed_settings import changed_settings
+from swamla_titan.train.checkpoint import CONFIG
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.record import Record
 
@@ -68,5 +70,7 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
     if config.ema.decay:
         logger.info(f"average of the weights: decay {config.ema.decay:g}")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
+    for change in changed_settings(resumed / CONFIG, config) if resumed and world.is_first else ():
+        logger.warning(f"resumed with another setting: {change}")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

@@ -24,15 +24,16 @@ WEIGHT = "blocks.0.feed_forward.down.weight"  # [64, 256]
 
 def name(run: Runner) -> None:
     """What a run keeps of a matrix, and of a norm."""
-    loss = {}
+    loss, ends = {}, set()
     for each, states in _STATES.items():
         result = run("--optimizer.name", each, "--optimizer.lr", "1e-4")
         loss[each] = result.series()
         found = result.tensors()
+        ends.add(found[f"model.{WEIGHT}"].double().sum().item())
         assert {key.rpartition(".")[2] for key in found if key.startswith(f"optimizer.state.{WEIGHT}.")} == states
         norm = "lion" if each == "lion" else "adamw"
         assert {key.rpartition(".")[2] for key in found if key.startswith("optimizer.state.norm.")} == _STATES[norm]
-    assert len({tuple(series) for series in loss.values()}) == len(loss)
+    assert len(ends) == len(loss)
     # 4 and 8 bits lose a little of AdamW's moments.
     for each in ("adamw8bit", "adamw4bit", "adamw_fp8"):
         assert loss[each] == pytest.approx(loss["adamw"], rel=1e-3)
@@ -51,6 +52,22 @@ def moments(run: Runner) -> None:
     assert "too few bits for the changes of a moment with beta2 = 0.999" in error
     error = run.refusal("--optimizer.moments", "bfloat16", "--optimizer.name", "adamw8bit")
     assert 'name = "adamw8bit" quantizes moments' in error
+
+
+def decay_embeddings(run: Runner) -> None:
+    """Of an untied embedding and head alone; that nothing else changes is in tests/optim."""
+    for tied in ("true", "false"):
+        settings = (*ONE_STEP, "0.01", "--optimizer.weight_decay", "10", "--model.tie_embeddings", tied)
+        without, with_decay = (run(*settings, "--optimizer.decay_embeddings", each) for each in ("false", "true"))
+        start = run(*ONE_STEP, "0", "--model.tie_embeddings", tied).weights(1)
+        names = {"model.embedding.weight"} | ({"model.head.weight"} if tied == "false" else set())
+        for key, weight in without.weights(1).items():
+            expected = -0.01 * 10 * start[key] if key in names else torch.zeros_like(weight)
+            torch.testing.assert_close(with_decay.weights(1)[key] - weight, expected, rtol=1e-3, atol=1e-7)
+        log = (without.folder / "logs/rank-0.log").read_text()
+        assert "optimizer: adamw, no decay: " in log
+        assert f"parameters ({', '.join(['embedding', 'head'][: len(names)])}" in log
+    assert "has no effect" in run.refusal("--optimizer.decay_embeddings", "true", "--optimizer.weight_decay", "0")
 
 
 def lr_multipliers(run: Runner) -> None:
@@ -135,6 +152,7 @@ def use_ema(run: Runner) -> None:
 OPTIMIZER_CASES: dict[str, Callable[[Runner], None]] = {
     "optimizer.name": name,
     "optimizer.moments": moments,
+    "optimizer.decay_embeddings": decay_embeddings,
     "optimizer.lr_multipliers": lr_multipliers,
     "optimizer.muon_momentum": muon_momentum,
     "optimizer.muon_nesterov": muon_nesterov,

@@ -13,6 +13,11 @@ OFFLOADED = Parallel(cpu_offload=True)
     "config, keys, way_out",
     [
         (Config(optimizer=Optimizer(name="lion", eps=1e-6)), ("eps", "name"), "leave it out"),
+        (
+            Config(optimizer=Optimizer(decay_embeddings=True, weight_decay=0.0)),
+            ("decay_embeddings", "weight_decay"),
+            "leave it out",
+        ),
         (Config(optimizer=Optimizer(muon_ns_steps=6)), ("muon_ns_steps", "name"), "leave it out"),
         (Config(optimizer=Optimizer(name="lion", muon_nesterov=False)), ("muon_nesterov", "name"), "leave it out"),
         (Config(optimizer=Optimizer(moments="bfloat16", beta2=0.995)), ("moments", "beta2"), 'or "float32"'),

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from swamla_titan.config import Override, load_config, with_vocabulary
+from swamla_titan.config import Config, Override, load_config, with_vocabulary
+from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.parallel.world import join_world, leave_world
+from swamla_titan.train.changed_settings import changed_settings
 from swamla_titan.train.checkpoint import Checkpoints, tensors_of
 from swamla_titan.train.state import TrainingState
 from tests.conftest import TINY
@@ -94,6 +96,43 @@ def test_a_killed_job_goes_on_bit_for_bit(tmp_path, name):
     assert on_ranks(2, run, config, *settings) == [0, 0]
     assert "resumed from" in (tmp_path / "run/logs/rank-0.log").read_text()
     assert_same_checkpoint(checkpoint(tmp_path / "run", 4), checkpoint(whole, 4))
+
+
+@each("adamw8bit", "muon")
+def test_a_checkpoint_of_other_groups_is_read_bit_for_bit_and_the_new_rule_is_said(tmp_path, name):
+    """As those are that were written when every matrix decayed."""
+    config, settings = written(tmp_path), [*COMMON, *OPTIMIZERS[name], "--training.steps", "2"]
+    assert run(config, *settings, "--optimizer.decay_embeddings", "true") == 0
+    before, after = checkpoint(tmp_path / "run", 2), tmp_path / "again"
+    loaded_and_saved(config, str(before), str(after), settings)
+    expected, found = tensors(before), tensors(after)
+    assert {key for key in expected if key.startswith("optimizer.")} == {k for k in found if k.startswith("optimizer.")}
+    for tensor, value in found.items():
+        assert torch.equal(value, expected[tensor]), tensor
+    assert run(config, *settings, "--training.steps", "4") == 0
+    log = (tmp_path / "run/logs/rank-0.log").read_text()
+    assert log.count("resumed with another setting: optimizer.decay_embeddings was true and is false") == 1
+    assert log.count("resumed with another setting") == 1
+
+
+def test_what_a_checkpoint_of_before_the_key_was_trained_by_is_known(tmp_path):
+    def changes(text: str, **optimizer: object) -> list[str]:
+        (tmp_path / "config.toml").write_text(text)
+        return changed_settings(tmp_path / "config.toml", Config(optimizer=Optimizer(**optimizer)))
+
+    old = "[optimizer]\nlr = 0.1\n"
+    said = ["optimizer.lr was 0.1 and is 0.0003", "optimizer.decay_embeddings was true and is false"]
+    assert changes(old) == said
+    assert changes(old, lr=0.1, decay_embeddings=True) == []
+    assert changes(old, lr=0.1, weight_decay=0.0) == []  # there is none to take
+    assert changes("[optimizer]\ndecay_embeddings = false\n") == []
+    assert changes('[optimizer]\ndecay_embeddings = false\nlr_multipliers = {"*" = 2.0}\n') == [
+        'optimizer.lr_multipliers was {"*": 2.0} and is {}'
+    ]
+    assert changes("optimizer = 3\n") == changes("no TOML") == []
+    assert changes("[lr_schedule]\nwarmup_steps = 7\n") == [
+        f"lr_schedule.warmup_steps was 7 and is {LRSchedule().warmup_steps}"
+    ]
 
 
 def test_moments_of_another_type_are_converted(tmp_path):

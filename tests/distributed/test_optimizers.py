@@ -27,6 +27,7 @@ SETTINGS = {
     "adamw": {"name": "adamw"},
     "adamw-no-decay": {"name": "adamw", "weight_decay": 0.0},  # norms move with matrices
     "lion": {"name": "lion"},
+    "lion-decays-all": {"name": "lion", "decay_embeddings": True},
     "muon": {"name": "muon"},
     "muon-original": {"name": "muon", "muon_adjust_lr_fn": "original", "moments": "bfloat16"},
     "adamw-bfloat16": {"name": "adamw", "moments": "bfloat16"},

@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
+from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.optim import build_optimizer, grouped, set_learning_rate, skip_where, updates
 
 STEPS = 20
@@ -117,6 +119,47 @@ def test_adamw_is_torchs(compiled, pays, by_rule, monkeypatch):
         trained_by(theirs, make, axes)
     for one, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "lion", "muon"])
+def test_a_model_of_the_family_moves_as_by_other_implementations_with_its_groups(name, tied, decays):
+    """Matrices of the blocks decay; embedding, head and norms do not, or only norms do not."""
+    import torchao.optim
+
+    shape = replace(FLAVORS["debug"], num_layers=1, dim=256, num_heads=2, ffn_hidden_dim=256, vocab_size=128)
+    shape = replace(shape, tie_embeddings=tied)
+    ours, theirs = SWAMLAModel(shape), SWAMLAModel(shape)
+    for model in (ours, theirs):
+        model.init_weights(0)
+    betas, lr = (HYPER["beta1"], HYPER["beta2"]), HYPER["lr"]
+    own = [p for p in theirs.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in theirs.parameters() if all(p is not each for each in own)]
+    groups = [(own, 0.3), ([p for p in rest if p.ndim == 2], 0.3 if decays else 0.0)]
+    groups += [([p for p in rest if p.ndim < 2], 0.0)]
+    made = [{"params": each, "weight_decay": decay} for each, decay in groups]
+    if name == "lion":
+        others = [pytest.importorskip("lion_pytorch").Lion(made, lr, betas)]
+    elif name == "muon":
+        others = [torch.optim.AdamW(made[1:], lr, betas)]
+    else:
+        kind = getattr(torchao.optim, QUANTIZED[name]) if name in QUANTIZED else torch.optim.AdamW
+        # torchao's quantize an embedding too, where ours keeps float32 if it is not tied.
+        apart = [made[1] | {"params": [theirs.embedding.weight]}] if name in QUANTIZED and not tied else []
+        if apart:
+            made[1] = made[1] | {"params": [theirs.head.weight]}
+        others = [kind(made, lr, betas), *(torch.optim.AdamW([each], lr, betas) for each in apart)]
+    optimizer = build_optimizer(ours, Optimizer(**{**HYPER, "name": name, "decay_embeddings": decays}))
+    set_learning_rate(optimizer, lr)
+    for _, _, _ in zip(gradients(ours), gradients(theirs), range(2)):
+        with torch.compiler.set_stance("force_eager"):
+            for each in (optimizer, *others):
+                each.step()
+    for (key, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters()):
+        # Of the blocks' matrices Muon's are fused, and blocks of moments are cut as ranks may cut rows.
+        if name in ("adamw", "lion") or all(other is not each for each in own):
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def lion_of_the_paper(model: nn.Module, beta1: float, beta2: float, weight_decay: float) -> None:

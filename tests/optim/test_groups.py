@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import Optimizer, Parallel
+from swamla_titan.config.sections import Compile, Optimizer, Parallel
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
-from swamla_titan.optim.groups import block_of, groups, multiplier
+from swamla_titan.optim.groups import block_of, groups, multiplier, named
 from swamla_titan.optim.matrices import column_units, separate_rows
-from swamla_titan.parallel.degrees import Degrees
+from swamla_titan.parallel.degrees import Degrees, fit_degrees
 from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.pretend import pretended_world
 
@@ -46,7 +46,7 @@ def test_blocks_divide_rows_and_what_ranks_make_of_them(name, columns, unit, blo
 @pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit", "adamw_fp8"])
 def test_every_matrix_of_every_flavor_is_quantized_but_the_smallest(flavor, name):
-    for row in group_table(FLAVORS[flavor], Optimizer(name=name)):
+    for row in group_table(FLAVORS[flavor], Optimizer(name=name, decay_embeddings=True)):
         assert row.kind.moments == (name if row.kind.weight_decay else "float32"), row
 
 
@@ -101,28 +101,70 @@ def test_both_ends_of_a_tied_weight_are_of_one_kind_on_other_stages_of_a_pipelin
     model = ModelConfig(num_layers=2, dim=64, num_heads=2, vocab_size=100, max_seq_len=32, tie_embeddings=True)
     config = Config(model=model, parallel=Parallel(pipeline=2))
     optimizer = Optimizer(name="muon", lr_multipliers={"embedding.weight": 0.5})
-    kinds = []
-    for rank in range(2):
-        with pretended_world(Degrees(pipeline=2), "fsdp", rank) as world:
-            [stage] = build_parts(config, world)
-            weight = stage.embedding.weight if rank == 0 else stage.head.weight
-            kinds += [kind for kind, members in groups(stage, optimizer).items() if any(m is weight for m in members)]
-    assert kinds[0] == kinds[1]
-    assert (kinds[0].rule, kinds[0].lr_multiplier) == ("adamw", 0.5)
+    for decays in (False, True):
+        optimizer = replace(optimizer, decay_embeddings=decays)
+        kinds = []
+        for rank in range(2):
+            with pretended_world(Degrees(pipeline=2), "fsdp", rank) as world:
+                [stage] = build_parts(config, world)
+                weight = stage.embedding.weight if rank == 0 else stage.head.weight
+                kinds += [kind for kind, each in groups(stage, optimizer).items() if any(m is weight for m in each)]
+        assert kinds[0] == kinds[1]
+        assert (kinds[0].rule, kinds[0].lr_multiplier) == ("adamw", 0.5)
+        assert kinds[0].weight_decay == (0.1 if decays else 0.0)
 
 
 def test_the_table_tells_every_group():
     rows = group_table(FLAVORS["debug"], Optimizer(name="muon", lr_multipliers={"*.wo.weight": 2.0}))
-    assert [str(row.kind) for row in rows] == [
-        "adamw, decay 0.1",
-        "muon, decay 0.1",
-        "muon, decay 0.1, lr x 2",
-        "adamw, no decay",
-    ]
-    assert rows[0].names == ["embedding"]
+    assert [str(row.kind) for row in rows] == ["adamw, no decay", "muon, decay 0.1", "muon, decay 0.1, lr x 2"]
+    assert rows[0].names[0] == "embedding"
+    assert all(name.endswith("norm") for name in rows[0].names[1:])
     assert rows[2].names == ["attention.wo"]
     total = sum(parameter.numel() for parameter in SWAMLAModel(FLAVORS["debug"]).parameters())
     assert sum(row.elements for row in rows) == total
+
+
+# Weight decay
+
+
+ALL_RULES = [{"name": name} for name in ("adamw", "lion", "muon", "adamw8bit", "adamw4bit", "adamw_fp8")]
+
+
+@pytest.mark.parametrize("settings", [*ALL_RULES, {"name": "adamw", "moments": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("norm", ["rmsnorm", "dynamic_tanh"])
+def test_the_blocks_matrices_decay_and_by_one_key_embedding_and_head(settings, tied, norm):
+    config = replace(FLAVORS["debug"], num_layers=3, vocab_size=512, tie_embeddings=tied, norm=norm, q_lora_rank=32)
+    with torch.device("meta"):
+        model = SWAMLAModel(config)
+    matrices = {p for p in model.blocks.parameters() if p.ndim == 2}
+    for decays in (False, True):
+        expected = matrices | ({model.embedding.weight, model.head.weight} if decays else set())
+        found = groups(model, Optimizer(**settings, weight_decay=0.3, decay_embeddings=decays))
+        assert {p for kind, each in found.items() if kind.weight_decay for p in each} == expected
+        assert {kind.weight_decay for kind in found} == {0.0, 0.3}
+        listed = [p for each in found.values() for p in each]
+        assert len(listed) == len({*listed}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("parallel", [{}, {"dp_shard": 2}, {"tensor": 2}, {"data_parallel": "ddp"}, {"pipeline": 3}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_plan_decays_the_same_parameters(parallel, tied):
+    model = ModelConfig(num_layers=3, dim=64, num_heads=2, vocab_size=128, max_seq_len=32, tie_embeddings=tied)
+    config = Config(model=model, parallel=Parallel(**parallel), compile=Compile(enabled=False))
+    with torch.device("meta"):
+        names = {
+            name for name, p in SWAMLAModel(model).named_parameters() if name.startswith("blocks.") and p.ndim == 2
+        }
+    ranks = 3 if parallel.get("pipeline") else 2 if parallel else 1
+    decaying = set()
+    for rank in range(ranks):
+        with pretended_world(fit_degrees(config.parallel, ranks), config.parallel.data_parallel, rank) as world:
+            for part in build_parts(config, world):
+                of = {p: name for name, p in named(part)}
+                for kind, each in groups(part, config.optimizer).items():
+                    decaying |= {of[p] for p in each if kind.weight_decay}
+    assert decaying == names
 
 
 # Fused weights

@@ -12,16 +12,6 @@ from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.pretend import pretended_world
 
 
-def test_matrices_decay_and_vectors_do_not_and_a_tied_weight_counts_once():
-    model = SWAMLAModel(FLAVORS["debug"])
-    optimizer = build_optimizer(model, Optimizer(weight_decay=0.3))
-    by_decay = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
-    assert {p.ndim for p in by_decay[0.3]} == {2}
-    assert {p.ndim for p in by_decay[0.0]} <= {0, 1}
-    listed = [p for group in by_decay.values() for p in group]
-    assert len(listed) == len({id(p) for p in listed}) == len(list(model.parameters()))
-
-
 def test_a_step_follows_the_formula_of_adamw():
     layer = torch.nn.Linear(3, 2)
     layer.weight.grad = torch.randn_like(layer.weight)
