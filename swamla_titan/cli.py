@@ -1,18 +1,22 @@
 """The command `swamla-titan`: parses, then calls a room."""
 
+import contextlib
+import errno
+import io
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
+from swamla_titan.console import lost_output, one_line, open_console, several_lines
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
-from swamla_titan.parallel.launcher import speaks
+from swamla_titan.machine import explain
+from swamla_titan.parallel.launcher import refused_alone, speaks
 
 
 @dataclass
@@ -126,28 +130,16 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `swamla_titan.errors`)."""
-    spoken, code = True, EXIT_DONE
+    open_console()
+    spoken = True
     try:
         spoken = speaks()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
-        command = tyro.cli(
-            Command,
-            prog="swamla-titan",
-            description="Pretraining for hybrid sliding-window + latent-attention language models.",
-            args=rest,
-            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-        )
+        command = _parsed(rest)
         if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
-        sys.stdout.flush()  # or Python does at its end, where a reader that has gone is an error
-        return code
-    except SystemExit:  # tyro's, with its help
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            return _without_a_reader(code)
-        raise
+        return code if isinstance(command, Train) else _with_all_its_output(code)
     except UserError as error:
         if spoken:
             print(f"error: {error}", file=sys.stderr)
@@ -156,14 +148,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if spoken or isinstance(error, RankFailed):  # nobody else says it
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except BrokenPipeError:
-        return _without_a_reader(code)
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        print(f"error: {one_line(reason)}", file=sys.stderr)
+        refused_alone()
+        return EXIT_BAD_INPUT
 
 
-def _without_a_reader(code: int) -> int:
-    """Of a command whose reader, `head` perhaps, has seen enough; Python would try once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+def _parsed(arguments: list[str]) -> Any:
+    """The command. Raises SystemExit, tyro's, with its help or its complaint printed."""
+
+    def parse() -> Any:
+        return tyro.cli(
+            Command,
+            prog="swamla-titan",
+            description="Pretraining for hybrid sliding-window + latent-attention language models.",
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        )
+
+    if all(argument.isprintable() for argument in arguments):
+        return parse()
+    said = io.StringIO()  # it quotes arguments as they are
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit:
+        print(several_lines(said.getvalue()), end="", file=sys.stderr)
+        raise
+
+
+def _with_all_its_output(code: int) -> int:
+    """`code`, or 1 if the disk did not take what was printed; a reader that has seen enough, like `head`, is fine."""
+    lost = lost_output()
+    if lost is None or lost.errno in (errno.EPIPE, errno.EIO):
+        return code
+    print(f"failed: standard output could not be written ({lost.strerror})", file=sys.stderr)
+    return code or EXIT_FAILED
 
 
 def _run(command: object, overrides: list[Override]) -> int:
@@ -177,13 +200,10 @@ def _run(command: object, overrides: list[Override]) -> int:
             raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")
         case Train(config=name):
             config = load_config(find_config(name), overrides)
-            from swamla_titan.train import end_output, log_to_console, train
+            from swamla_titan.train import log_to_console, train
 
             log_to_console(logging.INFO if speaks() else logging.WARNING)
-            try:
-                return train(config)
-            finally:
-                end_output()
+            return train(config)
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan
 

@@ -1,5 +1,7 @@
 """The two ways in which a command ends early, and the exit codes users and launchers see."""
 
+from swamla_titan.console import one_line
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -7,7 +9,16 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command aga
 EXIT_REGROUP = 76  # of a worker that torchrun stops to start it again in another group; no user sees it
 
 
-class UserError(Exception):
+class Message(Exception):
+    """An error whose text is for the user. Each argument is one line, whatever file names and values it quotes."""
+
+    has_safe_lines = True
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, self.args))
+
+
+class UserError(Message):
     """Something the user gave (file, key, data, checkpoint) cannot be used.
 
     The command line prints the message alone, without a traceback, and exits with 2. The message says what is
@@ -15,7 +26,7 @@ class UserError(Exception):
     """
 
 
-class RunFailed(Exception):
+class RunFailed(Message):
     """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1.
 
     In a job of several processes all of them raise it, at the same place.

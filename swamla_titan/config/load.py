@@ -59,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
             errors.append(f"[{section}] {key}: {problem}")
     if errors:
         count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise UserError(f"{path}: {count} in the configuration\n" + "\n".join(f"  {line}" for line in errors))
+        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in errors))
     return config
 
 
@@ -204,7 +204,9 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for a character that JSON leaves bare.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # Of a path that is not UTF-8: TOML cannot hold it, but a file that shows it can be read all the same.
+        return "".join(f"\\\\u{ord(each):04x}" if "\ud800" <= each <= "\udfff" else each for each in text)
     if isinstance(value, dict):
         pairs = (f"{_toml(name)} = {_toml(each)}" for name, each in value.items())
         return f"{{{', '.join(pairs)}}}"

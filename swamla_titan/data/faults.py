@@ -1,4 +1,8 @@
-"""What can go wrong with a file of the training data, told with the file and the place in it."""
+"""What can go wrong with a file of the training data, told with the file and the place in it.
+
+Whose fault it is decides what follows: one of the file (DataFault) is passed over with data.on_error = "skip_file", one
+of a network, disk or server (Unreachable) is waited for first, one of this machine (of_machine) never costs a file.
+"""
 
 import errno
 import os
@@ -6,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from swamla_titan.console import one_line as escaped
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.machine import LASTING, WAYS_OUT, chain, lack
 
 # Answers of an operating system that do not change by asking again: a missing file is reported at once.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -18,6 +24,9 @@ class Fault(Exception):
     `advice` is a sentence on what to do about it. `may_pass`: to read once more may help, as with bytes that a network
     mixed up; False for what is plainly there and wrong.
     """
+
+    has_safe_lines = True
+    of_machine = False  # no file is at fault
 
     def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = False) -> None:
         super().__init__(file, place, reason, advice, may_pass)  # with these, pickle makes it again in other processes
@@ -32,7 +41,7 @@ class Fault(Exception):
 
     def __str__(self) -> str:
         tried = f" ({self.tried})" if self.tried else ""
-        return f"{self.where}: {self.reason}{tried}" + (f". {self.advice}" if self.advice else "")
+        return escaped(f"{self.where}: {self.reason}{tried}" + (f". {self.advice}" if self.advice else ""))
 
 
 class DataFault(Fault, UserError):
@@ -44,6 +53,18 @@ class Unreachable(Fault, RunFailed):
 
     def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = True) -> None:
         super().__init__(file, place, reason, advice, may_pass)
+
+
+class MachineFault(Unreachable):
+    """This machine is out of memory or the like. It may pass."""
+
+    of_machine = True
+
+
+class SetupFault(Fault, UserError):
+    """This machine does not let the process read on, until somebody raises a limit."""
+
+    of_machine = True
 
 
 @contextmanager
@@ -58,7 +79,18 @@ def readable(path: str, place: str = "") -> Iterator[None]:
 def refused(path: str, place: str, error: OSError) -> Fault:
     """The fault for what the operating system says of `path`."""
     kind = DataFault if error.errno in _FINAL else Unreachable
-    return kind(path, place, f"cannot be read: {error.strerror or one_line(error)}")
+    return fault_of_machine(path, place, error) or kind(
+        path, place, f"cannot be read: {error.strerror or one_line(error)}"
+    )
+
+
+def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | None:
+    """The fault for what this machine lacked, and not the file, where `error` was raised; None: it is about else."""
+    number = lack(error)
+    if number is None:
+        return None
+    kind = SetupFault if number in LASTING else MachineFault
+    return kind(path, place, f"cannot be read: {os.strerror(number)}", WAYS_OUT[number], may_pass=True)
 
 
 def cut_short(file: str, place: str) -> DataFault:
@@ -80,29 +112,22 @@ def _size(file: str) -> int:
         return -1
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int = 200) -> str:
     """The first line of an error's message, or its name."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return next((line[:most] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def network_fault(file: str, place: str, error: Exception) -> Fault:
     """What a library that reads remote files raised, as the kind of Fault that it is."""
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
-    for each in _chain(error):
+    reason = f"{type(error).__name__}: {one_line(error, 300)}" if str(error) else type(error).__name__
+    if fault := fault_of_machine(file, place, error):
+        return fault
+    for each in chain(error, contexts=False):
         if _is_final(each):
             return DataFault(file, place, f"cannot be read: {reason}")
         if _is_of_the_network(each):
             return Unreachable(file, place, f"reading stopped: {reason}")
     return DataFault(file, place, f"cannot be read: {reason}", may_pass=True)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__
 
 
 def _status(error: BaseException) -> Any:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swamla_titan.data.document import Document, Position, decode_utf8, too_large
-from swamla_titan.data.faults import DataFault, Fault, of_another_size, one_line, refused
+from swamla_titan.data.faults import DataFault, Fault, fault_of_machine, of_another_size, one_line, refused
 from swamla_titan.errors import UserError
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
@@ -100,6 +100,8 @@ class RowGroup:
 
 
 def _fault(path: str, place: str, error: Exception) -> Fault:
+    if fault := fault_of_machine(path, place, error):
+        return fault
     # Of pages that make no sense pyarrow speaks as of an OSError without a number.
     if isinstance(error, OSError) and error.errno is not None:
         return refused(path, place, error)

@@ -208,6 +208,8 @@ class DocumentStream:
 
     def _pass_over(self, fault: Fault, file: str, unit: int) -> None:
         """The rest of a file, from behind the last document that was read; or raise its fault."""
+        if fault.of_machine:
+            raise fault
         if not self._corpus.skips_files:
             skipping = 'data.on_error = "skip_file" passes over the rest of the file'
             fault.advice = f"{fault.advice}. {skipping}" if fault.advice else skipping

@@ -24,7 +24,7 @@ from datetime import timedelta
 import torch.distributed.launcher.api as launcher_api
 import torch.distributed.run as torchrun
 from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous.api import (
@@ -33,8 +33,9 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from swamla_titan.parallel.launcher import regrouping
+from swamla_titan.parallel.launcher import any_refused, regrouping
 from swamla_titan.parallel.meeting_point import MeetingPoint, answers, find_meeting_point, wait_for_meeting_point
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,16 @@ class Agent(LocalElasticAgent):
                 self._pcontext.close(signal.SIGTERM, timeout=int(TO_SAVE.total_seconds()))
         super()._stop_workers(worker_group)
 
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED and any_refused():
+            self._remaining_restarts = 0
+        return result
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun; returns the exit code: 0, 1, or 2 if RDZV_ENDPOINT is at fault."""
+    open_console()
     args = torchrun.parse_args(list(arguments))
     launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:

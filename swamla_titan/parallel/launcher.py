@@ -35,6 +35,7 @@ from swamla_titan.process_end import wait_for_end
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_is_refused = False  # see refused_alone
 AGENT_COMES = 30.0  # seconds; the agents of all machines look every second whether one waits to join
 
 
@@ -83,12 +84,34 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
             if code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_REGROUP):
                 raise
     assert isinstance(code, int)
+    if _is_refused:
+        return EXIT_FAILED
     if code == EXIT_REGROUP:
         if not is_regrouping():
             time.sleep(AGENT_COMES)  # until its SIGTERM, which nothing handles any more
         return code
     _write(_file("code"), str(code))
     return EXIT_DONE if code in (EXIT_BAD_INPUT, EXIT_STOPPED) else code
+
+
+def refused_alone() -> None:
+    """Tell the launcher that this worker ends for a fault of its machine which no restart mends. Without one: nothing.
+
+    The others do not know of it, so the worker itself has to end as after a crash, for torchrun to end them.
+    """
+    global _is_refused
+    if FOLDER in os.environ:
+        _is_refused = True
+        with suppress(OSError):
+            _write(_file("code"), str(EXIT_BAD_INPUT))
+
+
+def any_refused() -> bool:
+    """For torchrun: whether a worker of this machine has ended with 2, so that it is in vain to start them again."""
+    if FOLDER not in os.environ:
+        return False
+    codes = [path.read_text() for path in _folder().glob("*.code")]
+    return str(EXIT_BAD_INPUT) in codes
 
 
 def launched_size() -> int:

@@ -12,7 +12,7 @@ def list_configs() -> None:
     """Print each shipped configuration with its first comment line, and the flavors with their parameter counts."""
     print("Configurations (use a name or a path):")
     for name, path in shipped_configs().items():
-        first = path.read_text().splitlines()[0].removeprefix("#").removeprefix(f" {name}:").strip()
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").removeprefix(f" {name}:").strip()
         print(f"  {name:<16} {first}")
     print("\nModel flavors (parameters with the GPT-2 vocabulary, `debug` with bytes):")
     print("\n".join(flavor_table()))

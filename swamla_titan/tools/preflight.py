@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from swamla_titan.config import find_config, load_config, split_overrides
+from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.world import refuse_without_gpus
@@ -45,6 +46,7 @@ def preflight(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """`preflight` as a command: exit code 2 and one message, or 0 and silence."""
+    open_console()
     try:
         preflight(arguments)
     except UserError as error:

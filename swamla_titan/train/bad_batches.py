@@ -75,7 +75,7 @@ def write_bad_batches(
             entry["cursors"] = places
         objects.append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(objects, indent=1) + "\n")
+    path.write_text(json.dumps(objects, indent=1) + "\n", encoding="utf-8")
 
 
 def _number(value: float) -> float | str:

@@ -184,9 +184,9 @@ class Checkpoints:
             damaged.append(f"{path}: {problem}")
         if damaged:
             raise UserError(
-                "no whole checkpoint to resume from:\n  "
-                + "\n  ".join(damaged)
-                + "\nrestore one of them, or start anew with another job.dump_folder"
+                "no whole checkpoint to resume from:",
+                *(f"  {line}" for line in damaged),
+                "restore one of them, or start anew with another job.dump_folder",
             )
         return None
 
@@ -282,8 +282,8 @@ def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
                 shape = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else "no tensor"
                 problems.append(f"{group}.{name} is {shape} there and {tuple(tensor.shape)} here")
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(f"{path} holds another model:\n  " + "\n  ".join(problems[:8]) + more)
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise UserError(f"{path} holds another model:", *(f"  {line}" for line in problems[:8] + more))
     return wanted
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from swamla_titan.console import LogFormatter
 from swamla_titan.errors import UserError
 from swamla_titan.train.line_file import LineFileHandler
 
@@ -132,7 +133,7 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         (folder / "metrics.jsonl").open("a").close()
         if config.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(config))
-        new.write_text(config_text)
+        new.write_text(config_text, encoding="utf-8")
         new.replace(config)
     except OSError as error:
         with suppress(OSError):
@@ -147,5 +148,5 @@ def log_to_folder(folder: Path, rank: int) -> None:
         handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")
     except OSError as error:
         raise _unusable(folder, error) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("swamla_titan").addHandler(handler)

@@ -24,7 +24,7 @@ def write_stacks(path: Path, headline: str) -> bool:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{headline}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.console import one_line
 from swamla_titan.errors import RankFailed
 from swamla_titan.parallel.world import World
 
@@ -37,12 +38,13 @@ def explained_out_of_memory(config: Config, world: World, traces: Path) -> Itera
         path = traces / f"oom-rank-{world.rank}.txt"
         try:
             traces.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{error}\n\n{_table(world.device)}\n")
-            text += f"\nThe whole table of its memory is in {path}"
+            path.write_text(f"{error}\n\n{_table(world.device)}\n", encoding="utf-8", errors="backslashreplace")
+            text += f"\nThe whole table of its memory is in {one_line(path)}"
         except OSError as other:
-            text += f"\n{path} could not be written ({other.strerror})"
-        logger.error("%s", text)  # for this rank's log file
-        raise RankFailed(text) from error
+            text += f"\n{one_line(path)} could not be written ({other.strerror})"
+        failure = RankFailed(*text.split("\n"))
+        logger.error("%s", failure)  # for this rank's log file
+        raise failure from error
 
 
 def message(error: BaseException, config: Config, world: World) -> str:

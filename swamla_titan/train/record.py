@@ -11,6 +11,7 @@ import torch
 
 import swamla_titan
 from swamla_titan.config.rules import ALLOWED_DIFFERENCES
+from swamla_titan.console import Lines, one_line
 from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import UserError
 from swamla_titan.train.identity import kind_of
@@ -73,10 +74,10 @@ def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str =
         names = ",".join(sorted(found))
         possible = found <= {*ALLOWED_DIFFERENCES}
         raise UserError(
-            f"{newest} belongs to another run:\n  "
-            + "\n  ".join(refused)
-            + "\nput these back, or give this run its own job.dump_folder"
-            + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else "")
+            f"{newest} belongs to another run:",
+            *(f"  {line}" for line in refused),
+            "put these back, or give this run its own job.dump_folder"
+            + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else ""),
         )
     if changes:
         anew = ANEW & found
@@ -84,7 +85,7 @@ def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str =
             "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
             newest,
             "; the data begin anew" if anew else "",
-            "\n  ".join(changes.values()),
+            Lines("\n  ".join(map(one_line, changes.values()))),
         )
         if anew:
             return replace(record, sequences=0, cursors={})

@@ -1,12 +1,15 @@
 """A process's part in a run, from joining the others to leaving them."""
 
 import faulthandler
+import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from swamla_titan.config import Config
 from swamla_titan.errors import RankFailed, RunFailed, UserError
+from swamla_titan.machine import explain
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.world import join_world, leave_world
 from swamla_titan.train.dump_folder import exclusive
@@ -14,6 +17,8 @@ from swamla_titan.train.out_of_memory import explained_out_of_memory
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.trainer import Trainer
 from swamla_titan.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> int:
@@ -38,7 +43,27 @@ def train(config: Config) -> int:
         if asked := stop.agreed(world.largest):
             return asked.code
         stop.finish_step_first = True
-        return trainer.run()
+        with _explained():
+            return trainer.run()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Makes a RankFailed of what this machine lacks while it trains: it may be there again at the next start.
+
+    What it lacks before is a UserError or ends in cli.py, with 2.
+    """
+    try:
+        yield
+    except (UserError, RunFailed):
+        raise
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        failure = RankFailed(reason)
+        logger.error("%s", failure)
+        raise failure from error
 
 
 def _in_trouble_alone(kind: type[BaseException] | None) -> bool:

@@ -62,7 +62,7 @@ class SkippedFiles:
             return
         try:
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._entries, indent=1) + "\n")
+            temporary.write_text(json.dumps(self._entries, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
         except OSError as error:
             logger.warning("%s could not be written (%s); the checkpoints hold the same", self._path, error.strerror)

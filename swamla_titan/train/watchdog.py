@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.console import Lines
 from swamla_titan.errors import EXIT_FAILED
 from swamla_titan.parallel.world import World
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
@@ -187,7 +188,7 @@ class Watchdog:
                 headline,
                 "step_timeout" if now.doing == "step" else "first_step_timeout",
                 path if written else "on standard error",
-                where_all_are(steps, places, self._world.size),
+                Lines(where_all_are(steps, places, self._world.size)),
             )
             self._remove_if_empty()
         finally:
