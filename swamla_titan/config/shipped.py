@@ -1,22 +1,25 @@
 """The configurations that come with the package."""
 
-import sysconfig
 from pathlib import Path
 
 import swamla_titan
 from swamla_titan.errors import UserError
 
-# In a checkout the folder stands beside the package; a wheel installs it among the environment's data.
-_CANDIDATES = [
-    Path(swamla_titan.__file__).parents[1] / "train_configs",
-    Path(sysconfig.get_path("data")) / "share" / "swamla-titan" / "train_configs",
-]
+_PACKAGE = Path(swamla_titan.__file__).resolve().parent
+_FOLDER = "train_configs"
+
+
+def checkout() -> Path | None:
+    """The repository that this package runs from, also if it is installed from there as editable; else None."""
+    root = _PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() and (root / _FOLDER).is_dir() else None
 
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> path of each shipped TOML file, sorted by name."""
-    folder = next((folder for folder in _CANDIDATES if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
+    # In the repository the folder stands beside the package; setup.py has it installed within.
+    folder = (checkout() or _PACKAGE) / _FOLDER
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find_config(name: str) -> Path:

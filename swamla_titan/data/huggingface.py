@@ -141,6 +141,8 @@ class HuggingFaceSource:
                 if isinstance(fault, Unreachable) and patience.again(fault):
                     continue
                 patience.give_up(fault)
+                if fault.of_machine:
+                    raise fault from error
                 tried = f" ({fault.tried})" if fault.tried else ""
                 raise UserError(
                     f"{fault.file} cannot be loaded: {_reason(error)}{tried}. Check the three keys and the network."

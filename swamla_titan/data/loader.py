@@ -25,6 +25,7 @@ from swamla_titan.data.packing import document_ids, initial_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.machine import needed
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class BatchLoader(Iterator[StepBatch]):
         if self._items is None:
             # The interpreter's own end waits for workers, and they ignore its SIGTERM: they are ended before that.
             atexit.register(self.close)
-            self._items = self._guarded(lambda: iter(self._loader))
+            with needed("the processes that read the data cannot be started"):
+                self._items = self._guarded(lambda: iter(self._loader))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits so long, None: to the end, for the step to come; returns whether it can be taken without waiting.
@@ -286,7 +288,8 @@ def prepare_workers(count: int) -> None:
     Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
     """
     if count:
-        _fork_server()
+        with needed("the processes that read the data cannot be started"):
+            _fork_server()
         with suppress(OSError):  # the loader's own start will tell
             multiprocessing.forkserver.ensure_running()
 

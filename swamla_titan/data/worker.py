@@ -1,6 +1,7 @@
 """What a loader process does: advance its streams, and hand over its part of each step with their cursors."""
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from swamla_titan.console import LogFormatter, open_console
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.skips import Skip
@@ -43,6 +45,9 @@ def settle_worker(trainer: int, worker: int) -> None:
     the training process, which still needs its batches until the last step is saved. It ends the workers itself; where
     it is killed before it can, they end themselves.
     """
+    open_console()
+    if logging.lastResort is not None:  # what a worker logs goes to standard error, by no handler of its own
+        logging.lastResort.setFormatter(LogFormatter())
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: their number is the user's to choose

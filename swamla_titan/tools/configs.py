@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 from swamla_titan.config import find_config, shipped_configs
+from swamla_titan.config.shipped import checkout
+from swamla_titan.console import one_line
 from swamla_titan.errors import UserError
 from swamla_titan.model.sizes import flavor_table
 
@@ -29,4 +31,5 @@ def copy_config(name: str, destination: str) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    print(f"{target} written; train with: ./run_train.sh {target}")
+    command = "./run_train.sh" if checkout() else "swamla-titan train"
+    print(one_line(f"{target} written; train with: {command} {target}"))

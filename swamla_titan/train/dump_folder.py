@@ -17,6 +17,7 @@ from swamla_titan.train.line_file import LineFileHandler
 
 LOCK = ".lock"
 LEAVING = 300.0  # seconds; a file server lets go of what a dead machine held after 45 to 120
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _RUN = "TORCHELASTIC_RUN_ID"  # of torchrun: the same for all starts and machines of a run
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,16 @@ def _acquire(lock: TextIO, folder: Path) -> None:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
-        except OSError as error:  # a file system without locks
-            raise _unusable(folder, error) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise _unusable(folder, error) from None
+            logger.warning(
+                "the file system of job.dump_folder = %s has no locks (%s): nothing keeps another run from writing "
+                "there at the same time, so see to it that none does",
+                folder,
+                error.strerror,
+            )
+            return
         if not _is_of_this_run(lock) or time.monotonic() > end:
             raise _busy(folder, lock)
         if not said:
@@ -105,6 +114,9 @@ def refuse_folder(folder: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _busy(folder, lock) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise _unusable(folder, error) from None
 
 
 def _busy(folder: Path, lock: TextIO) -> UserError:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
-from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.console import one_line
+from swamla_titan.errors import UserError
 from swamla_titan.train.line_file import LineFile
 
 logger = logging.getLogger(__name__)
@@ -24,9 +26,10 @@ Values = dict[str, float | int]
 class MetricsLogger:
     """Sends the values of a step to every destination that the configuration asks for.
 
-    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises RunFailed
-    where a destination cannot be opened. Later none ends the run: what a full disk does not take of metrics.jsonl waits
-    in memory, and TensorBoard or Weights & Biases, if they fail, get no more numbers until the next start.
+    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError
+    where a destination cannot be opened, but for a Weights & Biases that does not answer. Later none ends the run: what
+    a full disk does not take of metrics.jsonl waits in memory, and TensorBoard or Weights & Biases, if they fail, get
+    no more numbers until the next start.
     """
 
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
@@ -85,13 +88,13 @@ class MetricsLogger:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """What the disk refuses as a RunFailed."""
+        """What the disk refuses as a UserError: it would refuse it at the next start as well."""
         try:
             yield
         except OSError as error:
-            raise RunFailed(
-                f"the numbers of the run could not be written to {self._folder} ({error}). Make room, and start the "
-                "same command again: it goes on from the newest checkpoint"
+            raise UserError(
+                f"job.dump_folder = {self._folder}: the numbers of the run cannot be written there ({error}). Make "
+                "room or allow it, and start the same command again: it goes on from the newest checkpoint"
             ) from error
 
 
@@ -130,26 +133,70 @@ def _drop(name: str, close: Callable[[], object], error: Exception) -> None:
 
 
 def require_wandb() -> Any:
-    """The package `wandb`; raises UserError if it is not installed."""
+    """The package `wandb`; raises UserError if it is not installed, or does not work."""
     try:
         import wandb
     except ImportError:
         raise UserError("metrics.wandb = true needs the package: pip install wandb, or set it to false") from None
+    except Exception as error:
+        raise UserError(
+            f"metrics.wandb = true: the package cannot be imported ({type(error).__name__}: {error}); install it "
+            "again: pip install --force-reinstall wandb, or set metrics.wandb to false"
+        ) from error
     return wandb
 
 
 def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
-    # The id lies in the dump folder, so a resumed run goes on in its own W&B run. The folder's name would not do:
-    # it may be that of another run of the same project.
+    """The run there; None, with a warning, if the service does not answer. Raises UserError without an account.
+
+    The id lies in the dump folder, so a resumed run goes on in its own W&B run. The folder's name would not do: it may
+    be that of another run of the same project.
+    """
     id_file = folder / "wandb" / "run-id.txt"
     if not id_file.exists():
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(secrets.token_hex(8))
-    return require_wandb().init(
-        project=config.wandb_project,
-        name=folder.resolve().name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=folder,
-        config=run_config,
+    wandb = require_wandb()
+    try:
+        with _nobody_to_ask():
+            return wandb.init(
+                project=config.wandb_project,
+                name=one_line(folder.resolve().name),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=folder,
+                config=run_config,
+            )
+    except OSError as error:
+        if isinstance(error, ConnectionError | TimeoutError):
+            return _without_wandb(error)
+        raise
+    except Exception as error:  # whatever a client of a service raises
+        if {kind.__name__ for kind in type(error).__mro__} & {"UsageError", "AuthenticationError"}:
+            raise UserError(
+                f"metrics.wandb = true, but Weights & Biases takes no run from here ({' '.join(str(error).split())}). "
+                "Log in (`wandb login`, or the variable WANDB_API_KEY), set WANDB_MODE=offline to upload later, or set "
+                "metrics.wandb to false"
+            ) from error
+        return _without_wandb(error)
+
+
+def _without_wandb(error: Exception) -> None:
+    logger.warning(
+        "Weights & Biases gets no numbers until the next start (%s: %s); metrics.jsonl has them all. Set "
+        "WANDB_MODE=offline where it cannot be reached",
+        type(error).__name__,
+        error,
     )
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Without an account wandb asks at the terminal what to do, and a run would wait there for ever."""
+    terminal = sys.stdin
+    with open(os.devnull, encoding="utf-8") as nobody:
+        sys.stdin = nobody
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
