@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,12 @@ _CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
+
+
+# A vocabulary file may give its tokens any ranks below this, with gaps; every rank costs a row of the embedding.
+MAX_RANK = 1 << 22
+MAX_FILE_BYTES = 256 << 20
+_RANK = re.compile(rb"[0-9]{1,18}")
 
 
 class Tokenizer(ABC):
@@ -219,36 +226,66 @@ def _load_file(path: str) -> Tokenizer:
     The file has no split pattern and no special tokens: text is split as cl100k_base does, and end of text is the
     id after the highest rank.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"data.tokenizer: {path} cannot be read: {error.strerror or error}") from error
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines, start=1):
+    by_rank: dict[int, int] = {}  # to the number of its line
+    for number, line in enumerate(_read_file(path).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
+        where = f"data.tokenizer: {path}, line {number}"
+        token, rank = _entry_of(line)
+        if not token or rank is None:
+            raise UserError(f"{where}: expected a token in base64, a space and its rank, found {line[:60]!r}")
+        if rank >= MAX_RANK:
             raise UserError(
-                f"data.tokenizer: {path}, line {number}: expected a token in base64, a space and its rank, "
-                f"found {line[:60]!r}"
-            ) from error
-    ids = set(ranks.values())
+                f"{where}: rank {rank} is beyond {MAX_RANK - 1}. A model has an embedding for every rank up to the "
+                "highest, so number the tokens from 0"
+            )
+        if token in ranks:
+            raise UserError(f"{where}: the token {token[:60]!r} stands in the file twice")
+        if rank in by_rank:
+            raise UserError(f"{where}: the same rank, {rank}, as in line {by_rank[rank]}")
+        ranks[token], by_rank[rank] = rank, number
     missing = sum(bytes([byte]) not in ranks for byte in range(256))
     if missing:
         raise UserError(
             f"data.tokenizer: {path} lacks {missing} of the 256 single bytes, so it cannot write every text. "
             "Use a byte-level vocabulary."
         )
-    if len(ids) != len(ranks) or min(ids) < 0:
-        raise UserError(f"data.tokenizer: {path} gives two tokens the same rank, or a negative one.")
-    eot_id = max(ids) + 1
+    eot_id = max(by_rank) + 1
     encoding = tiktoken.Encoding(
         "tiktoken-file", pat_str=_CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: eot_id}
     )
     return TiktokenTokenizer("tiktoken-file", encoding, eot_id)  # no path in the name: a moved file is the same one
+
+
+def _read_file(path: str) -> bytes:
+    """The content of a vocabulary file; nothing that is no file, or is too large to be one, is read."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no file, but a pipe, socket or device"
+            raise UserError(f"data.tokenizer: {path} is {kind}; give the path of a .tiktoken file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(
+                f"data.tokenizer: {path} has {status.st_size:,} bytes, and a vocabulary at most {MAX_FILE_BYTES:,}; "
+                "is it another file?"
+            )
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a character that no path has
+        raise UserError(f"data.tokenizer: {path} cannot be read: {error}") from error
+
+
+def _entry_of(line: bytes) -> tuple[bytes, int | None]:
+    """Token and rank of a line; an empty token or no rank where it has none."""
+    parts = line.split()
+    if len(parts) != 2 or not _RANK.fullmatch(parts[1]):
+        return b"", None
+    try:
+        return base64.b64decode(parts[0], validate=True), int(parts[1])
+    except binascii.Error:
+        return b"", None
 
 
 def _reason(error: Exception) -> str:

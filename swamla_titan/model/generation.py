@@ -28,9 +28,10 @@ def generate(
     `max_new_tokens`. `generator` must live on the model's device. The model is in evaluation mode meanwhile.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
-    room for max_new_tokens within max_seq_len.
+    room within max_seq_len for the new tokens but the last, which the model never reads.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_token)
+    check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_prompts(model, prompts, max_new_tokens, stop_token)
     longest = max(map(len, prompts))
     # The last new token is returned but never read.
     cache = DecodeCache(model, len(prompts), longest + max_new_tokens - 1)
@@ -89,29 +90,8 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def _check(
-    model: SWAMLAModel,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop_token: int | None,
-) -> None:
-    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
-    if not prompts:
-        raise ValueError("prompts: expected at least one")
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty: start it with the end-of-text token")
-        wrong = [token for token in prompt if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(f"prompt {number} has token {wrong[0]}: the vocabulary is 0 ... {vocab_size - 1}")
-        if len(prompt) + max_new_tokens > max_seq_len:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, which with max_new_tokens = {max_new_tokens} "
-                f"exceeds max_seq_len = {max_seq_len}: shorten either"
-            )
+def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for an option of `generate` that is out of range whatever the model."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected >= 1")
     if not 0 <= temperature < float("inf"):
@@ -120,5 +100,22 @@ def _check(
         raise ValueError(f"top_k = {top_k}: expected >= 0 (0: off)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p}: expected > 0 and <= 1 (1: off)")
+
+
+def _check_prompts(model: SWAMLAModel, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None) -> None:
+    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    if not prompts:
+        raise ValueError("prompts: expected at least one")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty: there is nothing to continue")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(f"prompt {number} has token {wrong[0]}: the vocabulary is 0 ... {vocab_size - 1}")
+        if len(prompt) + max_new_tokens - 1 > max_seq_len:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, which with max_new_tokens = {max_new_tokens} "
+                f"exceeds max_seq_len = {max_seq_len}: shorten either"
+            )
     if stop_token is not None and not 0 <= stop_token < vocab_size:
         raise ValueError(f"stop_token = {stop_token}: the vocabulary is 0 ... {vocab_size - 1}")

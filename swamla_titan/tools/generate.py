@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import load_config
-from swamla_titan.data import load_tokenizer
+from swamla_titan.console import several_lines
+from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.generation import generate
+from swamla_titan.model.generation import check_options, generate
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_weights
 from swamla_titan.train.manifest import MANIFEST, Damaged, verify
+
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
 def find_checkpoint(name: str) -> Path:
@@ -45,12 +48,15 @@ def generate_from_checkpoint(
 
     `ema`: by the average of the weights (ema.decay).
 
-    Raises UserError for a checkpoint that cannot be used, and for sampling values or lengths out of range.
+    What a terminal would take for a command is printed escaped. Raises UserError for a checkpoint that cannot be used,
+    and for sampling values or lengths out of range.
     """
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     path = find_checkpoint(checkpoint)
     config = load_config(path / CONFIG)
     vocabulary = path / VOCABULARY
     tokenizer = load_tokenizer(str(vocabulary) if vocabulary.exists() else config.data.tokenizer)
+    prompts = _prompts(prompt, tokenizer, config.data.document_mask)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
@@ -59,8 +65,6 @@ def generate_from_checkpoint(
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
     model.eval()
-    # An empty prompt starts as a document does: after the end of the one before.
-    prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in prompt]
     generator = torch.Generator(device=device).manual_seed(seed)
     try:
         continuations = generate(
@@ -76,6 +80,31 @@ def generate_from_checkpoint(
     except ValueError as error:
         raise UserError(str(error)) from None
     for text, tokens in zip(prompt, continuations):
-        print(text + tokenizer.decode([token for token in tokens if token != tokenizer.eot_id]))
+        print(several_lines(text + tokenizer.decode([token for token in tokens if token != tokenizer.eot_id])))
         if len(prompt) > 1:
             print("-" * 40)
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """Before a checkpoint is read, which may take a minute."""
+    try:
+        check_options(max_new_tokens, temperature, top_k, top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed = {str(seed)[:40]}: expected 0 ... {LARGEST_SEED}")
+
+
+def _prompts(texts: tuple[str, ...], tokenizer: Tokenizer, document_mask: bool) -> list[list[int]]:
+    """The tokens of each prompt. An empty one starts as a document does, after the end of the one before it.
+
+    Under document_mask that end has nowhere to stand: what predicts a document's first token is the end of another
+    document, seen together with that document's text. Alone at position 0 the model has hardly ever seen it.
+    """
+    prompts = [tokenizer.encode(text) for text in texts]
+    if document_mask and not all(prompts):
+        raise UserError(
+            "an empty prompt: this model was trained with data.document_mask = true, and nothing stands before the "
+            "first token of a document there that the text could be drawn from. Give the first word with --prompt"
+        )
+    return [prompt or [tokenizer.eot_id] for prompt in prompts]

@@ -1,4 +1,5 @@
 import base64
+import os
 import time
 
 import numpy as np
@@ -148,6 +149,60 @@ def test_local_vocabulary_with_a_rank_twice(tmp_path):
     path = _write_vocabulary(tmp_path / "twice.tiktoken", lines=[base64.b64encode(b"xyz") + b" 5"])
     with pytest.raises(UserError, match="the same rank"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        (b"eHl6 4194304", "line 259: rank 4194304 is beyond 4194303"),
+        (b"eHl6 4294967296", "line 259: rank 4294967296 is beyond"),
+        (b"eHl6 1000000000", "line 259: rank 1000000000 is beyond"),
+        (b"eHl6 " + b"9" * 5000, "line 259: expected a token in base64, a space and its rank"),
+        (b"eHl6 -1", "line 259: expected"),
+        (b"eHl6 1_000", "line 259: expected"),
+        (b"eHl6 2.5", "line 259: expected"),
+        (b"eHl6", "line 259: expected"),
+        (b"eHl6 300 1", "line 259: expected"),
+        (b"eHl 300", "line 259: expected"),
+        (b"==== 300", "line 259: expected"),
+        (b"\xff\xfe 300", "line 259: expected"),
+        (b"aGU= 300", "line 259: the token b'he' stands in the file twice"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path, line, part):
+    """And nothing of the size of a rank is made: a billion of them would take 8 GB."""
+    path = _write_vocabulary(tmp_path / "bad.tiktoken", lines=[line])
+    with pytest.raises(UserError) as error:
+        load_tokenizer(path)
+    assert f"data.tokenizer: {path}, {part}" in str(error.value)
+
+
+def test_ranks_may_have_gaps(tmp_path):
+    tokenizer = load_tokenizer(_write_vocabulary(tmp_path / "gaps.tiktoken", lines=[b"eHl6 1000"]))
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (1002, 1001)
+    assert tokenizer.decode([1000, 700]) == "xyz"
+
+
+def test_what_is_no_vocabulary_file_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.tiktoken")
+    (tmp_path / "folder.tiktoken").mkdir()
+    (tmp_path / "empty.tiktoken").touch()
+    (tmp_path / "huge.tiktoken").touch()
+    os.truncate(tmp_path / "huge.tiktoken", 1 << 40)
+    parts = {
+        "pipe": "is no file, but a pipe, socket or device",
+        "folder": "is a folder",
+        "empty": "lacks 256 of the 256 single bytes",
+        "huge": "has 1,099,511,627,776 bytes",
+        "nul\0": "cannot be read: embedded null byte",
+        "x" * 300: "cannot be read: File name too long",
+    }
+    for name, part in parts.items():
+        with pytest.raises(UserError) as error:
+            load_tokenizer(f"{tmp_path}/{name}.tiktoken")
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="is no file"):
+        load_tokenizer("/dev/zero")
 
 
 def test_missing_local_vocabulary(tmp_path):

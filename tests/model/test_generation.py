@@ -21,6 +21,16 @@ def test_temperature_zero_is_the_argmax_of_the_full_forward():
     assert generate(model, PROMPTS, 15, temperature=0) == [greedy(model, prompt, 15) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("prompts", [[[*range(50)], [7, 8], [*range(49, 9, -1)]], [[*range(32)] * 2, [5]]])
+def test_to_the_last_token_that_the_model_can_give(prompts):
+    """Its predecessors fill max_seq_len = 64; windows have wrapped around, and rows are of unequal length."""
+    model = build()
+    count = 64 - len(prompts[0]) + 1
+    assert generate(model, prompts, count, temperature=0) == [greedy(model, prompt, count) for prompt in prompts]
+    with pytest.raises(ValueError, match="max_seq_len = 64"):
+        generate(model, prompts, count + 1)
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-30}, {"temperature": 1e-6}])
 def test_narrow_sampling_is_greedy(options):
     model = build()
@@ -132,7 +142,7 @@ def test_restricted_sampling_has_the_right_frequencies():
         ([], {}, "at least one"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, 50]], {}, "token 50: the vocabulary is 0 ... 49"),
-        ([[1], [1] * 60], {"max_new_tokens": 5}, "prompt 1 has 60 tokens.*max_seq_len = 64"),
+        ([[1], [1] * 60], {"max_new_tokens": 6}, "prompt 1 has 60 tokens.*max_seq_len = 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": -1.0}, "temperature"),
         ([[1]], {"temperature": float("nan")}, "temperature"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.cli import main
+from swamla_titan.train.manifest import commit
 from tests.conftest import TINY
 from tests.train.runs import checkpoint, snapshot, train
 
@@ -108,10 +109,16 @@ def test_no_more_than_max_new_tokens_and_fewer_are_a_beginning_of_more(trained, 
 
 
 def test_the_last_length_that_fits(trained, generate, refusal):
-    room = 512 - len("Some")
+    """The last new token is printed and never read, so it may stand behind max_seq_len."""
+    room = 512 - len("Some") + 1
     assert generate(trained, "--prompt", "Some", "--max-new-tokens", str(room))
     message = refusal(trained, "--prompt", "Some", "--max-new-tokens", str(room + 1))
-    assert "prompt 0 has 4 tokens, which with max_new_tokens = 509 exceeds max_seq_len = 512" in message
+    assert "prompt 0 has 4 tokens, which with max_new_tokens = 510 exceeds max_seq_len = 512" in message
+    longest = "x" * 512
+    assert len(generate(trained, "--prompt", longest, "--max-new-tokens", "1", "--temperature", "0")) == 514
+    assert generate(trained, "--prompt", longest, "a", "--max-new-tokens", "1").count(LINE) == 2
+    assert "prompt 0 has 512 tokens" in refusal(trained, "--prompt", longest, "--max-new-tokens", "2")
+    assert "prompt 1 has 513 tokens" in refusal(trained, "--prompt", "a", longest + "x", "--max-new-tokens", "1")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +130,57 @@ def test_the_last_length_that_fits(trained, generate, refusal):
         (("--top-k", "-1"), "top_k = -1: expected >= 0"),
         (("--top-p", "0"), "top_p = 0.0: expected > 0 and <= 1"),
         (("--prompt",), "prompts: expected at least one"),
+        (("--temperature", "nan"), "temperature = nan: expected >= 0"),
+        (("--temperature", "inf"), "temperature = inf: expected >= 0"),
+        (("--top-p", "nan"), "top_p = nan: expected > 0"),
+        (("--top-p", "-inf"), "top_p = -inf: expected > 0"),
+        (("--max-new-tokens", "-1"), "max_new_tokens = -1: expected >= 1"),
+        (("--max-new-tokens", "9" * 24), "exceeds max_seq_len = 512"),
+        (("--seed", "9" * 24), "seed = 999999999999999999999999: expected 0 ... 9223372036854775807"),
+        (("--seed", "9" * 4000), f"seed = {'9' * 40}: expected 0 ..."),
+        (("--seed", "9223372036854775808"), "seed = 9223372036854775808: expected 0 ..."),
+        (("--seed", "-1"), "seed = -1: expected 0 ..."),
     ],
 )
 def test_values_out_of_range_are_refused(trained, refusal, arguments, part):
     assert part in refusal(trained, *arguments)
+
+
+@pytest.mark.parametrize("options", [("--seed", "1.5"), ("--seed", ""), ("--top-k", "1e3"), ("--seed", "9" * 5000)])
+def test_what_is_no_whole_number_is_refused_by_the_parser(trained, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(trained), *options])
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_largest_values_are_taken(trained, generate):
+    huge = ("--seed", "9223372036854775807", "--top-k", "9" * 24, "--temperature", "1e308")
+    assert generate(trained, "--max-new-tokens", "3", *huge)
+
+
+def test_options_are_looked_at_before_the_checkpoint(tmp_path, refusal):
+    assert "seed = -1" in refusal(tmp_path / "nowhere", "--seed", "-1")
+
+
+def test_under_document_mask_an_empty_prompt_is_refused(trained, tmp_path, refusal, generate):
+    """End of text at position 0, alone, is not what such a model was trained on."""
+    parts, folder = tmp_path / "parts", tmp_path / "masked"
+    shutil.copytree(checkpoint(trained, 3), parts)
+    config = (parts / "config.toml").read_text()
+    (parts / "config.toml").write_text(config.replace("document_mask = false", "document_mask = true"))
+    (parts / "manifest.json").unlink()
+    commit(parts, folder, {})
+    for prompts in (("",), ("a", "")):
+        assert "an empty prompt: this model was trained with data.document_mask = true" in refusal(
+            folder, "--prompt", *prompts
+        )
+    assert generate(folder, "--prompt", "a").startswith("a")
+
+
+def test_what_would_drive_a_terminal_is_printed_escaped(trained, generate):
+    text = generate(trained, "--prompt", "a\x1b]0;title\x07b\tc\nd\x9b", "--max-new-tokens", "1", "--temperature", "0")
+    assert text.startswith("a\\x1b]0;title\\x07b\tc\nd\\x9b")
 
 
 def test_sampling_options_reach_the_sampler(trained, generate):
