@@ -6,13 +6,14 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config, Float8
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE
 
+_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp", "native", "auto")
 _ONLY_WITH = {  # key -> recipes that it is for
-    "products": ("tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
-    "output_head": ("tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
+    "products": _RECIPES,
+    "output_head": _RECIPES,
     "fsdp_all_gather": ("tensorwise",),
-    "gradient_dtype": ("native",),
-    "fast_accumulation": ("native",),
-    "loss_scaling": ("tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
+    "gradient_dtype": ("native", "auto"),
+    "fast_accumulation": ("native", "auto"),
+    "loss_scaling": _RECIPES,
 }
 
 
@@ -33,7 +34,7 @@ def float8_contradictions(config: Config) -> Iterator[Contradiction]:
         return
     # The latent's projections of MLA multiply the tokens of one tensor rank, the others those of a context rank.
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
-    if odd or tokens % FLOAT8_MULTIPLE:
+    if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
         yield Contradiction(
             ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
             f'{training.seq_len}: float8.recipe = "{float8.recipe}" needs tokens a rank in multiples of '
@@ -70,8 +71,5 @@ def why_not_gathered(config: Config) -> list[str]:
         "parallel.data_parallel": parallel.data_parallel == "ddp",
         "parallel.tensor": parallel.tensor > 1,
         "parallel.cpu_offload": parallel.cpu_offload,
-        # The weights are of a subclass of Tensor then, which nothing but AdamW was tried on.
-        "optimizer.name": config.optimizer.name != "adamw",
-        "optimizer.moments": config.optimizer.moments != "float32",
     }
     return [key for key, stands_in_the_way in keys.items() if stands_in_the_way]

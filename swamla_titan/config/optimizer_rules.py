@@ -16,7 +16,12 @@ from swamla_titan.config.sections import Config, Optimizer
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
 # Of the decay of an average that is kept in bfloat16: nearer to 1, steps are of the size of its last bit or less.
 _LARGEST_IN_BFLOAT16 = 0.99
-_DECAYS = {"adamw": ("beta1", "beta2"), "lion": ("beta2",), "muon": ("muon_momentum", "beta1", "beta2")}
+_DECAYS = {
+    "adamw": ("beta1", "beta2"),
+    "auto": ("beta1", "beta2"),
+    "lion": ("beta2",),
+    "muon": ("muon_momentum", "beta1", "beta2"),
+}
 
 
 def optimizer_contradictions(config: Config) -> Iterator[Contradiction]:

@@ -83,8 +83,9 @@ class Optimizer:
         "adamw",
         "adamw; lion: a third of AdamW's lr and three times its weight_decay are usual; adamw8bit, adamw4bit, "
         "adamw_fp8: AdamW with quantized moments of matrices; muon: orthogonalized updates of the blocks' matrices, "
-        "AdamW for embedding, head and norms.",
-        choices=("adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon"),
+        "AdamW for embedding, head and norms; auto: adamw_fp8 where products are in float8, else adamw, and in a run "
+        "that is resumed what it began with.",
+        choices=("adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon", "auto"),
     )
     lr: float = key(3e-4, "Peak learning rate.", minimum=0)
     beta1: float = key(0.9, "Decay of the first moment; lion: its share in the direction.", minimum=0, below=1)
@@ -213,8 +214,9 @@ class Float8:
         "off",
         "Products of the blocks in float8. By torchao: tensorwise (one scale a tensor), rowwise (one a row), "
         "rowwise_with_gw_hp (and gradients of weights in full precision: most exact). native: by our kernels, which "
-        "cast within the operations before the products, one scale a tensor.",
-        choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native"),
+        "cast within the operations before the products, one scale a tensor. auto: native where GPU and shapes gain by "
+        "it, else off.",
+        choices=("off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native", "auto"),
     )
     products: str = key(
         "auto",
@@ -225,8 +227,8 @@ class Float8:
     fsdp_all_gather: str = key(
         "auto",
         "tensorwise: FSDP2 gathers weights in float8, half the bytes, with scales computed for all at once before each "
-        "step. auto: where that can be: with fsdp or hsdp, adamw with moments in float32 and weights whose rows all "
-        "ranks can share evenly, without tensor parallelism and offloading; always: refused where it cannot be.",
+        "step. auto: where that can be: with fsdp or hsdp and weights whose rows all ranks can share evenly, without "
+        "tensor parallelism and offloading; always: refused where it cannot be.",
         choices=("auto", "always", "never"),
     )
     gradient_dtype: str = key(

@@ -24,8 +24,11 @@ from swamla_titan.quantization.products import Product, refuse_device, refuse_no
 
 
 def float8_products(config: Config) -> list[Product]:
-    """Which products of the configured model are computed in float8; empty if none are asked for."""
-    if config.float8.recipe == "off":
+    """Which products of the configured model are computed in float8; empty if none are asked for.
+
+    Neither are they by "auto" before it is resolved (automatic.py).
+    """
+    if config.float8.recipe in ("off", "auto"):
         return []
     model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # not known before the tokenizer is
     return list(_products(model, config.float8, config.parallel.tensor))
@@ -36,6 +39,8 @@ def refuse_float8(config: Config, device: torch.device, degrees: Degrees | None 
 
     Or where FSDP2 on ranks of these `degrees` (None: not known) cannot gather weights as "always" would have it.
     """
+    if config.float8.recipe == "auto":  # which takes what is not refused
+        return
     refuse_device(config.float8.recipe, device)
     refuse_none(float8_products(config), config.float8)
     if degrees:

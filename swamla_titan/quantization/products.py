@@ -139,7 +139,7 @@ def refuse_none(products: Sequence[Product], config: Float8) -> None:
 def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
     """Kinds of products, how many there are of each, and what becomes of them."""
     inside = sum(product.why_not is None for product in products)
-    how, share = recipe + (", emulated" if emulated else ""), _share(products, recipe)
+    how, share = recipe + (", emulated" if emulated else ""), share_of(products, recipe)
     yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
     kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
     for (kind, sides, why_not), count in kinds.items():
@@ -150,13 +150,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
     if not products:
         return
+    yield from little_gained(products, config, rows)
     recipe = config.float8.recipe
-    share = _share(products, recipe)
-    if share < _LITTLE * _PRODUCTS[recipe] / 3:
-        yield (
-            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of products at these shapes '
-            "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
-        )
     inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
     small = _too_small(inside, recipe, norms_cast=config.parallel.tensor == 1)
     if small:
@@ -164,12 +159,23 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
         )
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
-    if not config.compile.enabled:
-        yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
     if config.float8.output_head and wants_fused_loss(
         replace(config, float8=replace(config.float8, output_head=False))
     ):
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
+
+
+def little_gained(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
+    """Why the recipe as a whole gains little or nothing, on a rank that computes `rows` sequences at a time."""
+    recipe = config.float8.recipe
+    share = share_of(products, recipe)
+    if share < _LITTLE * _PRODUCTS[recipe] / 3:
+        yield (
+            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of products at these shapes '
+            "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
+        )
+    if not config.compile.enabled:
+        yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
     tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
     fewest = int(_WEIGHT_BYTES / _BYTES / _saved(recipe))
     if tokens < fewest:
@@ -179,7 +185,7 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         )
 
 
-def _share(products: Sequence[Product], recipe: str) -> float:
+def share_of(products: Sequence[Product], recipe: str) -> float:
     """Of the operations of all products, forward and backward, that are in float8."""
     total = sum(each.out * each.inner for each in products)
     inside = sum(each.out * each.inner for each in products if each.why_not is None)

@@ -21,10 +21,18 @@ from swamla_titan.model.context import attention_path
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
+from swamla_titan.parallel.automatic import (
+    Choice,
+    choose_for,
+    float8_moments_advice,
+    may_save_by_float8_moments,
+)
+from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.products import table, warnings
+from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.throughput import peak_flops
 
@@ -55,10 +63,11 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     about_input: list[Finding] = []
     if name is not None:
         try:
-            config = load_config(find_config(name), overrides)
+            config, choices = _decided(load_config(find_config(name), overrides), device)
             inputs = [_folder, _tokenizer, _data, _model, _optimizer]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
+            about_input += [Finding("ok", "auto", choice) for choice in choices]
         except UserError as error:
             inputs = []
             about_input = [
@@ -277,13 +286,36 @@ def _optimizer(config: Config, device: torch.device) -> Finding:
     rows = group_table(resolved.model, config.optimizer)
     of_groups = "; ".join(f"{row.kind}: {row.elements:,} parameters" for row in rows)
     state = f"state of {_state_bytes(resolved) / 2**30:.2f} GiB over the ranks that share a copy"
-    return Finding("ok", "optimizer", f"{config.optimizer.name}, {state}; {of_groups}")
+    text = f"{config.optimizer.name}, {state}; {of_groups}"
+    if may_save_by_float8_moments(config):
+        saved = plan(resolved, _ranks(config)).worst.saved_by_float8_moments
+        return Finding("ok", "optimizer", text, float8_moments_advice(saved) if saved else "")
+    return Finding("ok", "optimizer", text)
 
 
 def _state_bytes(config: Config) -> int:
     """Of the optimizer of a whole model."""
     with torch.device("meta"):
         return state_bytes(SWAMLAModel(config.model), config.optimizer)
+
+
+def _decided(config: Config, device: torch.device) -> Choice:
+    """What "auto" would be taken to be here."""
+    try:
+        sized = _resolved(config)
+    except UserError:
+        sized = config  # the lines on tokenizer and model say why
+    choice = choose_for(sized, fit_degrees(config.parallel, _ranks(config)), device)
+    return Choice(replace(choice.config, model=config.model), choice.lines)
+
+
+def _ranks(config: Config) -> int:
+    """The GPUs of this machine if the configuration fits them, else as many as its degrees multiply to."""
+    here = max(torch.cuda.device_count(), 1)
+    try:
+        return fit_degrees(config.parallel, here).size
+    except UserError:
+        return ranks_asked_for(config.parallel)
 
 
 def _resolved(config: Config) -> Config:

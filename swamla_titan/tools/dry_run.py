@@ -8,6 +8,7 @@ import torch
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.data import BatchLoader, load_tokenizer, pinned
 from swamla_titan.errors import UserError
+from swamla_titan.parallel.automatic import choose_for
 from swamla_titan.parallel.compile import refuse_cache_folder
 from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.parallelize import refuse_float8
@@ -20,7 +21,7 @@ from swamla_titan.train.dump_folder import refuse_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import require_wandb
 from swamla_titan.train.open_data import open_data
-from swamla_titan.train.record import record_to_resume
+from swamla_titan.train.record import optimizer_of, record_to_resume
 from swamla_titan.train.validation import Validator
 
 
@@ -51,7 +52,9 @@ def dry_run(config: Config, gpus: int | None) -> None:
     folder = Path(config.job.dump_folder)
     newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
     config, corpus, held_out = open_data(config, read_data_record(newest))
-    found = plan(config, ranks)
+    here = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    config, choices = choose_for(config, degrees, here, optimizer_of(newest))
+    found = dataclasses.replace(plan(config, ranks), choices=choices)
     rows = batch_of(config, found.degrees).rows
     if held_out:
         Validator(held_out, World.alone(), rows)

@@ -16,6 +16,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import micro_batch_count, rows_at_a_time, sequences_per_rank
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
 from swamla_titan.parallel.model_stage import ModelStage
@@ -64,6 +65,7 @@ class Holding:
     rank: int
     shapes: dict[str, tuple[Shape, Shape]]  # whole, and on this rank
     memory: Memory
+    saved_by_float8_moments: int  # of the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Plan:
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline place
     products: list[Product]  # by float8.recipe
+    choices: list[str]  # what "auto" was taken to be
 
     @property
     def worst(self) -> Holding:
@@ -102,6 +105,7 @@ def plan(config: Config, ranks: int) -> Plan:
     machine lacks, GPUs above all, is no reason.
     """
     degrees = fit_degrees(config.parallel, ranks)
+    config, choices = choose_for(config, degrees, device=None)
     refuse_float8(config, torch.device("cpu"), degrees)
     batch = batch_of(config, degrees)
     # Neither changes a shape, and both ask for a compiler or a GPU.
@@ -123,13 +127,14 @@ def plan(config: Config, ranks: int) -> Plan:
                     order = _pipeline_order(laid_out, world, parts, batch)
                 in_flight = _in_flight(config, degrees, place, batch, order)
                 memory = memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
-                holdings.append(Holding(rank, _shapes(parts), memory))
+                saved = saved_by_float8_moments(parts, config)
+                holdings.append(Holding(rank, _shapes(parts), memory, saved))
     bubble = None
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
     exchange = swa_exchange(config, degrees, batch.rows)
-    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_products(config))
+    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_products(config), choices)
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:

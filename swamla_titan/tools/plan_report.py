@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from swamla_titan.data import waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.stages import stage_count, stages_per_rank
 from swamla_titan.quantization.products import table, warnings
@@ -103,6 +104,9 @@ def _parameters(plan: Plan) -> Iterator[str]:
 
 
 def _float8(plan: Plan) -> Iterator[str]:
+    if plan.choices:
+        yield ""
+        yield from plan.choices
     if plan.products:
         yield ""
         yield from table(plan.products, plan.config.float8.recipe)
@@ -141,6 +145,8 @@ def _memory(plan: Plan) -> Iterator[str]:
         "" if plan.degrees.size == 1 else f", that of rank {plan.worst.rank}, which needs the most"
     )
     yield from (f"  {name:<15} {size(count):>11}  {note}" for name, count, note in rows if count)
+    if saved := plan.worst.saved_by_float8_moments:
+        yield f"  {float8_moments_advice(saved)}"
 
 
 def listed(ranks: list[int]) -> str:

@@ -1,6 +1,7 @@
 """The lines that open a run: what is trained, on what, and from where."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,19 @@ from swamla_titan.train.record import Record
 logger = logging.getLogger(__name__)
 
 
-def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Record, resumed: Path | None) -> None:
-    """Log model, data, device and batch; `rows` sequences are computed at a time, `record` is where the run stands."""
+def announce(
+    config: Config,
+    world: World,
+    corpus: Corpus,
+    rows: int,
+    record: Record,
+    resumed: Path | None,
+    choices: Sequence[str] = (),
+) -> None:
+    """Log model, data, device and batch; `rows` sequences are computed at a time, `record` is where the run stands.
+
+    `choices`: what "auto" was taken to be, and why.
+    """
     training, kinds = config.training, config.model.block_kinds
     total, without_embeddings = parameter_counts(config.model)
     logger.info(
@@ -55,6 +67,8 @@ def announce(config: Config, world: World, corpus: Corpus, rows: int, record: Re
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, world):
         logger.info(f"pointwise: {pointwise}")
+    for choice in choices:
+        logger.info(choice)
     degrees = world.degrees
     is_sharded = config.parallel.data_parallel != "ddp" and degrees.shard * degrees.context > 1
     if gathers_float8(config, degrees):

@@ -56,6 +56,14 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
 
 
+def optimizer_of(newest: Path | None) -> str | None:
+    """optimizer.name of the run that wrote a checkpoint."""
+    if newest is None:
+        return None
+    name = read_record(newest).identity.get("optimizer.name")
+    return name if isinstance(name, str) else None
+
+
 def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str = "") -> Record:
     """The record of the checkpoint to resume from, or of a run that begins.
 

@@ -26,6 +26,7 @@ from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.agreement import agree, from_first, merged
+from swamla_titan.parallel.automatic import Choice, choose, float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.compile import compilation, warm_compiler
 from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.parallel.world import World
@@ -43,7 +44,7 @@ from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
 from swamla_titan.train.profiling import StepProfiler
-from swamla_titan.train.record import Record, record_to_resume
+from swamla_titan.train.record import Record, optimizer_of, record_to_resume
 from swamla_titan.train.saving import Saver
 from swamla_titan.train.signals import Stop, StopRequest
 from swamla_titan.train.skipped_files import SkippedFiles
@@ -80,6 +81,8 @@ class Trainer:
         recorded = from_first(world, lambda: read_data_record(newest))
         self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
         require_same_data(world, corpus)
+        # Only now: the head's share of the products depends on the vocabulary.
+        self.config, self.choices = agree_on_auto(self.config, world, newest)
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         training = config.training
@@ -123,7 +126,13 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
-        announce(config, world, corpus, self.rows, record, newest)
+        announce(config, world, corpus, self.rows, record, newest, self.choices)
+        self._advise_float8_moments()
+
+    def _advise_float8_moments(self) -> None:
+        saved = self.world.largest(saved_by_float8_moments(self.model.parts, self.config))
+        if saved > 0 and self.world.is_first:
+            logger.info(f"float8: {float8_moments_advice(int(saved))}; a run keeps the optimizer that it began with")
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. Ends early, checkpointed, when a signal asks for it."""
@@ -396,6 +405,14 @@ def _refuse_what_cannot_be(config: Config, world: World) -> None:
     pointwise_of(config, world)
     refuse_float8(config, world.device, world.degrees)
     refuse_old_gpu(config.optimizer, world.device)
+
+
+def agree_on_auto(config: Config, world: World, newest: Path | None) -> Choice:
+    """What "auto" stands for in this run; all ranks come here."""
+    begun_with = from_first(world, lambda: optimizer_of(newest))
+    choice = choose(config, world, begun_with)
+    agree(world, lambda: refuse_old_gpu(choice.config.optimizer, world.device))
+    return choice
 
 
 def _start_helpers(config: Config, world: World) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
-from swamla_titan.config.sections import Compile, Float8, Parallel, Training
+from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data import MicroBatch
 from swamla_titan.kernels import float8_product
 from swamla_titan.model import ModelConfig
-from swamla_titan.optim import build_optimizer
+from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
 from swamla_titan.parallel import data_parallel, parallel_model, parallelize
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
@@ -24,8 +24,9 @@ from swamla_titan.train.checkpoint import tensors_of
 from swamla_titan.train.numerics import set_numerics
 from tests.distributed.job import run_and_listen
 from tests.distributed.ranks import on_ranks
+from tests.distributed.test_optimizers import as_held, sendable, whole_gradient
 from tests.parallel.plan import SMALL, batch
-from tests.train.runs import metrics, train
+from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
 
 
 def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
@@ -69,6 +70,63 @@ def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
     model.evaluate([micro_batch])
     assert all(type(local(parameter.detach())) is torch.Tensor for parameter in model.parts[0].parameters())
     return sent
+
+
+OPTIMIZERS = [{"name": name} for name in ("adamw_fp8", "adamw8bit", "adamw4bit", "lion", "muon")]
+OPTIMIZERS += [{"name": "adamw", "moments": "bfloat16"}]
+
+
+def _moved(settings: list[dict[str, str]], choice: str) -> list[dict[str, Any]]:
+    """Weights and states after three steps with each optimizer, the second one bad, with gradients of our own."""
+    found = []
+    for each in settings:
+        config = Config(
+            model=ModelConfig(**SMALL),
+            float8=Float8(recipe="tensorwise", products="all", fsdp_all_gather=choice),
+            optimizer=Optimizer(**each),
+            training=Training(seq_len=64),
+            compile=Compile(enabled=False),
+        )
+        world = join_world(config.parallel)
+        model = ParallelModel(config, world)
+        model.init_weights(0)
+        [part] = model.parts
+        optimizer = build_optimizer(part, config.optimizer, world.stage_group)
+        tokens = batch()
+        for step in range(3):
+            model.train_step([MicroBatch(tokens, tokens, None, tokens.numel())], tokens.numel())
+            for name, parameter in part.named_parameters():
+                parameter.grad = as_held(parameter, whole_gradient(name, parameter.shape, step))
+            set_learning_rate(optimizer, 0.01)
+            skip_where(optimizer, torch.tensor(float(step == 1)))
+            optimizer.step()
+            optimizer.zero_grad()
+        tensors = tensors_of(model.parts, [optimizer])
+        found.append({name: sendable(tensor) for group in tensors.values() for name, tensor in group.items()})
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [OPTIMIZERS[:1], pytest.param(OPTIMIZERS[1:], marks=pytest.mark.slow)], ids=["adamw_fp8", "others"]
+)
+def test_every_optimizer_moves_weights_that_are_gathered_in_float8_as_it_does_others(settings):
+    gathered, plain = (on_ranks(2, _moved, settings, choice) for choice in ("always", "never"))
+    for of_rank, expected in zip(gathered, plain):
+        for one, other in zip(of_rank, expected, strict=True):
+            assert one.keys() == other.keys()
+            assert all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.mark.slow
+def test_a_run_with_moments_and_gathered_weights_in_float8_is_resumed_bit_for_bit(tiny: Path, tmp_path: Path):
+    both = ("--float8.recipe", "tensorwise", "--float8.products", "all", "--float8.fsdp_all_gather", "always")
+    settings = (*both, "--optimizer.name", "adamw_fp8", "--validation.interval", "0", "--ema.decay", "0.9")
+    settings = (*settings, "--lr_schedule.min_lr_ratio", "1", "--checkpoint.interval", "2")
+    for steps in ("2", "4"):
+        assert on_ranks(2, train, tiny, *settings, "--training.steps", steps) == [0, 0]
+    whole = tmp_path / "whole"
+    assert on_ranks(2, train, tiny, *settings, "--training.steps", "4", "--job.dump_folder", str(whole)) == [0, 0]
+    assert_same_checkpoint(checkpoint(tmp_path / "run", 4), checkpoint(whole, 4))
 
 
 def _name_of(model: ParallelModel, module: torch.nn.Module) -> str:
@@ -206,7 +264,7 @@ def test_compiled_or_not_and_freed_or_kept_weights_give_the_same_bits(recipe: st
     assert all(other == plain for other in others)
 
 
-def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str) -> list[float]:
+def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: str = "adamw") -> list[float]:
     """Losses and gradient norms of three compiled steps of four micro-batches over all ranks, and a held-out loss."""
     config = Config(
         model=ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=512, max_seq_len=256),
@@ -214,20 +272,21 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str) -> list[float
         training=Training(seq_len=256),
         compile=Compile(cache_folder=folder),
         parallel=parallel,
+        optimizer=Optimizer(optimizer),
     )
     world = join_world(config.parallel)
     set_numerics(config, world.device, world.rank)
     model = ParallelModel(config, world)
     model.init_weights(0)
-    optimizer = build_optimizer(model.parts[0], config.optimizer)
+    moved_by = build_optimizer(model.parts[0], config.optimizer, compiled=True)
     tokens = torch.randint(512, (2, 256), generator=torch.Generator().manual_seed(0)).to(world.device)
     micro_batches = [MicroBatch(tokens, tokens, None, len(tokens))] * (4 // world.degrees.data)
     found = []
     for _ in range(3):
         loss = model.train_step(micro_batches, 4 * tokens.numel())
         found += [loss.item(), model.gradient_norm().item()]
-        optimizer.step()
-        optimizer.zero_grad()
+        moved_by.step()
+        moved_by.zero_grad()
     return [*found, model.evaluate(micro_batches[: 2 // world.degrees.data]).item()]
 
 
@@ -248,4 +307,13 @@ def test_on_gpus_float8_trains_as_on_one(recipe: str, tolerance: float, plan: di
     """Every rank has the same rows. Under tensor parallelism scales differ, and only powers of two round nothing."""
     [expected] = on_ranks(1, _trained_on_gpus, recipe, Parallel(), str(tmp_path))
     for found in on_ranks(2, _trained_on_gpus, recipe, Parallel(**plan), str(tmp_path)):
+        assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recipe, tolerance", [("native", 1e-2), ("tensorwise", 6e-2)])
+def test_on_gpus_products_moments_and_gathered_weights_in_float8_train_as_on_one(recipe, tolerance, tmp_path: Path):
+    [expected] = on_ranks(1, _trained_on_gpus, recipe, Parallel(), str(tmp_path), "adamw_fp8")
+    for found in on_ranks(2, _trained_on_gpus, recipe, Parallel(), str(tmp_path), "adamw_fp8"):
         assert found == pytest.approx(expected, rel=tolerance)
