@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
+# A standard stream that is closed would be the next file that is opened, and get what is printed; one that is full, or
+# whose reader has gone, must not end this script.
+true >&2 || exec 2>/dev/null
+{ true >&1; } 2>/dev/null || exec >/dev/null
+{ true <&0; } 2>/dev/null || exec </dev/null
+trap '' PIPE
+
 usage() {
   cat <<'USAGE'
 usage: ./run_train.sh [CONFIG] [--section.key value ...] [--dry-run]
@@ -26,8 +33,30 @@ USAGE
 }
 
 refuse() {
-  printf 'run_train.sh: %s\n' "$*" >&2
+  printf 'run_train.sh: %s\n' "$*" >&2 || true
   exit 2
+}
+
+# takes_files FOLDER: can a file be written there, with something in it?
+takes_files() {
+  local file status=0
+  file=$(mktemp "$1/swamla-titan.XXXXXX" 2>/dev/null) || return 1
+  { printf 'room' >"$file"; } 2>/dev/null || status=1
+  rm -f "$file"
+  return "$status"
+}
+
+# Schedulers leave behind the TMPDIR of another job. Python then takes /tmp by itself, and not all that it calls does.
+find_temporary_folder() {
+  local folder
+  for folder in "${TMPDIR:-/tmp}" /tmp /var/tmp; do
+    takes_files "$folder" || continue
+    [[ -z ${TMPDIR:-} || $folder == "$TMPDIR" ]] ||
+      printf 'run_train.sh: no file can be written in TMPDIR=%q: %s is used\n' "$TMPDIR" "$folder" >&2 || true
+    [[ $folder == /tmp && -z ${TMPDIR:-} ]] || export TMPDIR=$folder
+    return
+  done
+  refuse "no folder for temporary files can be written (TMPDIR=${TMPDIR:-}, /tmp, /var/tmp): make room, or set TMPDIR"
 }
 
 count_gpus() {
@@ -93,6 +122,7 @@ if [[ -n ${dry_run:-} ]]; then
   exec "$python" -m swamla_titan train --gpus "$((most * nproc))" "$config" "$@"
 fi
 
+find_temporary_folder
 restarts=${MAX_RESTARTS:-3}
 [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || refuse "MAX_RESTARTS=$restarts: expected a number"
 shown=${LOG_RANK:-0}

@@ -12,7 +12,7 @@ used=${1:-}
 installed=${2:-}
 venv=$root/.venv
 
-say() { printf '%s\n' "$*" >&2; }
+say() { printf '%s\n' "$*" >&2 || true; }
 
 # fits PYTHON: prints one line about it; or returns 1 and prints why it cannot be used.
 fits() {

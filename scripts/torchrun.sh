@@ -124,7 +124,7 @@ fi
 for file in "$folder"/logs/*/attempt_*/*/stderr.log; do
   if [[ -s $file ]]; then
     keep=1
-    printf 'run_train.sh: the errors of the processes not shown (LOG_RANK) are in %s\n' "$folder/logs" >&2
+    printf 'run_train.sh: the errors of the processes not shown (LOG_RANK) are in %s\n' "$folder/logs" >&2 || true
     break
   fi
 done

@@ -79,6 +79,8 @@ def warm_compiler(config: Compile, device: torch.device) -> None:
     Without this they start with the first graph, whose kernels are then compiled one after the other in this process.
     Raises UserError as `set_cache_folder` does.
     """
+    if device.type == "cuda":
+        _let_triton_keep_its_code()
     if config.enabled and device.type == "cuda":
         set_cache_folder(config)  # which they ask for at their start
         from torch._inductor.async_compile import maybe_warm_pool
@@ -106,6 +108,17 @@ def set_cache_folder(config: Compile) -> Path | None:
     os.environ[_INDUCTOR_FOLDER] = str(folder)
     os.environ.setdefault(_TRITON_FOLDER, str(folder / "triton"))
     return folder
+
+
+def _let_triton_keep_its_code() -> None:
+    """Our own kernels run without torch's compiler too, and Triton fails where the home folder cannot be written."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    if _TRITON_FOLDER not in os.environ and _unwritable(Path(home, ".triton", "cache")):
+        os.environ[_TRITON_FOLDER] = str(_in_temporary_folder() / "triton")
+
+
+def _in_temporary_folder() -> Path:
+    return Path(tempfile.gettempdir(), f"swamla-titan-{os.getuid()}")
 
 
 @functools.cache
@@ -140,7 +153,13 @@ def refuse_cache_folder(config: Compile) -> None:
 
 
 def _cache_folder(config: Compile) -> Path:
-    return Path(config.cache_folder or os.environ.get(_INDUCTOR_FOLDER) or DEFAULT_FOLDER).expanduser().absolute()
+    named = config.cache_folder or os.environ.get(_INDUCTOR_FOLDER)
+    try:
+        return Path(named or DEFAULT_FOLDER).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or this one has no home
+        if named:
+            raise UserError(f"compile.cache_folder: {named}: {error}; give another one") from None
+        return _in_temporary_folder()
 
 
 def _refuse_if_named(config: Compile, problem: str) -> None:

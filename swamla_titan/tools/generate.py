@@ -56,6 +56,7 @@ def generate_from_checkpoint(
     config = load_config(path / CONFIG)
     vocabulary = path / VOCABULARY
     tokenizer = load_tokenizer(str(vocabulary) if vocabulary.exists() else config.data.tokenizer)
+    prompt = tuple(map(_as_text, prompt))
     prompts = _prompts(prompt, tokenizer, config.data.document_mask)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
@@ -93,6 +94,14 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         raise UserError(str(error)) from None
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed = {str(seed)[:40]}: expected 0 ... {LARGEST_SEED}")
+
+
+def _as_text(argument: str) -> str:
+    """An argument of the command as the text that it is in UTF-8, whatever encoding the locale has."""
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half a character, which no argument of a process holds
+        return argument.encode("utf-8", "replace").decode()
 
 
 def _prompts(texts: tuple[str, ...], tokenizer: Tokenizer, document_mask: bool) -> list[list[int]]:

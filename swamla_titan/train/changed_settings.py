@@ -20,7 +20,7 @@ _BEFORE_THE_KEY = {("optimizer", "decay_embeddings"): True}
 def changed_settings(checkpoint_config: Path, config: Config) -> list[str]:
     """A line for each key of [optimizer] and [lr_schedule] with another value in the checkpoint's config.toml."""
     try:
-        stored = tomllib.loads(checkpoint_config.read_text())
+        stored = tomllib.loads(checkpoint_config.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the checkpoint is whole, so it was written so; nothing depends on it here
         return []
     lines = []

@@ -37,11 +37,7 @@ class MetricsLogger:
         with self._disk():
             self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
             self._file = LineFile(folder / "metrics.jsonl")
-            self._tensorboard = None
-            if config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
-
-                self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._tensorboard = _start_tensorboard(folder / "tensorboard", step) if config.tensorboard else None
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
@@ -144,6 +140,17 @@ def require_wandb() -> Any:
             "again: pip install --force-reinstall wandb, or set metrics.wandb to false"
         ) from error
     return wandb
+
+
+def _start_tensorboard(folder: Path, step: int) -> Any:
+    """A writer of what comes after `step`; None, with a warning, where its folder has a name that it cannot take."""
+    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except UnicodeEncodeError:
+        logger.warning("TensorBoard gets no numbers, for its folder's name is not UTF-8; metrics.jsonl has them all")
+        return None
 
 
 def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
