@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import Config
+from swamla_titan.config.stability import warmup_steps
 from swamla_titan.errors import UserError
 from swamla_titan.fields import TABLE, expectation, field_types, value_problem
 from swamla_titan.model import FLAVORS, ModelConfig
@@ -53,6 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
     }
     model = _resolve_model(checked.pop("model", {}), refused, errors)
     config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
+    warmup = warmup_steps(config.lr_schedule, config.training.steps)
+    config = dataclasses.replace(config, lr_schedule=dataclasses.replace(config.lr_schedule, warmup_steps=warmup))
     for keys, problem in contradictions(config):
         if not refused.intersection(keys):
             section, _, key = keys[0].partition(".")

@@ -134,7 +134,9 @@ class LRSchedule:
     name: str = key(
         "cosine", "Shape after warm-up; wsd holds the peak and decays at the end.", choices=("cosine", "wsd", "linear")
     )
-    warmup_steps: int = key(100, "Steps of linear warm-up to the peak.", minimum=0)
+    warmup_steps: int = key(
+        -1, "Steps of linear warm-up to the peak; -1: 400, or a tenth of training.steps if that is less.", minimum=-1
+    )
     decay_steps: int = key(0, "wsd: steps of the final decay; 0: a tenth of training.steps.", minimum=0)
     min_lr_ratio: float = key(0.1, "Learning rate at the end, as a share of the peak.", minimum=0, maximum=1)
 

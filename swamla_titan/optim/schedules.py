@@ -3,6 +3,7 @@
 import math
 
 from swamla_titan.config.sections import LRSchedule
+from swamla_titan.config.stability import warmup_steps
 
 
 def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:
@@ -16,13 +17,14 @@ def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:
 
     `step` counts from 0; `steps` is the length of the run.
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+    warmup = warmup_steps(schedule, steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if schedule.name == "wsd":
         decay = schedule.decay_steps or max(1, steps // 10)
-        start = max(steps - decay, schedule.warmup_steps)
+        start = max(steps - decay, warmup)
     else:
-        start = schedule.warmup_steps
+        start = warmup
     # The step before `start` still has the whole peak, the last one has min_lr_ratio.
     progress = min(1.0, max(0.0, (step + 1 - start) / max(1, steps - start)))
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
+from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import load_tokenizer, open_corpus, rows_at_a_time
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
@@ -64,7 +65,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             config, choices = _decided(load_config(find_config(name), overrides), device)
-            inputs = [_folder, _tokenizer, _data, _model, _optimizer]
+            inputs = [_folder, _tokenizer, _data, _model, _optimizer, _stability]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
             about_input += [Finding("ok", "auto", choice) for choice in choices]
@@ -291,6 +292,11 @@ def _optimizer(config: Config, device: torch.device) -> Finding:
         saved = plan(resolved, _ranks(config)).worst.saved_by_float8_moments
         return Finding("ok", "optimizer", text, float8_moments_advice(saved) if saved else "")
     return Finding("ok", "optimizer", text)
+
+
+def _stability(config: Config, device: torch.device) -> Finding:
+    advice = stability_advice(config)
+    return Finding("warning" if advice else "ok", "stability", "; ".join(advice) or "warm-up, sinks and clipping")
 
 
 def _state_bytes(config: Config) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config, with_vocabulary
+from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import BatchLoader, load_tokenizer, pinned
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.automatic import choose_for
@@ -81,6 +82,8 @@ def dry_run(config: Config, gpus: int | None) -> None:
     else:
         begin = f"has taken all {config.training.steps} steps, see {newest}"
     print("\n".join(report(found)))
+    for advice in stability_advice(config):
+        print(f"warning: {advice}")
     print(
         f"\ndata: {corpus.source.describe()}\nrun: {folder} {begin}\ndry run: nothing is refused, nothing was written"
     )

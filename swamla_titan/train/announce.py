@@ -8,6 +8,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
@@ -81,6 +82,8 @@ def announce(
             logger.warning(warning)
     for row in group_table(config.model, config.optimizer):
         logger.info(f"optimizer: {row}")
+    for advice in stability_advice(config) if world.is_first else ():
+        logger.warning(advice)
     if config.ema.decay:
         logger.info(f"average of the weights: decay {config.ema.decay:g}")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.config.sections import Config, FaultTolerance
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 
@@ -201,6 +201,24 @@ def warning(news: Sequence[BadStep], in_all: int) -> str:
     shown = ", ".join(map(str, news[:_NAMED]))
     more = f" and {len(news) - _NAMED} more" if len(news) > _NAMED else ""
     return f"skipped as bad, changing nothing: step{'s' * (len(news) > 1)} {shown}{more}; {in_all} in all"
+
+
+def remedies(config: Config) -> str:
+    """What to try where losses or gradients are no finite numbers, or spikes: a sentence, by what the run does now."""
+    clip, float8 = config.training.max_grad_norm, config.float8
+    tries = ["lower optimizer.lr or lengthen lr_schedule.warmup_steps"]
+    if clip == 0:
+        tries.append("clip gradients (training.max_grad_norm is 0: 1.0 is usual)")
+    else:
+        tries.append(f"clip gradients more (training.max_grad_norm is {clip:g})")
+    if float8.recipe != "off":
+        less_exact = [f"float8.{key}" for key in ("fast_accumulation", "output_head") if getattr(float8, key)]
+        first = f", or {' and '.join(less_exact)} = false," if less_exact else ""
+        tries.append(
+            f'go on with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
+            "goes on under any recipe)"
+        )
+    return f"If this goes on: {'; '.join(tries)}"
 
 
 def are_finite(parts: Iterable[nn.Module], world: World) -> bool:

@@ -32,7 +32,7 @@ from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
 from swamla_titan.train.bad_batches import BatchPlaces
-from swamla_titan.train.bad_steps import are_finite, warning
+from swamla_titan.train.bad_steps import are_finite, remedies, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
 from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
@@ -301,7 +301,7 @@ class Trainer:
         """Warn of the steps skipped since the last call; waits for the device."""
         news = self.bad_steps.read() if self.bad_steps else []
         if self.bad_steps and news:
-            logger.warning("%s", warning(news, self.bad_steps.skipped))
+            logger.warning("%s. %s", warning(news, self.bad_steps.skipped), remedies(self.config))
 
     def _require_finite(self, to_save: bool = False) -> bool:
         """Whether the weights may be kept; if not, and nothing mends them, raise RunFailed, on every rank.
@@ -322,8 +322,8 @@ class Trainer:
         if not kept:
             raise RunFailed(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}; {what}. "
-                "Lower optimizer.lr or lengthen lr_schedule.warmup_steps, and start the same command again. If the "
-                "loss had risen for long, move the newest checkpoints away first"
+                f"{remedies(self.config)}. Then start the same command again. If the loss had risen for long, move "
+                "the newest checkpoints away first"
             )
         return True
 
@@ -353,9 +353,8 @@ class Trainer:
         raise RunFailed(
             f"{what}. They changed nothing; step {self.step} is saved, "
             f"and {path} says which data they read. {self.rewinding.why_not()}If those are at fault, start the same "
-            "command again: it goes on after them. If the loss had risen before, move the newest checkpoints away "
-            "first, and lower optimizer.lr or lengthen lr_schedule.warmup_steps. If good steps pass for spikes, raise "
-            "fault_tolerance.spike_sigma"
+            f"command again: it goes on after them. {remedies(self.config)}. If the loss had risen before, move the "
+            "newest checkpoints away first. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
         )
 
     def _open_loader(self, corpus: Corpus, cursors: dict[int, dict[str, Any]] | None) -> BatchLoader:

@@ -98,7 +98,7 @@ def test_a_key_of_another_section_is_pointed_there(toml):
         ("[model]\nqk_rope_head_dim = 63\n", "[model] qk_rope_head_dim: 63 must be even"),
         ("[training]\nseq_len = 4096\n", "longer than model.max_seq_len = 2048"),
         ("[lr_schedule]\ndecay_steps = 5\n", 'applies to name = "wsd"'),
-        ('[lr_schedule]\nname = "wsd"\ndecay_steps = 950\n', "more than training.steps = 1000"),
+        ('[lr_schedule]\nname = "wsd"\nwarmup_steps = 100\ndecay_steps = 950\n', "more than training.steps = 1000"),
         ("[validation]\nfraction = 0\n", "0 holds nothing out"),
         ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
         ("[training]\nmax_grad_norm = inf\n", "expected a number >= 0"),

@@ -14,7 +14,7 @@ from swamla_titan.tools import check as module
 from tests.train.runs import snapshot
 
 MACHINE = ["python", "torch", "gpu", "tf32", "float8", "attention", "disk"]
-INPUT = ["config", "folder", "tokenizer", "data", "model", "optimizer"]
+INPUT = ["config", "folder", "tokenizer", "data", "model", "optimizer", "stability"]
 
 Usage = namedtuple("Usage", "total used free")
 

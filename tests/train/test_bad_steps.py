@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.config.sections import Config, FaultTolerance, Float8, Training
 from swamla_titan.train.bad_batches import write_bad_batches
-from swamla_titan.train.bad_steps import BadStep, BadSteps, warning
+from swamla_titan.train.bad_steps import BadStep, BadSteps, remedies, warning
 from swamla_titan.train.trainer import Trainer
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train
@@ -173,6 +173,37 @@ def test_the_warning_names_steps_and_the_limit_of_spikes_and_no_endless_list():
     )
     assert warning(bad[:1], 1).endswith("step 7 (loss nan, gradient norm nan); 1 in all")
     assert " and 12 more; 99 in all" in warning([bad[0]] * 20, 99)
+
+
+@pytest.mark.parametrize(
+    "config, parts",
+    [
+        (Config(), ["lr_schedule.warmup_steps", "clip gradients more (training.max_grad_norm is 1)"]),
+        (Config(training=Training(max_grad_norm=0.0)), ["training.max_grad_norm is 0: 1.0 is usual"]),
+        (Config(float8=Float8("tensorwise")), ['float8.recipe = "off" to see whether "tensorwise" is at fault']),
+        (
+            Config(float8=Float8("native", fast_accumulation=True, output_head=True)),
+            ['"off", or float8.fast_accumulation and float8.output_head = false, to see whether "native"'],
+        ),
+    ],
+)
+def test_what_to_try_names_clipping_and_the_recipe_in_use(config, parts):
+    found = remedies(config)
+    assert all(part in found for part in parts), found
+    assert ("float8" in found) == (config.float8.recipe != "off")
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_messages_of_runs_name_them(tiny, skips):
+    recipe = ("--float8.recipe", "native", "--float8.products", "all", "--metrics.log_interval", "1")
+    policy = ("--fault_tolerance.max_bad_steps", "2") if skips else ("--fault_tolerance.skip_bad_steps", "false")
+    faults = (Fault(3, "nan gradient"), Fault(4, "nan loss"))
+    ended = run_with_faults(faults, (), str(tiny), *SHORT, *recipe, *policy)
+    assert ended.code == 1
+    assert ended.err.startswith("failed: 2 bad steps in a row" if skips else "failed: step 3: loss ")
+    for text in (ended.err, ended.out.partition("skipped as bad")[2]) if skips else (ended.err,):
+        assert "training.max_grad_norm is 1" in text
+        assert 'whether "native" is at fault' in text
 
 
 def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path):

@@ -1,0 +1,36 @@
+"""What makes a run less likely to diverge: the default warm-up, and advice where a configuration does without."""
+
+from swamla_titan.config.sections import Config, LRSchedule
+
+WARMUP = 400  # steps: by then Adam's second moments, with beta2 = 0.95 to 0.99, have long forgotten their start
+_SHARE = 10  # of the run, which is all that a short one spends on it
+_LONG = 1000  # steps of a run that is worth the advice
+
+
+def warmup_steps(schedule: LRSchedule, steps: int) -> int:
+    """Steps of warm-up of a run of `steps`: as configured, or 400, a tenth of a short run, and none of wsd's decay."""
+    if schedule.warmup_steps >= 0:
+        return schedule.warmup_steps
+    return max(0, min(WARMUP, steps // _SHARE, steps - schedule.decay_steps))
+
+
+def stability_advice(config: Config) -> list[str]:
+    """What `check` and the start of a run warn of."""
+    training, model = config.training, config.model
+    lines = []
+    warmup, usual = warmup_steps(config.lr_schedule, training.steps), min(WARMUP, training.steps // _SHARE)
+    if training.steps >= _LONG and warmup < usual:
+        lines.append(
+            f"lr_schedule.warmup_steps = {warmup} is short for a run of {training.steps:,} steps, whose first are "
+            f"likeliest to diverge: {usual} or more, or leave it out"
+        )
+    if "swa" in model.block_kinds and model.swa_sink_size == 0 and model.swa_window < training.seq_len:
+        lines.append(
+            "model.swa_sink_size = 0: past the first window no query sees a sink token, on which softmax puts the "
+            "attention that it does not need; 4 is usual"
+        )
+    if training.max_grad_norm == 0:
+        lines.append(
+            "training.max_grad_norm = 0 clips no gradients, so one bad batch can throw the weights off; 1.0 is usual"
+        )
+    return lines
