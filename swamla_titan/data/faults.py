@@ -112,14 +112,20 @@ def _size(file: str) -> int:
         return -1
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def one_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's message, or its name."""
     return next((line[:most] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def named(error: BaseException) -> str:
+    """An error's name and the first line of its message."""
+    name = type(error).__name__
+    return f"{name}: {one_line(error)}" if str(error).strip() else name
+
+
 def network_fault(file: str, place: str, error: Exception) -> Fault:
     """What a library that reads remote files raised, as the kind of Fault that it is."""
-    reason = f"{type(error).__name__}: {one_line(error, 300)}" if str(error) else type(error).__name__
+    reason = named(error)
     if fault := fault_of_machine(file, place, error):
         return fault
     for each in chain(error, contexts=False):

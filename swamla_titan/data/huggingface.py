@@ -5,14 +5,19 @@ import itertools
 import json
 import logging
 import os
+import reprlib
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import torch.utils.data._utils.worker as torch_worker
 
 from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
-from swamla_titan.data.faults import DataFault, Fault, Unreachable, network_fault
+from swamla_titan.data.faults import DataFault, Fault, Unreachable, named, network_fault
+from swamla_titan.data.folder import listed, special_kind
 from swamla_titan.data.patience import Patience
 from swamla_titan.errors import UserError
 
@@ -39,6 +44,11 @@ class HuggingFaceSource:
 
         if not path:
             raise UserError("data.path is empty: give the name of a data set, or a folder that holds one.")
+        path = os.path.expanduser(path)
+        folder = os.path.isdir(path)
+        if os.path.isfile(path):
+            raise UserError(f"data.path: {path} is a file: give the folder that it lies in.")
+        files = _names_and_sizes(path) if folder else []
         self._label = " ".join(part for part in (path, name, f"[{split}]") if part)
         self._text_key = text_key
         self._max_document_bytes = max_document_bytes
@@ -46,20 +56,24 @@ class HuggingFaceSource:
 
         def load() -> Any:
             dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision or None)
+            builder = _builder_of(dataset)
+            reads_text = _read_only(builder, text_key)
+            self._unread = _unread(path, files, builder)
             if dataset.num_shards < streams and hasattr(dataset, "reshard"):
                 # By row groups instead of files, where the format allows it; it opens every file, which is only
                 # worth its time while there are too few shards for the streams.
                 dataset = dataset.reshard()
-            return dataset, dataset.column_names
+            return dataset, dataset.column_names, reads_text
 
-        dataset, columns = self._loaded(load, patience or Patience())
+        dataset, columns, reads_text = self._loaded(load, patience or Patience())
         if columns is not None:
             self._require_column(columns)
             dataset = dataset.select_columns([text_key])
+            if reads_text:  # the first file may have given it another type
+                dataset = dataset.cast_column(text_key, datasets.Value("string"))
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
-        folder = os.path.isdir(path)
-        self._files = _as_recorded(recorded, _names_and_sizes(path), self._num_units) if folder else []
+        self._files = _as_recorded(recorded, files, self._num_units) if folder else []
         content = self._files if folder else (path, revision or None)  # a folder may move
         identity = repr((content, name, split, text_key, self._num_units))
         self._fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
@@ -87,7 +101,10 @@ class HuggingFaceSource:
         return []  # what cannot be opened has no shards that could be counted
 
     def describe(self) -> str:
-        return f"{self._label}, {self._num_units} shard" + ("" if self._num_units == 1 else "s")
+        found = f"{self._label}, {self._num_units} shard" + ("" if self._num_units == 1 else "s")
+        if self._unread:
+            found += f"; passed over: {len(self._unread)} of the folder's files ({listed(self._unread)})"
+        return found
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         _leave_retrying_to_us()
@@ -102,7 +119,13 @@ class HuggingFaceSource:
             try:
                 with _outside_of_a_loader_worker():
                     row = next(rows, None)
+            except Fault as fault:
+                fault.file, fault.place = self.file_of(unit), place
+                raise
             except Exception as error:  # whatever lies below: HTTP, file system, parser
+                if "No match for FieldRef" in str(error):  # pyarrow's words for a column that is not there
+                    advice = "Other files have one: correct this file or remove it"
+                    raise DataFault(self.file_of(unit), place, f'no column "{self._text_key}"', advice) from error
                 raise network_fault(self.file_of(unit), place, error) from error
             if row is None:
                 return
@@ -124,7 +147,7 @@ class HuggingFaceSource:
             raise DataFault(
                 file,
                 place,
-                f'the column "{self._text_key}" is not a string but {value!r:.60}',
+                f'the column "{self._text_key}" is not a string but {reprlib.repr(value):.60}',
                 "Set data.text_key to the column that holds the text",
             )
         if len(value) > self._max_document_bytes:
@@ -144,15 +167,19 @@ class HuggingFaceSource:
                 if fault.of_machine:
                     raise fault from error
                 tried = f" ({fault.tried})" if fault.tried else ""
+                # All of it: what there is to choose from stands in later lines.
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:600].rstrip(".:")
+                if isinstance(error, StopIteration):  # of looking for a first row
+                    reason = "its files hold no data"
                 raise UserError(
-                    f"{fault.file} cannot be loaded: {_reason(error)}{tried}. Check the three keys and the network."
+                    f"{fault.file} cannot be loaded: {reason}{tried}. Check the three keys and the network."
                 ) from error
 
     def _require_column(self, columns: list[str]) -> None:
         if self._text_key not in columns:
             raise UserError(
                 f'{self._label}: no column "{self._text_key}". '
-                f"Set data.text_key to one of the columns there: {', '.join(columns)}."
+                f"Set data.text_key to one of the columns there: {listed(columns, 20)}."
             )
 
 
@@ -171,18 +198,86 @@ def commit_of(path: str, revision: str) -> str:
         logger.warning(
             "data.path: the commit of %s is not known (%s). If the data set changes, a resumed run will not notice.",
             path,
-            _reason(error),
+            named(error),
         )
         return revision
 
 
 def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
+    """Of the files below a folder. UserError for a pipe or a device: `datasets` would open it, and wait for ever."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [os.path.join(place, name) for name in files if not name.startswith(".")]
-        found += [(os.path.relpath(name, folder), os.path.getsize(name)) for name in names if os.path.exists(name)]
+        for name in sorted(files):
+            path = os.path.join(place, name)
+            if name.startswith(".") or not os.path.exists(path):
+                continue
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                kind = special_kind(status.st_mode)
+                raise UserError(f"data.path: {path} is no regular file but {kind}. Move it elsewhere.")
+            found.append((os.path.relpath(path, folder), status.st_size))
     return sorted(found)
+
+
+def _builder_of(dataset: Any) -> Any:
+    """What reads the files of a streamed data set; None where that is no builder of tables."""
+    return getattr(getattr(getattr(dataset, "_ex_iterable", None), "generate_tables_fn", None), "__self__", None)
+
+
+def _unread(folder: str, files: list[tuple[str, int]], builder: Any) -> list[str]:
+    """Files of a folder that no split has: where it holds several formats, `datasets` reads the most frequent one."""
+    splits = getattr(getattr(builder, "config", None), "data_files", None)
+    if not isinstance(splits, dict):
+        return []
+    read = {os.path.relpath(str(file), os.path.abspath(folder)) for each in splits.values() for file in each}
+    return [name for name, _ in files if name not in read]
+
+
+def _read_only(builder: Any, text_key: str) -> bool:
+    """Has a builder read one column, as strings; returns whether it could.
+
+    It would cast every file to the columns and types of the first one, and refuse the file where a column that nobody
+    reads has another type.
+    """
+    if not hasattr(builder, "_cast_table"):
+        return False
+    builder._cast_table = partial(_only_column, text_key)
+    if getattr(getattr(builder, "config", None), "columns", ()) is None:
+        builder.config.columns = [text_key]  # of parquet, where the others need not even be read
+    return True
+
+
+def _only_column(text_key: str, table: pa.Table, **unused: Any) -> pa.Table:
+    """A table of the column of text alone, in place of a builder's own cast of all columns."""
+    count = table.column_names.count(text_key)
+    if count != 1:
+        there = listed(table.column_names, 20) or "none"
+        found = f'{count} columns are named "{text_key}"' if count else f'no column "{text_key}" among {there}'
+        raise DataFault("", "", found, "Other files have one: correct this file or remove it")
+    column = table.column(text_key)
+    if pa.types.is_null(column.type):
+        column = pa.nulls(len(column), pa.string())
+    elif not pa.types.is_string(column.type):
+        column = _as_strings(text_key, column)
+    return pa.table({text_key: column})
+
+
+def _as_strings(text_key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    values = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if any(getattr(pa.types, name)(values) for name in _STRINGS if hasattr(pa.types, name)):
+        return column.cast(pa.string())
+    value = next((value for value in column if value.is_valid), None)
+    found = values if value is None else reprlib.repr(value.as_py())[:60]
+    raise DataFault(
+        "",
+        "",
+        f'the column "{text_key}" is not a string but {found}',
+        "Set data.text_key to the column that holds the text",
+    )
+
+
+_STRINGS = ["is_string", "is_large_string", "is_string_view"]  # the view came later than the oldest pyarrow supported
 
 
 def _as_recorded(
@@ -204,6 +299,7 @@ def _leave_retrying_to_us() -> None:
     data might be given up although nobody chose that time."""
     import datasets
 
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it would log of a fault, the fault itself says
     for name in ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"):
         setattr(datasets.config, name, 1)
     for name in vars(datasets.config).keys() & _WAITS:
@@ -232,7 +328,3 @@ def _outside_of_a_loader_worker() -> Iterator[None]:
         yield
     finally:
         torch_worker._worker_info = info
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__

@@ -2,26 +2,28 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
-from swamla_titan.data.parquet import RowGroup, row_group_sizes
+from swamla_titan.data.folder import JSON_LINES, PARQUET, TEXT, find_files, listed, special_kind
+from swamla_titan.data.parquet import NoTextColumn, RowGroup, row_group_sizes
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.text_units import FileRange, WholeFile
 from swamla_titan.errors import UserError
-
-TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
-KNOWN = (*TEXT, *JSON_LINES, *PARQUET)
-COMPRESSED = tuple(kind + packed for kind in KNOWN for packed in (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4"))
 
 # Files of many documents are cut in ranges of this many bytes: enough ranges that streams need not share one (each
 # of them would read it all), not so many that opening files costs more than reading them.
 MIN_RANGE, MAX_RANGE = 64 << 10, 16 << 20
 RANGES_PER_STREAM = 4
 
+
+SKIPPING = 'data.on_error = "skip_file" skips such files'
 
 Result = TypeVar("Result")
 
@@ -31,7 +33,7 @@ class Unit(Protocol):
 
 
 class LocalSource:
-    """A file, or every known file below a folder, sorted by path; hidden files and folders are passed over.
+    """A file, or every file below a folder that holds data (see folder.py), sorted by path.
 
     `setting` names the configuration key that `path` came from, for messages. A file that cannot be opened raises its
     DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: if there are no
@@ -55,14 +57,17 @@ class LocalSource:
         self._faults: list[Fault] = []
         self._skip_files = skip_files
         self._patience = patience or Patience()
-        root, names, self._unknown = find_files(path, setting)
-        now: dict[str, int] = {}
-        for name in names:
-            size = partial(_size, os.path.join(root, name))
-            now[name.replace(os.sep, "/")] = self._opened(size, -1)
+        self._may_skip = setting == "data.path"
+        self._listing = find_files(path, setting)
+        root = self._listing.root
+        now = self._sizes(setting)
         entries = _as_recorded(recorded if skip_files else None, now)
         if entries is None:
-            entries = [self._entry(root, name, size, text_key) for name, size in now.items()]
+            try:
+                entries = [self._entry(root, name, size, text_key) for name, size in now.items()]
+            except NoTextColumn as fault:
+                self._compare_with_others(fault, root, text_key, now)
+                raise
         else:
             self._faults += [DataFault(each["name"], "", each["lost"]) for each in entries if "lost" in each]
         self._entries = entries
@@ -81,17 +86,21 @@ class LocalSource:
                 pass
             elif name.lower().endswith(PARQUET):
                 for number, group in enumerate(entry["groups"]):
+                    if group == 0:  # it has no rows
+                        continue
                     units.append((RowGroup(file, size, number, text_key, max_document_bytes), group))
             elif name.lower().endswith(cut_in_ranges):
                 json_key = text_key if name.lower().endswith(JSON_LINES) else None
-                separator = b"\n" if json_key is not None else text_separator.encode()
+                separator = b"\n" if json_key is not None else text_separator.encode(errors="surrogateescape")
                 for start in range(0, size, range_size):
                     end = min(size, start + range_size)
                     part = FileRange(file, size, start, end, separator, max_document_bytes, json_key)
                     units.append((part, end - start))
             elif size > max_document_bytes:
                 advice = ", or split the file by data.text_separator"
-                self._pass_over(entry, too_large(file, "", size, max_document_bytes, advice))
+                too_long = too_large(file, "", size, max_document_bytes, advice)
+                self._skip(too_long)
+                entry["lost"] = too_long.reason
             else:
                 units.append((WholeFile(file, size), size))
             self._units += [unit for unit, _ in units]
@@ -103,8 +112,23 @@ class LocalSource:
             raise self._faults[0]
         self._fingerprint = _digest(entries, text_key, text_separator)
 
+    def _sizes(self, setting: str) -> dict[str, int]:
+        """{name: bytes, -1 where it cannot be looked at} of the files listed; only regular ones are ever opened, as
+        reading a pipe or a device may never end."""
+        sizes: dict[str, int] = {}
+        self._special: list[str] = []
+        for name in self._listing.names:
+            found = self._opened(partial(_status, os.path.join(self._listing.root, name)), None)
+            if found is not None and not stat.S_ISREG(found.st_mode):
+                self._special.append(f"{name}: {special_kind(found.st_mode)}")
+            else:
+                sizes[name.replace(os.sep, "/")] = -1 if found is None else found.st_size
+        if not sizes:
+            raise UserError(f"{setting}: there is no regular file ({listed(self._special)}). Give files of text.")
+        return sizes
+
     def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
-        """`work()`, patiently; where it comes to nothing, and files may be passed over, `otherwise`."""
+        """`work()`, tried again; where it fails for good and files may be skipped, `otherwise`."""
         while True:
             try:
                 return work()
@@ -112,27 +136,45 @@ class LocalSource:
                 if self._patience.again(fault):
                     continue
                 self._patience.give_up(fault)
-                # One that merely does not answer is not passed over for a whole run.
-                if not self._skip_files or not isinstance(fault, DataFault):
+                # One that merely does not answer is not skipped for a whole run.
+                if not isinstance(fault, DataFault):
                     raise
-                self._faults.append(fault)
+                self._skip(fault)
                 return otherwise
 
     def _entry(self, root: str, name: str, size: int, text_key: str) -> dict[str, Any]:
         """What is to be remembered of a file as it is now."""
         entry: dict[str, Any] = {"name": name, "bytes": max(0, size)}
+        file = os.path.join(root, name.replace("/", os.sep))
+        is_good: bool | None = size >= 0
         if size >= 0 and name.lower().endswith(PARQUET):
-            file = os.path.join(root, name.replace("/", os.sep))
             entry["groups"] = self._opened(lambda: row_group_sizes(file, text_key), None)
-        if size < 0 or entry.get("groups", ()) is None:
-            entry["lost"] = self._faults[-1].reason
+            is_good = entry["groups"] is not None
+        elif size > 0:
+            is_good = self._opened(partial(_require_text, file), None)
+        if not is_good:
+            entry["lost"] = next(fault.reason for fault in self._faults if fault.file == file)
         return entry
 
-    def _pass_over(self, entry: dict[str, Any], fault: DataFault) -> None:
+    def _skip(self, fault: DataFault) -> None:
+        """Remembers the fault of a file that is skipped, or raises it."""
         if not self._skip_files:
+            if self._may_skip and len(self._listing.names) > 1 and not isinstance(fault, NoTextColumn):
+                fault.advice = ". ".join(part for part in (fault.advice, SKIPPING) if part)
             raise fault
-        entry["lost"] = fault.reason
         self._faults.append(fault)
+
+    def _compare_with_others(self, fault: NoTextColumn, root: str, text_key: str, now: dict[str, int]) -> None:
+        """Where another file has the column of text, the fault is the file's, not the key's."""
+        for name in now:
+            file = os.path.join(root, name.replace("/", os.sep))
+            if not name.lower().endswith(PARQUET) or file == fault.file:
+                continue
+            with suppress(Fault):
+                row_group_sizes(file, text_key)
+                advice = f"Remove it, or write it again with the column that other files have, such as {name}"
+                fault.advice = f"{advice}. {SKIPPING}" if self._may_skip else advice
+                return
 
     @property
     def num_units(self) -> int:
@@ -150,9 +192,14 @@ class LocalSource:
         found = (
             f"{counted(self._num_files, 'file')}, {readable_size(self._num_bytes)} in {counted(self.num_units, 'unit')}"
         )
-        if self._unknown:
-            names = ", ".join(self._unknown[:3]) + (", ..." if len(self._unknown) > 3 else "")
-            found += f"; passed over: {counted(len(self._unknown), 'file')} of unknown kind ({names})"
+        left = [
+            (self._listing.unknown, "of unknown kind"),
+            (self._listing.about, "about the data"),
+            (self._special, "not regular"),
+        ]
+        passed_over = [f"{counted(len(names), 'file')} {what} ({listed(names)})" for names, what in left if names]
+        if passed_over:
+            found += f"; passed over: {', '.join(passed_over)}"
         return found
 
     def file_of(self, unit: int) -> str:
@@ -167,51 +214,6 @@ class LocalSource:
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
         return self._units[unit].read(position, every, offset)
-
-
-def find_files(path: str, setting: str) -> tuple[str, list[str], list[str]]:
-    """(folder, sorted names of the files to read below it, of those of unknown kinds). UserError if there is no file
-    to read, or a compressed one that would be missed."""
-    known = ", ".join(KNOWN)
-    if not path:
-        raise UserError(f"{setting} is empty: give a file or folder ({known}).")
-    if not os.path.exists(path):
-        raise UserError(f"{setting}: {path} does not exist.")
-    if not os.path.isdir(path):
-        if path.lower().endswith(COMPRESSED):
-            raise _compressed(setting, path, 1)
-        if not path.lower().endswith(KNOWN):
-            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {known}.")
-        return os.path.dirname(path), [os.path.basename(path)], []
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}") from error
-
-    found: list[str] = []
-    seen: set[str] = set()  # folders: links may lead to one twice, or around in a circle
-    for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        found += [os.path.relpath(os.path.join(folder, name), path) for name in files if not name.startswith(".")]
-    names = [name for name in found if name.lower().endswith(KNOWN)]
-    passed_over = sorted(name for name in found if not name.lower().endswith(KNOWN))
-    compressed = [name for name in passed_over if name.lower().endswith(COMPRESSED)]
-    if compressed:
-        raise _compressed(setting, os.path.join(path, compressed[0]), len(compressed))
-    if not names:
-        raise UserError(f"{setting}: {path} holds no file of a known kind. Known: {known}.")
-    return path, sorted(names), passed_over
-
-
-def _compressed(setting: str, file: str, count: int) -> UserError:
-    also = f" and {count - 1} more" if count > 1 else ""
-    return UserError(
-        f"{setting}: {file}{also}: compressed files are not read. Decompress them, move them elsewhere, or read the "
-        'folder with data.source = "huggingface", which reads compressed files too.'
-    )
 
 
 def counted(number: int, what: str) -> str:
@@ -234,7 +236,9 @@ def _as_recorded(recorded: dict[str, Any] | None, now: dict[str, int]) -> list[d
 
 
 def _digest(entries: list[dict[str, Any]], text_key: str, text_separator: str) -> str:
-    digest = hashlib.blake2b(repr((text_key, text_separator)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((text_key, text_separator)).encode(errors="surrogateescape"), digest_size=16)
+    if any(text_separator.startswith(text_separator[at:]) for at in range(1, len(text_separator))):
+        digest.update(b"overlapping separators are one border\0")  # which they once were not
     for entry in entries:
         digest.update(f"{entry['name']}\0{entry['bytes']}\0".encode("utf-8", errors="surrogateescape"))
     for entry in entries:
@@ -245,6 +249,15 @@ def _digest(entries: list[dict[str, Any]], text_key: str, text_separator: str) -
     return digest.hexdigest()
 
 
-def _size(path: str) -> int:
+def _status(path: str) -> os.stat_result:
     with readable(path):  # a link may point to nothing
-        return os.path.getsize(path)
+        return os.stat(path)
+
+
+def _require_text(path: str) -> bool:
+    """DataFault if a file begins with other bytes than text."""
+    with readable(path), open(path, "rb") as file:
+        other = other_than_text(file.read(HEAD_BYTES))
+    if other:
+        raise DataFault(path, "", f"it is {other.what}", other.advice)
+    return True

@@ -8,47 +8,123 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, decode_utf8, too_large
-from swamla_titan.data.faults import DataFault, Fault, fault_of_machine, of_another_size, one_line, refused
-from swamla_titan.errors import UserError
+from swamla_titan.data.faults import (
+    DataFault,
+    Fault,
+    fault_of_machine,
+    of_another_size,
+    one_line,
+    readable,
+    refused,
+)
+from swamla_titan.data.folder import listed
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
+MOST_ROWS = 256  # the same, in rows: equal texts may be stored once, so a row may hold more than its share of the bytes
+
+
+class NoTextColumn(DataFault):
+    """A whole file without a column of text of the name asked for: it, or the name, is wrong."""
 
 
 def row_group_sizes(path: str, column: str) -> list[int]:
-    """Bytes of text in each row group, as the file encodes it.
+    """Bytes of text in each row group, as the file encodes it; 0 for a group without rows.
 
-    DataFault if it is no parquet file, UserError if it has no text column of that name.
+    DataFault if it is no parquet file, or its text column does not hold text; NoTextColumn if it has none.
     """
     try:
         with pq.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except (OSError, pa.ArrowException) as error:
+            _require_text_column(path, column, file.schema_arrow)
+            metadata = file.metadata
+            if _is_signed(path, metadata):
+                raise OSError("its footer is signed, as those of files with encrypted columns are")
+            leaf = _leaf(metadata, column)
+            sizes = []
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                size = group.total_byte_size if leaf is None else group.column(leaf).total_uncompressed_size
+                sizes.append(max(1, size) if group.num_rows > 0 else 0)
+            if _is_any(file.schema_arrow.field(column).type, _BINARY_TYPES):
+                _require_text(path, column, file)
+    except Fault:
+        raise
+    except Exception as error:  # pyarrow finds many words for bytes that make no sense
         raise _fault(path, "", error) from error
-    if column not in schema.names:
-        raise UserError(
-            f'{path}: no column "{column}". Set data.text_key to one of the columns there: {", ".join(schema.names)}.'
-        )
-    kind = schema.field(column).type
-    values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(test(values) for test in _TEXT_TYPES):
-        raise UserError(
-            f'{path}: the column "{column}" does not hold strings but {kind}. '
-            "Set data.text_key to the column that holds the text."
-        )
-    place = metadata.schema.names.index(column) if column in metadata.schema.names else None
-    sizes = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        sizes.append(group.total_byte_size if place is None else group.column(place).total_uncompressed_size)
     return sizes
 
 
-_TEXT_TYPES = [
-    getattr(pa.types, name)
-    for name in ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary", "is_binary_view")
-    if hasattr(pa.types, name)  # the views came later than the oldest pyarrow supported
-]
+def _is_any(kind: pa.DataType, names: list[str]) -> bool:
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    # The views came later than the oldest pyarrow supported.
+    return any(getattr(pa.types, name)(values) for name in names if hasattr(pa.types, name))
+
+
+_BINARY_TYPES = ["is_binary", "is_large_binary", "is_binary_view"]
+# A column of nulls alone is what writers make of texts that are all missing: so many empty documents.
+_TEXT_TYPES = ["is_string", "is_large_string", "is_string_view", "is_null", *_BINARY_TYPES]
+
+
+def _require_text_column(path: str, column: str, schema: pa.Schema) -> None:
+    count = schema.names.count(column)
+    if count > 1:
+        raise DataFault(
+            path, "", f'{count} columns are named "{column}"', "Write it again, with other names for all but one"
+        )
+    text = [field.name for field in schema if _is_any(field.type, _TEXT_TYPES)]
+    if count == 0:
+        advice = "It has no column of text: remove it"
+        if text:
+            advice = f"Set data.text_key to one of the columns there that hold text: {listed(text, 20)}"
+        raise NoTextColumn(path, "", f'no column "{column}" among {listed(schema.names, 20) or "none"}', advice)
+    kind = schema.field(column).type
+    if not _is_any(kind, _TEXT_TYPES):
+        others = f": {listed(text, 20)}" if text else "; this file has none"
+        raise NoTextColumn(
+            path,
+            "",
+            f'the column "{column}" does not hold strings but {one_line(ValueError(kind))}',
+            f"Set data.text_key to a column that holds the text{others}",
+        )
+
+
+def _is_signed(path: str, metadata: pq.FileMetaData) -> bool:
+    """Whether there is more in the footer than metadata. The program would end in the middle of pyarrow if it asked for
+    the metadata of an encrypted column."""
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little") != int(metadata.serialized_size)
+
+
+def _leaf(metadata: pq.FileMetaData, column: str) -> int | None:
+    """The number of a top-level column among those that are stored: nested columns may hold the same name."""
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    return paths.index(column) if column in paths else None
+
+
+def _require_text(path: str, column: str, file: pq.ParquetFile) -> None:
+    """DataFault if the first values of a binary column are something else than text."""
+    head = b""
+    for batch in file.iter_batches(16, columns=[column], use_threads=False):
+        for value in _values(batch, column):
+            if len(head) > HEAD_BYTES:
+                break
+            value = value.as_py() or b""
+            head += value[:HEAD_BYTES]
+            # A signature stands at the beginning of a value, and the first one is mostly like all others.
+            if other := other_than_text(head):
+                raise DataFault(path, f'column "{column}"', f"it holds {other.what}", other.advice)
+        if head:
+            return
+
+
+def _values(batch: pa.RecordBatch, column: str) -> Any:
+    """The column as bytes: pyarrow would raise for strings that are no UTF-8, here they are replaced and counted."""
+    values = batch.column(batch.schema.get_field_index(column))
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    return values.cast(pa.large_binary())
 
 
 @dataclass(frozen=True)
@@ -74,20 +150,18 @@ class RowGroup:
                     raise DataFault(self.path, place, f"{found} where there were more when the run began")
                 row_group = file.metadata.row_group(self.group)
                 rows = max(1, row_group.num_rows)
-                # total_byte_size covers all columns: an upper bound, so a batch holds at most about BATCH_BYTES.
-                batch_size = max(1, min(4096, BATCH_BYTES * rows // max(1, row_group.total_byte_size)))
+                # total_byte_size covers all columns, so mostly a batch holds at most about BATCH_BYTES.
+                batch_size = max(1, min(MOST_ROWS, BATCH_BYTES * rows // max(1, row_group.total_byte_size)))
                 for batch in file.iter_batches(batch_size, [self.group], [self.column], use_threads=False):
                     if ordinal + batch.num_rows > start:
-                        yield from self._documents(batch.column(0), ordinal, start, every, offset)
+                        yield from self._documents(_values(batch, self.column), ordinal, start, every, offset)
                     ordinal += batch.num_rows
-        except (OSError, pa.ArrowException) as error:
+        except Fault:
+            raise
+        except Exception as error:  # pyarrow finds many words for bytes that make no sense
             raise _fault(self.path, f"row {ordinal} of {place}", error) from error
 
     def _documents(self, values: Any, first: int, start: int, every: int, offset: int) -> Iterator[Document]:
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        # As bytes, not strings: pyarrow would raise for text that is no UTF-8, here it is replaced and counted.
-        values = values.cast(pa.large_binary())
         for ordinal in range(max(first, start), first + len(values)):
             if ordinal % every != offset:
                 continue
@@ -100,10 +174,25 @@ class RowGroup:
 
 
 def _fault(path: str, place: str, error: Exception) -> Fault:
+    """What is wrong with a file that pyarrow does not read."""
     if fault := fault_of_machine(path, place, error):
         return fault
     # Of pages that make no sense pyarrow speaks as of an OSError without a number.
     if isinstance(error, OSError) and error.errno is not None:
         return refused(path, place, error)
-    reason = f"not a whole parquet file ({one_line(error)})"
-    return DataFault(path, place, reason, "Write or download it again, or remove it", may_pass=True)
+    with readable(path), open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    reason = one_line(error)
+    if not head.startswith((b"PAR1", b"PARE")):
+        other = other_than_text(head)
+        found = other.what if other else f"text, which begins with {head[:40]!r}" if head else "an empty file"
+        advice = other.advice if other else "Give it the ending of what it is, such as .jsonl or .txt, or remove it"
+        advice = advice if head else "Write or download it again, or remove it"
+        return DataFault(path, place, f"not a parquet file but {found}", advice)
+    if head.startswith(b"PARE") or "crypt" in reason.lower():
+        return DataFault(path, place, f"it is encrypted ({reason})", "Decrypt it first: no keys are known here")
+    if isinstance(error, pa.ArrowNotImplementedError):
+        return DataFault(path, place, f"pyarrow cannot read it ({reason})", "Write it again with plain columns")
+    return DataFault(
+        path, place, f"not a whole parquet file ({reason})", "Write or download it again, or remove it", may_pass=True
+    )

@@ -4,13 +4,15 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
 from swamla_titan.data.faults import DataFault, cut_short, of_another_size, readable
+from swamla_titan.data.folder import listed
 
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 18  # bytes read at a time while looking for a separator
+BEYOND = 1 << 14  # the same, beyond a range's end: its last document may end soon
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class WholeFile:
 class FileRange:
     """The documents that start in bytes [start, end) of a file in which `separator` stands between documents.
 
-    Both ends are first moved on to where a document starts, each by the same rule, so neighbouring ranges meet
-    exactly: no document is lost or read twice, however they are cut and whatever the separator.
+    Separators that overlap are one border: all of "\\n\\n\\n" stands between two documents where "\\n\\n" separates
+    them. Where the borders are is thus seen from the bytes around them, without reading the file from its beginning, so
+    neighbouring ranges meet exactly: no document is lost, read twice or cut differently, however the ranges are chosen.
     """
 
     path: str
@@ -51,14 +54,10 @@ class FileRange:
         with readable(self.path), open(self.path, "rb") as file:
             if os.fstat(file.fileno()).st_size > self.size:  # what is cut short is read up to there
                 raise of_another_size(self.path, self.size)
-            start = position["byte"] if position else self._document_start(file, self.start)
-            if start is None:
-                raise self._too_large(self.start)
-            # Where the last document has no end in sight, reading it from its start finds it too large.
-            end = self._document_start(file, self.end) or self.size
+            start = position["byte"] if position else self._first_start(file)
             ordinal = position["ordinal"] if position else 0
-            for data, at, after in self._split(file, start, end):
-                if at == 0:
+            for data, at, after in self._split(file, start):
+                if at == 0 or self.json_key is not None:  # files with a mark may have been joined
                     data = data.removeprefix(BOM)
                 if not data or data.isspace():
                     continue
@@ -69,82 +68,83 @@ class FileRange:
                     )
                 ordinal += 1
 
-    def _document_start(self, file: BinaryIO, cut: int) -> int | None:
-        """First byte at or after `cut` that follows a separator; the file's first byte and its end count as well.
+    def _first_start(self, file: BinaryIO) -> int:
+        """First byte at or after `start` that follows a border; the file's first byte and its end count as well."""
+        if self.start == 0:
+            return 0
+        # A border that ends at `start` or later holds a separator from here on, and any of its separators leads to its
+        # end; what lies before the first one is the rest of an earlier range's document.
+        _, _, after = next(self._split(file, max(0, self.start - len(self.separator))))
+        return after
 
-        None if there is no separator for longer than a document may be.
+    def _split(self, file: BinaryIO, start: int) -> Iterator[tuple[bytes, int, int]]:
+        """(document, its first byte, first byte after it and the border behind it), for each that starts before `end`.
+
+        A border that reaches `end` is followed no further: no document behind it is of this range.
         """
-        if cut <= 0 or cut >= self.size:
-            return max(0, min(cut, self.size))
-        at = max(0, cut - len(self.separator))
-        file.seek(at)
-        tail = b""  # of what was read: a separator may lie across two chunks
-        while True:
-            chunk = file.read(CHUNK)
-            if not chunk:
-                if at < self.size:
-                    raise cut_short(self.path, self._place(at))
-                return self.size
-            window = tail + chunk
-            found = window.find(self.separator)
-            if found >= 0:
-                return at - len(tail) + found + len(self.separator)
-            at += len(chunk)
-            tail = window[len(window) - len(self.separator) + 1 :]
-            if at - cut > self.max_document_bytes + CHUNK:
-                return None
-
-    def _split(self, file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-        """(document, its first byte, first byte after it and its separator), from `start` to `end`."""
         file.seek(start)
         buffer = bytearray()
         at = start  # of the buffer's first byte
         searched = 0  # no separator starts before this place of the buffer
-        consumed = 0
-        while True:
+        while at < self.end:
             found = buffer.find(self.separator, searched)
-            if found >= 0:
-                if found - consumed > self.max_document_bytes:
-                    raise self._too_large(at + consumed)
-                after = found + len(self.separator)
-                yield bytes(buffer[consumed:found]), at + consumed, at + after
-                consumed = searched = after
-                continue
-            del buffer[:consumed]
-            at += consumed
-            searched = max(0, len(buffer) - len(self.separator) + 1)
-            consumed = 0
-            if len(buffer) > self.max_document_bytes + len(self.separator):
+            if found < 0:
+                searched = max(0, len(buffer) - len(self.separator) + 1)
+                if len(buffer) - len(self.separator) > self.max_document_bytes:
+                    raise self._too_large(at)
+                if self._fill(file, buffer, at):
+                    continue
+                if len(buffer) > self.max_document_bytes:
+                    raise self._too_large(at)
+                if buffer:
+                    yield bytes(buffer), at, self.size
+                return
+            if found > self.max_document_bytes:
                 raise self._too_large(at)
-            chunk = file.read(max(0, min(CHUNK, end - at - len(buffer))))
-            if not chunk:
-                if at + len(buffer) < end:
-                    raise cut_short(self.path, self._place(at + len(buffer)))
+            after = self._border_end(file, buffer, at, found)
+            yield bytes(memoryview(buffer)[:found]), at, at + after
+            del buffer[:after]
+            at += after
+            searched = 0
+
+    def _border_end(self, file: BinaryIO, buffer: bytearray, at: int, found: int) -> int:
+        """Where the border ends that begins with the separator at place `found` of the buffer."""
+        length = len(self.separator)
+        while length > 1 and at + found + length < self.end:
+            overlapping = found + 2 * length - 1  # the end of the last separator that would overlap this one
+            while len(buffer) < overlapping and self._fill(file, buffer, at):
+                pass
+            last = buffer.rfind(self.separator, found + 1, overlapping)
+            if last < 0:
                 break
-            buffer += chunk
-        if buffer:
-            if len(buffer) > self.max_document_bytes:
-                raise self._too_large(at)
-            yield bytes(buffer), at, at + len(buffer)
+            found = last
+        return found + length
+
+    def _fill(self, file: BinaryIO, buffer: bytearray, at: int) -> bool:
+        """Reads on into the buffer, which begins with byte `at`; False at the end of the file."""
+        there = at + len(buffer)
+        size = min(CHUNK, max(self.end - there, BEYOND), self.size - there)
+        if size <= 0:
+            return False
+        chunk = file.read(size)
+        if not chunk:
+            raise cut_short(self.path, self._place(there))
+        buffer += chunk
+        return True
 
     def _parse(self, data: bytes, at: int) -> tuple[str, int]:
         text, replaced = decode_utf8(data)
         if self.json_key is None:
             return text, replaced
         try:
-            row = json.loads(text)
+            row = _loaded(text)
         except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise self._fault(
-                at,
-                f"not valid JSON ({reason})",
-                f'Each line must be one JSON object with the text in the field "{self.json_key}": correct or remove '
-                "the line",
-            ) from error
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            raise self._fault(at, f"not valid JSON ({reason})", self._json_advice(data)) from error
         if not isinstance(row, dict):
-            raise self._fault(at, f"expected a JSON object, found {json.dumps(row)[:60]}")
+            raise self._fault(at, f"expected a JSON object, found {_shown(row)}", self._json_advice(data))
         if self.json_key not in row:
-            there = ", ".join(f'"{name}"' for name in row) or "none"
+            there = listed([f'"{name}"' for name in row], 20) or "none"
             raise self._fault(
                 at, f'no field "{self.json_key}"', f"Set data.text_key to one of the fields there: {there}"
             )
@@ -154,18 +154,28 @@ class FileRange:
         if not isinstance(value, str):
             raise self._fault(
                 at,
-                f'the field "{self.json_key}" is not a string but {json.dumps(value)[:60]}',
+                f'the field "{self.json_key}" is not a string but {_shown(value)}',
                 "Set data.text_key to the field that holds the text",
             )
         value, surrogates = replace_surrogates(value)
         return value, replaced + surrogates
+
+    def _json_advice(self, data: bytes) -> str:
+        """What to do about a line that is no JSON object."""
+        start = data.strip()[:1]
+        if start == b"[":
+            return "If the file is one JSON array, write its objects a line each: jq -c '.[]' FILE > NEW.jsonl"
+        if start == b"{" and not data.strip().endswith(b"}"):
+            return "If a JSON object takes several lines here, write each on one: jq -c . FILE > NEW.jsonl"
+        key = self.json_key
+        return f'Each line must be one JSON object with the text in the field "{key}": correct or remove the line'
 
     def _fault(self, at: int, reason: str, advice: str = "") -> DataFault:
         return DataFault(self.path, self._place(at), reason, advice)
 
     def _too_large(self, at: int) -> DataFault:
         advice = "" if self.json_key is not None else ", or change data.text_separator"
-        return too_large(self.path, self._place(at), None, self.max_document_bytes, advice)
+        return too_large(self.path, self._place(max(at, self.start)), None, self.max_document_bytes, advice)
 
     def _place(self, at: int) -> str:
         """A byte of the file, for people: of JSON its line. Lines are counted only now, when there is a fault."""
@@ -178,3 +188,19 @@ class FileRange:
                 lines += chunk.count(b"\n")
                 left -= len(chunk)
         return f"line {lines}"
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python converts; it is not the text, so it may be rounded
+        return json.loads(text, parse_int=float)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a JSON value, however deep or long."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return json.dumps(value)[:60]

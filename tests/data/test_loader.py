@@ -226,10 +226,10 @@ def test_document_mask_gives_ids(maker, corpus):
 
 
 def test_replaced_bytes_reach_the_trainer(maker):
-    (maker.folder / "a.txt").write_bytes(b"\xff" * 40)
-    (maker.folder / "b.txt").write_bytes(b"good" * 10)
+    (maker.folder / "a.txt").write_bytes(b"\xff" * 3 + b"x" * 117)
+    (maker.folder / "b.txt").write_bytes(b"good" * 30)
     (loader,) = loaders(maker.open(streams=2, shuffle_documents=1), 2, 1)
-    assert [next(loader).replaced for _ in range(2)] == [40, 0]
+    assert [next(loader).replaced for _ in range(2)] == [3, 0]
 
 
 def test_random_state_of_the_trainer_is_left_alone(corpus):

@@ -1,0 +1,165 @@
+"""Which files of a folder are data: by their endings, without those that only describe the data beside them."""
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from swamla_titan.errors import UserError
+
+TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
+KNOWN = (*TEXT, *JSON_LINES, *PARQUET)
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+COMPRESSED = tuple(kind + packed for kind in KNOWN for packed in PACKED)
+# Data that is not read here: where it lies, a README is about it.
+OTHER_DATA = (".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".tar", ".bin", ".npy", ".h5", ".warc", *PACKED)
+
+# Files of these names describe the data, or the package that they came in.
+_ABOUT_TEXT = re.compile(
+    r"((read[-_ ]?me|licen[cs]es?|copying|change[-_ ]?log|requirements|third[-_ ]?party)([-_. ][\w.-]{0,24})?"
+    r"|copyrights?|notices?|changes|release[-_ ]?notes|authors|contributors|contributing|citations?|maintainers"
+    r"|code[-_ ]of[-_ ]conduct|security|(data|dataset|data[-_]set|model)[-_ ]?(card|sheet|statement)|constraints"
+    r"|robots|checksums?|(md5|sha1|sha256|sha512)(sums?)?|manifest|top_level|entry_points|dependency_links|requires"
+    r"|sources|cmakelists)\.(md|txt)"
+)
+_ABOUT_JSON = re.compile(
+    r"(dataset_infos?|dataset_dict|state|.*[-_.]?metadata|datapackage|croissant|.*[-_.]?schema|manifest|catalog|index"
+    r"|.*[-_.]?stat(istic)?s|.*[-_.]?config|package(-lock)?|composer|tokenizer|vocab|special_tokens_map"
+    r"|.*\.safetensors\.index|.*\.info)\.json"
+)
+# So do all files in folders of these names: tables' logs, unfinished output, packages' own.
+_ABOUT_FOLDER = re.compile(
+    r"_temporary|_delta_log|_spark_metadata|_change_data|__macosx|__pycache__|.*\.(egg-info|dist-info)"
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What there is below the folder `root`; sorted names relative to it."""
+
+    root: str
+    names: list[str]  # to be read
+    about: list[str]  # that describe them
+    unknown: list[str]  # of other kinds
+
+
+def find_files(path: str, setting: str) -> Listing:
+    """The files at `path`. UserError if there is none to read, or a compressed one that would be missed.
+
+    `setting` names the configuration key that `path` came from.
+    """
+    known = ", ".join(KNOWN)
+    if not path:
+        raise UserError(f"{setting} is empty: give a file or folder ({known}).")
+    path = os.path.expanduser(path)
+    mode = _mode(path, setting)
+    if not stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{setting}: {path} is no regular file but {special_kind(mode)}; give a file or a folder.")
+        if path.lower().endswith(COMPRESSED):
+            raise _compressed(setting, path, 1)
+        if not path.lower().endswith(KNOWN):
+            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {known}.")
+        return Listing(os.path.dirname(path), [os.path.basename(path)], [], [])
+
+    found = _below(path, setting)
+    readable = [name for name in found if name.lower().endswith(KNOWN)]
+    about = _about(readable, found)
+    names = [name for name in readable if name not in about]
+    unknown = [name for name in found if not name.lower().endswith(KNOWN)]
+    compressed = [
+        name
+        for name in unknown
+        if name.lower().endswith(COMPRESSED) and not (names and _is_about(name.rpartition(".")[0]))
+    ]
+    if compressed:
+        raise _compressed(setting, os.path.join(path, compressed[0]), len(compressed))
+    if not names:
+        there = sorted({os.path.splitext(name)[1].lower() for name in unknown} & {*OTHER_DATA})
+        advice = f' data.source = "huggingface" reads {", ".join(there)}.' if {".csv", ".arrow"} & {*there} else ""
+        only = f" but files about the data ({listed(sorted(about))})" if about else ""
+        raise UserError(f"{setting}: {path} holds no file of a known kind{only}. Known: {known}.{advice}")
+    return Listing(path, names, sorted(about), unknown)
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """The first of some names, for people."""
+    return ", ".join(name[:100] for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+def special_kind(mode: int) -> str:
+    """What a file that is no regular one is, in words."""
+    kinds = [(stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder")]
+    return next((words for test, words in kinds if test(mode)), "a device")
+
+
+def _mode(path: str, setting: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{setting}: {path} does not exist.{_hint(path)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{setting}: {path} cannot be read: {reason}") from error
+
+
+def _hint(path: str) -> str:
+    """What may be meant by a path that leads nowhere."""
+    if os.path.islink(path):
+        return f" It is a link to {os.readlink(path)}."
+    if "://" in path:
+        return ' Only files on disk are read here; data.source = "huggingface" streams a data set of the Hub.'
+    if re.search(r"[*?\[{]", path):
+        return " Patterns are not expanded: give the folder; it is read with all that is below it."
+    if any(os.path.exists(part.strip()) for part in re.split("[,;:]", path) if part.strip()):
+        return " Give one file or folder: lay the files, or links to them, in one folder."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return ' If it is a data set of the Hub, set data.source = "huggingface".'
+    return ""
+
+
+def _below(path: str, setting: str) -> list[str]:
+    """Names of all files below a folder, sorted; hidden ones, and those in hidden folders, are not listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}") from error
+
+    found: list[str] = []
+    seen: set[str] = set()  # folders: links may lead to one twice, or around in a circle
+    for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        found += [os.path.relpath(os.path.join(folder, name), path) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _about(readable: list[str], found: list[str]) -> set[str]:
+    """Which of the readable files describe the data: of JSON beside any others, of text beside records or other data.
+
+    A folder of nothing but text is read whole, its README as well.
+    """
+    suspects = {name for name in readable if _is_about(name)}
+    data = [name for name in readable if name not in suspects]
+    records = any(name.lower().endswith((*JSON_LINES, *PARQUET)) for name in data)
+    if records or any(name.lower().endswith(OTHER_DATA) for name in found):
+        return suspects
+    of_json = {name for name in suspects if name.lower().endswith(JSON_LINES)}
+    return of_json if len(of_json) < len(readable) else set()
+
+
+def _is_about(name: str) -> bool:
+    *folders, file = name.lower().split(os.sep)
+    if any(_ABOUT_FOLDER.fullmatch(folder) for folder in folders):
+        return True
+    return bool(_ABOUT_TEXT.fullmatch(file) or _ABOUT_JSON.fullmatch(file))
+
+
+def _compressed(setting: str, file: str, count: int) -> UserError:
+    also = f" and {count - 1} more" if count > 1 else ""
+    return UserError(
+        f"{setting}: {file}{also}: compressed files are not read. Decompress them, move them elsewhere, or "
+        'read the folder with data.source = "huggingface", which reads compressed files too.'
+    )
