@@ -185,10 +185,10 @@ def _fault(path: str, place: str, error: Exception) -> Fault:
     reason = one_line(error)
     if not head.startswith((b"PAR1", b"PARE")):
         other = other_than_text(head)
-        found = other.what if other else f"text, which begins with {head[:40]!r}" if head else "an empty file"
+        found = other.what if other else f"text that begins with {head[:40]!r}" if head else "empty"
         advice = other.advice if other else "Give it the ending of what it is, such as .jsonl or .txt, or remove it"
         advice = advice if head else "Write or download it again, or remove it"
-        return DataFault(path, place, f"not a parquet file but {found}", advice)
+        return DataFault(path, place, f"not a whole parquet file: it is {found}", advice)
     if head.startswith(b"PARE") or "crypt" in reason.lower():
         return DataFault(path, place, f"it is encrypted ({reason})", "Decrypt it first: no keys are known here")
     if isinstance(error, pa.ArrowNotImplementedError):

@@ -177,9 +177,9 @@ def _encrypted(plaintext_footer):
 @pytest.mark.parametrize(
     "write, part",
     [
-        (lambda path: path.write_bytes(b""), "an empty file"),
-        (lambda path: path.write_text('{"text": "x"}\n'), "not a parquet file but text, which begins with"),
-        (lambda path: path.write_bytes(gzip.compress(b"x")), "not a parquet file but gzip data"),
+        (lambda path: path.write_bytes(b""), "not a whole parquet file: it is empty"),
+        (lambda path: path.write_text('{"text": "x"}\n'), "not a whole parquet file: it is text that begins with"),
+        (lambda path: path.write_bytes(gzip.compress(b"x")), "not a whole parquet file: it is gzip data"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
         (lambda path: path.write_bytes(b"PAR1" + bytes(99)), "not a whole parquet file"),
         (_cut, "not a whole parquet file"),
