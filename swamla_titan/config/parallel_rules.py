@@ -245,6 +245,11 @@ def _activation_checkpoint(config: Config) -> Iterator[Contradiction]:
             ("activation_checkpoint.selective", "activation_checkpoint.mode"),
             f'"{settings.selective}" has no effect with mode = "{mode}": use mode = "selective" or leave it out',
         )
+    if settings.modules != "block" and mode == "none":
+        yield Contradiction(
+            ("activation_checkpoint.modules", "activation_checkpoint.mode"),
+            f'"{settings.modules}" has no effect with mode = "none": use mode = "full" or "selective", or leave it out',
+        )
     if settings.every_n_blocks != 2 and (mode, settings.selective) != ("selective", "blocks"):
         yield Contradiction(
             ("activation_checkpoint.every_n_blocks", "activation_checkpoint.mode", "activation_checkpoint.selective"),

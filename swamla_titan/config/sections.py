@@ -202,6 +202,12 @@ class ActivationCheckpoint:
         choices=("operators", "blocks"),
     )
     every_n_blocks: int = key(2, 'selective = "blocks": each n-th block is recomputed.', minimum=1)
+    modules: str = key(
+        "block",
+        "What of a block is recomputed. block: all of it, as one; attention or feed_forward: that alone, with the norm "
+        "before it; both: each by itself, which keeps one residual more a block and recomputes half a block at a time.",
+        choices=("block", "attention", "feed_forward", "both"),
+    )
     memory_budget: float = key(
         1.0,
         'mode = "none", compiled: share of activation memory to use; the compiler recomputes what is cheapest.',

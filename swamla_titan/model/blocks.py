@@ -35,9 +35,23 @@ class Block(nn.Module):
         """The next token of each row, [B, 1, dim] -> [B, 1, dim]."""
         return self._add(x, self.attention.decode(self.attention_norm(x), context, cache))  # type: ignore[arg-type]
 
+    def attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """What attention adds to the residual stream, [B, T, dim]."""
+        out: Tensor = self.attention(self.attention_norm(x), context)
+        return out
+
+    def feed_forward_branch(self, x: Tensor) -> Tensor:
+        """What the feed-forward network adds to it, [B, T, dim]."""
+        out: Tensor = self.feed_forward(self.ffn_norm(x))
+        return out
+
+    def middle_residual(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream between the two branches, [B, T, dim]."""
+        return x + F.dropout(attended, self.dropout, self.training)
+
     def _add(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.feed_forward(self.ffn_norm(x)), self.dropout, self.training)
+        x = self.middle_residual(x, attended)
+        return x + F.dropout(self.feed_forward_branch(x), self.dropout, self.training)
 
 
 class SWABlock(Block):
@@ -48,7 +62,7 @@ class SWABlock(Block):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return self._add(x, self.attention(self.attention_norm(x), context))
+        return self._add(x, self.attention_branch(x, context))
 
 
 class MLABlock(Block):
@@ -59,4 +73,4 @@ class MLABlock(Block):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return self._add(x, self.attention(self.attention_norm(x), context))
+        return self._add(x, self.attention_branch(x, context))

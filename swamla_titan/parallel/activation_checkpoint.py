@@ -1,10 +1,10 @@
 """Activation checkpointing: which results of a block's forward pass are kept for the backward pass.
 
 The rest is computed again (Chen et al., arXiv:1604.06174). A checkpointed block is the same module with the same
-parameter names: it only gets a subclass of its class, as `fully_shard` does it, whose forward pass is the parent's
-under `torch.utils.checkpoint`. A wrapping module would rename parameters, hide `isinstance(block, Block)` and need care
-wherever a block's parts are named. Hooks that are added later (FSDP2's, which gather weights) stay outside of what is
-repeated.
+parameter names: it only gets a subclass of its class, as `fully_shard` does it, whose forward pass, or that of its
+residual branches, is the parent's under `torch.utils.checkpoint`. A wrapping module would rename parameters, hide
+`isinstance(block, Block)` and need care wherever a block's parts are named. Hooks that are added later (FSDP2's, which
+gather weights) stay outside of what is repeated.
 """
 
 import functools
@@ -23,9 +23,11 @@ import swamla_titan.kernels.chunked_attention  # these register their operators
 import swamla_titan.kernels.document_attention
 import swamla_titan.kernels.float8_product
 import swamla_titan.kernels.window_attention  # noqa: F401
+from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint
+from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import MLABlock, SWABlock
+from swamla_titan.model.blocks import Block, MLABlock, SWABlock
 from swamla_titan.model.context import SequenceContext
 
 logger = logging.getLogger(__name__)
@@ -74,68 +76,153 @@ _NOT_KEPT = (
 # operations of its products again; `full` leaves 1 dim, for 78%.
 
 
-class CheckpointedSWABlock(SWABlock):
-    """A SWA block whose forward pass is computed again in the backward pass, as far as `checkpoint_contexts` says."""
+def _keep_all() -> Any:
+    """What `checkpoint` takes as `context_fn`, to keep all that a region computes."""
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
 
+
+_keep_all.cache_hash = "keep all"  # type: ignore[attr-defined]
+
+
+class _CheckpointedBlock(Block):
+    """A block of which some regions are computed again in the backward pass, as far as `checkpoint_contexts` says.
+
+    `checkpointed`: names of regions, "block" or those of its two residual branches, "attention" and "feed_forward".
+    """
+
+    checkpointed: frozenset[str]
     checkpoint_contexts: Callable[[], Any] | None
+
+    def attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """As in Block."""
+        return self._region("attention", super().attention_branch, x, context)
+
+    def middle_residual(self, x: Tensor, attended: Tensor) -> Tensor:
+        """As in Block."""
+        if "attention" in self.checkpointed and torch.compiler.is_compiling():
+            # Else the compiler, for which what is recomputed is free, would make this again too, out of attention: both
+            # branches then had to be there at once.
+            kept: Tensor = checkpoint(super().middle_residual, x, attended, use_reentrant=False, context_fn=_keep_all)
+            return kept
+        return super().middle_residual(x, attended)
+
+    def feed_forward_branch(self, x: Tensor) -> Tensor:
+        """As in Block."""
+        return self._region("feed_forward", super().feed_forward_branch, x)
+
+    def _region(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
+        if name not in self.checkpointed:
+            return forward(*inputs)
+        # Random state is restored for the repetition (torch's default), so dropout drops the same.
+        options: dict[str, Any] = {}
+        if self.checkpoint_contexts is not None:
+            options["context_fn"] = self.checkpoint_contexts
+        out: Tensor = checkpoint(forward, *inputs, use_reentrant=False, **options)
+        return out
+
+
+class CheckpointedSWABlock(_CheckpointedBlock, SWABlock):
+    """A SWA block, likewise."""
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return _checkpointed(super().forward, self.checkpoint_contexts, x, context)
+        return self._region("block", super().forward, x, context)
 
 
-class CheckpointedMLABlock(MLABlock):
+class CheckpointedMLABlock(_CheckpointedBlock, MLABlock):
     """An MLA block, likewise. Written out twice for the reason that model/blocks.py gives."""
 
-    checkpoint_contexts: Callable[[], Any] | None
-
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return _checkpointed(super().forward, self.checkpoint_contexts, x, context)
+        return self._region("block", super().forward, x, context)
 
 
-def _checkpointed(
-    forward: Callable[..., Tensor], contexts: Callable[[], Any] | None, x: Tensor, context: SequenceContext
-) -> Tensor:
-    # Random state is restored for the repetition (torch's default), so dropout drops the same.
-    out: Tensor
-    if contexts is None:
-        out = checkpoint(forward, x, context, use_reentrant=False)
-    else:
-        out = checkpoint(forward, x, context, use_reentrant=False, context_fn=contexts)
-    return out
+# The regions that a block is cut into, by activation_checkpoint.modules; of each, the residual branches inside.
+_REGIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "block": {"block": ("attention", "feed_forward")},
+    "attention": {"attention": ("attention",)},
+    "feed_forward": {"feed_forward": ("feed_forward",)},
+    "both": {"attention": ("attention",), "feed_forward": ("feed_forward",)},
+}
+
+
+def checkpointed_regions(config: ActivationCheckpoint, layer: int) -> dict[str, tuple[str, ...]]:
+    """The regions of this layer that are checkpointed, each with the residual branches that it is made of.
+
+    Layers are counted over the whole model, also where a pipeline stage holds a part of it.
+    """
+    by_blocks = config.mode == "selective" and config.selective == "blocks"
+    if config.mode == "none" or (by_blocks and (layer + 1) % config.every_n_blocks):
+        return {}
+    return _REGIONS[config.modules]
+
+
+def keeps_operators(config: ActivationCheckpoint) -> bool:
+    """Whether a checkpointed region keeps results of operators, and not its input alone."""
+    return config.mode == "selective" and config.selective == "operators"
+
+
+def refuse_recomputation(config: Config, device: torch.device) -> None:
+    """Raise UserError where compiled blocks cannot recompute what is asked for.
+
+    That is on CPUs under tensor parallelism: of an operator that may draw random numbers, as attention and dropout may,
+    torch (2.13) keeps the generator's state behind the mesh of the weights, and then takes one for the other. On GPUs
+    it keeps no such state.
+    """
+    settings = config.activation_checkpoint
+    if device.type != "cpu" or not config.compile.enabled or config.parallel.tensor == 1 or settings.mode == "none":
+        return
+    is_attention_repeated = settings.modules != "feed_forward" and not keeps_operators(settings)
+    culprit = None
+    if is_attention_repeated and config.kernels.attention != "reference":
+        culprit = "attention"
+    elif config.model.dropout and settings.modules == "block":
+        culprit = "dropout"
+    if culprit:
+        raise UserError(
+            f"activation_checkpoint: {culprit} cannot be recomputed in compiled blocks on a CPU with parallel.tensor = "
+            f'{config.parallel.tensor}: set compile.enabled = false, or activation_checkpoint.modules = "feed_forward"'
+        )
+
+
+def is_kept(name: str) -> bool:
+    """Whether `selective` by operators keeps the result of the linear layer of this name."""
+    return name.rpartition(".")[2] not in _NOT_KEPT
 
 
 def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpoint) -> None:
     """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
 
-    `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer, counted
-    over the whole model, also where a pipeline stage holds a part of it. `selective` by operators: each block keeps
-    what attention, collectives and most matrix products gave. Comes after tensor parallelism, which may change weights'
-    shapes, and before compilation and FSDP2. `memory_budget` is the compiler's, see parallel/compile.py.
+    `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer. `selective`
+    by operators: each block keeps what attention, collectives and most matrix products gave. With `modules` the same
+    holds for a block's residual branches: of one, and the other keeps all, or of each by itself. Comes after tensor
+    parallelism, which may change weights' shapes, and before compilation and FSDP2. `memory_budget` is the compiler's,
+    see parallel/compile.py.
 
     Raises ValueError for a block that is neither SWABlock nor MLABlock, or is checkpointed already.
     """
     if config.mode == "none":
         return
     blocks = model.blocks
-    chosen = list(blocks.values())
-    contexts: Callable[[], Any] | None = None
-    if config.mode == "selective" and config.selective == "blocks":
-        chosen = [block for name, block in blocks.items() if (int(name) + 1) % config.every_n_blocks == 0]
-    elif config.mode == "selective":
-        # One object for all blocks: compiled code is specific to it.
-        contexts = _contexts(_shapes_not_kept(chosen))
-    for block in chosen:
+    regions = {name: checkpointed_regions(config, int(name)) for name in blocks}
+    chosen = [block for name, block in blocks.items() if regions[name]]
+    # One object for all blocks: compiled code is specific to it.
+    contexts = _contexts(_shapes_not_kept(chosen)) if keeps_operators(config) else None
+    for name, block in blocks.items():
+        if not regions[name]:
+            continue
         if type(block) is SWABlock:
             block.__class__ = CheckpointedSWABlock
         elif type(block) is MLABlock:
             block.__class__ = CheckpointedMLABlock
         else:
             raise ValueError(f"{type(block).__name__} cannot be checkpointed: expected a plain SWABlock or MLABlock")
+        block.checkpointed = frozenset(regions[name])  # type: ignore[assignment]
         block.checkpoint_contexts = contexts  # type: ignore[assignment]
+    what = {"block": "", "both": "attention and feed-forward, each by itself, of "}
+    of = what.get(config.modules, f"{config.modules.replace('_', '-')} of ")
     how = "but for attention and narrow products" if contexts else "wholly"
-    logger.info("activation checkpointing: %d of %d blocks recomputed, %s", len(chosen), len(blocks), how)
+    logger.info("activation checkpointing: %s%d of %d blocks recomputed, %s", of, len(chosen), len(blocks), how)
 
 
 def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
@@ -146,7 +233,7 @@ def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
     shapes = set()
     for block in blocks:
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _NOT_KEPT:
+            if isinstance(module, nn.Linear) and not is_kept(name):
                 weight = module.weight
                 shapes.add((weight.shape[1], weight.shape[0]))
                 if isinstance(weight, DTensor):

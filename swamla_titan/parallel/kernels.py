@@ -83,7 +83,8 @@ def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> st
     In SWA blocks it stays apart also where kernels/window_attention.py does not compute the attention.
     """
     model, checkpointing = config.model, config.activation_checkpoint
-    if checkpointing.mode == "selective" and checkpointing.selective == "operators":
+    operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"
+    if operators and checkpointing.modules != "feed_forward":
         return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
     if kind == "swa":
         return "model.qk_norm" if model.qk_norm else None  # which lies between projection and rotation

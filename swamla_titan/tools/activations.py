@@ -17,15 +17,21 @@ and rotations; not where native float8 has operators for all of those. Blocks ch
 products, which float8 gives in the type that they have without it.
 """
 
-import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import nn
 
 from swamla_titan.config import Config
-from swamla_titan.model import ModelConfig
+from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.model import MLABlock, ModelConfig, SWABlock
+from swamla_titan.model.flops import training_flops_per_token
+from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_kept, keeps_operators
 from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.parallelize import float8_products
+
+BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by the names of their modules
 
 # Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
 EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
@@ -37,8 +43,16 @@ def kept_numbers(model: ModelConfig, kind: str, context: int = 1, tensor: int = 
     The ranks of `context` share the tokens, but each has the keys and values of MLA for whole rows. The ranks of
     `tensor` share heads and hidden units, and the residual stream's tokens; the norms' results they have gathered.
     """
+    branches = (kept_by_branch(model, kind, branch, context, tensor) for branch in BRANCHES)
+    return sum(branches)
+
+
+def kept_by_branch(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
+    """The part of it that one residual branch keeps: its input, the norm's result and what comes of that."""
     heads, dim = model.num_heads, model.dim
-    own_tokens = 2 * dim / tensor + 2 * dim + 3 * model.ffn_width / tensor
+    own_tokens = dim / tensor + dim
+    if branch == "feed_forward":
+        return (own_tokens + 3 * model.ffn_width / tensor) / context
     whole_rows = 0.0
     if kind == "swa":
         own_tokens += (3 * heads + 3 * model.kv_heads) * model.head_dim / tensor
@@ -77,10 +91,10 @@ def has_operators(model: ModelConfig, kind: str, products: Collection[str]) -> b
 
 
 def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
-    """The same for a block that is checkpointed by operators (parallel/activation_checkpoint.py).
+    """What a block that is checkpointed by operators (parallel/activation_checkpoint.py) keeps beside its input.
 
-    It keeps its input and the results of attention, of the projection before it (queries, in SWA also keys and values;
-    the latent) and of the one after it.
+    Those are the results of attention, of the projection before it (queries, in SWA also keys and values; the latent)
+    and of the one after it. All are its attention's: the feed-forward network keeps none.
     """
     heads, dim = model.num_heads, model.dim
     if kind == "swa":
@@ -89,45 +103,103 @@ def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int =
         qk = model.qk_nope_head_dim + model.qk_rope_head_dim
         products = model.kv_lora_rank + model.qk_rope_head_dim + model.q_lora_rank
         products += heads * (qk + model.v_head_dim) / tensor
-    return (2 * dim / tensor + products) / context
+    return (dim / tensor + products) / context
 
 
 def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
-    """Bytes that these layers keep on a rank for one row, by activation_checkpoint.mode.
+    """Bytes that these layers keep on a rank for one row, by [activation_checkpoint].
 
-    Blocks that are recomputed need, besides, what one block keeps without checkpointing, while its backward pass runs:
-    see `recomputed_bytes`.
+    Regions that are recomputed need, besides, what one of them keeps without checkpointing, while its backward pass
+    runs: see `recomputed_bytes`.
     """
-    return round(sum(_of_layer(config, degrees, layer) for layer in layers))
+    return round(sum(_of_layer(config, degrees, layer)[0] for layer in layers))
 
 
 def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
-    """Bytes for one row that the backward pass of the largest recomputed block makes again; 0 where none is."""
-    unchecked = dataclasses.replace(
-        config, activation_checkpoint=dataclasses.replace(config.activation_checkpoint, mode="none", memory_budget=1.0)
-    )
-    more = (_of_layer(unchecked, degrees, layer) - _of_layer(config, degrees, layer) for layer in layers)
-    return round(max(more, default=0))
+    """Bytes for one row that the backward pass of the largest recomputed region makes again; 0 where none is."""
+    return round(max((_of_layer(config, degrees, layer)[1] for layer in layers), default=0))
 
 
-def _of_layer(config: Config, degrees: Degrees, layer: int) -> float:
+def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, float]:
+    """Bytes for one row that a layer keeps, and that its largest recomputed region makes again."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
-    everything = kept_numbers(model, kind, degrees.context, degrees.tensor)
-    itemsize = getattr(torch, config.training.compute_dtype).itemsize
+    branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in BRANCHES}
+    its_input = model.dim / (degrees.tensor * degrees.context)
+    regions = checkpointed_regions(settings, layer)
+    again = 0.0
+    kept = sum(branches.values())
+    for region in regions.values():
+        whole = sum(branches[branch] for branch in region)
+        of_region = its_input
+        if keeps_operators(settings) and "attention" in region:
+            of_region += kept_products(model, kind, degrees.context, degrees.tensor)
+        again = max(again, whole - of_region)
+        kept += of_region - whole
+    if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
+        again = (1 - settings.memory_budget) * (kept - its_input)
+        kept -= again
+    unit = config.training.seq_len * getattr(torch, config.training.compute_dtype).itemsize
+    return kept * unit, again * unit
+
+
+def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -> float:
+    """What a residual branch keeps for each token if nothing of it is recomputed, as this run computes it."""
+    model, dtype = config.model, config.training.compute_dtype
+    elements = kept_by_branch(model, kind, branch, degrees.context, degrees.tensor)
     products = set[str]()
     if config.float8.recipe == "native":
         products = {each.kind for each in float8_products(config) if each.why_not is None}
-        everything -= native_savings(model, kind, products, itemsize, degrees.tensor) / degrees.context
+        own = {each for each in products if each.startswith(f"{branch}.")}
+        itemsize = getattr(torch, dtype).itemsize
+        elements -= native_savings(model, kind, own, itemsize, degrees.tensor) / degrees.context
     if not config.compile.enabled and not (degrees.tensor == 1 and has_operators(model, kind, products)):
-        everything *= EAGER_FACTOR[config.training.compute_dtype]
-    its_input = model.dim / (degrees.tensor * degrees.context)
-    if settings.mode == "full" or (
-        settings.mode == "selective" and settings.selective == "blocks" and (layer + 1) % settings.every_n_blocks == 0
-    ):
-        numbers = its_input
-    elif settings.mode == "selective" and settings.selective == "operators":
-        numbers = kept_products(model, kind, degrees.context, degrees.tensor)
+        elements *= EAGER_FACTOR[dtype]
+    return elements
+
+
+def recomputed_operations(config: Config, layer: int) -> int:
+    """Operations of a layer's forward pass over one row that its backward pass repeats, as model/flops.py counts them.
+
+    The last linear layer of a region is not repeated: nothing in the backward pass asks for its result. What the
+    compiler repeats by `memory_budget` is its own choice, and not counted.
+    """
+    model, settings, length = config.model, config.activation_checkpoint, config.training.seq_len
+    regions = checkpointed_regions(settings, layer)
+    if not regions:
+        return 0
+    kind = model.block_kinds[layer]
+    operators, total = keeps_operators(settings), 0
+    for region in regions.values():
+        linears = [linear for branch in region for linear in _linear_sizes(model, kind, branch)][:-1]
+        total += 2 * length * sum(size for name, size in linears if not (operators and is_kept(name)))
+        if "attention" in region and not operators:
+            total += _attention_operations(model, kind, length)
+    return total
+
+
+def recomputed_share(config: Config) -> float:
+    """Operations that the backward passes repeat, over those of training without."""
+    model, length = config.model, config.training.seq_len
+    again = sum(recomputed_operations(config, layer) for layer in range(model.num_layers))
+    return again / (length * training_flops_per_token(model, length))
+
+
+@functools.cache
+def _linear_sizes(model: ModelConfig, kind: str, branch: str) -> list[tuple[str, int]]:
+    """Name and elements of the weights of a residual branch, in the order of the forward pass."""
+    with torch.device("meta"):
+        block = {"swa": SWABlock, "mla": MLABlock}[kind](model)
+    linears = block.get_submodule(branch).named_modules()
+    return [(name, linear.weight.numel()) for name, linear in linears if isinstance(linear, nn.Linear)]
+
+
+@functools.cache
+def _attention_operations(model: ModelConfig, kind: str, length: int) -> int:
+    """Scores, and the average of the values."""
+    if kind == "swa":
+        pairs, widths = swa_pairs(length, model.swa_window, model.swa_sink_size), 2 * model.head_dim
     else:
-        numbers = its_input + settings.memory_budget * (everything - its_input)
-    return numbers * config.training.seq_len * itemsize
+        pairs = causal_pairs(length)
+        widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    return 2 * model.num_heads * pairs * widths

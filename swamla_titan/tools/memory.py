@@ -13,6 +13,7 @@ from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
+from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
 from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
 from swamla_titan.parallel.kernels import wants_fused_loss
 from swamla_titan.parallel.parallelize import gathers_float8
@@ -109,7 +110,7 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
     Under FSDP and HSDP that frees weights: each unit of communication (parallel/data_parallel.py) while it computes,
     beside the one that is fetched meanwhile, and a tied embedding all the time. Else, and under DDP, all.
 
-    Without data parallelism a product casts its weight, and keeps that for its backward pass, unless the block is
+    Without data parallelism a product casts its weight, and keeps that for its backward pass, unless it is
     recomputed; in float32 there is nothing to cast. What each rank keeps whole (norms) is never copied.
 
     Of native float8 products W^T is kept, in one byte a number, and W too if both are cast for all micro-batches (not
@@ -122,11 +123,18 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
     embedding, head, norm = (_copied(getattr(part, name, None), config, width) for name in around)
     if world.weights is None or world.weights["replicate"].size() * world.weights["shard"].size() == 1:
         cast = 0 if width == _FLOAT32 else width
-        blocks = [
-            _copied(block, config, cast, 1 + (micro_batches > 1) if native else cast) for block in part.blocks.values()
-        ]
-        recomputed = config.activation_checkpoint.mode == "full" and not (native and micro_batches > 1)
-        return (max(blocks) if recomputed else sum(blocks)) + (head if cast else 0)
+        of_float8 = 1 + (micro_batches > 1) if native else cast
+
+        def copied(module: nn.Module) -> int:
+            return _copied(module, config, cast, of_float8)
+
+        kept, again = sum(map(copied, part.blocks.values())), 0
+        if not (native and micro_batches > 1):
+            for name, block in part.blocks.items():
+                for region in checkpointed_regions(config.activation_checkpoint, int(name)).values():
+                    freed = sum(copied(block.get_submodule(branch)) for branch in region)
+                    kept, again = kept - freed, max(again, freed)
+        return kept + again + (head if cast else 0)
     blocks = [_copied(block, config, width) for block in part.blocks.values()]
     always = 0
     if part.config.tie_embeddings and embedding and head:

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from swamla_titan.config import Config
 from swamla_titan.data import waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.stages import stage_count, stages_per_rank
 from swamla_titan.quantization.products import table, warnings
+from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import Plan, Shape, folded, run_count
 
 _MEANING = {
@@ -130,11 +132,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("gradients", memory.gradients, gradients),
         ("weights in use", memory.weights_in_use, f"copies in {dtype}, the most at a time"),
         ("logits", memory.logits, "with their gradient"),
-        (
-            "activations",
-            memory.activations,
-            f"estimate; activation_checkpoint.mode = {config.activation_checkpoint.mode}",
-        ),
+        ("activations", memory.activations, f"estimate; {_recomputed(config)}"),
         (
             "sum",
             memory.total,
@@ -147,6 +145,19 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield from (f"  {name:<15} {size(count):>11}  {note}" for name, count, note in rows if count)
     if saved := plan.worst.saved_by_float8_moments:
         yield f"  {float8_moments_advice(saved)}"
+
+
+def _recomputed(config: Config) -> str:
+    """What activation checkpointing is asked for, and what it costs."""
+    settings = config.activation_checkpoint
+    text = f"activation_checkpoint.mode = {settings.mode}"
+    if settings.mode == "none":
+        return text if settings.memory_budget == 1 else f"{text}, memory_budget = {settings.memory_budget:g}"
+    if settings.mode == "selective":
+        text += f", {settings.selective}"
+    if settings.modules != "block":
+        text += f", modules = {settings.modules}"
+    return f"{text}: {recomputed_share(config):.1%} more operations"
 
 
 def listed(ranks: list[int]) -> str:

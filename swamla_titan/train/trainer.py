@@ -25,6 +25,7 @@ from swamla_titan.data import (
 from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
+from swamla_titan.parallel.activation_checkpoint import refuse_recomputation
 from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.automatic import Choice, choose, float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.compile import compilation, warm_compiler
@@ -403,6 +404,7 @@ def _refuse_what_cannot_be(config: Config, world: World) -> None:
     attention_of(config, world)
     pointwise_of(config, world)
     refuse_float8(config, world.device, world.degrees)
+    refuse_recomputation(config, world.device)
     refuse_old_gpu(config.optimizer, world.device)
 
 

@@ -112,6 +112,14 @@ def every_n_blocks(run: Runner) -> None:
         assert operators(run, *at, "--activation_checkpoint.every_n_blocks", number)[PRODUCT] == none + again
 
 
+def modules(run: Runner) -> None:
+    """Of two SWA blocks (wqkv, wo, gate_up, down) and an MLA block (three before wo), what a step multiplies again."""
+    at = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.modules")
+    none = operators(run)[PRODUCT]
+    for name, again in (("block", 3 + 3 + 5), ("attention", 1 + 1 + 3), ("feed_forward", 3), ("both", 5 + 3)):
+        assert operators(run, *at, name)[PRODUCT] == none + again
+
+
 def memory_budget(run: Runner) -> None:
     """The less may be kept, the more products are in the compiled backward passes."""
     found = []
@@ -174,6 +182,7 @@ BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "activation_checkpoint.mode": mode,
     "activation_checkpoint.selective": selective,
     "activation_checkpoint.every_n_blocks": every_n_blocks,
+    "activation_checkpoint.modules": modules,
     "activation_checkpoint.memory_budget": memory_budget,
     "kernels.attention": attention,
     "kernels.loss": loss,

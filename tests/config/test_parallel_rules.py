@@ -93,6 +93,7 @@ REFUSED = [
     (f"{ZERO_BUBBLE} --compile.enabled=true", "compiled blocks cannot: set compile.enabled = false", "Interleaved1F1B"),
     (f"{ZERO_BUBBLE} {AC}.mode=full", 'activation_checkpoint.mode = "full": set that to "none"', "Interleaved1F1B"),
     (f"{ZERO_BUBBLE} --parallel.reshard_after_forward=always", 'set reshard_after_forward = "auto"', "Interleaved1F1B"),
+    (f"{AC}.modules=attention", '"attention" has no effect with mode = "none": use mode = "full" or "selective"'),
     ("--compile.cache_folder=x", '[compile] cache_folder: "x" has no effect with compile.enabled = false'),
     (f"{AC}.memory_budget=0.5", "0.5 is the compiler's to keep, but compile.enabled = false", 'mode = "selective"'),
     (

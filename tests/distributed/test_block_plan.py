@@ -68,13 +68,13 @@ def _assert_equal(size: int, plans: list[dict[str, Any]], single: dict[str, Any]
 @pytest.mark.parametrize("size", [2, 3])
 def test_checkpointing_with_fsdp_is_one_process_without_any(size: int, tmp_path: Path):
     folder = {"folder": str(tmp_path)}
-    plans = [{"mode": mode} | folder for mode in ("blocks", "operators", "full")]
+    plans = [{"mode": mode} | folder for mode in MODES if mode != "none"]
     _assert_equal(size, plans, folder, 1e-11)
 
 
 def test_checkpointing_compiled_with_fsdp_is_one_process_without_any(tmp_path: Path):
     folder = {"folder": str(tmp_path)}
-    plans = [{"mode": mode, "backend": "aot_eager"} | folder for mode in ("none", "operators", "full")]
+    plans = [{"mode": mode, "backend": "aot_eager"} | folder for mode in ("none", "operators", "full", "both")]
     _assert_equal(2, plans, folder, 1e-11)
 
 

@@ -206,13 +206,15 @@ def test_every_schedule_trains_as_one_process_does(tmp_path, schedule):
     assert_same_curves(tmp_path, shape)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [pytest.param(plan, marks=pytest.mark.slow) for plan in ("tp-2", "fsdp-2", "fsdp-2-tp-2", "fsdp-2-cp-2", "pp-2")],
-)
-def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan):
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, modules", [("selective", "block"), ("full", "both")])
+@pytest.mark.parametrize("plan", ["tp-2", "fsdp-2", "fsdp-2-tp-2", "fsdp-2-cp-2", "pp-2"])
+def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan, mode, modules):
     ranks, overrides = PLANS[plan]
-    memory = ("--activation_checkpoint.mode", "selective", "--compile.enabled", "true")
+    memory = ("--activation_checkpoint.mode", mode, "--activation_checkpoint.modules", modules)
+    memory += ("--compile.enabled", "true")
+    if mode == "full" and "tp-2" in plan:  # see refuse_recomputation
+        memory += ("--kernels.attention", "reference")
     assert on_ranks(ranks, run, written(tmp_path), *BATCHES["divides"], *overrides, *memory) == [0] * ranks
     assert_same_curves(tmp_path, BATCHES["divides"])
 

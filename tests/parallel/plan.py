@@ -31,6 +31,12 @@ MODES = {
     "blocks": ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=3),
     "operators": ActivationCheckpoint(mode="selective", selective="operators"),
     "full": ActivationCheckpoint(mode="full"),
+    # of residual branches; the second of three blocks is a SWA block
+    "attention": ActivationCheckpoint(mode="full", modules="attention"),
+    "feed_forward": ActivationCheckpoint(mode="full", modules="feed_forward"),
+    "both": ActivationCheckpoint(mode="full", modules="both"),
+    "attention of one": ActivationCheckpoint(mode="selective", selective="blocks", modules="attention"),
+    "operators of both": ActivationCheckpoint(mode="selective", modules="both"),
 }
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 PRODUCT = torch.ops.aten.mm.default

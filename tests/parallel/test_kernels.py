@@ -24,7 +24,15 @@ TRITON = Kernels(attention="triton", pointwise="triton")
 
 
 def chosen(
-    own, checkpointing="none", selective="operators", documents=False, context=1, device=CPU, others=None, **changes
+    own,
+    checkpointing="none",
+    selective="operators",
+    modules="block",
+    documents=False,
+    context=1,
+    device=CPU,
+    others=None,
+    **changes,
 ):
     """What of loss, SwiGLU and the rotation of both kinds of attention is computed by our kernels."""
     config = ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, **changes)
@@ -33,7 +41,7 @@ def chosen(
     choices = Config(
         kernels=own,
         model=config,
-        activation_checkpoint=ActivationCheckpoint(mode=checkpointing, selective=selective),
+        activation_checkpoint=ActivationCheckpoint(mode=checkpointing, selective=selective, modules=modules),
         data=Data(document_mask=documents),
         parallel=Parallel(context=context),
     )
@@ -64,6 +72,11 @@ def chosen(
         ({"own": Kernels(pointwise="triton"), "context": 2}, "swiglu swa"),
         ({"own": Kernels(pointwise="triton"), "checkpointing": "selective"}, "swiglu"),
         ({"own": Kernels(pointwise="triton"), "checkpointing": "selective", "selective": "blocks"}, "swiglu swa mla"),
+        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective", "modules": "attention"}, "swiglu"),
+        (
+            {"own": Kernels(pointwise="triton"), "checkpointing": "selective", "modules": "feed_forward"},
+            "swiglu swa mla",
+        ),
         ({"own": Kernels(pointwise="triton"), "checkpointing": "full"}, "swiglu swa mla"),
         ({"own": Kernels(pointwise="triton", attention="reference")}, "swiglu swa"),
         ({"own": Kernels(pointwise="triton"), "qk_nope_head_dim": 20}, "swiglu swa"),

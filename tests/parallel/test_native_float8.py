@@ -238,7 +238,10 @@ def test_names_shapes_and_values_stay_those_of_the_plain_model():
 
 @pytest.mark.parametrize(
     "mode, compiled",
-    [("blocks", False), ("operators", False), ("full", False), pytest.param("operators", True, marks=pytest.mark.slow)],
+    [
+        *((mode, False) for mode in ("blocks", "operators", "full", "attention", "feed_forward", "both")),
+        *(pytest.param(mode, True, marks=pytest.mark.slow) for mode in ("operators", "both")),
+    ],
 )
 def test_checkpointing_changes_nothing(mode, compiled, tmp_path):
     torch._dynamo.reset()

@@ -119,6 +119,14 @@ MODES = {
     "operators": (ActivationCheckpoint(mode="selective"), 0.1),
     "blocks": (ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=3), 0.2),
     "full": (ActivationCheckpoint(mode="full"), 0.02),
+    "attention": (ActivationCheckpoint(mode="full", modules="attention"), 0.15),
+    "feed_forward": (ActivationCheckpoint(mode="full", modules="feed_forward"), 0.2),
+    "both": (ActivationCheckpoint(mode="full", modules="both"), 0.02),
+    "operators of both": (ActivationCheckpoint(mode="selective", modules="both"), 0.1),
+    "attention of one": (
+        ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=3, modules="attention"),
+        0.2,
+    ),
 }
 
 

@@ -432,6 +432,32 @@ def test_gradients_take_the_place_of_activations_but_those_of_several_micro_batc
     assert 0 < recomputed.in_turn < 0.8 * recomputed.activations
 
 
+def test_recomputing_branches_apart_is_in_the_estimate_and_in_the_report(capsys):
+    shipped = shipped_configs()["base"]
+
+    def memory(*settings: tuple[str, str]) -> Memory:
+        overrides = [("activation_checkpoint", key, value) for key, value in settings]
+        return plan(resolved(shipped, *overrides, vocabulary=50257), 1).worst.memory
+
+    none, full = memory(), memory(("mode", "full"))
+    branches = {name: memory(("mode", "full"), ("modules", name)) for name in ("attention", "feed_forward", "both")}
+    assert full.activations < branches["both"].activations < branches["feed_forward"].activations < none.activations
+    assert branches["both"].activations < branches["attention"].activations < none.activations
+    # A linear layer that is computed again casts its weight again: of both branches together, that is all of them.
+    freed = {name: none.weights_in_use - each.weights_in_use for name, each in branches.items()}
+    assert 0 < freed["attention"] < freed["feed_forward"] < freed["both"]
+    assert full.weights_in_use < none.weights_in_use / 4
+    said = {}
+    for name in ("block", "attention", "feed_forward"):
+        keys = ("--activation_checkpoint.mode", "full", "--activation_checkpoint.modules", name)
+        assert main(["plan", str(shipped), *keys]) == 0
+        (said[name],) = re.findall(
+            r"mode = full(?:, modules = (?:\w+))?: ([\d.]+)% more operations", capsys.readouterr().out
+        )
+    # A whole block's backward pass repeats what both branches' do, and wo.
+    assert 20 < float(said["attention"]) + float(said["feed_forward"]) < float(said["block"]) < 100 / 3
+
+
 def test_float8_is_told_with_what_it_leaves_and_a_warning_where_it_will_not_pay(tiny, capsys):
     assert main(["plan", str(tiny), "--float8.recipe", "native", "--float8.products", "all"]) == 0
     said = capsys.readouterr().out
