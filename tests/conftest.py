@@ -11,51 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-TINY = """
-[job]
-dump_folder = "{folder}/run"
-deterministic = true
-[model]
-flavor = "debug"
-num_layers = 3
-dim = 64
-num_heads = 2
-swa_window = 16
-dropout = 0.1
-[data]
-source = "builtin"
-tokenizer = "byte"
-streams = 6
-shuffle_documents = 8
-num_workers = 1
-[training]
-seq_len = 64
-local_batch_size = 2
-global_batch_size = 5
-steps = 30
-compute_dtype = "float32"
-[lr_schedule]
-warmup_steps = 4
-[compile]
-enabled = false
-[checkpoint]
-interval = 15
-[validation]
-interval = 10
-fraction = 0.1
-max_tokens = 2048
-[metrics]
-log_interval = 1
-tensorboard = false
-"""
+from tests.tiny_config import tiny_config
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A configuration that trains 30 steps in two seconds, with dropout and a batch that its streams do not divide."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path))
-    return path
+    return tiny_config(tmp_path)
 
 
 @pytest.fixture(autouse=True)

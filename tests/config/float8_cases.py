@@ -31,7 +31,8 @@ def recipe(run: Runner) -> None:
         norms.add(result.series("grad_norm")[0])
         converted = [name for name in found if name.startswith("blocks.")]
         assert len(converted) == (0 if name == "off" else 14)
-    assert len(set(losses.values())) == 4  # one differs in its backward pass alone
+    # The last three scale rows alike, by powers of two, and may differ in their backward passes alone.
+    assert len({losses[name] for name in ("off", "tensorwise", "rowwise")}) == 3
     assert len(norms) == 5
     assert list(losses.values()) == pytest.approx([losses["off"]] * 5, rel=0.02)
     assert "expected one of" in run.refusal("--float8.recipe", "rows")

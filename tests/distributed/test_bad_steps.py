@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors
 from tests.train.test_bad_steps import assert_equal, dumped, history, learnt
@@ -45,9 +45,7 @@ SLOW |= {("pp-2", "nan loss"), ("pp-2", "spike")}
 
 
 def written(folder: Path) -> str:
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(folder=folder))
-    return str(config)
+    return str(tiny_config(folder))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import open_corpus
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.train import open_data
-from tests.conftest import TINY
 from tests.data.faulty import Fails, flaky, four_files, truncate
 from tests.distributed.job import Ended, run, run_and_listen
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, metrics
 
 SKIP = ("--data.on_error", "skip_file", "--data.retry_seconds", "0.2")
@@ -24,9 +24,7 @@ SKIP = ("--data.on_error", "skip_file", "--data.retry_seconds", "0.2")
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path))
-    return str(path)
+    return str(tiny_config(tmp_path))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.train.trainer import Trainer
-from tests.conftest import TINY
 from tests.distributed.job import run_and_listen, run_signalled
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_reshard import COMMON, ODD, assert_close, finished, undisturbed, written
+from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint
 
 BATCH = 5  # of COMMON, with 7 streams: no number of ranks divides either
@@ -115,8 +115,7 @@ def _signalled_in(where: str, config: str, *overrides: str):
 
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_a_signal_to_one_rank_during_the_start_ends_all_with_75_and_no_step_is_taken(tmp_path: Path, where: str):
-    config = tmp_path / "tiny.toml"
-    config.write_text(TINY.format(folder=tmp_path))
+    config = tiny_config(tmp_path)
     ended = on_ranks(2, _signalled_in, where, str(config), "--data.num_workers", "0")
     assert [each.code for each in ended] == [75, 75], ended
     assert not any("Traceback" in each.err for each in ended)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY
 from tests.distributed.job import run, run_and_listen
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors
 
@@ -32,9 +32,7 @@ SLOW = {"fsdp-3-freed", "ddp-2", "tp-2", "zbv-2"}
 
 
 def written(folder: Path) -> str:
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(folder=folder))
-    return str(config)
+    return str(tiny_config(folder))
 
 
 @pytest.mark.parametrize("plan", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PLANS])

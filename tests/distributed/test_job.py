@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
 from tests.distributed.job import (
     Ended,
     before_step,
@@ -22,6 +21,7 @@ from tests.distributed.job import (
     run_without_sockets,
 )
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot
 
 SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "3")
@@ -29,9 +29,7 @@ SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.inter
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path))
-    return str(path)
+    return str(tiny_config(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
     @functools.cache
     def trained(ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed")
-        (folder / "tiny.toml").write_text(TINY.format(folder=folder))
+        tiny_config(folder)
         assert on_ranks(ranks, run, str(folder / "tiny.toml"), *SHORT) == [0] * ranks
         return folder / "run"
 

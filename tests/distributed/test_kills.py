@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks.chaos_compare import differences
 from benchmarks.chaos_job import Job, Moments, Progress, unfinished
-from tests.conftest import TINY
 from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 
 # A micro-batch a sequence: slow enough that most kills come in time. Saves are most of the time.
 SETTINGS = (
@@ -31,9 +31,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path))
-    return path
+    return tiny_config(tmp_path)
 
 
 def assert_no_trace(folder: Path, config: Path, processes: int, steps: int, *overrides: str) -> None:

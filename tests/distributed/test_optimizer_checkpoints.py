@@ -12,9 +12,9 @@ from swamla_titan.parallel.world import join_world, leave_world
 from swamla_titan.train.changed_settings import changed_settings
 from swamla_titan.train.checkpoint import Checkpoints, tensors_of
 from swamla_titan.train.state import TrainingState
-from tests.conftest import TINY
 from tests.distributed.job import run, run_and_listen, run_killed
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors
 
 COMMON = (
@@ -40,9 +40,7 @@ def each(*in_ci: str) -> pytest.MarkDecorator:
 
 
 def written(folder: Path) -> str:
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(folder=folder))
-    return str(config)
+    return str(tiny_config(folder))
 
 
 def loaded_and_saved(config: str, source: str, target: str, overrides: list[str]) -> None:

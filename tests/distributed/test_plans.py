@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
-from tests.conftest import TINY
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import metrics
 
 STEPS = 20
@@ -30,23 +29,7 @@ def run(config: str, *overrides: str) -> int:
 
 def written(folder: Path) -> str:
     """The path of the configuration that trains in `folder`."""
-    config, text = folder / "tiny.toml", folder / "text.jsonl"
-    text.write_text(made_up_text())
-    config.write_text(TINY.format(folder=folder).replace('"builtin"', f'"local"\npath = "{text}"'))
-    return str(config)
-
-
-@functools.cache
-def made_up_text() -> str:
-    """Documents of made-up words, frequent and rare ones, as lines of JSON.
-
-    The builtin text is that of the Python at hand, and with it would change how far roundings grow.
-    """
-    chance = random.Random(0)
-    words = ["".join(chance.choices("aeioulnrstdmkp", k=chance.randint(2, 9))) for _ in range(400)]
-    weights = [1 / (rank + 1) for rank in range(len(words))]
-    documents = [" ".join(chance.choices(words, weights, k=chance.randint(20, 1200))) for _ in range(100)]
-    return "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    return str(tiny_config(folder))
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:

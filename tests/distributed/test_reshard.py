@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
 from tests.distributed.job import run, run_killed
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors
 
 LEG = 5  # steps a plan takes before the next one goes on
@@ -52,9 +52,7 @@ CHAINS = {
 
 def written(folder: Path) -> str:
     """The path of a configuration that trains in folder/run."""
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(folder=folder))
-    return str(config)
+    return str(tiny_config(folder))
 
 
 def finished(folder: Path, steps: int) -> tuple[dict[str, dict[int, float]], dict, dict]:

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swamla_titan.train import manifest
 from swamla_titan.train.staging import Staging
-from tests.conftest import TINY
 from tests.distributed.job import Ended, run, run_and_listen, run_killed
 from tests.distributed.ranks import init_gloo, on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics
 
 SETTINGS = (
@@ -46,8 +46,7 @@ def _run_with_a_full_disk(steps: tuple[int, ...], config: str, *overrides: str) 
     ids=str,
 )
 def test_a_disk_that_fails_one_rank_for_a_while_costs_a_job_only_those_checkpoints(tmp_path, plan):
-    config = tmp_path / "tiny.toml"
-    config.write_text(TINY.format(folder=tmp_path))
+    config = tiny_config(tmp_path)
     whole = ("--job.dump_folder", str(tmp_path / "whole"))
     for ended in on_ranks(2, _run_with_a_full_disk, (), str(config), *SETTINGS, *plan, *whole):
         assert ended.code == 0, ended.err
@@ -62,8 +61,7 @@ def test_a_disk_that_fails_one_rank_for_a_while_costs_a_job_only_those_checkpoin
 
 
 def test_a_disk_that_goes_on_failing_one_rank_ends_all_with_1(tmp_path):
-    config = tmp_path / "tiny.toml"
-    config.write_text(TINY.format(folder=tmp_path))
+    config = tiny_config(tmp_path)
     ended = on_ranks(2, _run_with_a_full_disk, (4, 6, 8, 10), str(config), *SETTINGS)
     assert [each.code for each in ended] == [1, 1]
     assert "step-00000006 could not be written" in ended[0].err
@@ -112,8 +110,7 @@ ON_GPUS = (
 def test_on_gpus_checkpoints_beside_the_next_steps_hold_the_moment_and_a_killed_job_goes_on_as_if_undisturbed(
     tmp_path, plan
 ):
-    config = tmp_path / "tiny.toml"
-    config.write_text(TINY.format(folder=tmp_path))
+    config = tiny_config(tmp_path)
     whole = ("--job.dump_folder", str(tmp_path / "whole"), "--checkpoint.async_mode", "disabled")
     assert on_ranks(2, run, str(config), *ON_GPUS, *plan, *whole) == [0, 0]
     with pytest.raises(AssertionError, match="died"):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from swamla_titan.train import watchdog as module
-from tests.conftest import TINY
 from tests.distributed.job import before_step, run, run_and_listen
 from tests.distributed.ranks import on_ranks
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics
 
 SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "0", "--checkpoint.interval", "2")
@@ -25,9 +25,7 @@ LIMIT = "--fault_tolerance.step_timeout"
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(folder=tmp_path))
-    return str(path)
+    return str(tiny_config(tmp_path))
 
 
 def _wait(kind: str) -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from swamla_titan.config import load_config, shipped_configs, to_toml
 from swamla_titan.config.load import SECTIONS
-from tests.conftest import TINY
 from tests.fuzz.harness import Bench, Case, fuzz
+from tests.tiny_config import TINY
 
 KEYS = [(section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
 KEYS.append(("model", "flavor"))

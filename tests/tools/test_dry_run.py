@@ -34,7 +34,7 @@ def test_a_run_that_can_begin(dry_run, tmp_path):
     assert code == 0
     assert said.startswith("1 rank: one process\n")
     assert "\nmemory of a GPU\n" in said
-    assert "topics of Python" in said
+    assert "60 files, " in said
     assert f"run: {tmp_path / 'run'} begins at step 1" in said
     assert not (tmp_path / "run").exists()
 

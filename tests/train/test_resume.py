@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.train.checkpoint import Checkpoints
-from tests.conftest import TINY
+from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
 
 
@@ -22,7 +22,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     @functools.cache
     def trained(*overrides: str) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed")
-        (folder / "tiny.toml").write_text(TINY.format(folder=folder))
+        tiny_config(folder)
         assert train(folder / "tiny.toml", *overrides) == 0
         return folder / "run"
 
