@@ -109,7 +109,8 @@ def _attention(config: Config) -> Iterator[Contradiction]:
         return
     at = "kernels.attention"
     has_windows = "swa" in model.block_kinds
-    has_masks = config.data.document_mask or (has_windows and model.swa_window < config.training.seq_len)
+    length = config.training.seq_len
+    has_masks = length > 1 and (config.data.document_mask or (has_windows and model.swa_window < length))
     if asked == "triton" and not has_windows and not config.data.document_mask:
         yield Contradiction(
             (at, "data.document_mask"),

@@ -33,11 +33,28 @@ _CUDA_BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-# cuDNN with a mask fails for some shapes ("no execution plans support the graph").
-_CUDA_BACKENDS_UNDER_A_MASK = _CUDA_BACKENDS[1:]
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
 CUDNN_DETERMINISTIC_MAX_LEN = 16384
 _NO_LIMIT = 2**31
+
+
+def why_not_cudnn(queries: int, keys: int, is_masked: bool = False) -> str | None:
+    """What keeps cuDNN's attention from these lengths, or None; what of widths and dtypes, torch tells by itself.
+
+    Where torch would let it try and it fails, it ends the run with an error of its own instead of the next backend.
+    """
+    if is_masked:
+        return "a mask"  # fails for some shapes ("no execution plans support the graph")
+    if min(queries, keys) < 2:
+        return "a sequence of one token"
+    if queries >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
+        return f"deterministic algorithms at {CUDNN_DETERMINISTIC_MAX_LEN} tokens or more"
+    return None
+
+
+def sdpa_backends(queries: int, keys: int, is_masked: bool) -> list[SDPBackend]:
+    """What SDPA may take on a GPU, best first; the last takes everything."""
+    return _CUDA_BACKENDS if why_not_cudnn(queries, keys, is_masked) is None else _CUDA_BACKENDS[1:]
 
 
 def attention(
@@ -97,9 +114,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     }
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, **options)
-    backends = _CUDA_BACKENDS if mask is None else _CUDA_BACKENDS_UNDER_A_MASK
-    if query.shape[2] >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
-        backends = _CUDA_BACKENDS[1:]
+    backends = sdpa_backends(query.shape[2], key.shape[2], mask is not None)
     with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(query, key, value, **options)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention import CUDNN_DETERMINISTIC_MAX_LEN
+from swamla_titan.kernels.attention import why_not_cudnn
 
 
 class Kernel(NamedTuple):
@@ -34,9 +34,7 @@ def cudnn_takes(device: torch.device, dtype: torch.dtype, row: int, chunk: int, 
 
     Under torch's current settings: switched off or deterministic, it may not.
     """
-    if device.type != "cuda":
-        return False
-    if row >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
+    if device.type != "cuda" or why_not_cudnn(row, chunk):
         return False
 
     def heads(width: int) -> Tensor:

@@ -34,8 +34,11 @@ def latent_attention(
     without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
     [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
     KERNELS (causal_attention.py), for rows of one document; `starts` and `ends` are document_attention.py's, which
-    computes the others -> [B, T, H, v] in query's dtype.
+    computes the others -> [B, T, H, v] in query's dtype. Rows of one token, which cuDNN does not take, are computed by
+    "plain".
     """
+    if query.shape[1] == 1:
+        kernel = "plain"
     out: Tensor = _forward(query, keys_values, rope_key, cos, sin, scale, starts, ends, kernel)[0]
     return out
 

@@ -86,8 +86,11 @@ class SequenceContext:
 
 
 def is_plainly_causal(kind: str, config: ModelConfig, seq_len: int, documents: bool) -> bool:
-    """Whether "swa" or "mla" blocks need no mask for rows of `seq_len` tokens, cut into documents or not."""
-    return not documents and (kind == "mla" or config.swa_window >= seq_len)
+    """Whether "swa" or "mla" blocks need no mask for rows of `seq_len` tokens, cut into documents or not.
+
+    A row of one token never does: it sees itself, which is a shape less for the kernels with masks to take.
+    """
+    return seq_len == 1 or (not documents and (kind == "mla" or config.swa_window >= seq_len))
 
 
 def attention_path(

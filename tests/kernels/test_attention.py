@@ -7,7 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from swamla_titan.kernels import attention as module
+from swamla_titan.kernels import latent_attention as latent_module
 from swamla_titan.kernels.attention import attention, reference_attention
+from swamla_titan.kernels.causal_attention import cudnn_takes
 from swamla_titan.kernels.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
 
 
@@ -99,5 +101,43 @@ def test_cudnn_is_not_asked_under_a_mask():
         patch.setattr(module, "sdpa_kernel", recorded)
         module._sdpa(*inputs, None, 1.0)
         module._sdpa(*inputs, torch.ones(5, 5, dtype=torch.bool), 1.0)
+        module._sdpa(*(each[:, :, :1] for each in inputs), None, 1.0)  # rows of one token
     assert SDPBackend.CUDNN_ATTENTION in asked[0]
     assert asked[1] == [backend for backend in asked[0] if backend != SDPBackend.CUDNN_ATTENTION]
+    assert asked[2] == asked[1]
+    assert asked[2][-1] == SDPBackend.MATH, "which takes every shape"
+
+
+@pytest.mark.parametrize(
+    "queries, keys, is_masked, is_deterministic, why",
+    [
+        (2, 2, False, False, None),
+        (2048, 2048, False, False, None),
+        (1, 1, False, False, "a sequence of one token"),
+        (1, 2048, False, False, "a sequence of one token"),
+        (2048, 1, False, False, "a sequence of one token"),
+        (2048, 2048, True, False, "a mask"),
+        (16384, 16384, False, False, None),
+        (16384, 16384, False, True, "deterministic algorithms"),
+        (16383, 16383, False, True, None),
+    ],
+)
+def test_the_lengths_that_cudnn_is_given(monkeypatch, queries, keys, is_masked, is_deterministic, why):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
+    said = module.why_not_cudnn(queries, keys, is_masked)
+    assert said == why if why is None else said.startswith(why)
+    assert (SDPBackend.CUDNN_ATTENTION in module.sdpa_backends(queries, keys, is_masked)) == (why is None)
+
+
+@pytest.mark.parametrize("row, chunk", [(1, 1), (4, 1), (2, 1)])
+def test_cudnn_is_not_given_chunks_of_one_token(row, chunk):
+    assert not cudnn_takes(torch.device("cuda"), torch.bfloat16, row, chunk, 192, 128)  # asks no GPU
+
+
+def test_rows_of_one_token_leave_cudnn_where_rotation_and_attention_are_one(monkeypatch):
+    kernels = []
+    monkeypatch.setattr(latent_module, "_forward", lambda *inputs: kernels.append(inputs[-1]) or [None])
+    for length in (1, 2, 300):
+        heads, angles = torch.zeros(2, length, 4, 24), torch.zeros(1, length, 1, 4)
+        latent_module.latent_attention(heads, heads, torch.zeros(2, length, 8), angles, angles, 1.0)
+    assert kernels == ["plain", "cudnn", "cudnn"]

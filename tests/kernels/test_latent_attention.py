@@ -25,6 +25,7 @@ SHAPES = [  # B, T, H, nope, rope, v
 CASES = [("plain", torch.float32, shape) for shape in SHAPES]
 if not INTERPRETED:
     CASES += [("cudnn", torch.bfloat16, shape) for shape in ((2, 300, 4, 128, 64, 128), (2, 256, 2, 64, 32, 64))]
+    CASES += [("cudnn", torch.bfloat16, (batch, tokens, 4, 128, 64, 128)) for batch, tokens in ((1, 1), (3, 1), (2, 2))]
 
 
 CASES += [("documents", torch.float16, (2, 70, 3, 32, 16, 32)), ("documents", torch.float16, (1, 200, 2, 128, 64, 128))]

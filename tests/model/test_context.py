@@ -97,6 +97,42 @@ def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, ro
     assert context.attention_path("mla", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", context.ATTENTION_BACKENDS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_of_one_token_need_no_mask_and_no_kernel_that_takes_masks(monkeypatch, device, backend, documents):
+    monkeypatch.setattr(window_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(document_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(context, "rotations", lambda *args: (None, None))
+    for name in ("zeros", "arange"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
+    ids = torch.tensor([[3], [5]]) if documents else None
+    built = SequenceContext.build(ModelConfig(swa_window=1), 1, ids, torch.device(device), torch.bfloat16, backend)
+    assert built.swa_mask is built.mla_mask is None
+    assert built.reference == (backend == "reference")
+    assert built.positions.tolist() == ([[0], [0]] if documents else [[0]])
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    "length, window, sink",
+    [(1, 1, 0), (1, 8, 4), (2, 1, 0), (2, 1, 8), (3, 2, 1), (3, 256, 4), (5, 1, 1), (5, 5, 0), (5, 4, 64)],
+)
+def test_the_smallest_rows_in_value_and_gradient(length, window, sink, documents):
+    """Shorter than window and sink, windows of the query alone, no sinks, one key head: SDPA against the reference."""
+    model = build(num_kv_heads=1, swa_window=window, swa_sink_size=sink)
+    tokens = random_tokens(2, length)
+    ids = (torch.arange(length) > length // 2).long().expand(2, -1) if documents else None
+    found = []
+    for backend in ("auto", "reference"):
+        model.attention_backend = backend
+        loss = model(tokens, tokens.roll(1, 0), ids)
+        found.append((loss.detach(), torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-13)
+
+
 def test_our_kernel_s_rule_of_documents_says_where_they_begin_and_end(monkeypatch):
     monkeypatch.setattr(context, "attention_path", lambda *args: "triton")
     ids = torch.tensor([[0, 0, 0, 1, 1], [4, 4, 4, 4, 4]])

@@ -57,6 +57,34 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
             assert error < 2 * tolerance, f"gradient of {name} at length {seq_len}: {error}"
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("compute_dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 5e-3)])
+def test_rows_of_one_token_train_and_generate(compute_dtype, tolerance, backend, documents):
+    """Compiled blocks with all of our kernels, and the prompt of one token, against the reference in float64."""
+    fast, exact = models(compute_dtype)
+    fast.attention_backend = backend
+    if backend == "triton":
+        use_pointwise_kernels(fast, ("swa",) if compute_dtype == torch.float32 else ("swa", "mla"))
+    for batch in (1, 16):
+        tokens = torch.randint(0, 1000, (batch, 1), device="cuda")
+        ids = torch.arange(batch, device="cuda")[:, None] if documents else None
+        fast.zero_grad()
+        exact.zero_grad()
+        loss, exact_loss = fast(tokens, tokens, ids), exact(tokens, tokens, ids)
+        loss.backward()
+        exact_loss.backward()
+        assert abs(loss.item() / exact_loss.item() - 1) < tolerance
+        total = torch.stack([weight.grad.norm() for weight in exact.parameters()]).norm()
+        for (name, a), b in zip(fast.named_parameters(), exact.parameters()):
+            error = (a.grad.double() - b.grad).norm()  # queries and keys get no gradient
+            assert error < 2 * tolerance * b.grad.norm() + 1e-3 * tolerance * total, f"gradient of {name}: {error}"
+        with torch.no_grad():
+            logits = fast.prefill(tokens, DecodeCache(fast, batch, 4))
+            wanted = exact(tokens)[:, -1]
+        assert (logits.double() - wanted).norm() < 2 * tolerance * wanted.norm()
+
+
 @pytest.mark.parametrize("backend", ["auto", "flex"])
 def test_new_documents_do_not_compile_anew(backend):
     fast, _ = models(torch.bfloat16)
