@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, subcommand
 
-from swamla_titan.config import Override, find_config, load_config, split_overrides, to_toml
+from swamla_titan.config import Config, Override, find_config, load_config, split_overrides, to_toml
 from swamla_titan.console import lost_output, one_line, open_console, several_lines
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.machine import explain
@@ -195,11 +195,11 @@ def _run(command: object, overrides: list[Override]) -> int:
         case Train(config=name, dry_run=True, gpus=gpus):
             from swamla_titan.tools.dry_run import dry_run
 
-            dry_run(load_config(find_config(name), overrides), gpus)
+            dry_run(_config(name, overrides), gpus)
         case Train(gpus=int()):
             raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")
         case Train(config=name):
-            config = load_config(find_config(name), overrides)
+            config = _config(name, overrides)
             from swamla_titan.train import log_to_console, train
 
             log_to_console(logging.INFO if speaks() else logging.WARNING)
@@ -207,7 +207,7 @@ def _run(command: object, overrides: list[Override]) -> int:
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan
 
-            print_plan(load_config(find_config(name), overrides), gpus)
+            print_plan(_config(name, overrides), gpus)
         case Check(config=name):
             from swamla_titan.tools.check import check
 
@@ -221,9 +221,19 @@ def _run(command: object, overrides: list[Override]) -> int:
 
             list_configs()
         case ConfigShow(config=name):
-            print(to_toml(load_config(find_config(name), overrides), comments=True))
+            print(to_toml(_config(name, overrides), comments=True))
         case ConfigCopy(config=name, destination=destination):
             from swamla_titan.tools.configs import copy_config
 
             copy_config(name, destination)
     return EXIT_DONE
+
+
+def _config(name: str, overrides: list[Override]) -> Config:
+    """The configuration; warnings about it go to standard error, where they are in no reader's way."""
+
+    def warn(line: str) -> None:
+        if speaks():
+            print(f"warning: {one_line(line)}", file=sys.stderr)
+
+    return load_config(find_config(name), overrides, warn)

@@ -8,7 +8,14 @@ import dataclasses
 import math
 from typing import Any, get_type_hints
 
+from swamla_titan.conditions import Condition
+
 TABLE = dict[str, float]
+
+# For a number without a natural bound, such as a factor: beyond it float32 overflows, and nobody means it.
+HUGE = 1e30
+LONGEST_STRING = 4000  # characters; the longest path that an operating system takes has 4095 bytes
+MOST_ENTRIES = 1000  # of a table
 
 
 def key(
@@ -20,14 +27,20 @@ def key(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    needs: Condition | None = None,
+    path: bool = False,
+    any_text: bool = False,
 ) -> Any:
     """A dataclass field with its meaning and its allowed values.
 
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive. `choices` lists every allowed value. The
-    numbers of a table (`dict[str, float]`) are each checked like a number.
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. `choices`
+    lists every allowed value. The numbers of a table (`dict[str, float]`) are each checked like a number. `needs` says
+    when the setting has an effect, None: always. `path`: a string that names a file or folder. `any_text`: a string
+    that may hold control characters.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    metadata = {"doc": doc} | {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata: dict[str, Any] = {"doc": doc, "needs": needs, "path": path, "any_text": any_text}
+    metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,19 +80,42 @@ def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> st
     """
     if kind == TABLE:
         fits = isinstance(value, dict) and all(value_problem(field, float, each) is None for each in value.values())
-        return None if fits else f"expected {expectation(field, kind)}"
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    fits = type(value) is kind
-    limits = field.metadata
-    if fits and "choices" in limits:
-        fits = value in limits["choices"]
-    if fits and kind in (int, float):
-        fits = (
-            math.isfinite(value)
-            and value >= limits.get("minimum", value)
-            and value <= limits.get("maximum", value)
-            and not ("above" in limits and value <= limits["above"])
-            and not ("below" in limits and value >= limits["below"])
-        )
+        if fits and (problem := _table_problem(value)):
+            return problem
+    elif kind in (int, float):
+        is_number = type(value) is kind or (kind is float and type(value) is int)
+        fits = is_number and _is_in_range(field.metadata, value)
+    else:
+        fits = type(value) is kind and value in field.metadata.get("choices", (value,))
+        if fits and kind is str and (problem := text_problem(value, field.metadata["any_text"])):
+            return problem
     return None if fits else f"expected {expectation(field, kind)}"
+
+
+def _is_in_range(limits: Any, value: float) -> bool:
+    """Compared as it is: a whole number may be too large to be made a float."""
+    return (
+        (isinstance(value, int) or math.isfinite(value))
+        and value in limits.get("choices", (value,))
+        and value >= limits.get("minimum", value)
+        and value <= limits.get("maximum", value)
+        and not ("above" in limits and value <= limits["above"])
+        and not ("below" in limits and value >= limits["below"])
+    )
+
+
+def _table_problem(table: dict[str, float]) -> str | None:
+    if len(table) > MOST_ENTRIES:
+        return f"expected at most {MOST_ENTRIES} entries, not {len(table)}"
+    return next(filter(None, (text_problem(name) for name in table)), None)
+
+
+def text_problem(text: str, any_text: bool = False) -> str | None:
+    """Why a string cannot be a setting: it could not be written to config.toml, or no program would take it."""
+    if len(text) > LONGEST_STRING:
+        return f"expected at most {LONGEST_STRING} characters, not {len(text)}"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "expected text in UTF-8: these bytes are none"
+    if not any_text and any(character < " " or "\x7f" <= character <= "\x9f" for character in text):
+        return "expected text without control characters such as NUL or a line's end"
+    return None

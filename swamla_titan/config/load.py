@@ -5,26 +5,24 @@ Precedence: command line > TOML file > flavor > default.
 
 import dataclasses
 import difflib
-import json
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from swamla_titan.config.effects import Given, without, without_effect
+from swamla_titan.config.paths import expanded
 from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import Config
 from swamla_titan.config.stability import warmup_steps
+from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import TABLE, expectation, field_types, value_problem
 from swamla_titan.model import FLAVORS, ModelConfig
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _OVERRIDE = re.compile(r"--[\w-]+\.[\w-]+")
+_MOST_ERRORS = 20  # that are listed
 SECTIONS: dict[str, type] = field_types(Config)
 
 
@@ -36,15 +34,47 @@ class Override(NamedTuple):
     text: str
 
 
-def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
+class _Errors:
+    """What is wrong; the first of it in words."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lines: list[str] = []
+
+    def add(self, words: Callable[[], str]) -> None:
+        """`words` are asked for as long as they will be shown: to look for the nearest key takes time."""
+        self.count += 1
+        if self.count <= _MOST_ERRORS:
+            self.lines.append(words())
+
+    def raise_if_any(self, path: Path) -> None:
+        if not self.count:
+            return
+        count = "1 error" if self.count == 1 else f"{self.count} errors"
+        more = [f"... and {self.count - _MOST_ERRORS} more"] if self.count > _MOST_ERRORS else []
+        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in self.lines + more))
+
+
+class _Wrong(Exception):
+    """A value that is refused, and a function that says why."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        self.words = words
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
+) -> Config:
     """Read and check a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
-    the value, what is allowed and the nearest valid key.
+    the value, what is allowed and the nearest valid key. `warn` is called with what is merely without effect, because
+    of an override or in a file that states nearly every key.
     """
     path = Path(path)
-    errors: list[str] = []
+    errors = _Errors()
     tables = _read_tables(path, errors)
+    in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
     for override in overrides:
         _apply_override(override, tables, errors)
     checked = {section: _checked_values(section, table, errors) for section, table in tables.items()}
@@ -52,18 +82,29 @@ def load_config(path: str | Path, overrides: Sequence[Override] = ()) -> Config:
     refused = {
         f"{section}.{key}" for section, table in tables.items() for key in table.keys() - checked[section].keys()
     }
+    flavor = checked.get("model", {}).get("flavor")
     model = _resolve_model(checked.pop("model", {}), refused, errors)
     config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
     warmup = warmup_steps(config.lr_schedule, config.training.steps)
     config = dataclasses.replace(config, lr_schedule=dataclasses.replace(config.lr_schedule, warmup_steps=warmup))
     for keys, problem in contradictions(config):
         if not refused.intersection(keys):
-            section, _, key = keys[0].partition(".")
-            errors.append(f"[{section}] {key}: {problem}")
-    if errors:
-        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in errors))
+            errors.add(partial(_at, keys[0], problem))
+    given = Given(in_file, {f"{override.section}.{override.key}" for override in overrides}, flavor)
+    idle = [finding for finding in without_effect(config, given) if not refused.intersection(finding.keys)]
+    for finding in idle:
+        if not finding.is_tolerable:
+            errors.add(partial(_at, finding.keys[0], finding.problem))
+    errors.raise_if_any(path)
+    for finding in idle:
+        warn(_at(finding.keys[0], finding.problem))
+        config = without(config, finding) if finding.is_ignorable else config
     return config
+
+
+def _at(section_key: str, problem: str) -> str:
+    section, _, key = section_key.partition(".")
+    return f"[{section}] {key}: {problem}"
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -74,53 +115,55 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
     overrides, rest = [], []
     remaining = iter(arguments)
     for argument in remaining:
-        name, equals, text = argument.partition("=")
-        if not _OVERRIDE.fullmatch(name):
+        option, equals, text = argument.partition("=")
+        if not _OVERRIDE.fullmatch(option):
             rest.append(argument)
             continue
         if not equals:
             following = next(remaining, None)
             if following is None or _OVERRIDE.fullmatch(following.partition("=")[0]):
-                raise UserError(f"{name}: a value must follow, as in `{name} VALUE` or `{name}=VALUE`")
+                option = name(option)
+                raise UserError(f"{option}: a value must follow, as in `{option} VALUE` or `{option}=VALUE`")
             text = following
-        section, _, key = name[2:].partition(".")
+        section, _, key = option[2:].partition(".")
         overrides.append(Override(section, key, text))
     return overrides, rest
 
 
-def _read_tables(path: Path, errors: list[str]) -> dict[str, dict[str, Any]]:
+def _read_tables(path: Path, errors: _Errors) -> dict[str, dict[str, Any]]:
     """The file's tables; sections that do not exist are reported, with the nearest that does."""
-    try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); `swamla-titan config ls` lists configs") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from None
     tables = {}
-    for name, table in content.items():
+    for section, table in read_toml(path).items():
         if not isinstance(table, dict):
-            hint = f"; did you mean it in [{_home_of(name)}]?" if _home_of(name) else ""
-            errors.append(f"{name} = {table!r}: every key belongs in a section{hint}")
-        elif name not in SECTIONS:
-            errors.append(f"[{name}]: unknown section{_nearest(name, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+            errors.add(partial(_stray, section, table))
+        elif section not in SECTIONS:
+            errors.add(partial(_unknown_section, f"[{name(section)}]", section))
         else:
-            tables[name] = dict(table)
+            tables[section] = dict(table)
     return tables
 
 
-def _apply_override(override: Override, tables: dict[str, dict[str, Any]], errors: list[str]) -> None:
+def _stray(key: str, value: Any) -> str:
+    home = _home_of(key)
+    hint = f"; did you mean it in [{home}]?" if home else ""
+    return f"{name(key)} = {shown(value)}: every key belongs in a section{hint}"
+
+
+def _unknown_section(where: str, section: str) -> str:
+    return f"{where}: unknown section{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}"
+
+
+def _apply_override(override: Override, tables: dict[str, dict[str, Any]], errors: _Errors) -> None:
     """Put a command-line value, converted to the key's type, over the file's."""
     section, key, text = override
-    where = f"--{section}.{key} {text}"
+    where = shortened(f"--{section}.{key} {text}")
+    where = where if where.isprintable() else shown(where)
     if section not in SECTIONS:
-        errors.append(
-            f"{where}: unknown section `{section}`{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}"
-        )
+        errors.add(partial(_unknown_section, where, section))
         return
     kind = _key_types(section).get(key)
     if kind is None:
-        errors.append(f"{where}: {_unknown_key(section, key)}")
+        errors.add(partial(_unknown_key, where, section, key))
         return
     value: Any = text
     if kind is bool:
@@ -135,60 +178,79 @@ def _apply_override(override: Override, tables: dict[str, dict[str, Any]], error
 
 def _inline_table(text: str) -> Any:
     """ValueError if it is anything but one value."""
-    parsed = tomllib.loads(f"value = {text}")
+    parsed = parse_toml(f"value = {text}")
     if parsed.keys() != {"value"}:
         raise ValueError
     return parsed["value"]
 
 
-def _checked_values(section: str, table: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+def _checked_values(section: str, table: dict[str, Any], errors: _Errors) -> dict[str, Any]:
     """The table's values with the types of their keys; mistakes are reported."""
-    cls, types = SECTIONS[section], _key_types(section)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     checked = {}
     for key, value in table.items():
-        if key not in types:
-            errors.append(f"[{section}] {key} = {_toml(value)}: {_unknown_key(section, key)}")
-        elif key == "flavor" and section == "model":
-            if value in FLAVORS:
-                checked[key] = value
-            else:
-                close = _nearest(str(value), FLAVORS)
-                errors.append(f"[model] flavor = {_toml(value)}: unknown flavor{close}; flavors: {', '.join(FLAVORS)}")
-        elif value_problem(fields[key], types[key], value):
-            errors.append(f"[{section}] {key} = {_toml(value)}: {value_problem(fields[key], types[key], value)}")
-        else:
-            checked[key] = (
-                {name: float(each) for name, each in value.items()} if types[key] == TABLE else types[key](value)
-            )
+        try:
+            checked[key] = _checked_value(section, key, value)
+        except _Wrong as wrong:
+            errors.add(wrong.words)
     return checked
 
 
-def _resolve_model(given: dict[str, Any], refused: set[str], errors: list[str]) -> ModelConfig:
+def _checked_value(section: str, key: str, value: Any) -> Any:
+    """The value with the type of its key; raises _Wrong."""
+    types = _key_types(section)
+    if key not in types:
+        raise _Wrong(lambda: _unknown_key(f"[{section}] {name(key)} = {shown(value)}", section, key))
+    if section == "model" and key == "flavor":
+        if isinstance(value, str) and value in FLAVORS:
+            return value
+        raise _Wrong(lambda: f"[model] flavor = {shown(value)}: {_unknown_flavor(value)}")
+    field, kind = _fields(section)[key], types[key]
+    problem = value_problem(field, kind, value)
+    if problem is None and field.metadata["path"]:
+        try:
+            return expanded(value)
+        except ValueError as error:
+            problem = str(error)
+    if problem:
+        raise _Wrong(lambda: f"[{section}] {key} = {shown(value)}: {problem}")
+    return {entry: float(each) for entry, each in value.items()} if kind == TABLE else kind(value)
+
+
+def _unknown_flavor(value: Any) -> str:
+    close = _nearest(value, FLAVORS) if isinstance(value, str) else ""
+    return f"unknown flavor{close}; flavors: {', '.join(FLAVORS)}"
+
+
+def _resolve_model(given: dict[str, Any], refused: set[str], errors: _Errors) -> ModelConfig:
     """Flavor, then the keys that were given. The vocabulary is the tokenizer's unless it was given."""
     flavor = given.pop("flavor", None)
     base = dataclasses.asdict(FLAVORS[flavor] if flavor else ModelConfig())
     merged = base | {"vocab_size": 0} | given
     problems = ModelConfig.problems(merged)
     if problems:
-        refused.update(f"model.{name}" for name, _ in problems)
-        errors += [f"[model] {name}: {problem}" for name, problem in problems]
+        refused.update(f"model.{key}" for key, _ in problems)
+        for key, problem in problems:
+            errors.add(partial(_at, f"model.{key}", problem))
         return ModelConfig()
     return ModelConfig(**merged)
 
 
+@cache
+def _fields(section: str) -> dict[str, "dataclasses.Field[Any]"]:
+    return {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+
+
+@cache
 def _key_types(section: str) -> dict[str, type]:
     """Valid keys of a section and their types; `flavor` belongs to [model] though it is no property of a model."""
     return ({"flavor": str} if section == "model" else {}) | field_types(SECTIONS[section])
 
 
-def _unknown_key(section: str, key: str) -> str:
+def _unknown_key(where: str, section: str, key: str) -> str:
     valid = _key_types(section)
-    if not valid:
-        return "unknown key; this section has no keys yet"
     elsewhere = _home_of(key)
     hint = _nearest(key, valid) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
-    return f"unknown key{hint}; keys of [{section}]: {', '.join(valid)}"
+    return f"{where}: unknown key{hint}; keys of [{section}]: {', '.join(valid)}"
 
 
 def _home_of(key: str) -> str | None:
@@ -196,24 +258,9 @@ def _home_of(key: str) -> str | None:
     return next((section for section in SECTIONS if key in _key_types(section)), None)
 
 
-def _nearest(word: str, valid: Any) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+def _nearest(word: str, valid: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5) if len(word) < 100 else []
     return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _toml(value: Any) -> str:
-    """A value as it would stand in a TOML file."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but for a character that JSON leaves bare.
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        # Of a path that is not UTF-8: TOML cannot hold it, but a file that shows it can be read all the same.
-        return "".join(f"\\\\u{ord(each):04x}" if "\ud800" <= each <= "\udfff" else each for each in text)
-    if isinstance(value, dict):
-        pairs = (f"{_toml(name)} = {_toml(each)}" for name, each in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    return repr(value)
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
@@ -228,6 +275,6 @@ def to_toml(config: Config, comments: bool = False) -> str:
             if comments:
                 allowed = expectation(field, kinds[field.name])
                 lines.append(f"# {field.metadata['doc']} ({allowed})")
-            lines.append(f"{field.name} = {_toml(value)}")
+            lines.append(f"{field.name} = {toml(value)}")
         lines.append("")
     return "\n".join(lines)

@@ -1,17 +1,12 @@
-"""Rules of [optimizer] and [ema].
-
-Beside what cannot work, a value that is not the default and would have no effect is refused: whoever wrote it expects
-one.
-"""
+"""Rules of [optimizer]."""
 
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from fnmatch import fnmatchcase
 
 from swamla_titan.config.contradiction import Contradiction
-from swamla_titan.config.sections import Config, Optimizer
+from swamla_titan.config.sections import Config
 
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
 # Of the decay of an average that is kept in bfloat16: nearer to 1, steps are of the size of its last bit or less.
@@ -26,55 +21,14 @@ _DECAYS = {
 
 def optimizer_contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys of these sections that cannot all hold."""
-    yield from _without_effect(config)
-    yield from _decay(config)
     yield from _moments(config)
     yield from _offloaded(config)
     yield from _multipliers(config)
-    if config.validation.use_ema and not config.ema.decay:
-        yield Contradiction(
-            ("validation.use_ema", "ema.decay"),
-            "true, but ema.decay = 0 keeps no average: set that, 0.999 perhaps, or this to false",
-        )
-    if config.validation.use_ema and not config.validation.interval:
-        yield Contradiction(
-            ("validation.use_ema", "validation.interval"),
-            "true has no effect with validation.interval = 0: set this to false, or validate",
-        )
-
-
-def _without_effect(config: Config) -> Iterator[Contradiction]:
-    optimizer = config.optimizer
-    of_others = ["eps"] if optimizer.name == "lion" else []
-    of_others += [field.name for field in fields(Optimizer) if field.name.startswith("muon_")] * (
-        optimizer.name != "muon"
-    )
-    for key in of_others:
-        value, default = getattr(optimizer, key), getattr(Optimizer(), key)
-        if value != default:
-            yield Contradiction(
-                (f"optimizer.{key}", "optimizer.name"),
-                f'{value} has no effect with name = "{optimizer.name}": leave it out',
-            )
-
-
-def _decay(config: Config) -> Iterator[Contradiction]:
-    if config.optimizer.decay_embeddings and not config.optimizer.weight_decay:
-        yield Contradiction(
-            ("optimizer.decay_embeddings", "optimizer.weight_decay"),
-            "true has no effect with weight_decay = 0: leave it out",
-        )
 
 
 def _moments(config: Config) -> Iterator[Contradiction]:
     optimizer = config.optimizer
-    if optimizer.moments == "float32":
-        return
-    if optimizer.name in _QUANTIZED:
-        yield Contradiction(
-            ("optimizer.moments", "optimizer.name"),
-            f'"{optimizer.moments}", but name = "{optimizer.name}" quantizes moments: leave it out, or use "adamw"',
-        )
+    if optimizer.moments == "float32" or optimizer.name in _QUANTIZED:
         return
     for key in _DECAYS[optimizer.name]:
         decay = getattr(optimizer, key)

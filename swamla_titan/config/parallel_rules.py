@@ -1,8 +1,4 @@
-"""Rules of [parallel], [compile] and [activation_checkpoint] that hold for any number of processes.
-
-What depends on that number is refused by parallel/degrees.py. Beside what cannot work, a value that is not the default
-and would have no effect is refused: whoever wrote it expects one.
-"""
+"""Rules of [parallel] that hold for any number of processes; what depends on it is refused by parallel/degrees.py."""
 
 import math
 from collections.abc import Iterator
@@ -19,12 +15,9 @@ _ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two
 def parallel_contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys of these sections, the model and the sequence length that cannot all hold."""
     yield from _data_parallel(config)
-    yield from _without_shards(config)
     yield from _tensor(config)
     yield from _sequence_length(config)
     yield from _pipeline(config)
-    yield from _compile(config)
-    yield from _activation_checkpoint(config)
 
 
 def _data_parallel(config: Config) -> Iterator[Contradiction]:
@@ -67,41 +60,8 @@ def _data_parallel(config: Config) -> Iterator[Contradiction]:
         )
 
 
-def _without_shards(config: Config) -> Iterator[Contradiction]:
-    parallel = config.parallel
-    if parallel.data_parallel != "ddp":
-        return
-    if parallel.cpu_offload:
-        yield Contradiction(
-            ("parallel.cpu_offload", "parallel.data_parallel"),
-            'true, but data_parallel = "ddp" keeps all weights on each GPU: use "fsdp" or "hsdp", or set it to false',
-        )
-    if parallel.reshard_after_forward != "auto":
-        yield Contradiction(
-            ("parallel.reshard_after_forward", "parallel.data_parallel"),
-            f'"{parallel.reshard_after_forward}" has no effect: data_parallel = "ddp" gathers no weights; leave it '
-            'out, or use "fsdp"',
-        )
-    if parallel.reduce_every_micro_batch:
-        yield Contradiction(
-            ("parallel.reduce_every_micro_batch", "parallel.data_parallel"),
-            'true has no effect: data_parallel = "ddp" keeps whole gradients and reduces them once a step; set it to '
-            'false, or use "fsdp"',
-        )
-
-
 def _tensor(config: Config) -> Iterator[Contradiction]:
     model, tensor = config.model, config.parallel.tensor
-    if config.parallel.async_tensor and tensor == 1:
-        yield Contradiction(
-            ("parallel.async_tensor", "parallel.tensor"),
-            "true has no effect with tensor = 1: there is no communication to overlap; set it to false or raise tensor",
-        )
-    if config.parallel.async_tensor and not config.compile.enabled:
-        yield Contradiction(
-            ("parallel.async_tensor", "compile.enabled"),
-            "true is the compiler's doing, but compile.enabled = false: set that to true or this to false",
-        )
     if tensor == 1:
         return
     groups = model.ffn_width // model.ffn_group
@@ -148,16 +108,6 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
     parallel, layers = config.parallel, config.model.num_layers
     schedule, given = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
     if parallel.pipeline == 1:
-        if schedule != "1F1B":
-            yield Contradiction(
-                ("parallel.pipeline_schedule", "parallel.pipeline"),
-                f'"{schedule}" has no effect with pipeline = 1: leave it out or raise pipeline',
-            )
-        if given:
-            yield Contradiction(
-                ("parallel.pipeline_stages_per_rank", "parallel.pipeline"),
-                f"{given} has no effect with pipeline = 1: leave it out or raise pipeline",
-            )
         return
     needed = STAGES_PER_RANK[schedule]
     keys = ("parallel.pipeline_stages_per_rank", "parallel.pipeline_schedule")
@@ -179,11 +129,6 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
             f"{parallel.pipeline} ranks x {per_rank} stages are {stages} stages, more than the {layers} layers of the "
             f"model: use pipeline <= {max(layers // per_rank, 1)}"
             + (', or a schedule of one stage a rank, such as "1F1B"' if per_rank > 1 else ""),
-        )
-    if parallel.reduce_every_micro_batch:
-        yield Contradiction(
-            ("parallel.reduce_every_micro_batch", "parallel.pipeline"),
-            "true, but a pipeline reduces gradients once, after its last backward pass: set it to false",
         )
     if schedule in _SPLIT_BACKWARD:
         yield from _split_backward(config)
@@ -214,45 +159,4 @@ def _split_backward(config: Config) -> Iterator[Contradiction]:
             (*at, "parallel.reshard_after_forward"),
             f"{schedule} needs gathered weights until their gradients are computed, late: set reshard_after_forward = "
             f'"auto", {way_out}',
-        )
-
-
-def _compile(config: Config) -> Iterator[Contradiction]:
-    if config.compile.cache_folder and not config.compile.enabled:
-        yield Contradiction(
-            ("compile.cache_folder", "compile.enabled"),
-            f'"{config.compile.cache_folder}" has no effect with compile.enabled = false: leave it out or compile',
-        )
-
-
-def _activation_checkpoint(config: Config) -> Iterator[Contradiction]:
-    settings = config.activation_checkpoint
-    mode, budget = settings.mode, settings.memory_budget
-    if budget < 1 and mode != "none":
-        yield Contradiction(
-            ("activation_checkpoint.memory_budget", "activation_checkpoint.mode"),
-            f'{budget} lets the compiler choose what is recomputed, but mode = "{mode}" chooses too: use mode = '
-            '"none", or leave memory_budget out',
-        )
-    if budget < 1 and not config.compile.enabled:
-        yield Contradiction(
-            ("activation_checkpoint.memory_budget", "compile.enabled"),
-            f"{budget} is the compiler's to keep, but compile.enabled = false: set that to true, or use "
-            'mode = "selective" instead',
-        )
-    if settings.selective != "operators" and mode != "selective":
-        yield Contradiction(
-            ("activation_checkpoint.selective", "activation_checkpoint.mode"),
-            f'"{settings.selective}" has no effect with mode = "{mode}": use mode = "selective" or leave it out',
-        )
-    if settings.modules != "block" and mode == "none":
-        yield Contradiction(
-            ("activation_checkpoint.modules", "activation_checkpoint.mode"),
-            f'"{settings.modules}" has no effect with mode = "none": use mode = "full" or "selective", or leave it out',
-        )
-    if settings.every_n_blocks != 2 and (mode, settings.selective) != ("selective", "blocks"):
-        yield Contradiction(
-            ("activation_checkpoint.every_n_blocks", "activation_checkpoint.mode", "activation_checkpoint.selective"),
-            f'{settings.every_n_blocks} has no effect with mode = "{mode}" and selective = "{settings.selective}": use '
-            'mode = "selective" and selective = "blocks", or leave it out',
         )

@@ -28,39 +28,14 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("training.seq_len", "model.max_seq_len", "model.flavor"),
             f"{training.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: raise that or lower this",
         )
-    if data.source == "builtin" and data.path:
-        yield Contradiction(
-            ("data.path", "data.source"),
-            f'"{data.path}" would not be read by data.source = "builtin"; use "local" or remove the path',
-        )
     if data.source != "builtin" and not data.path:
         wanted = "a file or folder" if data.source == "local" else "the name of a dataset"
         yield Contradiction(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted} here')
-    if data.name and data.source != "huggingface":
-        yield Contradiction(
-            ("data.name", "data.source"),
-            f'"{data.name}" names a Hugging Face configuration, but data.source = "{data.source}"',
-        )
-    if data.revision and data.source != "huggingface":
-        yield Contradiction(
-            ("data.revision", "data.source"),
-            f'"{data.revision}" names a revision on Hugging Face, but data.source = "{data.source}"',
-        )
-    if data.text_separator and data.source != "local":
-        yield Contradiction(
-            ("data.text_separator", "data.source"),
-            f'applies to local text files, but data.source = "{data.source}"',
-        )
-    if schedule.decay_steps and schedule.name != "wsd":
-        yield Contradiction(
-            ("lr_schedule.decay_steps", "lr_schedule.name"),
-            f'{schedule.decay_steps} applies to name = "wsd", not "{schedule.name}"',
-        )
-    elif schedule.decay_steps and schedule.warmup_steps + schedule.decay_steps > training.steps:
+    warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
+    if schedule.name == "wsd" and schedule.decay_steps and warm_up_and_decay > training.steps:
         yield Contradiction(
             ("lr_schedule.decay_steps", "lr_schedule.warmup_steps", "training.steps"),
-            f"warm-up and decay take {schedule.warmup_steps + schedule.decay_steps} steps, "
-            f"more than training.steps = {training.steps}",
+            f"warm-up and decay take {warm_up_and_decay} steps, more than training.steps = {training.steps}",
         )
     if config.profiling.enabled and config.profiling.start_step > training.steps:
         yield Contradiction(
@@ -72,18 +47,6 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             ("checkpoint.allow",),
             f'"{min(unknown)}" is nothing that can be allowed: one or more of {", ".join(ALLOWED_DIFFERENCES)}, '
             "separated by commas",
-        )
-    if config.fault_tolerance.spike_sigma and not config.fault_tolerance.skip_bad_steps:
-        yield Contradiction(
-            ("fault_tolerance.spike_sigma", "fault_tolerance.skip_bad_steps"),
-            f"{config.fault_tolerance.spike_sigma} would skip spikes, but skip_bad_steps = false; make that true or "
-            "this 0",
-        )
-    if config.fault_tolerance.max_rewinds and not config.fault_tolerance.skip_bad_steps:
-        yield Contradiction(
-            ("fault_tolerance.max_rewinds", "fault_tolerance.skip_bad_steps"),
-            f"{config.fault_tolerance.max_rewinds} would rewind after bad steps, but skip_bad_steps = false; make that "
-            "true or this 0",
         )
     if data.retry_seconds > retry_seconds(config):
         yield Contradiction(

@@ -1,8 +1,10 @@
 """The configurations that come with the package."""
 
+import os
 from pathlib import Path
 
 import swamla_titan
+from swamla_titan.config.toml import name as printable
 from swamla_titan.errors import UserError
 
 _PACKAGE = Path(swamla_titan.__file__).resolve().parent
@@ -27,10 +29,9 @@ def find_config(name: str) -> Path:
 
     Raises UserError that lists the shipped names.
     """
-    path = Path(name)
-    if path.exists():
-        return path
+    if os.path.lexists(os.path.expanduser(name)):  # unlike Path.exists it is False for what can be no name
+        return Path(name).expanduser()
     shipped = shipped_configs()
     if name in shipped:
         return shipped[name]
-    raise UserError(f"{name}: no such file, nor a shipped configuration ({', '.join(shipped)})")
+    raise UserError(f"{printable(name)}: no such file, nor a shipped configuration ({', '.join(shipped)})")

@@ -3,12 +3,40 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from swamla_titan.fields import field_types, key, value_problem
+from swamla_titan.conditions import One
+from swamla_titan.fields import HUGE, field_types, key, value_problem
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
 FFN_MULTIPLE = 256
+
+# Upper bounds that nobody meets who means it.
+MOST_LAYERS = 1024
+LONGEST_SEQUENCE = 1 << 24
+_WIDEST = 1 << 17
+_LEAST_THETA = 1e-6  # below it angles overflow, with positions of a long sequence
+
+
+def _shares_theta(config: Any) -> bool:
+    own = {"swa": config.model.swa_rope_theta, "mla": config.model.mla_rope_theta}
+    return not all(own[kind] for kind in config.model.block_kinds)
+
+
+# When keys have an effect, see conditions.py: `config` is the whole configuration, of which this one is `model`.
+_CYCLE = ("model.swa_layers_per_cycle", "model.mla_layers_per_cycle", "model.num_layers")
+_HAS_SWA = One(_CYCLE[:1], lambda config: "swa" in config.model.block_kinds, f"{_CYCLE[0]} to 1 or more")
+_HAS_MLA = One(
+    _CYCLE[1:], lambda config: "mla" in config.model.block_kinds, f"{_CYCLE[1]} to 1 or more, within the layers"
+)
+_ROOM_FOR_MLA = One(
+    (_CYCLE[0], _CYCLE[2]),
+    lambda config: config.model.mla_layers_per_cycle == 0 or "mla" in config.model.block_kinds,
+    f"{_CYCLE[2]} to more than {_CYCLE[0]}",
+)
+_SHARES_THETA = One(
+    ("model.swa_rope_theta", "model.mla_rope_theta"), _shares_theta, "one of the others to 0, which means this one"
+)
 
 
 @dataclass(frozen=True)
@@ -18,35 +46,79 @@ class ModelConfig:
     Raises ValueError that lists every problem when the numbers do not fit together.
     """
 
-    num_layers: int = key(12, "Number of blocks.", minimum=1)
-    dim: int = key(1024, "Width of the residual stream.", minimum=2)
-    num_heads: int = key(16, "Query heads, in both kinds of block.", minimum=1)
-    num_kv_heads: int = key(0, "Key/value heads of SWA blocks (grouped-query attention); 0: num_heads.", minimum=0)
-    vocab_size: int = key(50257, "Real token ids; in a TOML file 0 means the tokenizer's.", minimum=0)
-    max_seq_len: int = key(2048, "Longest sequence the model accepts, in tokens.", minimum=1)
-    ffn_hidden_dim: int = key(0, "Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256.", minimum=0)
+    num_layers: int = key(12, "Number of blocks.", minimum=1, maximum=MOST_LAYERS)
+    dim: int = key(1024, "Width of the residual stream.", minimum=2, maximum=_WIDEST)
+    num_heads: int = key(16, "Query heads, in both kinds of block.", minimum=1, maximum=_WIDEST)
+    num_kv_heads: int = key(
+        0,
+        "Key/value heads of SWA blocks (grouped-query attention); 0: num_heads.",
+        minimum=0,
+        maximum=_WIDEST,
+        needs=_HAS_SWA,
+    )
+    vocab_size: int = key(50257, "Real token ids; in a TOML file 0 means the tokenizer's.", minimum=0, maximum=1 << 24)
+    max_seq_len: int = key(2048, "Longest sequence the model accepts, in tokens.", minimum=1, maximum=LONGEST_SEQUENCE)
+    ffn_hidden_dim: int = key(
+        0, "Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256.", minimum=0, maximum=1 << 20
+    )
     norm: str = key(
         "rmsnorm", "Normalisation before attention, feed-forward and head.", choices=("rmsnorm", "dynamic_tanh")
     )
     tie_embeddings: bool = key(True, "The output head uses the embedding's weight.")
-    swa_layers_per_cycle: int = key(2, "Sliding-window blocks at the start of each cycle of layers.", minimum=0)
-    mla_layers_per_cycle: int = key(1, "Latent-attention blocks at the end of each cycle of layers.", minimum=0)
-    swa_window: int = key(256, "Keys a query sees in SWA blocks, itself counted.", minimum=1)
-    swa_sink_size: int = key(
-        4, "First tokens of the document that every later query of it sees in SWA blocks.", minimum=0
+    swa_layers_per_cycle: int = key(
+        2, "Sliding-window blocks at the start of each cycle of layers.", minimum=0, maximum=MOST_LAYERS
     )
-    qk_norm: bool = key(False, "RMSNorm over each query and key head of SWA blocks, before the rotation.")
-    q_lora_rank: int = key(0, "MLA: rank of the query projection; 0: one full matrix.", minimum=0)
-    kv_lora_rank: int = key(256, "MLA: width of the latent that keys and values are made from.", minimum=1)
-    qk_nope_head_dim: int = key(128, "MLA: width of a head's query/key part without position.", minimum=1)
-    qk_rope_head_dim: int = key(64, "MLA: width of the rotary part; its key is shared by all heads.", minimum=2)
-    v_head_dim: int = key(128, "MLA: width of a head's value.", minimum=1)
-    rope_theta: float = key(10000.0, "Base of the rotary frequencies, in both kinds of block.", above=0)
-    swa_rope_theta: float = key(0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0)
-    mla_rope_theta: float = key(0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0)
-    rope_scaling: float = key(1.0, "Linear position scaling: positions are divided by this factor.", above=0)
+    mla_layers_per_cycle: int = key(
+        1,
+        "Latent-attention blocks at the end of each cycle of layers.",
+        minimum=0,
+        maximum=MOST_LAYERS,
+        needs=_ROOM_FOR_MLA,
+    )
+    swa_window: int = key(
+        256, "Keys a query sees in SWA blocks, itself counted.", minimum=1, maximum=LONGEST_SEQUENCE, needs=_HAS_SWA
+    )
+    swa_sink_size: int = key(
+        4,
+        "First tokens of the document that every later query of it sees in SWA blocks.",
+        minimum=0,
+        maximum=LONGEST_SEQUENCE,
+        needs=_HAS_SWA,
+    )
+    qk_norm: bool = key(
+        False, "RMSNorm over each query and key head of SWA blocks, before the rotation.", needs=_HAS_SWA
+    )
+    q_lora_rank: int = key(
+        0, "MLA: rank of the query projection; 0: one full matrix.", minimum=0, maximum=_WIDEST, needs=_HAS_MLA
+    )
+    kv_lora_rank: int = key(
+        256, "MLA: width of the latent that keys and values are made from.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA
+    )
+    qk_nope_head_dim: int = key(
+        128, "MLA: width of a head's query/key part without position.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA
+    )
+    qk_rope_head_dim: int = key(
+        64, "MLA: width of the rotary part; its key is shared by all heads.", minimum=2, maximum=_WIDEST, needs=_HAS_MLA
+    )
+    v_head_dim: int = key(128, "MLA: width of a head's value.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA)
+    rope_theta: float = key(
+        10000.0,
+        "Base of the rotary frequencies, in both kinds of block.",
+        minimum=_LEAST_THETA,
+        maximum=HUGE,
+        needs=_SHARES_THETA,
+    )
+    swa_rope_theta: float = key(
+        0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_SWA
+    )
+    mla_rope_theta: float = key(
+        0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_MLA
+    )
+    rope_scaling: float = key(
+        1.0, "Linear position scaling: positions are divided by this factor.", minimum=1e-6, maximum=1e6
+    )
     dropout: float = key(0.0, "Dropout on the output of attention and feed-forward, in training.", minimum=0, below=1)
-    z_loss: float = key(0.0, "Weight of the squared log-partition in the training loss.", minimum=0)
+    z_loss: float = key(0.0, "Weight of the squared log-partition in the training loss.", minimum=0, maximum=HUGE)
     label_smoothing: float = key(0.0, "Share of the target spread evenly over the vocabulary.", minimum=0, below=1)
 
     def __post_init__(self) -> None:
@@ -62,7 +134,7 @@ class ModelConfig:
         for field in dataclasses.fields(cls):
             problem = value_problem(field, types[field.name], values[field.name])
             if problem:
-                found.append((field.name, f"{values[field.name]!r}: {problem}"))
+                found.append((field.name, f"{_brief(values[field.name])}: {problem}"))
         return found or _contradictions(values)
 
     @property
@@ -99,9 +171,20 @@ class ModelConfig:
         return ["swa" if i % cycle < self.swa_layers_per_cycle else "mla" for i in range(self.num_layers)]
 
 
+def _brief(value: object) -> str:
+    try:
+        return repr(value)[:100]
+    except (RecursionError, ValueError):  # nested too deeply, or of too many digits
+        return f"a value of type {type(value).__name__}"
+
+
 def _contradictions(values: dict[str, object]) -> list[tuple[str, str]]:
-    number = {name: value for name, value in values.items() if isinstance(value, int)}
-    found = []
+    number = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    found = [
+        (name, f"{number[name]}: expected 0, or a number >= {_LEAST_THETA}")
+        for name in ("swa_rope_theta", "mla_rope_theta")
+        if 0 < number[name] < _LEAST_THETA
+    ]
     if number["dim"] % number["num_heads"]:
         found.append(("num_heads", f"{number['num_heads']} does not divide dim = {number['dim']}"))
     elif (number["dim"] // number["num_heads"]) % 2:

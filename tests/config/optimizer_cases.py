@@ -51,7 +51,7 @@ def moments(run: Runner) -> None:
     error = run.refusal("--optimizer.moments", "bfloat16", "--optimizer.beta2", "0.999")
     assert "too few bits for the changes of a moment with beta2 = 0.999" in error
     error = run.refusal("--optimizer.moments", "bfloat16", "--optimizer.name", "adamw8bit")
-    assert 'name = "adamw8bit" quantizes moments' in error
+    assert '"bfloat16" has no effect with optimizer.name = "adamw8bit"' in error
 
 
 def decay_embeddings(run: Runner) -> None:
@@ -146,7 +146,7 @@ def use_ema(run: Runner) -> None:
     assert all(abs(one - other) > 1e-4 for one, other in zip(result.series("val_loss"), of_weights))
     assert metrics(result.folder, "val_loss").keys() == {1, 2, 3}
     assert not math.isnan(result.series("val_loss")[0])
-    assert "ema.decay = 0 keeps no average" in run.refusal("--validation.use_ema", "true")
+    assert "true has no effect with ema.decay = 0.0" in run.refusal("--validation.use_ema", "true")
 
 
 OPTIMIZER_CASES: dict[str, Callable[[Runner], None]] = {

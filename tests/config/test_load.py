@@ -97,7 +97,10 @@ def test_a_key_of_another_section_is_pointed_there(toml):
         ("[model]\ndim = 100\nnum_heads = 16\n", "[model] num_heads: 16 does not divide dim = 100"),
         ("[model]\nqk_rope_head_dim = 63\n", "[model] qk_rope_head_dim: 63 must be even"),
         ("[training]\nseq_len = 4096\n", "longer than model.max_seq_len = 2048"),
-        ("[lr_schedule]\ndecay_steps = 5\n", 'applies to name = "wsd"'),
+        (
+            "[lr_schedule]\ndecay_steps = 5\n",
+            '5 has no effect with lr_schedule.name = "cosine": leave it out, or set lr_schedule.name = "wsd"',
+        ),
         ('[lr_schedule]\nname = "wsd"\nwarmup_steps = 100\ndecay_steps = 950\n', "more than training.steps = 1000"),
         ("[validation]\nfraction = 0\n", "0 holds nothing out"),
         ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
@@ -115,9 +118,15 @@ def test_values_that_do_not_fit_together_are_refused(toml, text, part):
     [
         ('[data]\nsource = "local"\n', 'data.source = "local" needs a file or folder'),
         ('[data]\nsource = "huggingface"\n', "needs the name of a dataset"),
-        ('[data]\nsource = "builtin"\npath = "x"\n', "would not be read"),
-        ('[data]\nsource = "builtin"\nname = "x"\n', "names a Hugging Face configuration"),
-        ('[data]\nsource = "builtin"\ntext_separator = "x"\n', "applies to local text files"),
+        ('[data]\nsource = "builtin"\npath = "x"\n', '[data] path: "x" has no effect with data.source = "builtin"'),
+        (
+            '[data]\nsource = "builtin"\nname = "x"\n',
+            '[data] name: "x" has no effect with data.source = "builtin": leave it out, or set data.source = "hug',
+        ),
+        (
+            '[data]\nsource = "builtin"\ntext_separator = "x"\n',
+            '[data] text_separator: "x" has no effect with data.source = "builtin"',
+        ),
     ],
 )
 def test_a_source_and_its_path_must_agree(toml, text, part):

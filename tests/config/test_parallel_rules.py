@@ -30,11 +30,6 @@ REFUSED = [
         f"{HSDP} --parallel.dp_replicate=2 --parallel.dp_shard=1",
         '[parallel] dp_shard: a copy of the weights on 1 rank each is what data_parallel = "ddp" has: use that',
     ),
-    (f"{DDP} --parallel.cpu_offload=true", "[parallel] cpu_offload: true, but", 'use "fsdp" or "hsdp"'),
-    (f"{DDP} --parallel.reshard_after_forward=never", '"never" has no effect', 'leave it out, or use "fsdp"'),
-    (f"{DDP} --parallel.reduce_every_micro_batch=true", "true has no effect", 'set it to false, or use "fsdp"'),
-    ("--parallel.async_tensor=true --compile.enabled=true", "no effect with tensor = 1", "raise tensor"),
-    ("--parallel.async_tensor=true --parallel.tensor=2", "compile.enabled = false: set that to true or this to false"),
     (
         "--parallel.tensor=4 --model.ffn_hidden_dim=512",
         "[parallel] tensor: 4 ranks cannot share model.num_heads = 2 equally: use tensor = 2",
@@ -83,27 +78,9 @@ REFUSED = [
         "--parallel.pipeline=2 --parallel.pipeline_schedule=ZBVZeroBubble --parallel.pipeline_stages_per_rank=3",
         '3, but pipeline_schedule = "ZBVZeroBubble" takes 2: leave it out',
     ),
-    ("--parallel.pipeline_schedule=GPipe", '"GPipe" has no effect with pipeline = 1: leave it out or raise pipeline'),
-    ("--parallel.pipeline_stages_per_rank=1", "1 has no effect with pipeline = 1: leave it out or raise pipeline"),
-    (
-        "--parallel.pipeline=2 --parallel.reduce_every_micro_batch=true",
-        "[parallel] reduce_every_micro_batch: true, but a pipeline reduces gradients once",
-        "set it to false",
-    ),
     (f"{ZERO_BUBBLE} --compile.enabled=true", "compiled blocks cannot: set compile.enabled = false", "Interleaved1F1B"),
     (f"{ZERO_BUBBLE} {AC}.mode=full", 'activation_checkpoint.mode = "full": set that to "none"', "Interleaved1F1B"),
     (f"{ZERO_BUBBLE} --parallel.reshard_after_forward=always", 'set reshard_after_forward = "auto"', "Interleaved1F1B"),
-    (f"{AC}.modules=attention", '"attention" has no effect with mode = "none": use mode = "full" or "selective"'),
-    ("--compile.cache_folder=x", '[compile] cache_folder: "x" has no effect with compile.enabled = false'),
-    (f"{AC}.memory_budget=0.5", "0.5 is the compiler's to keep, but compile.enabled = false", 'mode = "selective"'),
-    (
-        f"{AC}.memory_budget=0.5 {AC}.mode=full --compile.enabled=true",
-        '0.5 lets the compiler choose what is recomputed, but mode = "full" chooses too: use mode = "none"',
-    ),
-    (f"{AC}.selective=blocks", '"blocks" has no effect with mode = "none": use mode = "selective"'),
-    (f"{AC}.selective=blocks {AC}.mode=full", '"blocks" has no effect with mode = "full": use mode = "selective"'),
-    (f"{AC}.every_n_blocks=3", '3 has no effect with mode = "none" and selective = "operators": use'),
-    (f"{AC}.every_n_blocks=1 {AC}.mode=selective", '1 has no effect with mode = "selective" and selective = "oper'),
 ]
 
 ACCEPTED = [
@@ -115,7 +92,6 @@ ACCEPTED = [
     "--parallel.cpu_offload=true --parallel.reshard_after_forward=never",
     "--parallel.tensor=2 --parallel.async_tensor=true --compile.enabled=true --compile.cache_folder=x",
     "--parallel.tensor=2 --parallel.context=2 --parallel.pipeline=3",
-    "--parallel.tensor=2 --model.num_kv_heads=1 --model.swa_layers_per_cycle=0",
     "--parallel.pipeline=2 --parallel.pipeline_schedule=Interleaved1F1B --model.num_layers=4",
     "--parallel.pipeline=2 --parallel.pipeline_schedule=InterleavedZeroBubble --parallel.pipeline_stages_per_rank=3 "
     "--model.num_layers=6",

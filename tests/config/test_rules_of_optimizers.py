@@ -12,14 +12,6 @@ OFFLOADED = Parallel(cpu_offload=True)
 @pytest.mark.parametrize(
     "config, keys, way_out",
     [
-        (Config(optimizer=Optimizer(name="lion", eps=1e-6)), ("eps", "name"), "leave it out"),
-        (
-            Config(optimizer=Optimizer(decay_embeddings=True, weight_decay=0.0)),
-            ("decay_embeddings", "weight_decay"),
-            "leave it out",
-        ),
-        (Config(optimizer=Optimizer(muon_ns_steps=6)), ("muon_ns_steps", "name"), "leave it out"),
-        (Config(optimizer=Optimizer(name="lion", muon_nesterov=False)), ("muon_nesterov", "name"), "leave it out"),
         (Config(optimizer=Optimizer(moments="bfloat16", beta2=0.995)), ("moments", "beta2"), 'or "float32"'),
         (Config(optimizer=Optimizer(moments="bfloat16", beta1=0.999)), ("moments", "beta1"), "use beta1 <= 0.99"),
         (
@@ -32,7 +24,6 @@ OFFLOADED = Parallel(cpu_offload=True)
             ("moments", "muon_momentum"),
             "use muon_momentum <= 0.99",
         ),
-        (Config(optimizer=Optimizer(name="adamw4bit", moments="bfloat16")), ("moments", "name"), 'use "adamw"'),
         (Config(optimizer=Optimizer(name="muon"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), '"lion"'),
         (Config(optimizer=Optimizer(name="adamw_fp8"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), "adamw"),
         (
@@ -44,12 +35,6 @@ OFFLOADED = Parallel(cpu_offload=True)
             Config(optimizer=Optimizer(lr_multipliers={"head.*": 2.0}), model=FLAVORS["debug"]),
             ("lr_multipliers", "model.flavor", "model.num_layers"),
             "the head is the embedding's (model.tie_embeddings); among them are embedding.weight",
-        ),
-        (Config(validation=Validation(use_ema=True)), ("validation.use_ema", "ema.decay"), "0.999"),
-        (
-            Config(validation=Validation(use_ema=True, interval=0), ema=EMA(decay=0.9)),
-            ("validation.use_ema", "validation.interval"),
-            "set this to false",
         ),
     ],
 )

@@ -1,0 +1,92 @@
+"""When a setting has an effect: conditions on other settings, declared beside the field itself.
+
+A field made by `key(..., needs=...)` is refused where it was set and its condition does not hold: whoever wrote it
+expects an effect. Conditions look at a whole configuration, by names like "data.source".
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class Condition:
+    """What must hold for a setting to have an effect."""
+
+    # Whether the default in the setting's place would be the same; else the setting stays where it is tolerated.
+    ignorable: bool = True
+
+    def obstacles(self, config: Any) -> list[str]:
+        """The keys, as section.key, that stand in its way; none: it has an effect."""
+        raise NotImplementedError
+
+    def way_out(self, config: Any) -> str:
+        """What would give it one, in words that follow "set"."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class One(Condition):
+    """A predicate over a configuration, and the keys that decide it."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Any], bool]
+    remedy: str
+    ignorable: bool = True
+
+    def obstacles(self, config: Any) -> list[str]:
+        return [] if self.holds(config) else list(self.keys)
+
+    def way_out(self, config: Any) -> str:
+        return self.remedy
+
+
+@dataclass(frozen=True)
+class Several(Condition):
+    """All of some conditions, or any of them."""
+
+    parts: tuple[Condition, ...]
+    all_wanted: bool
+
+    def obstacles(self, config: Any) -> list[str]:
+        found = [part.obstacles(config) for part in self.parts]
+        if not self.all_wanted and not all(found):
+            return []
+        return list(dict.fromkeys(key for keys in found for key in keys))
+
+    def way_out(self, config: Any) -> str:
+        missing = [part.way_out(config) for part in self.parts if part.obstacles(config)]
+        return (" and " if self.all_wanted else " or ").join(missing)
+
+
+def when(name: str, *values: object) -> Condition:
+    """The key `name` has one of these values."""
+    return One((name,), lambda config: value_at(config, name) in values, f"{name} = {_listed(values)}")
+
+
+def when_not(name: str, *values: object) -> Condition:
+    """The key `name` has none of these values."""
+    return One((name,), lambda config: value_at(config, name) not in values, f"{name} other than {_listed(values)}")
+
+
+def when_on(name: str, remedy: str = "") -> Condition:
+    """The key `name` is true, not 0, not empty."""
+    return One((name,), lambda config: bool(value_at(config, name)), remedy or name)
+
+
+def when_both(*parts: Condition) -> Condition:
+    return Several(parts, all_wanted=True)
+
+
+def when_either(*parts: Condition) -> Condition:
+    return Several(parts, all_wanted=False)
+
+
+def value_at(config: Any, name: str) -> Any:
+    """The value of `section.key`."""
+    section, _, key = name.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return " or ".join(json.dumps(value) for value in values)
