@@ -191,23 +191,30 @@ def _with_all_its_output(code: int) -> int:
 
 def _run(command: object, overrides: list[Override]) -> int:
     # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
+    warnings: list[str] = []
+
+    def load(name: str) -> Config:
+        return load_config(find_config(name), overrides, warnings.append)
+
     match command:
         case Train(config=name, dry_run=True, gpus=gpus):
             from swamla_titan.tools.dry_run import dry_run
 
-            dry_run(_config(name, overrides), gpus)
+            dry_run(load(name), gpus)
         case Train(gpus=int()):
             raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")
         case Train(config=name):
-            config = _config(name, overrides)
+            config = load(name)
             from swamla_titan.train import log_to_console, train
 
             log_to_console(logging.INFO if speaks() else logging.WARNING)
+            for line in warnings if speaks() else ():
+                logging.getLogger("swamla_titan.config").warning("%s", line)
             return train(config)
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan
 
-            print_plan(_config(name, overrides), gpus)
+            print_plan(load(name), gpus)
         case Check(config=name):
             from swamla_titan.tools.check import check
 
@@ -221,19 +228,11 @@ def _run(command: object, overrides: list[Override]) -> int:
 
             list_configs()
         case ConfigShow(config=name):
-            print(to_toml(_config(name, overrides), comments=True))
+            print(to_toml(load(name), comments=True))
         case ConfigCopy(config=name, destination=destination):
             from swamla_titan.tools.configs import copy_config
 
             copy_config(name, destination)
+    for line in warnings if speaks() else ():  # last: a command that is refused says one thing
+        print(f"warning: {one_line(line)}", file=sys.stderr)
     return EXIT_DONE
-
-
-def _config(name: str, overrides: list[Override]) -> Config:
-    """The configuration; warnings about it go to standard error, where they are in no reader's way."""
-
-    def warn(line: str) -> None:
-        if speaks():
-            print(f"warning: {one_line(line)}", file=sys.stderr)
-
-    return load_config(find_config(name), overrides, warn)

@@ -64,10 +64,12 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     about_input: list[Finding] = []
     if name is not None:
         try:
-            config, choices = _decided(load_config(find_config(name), overrides), device)
+            without_effect: list[str] = []
+            config, choices = _decided(load_config(find_config(name), overrides, without_effect.append), device)
             inputs = [_folder, _tokenizer, _data, _model, _optimizer, _stability]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
+            about_input += [Finding("warning", "config", line) for line in without_effect]
             about_input += [Finding("ok", "auto", choice) for choice in choices]
         except UserError as error:
             inputs = []
