@@ -5,6 +5,7 @@ import re
 import stat
 from dataclasses import dataclass
 
+from swamla_titan.console import one_line
 from swamla_titan.errors import UserError
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
@@ -84,7 +85,7 @@ def find_files(path: str, setting: str) -> Listing:
 
 def listed(names: list[str], most: int = 3) -> str:
     """The first of some names, for people."""
-    return ", ".join(name[:100] for name in names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(one_line(name[:100]) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def special_kind(mode: int) -> str:

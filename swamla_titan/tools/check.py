@@ -14,7 +14,8 @@ import torch
 
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import load_tokenizer, open_corpus, rows_at_a_time
+from swamla_titan.console import several_lines
+from swamla_titan.data import load_tokenizer, rows_at_a_time
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -33,8 +34,10 @@ from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.products import table, warnings
+from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.open_data import open_data
 from swamla_titan.train.throughput import peak_flops
 
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
@@ -51,16 +54,18 @@ class Finding(NamedTuple):
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:<8} {self.subject:<11} {self.text}" + (f"  -> {self.remedy}" if self.remedy else "")
+        text = f"{self.state:<8} {self.subject:<11} {self.text}" + (f"  -> {self.remedy}" if self.remedy else "")
+        return several_lines(text)
 
 
-Probe = Callable[[Config, torch.device], Finding]
+Probe = Callable[[Config, torch.device], Finding | list[Finding]]
 
 
 def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     """Print the report; returns 0 without failures, 2 if the configuration or its data are at fault, else 1."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config, inputs = Config(), [_tokenizer]
+    config = Config()
+    inputs: list[Probe] = [_tokenizer]
     about_input: list[Finding] = []
     if name is not None:
         try:
@@ -80,10 +85,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
         raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
     set_numerics(config, device)
     disk = _disk if about_input and inputs else _free_disk
-    about_machine = [
-        _answer(probe, config, device) for probe in (_python, _torch, _gpu, _tf32, _float8, _attention, disk)
-    ]
-    about_input += [_answer(probe, config, device) for probe in inputs]
+    about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
+    about_input += _answers(inputs, config, device)
     for finding in about_machine + about_input:
         print(finding, flush=True)
     if name is not None and any(finding.state == "failure" for finding in about_input):
@@ -91,8 +94,13 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     return EXIT_FAILED if any(finding.state == "failure" for finding in about_machine) else EXIT_DONE
 
 
-def _answer(probe: Probe, config: Config, device: torch.device) -> Finding:
-    """A probe's finding; one that breaks is itself a failure to report, not the end of the report."""
+def _answers(probes: Sequence[Probe], config: Config, device: torch.device) -> list[Finding]:
+    answers = [_answer(probe, config, device) for probe in probes]
+    return [finding for found in answers for finding in ([found] if isinstance(found, Finding) else found)]
+
+
+def _answer(probe: Probe, config: Config, device: torch.device) -> Finding | list[Finding]:
+    """A probe's findings; one that breaks is itself a failure to report, not the end of the report."""
     try:
         return probe(config, device)
     except UserError as error:
@@ -261,10 +269,23 @@ def _tokenizer(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "tokenizer", f"{text}, round trip exact")
 
 
-def _data(config: Config, device: torch.device) -> Finding:
-    corpus = open_corpus(config.data, config.validation, config.job.seed)
+def _data(config: Config, device: torch.device) -> list[Finding]:
+    """Opened as a run does; and the first sequence of it."""
+    config, corpus, _ = open_data(config)
     where = f"{config.data.source} {config.data.path}".strip()
-    return Finding("ok", "data", f"{where}: {corpus.source.describe()}")
+    text = f"{where}: {corpus.source.describe()}"
+    faults = {fault.file: fault for fault in [*corpus.source.passed_over, *corpus.faults]}
+    state, remedy = "ok", ""
+    if faults:
+        state = "warning"
+        remedy = f"{len(faults)} of its files cannot be read and are skipped: {next(iter(faults.values()))}"
+
+    def sequence(config: Config, device: torch.device) -> Finding:
+        found = first_sequence(corpus, config.training.seq_len)
+        state = "failure" if found.lost is not None else "warning" if found.skipped_files else "ok"
+        return Finding(state, "sequence", str(found), "choose another data.tokenizer" if found.lost is not None else "")
+
+    return [Finding(state, "data", text, remedy), *_answers([sequence], config, device)]
 
 
 def _model(config: Config, device: torch.device) -> Finding:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from swamla_titan.train.data_wait import Interval
+
 # Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. The longest name whose words all occur
 # counts.
 PEAK_BF16_FLOPS = {
@@ -52,14 +54,36 @@ class Throughput:
         self._paused = 0.0
         self._data = 0.0
         self._steps = 0
+        self._waits: list[tuple[float, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
         """Encloses waiting for the loader; one step follows."""
         start = time.perf_counter()
+        before = self._event()
         yield
-        self._data += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self._data += waited
         self._steps += 1
+        if before:
+            after = self._event()
+            assert after is not None
+            self._waits.append((waited, before, after))
+
+    def _event(self) -> torch.cuda.Event | None:
+        """A mark in what a GPU is given to do."""
+        if self.device.type != "cuda" or not torch.cuda.is_initialized():
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _stalled(self) -> float:
+        """Seconds that the device did nothing for want of data. A GPU may still be busy with earlier steps while their
+        successor's data are waited for: between its two marks it was idle, and only that counts."""
+        if self.device.type != "cuda":
+            return self._data
+        return sum(min(waited, before.elapsed_time(after) / 1000) for waited, before, after in self._waits)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -71,8 +95,10 @@ class Throughput:
         self._paused += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Values for metrics.jsonl, averaged over the steps since the last call. The device must be idle."""
+        """Values for metrics.jsonl, averaged over the steps since the last call, which `interval` then holds. The
+        device must be idle."""
         step_seconds = (time.perf_counter() - self._start - self._paused) / self._steps
+        self.interval = Interval(self._steps, step_seconds * self._steps, self._stalled())
         rate = self.tokens_per_step / step_seconds
         values = {
             "tokens_per_second": rate,

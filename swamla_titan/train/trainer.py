@@ -37,6 +37,7 @@ from swamla_titan.train.bad_steps import are_finite, remedies, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
 from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
+from swamla_titan.train.data_wait import DataWait, cores_per_rank, what_helps
 from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.kernels import attention_of, pointwise_of
@@ -127,6 +128,8 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
+        streams = -(-config.data.streams // world.degrees.data)
+        self.data_wait = DataWait(what_helps(config.data, corpus.source.num_units, streams, cores_per_rank()))
         announce(config, world, corpus, self.rows, record, newest, self.choices)
         self._advise_float8_moments()
 
@@ -285,6 +288,8 @@ class Trainer:
         values["memory_gib"] = self.world.largest(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
+        if warning_of_wait := self.data_wait.warning(self.throughput.interval):
+            logger.warning("%s", warning_of_wait)
         self._require_finite()
 
     def _log(self, values: dict[str, float | int], line: str) -> None:

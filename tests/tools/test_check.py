@@ -1,6 +1,7 @@
 """`check`: a line for each thing, an exit code for the whole."""
 
 import functools
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
+from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.kernels import attention, float8
 from swamla_titan.tools import check as module
 from tests.train.runs import snapshot
 
 MACHINE = ["python", "torch", "gpu", "tf32", "float8", "attention", "disk"]
-INPUT = ["config", "folder", "tokenizer", "data", "model", "optimizer", "stability"]
+INPUT = ["config", "folder", "tokenizer", "data", "sequence", "model", "optimizer", "stability"]
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -58,6 +60,59 @@ def test_a_configuration_that_is_fit_and_nothing_is_written(tiny, tmp_path, repo
     assert "228,864 parameters" in lines["model"]
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "run").exists()
+
+
+def documents(folder, texts):
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    keys = {"data.source": "local", "data.path": folder, "data.shuffle_documents": 1, "data.streams": 1}
+    keys |= {"validation.fraction": 0, "validation.interval": 0}
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def test_the_first_sequence_is_shown(tiny, tmp_path, report):
+    texts = ["naïve \x9b\u202e", "two\n", "three" + "." * 99]
+    code, lines = report(str(tiny), *documents(tmp_path / "data", texts))
+    assert code == 0
+    assert lines["sequence"].startswith("ok ")
+    shown = "64 tokens of 3 documents, decoded and encoded once more without loss; it begins: "
+    assert shown + r'"naïve \x9b\u202e two\n three....' in lines["sequence"]
+    assert lines["sequence"].endswith('..."')
+    code, lines = report(str(tiny), *documents(tmp_path / "gpt2", texts[::-1]), "--data.tokenizer", "gpt2")
+    assert lines["sequence"].startswith("ok ")
+
+
+def test_a_tokenizer_that_loses_text_of_the_data(tiny, tmp_path, report, monkeypatch):
+    arguments = documents(tmp_path / "data", ["one", "zwei", "three" * 20])
+    decode = ByteTokenizer.decode
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, tokens: decode(self, tokens).replace("w", "v"))
+    monkeypatch.setattr(module, "SAMPLE", "plain")
+    code, lines = report(str(tiny), *arguments)
+    assert code == 2
+    assert lines["sequence"].startswith("failure ")
+    assert 'they are others: "zvei"' in lines["sequence"]
+
+
+def test_data_that_fail_on_the_way(tiny, tmp_path, report):
+    arguments = documents(tmp_path / "data", ["one", "two"])
+    with (tmp_path / "data/a.jsonl").open("a") as file:
+        file.write("{\n")
+    (tmp_path / "data/b.txt").symlink_to("nowhere")
+    code, lines = report(str(tiny), *arguments)
+    assert code == 2
+    assert lines["data"].startswith("failure ")
+    assert "sequence" not in lines
+    (tmp_path / "data/b.txt").unlink()
+    code, lines = report(str(tiny), *arguments)
+    assert code == 2
+    assert lines["data"].startswith("ok ")
+    assert lines["sequence"].startswith("failure ")
+    assert "line 3: not valid JSON" in lines["sequence"]
+    (tmp_path / "data/b.txt").symlink_to("nowhere")
+    code, lines = report(str(tiny), *arguments, "--data.on_error", "skip_file")
+    assert code == 0
+    assert states(lines)["data"] == states(lines)["sequence"] == "warning"
+    assert "1 of its files cannot be read and are skipped: " in lines["data"]
 
 
 def test_overrides_are_checked_too(tiny, tmp_path, report):
