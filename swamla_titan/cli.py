@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -17,6 +17,9 @@ from swamla_titan.console import lost_output, one_line, open_console, several_li
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.machine import explain
 from swamla_titan.parallel.launcher import refused_alone, speaks
+
+if TYPE_CHECKING:
+    from swamla_titan.parallel.world import World
 
 
 @dataclass
@@ -189,6 +192,12 @@ def _with_all_its_output(code: int) -> int:
     return code or EXIT_FAILED
 
 
+def _memory_advice(config: Config, world: "World") -> list[str]:
+    from swamla_titan.tools.savings import advice  # only where it is asked for
+
+    return advice(config, world)
+
+
 def _run(command: object, overrides: list[Override]) -> int:
     # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
     warnings: list[str] = []
@@ -210,7 +219,7 @@ def _run(command: object, overrides: list[Override]) -> int:
             log_to_console(logging.INFO if speaks() else logging.WARNING)
             for line in warnings if speaks() else ():
                 logging.getLogger("swamla_titan.config").warning("%s", line)
-            return train(config)
+            return train(config, _memory_advice)
         case Plan(config=name, gpus=gpus):
             from swamla_titan.tools.dry_run import print_plan
 

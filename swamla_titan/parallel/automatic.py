@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.config.effects import without_effect
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.sections import Float8
 from swamla_titan.data import rows_at_a_time
@@ -89,8 +90,10 @@ def _chosen(config: Config, degrees: Degrees, why_not: str | None, on: str, begu
         name, why = _optimizer(config, begun_with)
         config = replace(config, optimizer=replace(config.optimizer, name=name))
         lines.append(f'optimizer.name = "auto" is "{name}": {why}')
-        for (key, *_), problem in optimizer_contradictions(config):
-            raise UserError(f"{key}: {problem}")
+        idle = ((each.keys, each.problem) for each in without_effect(config))
+        for (key, *_), problem in (*optimizer_contradictions(config), *idle):
+            if key in ("optimizer.name", "optimizer.moments"):
+                raise UserError(f"{key}: {problem}")
     return Choice(config, lines)
 
 

@@ -108,12 +108,7 @@ def plan(config: Config, ranks: int) -> Plan:
     config, choices = choose_for(config, degrees, device=None)
     refuse_float8(config, torch.device("cpu"), degrees)
     batch = batch_of(config, degrees)
-    # Neither changes a shape, and both ask for a compiler or a GPU.
-    laid_out = dataclasses.replace(
-        config,
-        parallel=dataclasses.replace(config.parallel, async_tensor=False),
-        compile=dataclasses.replace(config.compile, enabled=False),
-    )
+    laid_out = _for_any_machine(config)
     mesh: list[Neighbours] = []
     order: Order = {}
     holdings = []
@@ -135,6 +130,28 @@ def plan(config: Config, ranks: int) -> Plan:
         bubble = bubble_share(order, [cost.operations for cost in costs])
     exchange = swa_exchange(config, degrees, batch.rows)
     return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_products(config), choices)
+
+
+def memory_at(config: Config, ranks: int, rank: int) -> Memory:
+    """The memory of one rank of a configuration without "auto"; else as `plan`."""
+    degrees = fit_degrees(config.parallel, ranks)
+    refuse_float8(config, torch.device("cpu"), degrees)
+    batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
+    with pretended_world(degrees, config.parallel.data_parallel, rank) as world:
+        parts = build_parts(laid_out, world)
+        order = _pipeline_order(laid_out, world, parts, batch)
+        place = rank // (degrees.size // degrees.pipeline)
+        in_flight = _in_flight(config, degrees, place, batch, order)
+        return memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
+
+
+def _for_any_machine(config: Config) -> Config:
+    """Without what changes no shape, and asks for a compiler or a GPU."""
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(config.parallel, async_tensor=False),
+        compile=dataclasses.replace(config.compile, enabled=False),
+    )
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:

@@ -1,7 +1,7 @@
 """A GPU whose memory is full: what the user reads, and what to change."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,19 +22,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error)
 
 
+Advise = Callable[[Config, World], list[str]]
+"""Changes of a configuration that save memory on this rank, those that save most first, with what each saves."""
+
+# Where nothing could be counted.
+_IN_GENERAL = (
+    'a smaller training.local_batch_size, activation_checkpoint.mode = "selective" or "full", a shorter '
+    "training.seq_len, more ranks that share weights or sequences, or fewer bytes for moments (optimizer.moments, "
+    "optimizer.name)"
+)
+_LAST = "a smaller model; `swamla-titan plan CONFIG` estimates the memory beforehand"
+
+
 @contextmanager
-def explained_out_of_memory(config: Config, world: World, traces: Path) -> Iterator[None]:
+def explained_out_of_memory(config: Callable[[], Config], world: World, traces: Path, advise: Advise) -> Iterator[None]:
     """Makes a RankFailed, with what to change, of running out of the device's memory inside.
 
-    The allocator's whole table goes to traces/oom-rank-R.txt. The other ranks do not know of it and wait for this one;
-    its end makes the launcher end them.
+    `config` is asked for then. The allocator's whole table goes to traces/oom-rank-R.txt. The other ranks do not know
+    of it and wait for this one; its end makes the launcher end them.
     """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        text = message(error, config, world)
+        text = message(error, config(), world, advise)
         path = traces / f"oom-rank-{world.rank}.txt"
         try:
             traces.mkdir(parents=True, exist_ok=True)
@@ -47,40 +59,20 @@ def explained_out_of_memory(config: Config, world: World, traces: Path) -> Itera
         raise failure from error
 
 
-def message(error: BaseException, config: Config, world: World) -> str:
-    """What happened, how full the device is, and which keys to change: those that are not yet at their best."""
+def message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
+    """What happened, how full the device is, and which keys to change."""
     first_line = str(error).strip().splitlines()[0]
     what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is on torch's environment variables
-    advice = "\n".join(f"  - {line}" for line in suggestions(config, world))
-    return f"rank {world.rank} ran out of memory: {what}.\n{_essentials(world.device)}What helps, best first:\n{advice}"
-
-
-def suggestions(config: Config, world: World) -> list[str]:
-    """Changes that save memory on a device, those that cost least first; the numbers of the training stay as they are
-    but for the last ones."""
-    training, parallel, mode = config.training, config.parallel, config.activation_checkpoint.mode
-    lines = []
-    if training.local_batch_size > 1:
-        smaller = training.local_batch_size // 2
-        lines.append(f"training.local_batch_size = {smaller}: the global batch stays what it is, in more micro-batches")
-    if mode == "none":
-        lines.append('activation_checkpoint.mode = "selective", or "full": recompute activations in the backward pass')
-    elif mode == "selective":
-        lines.append('activation_checkpoint.mode = "full": recompute all activations in the backward pass')
-    if world.size > 1 and parallel.data_parallel == "ddp":
-        lines.append('parallel.data_parallel = "fsdp": ranks share the weights and the optimizer state')
-    elif world.size > 1 and parallel.reshard_after_forward != "always" and parallel.pipeline == 1:
-        lines.append('parallel.reshard_after_forward = "always": free gathered weights after each forward pass')
-    if training.compute_dtype == "float32":
-        lines.append('training.compute_dtype = "bfloat16": activations of half the size')
-    lines.append(
-        f"parallel.context = {2 * parallel.context}, on more GPUs: each holds less of a sequence of "
-        f"{training.seq_len} tokens; or parallel.tensor"
+    try:
+        lines = advise(config, world)
+    except Exception:  # there may be no memory or process left for it, and the user needs the rest of the message
+        logger.debug("nothing counted", exc_info=True)
+        lines = [_IN_GENERAL]
+    advice = "\n".join(f"  - {line}" for line in (*lines, _LAST))
+    return (
+        f"rank {world.rank} ran out of memory: {what}.\n{_essentials(world.device)}"
+        f"What helps here, as `plan` counts it:\n{advice}"
     )
-    if world.device.type == "cuda" and world.size > 1 and not parallel.cpu_offload and parallel.data_parallel != "ddp":
-        lines.append("parallel.cpu_offload = true: weights and optimizer state in the host's memory; slow")
-    lines.append("a smaller model, or shorter sequences; `swamla-titan plan CONFIG` estimates the memory beforehand")
-    return lines
 
 
 def _essentials(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from swamla_titan.machine import explain
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.world import join_world, leave_world
 from swamla_titan.train.dump_folder import exclusive
-from swamla_titan.train.out_of_memory import explained_out_of_memory
+from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.trainer import Trainer
 from swamla_titan.train.watchdog import Watchdog
@@ -21,8 +21,11 @@ from swamla_titan.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> int:
-    """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code."""
+def train(config: Config, advise: Advise) -> int:
+    """Run a configuration to its end, as one of the processes that the launcher started; returns the exit code.
+
+    `advise` is asked where a GPU's memory is full.
+    """
     if not faulthandler.is_enabled() and sys.__stderr__:
         faulthandler.enable(sys.__stderr__)  # a crash of C code leaves the stacks of Python there
     stop = StopRequest()
@@ -37,8 +40,10 @@ def train(config: Config) -> int:
         from_first(world, lambda: stack.enter_context(exclusive(folder)))
         watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
         stack.callback(watchdog.close)
-        stack.enter_context(explained_out_of_memory(config, world, folder / "traces"))
+        resolved = [config]
+        stack.enter_context(explained_out_of_memory(lambda: resolved[-1], world, folder / "traces", advise))
         trainer = Trainer(config, world, stop, watchdog)
+        resolved.append(trainer.config)
         stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
         if asked := stop.agreed(world.largest):
             return asked.code
