@@ -67,6 +67,79 @@ count_gpus() {
   fi
 }
 
+# refuse_positional ARGUMENT ...: other launchers take batch size and sequence length by their place; here keys have names.
+refuse_positional() {
+  local argument numbers=() others=() keys=(training.local_batch_size training.seq_len training.steps) named=
+  while (($#)); do
+    argument=$1
+    shift
+    case $argument in
+      --dry-run | --*=*) ;;
+      --*) (($# == 0)) || shift ;;
+      -*) ;; # Python explains those
+      *)
+        if [[ $argument =~ ^[0-9]+$ ]]; then numbers+=("$argument"); else others+=("$argument"); fi
+        ;;
+    esac
+  done
+  for argument in "${others[@]+"${others[@]}"}"; do
+    [[ ! $argument =~ ^[a-z_]+\.[a-z0-9_]+= ]] || refuse "$argument: two dashes are missing, write --$argument"
+    refuse "$argument: one configuration is taken, and after it settings as --section.key value"
+  done
+  ((${#numbers[@]})) || return 0
+  for argument in "${!numbers[@]}"; do
+    [[ -z ${keys[argument]:-} ]] || named+=" --${keys[argument]} ${numbers[argument]}"
+  done
+  refuse "${numbers[*]}: settings have names, write$named (sequences that a GPU computes at a time, their tokens, steps)"
+}
+
+# data_parallel ARGUMENT ...: what the processes do with the weights, as far as it can be seen without reading TOML; the
+# run's own log says all of it.
+data_parallel() {
+  local way="" keys='(tensor|context|pipeline)[[:space:]]*=[[:space:]]*([2-9]|[0-9]{2,})'
+  if grep -qE "^[[:space:]]*(parallel\.)?$keys" "$config" 2>/dev/null || [[ $* =~ --parallel\.(tensor|context|pipeline) ]]; then
+    return
+  fi
+  if [[ $* =~ --parallel\.data_parallel[\ =]([a-z]+) ]]; then
+    way=${BASH_REMATCH[1]}
+  else
+    way=$(sed -nE 's/^[[:space:]]*(parallel\.)?data_parallel[[:space:]]*=[[:space:]]*"([a-z]+)".*/\2/p' "$config" 2>/dev/null)
+  fi
+  case ${way:-fsdp} in
+    fsdp) printf 'FSDP ' ;;
+    hsdp) printf 'HSDP ' ;;
+    ddp) printf 'DDP ' ;;
+  esac
+}
+
+# counted NUMBER NOUN PLURAL
+counted() {
+  if [[ $1 == 1 ]]; then printf '1 %s' "$2"; else printf '%s %s' "$1" "$3"; fi
+}
+
+# say_what_was_found ARGUMENT ...
+say_what_was_found() {
+  local found where="" how="" count=$((most * nproc))
+  if [[ $ngpu != 0 ]]; then
+    found=$(counted "$ngpu" GPU GPUs)
+  elif [[ -n ${NGPU:-} ]]; then
+    found="NGPU=$NGPU"
+  else
+    found="no GPU"
+  fi
+  [[ $ngpu != 0 ]] || where=" on the CPU,"
+  [[ $count == 1 ]] || how=$(data_parallel "$@")
+  if ((fewest < most)); then
+    found+=", $fewest to $most machines"
+    count="$((fewest * nproc)) to $count"
+  elif ((most > 1)); then
+    found+=" on each of $most machines"
+  fi
+  [[ -n $where ]] || where=" on"
+  printf 'run_train.sh: %s: %straining%s %s%s\n' "$found" "$how" "$where" "$(counted "$count" process processes)" \
+    "${endpoint:+, which meet at $endpoint}" >&2 || true
+}
+
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 
 config=train_configs/debug.toml
@@ -77,10 +150,13 @@ case ${1:-} in
     ;;
   --*) ;;
   ?*)
-    config=$1
-    shift
+    if [[ -f $1 || ! $1 =~ ^[0-9]+$ ]]; then
+      config=$1
+      shift
+    fi
     ;;
 esac
+refuse_positional "$@"
 if [[ ! -f $config ]]; then
   if [[ -f $root/train_configs/$config.toml ]]; then
     config=$root/train_configs/$config.toml
@@ -141,6 +217,7 @@ elif ((most > 1)); then
   refuse "NNODES=$nnodes needs RDZV_ENDPOINT=HOST:PORT, the same on every machine: one of them, and a free port there"
 fi
 
+say_what_was_found "$@"
 python=$("$root/scripts/environment.sh" "" offline)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if ((most == 1 && nproc == 1)); then

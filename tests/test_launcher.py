@@ -169,6 +169,98 @@ def test_refusals(repository: Repository, variables: dict[str, str], message: st
     assert not repository.record.exists()
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("debug 8 2048", "8 2048: settings have names, write --training.local_batch_size 8 --training.seq_len 2048 ("),
+        ("debug 8", "8: settings have names, write --training.local_batch_size 8 ("),
+        ("8 2048", "write --training.local_batch_size 8 --training.seq_len 2048 ("),
+        ("debug 8 2048 100", "--training.seq_len 2048 --training.steps 100 ("),
+        ("debug --optimizer.lr 1e-3 8 2048", "write --training.local_batch_size 8 --training.seq_len 2048 ("),
+        ("debug --optimizer.lr=1e-3 --dry-run 8", "8: settings have names, write --training.local_batch_size 8 ("),
+        ("debug training.steps=3", "training.steps=3: two dashes are missing, write --training.steps=3"),
+        ("debug other.toml", "other.toml: one configuration is taken, and after it settings as --section.key value"),
+        ("debug --training.steps 3 4 five", "five: one configuration is taken"),
+    ],
+)
+def test_what_stands_without_a_name_is_answered_with_names(repository: Repository, arguments: str, message: str):
+    for processes in ("1", "2"):
+        ran = repository.run("run_train.sh", *arguments.split(), PYTHON=str(repository.stub), NPROC=processes)
+        assert ran.returncode == 2
+        assert message in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+        assert not repository.record.exists()
+
+
+def test_values_of_settings_are_no_arguments_of_their_own(repository: Repository) -> None:
+    given = (
+        "debug",
+        "--training.steps",
+        "3",
+        "--parallel.dp_shard",
+        "-1",
+        "--data.name=8",
+        "--job.dump_folder",
+        "a.b=c",
+    )
+    assert repository.train(*given)[4:11] == list(given[1:])
+
+
+GPUS, CPU = {"NGPU": "2"}, {"NGPU": "", "CUDA_VISIBLE_DEVICES": ""}
+MEETING = {"RDZV_ENDPOINT": "node0:29400"}
+
+
+@pytest.mark.parametrize(
+    "variables, arguments, said",
+    [
+        (CPU, "", "no GPU: training on the CPU, 1 process"),
+        (CPU | {"NPROC": "3"}, "", "no GPU: FSDP training on the CPU, 3 processes"),
+        ({"NGPU": "0"}, "", "NGPU=0: training on the CPU, 1 process"),
+        ({"NGPU": "1"}, "", "1 GPU: training on 1 process"),
+        (GPUS, "", "2 GPUs: FSDP training on 2 processes"),
+        (GPUS, "--parallel.data_parallel ddp", "2 GPUs: DDP training on 2 processes"),
+        (GPUS, "--parallel.data_parallel=hsdp", "2 GPUs: HSDP training on 2 processes"),
+        (GPUS, "--parallel.tensor 2", "2 GPUs: training on 2 processes"),
+        (
+            GPUS | MEETING | {"NNODES": "4"},
+            "",
+            "2 GPUs on each of 4 machines: FSDP training on 8 processes, which meet at ",
+        ),
+        (
+            GPUS | MEETING | {"NNODES": "1:4"},
+            "",
+            "2 GPUs, 1 to 4 machines: FSDP training on 2 to 8 processes, which meet ",
+        ),
+    ],
+)
+def test_what_was_found_is_said_before_python_is_started(
+    repository: Repository, variables: dict[str, str], arguments: str, said: str
+) -> None:
+    ran = repository.run("run_train.sh", "debug", *arguments.split(), PYTHON=str(repository.stub), **variables)
+    assert ran.returncode == 0
+    assert ran.stderr.startswith(f"run_train.sh: {said}")
+    assert ran.stderr.splitlines()[1].startswith("using stub")
+
+
+@pytest.mark.parametrize(
+    "text, way",
+    [
+        ("", "FSDP "),
+        ('[parallel]\ndata_parallel = "ddp"   # a copy each\n', "DDP "),
+        ('[parallel]\n  data_parallel="hsdp"\n', "HSDP "),
+        ('parallel.data_parallel = "ddp"\n', "DDP "),
+        ("[parallel]\ntensor = 8\n", ""),
+        ("[parallel]\ntensor = 1\n", "FSDP "),
+        ("[parallel]\npipeline = 12\n", ""),
+        ('# data_parallel = "ddp"\n', "FSDP "),
+    ],
+)
+def test_how_weights_are_shared_is_read_from_the_file(repository: Repository, text: str, way: str) -> None:
+    (repository.caller / "mine.toml").write_text(text)
+    ran = repository.run("run_train.sh", "mine.toml", PYTHON=str(repository.stub), NGPU="2")
+    assert ran.stderr.startswith(f"run_train.sh: 2 GPUs: {way}training on 2 processes\n")
+
+
 def test_the_name_of_a_shipped_config_will_do(repository: Repository) -> None:
     recorded = repository.train("debug", "--training.steps", "5")
     assert recorded[3:6] == [f"{repository.root}/train_configs/debug.toml", "--training.steps", "5"]
