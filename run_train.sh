@@ -28,6 +28,9 @@ and what each of NNODES x NGPU GPUs would hold is shown, on any machine.
   PYTHON         the Python to run (default: the active virtual environment, .venv, or python3 if it has all that is
                  required; else .venv is made)
 
+A run listens at ports through which whoever reaches them can end it or have code run in it: at the loopback address if
+it has one machine, else at the address by which its machines reach each other. Open them to those machines alone.
+
 Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 stopped on purpose: the same command goes on.
 USAGE
 }
@@ -59,11 +62,12 @@ find_temporary_folder() {
   refuse "no folder for temporary files can be written (TMPDIR=${TMPDIR:-}, /tmp, /var/tmp): make room, or set TMPDIR"
 }
 
-count_gpus() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true
+# shown VALUE: for a message, on one line whatever it holds.
+shown() {
+  if [[ ${#1} -gt 80 || $1 == *[[:cntrl:]]* ]]; then
+    printf '%q...' "${1:0:80}"
   else
-    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
+    printf '%s' "$1"
   fi
 }
 
@@ -140,7 +144,109 @@ say_what_was_found() {
     "${endpoint:+, which meet at $endpoint}" >&2 || true
 }
 
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# matches VALUE PATTERN: letters and digits are ASCII's, whatever the locale.
+matches() {
+  local LC_ALL=C
+  [[ $1 =~ $2 ]]
+}
+
+# whole VALUE LEAST MOST: is it a number between these, as people write it? Longer ones bash would count wrongly.
+whole() {
+  matches "$1" '^(0|[1-9][0-9]{0,8})$' && (($1 >= $2 && $1 <= $3))
+}
+
+# Prints how many GPUs processes would find: those that are there, up to the first entry of CUDA_VISIBLE_DEVICES that
+# names none of them, and none at all if one is named twice. Without nvidia-smi, entries are taken at their word.
+count_gpus() {
+  local LC_ALL=C listed line there= ids=$'\n' rest entry named=$'\n' count=0
+  if listed=$(nvidia-smi -L 2>/dev/null); then
+    there=0
+    while IFS= read -r line; do
+      if [[ $line == 'GPU '* ]]; then
+        there=$((there + 1))
+        if [[ $line =~ UUID:\ (GPU-[0-9A-Za-z-]+) ]]; then ids+=${BASH_REMATCH[1]}$'\n'; fi
+      fi
+    done <<<"$listed"
+  fi
+  if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    printf '%s\n' "${there:-0}"
+    return
+  fi
+  if [[ $CUDA_VISIBLE_DEVICES == MIG-* ]]; then # CUDA takes one such part of a GPU
+    printf '1\n'
+    return
+  fi
+  rest=$CUDA_VISIBLE_DEVICES,
+  while [[ -n $rest ]]; do
+    entry=${rest%%,*} rest=${rest#*,}
+    if [[ $CUDA_VISIBLE_DEVICES == GPU-* ]]; then
+      [[ $entry == GPU-* ]] || break
+    else
+      [[ $entry =~ ^[[:space:]]*[+]?0*([0-9]+) ]] || break
+      entry=${BASH_REMATCH[1]}
+    fi
+    if [[ $named == *$'\n'"$entry"$'\n'* ]]; then
+      printf '0\n'
+      return
+    fi
+    named+=$entry$'\n'
+  done
+  while IFS= read -r entry; do
+    [[ -n $entry ]] || continue
+    if [[ $entry == GPU-* ]]; then # the beginning of an id will do, if only one begins so
+      [[ $ids == $'\n' || ($ids == *$'\n'"$entry"* && $ids != *$'\n'"$entry"*$'\n'"$entry"*) ]] || break
+    elif [[ -n $there ]]; then
+      whole "$entry" 0 $((there - 1)) || break
+    fi
+    count=$((count + 1))
+  done <<<"$named"
+  printf '%s\n' "$count"
+}
+
+# prepare_python: which Python runs, and from where it imports: the repository, and not the current folder.
+prepare_python() {
+  local found=":${PYTHONPATH:-}:"
+  find_python "" offline
+  while [[ $found == *::* ]]; do found=${found//::/:}; done # an empty entry means the current folder
+  found=$root$found
+  export PYTHONPATH=${found%:} PYTHONSAFEPATH=1
+  # That variable is not known to Python 3.10.
+  [[ $reason != 'Python 3.10.'* ]] || PYTHONPATH+=:$root/swamla_titan/safe_path
+}
+
+# What the caller's shell is set to must not change this script or those that it runs.
+unset BASH_ENV ENV CDPATH
+export -n SHELLOPTS BASHOPTS
+set +o noglob +o noclobber
+shopt -u failglob nullglob nocasematch
+
+script=${BASH_SOURCE[0]}
+while [[ -L $script ]]; do
+  link=$(readlink -- "$script" && printf .)
+  link=${link%$'\n.'}
+  [[ $link == /* || $script != */* ]] || link=${script%/*}/$link
+  script=$link
+done
+[[ $script == */* ]] || script=./$script
+root=$(cd -- "${script%/*}/" && pwd && printf .)
+root=${root%$'\n.'}
+[[ $root != *:* ]] || refuse "$root: a path with a colon cannot be given to Python; move the repository"
+pwd -P >/dev/null 2>&1 || refuse "the current folder has been removed; go to one that is there"
+
+# shellcheck source=scripts/environment.sh
+. "$root/scripts/environment.sh"
+trap 'stop_early run_train.sh' TERM USR1 INT
+
+# Other launchers, and shells in which a run was, leave what torchrun tells its processes.
+others=
+for name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME \
+  MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID \
+  TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE SWAMLA_TITAN_LAUNCH_FOLDER; do
+  [[ -z ${!name:-} ]] || others+=" $name=$(shown "${!name}")"
+  unset "$name"
+done
+[[ $others != *RANK=* && $others != *WORLD_SIZE=* ]] ||
+  printf 'run_train.sh: left out, as other launchers and earlier runs leave them in the environment:%s\n' "$others" >&2
 
 config=train_configs/debug.toml
 case ${1:-} in
@@ -163,13 +269,15 @@ if [[ ! -f $config ]]; then
   elif [[ $config != /* && -f $root/$config ]]; then
     config=$root/$config
   else
-    refuse "no file $config in $PWD or $root, nor a shipped configuration of that name"
+    refuse "no file $(shown "$config") in $PWD or $root, nor a shipped configuration of that name"
   fi
 fi
 
 nnodes=${NNODES:-1}
-[[ $nnodes =~ ^([1-9][0-9]*)(:([1-9][0-9]*))?$ ]] || refuse "NNODES=$nnodes: expected a number of machines, or MIN:MAX"
-fewest=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+fewest=${nnodes%%:*} most=${nnodes#*:}
+if ! whole "$fewest" 1 10000 || ! whole "$most" 1 10000; then
+  refuse "NNODES=$(shown "$nnodes"): expected a number of machines, 1 to 10000, or MIN:MAX"
+fi
 ((fewest <= most)) || refuse "NNODES=$nnodes: the smaller number stands first, NNODES=$most:$fewest"
 
 ngpu=${NGPU:-}
@@ -177,10 +285,11 @@ ngpu=${NGPU:-}
 if [[ -z $ngpu ]]; then
   ngpu=$(count_gpus)
 else
-  [[ $ngpu =~ ^(0|[1-9][0-9]*)$ ]] || refuse "NGPU=$ngpu: expected a number of GPUs, 0 or none for the CPU"
+  whole "$ngpu" 0 1024 ||
+    refuse "NGPU=$(shown "$ngpu"): expected a number of GPUs, at most 1024, 0 or none for the CPU"
   [[ $ngpu != 0 ]] || export CUDA_VISIBLE_DEVICES=""
 fi
-[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$NPROC: expected a number of processes"
+whole "${NPROC:-1}" 1 1024 || refuse "NPROC=$(shown "$NPROC"): expected a number of processes, 1 to 1024"
 nproc=${NPROC:-1}
 if [[ $ngpu != 0 ]]; then
   [[ -z ${NPROC:-} || $nproc == "$ngpu" ]] ||
@@ -192,58 +301,69 @@ for argument in "$@"; do
   [[ $argument != --dry-run ]] || dry_run=yes
 done
 if [[ -n ${dry_run:-} ]]; then
-  python=$("$root/scripts/environment.sh" "" offline)
-  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  prepare_python
   # First, so that a --gpus among the arguments has the last word.
   exec "$python" -m swamla_titan train --gpus "$((most * nproc))" "$config" "$@"
 fi
 
 find_temporary_folder
 restarts=${MAX_RESTARTS:-3}
-[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || refuse "MAX_RESTARTS=$restarts: expected a number"
-shown=${LOG_RANK:-0}
-[[ $shown =~ ^[0-9]+(,[0-9]+)*$ ]] || refuse "LOG_RANK=$shown: expected numbers of processes, as in 0,3"
+whole "$restarts" 0 1000000 || refuse "MAX_RESTARTS=$(shown "$restarts"): expected a number, at most 1000000"
+speaking=${LOG_RANK:-0}
+matches "$speaking" '^[0-9]+(,[0-9]+)*$' || refuse "LOG_RANK=$(shown "$speaking"): expected numbers of processes, as in 0,3"
+for rank in ${speaking//,/ }; do
+  whole "$rank" 0 $((nproc - 1)) ||
+    refuse "LOG_RANK=$(shown "$speaking"): the processes of this machine are 0 to $((nproc - 1))"
+done
 hidden=
 for ((rank = 0; rank < nproc; rank++)); do
-  [[ ,$shown, == *,$rank,* ]] || hidden+=,$rank:2
-done
-for rank in ${shown//,/ }; do
-  ((10#$rank < nproc)) || refuse "LOG_RANK=$shown: the processes of this machine are 0 to $((nproc - 1))"
+  [[ ,$speaking, == *,$rank,* ]] || hidden+=,$rank:2
 done
 endpoint=${RDZV_ENDPOINT:-}
 if [[ -n $endpoint ]]; then
-  [[ $endpoint =~ ^([^:]+|\[.*\]):[0-9]+$ ]] || refuse "RDZV_ENDPOINT=$endpoint: expected HOST:PORT"
+  if ! matches "$endpoint" '^([A-Za-z0-9._-]+|\[[A-Za-z0-9.:%_-]+\]):[0-9]+$' || ! whole "${endpoint##*:}" 1 65535; then
+    refuse "RDZV_ENDPOINT=$(shown "$endpoint"): expected HOST:PORT, an IPv6 address as [ADDRESS]:PORT, ports 1 to 65535"
+  fi
 elif ((most > 1)); then
   refuse "NNODES=$nnodes needs RDZV_ENDPOINT=HOST:PORT, the same on every machine: one of them, and a free port there"
 fi
 
+((most > 1)) || endpoint= # one machine meets nobody
+run=${RDZV_ID:-swamla-titan}
+matches "$run" '^[A-Za-z0-9._:@+=-]{1,100}$' ||
+  refuse "RDZV_ID=$(shown "$run"): expected at most 100 letters, digits, or any of . _ : @ + = -"
+
 say_what_was_found "$@"
-python=$("$root/scripts/environment.sh" "" offline)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+prepare_python
 if ((most == 1 && nproc == 1)); then
-  exec "$python" -m swamla_titan train "$config" "$@"
+  # A signal that comes before Python can handle it waits until it does.
+  hold=
+  if [[ $python != *=* ]] && env --block-signal=INT env >/dev/null 2>&1; then hold=yes; fi
+  exec ${hold:+env --block-signal=INT,TERM,USR1} "$python" -m swamla_titan train "$config" "$@"
 fi
 
 # Several processes: what is wrong with the configuration is said once, before any of them starts.
 processes=
 for ((nodes = fewest; nodes <= most; nodes++)); do processes+=,$((nodes * nproc)); done
-"$python" -m swamla_titan.tools.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
+attended "$python" -m swamla_titan.tools.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   threads=$((cores / nproc))
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$shown")
+flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$speaking")
 # What the hidden processes say on standard error is kept, for the case that they crash.
 [[ -z $hidden ]] || flags+=(--redirects="${hidden#,}")
 # Each start of the processes gets a store of its own. In the one that torchrun shares among all starts, processes that
 # are started again find addresses of dead ones; and where machines meet, nobody could join again.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ -n $endpoint ]]; then
-  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RDZV_ID:-swamla-titan}")
+  flags+=(--rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$run")
 else
   # A free port for each run. By its number, because a machine need not know its own name.
   flags+=(--standalone --local-addr=127.0.0.1)
 fi
-exec "$root/scripts/torchrun.sh" "$python" "${flags[@]}" -m swamla_titan train "$config" "$@"
+# In this shell, so that there is no moment in which it does not hear signals.
+# shellcheck source=scripts/torchrun.sh
+. "$root/scripts/torchrun.sh" "$python" "${flags[@]}" -m swamla_titan train "$config" "$@"

@@ -5,14 +5,30 @@
 #   INSTALLED  comma-separated extras to install if .venv has to be made or completed
 # Tried in this order: $PYTHON, the active $VIRTUAL_ENV, .venv, python3 on PATH. Standard output has the path alone;
 # what is used, and what is installed, is said on standard error.
+# Read by another script, with `.`, it defines functions: `find_python USED INSTALLED` sets `python`; `attended`.
 set -euo pipefail
 
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-used=${1:-}
-installed=${2:-}
-venv=$root/.venv
-
 say() { printf '%s\n' "$*" >&2 || true; }
+
+child= # of `attended`
+
+# attended COMMAND ...: runs it, without standard input, such that a signal is heard at once. Ends with its exit code.
+attended() {
+  local status
+  "$@" &
+  child=$!
+  wait "$child" && status=0 || status=$?
+  child=
+  return "$status"
+}
+
+# stop_early NAME: what a signal does before there is anything to save.
+stop_early() {
+  trap '' TERM USR1 INT
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+  say "$1: stopped before training began: there is nothing to save; the same command starts it"
+  exit 75
+}
 
 # fits PYTHON: prints one line about it; or returns 1 and prints why it cannot be used.
 fits() {
@@ -22,13 +38,11 @@ fits() {
   return "$status"
 }
 
-# use_if_fit PYTHON: if it fits, prints its path and ends the script; else leaves the reason in $reason.
-use_if_fit() {
-  if reason=$(fits "$1"); then
-    say "using $reason"
-    printf '%s\n' "$1"
-    exit 0
-  fi
+# is_fit PYTHON: does it fit? Then it is the one: `python`. What it is, or why it does not fit, is left in `reason`.
+is_fit() {
+  reason=$(fits "$1") || return 1
+  say "using $reason"
+  python=$1
 }
 
 # new_enough PYTHON: is it there, does it run, and has it the version that pyproject.toml asks for?
@@ -58,35 +72,42 @@ find_base_python() {
   return 1
 }
 
-if [[ -n ${PYTHON:-} ]]; then
-  python=$(command -v -- "$PYTHON") || { say "error: PYTHON=$PYTHON: no such command"; exit 2; }
-  [[ $python == /* ]] || python=$PWD/$python
-  use_if_fit "$python"
-  say "error: PYTHON=$PYTHON cannot be used:" "$reason"
-  exit 2
-fi
-if [[ -n ${VIRTUAL_ENV:-} ]]; then
-  use_if_fit "$VIRTUAL_ENV/bin/python"
-  say "not using the active $VIRTUAL_ENV: ${reason//$'\n'/, }"
-fi
-# The installer leaves .incomplete behind if it is cut off: files may be half written then, whatever the check says.
-if [[ -e $venv && ! -e $venv/.incomplete ]]; then
-  use_if_fit "$venv/bin/python"
-fi
-if python=$(command -v python3); then
-  use_if_fit "$python"
-fi
+find_python() {
+  used=$1 installed=$2 venv=$root/.venv
+  local base
+  if [[ -n ${PYTHON:-} ]]; then
+    python=$(command -v -- "$PYTHON") || { say "error: PYTHON=$PYTHON: no such command"; exit 2; }
+    [[ $python == /* ]] || python=$PWD/$python
+    if is_fit "$python"; then return; fi
+    say "error: PYTHON=$PYTHON cannot be used:" "$reason"
+    exit 2
+  fi
+  if [[ -n ${VIRTUAL_ENV:-} ]]; then
+    if is_fit "$VIRTUAL_ENV/bin/python"; then return; fi
+    say "not using the active $VIRTUAL_ENV: ${reason//$'\n'/, }"
+  fi
+  # The installer leaves .incomplete behind if it is cut off: files may be half written then, whatever the check says.
+  if [[ -e $venv && ! -e $venv/.incomplete ]] && is_fit "$venv/bin/python"; then return; fi
+  if python=$(command -v python3) && is_fit "$python"; then return; fi
 
-if [[ -e $venv/.incomplete ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-  base=$(find_base_python)
-  [[ -e $venv ]] && say "$venv is incomplete: making it anew"
-  rm -rf "$venv"
-  mkdir "$venv"
-  touch "$venv/.incomplete"
-  say "making .venv with $base"
-  "$base" -m venv "$venv" >&2
+  if [[ -e $venv/.incomplete ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    base=$(find_base_python) || exit
+    [[ ! -e $venv ]] || say "$venv is incomplete: making it anew"
+    rm -rf "$venv"
+    mkdir "$venv"
+    touch "$venv/.incomplete"
+    say "making .venv with $base"
+    attended "$base" -m venv "$venv" >&2 || exit
+  fi
+  attended "$venv/bin/python" "$root/scripts/install_requirements.py" --extras "$installed" >&2 || exit
+  if is_fit "$venv/bin/python"; then return; fi
+  say "error: .venv cannot be used after the installation:" "$reason"
+  exit 1
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+  trap 'stop_early environment.sh' TERM USR1 INT
+  find_python "${1:-}" "${2:-}"
+  printf '%s\n' "$python"
 fi
-"$venv/bin/python" "$root/scripts/install_requirements.py" --extras "$installed" >&2
-use_if_fit "$venv/bin/python"
-say "error: .venv cannot be used after the installation:" "$reason"
-exit 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run torchrun, deliver signals to its workers, and end with the workers' own exit code.
-# usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...
+# usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...   run_train.sh reads it with `.`
 # The other half, and what lies in the folder that both use, is in swamla_titan/parallel/launcher.py; agent.py beside it
 # is torchrun with a few habits of our own.
 #

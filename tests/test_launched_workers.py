@@ -19,7 +19,8 @@ import pytest
 from tests.train.runs import kill_groups
 
 ROOT = Path(__file__).resolve().parent.parent
-PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point")]
+PLAIN = [f"{name}.py" for name in ("__main__", "console", "errors", "process_end", "running_time")]
+PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point", "rendezvous")]
 
 # main(["train", CONFIG, WHAT, FOLDER]): each process appends a line for its start to a file of its own.
 TRAINER = """
@@ -101,7 +102,7 @@ class Launch:
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("__main__.py", "errors.py", "process_end.py", *PARALLEL, "train/signals.py"):
+        for name in (*PLAIN, *PARALLEL, "train/signals.py"):
             (self.root / "swamla_titan" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "swamla_titan" / name, self.root / "swamla_titan" / name)
         (self.root / "swamla_titan/cli.py").write_text(TRAINER)
@@ -227,7 +228,7 @@ def test_a_signal_before_the_workers_start_ends_with_75(launch: Launch) -> None:
 
 
 def test_a_signal_while_torchrun_waits_for_other_machines_ends_with_75(launch: Launch) -> None:
-    process = launch.start("stop", NNODES="2", RDZV_ENDPOINT="127.0.0.1:0")
+    process = launch.start("stop", NNODES="2", RDZV_ENDPOINT=endpoint())
     end = time.monotonic() + 60
     while not any(folder.glob("logs") for folder in launch.left_over()):
         assert time.monotonic() < end

@@ -24,6 +24,13 @@ from swamla_titan.tools.preflight import main as preflight
 from swamla_titan.train.signals import StopRequest
 
 
+def set_place(monkeypatch: pytest.MonkeyPatch, **numbers: object) -> None:
+    """What torchrun gives a worker."""
+    given = {launcher.MARK: 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400, "GROUP_WORLD_SIZE": 1}
+    for name, value in (given | numbers).items():
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What scripts/torchrun.sh and torchrun give a worker; the signals are ignored as torchrun's are."""
@@ -79,7 +86,7 @@ def test_after_a_signal_to_the_launcher_no_worker_begins(folder: Path) -> None:
 
 def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> None:
     def main() -> int:
-        assert all(signal.getsignal(number) == signal.SIG_DFL for number in FORWARDED)
+        assert all(signal.getsignal(number) == launcher.stop_early for number in FORWARDED)
         assert not (folder / "3.stopping").exists()  # that was the worker's before
         stop = StopRequest()
         stop.finish_step_first = True
@@ -95,8 +102,7 @@ def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> 
 
 @pytest.fixture
 def two_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    set_place(monkeypatch, RANK=1, WORLD_SIZE=8, LOCAL_RANK=3, LOCAL_WORLD_SIZE=4, GROUP_WORLD_SIZE=2)
 
 
 @pytest.mark.parametrize("text, expected", [("USR1\n", signal.SIGUSR1), ("INT\n", signal.SIGINT), ("", signal.SIGTERM)])
@@ -186,10 +192,9 @@ def test_log_rank_names_those_who_speak(monkeypatch: pytest.MonkeyPatch, named: 
         monkeypatch.setenv("LOG_RANK", named)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert speaks()  # started by hand
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     found = []
     for rank in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        set_place(monkeypatch, RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3)
         if isinstance(speaking, str):
             with pytest.raises(UserError, match=speaking):
                 speaks()
@@ -201,9 +206,7 @@ def test_log_rank_names_those_who_speak(monkeypatch: pytest.MonkeyPatch, named: 
 @pytest.mark.parametrize("rank", range(3))
 def test_too_few_gpus_are_refused_by_every_process_of_the_machine(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """Also by those that would have one: they would wait for the others, and may be the ones that speak."""
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
+    set_place(monkeypatch, RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="3 processes on this machine, but 2 GPUs"):

@@ -4,6 +4,8 @@ usage: python -m swamla_titan.parallel.agent TORCHRUN_ARGUMENT ...
 
 What differs from `python -m torch.distributed.run`:
 - Machines find each other by their routes and not by their host names, see meeting_point.py.
+- What listens does so at one address, the loopback one if the run has one machine, see rendezvous.py.
+- Settings of torchrun that stand in the environment (PET_...) are those of another start, and left out.
 - A machine may start before the one that holds the meeting point does.
 - When a machine joins, torchrun stops all workers to start them again as one larger group. They are told that it is
   this and not the user's stop, see launcher.py, and have time to save: torchrun gives 30 seconds.
@@ -18,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -30,13 +33,23 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousStateError,
     RendezvousTimeoutError,
 )
 
 from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.parallel.launcher import any_refused, regrouping
-from swamla_titan.parallel.meeting_point import MeetingPoint, answers, find_meeting_point, wait_for_meeting_point
+from swamla_titan.parallel.meeting_point import (
+    MeetingPoint,
+    answers,
+    find_meeting_point,
+    is_loopback,
+    own_meeting_point,
+    wait_for_meeting_point,
+)
+from swamla_titan.parallel.rendezvous import BACKEND, open_store, use_store
+from swamla_titan.running_time import RunningTime
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +57,7 @@ TO_MEET = timedelta(minutes=10)  # as torchrun waits for enough machines once it
 TO_SAVE = timedelta(minutes=10)  # what takes longer is lost back to the last checkpoint; workers that hang wait as long
 SILENCE = 60.0  # seconds that the meeting point may not answer
 LOOK = 5.0  # seconds between two looks at it
+KEPT = ("PET_RDZV_CONF", "PET_MONITOR_INTERVAL", "PET_NUMA_BINDING")  # no variable of run_train.sh's says the same
 
 
 class Agent(LocalElasticAgent):
@@ -66,46 +80,71 @@ class Agent(LocalElasticAgent):
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun; returns the exit code: 0, 1, or 2 if RDZV_ENDPOINT is at fault."""
     open_console()
+    _leave_out_foreign_settings()
     args = torchrun.parse_args(list(arguments))
     launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
-        point = None if args.standalone or not args.rdzv_endpoint else _meet(args)
-        return _launch(args, point)
+        return _launch(args, _meet(args))
     except UserError as error:
         _say(str(error))
         return EXIT_BAD_INPUT
 
 
+def _leave_out_foreign_settings() -> None:
+    """Clusters and earlier starts leave torchrun's settings in the environment, where run_train.sh has its own."""
+    for name in list(os.environ):
+        if name.startswith("PET_") and name not in KEPT:
+            _say(
+                f"{name}={os.environ.pop(name)[:100]!a} is left out: run_train.sh has variables of its own, see --help"
+            )
+
+
 def _meet(args: object) -> MeetingPoint:
     """Wait for the meeting point and write into torchrun's arguments how machines find each other."""
-    point = find_meeting_point(args.rdzv_endpoint)  # type: ignore[attr-defined]
-    args.local_addr = args.local_addr or point.address  # type: ignore[attr-defined]
-    if point.interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", point.interface)
-    if point.here:
-        # An address that torchrun takes for this machine's without asking for its name. It holds the meeting point
-        # then, unless another torchrun of this machine already does.
-        args.rdzv_endpoint = f"127.0.0.1:{point.port}"  # type: ignore[attr-defined]
+    alone = bool(args.standalone)  # type: ignore[attr-defined]
+    if alone:
+        point = own_meeting_point()
+        args.standalone, args.rdzv_id = False, str(uuid.uuid4())  # type: ignore[attr-defined]
     else:
-        args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, "is_host=0")))  # type: ignore[attr-defined]
+        point = find_meeting_point(args.rdzv_endpoint)  # type: ignore[attr-defined]
+        args.local_addr = args.local_addr or point.address  # type: ignore[attr-defined]
+    _set_interfaces(point, alone)
+    if not point.here:
         wait_for_meeting_point(point, TO_MEET.total_seconds(), _say)
         threading.Thread(target=_end_in_silence, args=(point,), name="vigil", daemon=True).start()
+    args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{point.host}:{point.port}"  # type: ignore[attr-defined]
     return point
+
+
+def _set_interfaces(point: MeetingPoint, alone: bool) -> None:
+    """Where gloo and NCCL listen, in the workers. What the user has set stays, where there are other machines."""
+    if not point.interface:
+        return
+    if alone:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = point.interface
+    else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", point.interface)
+        if is_loopback(point.address):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", point.interface)
 
 
 def _end_in_silence(point: MeetingPoint) -> None:
     """End this process once the meeting point has not answered for `SILENCE` seconds, whatever torchrun waits for."""
-    heard = time.monotonic()
-    while time.monotonic() - heard < SILENCE:
+    running = RunningTime(
+        2 * LOOK
+    )  # a look takes as long where nothing answers; what this machine was paused is no silence
+    heard = 0.0
+    while running.look() - heard < SILENCE:
         time.sleep(LOOK)
         if answers(point):
-            heard = time.monotonic()
+            heard = running.look()
     _say(_lost(point))
     os._exit(EXIT_FAILED)  # the main thread may be in a call to the meeting point that nothing interrupts
 
 
-def _launch(args: object, point: MeetingPoint | None) -> int:
+def _launch(args: object, point: MeetingPoint) -> int:
     try:
+        use_store(open_store(point))
         record(torchrun.run)(args)
         return EXIT_DONE
     except ChildFailedError as error:  # its text is the table of what each worker died of
@@ -114,8 +153,12 @@ def _launch(args: object, point: MeetingPoint | None) -> int:
         _say("the run has ended on the other machines; the same command starts or resumes it")
     except RendezvousTimeoutError:
         _say("too few machines came; start the same command on all of NNODES")
+    except RendezvousStateError as error:
+        _say(
+            f"{error}. Some other program uses {point.host}:{point.port}, which none may reach but this run's machines"
+        )
     except (RendezvousConnectionError, DistNetworkError, DistStoreError) as error:
-        if point is None or point.here or answers(point):
+        if point.here or answers(point):
             logger.exception("torchrun failed")
             _say(f"the machines lost touch with each other ({error}); the same command goes on")
         else:

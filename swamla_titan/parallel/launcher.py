@@ -16,6 +16,9 @@ know it from the others alone wait to be stopped by their own: if they ended fir
 Without its launcher a worker ends, and ends its torchrun: nothing would hand it signals any more, and whoever gives the
 command again wants the GPUs and the dump folder.
 
+Other launchers, and shells in which one ran, leave variables of the same names: WORLD_SIZE, RANK, LOCAL_RANK. Only
+torchrun's count, which come with its count of restarts; `place` is the one function that reads them.
+
 In the folder: `launcher` (the script's process id), `stop` (the signal's name), `regroup`, and for each local rank N
 the files `N.pid`, `N.stopping` (a signal of the user arrived) and `N.code`. Standard library only: it runs before torch
 is imported.
@@ -24,11 +27,14 @@ is imported.
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REGROUP, EXIT_STOPPED, UserError
 from swamla_titan.process_end import wait_for_end
@@ -36,7 +42,71 @@ from swamla_titan.process_end import wait_for_end
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _is_refused = False  # see refused_alone
+NOTHING_TO_SAVE = "there is nothing to save; the same command starts it"
 AGENT_COMES = 30.0  # seconds; the agents of all machines look every second whether one waits to join
+
+
+MARK = "TORCHELASTIC_RESTART_COUNT"  # torchrun gives it to all its workers, and no other launcher does
+# What torchrun tells a worker about its place, and where the first one waits for the others.
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+_TAKE_AWAY = (
+    "Start with ./run_train.sh; if this shell has variables of an earlier run, take them away with: "
+    f"unset {' '.join((MARK, *NUMBERS, *MEETING, FOLDER))}"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes that torchrun started this one is, in all and on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    machines: int = 1
+
+
+def place() -> Place:
+    """This process's place among those that torchrun started; that of a process alone where it was not torchrun.
+
+    Raises UserError if torchrun's variables are not all there, or make no sense.
+    """
+    if MARK not in os.environ:
+        return Place()
+    wrong = [name for name in NUMBERS if not re.fullmatch(r"[0-9]{1,7}", os.environ.get(name, ""))]
+    if wrong:
+        raise _wrong_place(f"{wrong[0]} is {_shown(wrong[0])}")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in NUMBERS)
+    if not (rank < size and local_rank < local_size <= size):
+        raise _wrong_place(", ".join(f"{name}={os.environ[name]}" for name in NUMBERS) + " fit no process")
+    if size > 1:
+        missing = [name for name in MEETING if not os.environ.get(name)]
+        if missing or not re.fullmatch(r"[0-9]{1,5}", os.environ["MASTER_PORT"]):
+            name = (missing or ["MASTER_PORT"])[0]
+            raise _wrong_place(f"{name} is {_shown(name)}")
+    groups = os.environ.get("GROUP_WORLD_SIZE", "1")
+    return Place(rank, size, local_rank, local_size, int(groups) if re.fullmatch(r"[0-9]{1,7}", groups) else 1)
+
+
+def foreign_variables() -> list[str]:
+    """What of the environment says that this is one process of several, though torchrun did not start it."""
+    if MARK in os.environ:
+        return []
+    return [f"{name}={os.environ[name][:40]!a}" for name in NUMBERS if os.environ.get(name, "") not in ("", "0", "1")]
+
+
+def _shown(name: str) -> str:
+    return f"{os.environ[name][:40]!a}" if name in os.environ else "not set"
+
+
+def _wrong_place(reason: str) -> UserError:
+    return UserError(f"{MARK} is set, as torchrun does for the processes it starts, but {reason}. {_TAKE_AWAY}")
+
+
+def _without_its_launcher() -> str:
+    return f"{FOLDER}={os.environ[FOLDER][:200]!a} is not the folder of a run_train.sh that started this. {_TAKE_AWAY}"
 
 
 def speaks() -> bool:
@@ -46,16 +116,16 @@ def speaks() -> bool:
     enough. run_train.sh shows no other output anyway, but torchrun by itself does. Raises UserError if LOG_RANK
     names no process of this machine.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if MARK not in os.environ:
         return True
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = place()
     text = os.environ.get("LOG_RANK") or "0"
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
-        raise UserError(f"LOG_RANK={text}: expected numbers of processes, as in 0,3")
+    if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
+        raise UserError(f"LOG_RANK={text[:100]!a}: expected numbers of processes, as in 0,3")
     ranks = [int(number) for number in text.split(",")]
-    if max(ranks) >= size:
-        raise UserError(f"LOG_RANK={text}: the processes of this machine are 0 to {size - 1}")
-    return int(os.environ["LOCAL_RANK"]) in ranks
+    if max(ranks) >= here.local_size:
+        raise UserError(f"LOG_RANK={text[:100]}: the processes of this machine are 0 to {here.local_size - 1}")
+    return here.local_rank in ranks
 
 
 def exit_through_launcher(main: Callable[[], int]) -> int:
@@ -66,14 +136,18 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
     """
     if FOLDER not in os.environ:
         return main()
+    if not _folder().is_dir() or not re.fullmatch(r"[0-9]{1,7}", os.environ.get("LOCAL_RANK", "")):
+        print(f"error: {_without_its_launcher()}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     # torchrun was started with these ignored, so that only the workers act on them, and we inherited that.
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_DFL)
+    listen_to_signals(trains=True)
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
     for leftover in ("stopping", "code"):  # of the worker before a restart
         _file(leftover).unlink(missing_ok=True)
     # First the id, then the look for `stop`; the launcher goes the other way round, so one of the two notices.
     _write(_file("pid"), str(os.getpid()))
+    if _heard:
+        acknowledge_stop()
     if stop_asked() and machines() == 1:
         code: object = EXIT_STOPPED
     else:
@@ -114,14 +188,64 @@ def any_refused() -> bool:
     return str(EXIT_BAD_INPUT) in codes
 
 
+_heard: signal.Signals | None = None
+
+
+def listen_to_signals(trains: bool) -> None:
+    """From here on no signal is lost, and none gives a traceback, though modules are imported for seconds.
+
+    A process that trains ends with 75, or remembers the signal where others would wait for it; train/signals.py takes
+    over from here. Of other commands Ctrl-C is the end at once, as if they were no Python.
+    """
+    if trains:
+        for number in FORWARDED:
+            signal.signal(number, stop_early)
+    elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # run_train.sh keeps them back up to here
+
+
+def heard_early() -> signal.Signals | None:
+    """The signal that came before there was a train.signals.StopRequest."""
+    return _heard
+
+
+def stop_early(number: int, frame: FrameType | None) -> None:
+    """The handler of signals before there is a train.signals.StopRequest."""
+    global _heard
+    if FOLDER not in os.environ or not _folder().is_dir():
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it
+            sys.stderr.write(f"stopped by {signal.Signals(number).name} before training began: {NOTHING_TO_SAVE}\n")
+            sys.stderr.flush()
+        os._exit(EXIT_STOPPED)  # an exception may end in one of the callbacks of an import, and be lost
+    asked = stop_asked()
+    _heard = asked or signal.Signals(number)
+    acknowledge_stop()
+    for each in FORWARDED:
+        signal.signal(each, signal.SIG_DFL)
+    if asked and machines() == 1:
+        _write(_file("code"), str(EXIT_STOPPED))
+        os._exit(EXIT_DONE)
+
+
 def launched_size() -> int:
     """How many processes the launcher started, on all machines; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place().size
 
 
 def machines() -> int:
     """On how many machines they run; 1 without a launcher."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return place().machines
+
+
+def workers_of_this_machine() -> list[int]:
+    """The process ids of the other workers here, as far as scripts/torchrun.sh started them."""
+    found = []
+    if FOLDER in os.environ:
+        for path in _folder().glob("*.pid"):
+            with suppress(OSError, ValueError):
+                found.append(int(path.read_text()))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def stop_asked() -> signal.Signals | None:

@@ -1,21 +1,24 @@
 """The processes that train together: this one's place among them, its device, and the groups it talks to."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.degrees import Degrees, fit_degrees
-from swamla_titan.parallel.launcher import launched_size
+from swamla_titan.parallel.launcher import place
+from swamla_titan.parallel.peers import meet
 
-TO_MEET = timedelta(minutes=5)  # torchrun starts the processes of all machines within seconds of each other
-TO_ANSWER = timedelta(minutes=30)  # of a collective; the watchdog comes first where steps are what is waited for
+# Of a collective. The watchdog is what finds hangs: it tells a pause from one, and these clocks do not.
+TO_ANSWER = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class World:
 
 def launched_rank() -> int:
     """This process's number among them."""
-    return int(os.environ.get("RANK", "0"))
+    return place().rank
 
 
 def refuse_without_gpus(parallel: Parallel) -> None:
@@ -94,16 +97,18 @@ def refuse_without_gpus(parallel: Parallel) -> None:
         raise UserError("parallel.async_tensor = true needs GPUs; set it to false")
 
 
-def join_world(parallel: Parallel) -> World:
+def join_world(parallel: Parallel, while_waiting: Callable[[], None] = lambda: None) -> World:
     """Take the place that the launcher (torchrun's environment variables) gave this process, and meet the others.
 
-    Raises UserError, before any device is touched, if the degrees of the configuration do not fit.
+    `while_waiting` is called again and again until they have come, and may raise. Raises UserError, before any device
+    is touched, if the degrees of the configuration do not fit.
     """
-    size, rank = launched_size(), launched_rank()
+    here = place()
+    size, rank = here.size, here.rank
     degrees = fit_degrees(parallel, size)
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        there, needed = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        local, needed = here.local_rank, here.local_size
+        there = torch.cuda.device_count()
         if needed > there:  # on every process of the machine: one that went on would wait for the others
             raise UserError(
                 f"{needed} processes on this machine, but {there} GPUs. Start as many processes as there are GPUs, "
@@ -118,9 +123,10 @@ def join_world(parallel: Parallel) -> World:
         return World.alone(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # The store first: a machine that is lost between torchrun's start and here is not waited for as long as the
-        # slowest collective may take.
-        store, _, _ = next(dist.rendezvous("env://", timeout=TO_MEET))
+        store = meet(here, while_waiting)
+        # Of all groups, those of the meshes too, which can be given no other.
+        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = TO_ANSWER
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{TO_ANSWER.total_seconds():.0f}")
         # Bound to its device, NCCL connects at once instead of at the first use.
         dist.init_process_group(
             backend,

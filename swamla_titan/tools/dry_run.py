@@ -12,8 +12,9 @@ from swamla_titan.errors import UserError
 from swamla_titan.parallel.automatic import choose_for
 from swamla_titan.parallel.compile import refuse_cache_folder
 from swamla_titan.parallel.degrees import fit_degrees
+from swamla_titan.parallel.launcher import launched_size
 from swamla_titan.parallel.parallelize import refuse_float8
-from swamla_titan.parallel.world import World, launched_rank, launched_size
+from swamla_titan.parallel.world import World, launched_rank
 from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
 from swamla_titan.train.checkpoint import Checkpoints

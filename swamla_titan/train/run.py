@@ -11,6 +11,7 @@ from swamla_titan.config import Config
 from swamla_titan.errors import RankFailed, RunFailed, UserError
 from swamla_titan.machine import explain
 from swamla_titan.parallel.agreement import from_first
+from swamla_titan.parallel.launcher import foreign_variables
 from swamla_titan.parallel.world import join_world, leave_world
 from swamla_titan.train.dump_folder import exclusive
 from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
@@ -28,11 +29,17 @@ def train(config: Config, advise: Advise) -> int:
     """
     if not faulthandler.is_enabled() and sys.__stderr__:
         faulthandler.enable(sys.__stderr__)  # a crash of C code leaves the stacks of Python there
+    if foreign := foreign_variables():
+        logger.warning(
+            "%s left out: torchrun did not start this process, and it trains alone. ./run_train.sh starts several, see "
+            "NGPU and NPROC",
+            " ".join(foreign),
+        )
     stop = StopRequest()
     with ExitStack() as stack:
         stack.callback(stop.forget)
         stack.push(_leave_together)
-        world = join_world(config.parallel)
+        world = join_world(config.parallel, stop.leave_if_others_do_not_come)
         if asked := stop.agreed(world.largest):
             return asked.code
         folder = Path(config.job.dump_folder)

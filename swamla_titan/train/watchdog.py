@@ -1,11 +1,14 @@
 """The watchdog: a process that makes no progress says where it stands, and ends, so that its launcher starts it again.
 
 Two timers watch the main thread. A thread of Python looks once a second; it can write files, ask the other ranks and
-write to the log. It cannot run while C code keeps Python's lock. For that case there is a timer of `faulthandler`, a
-thread of C that needs no lock: a little later than the thread would have, it writes all stacks and ends the process.
+write to the log. It cannot run while C code keeps Python's lock. For that case there is backstop.py: a little later
+than the thread would have, it has C code write all stacks and ends the process.
+
+A pause is no hang. Limits count the time in which this process ran: what it was stopped for is left out (Ctrl-Z and
+`fg`, `scontrol suspend`, a virtual machine that is moved), and so is the time in which another process of the run on
+this machine is stopped, since this one may be waiting for it. What is silent on another machine may as well be lost.
 """
 
-import faulthandler
 import logging
 import os
 import sys
@@ -24,15 +27,19 @@ from torch.distributed.distributed_c10d import _get_default_store
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.console import Lines
 from swamla_titan.errors import EXIT_FAILED
+from swamla_titan.parallel.launcher import workers_of_this_machine
 from swamla_titan.parallel.world import World
+from swamla_titan.running_time import RunningTime
+from swamla_titan.train.backstop import Backstop, stopped
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
 
 logger = logging.getLogger(__name__)
 
 # Seconds. A rank that ends makes the launcher end the others, so each waits until all have written their stacks.
-BACKSTOP = 10.0  # after the limit, the timer of C ends a process whose Python cannot run
+BACKSTOP = 10.0  # after the limit, the backstop ends a process whose Python cannot run
 OTHERS = 15.0  # the longest wait for the other ranks
-REPORT = 30.0  # the longest time for all that is written at the end; the timer of C sees to it
+ANSWER = 5.0  # the longest wait for their store
+REPORT = 30.0  # the longest time for all that is written at the end; the backstop sees to it
 LOOK = 1.0  # between two looks at the main thread, and at whether another rank has stopped
 
 _HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
@@ -64,17 +71,19 @@ class Watchdog:
     all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N
     of the rank that noticed first, and a log line that says where the ranks are. Before `begin` no file is made. A
     process whose Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and
-    removed at the end.
+    removed at the end. Where the C code in question lets no signal through, such a process is killed (137).
     """
 
     def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
         """Starts watching, with the limit of a start; `step_timeout` 0: does nothing, ever."""
         self._config, self._traces, self._world = config, traces, world
-        self._now = self._armed = _Progress(0, "starting", config.first_step_timeout, time.monotonic())
+        self._now = _Progress(0, "starting", config.first_step_timeout, time.monotonic())
         self._arming = threading.Lock()
-        self._stacks: TextIO | None = sys.__stderr__  # of the timer of C, until there is a file
+        self._armed = float("inf")  # when the backstop ends this process, by the clock of `_Progress.since`
+        self._backstop: Backstop | None = None
         self._file: TextIO | None = None
         self._closed = threading.Event()
+        self._other_hangs = threading.Event()
         self._thread: threading.Thread | None = None
         if not config.step_timeout:
             return
@@ -83,6 +92,13 @@ class Watchdog:
         if world.size > 1:
             self._store = dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
             self._store.set_timeout(timedelta(seconds=5))
+            threading.Thread(target=self._listen, name="watchdog-listener", daemon=True).start()
+        try:
+            self._backstop = Backstop()
+            if sys.__stderr__:
+                self._backstop.write_to(sys.__stderr__)  # until there is a file
+        except OSError as error:
+            logger.warning("no second watchdog, for hangs in which Python cannot run: %s", error)
         self._arm(self._now.limit + BACKSTOP)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -92,7 +108,9 @@ class Watchdog:
         if self._thread:
             with suppress(OSError):  # standard error will do; what else is wrong with the folder, others will say
                 self._traces.mkdir(parents=True, exist_ok=True)
-                self._file = self._stacks = self._backstop_path.open("a")  # it may hold stacks of an earlier start
+                self._file = self._backstop_path.open("a")  # it may hold stacks of an earlier start
+                if self._backstop:
+                    self._backstop.write_to(self._file, self._backstop_path)
         self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
 
     def progress(self, step: int) -> None:
@@ -115,7 +133,8 @@ class Watchdog:
             return
         self._closed.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if self._backstop:
+            self._backstop.close()
         if self._file:
             self._file.close()
             self._remove_if_empty()
@@ -132,33 +151,59 @@ class Watchdog:
                 self._traces.rmdir()  # unless there is something in it
 
     def _expect(self, progress: _Progress) -> None:
-        """What the main thread does next. It sets the timer of C itself only where that would go off too late."""
+        """What the main thread does next. It sets the backstop itself only where that would act too late."""
         self._now = progress
-        if self._thread and progress.deadline < self._armed.deadline:
-            self._arm_for_now()
-
-    def _arm_for_now(self) -> None:
-        with self._arming:  # else one thread could read what is expected, and set the timer after the other one did
-            self._armed = self._now
-            self._arm(max(self._armed.deadline - time.monotonic(), 0) + BACKSTOP)
+        if self._thread and progress.deadline + BACKSTOP < self._armed:
+            self._arm(progress.limit + BACKSTOP)
 
     def _watch(self) -> None:
         look = min(LOOK, self._config.step_timeout / 4)
+        before, running = time.monotonic(), RunningTime(look)
+        last: _Progress | None = None
+        paused = 0.0  # seconds since `last` that do not count
+        told: set[int] = set()
         while True:
+            began, ran = before, running.seconds
+            ran = running.look() - ran
+            before = time.monotonic()
             now = self._now
-            if now is not self._armed:
-                self._arm_for_now()
-            if time.monotonic() > now.deadline:
+            if now is not last:
+                # What was done after a pause has its whole limit; that there was one is seen only now.
+                last, paused = now, 0.0
+            if now.since <= began:
+                paused += before - began - (0.0 if self._some_are_stopped(told) else ran)
+            left = now.deadline + paused - before
+            if abs(before + left + BACKSTOP - self._armed) > look / 2:
+                self._arm(max(left, 0) + BACKSTOP)
+            if left < 0:
                 self._end(now, f"no progress for {now.limit:g} s ({now.doing}) after step {now.step}")
-            elif self._another_stopped():
+            elif self._other_hangs.is_set():
                 self._end(now, f"another rank makes no progress; this one ({now.doing}) is after step {now.step}")
             if self._closed.wait(look):
                 return
 
+    def _some_are_stopped(self, told: set[int]) -> bool:
+        """Whether a process of this run is stopped on this machine; logged once for each."""
+        found = {pid for pid in workers_of_this_machine() if stopped(pid)}
+        for pid in sorted(found - told):
+            logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d lets it go on)", pid, pid)
+        told.clear()
+        told.update(found)
+        return bool(found)
+
     def _arm(self, seconds: float) -> None:
-        """Let the timer of C end the process in so many seconds, and not before."""
-        if self._stacks:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
+        """Let the backstop end the process in so many seconds, and not before."""
+        with self._arming:  # else one thread could read what is expected, and tell it after the other one did
+            self._armed = time.monotonic() + seconds
+            if self._backstop:
+                self._backstop.arm(seconds)
+
+    def _listen(self) -> None:
+        """Asks the others' store, which does not answer while the process that holds it is paused."""
+        while not self._closed.wait(LOOK):
+            if self._another_stopped():
+                self._other_hangs.set()
+                return
 
     def _another_stopped(self) -> bool:
         if self._store is None:
@@ -170,7 +215,7 @@ class Watchdog:
             return False
 
     def _end(self, now: _Progress, headline: str) -> None:
-        """Write everything down and end the process. Whatever of it hangs as well, the timer of C ends it."""
+        """Write everything down and end the process. Whatever of it hangs as well, the backstop ends it."""
         self._arm(REPORT)
         try:
             rank = self._world.rank
@@ -200,12 +245,19 @@ class Watchdog:
 
         Their own may differ, and NCCL's tools find the files of one hang by their common beginning.
         """
+        agreed = [step]
+
+        def ask(store: dist.Store) -> None:
+            with suppress(RuntimeError):
+                agreed[0] = int(store.compare_set(_HANG, "", str(step)))
+                answered.set()
+
+        answered = threading.Event()
         if self._store is not None:
-            try:
-                return int(self._store.compare_set(_HANG, "", str(step)))
-            except RuntimeError:
+            threading.Thread(target=ask, args=(self._store,), daemon=True).start()
+            if not answered.wait(ANSWER):
                 self._store = None
-        return step
+        return agreed[0]
 
     def _publish(self, key: str, value: str) -> None:
         if self._store is not None:

@@ -11,7 +11,14 @@ import pytest
 
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import agent, meeting_point
-from swamla_titan.parallel.meeting_point import MeetingPoint, answers, find_meeting_point, wait_for_meeting_point
+from swamla_titan.parallel.meeting_point import (
+    MeetingPoint,
+    answers,
+    find_meeting_point,
+    own_meeting_point,
+    wait_for_meeting_point,
+)
+from swamla_titan.parallel.rendezvous import BACKEND
 
 OWN, OTHER = "10.1.0.5", "10.1.0.9"
 NAMES = {"node0": OTHER, "me": OWN, "debian": "127.0.1.1", "localhost": "127.0.0.1", "two": ["10.9.9.9", OTHER]}
@@ -30,11 +37,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def source(target: str) -> "str | None":
         if target == OWN or target.startswith("127.") or target == "::1":
             return target
-        return {OTHER: OWN, "192.0.2.1": "203.0.113.7"}.get(target)
+        return {OTHER: OWN, "10.1.0.6": OWN, "192.0.2.1": "203.0.113.7"}.get(target)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(meeting_point, "_source", source)
-    monkeypatch.setattr(meeting_point, "_interface", {OWN: "ib0", "203.0.113.7": "eth0", "127.0.0.1": "lo"}.get)
+    addresses = {OWN: "ib0", "10.1.0.6": "ib0", "203.0.113.7": "eth0", "127.0.0.1": "lo"}
+    monkeypatch.setattr(meeting_point, "_addresses", lambda: addresses)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +51,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("node0:29400", MeetingPoint("node0", 29400, False, OWN, "ib0")),
         (f"{OTHER}:1", MeetingPoint(OTHER, 1, False, OWN, "ib0")),
         ("two:5", MeetingPoint("two", 5, False, OWN, "ib0")),  # one of its addresses has a route
-        ("me:5", MeetingPoint("me", 5, True, "me", "ib0")),
+        ("me:5", MeetingPoint("me", 5, True, OWN, "ib0")),
+        ("10.1.0.6:5", MeetingPoint("10.1.0.6", 5, True, "10.1.0.6", "ib0")),  # packets to it carry the first address
         # The others must not be told 127.0.1.1, nor gloo look there.
-        ("debian:5", MeetingPoint("debian", 5, True, "debian", "eth0")),
-        ("localhost:5", MeetingPoint("localhost", 5, True, "localhost", "lo")),
+        ("debian:5", MeetingPoint("debian", 5, True, "203.0.113.7", "eth0")),
+        ("localhost:5", MeetingPoint("localhost", 5, True, "127.0.0.1", "lo")),
         ("127.0.0.1:0", MeetingPoint("127.0.0.1", 0, True, "127.0.0.1", "lo")),
-        ("[::1]:5", MeetingPoint("::1", 5, True, "::1", None)),
+        ("127.0.0.9:5", MeetingPoint("127.0.0.9", 5, True, "127.0.0.9", "lo")),
+        ("[::1]:5", MeetingPoint("::1", 5, True, "::1", "lo")),
     ],
 )
 @pytest.mark.usefixtures("machine")
@@ -67,6 +77,35 @@ def test_what_cannot_be_reached_is_refused(endpoint: str, message: str) -> None:
 
 def test_this_machines_own_routes_and_interfaces() -> None:
     assert find_meeting_point("127.0.0.1:5") == MeetingPoint("127.0.0.1", 5, True, "127.0.0.1", "lo")
+    assert own_meeting_point() == MeetingPoint("127.0.0.1", 0, True, "127.0.0.1", "lo")
+
+
+def test_a_name_that_stands_for_the_loopback_address_and_no_default_route(
+    machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = meeting_point._source
+    monkeypatch.setattr(meeting_point, "_source", lambda target: None if target == "192.0.2.1" else source(target))
+    with pytest.raises(UserError, match=r"debian stands for 127.0.1.1, .* in its place: 10.1.0.5 or 10.1.0.6 or 203"):
+        find_meeting_point("debian:5")
+    monkeypatch.setattr(meeting_point, "_addresses", lambda: {OWN: "ib0", "127.0.0.1": "lo"})
+    assert find_meeting_point("debian:5").address == OWN
+    monkeypatch.setattr(meeting_point, "_addresses", lambda: {"127.0.0.1": "lo"})
+    assert find_meeting_point("debian:5").address == "127.0.1.1"  # then there are no others
+
+
+def test_what_listens_does_so_at_one_address_or_says_why_not() -> None:
+    first = meeting_point.listen("127.0.0.1", 0)
+    assert first is not None
+    with first:
+        port = first.getsockname()[1]
+        assert meeting_point.listen("127.0.0.1", port) is None
+        second = meeting_point.listen("127.0.0.2", port)
+        assert second is not None
+        second.close()
+    with pytest.raises(
+        UserError, match=r"no program may listen at 192\.0\.2\.77 port 5 of this machine: Cannot assign"
+    ):
+        meeting_point.listen("192.0.2.77", 5)
 
 
 @pytest.fixture
@@ -96,31 +135,59 @@ def test_it_does_not_wait_for_ever(server: socket.socket) -> None:
         wait_for_meeting_point(point_at(server), 0.1, lambda line: None)
 
 
-def test_torchrun_is_told(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set meanwhile is taken back
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    vigils: list[MeetingPoint] = []
-    monkeypatch.setattr(agent, "_end_in_silence", vigils.append)
-    server.listen()
-    there = MeetingPoint("node0", point_at(server).port, False, OWN, "ib0")
-    monkeypatch.setattr(agent, "find_meeting_point", lambda endpoint: there)
+@pytest.fixture
+def vigils(monkeypatch: pytest.MonkeyPatch) -> list[MeetingPoint]:
+    """Whose silence would end torchrun; the environment is as it was afterwards."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    found: list[MeetingPoint] = []
+    monkeypatch.setattr(agent, "_end_in_silence", found.append)
     monkeypatch.setattr(agent, "wait_for_meeting_point", lambda point, seconds, say: None)
-    args = Namespace(rdzv_endpoint="node0:5", rdzv_conf="last_call_timeout=5", local_addr=None)
-    assert agent._meet(args) == there
-    # Without is_host torchrun would ask for the address of its own name, which may have none.
-    assert args == Namespace(rdzv_endpoint="node0:5", rdzv_conf="last_call_timeout=5,is_host=0", local_addr=OWN)
+    return found
+
+
+def met(monkeypatch: pytest.MonkeyPatch, point: MeetingPoint, **given: object) -> Namespace:
+    """torchrun's arguments after the meeting."""
+    monkeypatch.setattr(agent, "find_meeting_point", lambda endpoint: point)
+    args = Namespace(**{"rdzv_endpoint": "node0:5", "rdzv_id": "run", "local_addr": None, "standalone": False} | given)
+    agent._meet(args)
+    return args
+
+
+def test_torchrun_is_told(vigils: list[MeetingPoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    there = MeetingPoint("node0", 5, False, OWN, "ib0")
+    args = met(monkeypatch, there)
+    assert (args.rdzv_backend, args.rdzv_endpoint, args.local_addr) == (BACKEND, "node0:5", OWN)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
-    end = time.monotonic() + 5
+    assert "NCCL_SOCKET_IFNAME" not in os.environ  # it knows faster ones
+    end = time.monotonic() + 60
     while not vigils:
         assert time.monotonic() < end
 
-    here = MeetingPoint("node0", 5, True, "node0", "eth0")
-    monkeypatch.setattr(agent, "find_meeting_point", lambda endpoint: here)
-    args = Namespace(rdzv_endpoint="node0:5", rdzv_conf="", local_addr="given")
-    agent._meet(args)
-    assert args == Namespace(rdzv_endpoint="127.0.0.1:5", rdzv_conf="", local_addr="given")
+    args = met(monkeypatch, MeetingPoint("node0", 5, True, "10.1.0.6", "eth0"), local_addr="given")
+    assert (args.rdzv_endpoint, args.local_addr, args.rdzv_id) == ("node0:5", "given", "run")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"  # what is set stays
     assert vigils == [there]
+
+
+@pytest.mark.usefixtures("vigils")
+def test_a_run_of_one_machine_is_in_reach_of_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # of a cluster's profile
+    args = met(monkeypatch, MeetingPoint("never", 5, True, "never", None), standalone=True, local_addr="127.0.0.1")
+    assert (args.standalone, args.rdzv_backend, args.rdzv_endpoint) == (False, BACKEND, "127.0.0.1:0")
+    assert args.rdzv_id != "run"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_torchruns_settings_of_another_start_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PET_STANDALONE", "PET_NO_PYTHON", "PET_RDZV_CONF"):
+        monkeypatch.setenv(name, "1")
+    agent._leave_out_foreign_settings()
+    assert [name for name in os.environ if name.startswith("PET_")] == ["PET_RDZV_CONF"]
+    assert "PET_STANDALONE='1' is left out" in capsys.readouterr().err
 
 
 def test_a_meeting_point_that_falls_silent_ends_torchrun(

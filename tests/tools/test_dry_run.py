@@ -41,7 +41,11 @@ def test_a_run_that_can_begin(dry_run, tmp_path):
 
 def test_the_number_of_ranks_is_given_or_the_launchers(dry_run, monkeypatch):
     assert dry_run("--gpus", "4")[1].startswith("4 ranks: dp_shard 4\n")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert dry_run()[1].startswith("1 rank: ")  # left over from some other launcher
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert dry_run()[1].startswith("2 ranks: dp_shard 2\n")
     monkeypatch.setenv("RANK", "1")
     assert dry_run() == (0, "")

@@ -198,7 +198,10 @@ def test_a_dump_folder_in_which_nothing_can_be_written(tiny, tmp_path, capsys, n
 def test_degrees_that_do_not_fit_the_processes(tiny, tmp_path, capsys, monkeypatch, size, overrides, part):
     assert train(tiny, *SHORT) == 0
     before = snapshot(tmp_path / "run")
-    monkeypatch.setenv("WORLD_SIZE", size)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert part in refused(capsys, "train", str(tiny), *SHORT, *overrides)
     assert snapshot(tmp_path / "run") == before
 

@@ -1,6 +1,7 @@
 """A process that stands still writes where it stands and ends, and one that is only busy does not."""
 
 import ctypes
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.parallel.world import World
 from swamla_titan.train import watchdog as module
+from swamla_titan.train.backstop import STACKS
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
 from swamla_titan.train.watchdog import Watchdog
 from tests.distributed.job import before_step
@@ -30,7 +32,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the watchdog would have ended this process for, in place of ending it."""
     found: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, now, headline: found.append(headline))
-    monkeypatch.setattr("swamla_titan.train.watchdog.BACKSTOP", 1000.0)  # nor is its timer of C to end this process
+    monkeypatch.setattr("swamla_titan.train.watchdog.BACKSTOP", 1000.0)  # nor is the backstop to end this process
     return found
 
 
@@ -95,20 +97,18 @@ def test_with_0_nothing_is_watched_and_nothing_written(tmp_path, ends):
     assert not (tmp_path / "traces").exists()
 
 
-def test_closed_it_leaves_neither_thread_nor_timer_nor_file(tmp_path, ends, monkeypatch):
-    cancelled: list[int] = []
-    cancel = module.faulthandler.cancel_dump_traceback_later
-    monkeypatch.setattr(
-        module.faulthandler,
-        "cancel_dump_traceback_later",
-        lambda: (cancelled.append(threading.active_count()), cancel()),
-    )
+def test_closed_it_leaves_neither_thread_nor_process_nor_handler_nor_file(tmp_path, ends):
+    handler = signal.getsignal(STACKS)
     threads = threading.active_count()
     watchdog = watch(tmp_path / "traces")
     watchdog.begin(0)
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["hang-rank-0.txt"]
+    backstop = watchdog._backstop._process
+    assert backstop.poll() is None
     watchdog.close()
-    assert cancelled == [threads]
+    assert backstop.returncode == 0
+    assert threading.active_count() == threads
+    assert signal.getsignal(STACKS) == handler
     assert not (tmp_path / "traces").exists()
 
 
