@@ -151,6 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if spoken or isinstance(error, RankFailed):  # nobody else says it
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except MemoryError:  # too little is left for more than this
+        print("error: this machine, or a limit set for the process (ulimit -v), has no more memory", file=sys.stderr)
+        refused_alone()
+        return EXIT_BAD_INPUT
     except Exception as error:
         reason = explain(error)
         if reason is None:

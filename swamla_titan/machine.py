@@ -5,13 +5,14 @@ Standard library only, for it explains also why torch cannot be imported.
 
 import errno
 import os
+import resource
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from swamla_titan.errors import UserError
 
+OPEN_FILES = 65536
 SHARED_MEMORY = "/dev/shm"
 _OF_SHARED_MEMORY = (
     f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host), "
@@ -69,6 +70,21 @@ def explain(error: BaseException) -> str | None:
     return f"{what} ({_place(error)}). {way_out}"
 
 
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files as far as it may; OSError if it may not open `count`.
+
+    The usual limit of 1,024 is for programs of another age that cannot handle more; the hard limit is the system's.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES:
+        return
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    with suppress(OSError, ValueError):  # macOS has a limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), f"ulimit -n is {wanted}, and a run needs {count}")
+
+
 @contextmanager
 def needed(what: str) -> Iterator[None]:
     """Makes a UserError of what this machine lacks inside: to start the run again would not mend it."""
@@ -106,11 +122,16 @@ def _is_about_shared_memory(error: BaseException, names: list[str]) -> bool:
     if any(name.startswith(SHARED_MEMORY) for name in names) or any(SHARED_MEMORY in str(e) for e in chain(error)):
         return True
     # Semaphores live there; the operating system names no file.
-    frames = (frame for each in chain(error) for frame in traceback.extract_tb(each.__traceback__))
-    return any(Path(frame.filename).parts[-2:] == ("multiprocessing", "synchronize.py") for frame in frames)
+    places = (place for each in chain(error) for place in _places(each))
+    return any(path.endswith("multiprocessing/synchronize.py") for path, _ in places)
 
 
 def _place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "swamla_titan" in Path(frame.filename).parts] or list(frames)
-    return f"noticed at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else type(error).__name__
+    places = _places(error)
+    ours = [each for each in places if "/swamla_titan/" in each[0]] or places
+    return f"noticed at {os.path.basename(ours[-1][0])}:{ours[-1][1]}" if ours else type(error).__name__
+
+
+def _places(error: BaseException) -> list[tuple[str, int]]:
+    """File and line of each call, without reading any file: there may be no memory, or too many files may be open."""
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]

@@ -3,10 +3,12 @@
 import atexit
 import json
 import logging
+import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -25,12 +27,13 @@ from swamla_titan.data.packing import document_ids, initial_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.machine import needed
+from swamla_titan.machine import allow_open_files, needed
 
 logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 _LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
+_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 8  # of a training process; with too few the server that forks just dies
 _PATIENCE_AT_CLOSE = 0.5  # seconds
 
 
@@ -119,7 +122,7 @@ class BatchLoader(Iterator[StepBatch]):
             # The interpreter's own end waits for workers, and they ignore its SIGTERM: they are ended before that.
             atexit.register(self.close)
             with needed("the processes that read the data cannot be started"):
-                self._items = self._guarded(lambda: iter(self._loader))
+                self._items = self._guarded(lambda: _started(self._loader))
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits so long, None: to the end, for the step to come; returns whether it can be taken without waiting.
@@ -249,13 +252,30 @@ class BatchLoader(Iterator[StepBatch]):
             # What torch raises, as no class of its own, when a worker is gone.
             gone = [worker.exitcode for worker in getattr(self._items, "_workers", []) if not worker.is_alive()]
             message = str(error)
-            if not gone and "exited unexpectedly" not in message and "worker has failed" not in message:
+            known = isinstance(error, EOFError | ConnectionError)  # it, or the server that forks them
+            if not known and not gone and "exited unexpectedly" not in message and "worker has failed" not in message:
                 raise
             code = f" (exit code {gone[0]})" if gone else ""
             raise RunFailed(
                 f"A data loader process ended unexpectedly{code}. Mostly the machine is out of memory: look at the "
                 "kernel's log, lower data.num_workers or data.shuffle_documents, and resume from the last checkpoint."
             ) from error
+
+
+def _started(loader: StatefulDataLoader[Portion]) -> Iterator[Portion]:
+    """`iter(loader)`, or its error, with no worker left that was up by then: this process's end would wait for it."""
+    before = multiprocessing.active_children()
+    try:
+        return iter(loader)
+    except BaseException as error:
+        for worker in set(multiprocessing.active_children()).difference(before):
+            worker.kill()
+            worker.join()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half_made: Any = frame.f_locals.get("self")
+            if type(half_made).__name__ == "_StatefulMultiProcessingDataLoaderIter":
+                half_made._shutdown = True  # or its garbage collection ends with a traceback of its own
+        raise
 
 
 def _end_workers(items: Any) -> None:
@@ -287,6 +307,8 @@ def prepare_workers(count: int) -> None:
 
     Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
     """
+    with needed("the run cannot be started"):
+        allow_open_files(_OPEN_FILES + count * _OPEN_FILES_OF_A_WORKER)
     if count:
         with needed("the processes that read the data cannot be started"):
             _fork_server()

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+import os
 import pickle
 import threading
 import time
@@ -12,14 +13,16 @@ import pyarrow as pa
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data import parquet, text_units
 from swamla_titan.data import patience as patience_module
 from swamla_titan.data.corpus import all_documents, open_corpus
-from swamla_titan.data.faults import DataFault, Unreachable, network_fault, readable
+from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreachable, network_fault, readable
 from swamla_titan.data.packing import initial_cursor
 from swamla_titan.data.patience import Patience, read_on
 from swamla_titan.data.skips import Skip, added, first_skipped, skips_of, with_skips
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.machine import LASTING, WAYS_OUT
 from tests.data.faulty import ALWAYS, Fails, flaky, truncate, write_parquet
 from tests.data.test_loader import all_cursors, global_batch, loaders, read, simulated
 
@@ -69,6 +72,15 @@ def test_what_the_operating_system_says(number, kind):
     assert fault.value.may_pass == (kind is Unreachable)
 
 
+@pytest.mark.parametrize("number", [*WAYS_OUT])
+def test_what_this_machine_lacks_is_told_with_the_way_out(number):
+    with pytest.raises(SetupFault if number in LASTING else MachineFault) as fault, readable("a.txt", "row 3"):
+        raise OSError(number, os.strerror(number), "a.txt")
+    assert str(fault.value) == f"a.txt, row 3: cannot be read: {os.strerror(number)}. {WAYS_OUT[number]}"
+    other = pickle.loads(pickle.dumps(fault.value))
+    assert (other.of_machine, isinstance(other, DataFault)) == (True, False)
+
+
 class _Answer(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"HTTP {status}")
@@ -95,6 +107,9 @@ def _caused_by(cause: Exception) -> Exception:
         (_caused_by(ConnectionResetError("gone")), Unreachable, True),
         (type("OfflineModeIsEnabled", (ConnectionError,), {})("offline"), DataFault, False),
         (FileNotFoundError("no such file"), DataFault, False),
+        (OSError(errno.EMFILE, "Too many open files"), SetupFault, True),
+        (_caused_by(OSError(errno.ENOMEM, "Cannot allocate memory")), MachineFault, True),
+        (pa.ArrowMemoryError("malloc of size 9 failed"), MachineFault, True),
         (PermissionError(errno.EACCES, "no"), DataFault, False),
         (gzip.BadGzipFile("not gzip"), DataFault, True),
         (OSError("Corrupt snappy compressed data"), DataFault, True),
@@ -438,6 +453,31 @@ def test_a_file_that_does_not_answer_is_passed_over_but_not_all_that_there_are(m
     every = flaky(corpus, [Fails(unit, 0, ALWAYS) for unit in range(6)], tmp_path / "every")
     with pytest.raises(Unreachable, match="Nothing else answers either, so it is not the file"):
         DocumentStream(every, 0).next_document()
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EMFILE, UserError), (errno.ENOMEM, RunFailed)])
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "txt"])
+def test_no_file_is_passed_over_for_a_fault_of_this_machine(tmp_path, monkeypatch, maker, form, number, kind):
+    """Too many open files looked like a source that does not answer, and so all files were passed over."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index in range(5):
+        if form == "parquet":
+            write_parquet(folder / f"{index}.parquet", [f"text {index} {i}" for i in range(5)])
+        else:
+            text = f"text {index} " * 20
+            (folder / f"{index}.{form}").write_text(json.dumps({"text": text}) if form == "jsonl" else text)
+    corpus = maker.open(path=str(folder), streams=1, retry_seconds=0.05, **SKIP)
+    documents = DocumentStream(corpus, 0)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "file")
+
+    monkeypatch.setattr(text_units, "open", refuse, raising=False)
+    monkeypatch.setattr(parquet.pq, "ParquetFile", refuse)
+    with pytest.raises(kind, match=os.strerror(number)):
+        documents.next_document()
+    assert documents.skips == documents.new_skips() == []
 
 
 def test_where_nothing_is_left_the_run_ends(maker, tmp_path):

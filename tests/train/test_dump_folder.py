@@ -11,7 +11,7 @@ import pytest
 
 from swamla_titan.errors import UserError
 from swamla_titan.train import dump_folder
-from swamla_titan.train.dump_folder import exclusive
+from swamla_titan.train.dump_folder import exclusive, refuse_folder
 
 RUN = "TORCHELASTIC_RUN_ID"
 
@@ -92,10 +92,21 @@ def test_a_folder_of_a_killed_process_is_free(tmp_path, holder, monkeypatch):
         pass
 
 
-def test_a_file_system_without_locks_is_refused_with_its_reason(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=r"cannot be written \(No locks available\)"), exclusive(tmp_path):
+    with exclusive(tmp_path / "run"):
+        refuse_folder(tmp_path / "run")
+    assert f"has no locks ({os.strerror(number)}): nothing keeps another run from writing there" in caplog.text
+
+
+def test_another_fault_of_the_lock_is_refused_with_its_reason(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"), exclusive(tmp_path):
         pass

@@ -253,6 +253,60 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_another_of_the_same_name_doe
     assert wandb.inits[-1]["id"] == first["id"]
 
 
+class UsageError(Exception):
+    """As wandb.errors has one."""
+
+
+class CommError(Exception):
+    """Likewise."""
+
+
+def test_without_an_account_a_run_is_refused_and_nobody_is_asked(tiny, tmp_path, wandb, capsys, monkeypatch):
+    def init(**_):
+        assert not sys.stdin.isatty()
+        assert sys.stdin.read() == ""
+        raise UsageError("No API key configured. Use `wandb login`\nto log in.")
+
+    with terminal() as (screen, _):
+        monkeypatch.setattr(sys, "stdin", screen)
+        monkeypatch.setattr(wandb, "init", init)
+        assert train(tiny, *FAST, "--metrics.wandb", "true") == 2
+        assert sys.stdin is screen
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("No API key configured. Use `wandb login` to log in.", "WANDB_API_KEY", "WANDB_MODE=offline", "false"):
+        assert part in error
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("error", [CommError("no route"), TimeoutError("no answer"), ConnectionError("reset")])
+def test_a_service_that_does_not_answer_ends_no_run(tiny, tmp_path, wandb, capsys, monkeypatch, error):
+    def init(**_):
+        raise error
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert train(tiny, *FAST, "--metrics.wandb", "true") == 0
+    said = f"Weights & Biases gets no numbers until the next start ({type(error).__name__}: {error})"
+    assert capsys.readouterr().out.count(said) == 1
+    assert lines(tmp_path / "run")
+
+
+def test_a_package_that_is_broken(tiny, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def broken(name, *arguments, **keys):
+        if name == "wandb":
+            raise TypeError("Descriptors cannot be created directly.\nSecond line")
+        return real(name, *arguments, **keys)
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(builtins, "__import__", broken)
+    assert train(tiny, *FAST, "--metrics.wandb", "true") == 2
+    error = capsys.readouterr().err
+    assert "the package cannot be imported (TypeError: Descriptors" in error
+    assert error.count("\n") == 1
+
+
 def test_without_the_package_a_run_that_asks_for_it_is_refused(tiny, tmp_path, capsys, monkeypatch):
     real = builtins.__import__
 
