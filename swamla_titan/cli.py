@@ -138,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         spoken = speaks()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        _refuse_numbers(rest)
         command = _parsed(rest)
         if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
@@ -162,6 +163,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(reason)}", file=sys.stderr)
         refused_alone()
         return EXIT_BAD_INPUT
+
+
+def _refuse_numbers(arguments: list[str]) -> None:
+    """UserError for numbers without a name, as other launchers take them; else the parser's complaint comes."""
+    if arguments[:1] not in (["train"], ["plan"], ["check"]):
+        return
+    keys = "training.local_batch_size", "training.seq_len", "training.steps"
+    before = ["", *arguments]
+    numbers = [
+        number for option, number in zip(before, arguments) if number.isdecimal() and not option.startswith("--")
+    ]
+    if numbers:
+        named = " ".join(f"--{key} {number}" for key, number in zip(keys, numbers))
+        raise UserError(f"{' '.join(numbers)}: settings have names, write {named}")
 
 
 def _parsed(arguments: list[str]) -> Any:

@@ -40,6 +40,22 @@ def test_an_unknown_command_is_refused_with_2(capsys):
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize(
+    "command, named",
+    [
+        ("train small 8 2048", "--training.local_batch_size 8 --training.seq_len 2048"),
+        ("train 8 2048", "--training.local_batch_size 8 --training.seq_len 2048"),
+        ("plan small 8 --gpus 4", "--training.local_batch_size 8"),
+        ("check small --optimizer.lr 1e-3 8 2048 100", "--training.seq_len 2048 --training.steps 100"),
+    ],
+)
+def test_numbers_without_a_name_are_answered_with_names(command, named, capsys):
+    assert main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert ": settings have names, write --training.local_batch_size 8" in said
+    assert said.endswith(f"{named}\n")
+
+
 def test_overrides_are_refused_where_they_mean_nothing(capsys):
     assert main(["config", "ls", "--training.steps", "5"]) == 2
     assert "takes no configuration keys" in capsys.readouterr().err

@@ -23,6 +23,12 @@ from swamla_titan.model import FLAVORS, ModelConfig
 
 _OVERRIDE = re.compile(r"--[\w-]+\.[\w-]+")
 _MOST_ERRORS = 20  # that are listed
+_FINEWEB = (  # as in the shipped configurations
+    "  [data]",
+    '  source = "huggingface"',
+    '  path = "HuggingFaceFW/fineweb-edu"',
+    '  name = "CC-MAIN-2024-10"',
+)
 SECTIONS: dict[str, type] = field_types(Config)
 
 
@@ -41,11 +47,12 @@ class _Errors:
         self.count = 0
         self.lines: list[str] = []
 
-    def add(self, words: Callable[[], str]) -> None:
-        """`words` are asked for as long as they will be shown: to look for the nearest key takes time."""
+    def add(self, words: Callable[[], str], *more: str) -> None:
+        """`words` are asked for as long as they will be shown: to look for the nearest key takes time. `more` lines
+        follow."""
         self.count += 1
         if self.count <= _MOST_ERRORS:
-            self.lines.append(words())
+            self.lines += [words(), *more]
 
     def raise_if_any(self, path: Path) -> None:
         if not self.count:
@@ -88,7 +95,9 @@ def load_config(
     warmup = warmup_steps(config.lr_schedule, config.training.steps)
     config = dataclasses.replace(config, lr_schedule=dataclasses.replace(config.lr_schedule, warmup_steps=warmup))
     for keys, problem in contradictions(config):
-        if not refused.intersection(keys):
+        if keys[0] == "data.path" and "data" not in tables:
+            errors.add(lambda: "[data] is missing: what is to be read? For FineWeb-Edu, streamed, paste", *_FINEWEB)
+        elif not refused.intersection(keys):
             errors.add(partial(_at, keys[0], problem))
     given = Given(in_file, {f"{override.section}.{override.key}" for override in overrides}, flavor)
     idle = [finding for finding in without_effect(config, given) if not refused.intersection(finding.keys)]

@@ -29,8 +29,10 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"{training.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: raise that or lower this",
         )
     if data.source != "builtin" and not data.path:
-        wanted = "a file or folder" if data.source == "local" else "the name of a dataset"
-        yield Contradiction(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted} here')
+        wanted = "a file or folder here"
+        if data.source == "huggingface":
+            wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
+        yield Contradiction(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
     warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
     if schedule.name == "wsd" and schedule.decay_steps and warm_up_and_decay > training.steps:
         yield Contradiction(

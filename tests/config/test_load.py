@@ -133,6 +133,21 @@ def test_a_source_and_its_path_must_agree(toml, text, part):
     assert part in message(toml(text))
 
 
+@pytest.mark.parametrize("text", ["", '[model]\nflavor = "small"\n', "[training]\nsteps = 5\n"])
+def test_a_file_without_data_is_answered_with_lines_to_paste(toml, text):
+    lines = message(toml(text)).splitlines()
+    assert lines[0].endswith("1 error in the configuration")
+    assert lines[1].startswith("  [data] is missing: what is to be read? For FineWeb-Edu")
+    pasted = "\n".join(lines[2:])
+    config, shipped = load_config(toml(f"{text}\n{pasted}\n")).data, load_config(shipped_configs()["small"]).data
+    assert [line.strip().split(" = ")[0] for line in lines[2:]] == ["[data]", "source", "path", "name"]
+    assert (config.source, config.path, config.name) == (shipped.source, shipped.path, shipped.name)
+
+
+def test_data_may_come_from_the_command_line_alone(toml):
+    assert load_config(toml("[training]\nsteps = 5\n"), [Override("data", "source", "builtin")]).training.steps == 5
+
+
 def test_a_missing_file_and_a_file_that_is_no_toml(toml, tmp_path):
     assert "cannot be read" in message(tmp_path / "none.toml")
     assert "not a TOML file" in message(toml("[training\nsteps = 1"))
