@@ -171,9 +171,10 @@ class HuggingFaceSource:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:600].rstrip(".:")
                 if isinstance(error, StopIteration):  # of looking for a first row
                     reason = "its files hold no data"
-                raise UserError(
-                    f"{fault.file} cannot be loaded: {reason}{tried}. Check the three keys and the network."
-                ) from error
+                advice = "Check the three keys and the network"
+                if "save_to_disk" in reason:
+                    advice = "Write it as parquet, by the method to_parquet of what load_from_disk gives"
+                raise UserError(f"{fault.file} cannot be loaded: {reason}{tried}. {advice}.") from error
 
     def _require_column(self, columns: list[str]) -> None:
         if self._text_key not in columns:

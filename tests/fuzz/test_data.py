@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.tiny_config import TINY
 from tests.fuzz.harness import Bench, Case, fuzz
+from tests.tiny_config import TINY
 
 WORDS = [
     "the",
@@ -39,7 +39,20 @@ WORDS = [
 ]
 STRANGE = ["\0", "\ufeff", "\ud800", "\u2028", "\x1b[2J", "\ufffd", "\x85", "a" * 5000, " " * 3000, "\n" * 3000]
 NAMES = [
-    *("a.txt", "b.md", "c.jsonl", "d.json", "e.parquet", "F.TXT", "README.md", "LICENSE.txt", "dataset_info.json"),
+    *(
+        "a.txt",
+        "b.md",
+        "c.jsonl",
+        "d.json",
+        "e.parquet",
+        "F.TXT",
+        "s.jsonl",
+        "t.parquet",
+        "u.txt",
+        "README.md",
+        "LICENSE.txt",
+        "dataset_info.json",
+    ),
     *("v1.metadata.json", "state.json", "_SUCCESS", ".hidden.txt", "g.csv", "h.jsonl.gz", "i.txt.zst", "sub/j.txt"),
     *("sub/k.jsonl", "sub/deep/l.parquet", "_delta_log/0.json", "line\nend.txt", "no utf-8 \udcff.jsonl", "-m.txt"),
     *("n" * 250 + ".txt", "*.txt", "~.md", "o", "p.txt ", "q..jsonl", "r.txt/", "ümläut.parquet"),
@@ -211,7 +224,7 @@ def something_else(path: Path, rng: random.Random) -> None:
 
 def a_file(folder: Path, rng: random.Random) -> str:
     """Makes one below the folder, if it can have its name; returns the name."""
-    name = rng.choice(NAMES)
+    name = rng.choice(NAMES[:9] if rng.random() < 0.7 else NAMES)
     path = folder / name
     if path.is_symlink() or path.exists() or any(each.is_symlink() for each in path.parents if each != folder.parent):
         return name
@@ -231,23 +244,32 @@ def make_case(rng: random.Random, folder: Path) -> Case:
     (work / "run.toml").write_text(TINY.format(folder="."))
     (work / "data").mkdir()
     names = [a_file(work / "data", rng) for _ in range(rng.choice([1, 1, 2, 3, 6]))]
-    path = rng.choice(
-        ["data"] * 9 + [f"data/{names[0]}", "data/", "./data/../data", "data/*.txt", "data,data", "nowhere"]
-    )
+    others = [*[f"data/{names[0]}"] * 3, "./data/../data/", "data/*.txt", "data,data", "nowhere"]
+    path = rng.choice(["data"] * 24 + others)
+    if rng.random() < 0.4:  # whatever the others are, there is something to read
+        pq.write_table(pa.table({"text": ["good one", "good two", "good three"]}), work / "data/0.parquet")
     keys = {
-        "data.source": "huggingface" if rng.random() < 0.08 else "local",
+        "data.source": "local",
         "data.path": path,
         "data.num_workers": "0",
         "data.retry_seconds": "0",
         "data.on_error": rng.choice(["stop", "skip_file"]),
-        "data.text_separator": rng.choice(["", "", "\n", "\n\n", "---", "aa", "aba", "<|endoftext|>", " "]),
-        "data.text_key": rng.choice(["text"] * 9 + ["id", "body", "meta.text", ""]),
+        "data.text_key": rng.choice(["text"] * 12 + ["id", "body", "meta.text"]),
         "data.shuffle_documents": rng.choice(["1", "8"]),
         "data.max_document_mib": rng.choice(["1", "64"]),
-        "validation.fraction": rng.choice(["0.1", "0.5"]),
     }
-    if rng.random() < 0.1:
+    if rng.random() < 0.06:
+        keys |= {"data.source": "huggingface", "data.streams": rng.choice(["1", "6"])}
+    else:
+        separators = ["", "", "\n", "\n\n", "---", "aa", "aba", "<|endoftext|>", " "]
+        keys["data.text_separator"] = rng.choice(separators)
+    held_out = rng.random()
+    if held_out < 0.1:
         keys["validation.path"] = f"data/{names[-1]}"
+    elif held_out < 0.4:
+        keys["validation.fraction"] = rng.choice(["0.1", "0.5"])
+    else:
+        keys |= {"validation.fraction": "0", "validation.interval": "0"}
     command = rng.choice([["train", "--dry-run"], ["train", "--dry-run"], ["check"]])
     return Case([*command, "run.toml", *(f"--{name}={value}" for name, value in keys.items())])
 
