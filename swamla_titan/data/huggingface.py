@@ -66,6 +66,12 @@ class HuggingFaceSource:
             return dataset, dataset.column_names, reads_text
 
         dataset, columns, reads_text = self._loaded(load, patience or Patience())
+        if path in _without_commit:
+            logger.warning(
+                "data.path: the commit of %s is not known (%s); if it changes, a resumed run will not notice",
+                path,
+                _without_commit.pop(path),
+            )
         if columns is not None:
             self._require_column(columns)
             dataset = dataset.select_columns([text_key])
@@ -191,17 +197,17 @@ def commit_of(path: str, revision: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    if os.path.isdir(path):
+    if os.path.exists(os.path.expanduser(path)):
         return revision
     try:
         return HfApi().dataset_info(path, revision=revision or None, timeout=30).sha or revision
     except Exception as error:  # offline, or no such data set: loading it says which
-        logger.warning(
-            "data.path: the commit of %s is not known (%s). If the data set changes, a resumed run will not notice.",
-            path,
-            named(error),
-        )
+        _without_commit[path] = named(error)
         return revision
+
+
+# Data sets whose commit could not be asked for, and why: a warning once they are open, beside no error of theirs.
+_without_commit: dict[str, str] = {}
 
 
 def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
