@@ -16,6 +16,7 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
+from swamla_titan.data.division import described, uneven
 from swamla_titan.data.loader import BatchLoader, prepare_workers
 from swamla_titan.data.skips import Skip, skips_of
 from swamla_titan.data.sources import pinned
@@ -32,6 +33,7 @@ __all__ = [
     "Tokenizer",
     "ValidationSet",
     "build_validation_set",
+    "described",
     "fingerprint_changes",
     "load_tokenizer",
     "micro_batch_count",
@@ -42,5 +44,6 @@ __all__ = [
     "rows_at_a_time",
     "sequences_per_rank",
     "skips_of",
+    "uneven",
     "waits_for_streams",
 ]

@@ -32,6 +32,16 @@ class BuiltinSource:
         return [len(text) for _, text in self._topics]
 
     @property
+    def text_bytes(self) -> int:
+        return sum(self.unit_sizes)
+
+    def num_documents(self, unit: int) -> int:
+        return 1
+
+    def position_of(self, unit: int, ordinal: int) -> Position | None:
+        return None
+
+    @property
     def fingerprint(self) -> str:
         # The text changes with Python's version, and it is small: hash it whole.
         digest = hashlib.blake2b(digest_size=16)

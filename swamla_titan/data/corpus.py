@@ -1,6 +1,7 @@
 """Everything the order of the data depends on, opened and checked once at start-up."""
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,19 +10,30 @@ import numpy as np
 
 from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data.dealing import ORDER, Share, deal
+from swamla_titan.data.division import divide
 from swamla_titan.data.document import Document, Source
-from swamla_titan.data.faults import DataFault, Fault
+from swamla_titan.data.editions import open_editions
+from swamla_titan.data.faults import Fault
 from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
-from swamla_titan.data.patience import Patience, read_on
-from swamla_titan.data.sources import open_local, open_source
+from swamla_titan.data.patience import Patience
+from swamla_titan.data.reading import all_documents
+from swamla_titan.data.segments import ORDER, Segments
+from swamla_titan.data.shuffling import permutation
+from swamla_titan.data.sources import open_local
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
 from swamla_titan.errors import UserError
+
+_UNITS, _STREAMS = 2, 3  # what a permutation is for; streams.py has others
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training data: its source, how it is tokenized and dealt into streams, and what is held out of it."""
+    """The training data: its sources, how they are tokenized and divided into segments, and what is held out of them.
+
+    `source` is all there is to read. Where files were added to a run, `earlier` has the editions of before: the files
+    that it began with, then those that were added, and so on. A stream finishes the epoch it is in, reads once what was
+    added, and from then on everything, see `edition_after`.
+    """
 
     data: Data
     source: Source
@@ -31,29 +43,101 @@ class Corpus:
     fraction: float = 0.0  # of the documents that was asked to be held out
     # Found while it was opened, and passed over; the streams come upon them again, each where it reads.
     faults: list[Fault] = field(default_factory=list, compare=False)
+    earlier: tuple[Source, ...] = ()
+    # What validation reads of the source, if that is not what training leaves out: the setting was changed in between.
+    validated: HeldOut | None = None
+    # Of each edition where they are known from the checkpoint (JSON types).
+    known_segments: tuple[dict[str, Any] | None, ...] = field(default=(None,), compare=False)
+    # Since the checkpoint was written: files that came, and what differs where the run cannot go on with its data.
+    added_files: tuple[str, ...] = ()
+    change: str = ""
 
     @property
     def skips_files(self) -> bool:
         """Whether what cannot be read is passed over, file by file."""
         return self.data.on_error == "skip_file"
 
+    @property
+    def read_by_validation(self) -> HeldOut:
+        """What validation reads of the source, where it has no path of its own."""
+        return self.validated or self.held_out
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Of all editions, the last one being `source`."""
+        return (*self.earlier, self.source)
+
+    def edition_after(self, edition: int) -> int:
+        """The edition that a stream reads after an epoch of `edition`.
+
+        Editions come as: the files of the run's beginning, those added, both, those added later, all, ... What was
+        added is read once by every stream; an edition of everything only until there is a larger one.
+        """
+        last = len(self.sources) - 1
+        return last if edition in (last, last - 1) else edition + 1 + edition % 2
+
     def new_patience(self, is_over: Callable[[], bool] | None = None) -> Patience:
         """For a process that reads it, until `is_over()`."""
         return patience_of(self.data, is_over)
 
     def record(self) -> dict[str, Any]:
-        """What must be remembered (JSON types) to open the same corpus after files were damaged, see `open_corpus`."""
-        return {"source": self.source.record(), "fraction": self.fraction, "held_out": self.held_out.threshold}
+        """What must be remembered (JSON types) to open the same corpus after files were damaged or added, see
+        `open_corpus`."""
+        return {
+            "editions": [
+                {"source": source.record(), "segments": segments.to_json()}
+                for source, segments in zip(self.sources, self.segments)
+            ],
+            "fraction": self.fraction,
+            "held_out": self.held_out.threshold,
+            "held_out_texts": sorted(self.held_out.exact),
+            "fingerprint": self.fingerprint(),
+        }
 
     @cached_property
-    def dealing(self) -> list[list[Share]]:
-        """What each stream owns."""
-        return deal(self.source.unit_sizes, self.data.streams)
+    def segments(self) -> tuple[Segments, ...]:
+        """How each edition is divided among the streams; what the checkpoint does not tell is counted now."""
+        found = []
+        for number, (source, known) in enumerate(zip(self.sources, self.known_segments)):
+            order = self._order(source.num_units, number, _UNITS)
+            if known is not None:
+                found.append(Segments.from_json(order, known))
+                continue
+            streams, patience = self.data.streams, self.new_patience()
+            found.append(divide(source, order, streams, self.tokenizer, self.held_out, patience, self.skips_files))
+        return tuple(found)
+
+    def first_segment(self, stream: int) -> int:
+        """With which segment a stream begins."""
+        return self._first_segments[stream]
+
+    @cached_property
+    def _first_segments(self) -> list[int]:
+        return self._order(self.data.streams, _STREAMS)
+
+    def _order(self, size: int, *purpose: int) -> list[int]:
+        """Shuffled, so that neighbours in a folder are not all with one stream and the streams of a batch not all in
+        one file; with data.shuffle_documents = 1 as they are."""
+        if self.data.shuffle_documents == 1:
+            return list(range(size))
+        return permutation(size, self.seed, *purpose).tolist()
+
+    def with_segments(self, segments: tuple[Segments, ...]) -> "Corpus":
+        """The same corpus with what another process found out about it."""
+        return dataclasses.replace(self, known_segments=tuple(each.to_json() for each in segments))
+
+    @property
+    def validates_on_training_text(self) -> bool:
+        """Whether validation reads text that the run did not hold out when it began."""
+        if self.validated is None:
+            return False
+        unseen = (number < self.held_out.threshold or number in self.held_out.exact for number in self.validated.exact)
+        return self.validated.threshold > self.held_out.threshold or not all(unseen)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for saved cursors to mean the same places (JSON types, for checkpoints)."""
         return {
-            "source": f"{self.data.source} {self.source.fingerprint}",
+            "source": f"{self.data.source} {self.sources[0].fingerprint}",
             "tokenizer": f"{self.tokenizer.name} {self.tokenizer.fingerprint}",
             "data.streams": self.data.streams,
             "data.shuffle_documents": self.data.shuffle_documents,
@@ -74,12 +158,19 @@ def open_corpus(
 
     Held out are the documents of `validation.path` that validation reads, wherever copies of them stand in the
     training data, or without a path a share of the training data itself. `tokenizer` is the loaded
-    `data.tokenizer`, where the caller has it already. `recorded` is what `Corpus.record` gave when the run began: with
-    data.on_error = "skip_file" the corpus is the same as then, also where files were damaged since.
+    `data.tokenizer`, where the caller has it already.
+
+    `recorded` is what `Corpus.record` gave at the last checkpoint. If the data are those of then, or with more files,
+    the run goes on with what it began with: the same segments, and the same documents held out of training whatever
+    `validation` says now. With data.on_error = "skip_file" that is so also where files were damaged since.
     """
-    recorded = (recorded or {}) if data.on_error == "skip_file" else {}
+    recorded = recorded or {}
     patience = patience_of(data)
-    source = open_source(data, patience, recorded.get("source"))
+    before = recorded.get("editions", [])
+    if before and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
+        before = []  # of another kind
+    editions = open_editions(data, patience, before)
+    source = editions.sources[-1]
     faults = list(source.passed_over)
     documents = all_documents(source, patience, faults if data.on_error == "skip_file" else None)
     if all(document.is_empty for document in documents):  # stops at the first text
@@ -87,46 +178,41 @@ def open_corpus(
             raise faults[-1]
         raise UserError(f"{_described(data)}: there is no text in it, only empty documents.")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults, change=editions.change)
+    if editions.are_recorded:
+        before = dataclasses.replace(
+            corpus,
+            held_out=HeldOut(recorded["held_out"], frozenset(recorded["held_out_texts"])),
+            fraction=recorded["fraction"],
+            earlier=tuple(editions.sources[:-1]),
+            known_segments=tuple(editions.segments),
+            added_files=editions.added,
+        )
+        if before.fingerprint() == recorded["fingerprint"]:
+            if before.fraction == (0.0 if validation.path else validation.fraction) and not validation.path:
+                return before
+            return dataclasses.replace(before, validated=_held_out(before, validation))
+    held_out = _held_out(corpus, validation)
+    return dataclasses.replace(corpus, held_out=held_out, fraction=0.0 if validation.path else validation.fraction)
+
+
+def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
+    """What validation reads, as `validation` says; adds to the corpus' faults what cannot be read."""
     if validation.path:
-        read = path_documents(data, validation, tokenizer)
-        held_out = HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
-    elif validation.fraction == recorded.get("fraction") and source.record() == recorded["source"]:
-        held_out = HeldOut(recorded["held_out"])  # found by reading what may not be readable any more
-    elif validation.fraction == 0:
-        held_out = HeldOut(0)
-    else:
-        faults = list(source.passed_over)  # it begins again, and comes upon them again
-        documents = all_documents(source, patience, faults if data.on_error == "skip_file" else None)
-        held_out = choose_held_out(documents, validation.fraction, data.text_separator)
-    fraction = 0.0 if validation.path else validation.fraction
-    return Corpus(data, source, tokenizer, held_out, seed, fraction, faults)
+        read = path_documents(corpus.data, validation, corpus.tokenizer)
+        return HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
+    if validation.fraction == 0:
+        return HeldOut(0)
+    faults: list[Fault] = list(corpus.source.passed_over)  # it begins again, and comes upon them again
+    documents = all_documents(corpus.source, corpus.new_patience(), faults if corpus.skips_files else None)
+    found = choose_held_out(documents, validation.fraction, corpus.data.text_separator)
+    corpus.faults[:] = faults
+    return found
 
 
 def patience_of(data: Data, is_over: Callable[[], bool] | None = None) -> Patience:
     """By data.retry_seconds; a trainer has put a number there in place of -1, see config/rules.py."""
     return Patience(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_over)
-
-
-def all_documents(
-    source: Source, patience: Patience | None = None, faults: list[Fault] | None = None
-) -> Iterator[Document]:
-    """Every document of a source, unit by unit, as the source orders them.
-
-    With `faults`, a damaged file is passed over from the damage on, and why is added there; else its Fault is raised.
-    So is that of a file which merely does not answer.
-    """
-    patience = patience or Patience()
-    damaged = ""
-    for unit in range(source.num_units):
-        if source.file_of(unit) == damaged:
-            continue
-        try:
-            yield from read_on(source, unit, None, 1, 0, patience)
-        except DataFault as fault:
-            if faults is None:
-                raise
-            faults.append(fault)
-            damaged = source.file_of(unit)
 
 
 def path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
@@ -149,13 +235,25 @@ def up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> I
             return
 
 
-def fingerprint_changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
-    """What differs between two fingerprints: name -> a line about it; empty if cursors of one fit the other."""
-    return {
-        name: f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    }
+def fingerprint_changes(
+    saved: dict[str, Any], current: dict[str, Any], details: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What differs between two fingerprints: name -> a line about it; empty if cursors of one fit the other.
+
+    `details` says in words what differs of some names, "" for nothing.
+    """
+    changes = {}
+    for name in sorted(saved.keys() | current.keys()):
+        detail = (details or {}).get(name)
+        if detail:
+            changes[name] = f"{name}: {detail}"
+        elif saved.get(name) == current.get(name):
+            continue
+        elif name == "order":
+            changes[name] = "order: this version reads data in another order than the one that wrote the checkpoint"
+        else:
+            changes[name] = f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
+    return changes
 
 
 def _described(data: Data) -> str:

@@ -41,7 +41,21 @@ class Source(Protocol):
 
     @property
     def unit_sizes(self) -> Sequence[int]:
-        """How much text each unit holds, about and in any measure; follows from what the fingerprint covers."""
+        """How much text each unit holds, about: in bytes, or where `text_bytes` is None in any measure. Follows from
+        what the fingerprint covers."""
+        ...
+
+    @property
+    def text_bytes(self) -> int | None:
+        """How many bytes of text there are in all, about; None where that is known only after reading."""
+        ...
+
+    def num_documents(self, unit: int) -> int | None:
+        """How many documents a unit has, if that is known without reading it; None means that it is not."""
+        ...
+
+    def position_of(self, unit: int, ordinal: int) -> Position | None:
+        """From where to read to begin at or before document `ordinal` of a unit; None: from the unit's start."""
         ...
 
     @property

@@ -93,6 +93,16 @@ class HuggingFaceSource:
         return [1] * self._num_units  # unknown before they are read
 
     @property
+    def text_bytes(self) -> None:
+        return None
+
+    def num_documents(self, unit: int) -> None:
+        return None
+
+    def position_of(self, unit: int, ordinal: int) -> Position | None:
+        return None  # a position holds the state of the shard's reader, which only reading gives
+
+    @property
     def fingerprint(self) -> str:
         return self._fingerprint
 

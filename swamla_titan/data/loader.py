@@ -23,7 +23,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from swamla_titan.data.background import Background
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
-from swamla_titan.data.packing import document_ids, initial_cursor
+from swamla_titan.data.packing import document_ids, initial_cursor, is_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import RunFailed, UserError
@@ -79,6 +79,7 @@ class BatchLoader(Iterator[StepBatch]):
         else:
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
             _check_cursors(cursors, streams, first)
+        _ = corpus.segments  # found once and not by each worker
         own = list(range(rank, streams, world_size))
         self._corpus, self._workers = corpus, workers
         self._cursors = {stream: cursors[stream] for stream in own}  # as given; later ones come from the loader
@@ -360,6 +361,12 @@ def _check_cursors(cursors: dict[int, dict[str, Any]], streams: int, first: int)
             f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors)} streams. "
             f"Set data.streams = {len(cursors)}, or start a new run."
         )
+    for stream, cursor in cursors.items():
+        if not is_cursor(cursor):
+            raise UserError(
+                f"The checkpoint's place of stream {stream} in the data is none that this program writes. Use another "
+                "checkpoint, or start a new run."
+            )
     if any(cursor["sequences"] != len(range(stream, first, streams)) for stream, cursor in cursors.items()):
         total = sum(cursor["sequences"] for cursor in cursors.values())
         raise UserError(

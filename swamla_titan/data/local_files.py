@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
-from swamla_titan.data.folder import JSON_LINES, PARQUET, TEXT, find_files, listed, special_kind
-from swamla_titan.data.parquet import NoTextColumn, RowGroup, row_group_sizes
+from swamla_titan.data.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, listed, special_kind
+from swamla_titan.data.parquet import NoTextColumn, RowGroup, row_groups
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.text_units import FileRange, WholeFile
 from swamla_titan.errors import UserError
@@ -29,6 +29,11 @@ Result = TypeVar("Result")
 
 
 class Unit(Protocol):
+    @property
+    def num_documents(self) -> int | None:
+        """How many documents it has; reading can begin at any of them. None: that is known only after reading."""
+        ...
+
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]: ...
 
 
@@ -36,9 +41,10 @@ class LocalSource:
     """A file, or every file below a folder that holds data (see folder.py), sorted by path.
 
     `setting` names the configuration key that `path` came from, for messages. A file that cannot be opened raises its
-    DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: if there are no
-    other files now than there were, they are divided as they were, those of another size or gone as well: reading comes
-    upon the damage. That, too, is for `skip_files` only: others are to see that their data have changed.
+    DataFault, or with `skip_files` has no units. `recorded` is what `record` gave when the run began: files that were
+    there then are divided as they were, those of another size or gone as well: reading comes upon the damage. That,
+    too, is for `skip_files` only: others are to see that their data have changed. `entries`, from what `record` gave,
+    names the files to read instead of looking for them.
     """
 
     def __init__(
@@ -53,23 +59,21 @@ class LocalSource:
         skip_files: bool = False,
         patience: Patience | None = None,
         recorded: dict[str, Any] | None = None,
+        entries: list[dict[str, Any]] | None = None,
     ) -> None:
         self._faults: list[Fault] = []
         self._skip_files = skip_files
         self._patience = patience or Patience()
         self._may_skip = setting == "data.path"
-        self._listing = find_files(path, setting)
-        root = self._listing.root
-        now = self._sizes(setting)
-        entries = _as_recorded(recorded if skip_files else None, now)
+        self._special: list[str] = []
         if entries is None:
-            try:
-                entries = [self._entry(root, name, size, text_key) for name, size in now.items()]
-            except NoTextColumn as fault:
-                self._compare_with_others(fault, root, text_key, now)
-                raise
+            self._listing = find_files(path, setting)
+            entries = self._found(self._sizes(setting), text_key, recorded if skip_files else None)
         else:
-            self._faults += [DataFault(each["name"], "", each["lost"]) for each in entries if "lost" in each]
+            folder = path if os.path.isdir(path) else os.path.dirname(path)
+            self._listing = Listing(folder, [entry["name"] for entry in entries], [], [])
+            self._faults += _lost(entries)
+        root = self._listing.root
         self._entries = entries
 
         cut_in_ranges = (*JSON_LINES, *TEXT) if text_separator else JSON_LINES
@@ -85,10 +89,9 @@ class LocalSource:
             if "lost" in entry:
                 pass
             elif name.lower().endswith(PARQUET):
-                for number, group in enumerate(entry["groups"]):
-                    if group == 0:  # it has no rows
-                        continue
-                    units.append((RowGroup(file, size, number, text_key, max_document_bytes), group))
+                for number, (group_bytes, rows) in enumerate(entry["groups"]):
+                    if rows:
+                        units.append((RowGroup(file, size, number, rows, text_key, max_document_bytes), group_bytes))
             elif name.lower().endswith(cut_in_ranges):
                 json_key = text_key if name.lower().endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else text_separator.encode(errors="surrogateescape")
@@ -116,7 +119,6 @@ class LocalSource:
         """{name: bytes, -1 where it cannot be looked at} of the files listed; only regular ones are ever opened, as
         reading a pipe or a device may never end."""
         sizes: dict[str, int] = {}
-        self._special: list[str] = []
         for name in self._listing.names:
             found = self._opened(partial(_status, os.path.join(self._listing.root, name)), None)
             if found is not None and not stat.S_ISREG(found.st_mode):
@@ -142,13 +144,28 @@ class LocalSource:
                 self._skip(fault)
                 return otherwise
 
+    def _found(self, now: dict[str, int], text_key: str, recorded: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """What is to be remembered of each file of `now` (name -> bytes): as it is now, or if the run began with it and
+        some of those files are still whole, as it was then."""
+        before = {entry["name"]: entry for entry in (recorded or {}).get("files", [])}
+        if not any(now.get(name) == entry["bytes"] for name, entry in before.items() if "lost" not in entry):
+            before = {}
+        self._faults += _lost(before.values())
+        root = self._listing.root
+        try:
+            new = {name: self._entry(root, name, size, text_key) for name, size in now.items() if name not in before}
+        except NoTextColumn as fault:
+            self._compare_with_others(fault, root, text_key, now)
+            raise
+        return [entry for _, entry in sorted({**before, **new}.items())]
+
     def _entry(self, root: str, name: str, size: int, text_key: str) -> dict[str, Any]:
         """What is to be remembered of a file as it is now."""
         entry: dict[str, Any] = {"name": name, "bytes": max(0, size)}
         file = os.path.join(root, name.replace("/", os.sep))
         is_good: bool | None = size >= 0
         if size >= 0 and name.lower().endswith(PARQUET):
-            entry["groups"] = self._opened(lambda: row_group_sizes(file, text_key), None)
+            entry["groups"] = self._opened(lambda: row_groups(file, text_key), None)
             is_good = entry["groups"] is not None
         elif size > 0:
             is_good = self._opened(partial(_require_text, file), None)
@@ -171,7 +188,7 @@ class LocalSource:
             if not name.lower().endswith(PARQUET) or file == fault.file:
                 continue
             with suppress(Fault):
-                row_group_sizes(file, text_key)
+                row_groups(file, text_key)
                 advice = f"Remove it, or write it again with the column that other files have, such as {name}"
                 fault.advice = f"{advice}. {SKIPPING}" if self._may_skip else advice
                 return
@@ -183,6 +200,16 @@ class LocalSource:
     @property
     def unit_sizes(self) -> list[int]:
         return self._unit_sizes
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(self._unit_sizes)
+
+    def num_documents(self, unit: int) -> int | None:
+        return self._units[unit].num_documents
+
+    def position_of(self, unit: int, ordinal: int) -> Position | None:
+        return {"ordinal": ordinal} if self._units[unit].num_documents is not None else None
 
     @property
     def fingerprint(self) -> str:
@@ -227,18 +254,12 @@ def readable_size(size: int) -> str:
     return counted(size, "byte")
 
 
-def _as_recorded(recorded: dict[str, Any] | None, now: dict[str, int]) -> list[dict[str, Any]] | None:
-    """The entries that were recorded, if the files of `now` (name -> bytes) are those, some of them damaged at most."""
-    entries: list[dict[str, Any]] = (recorded or {}).get("files", [])
-    known = {entry["name"] for entry in entries}
-    intact = any(now.get(entry["name"]) == entry["bytes"] for entry in entries if "lost" not in entry)
-    return entries if intact and now.keys() <= known else None
+def _lost(entries: Iterable[dict[str, Any]]) -> list[Fault]:
+    return [DataFault(entry["name"], "", entry["lost"]) for entry in entries if "lost" in entry]
 
 
 def _digest(entries: list[dict[str, Any]], text_key: str, text_separator: str) -> str:
     digest = hashlib.blake2b(repr((text_key, text_separator)).encode(errors="surrogateescape"), digest_size=16)
-    if any(text_separator.startswith(text_separator[at:]) for at in range(1, len(text_separator))):
-        digest.update(b"overlapping separators are one border\0")  # which they once were not
     for entry in entries:
         digest.update(f"{entry['name']}\0{entry['bytes']}\0".encode("utf-8", errors="surrogateescape"))
     for entry in entries:

@@ -14,9 +14,9 @@ from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
 
 class TokenCache:
-    """Tokens of documents; the last few long ones are kept, for streams of one process that read the same document.
+    """Tokens of documents; the last few long ones are kept, for streams of one process that read parts of the same one.
 
-    That happens when a corpus has fewer documents than streams: 64 streams over one book would tokenize it 64 times.
+    64 streams over one book would tokenize it 64 times.
     """
 
     LONG_CHARS = 1 << 18
@@ -24,10 +24,13 @@ class TokenCache:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def tokens(self, document: StreamDocument) -> np.ndarray:
-        """int32 [n + 1]: the tokens of the text and the end-of-text token behind them."""
+        """int32 [n]: the tokens of the text and the end-of-text token behind them, as far as the document is read."""
+        return document.cut(self._all_tokens(document))
+
+    def _all_tokens(self, document: StreamDocument) -> np.ndarray:
         if len(document.text) < self.LONG_CHARS:
             return self._encode(document.text)
         tokens = self._kept.pop(document.key, None)
@@ -43,7 +46,7 @@ class TokenCache:
 
 
 class PackedStream:
-    """A stream's documents as one row of tokens, cut in sequences of T + 1 tokens that overlap by one.
+    """A stream's documents, one after the other, cut in sequences of T + 1 tokens that overlap by one.
 
     The last target of a sequence is the first input of the next, so every token but the very first is a target
     exactly once.
@@ -65,7 +68,7 @@ class PackedStream:
         self._cache = cache
         self._documents = DocumentStream(corpus, stream, cursor, patience, skips)
         self._tokens = np.empty(0, dtype=np.int32)
-        self._offset = 0  # of the next sequence's first token, in the document's tokens
+        self._offset = 0  # of the next sequence's first token, in the document's tokens that are read
         self.replaced = 0  # stretches of bytes that were no UTF-8, in documents begun so far by this object
         self._sequences = 0
         if cursor is not None:
@@ -106,18 +109,29 @@ class PackedStream:
         return self._documents.new_skips()
 
     def _begin_next_document_at_end(self) -> None:
-        if self._offset < len(self._tokens):
-            return
-        first = len(self._tokens) == 0
-        document = self._documents.next_document()
-        self._tokens = self._cache.tokens(document)
-        self.replaced += document.replaced
-        self._offset = int(self._documents.start_fraction() * len(self._tokens)) if first else 0
+        while self._offset >= len(self._tokens):
+            document = self._documents.next_document()
+            self._tokens = self._cache.tokens(document)
+            self.replaced += document.replaced if not document.begin else 0
+            self._offset = 0
 
 
 def initial_cursor() -> dict[str, Any]:
     """The cursor of a stream that was not read yet."""
-    return {"epoch": 0, "unit": 0, "position": None, "document": 0, "borrows": False, "token": 0, "sequences": 0}
+    return {"edition": 0, "epoch": 0, "item": 0, "position": None, "document": 0, "token": 0, "sequences": 0}
+
+
+def is_cursor(value: Any) -> bool:
+    """Whether a value from a checkpoint is made as a cursor is; where it points to is seen when it is read."""
+    if not isinstance(value, dict) or not value.keys() >= (names := initial_cursor()).keys():
+        return False
+    numbers = [value[name] for name in names if name != "position"]
+    position, skips = value["position"], value.get("skipped", [])
+    return (
+        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and (position is None or (isinstance(position, dict) and type(position.get("ordinal")) is int))
+        and isinstance(skips, list)
+    )
 
 
 def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:

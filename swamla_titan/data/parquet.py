@@ -29,8 +29,8 @@ class NoTextColumn(DataFault):
     """A whole file without a column of text of the name asked for: it, or the name, is wrong."""
 
 
-def row_group_sizes(path: str, column: str) -> list[int]:
-    """Bytes of text in each row group, as the file encodes it; 0 for a group without rows.
+def row_groups(path: str, column: str) -> list[list[int]]:
+    """[bytes of text as the file encodes it, rows] of each row group.
 
     DataFault if it is no parquet file, or its text column does not hold text; NoTextColumn if it has none.
     """
@@ -41,18 +41,18 @@ def row_group_sizes(path: str, column: str) -> list[int]:
             if _is_signed(path, metadata):
                 raise OSError("its footer is signed, as those of files with encrypted columns are")
             leaf = _leaf(metadata, column)
-            sizes = []
+            found = []
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 size = group.total_byte_size if leaf is None else group.column(leaf).total_uncompressed_size
-                sizes.append(max(1, size) if group.num_rows > 0 else 0)
+                found.append([max(1, size), group.num_rows])
             if _is_any(file.schema_arrow.field(column).type, _BINARY_TYPES):
                 _require_text(path, column, file)
     except Fault:
         raise
     except Exception as error:  # pyarrow finds many words for bytes that make no sense
         raise _fault(path, "", error) from error
-    return sizes
+    return found
 
 
 def _is_any(kind: pa.DataType, names: list[str]) -> bool:
@@ -134,6 +134,7 @@ class RowGroup:
     path: str
     size: int  # of the file
     group: int
+    num_documents: int
     column: str
     max_document_bytes: int
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# When in a stream's life something is read: (borrows, epoch, place of the unit in the epoch's order); it only grows.
+# When in a stream's life something is read: (edition of the corpus, epoch, place in the epoch's order); it only grows.
 Moment = tuple[int, int, int]
 
 
@@ -48,8 +48,15 @@ def with_skips(cursor: dict[str, Any], skips: Iterable[Skip]) -> dict[str, Any]:
 
 
 def first_skipped(skips: Iterable[Skip], file: str, unit: int, moment: Moment) -> int | None:
-    """The ordinal in `unit`, a part of `file` read at `moment`, from which on it is passed over; None: it is not."""
-    cuts = [skip for skip in skips if skip.file == file and skip.unit <= unit and skip.since <= moment]
+    """The ordinal in `unit`, a part of `file` read at `moment`, from which on it is passed over; None: it is not.
+
+    Editions of a corpus number units each in its own way: in another one the stream comes upon the damage by itself.
+    """
+    cuts = [
+        skip
+        for skip in skips
+        if skip.file == file and skip.unit <= unit and skip.since[0] == moment[0] and skip.since <= moment
+    ]
     return min((skip.ordinal if skip.unit == unit else 0 for skip in cuts), default=None)
 
 
@@ -57,6 +64,10 @@ def added(skips: Iterable[Skip], new: Skip) -> list[Skip]:
     """With a new one, and without those that say no more than it does."""
     cut = (new.unit, new.ordinal)
     kept = [
-        skip for skip in skips if skip.file != new.file or (skip.unit, skip.ordinal) < cut or skip.since > new.since
+        skip
+        for skip in skips
+        if (skip.file, skip.since[0]) != (new.file, new.since[0])
+        or (skip.unit, skip.ordinal) < cut
+        or skip.since > new.since
     ]
     return [*kept, new]

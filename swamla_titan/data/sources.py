@@ -49,6 +49,7 @@ def open_local(
     skip_files: bool = False,
     patience: Patience | None = None,
     recorded: dict[str, Any] | None = None,
+    entries: list[dict[str, Any]] | None = None,
 ) -> LocalSource:
     """Local files at `path`, read as the keys of [data] say; for the others see LocalSource."""
     return LocalSource(
@@ -61,4 +62,5 @@ def open_local(
         skip_files=skip_files,
         patience=patience,
         recorded=recorded,
+        entries=entries,
     )

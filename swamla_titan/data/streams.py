@@ -1,4 +1,4 @@
-"""The order of documents: the corpus dealt into logical streams, each shuffled by itself.
+"""The order of documents: each logical stream reads the corpus around, segment by segment, each shuffled by itself.
 
 A stream knows nothing of ranks and loader workers. What it yields is a function of (data, seed, its own number), and
 its cursor, a few numbers, is all that is needed to go on from the same place.
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from swamla_titan.data.corpus import Corpus
-from swamla_titan.data.dealing import Share
 from swamla_titan.data.document import Document, Position
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.patience import Patience, read_on
+from swamla_titan.data.segments import Slice
+from swamla_titan.data.shuffling import permutation
 from swamla_titan.data.skips import Moment, Skip, added, first_skipped, skips_of
 from swamla_titan.errors import UserError
 
@@ -22,7 +23,7 @@ from swamla_titan.errors import UserError
 # not fill the memory, times the streams of a worker. It decides the order of the data.
 BLOCK_CHARS = 16 << 20
 
-_UNITS, _BLOCK, _START = range(3)  # what a permutation is for; keeps the random numbers of the three apart
+_SLICES, _BLOCK = range(2)  # what a permutation is for; keeps the random numbers of the two apart
 
 
 def data_changed() -> UserError:
@@ -35,32 +36,33 @@ def data_changed() -> UserError:
 
 @dataclass
 class StreamDocument:
-    """A document on its way to the tokenizer. `key` tells it from every other document of the source."""
+    """A document on its way to the tokenizer, or the tokens of it from `begin` to `finish`, see `Slice`.
+
+    `key` tells it from every other document.
+    """
 
     text: str
-    key: tuple[int, int]  # (unit, ordinal)
+    key: tuple[int, int, int]  # (edition, unit, ordinal)
     replaced: int
+    begin: int | float = 0
+    finish: int | float | None = None
 
-
-def permutation(size: int, *seeds: int) -> np.ndarray:
-    """A random order of `size` things that depends on the numbers `seeds` alone.
-
-    Made of raw bits of a counter-based generator: unlike `Generator.permutation`, those are promised to stay the
-    same in later releases of numpy.
-    """
-    return np.argsort(_random_bits(size, *seeds), kind="stable")
-
-
-def _random_bits(size: int, *seeds: int) -> np.ndarray:
-    return np.random.Philox(np.random.SeedSequence(seeds)).random_raw(size)
+    def cut(self, tokens: np.ndarray) -> np.ndarray:
+        """The part that is read of all `tokens` of the document."""
+        begin, finish = (int(at * len(tokens)) if isinstance(at, float) else at for at in (self.begin, self.finish))
+        return tokens[begin:finish]
 
 
 class DocumentStream:
     """The endless sequence of a stream's documents, epoch after epoch, each in another order.
 
-    Within an epoch the stream's units come in a shuffled order, and the documents of a unit in shuffled blocks of
-    `data.shuffle_documents`; with 1 everything keeps the order of the files. A stream that owns no document at all
-    borrows: it reads the whole corpus, in an order of its own.
+    An epoch of a stream is one segment of the corpus; the next epoch is the segment behind it. Within an epoch the
+    segment's units come in a shuffled order, and the documents of a unit in shuffled blocks of
+    `data.shuffle_documents`; with 1 everything keeps the order of the files. A document that a border of segments cuts
+    stands at the end of the one epoch and at the beginning of the next, so that it is read in one piece.
+
+    Where data were added to a run, the corpus has several editions, see `Corpus`: at the end of an epoch the stream
+    goes on to the next one that is due.
 
     What cannot be read raises its Fault, or with data.on_error = "skip_file" is passed over, with what follows it in
     its file: from then on for ever, see skips.py. Each stream comes upon damage by itself, at a place in its own order,
@@ -87,12 +89,15 @@ class DocumentStream:
         self._reader: Iterator[Document] | None = None
         self._block: list[StreamDocument | None] = []
         self._order: list[int] = []
+        self._empty_epochs = 0  # in a row
         self._epoch_has_text = cursor is not None
-        self.borrows: bool = cursor["borrows"] if cursor else False
+        self._edition: int = cursor["edition"] if cursor else 0
         self._epoch: int = cursor["epoch"] if cursor else 0
-        self._unit: int = cursor["unit"] if cursor else 0  # place in the epoch's order, not the source's number
+        self._item: int = cursor["item"] if cursor else 0  # place in the epoch's order
         self._block_start: Position | None = cursor["position"] if cursor else None
         self._after_block: Position | None = self._block_start
+        if self._edition >= len(corpus.sources):
+            raise data_changed()
         self._begin_epoch()
         self._next = 0  # place in the block of the document that `next_document` will give
         self._reloading = cursor is not None
@@ -100,7 +105,8 @@ class DocumentStream:
             self._load_block()
             if not self.lost_its_place:
                 self._next = cursor["document"]
-                if self._block_start != cursor["position"] or self._next >= len(self._block):
+                place = (self._item, self._block_start)
+                if place != (cursor["item"], cursor["position"]) or self._next >= len(self._block):
                     raise data_changed()
         self._reloading = False
 
@@ -119,11 +125,11 @@ class DocumentStream:
     def cursor(self) -> dict[str, Any]:
         """The place of the document that `next_document` gave last (JSON types)."""
         return {
+            "edition": self._edition,
             "epoch": self._epoch,
-            "unit": self._unit,
+            "item": self._item,
             "position": self._block_start,
             "document": self._next - 1,
-            "borrows": self.borrows,
         }
 
     @property
@@ -136,65 +142,63 @@ class DocumentStream:
         new, self._new_skips = self._new_skips, []
         return new
 
-    def start_fraction(self) -> float:
-        """How far into its first document a borrowing stream starts, in [0, 1); 0 for a stream of its own documents.
-
-        Without it, the streams that borrow from a corpus of one long document would all read the same text in step.
-        """
-        if not self.borrows:
-            return 0.0
-        return int(_random_bits(1, self._corpus.seed, self._stream, _START)[0]) / 2**64
-
     def _begin_epoch(self) -> None:
-        if self.borrows:
-            own = [Share(unit, 1, 0) for unit in range(self._corpus.source.num_units)]
-        else:
-            own = self._corpus.dealing[self._stream]
+        segments = self._corpus.segments[self._edition]
+        self._segment = (self._corpus.first_segment(self._stream) + self._epoch) % len(segments.cuts)
+        head, whole, tail = segments.slices(self._segment)
         if self._shuffle > 1:
-            own = [own[i] for i in permutation(len(own), *self._seeds(_UNITS, self._epoch))]
-        self._shares = own
+            whole = [whole[i] for i in permutation(len(whole), *self._seeds(_SLICES))]
+        self._slices = head + whole + tail
 
-    def _seeds(self, *purpose: int) -> tuple[int, ...]:
-        return (self._corpus.seed, self._stream, int(self.borrows), *purpose)
+    def _seeds(self, purpose: int, *more: int) -> tuple[int, ...]:
+        return (self._corpus.seed, self._edition, self._segment, self._epoch, purpose, *more)
 
     def _load_block(self) -> None:
         """Reads the next block that holds a document of this stream."""
+        source = self._corpus.sources[self._edition]
         while True:
-            if self._unit >= len(self._shares):
-                raise data_changed()
-            share = self._shares[self._unit]
+            if self._item >= len(self._slices):
+                if self._reloading:
+                    raise data_changed()
+                self._next_epoch()
+                source = self._corpus.sources[self._edition]
+                continue
+            piece = self._slices[self._item]
+            part = piece.part
             if self._reader is None:
-                self._reader = read_on(
-                    self._corpus.source, share.unit, self._after_block, share.every, share.offset, self._patience
-                )
+                start = self._after_block or source.position_of(part.unit, piece.first)
+                self._reader = read_on(source, part.unit, start, part.every, part.offset, self._patience)
             self._block_start = self._after_block
-            if self._read_block(self._reader, share.unit):
+            if self._read_block(self._reader, piece):
                 self._epoch_has_text = True
                 size = len(self._block)
                 if self._shuffle > 1:
-                    first = self._block_start["ordinal"] if self._block_start else 0
-                    self._order = permutation(size, *self._seeds(_BLOCK, self._epoch, share.unit, first)).tolist()
+                    first = _ordinal(self._block_start)
+                    self._order = permutation(size, *self._seeds(_BLOCK, part.unit, part.offset, first)).tolist()
                 else:
                     self._order = list(range(size))
                 return
-            self._next_unit()
+            self._reader = self._after_block = None
+            self._item += 1
 
-    def _read_block(self, reader: Iterator[Document], unit: int) -> bool:
-        """Fills the block; False if the unit has no further document for this stream."""
+    def _read_block(self, reader: Iterator[Document], piece: Slice) -> bool:
+        """Fills the block; False if the slice has no further document."""
         self._block = []
         chars = 0
-        file = self._corpus.source.file_of(unit)
-        end = first_skipped(self._skips, file, unit, self._moment)
+        unit = piece.part.unit
+        file = self._corpus.sources[self._edition].file_of(unit)
+        # What is passed over is not touched: it may stop the reading for minutes, or be whole again by now.
+        ends = [end for end in (first_skipped(self._skips, file, unit, self._moment), piece.end) if end is not None]
         try:
-            # What is passed over is not touched: it may stop the reading for minutes, or be whole again by now.
-            while end is None or _ordinal(self._after_block) < end:
+            while not ends or _ordinal(self._after_block) < min(ends):
                 document = next(reader, None)
-                if document is None:
+                if document is None or (ends and document.ordinal >= min(ends)):
                     break
                 self._after_block = document.position
-                if document.is_empty or document in self._corpus.held_out:
+                if document.ordinal < piece.first or document.is_empty or document in self._corpus.held_out:
                     continue
-                self._block.append(StreamDocument(document.text, (unit, document.ordinal), document.replaced))
+                key = (self._edition, unit, document.ordinal)
+                self._block.append(StreamDocument(document.text, key, document.replaced, piece.begin, piece.finish))
                 chars += len(document.text)
                 if len(self._block) == self._shuffle or chars >= BLOCK_CHARS:
                     break
@@ -204,7 +208,7 @@ class DocumentStream:
 
     @property
     def _moment(self) -> Moment:
-        return int(self.borrows), self._epoch, self._unit
+        return self._edition, self._epoch, self._item
 
     def _pass_over(self, fault: Fault, file: str, unit: int) -> None:
         """The rest of a file, from behind the last document that was read; or raise its fault."""
@@ -227,30 +231,30 @@ class DocumentStream:
         self._skips = added(self._skips, skip)
         self._new_skips.append(skip)
 
-    def _next_unit(self) -> None:
-        self._reader = None
-        self._after_block = None
-        self._unit += 1
-        if self._unit < len(self._shares):
-            return
-        if not self._epoch_has_text:
-            if self.borrows:
-                if self._skips:
-                    last = self._skips[-1]
-                    raise UserError(
-                        "nothing is left of the training data: every file was passed over because it could not be "
-                        f"read, the last one, {last.file}, because: {last.reason}"
-                    )
-                raise UserError(
-                    "validation: every document of the training data is held out. "
-                    "Lower validation.fraction, or give a validation.path with other text."
-                )
-            self.borrows = True
-            self._epoch = -1
-        self._epoch += 1
-        self._unit = 0
+    def _next_epoch(self) -> None:
+        self._empty_epochs = 0 if self._epoch_has_text else self._empty_epochs + 1
+        if self._empty_epochs >= len(self._corpus.segments[self._edition].cuts):  # once around the ring
+            self._refuse_nothing()
+        following = self._corpus.edition_after(self._edition)
+        if following == self._edition:
+            self._epoch += 1
+        else:
+            self._edition, self._epoch, self._empty_epochs = following, 0, 0
+        self._item = 0
         self._epoch_has_text = False
         self._begin_epoch()
+
+    def _refuse_nothing(self) -> None:
+        if self._skips:
+            last = self._skips[-1]
+            raise UserError(
+                "nothing is left of the training data: every file was passed over because it could not be "
+                f"read, the last one, {last.file}, because: {last.reason}"
+            )
+        raise UserError(
+            "validation: every document of the training data is held out. "
+            "Lower validation.fraction, or give a validation.path with other text."
+        )
 
 
 def _ordinal(position: Position | None) -> int:

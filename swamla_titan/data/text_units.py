@@ -22,6 +22,10 @@ class WholeFile:
     path: str
     size: int
 
+    @property
+    def num_documents(self) -> int:
+        return 1
+
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
             return
@@ -49,6 +53,10 @@ class FileRange:
     separator: bytes
     max_document_bytes: int
     json_key: str | None = None  # a line is a JSON object, and this field of it the text; None: plain text
+
+    @property
+    def num_documents(self) -> None:
+        return None
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         with readable(self.path), open(self.path, "rb") as file:

@@ -1,5 +1,6 @@
 """Held-out text, packed once, and read by every rank in equal numbers of micro-batches."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,9 +9,10 @@ import torch
 
 from swamla_titan.config.sections import Validation
 from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
-from swamla_titan.data.corpus import Corpus, all_documents, path_documents, up_to
+from swamla_titan.data.corpus import Corpus, path_documents, up_to
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.packing import document_ids
+from swamla_titan.data.reading import all_documents
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
 
@@ -23,6 +25,12 @@ class ValidationSet:
     targets: torch.Tensor  # [N, T] int64, -100 behind the last document
     document_ids: torch.Tensor | None  # [N, T] int64, with data.document_mask
     target_bytes: torch.Tensor  # [N, T] int64: bytes of text behind each target, 0 for end of text and where ignored
+
+    @property
+    def fingerprint(self) -> str:
+        """How many targets there are, and a digest of them."""
+        digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=8).hexdigest()
+        return f"{int((self.targets != IGNORED).sum())} targets, {digest}"
 
     def micro_batches(self, rank: int, world_size: int, local_batch_size: int) -> Iterator[MicroBatch]:
         """Sequences rank, rank + world_size, ... in micro-batches; every rank gets equally many, filled up if short."""
@@ -47,7 +55,7 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
             [] if corpus.skips_files else None
         )  # they are told of already, or when training comes upon them
         readable = all_documents(corpus.source, corpus.new_patience(), faults)
-        held_out = (document for document in readable if document in corpus.held_out)
+        held_out = (document for document in readable if document in corpus.read_by_validation)
         documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
         missing = (
             f"validation.fraction = {validation.fraction} holds out no document of the training data. "

@@ -7,7 +7,7 @@ import torch
 
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import BatchLoader, load_tokenizer, pinned
+from swamla_titan.data import BatchLoader, described, load_tokenizer, pinned, uneven
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.automatic import choose_for
 from swamla_titan.parallel.compile import refuse_cache_folder
@@ -61,7 +61,8 @@ def dry_run(config: Config, gpus: int | None) -> None:
     if held_out:
         Validator(held_out, World.alone(), rows)
     refuse_folder(folder)
-    record = record_to_resume(newest, run_identity(config, corpus), config.checkpoint.allow)
+    identity, details = run_identity(config, corpus), {"source": corpus.change}
+    record = record_to_resume(newest, identity, config.checkpoint.allow, details)
     BatchLoader(
         corpus,
         seq_len=config.training.seq_len,
@@ -85,9 +86,10 @@ def dry_run(config: Config, gpus: int | None) -> None:
     print("\n".join(report(found)))
     for advice in stability_advice(config):
         print(f"warning: {advice}")
-    print(
-        f"\ndata: {corpus.source.describe()}\nrun: {folder} {begin}\ndry run: nothing is refused, nothing was written"
-    )
+    data = f"{corpus.source.describe()}; {described(corpus.segments[-1])}"
+    print(f"\ndata: {data}\nrun: {folder} {begin}\ndry run: nothing is refused, nothing was written")
+    if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
+        print(f"warning: {warning}")
 
 
 def _positive(gpus: int | None) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import Corpus, micro_batch_count, waits_for_streams
+from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.kernels import is_loss_fused
@@ -43,7 +43,21 @@ def announce(
         f"model: {total:,} parameters ({without_embeddings:,} without embeddings), "
         f"{kinds.count('swa')} SWA + {kinds.count('mla')} MLA layers, {training.compute_dtype}"
     )
-    logger.info(f"data: {corpus.source.describe()}")
+    segments = corpus.segments[-1]
+    logger.info(f"data: {corpus.source.describe()}; {described(segments)}")
+    if corpus.added_files:
+        names = ", ".join(corpus.added_files[:3]) + (", ..." if len(corpus.added_files) > 3 else "")
+        logger.warning(
+            f"data: {len(corpus.added_files)} new in this run ({names}): each stream finishes its epoch of the earlier "
+            "files, then reads the new ones once, and from then on all of them"
+        )
+    if warning := uneven(corpus.source, segments, training.seq_len):
+        logger.warning(f"data: {warning}")
+    if corpus.validates_on_training_text:
+        logger.warning(
+            "validation: this run began without holding out what validation reads now; where that stands in the "
+            "training data too, it is trained on"
+        )
     is_gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     if world.size > 1:

@@ -1,14 +1,17 @@
-"""What a checkpoint remembers of the files of the training data, for runs that go on after some of them are damaged."""
+"""What a checkpoint remembers of the data: their files and how they are divided, and which text validation reads."""
 
 import gzip
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from swamla_titan.data import Corpus
+from swamla_titan.data import Corpus, ValidationSet
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.agreement import merged
 from swamla_titan.parallel.world import World
+
+logger = logging.getLogger(__name__)
 
 NAME = "data.json.gz"
 
@@ -25,9 +28,26 @@ def require_same_data(world: World, corpus: Corpus) -> None:
                 )
 
 
-def data_record(corpus: Corpus) -> bytes:
-    """The content of the file NAME of a checkpoint."""
-    return gzip.compress(json.dumps(corpus.record(), separators=(",", ":")).encode(), mtime=0)
+def validation_record(recorded: dict[str, Any] | None, held_out: ValidationSet | None) -> dict[str, Any] | None:
+    """Which text validation reads, and the how-manieth of the run that is; `recorded` as in `read_data_record`.
+
+    The settings of validation may change in a run, and losses on other text are another curve.
+    """
+    before: dict[str, Any] | None = (recorded or {}).get("validation")
+    if held_out is None or (before and before["fingerprint"] == held_out.fingerprint):
+        return before
+    if before:
+        logger.warning(
+            "validation reads other text than before: from here on val_loss is another curve, marked val_set = %d",
+            before["set"] + 1,
+        )
+    return {"set": before["set"] + 1 if before else 1, "fingerprint": held_out.fingerprint}
+
+
+def data_record(corpus: Corpus, validation: dict[str, Any] | None) -> bytes:
+    """The content of the file NAME of a checkpoint; `validation` as made by `validation_record`."""
+    content = corpus.record() | ({"validation": validation} if validation else {})
+    return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
 
 
 def read_data_record(checkpoint: Path | None) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,20 @@ def optimizer_of(newest: Path | None) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def record_to_resume(newest: Path | None, identity: dict[str, Any], allow: str = "") -> Record:
+def record_to_resume(
+    newest: Path | None, identity: dict[str, Any], allow: str = "", details: Mapping[str, str] | None = None
+) -> Record:
     """The record of the checkpoint to resume from, or of a run that begins.
 
     `allow` names kinds of differences (rules.ALLOWED_DIFFERENCES), separated by commas. With other data or another
     tokenizer the data begin anew; with another batch they go on where they were. UserError for a difference that is not
-    allowed.
+    allowed. `details` has more to say of some names of the identity.
     """
     if newest is None:
         return Record(step=0, tokens=0, sequences=0, cursors={}, identity=identity)
     record = read_record(newest)
     allowed = {name.strip() for name in allow.split(",")}
-    changes = fingerprint_changes(record.identity, identity)
+    changes = fingerprint_changes(record.identity, identity, details)
     kinds = {name: kind_of(name) for name in changes}
     found = set(kinds.values())
     if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:

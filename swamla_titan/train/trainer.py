@@ -36,7 +36,7 @@ from swamla_titan.train.bad_batches import BatchPlaces
 from swamla_titan.train.bad_steps import are_finite, remedies, warning
 from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
 from swamla_titan.train.data_record import NAME as DATA_RECORD
-from swamla_titan.train.data_record import data_record, read_data_record, require_same_data
+from swamla_titan.train.data_record import data_record, read_data_record, require_same_data, validation_record
 from swamla_titan.train.data_wait import DataWait, cores_per_rank, what_helps
 from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
@@ -83,6 +83,7 @@ class Trainer:
         recorded = from_first(world, lambda: read_data_record(newest))
         self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
         require_same_data(world, corpus)
+        corpus = corpus.with_segments(from_first(world, lambda: corpus.segments))
         # Only now: the head's share of the products depends on the vocabulary.
         self.config, self.choices = agree_on_auto(self.config, world, newest)
         config = self.config
@@ -91,9 +92,12 @@ class Trainer:
         self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
         self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
 
-        self.files = agree(world, lambda: _files(config, corpus))
+        validation = validation_record(recorded, held_out)
+        self.validation_set = validation["set"] if validation else 1
+        self.files = agree(world, lambda: _files(config, corpus, validation))
         self.identity = run_identity(config, corpus)
-        record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow))
+        details = {"source": corpus.change}
+        record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow, details))
 
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
@@ -379,7 +383,9 @@ class Trainer:
         with self.throughput.paused(), self.watchdog.pause("validation"):
             self.saver.before_update()  # averages and weights change places
             with ema.in_place_of_weights() if ema else nullcontext():
-                values = validator(self.model)
+                values: dict[str, float | int] = {**validator(self.model)}
+        if self.validation_set > 1:
+            values["val_set"] = self.validation_set
         of = "validation of the average" if ema else "validation"
         line = f"{of}: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
         self._log(values, line)
@@ -427,12 +433,12 @@ def _start_helpers(config: Config, world: World) -> None:
     warm_compiler(config.compile, world.device)
 
 
-def _files(config: Config, corpus: Corpus) -> dict[str, bytes]:
+def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:
     """What a checkpoint needs to be used elsewhere: the configuration, and a vocabulary that lies in a file.
 
     Read once: the file may not be there any more when a checkpoint is written.
     """
-    files = {CONFIG: to_toml(config).encode(), DATA_RECORD: data_record(corpus)}
+    files = {CONFIG: to_toml(config).encode(), DATA_RECORD: data_record(corpus, validation)}
     vocabulary = Path(config.data.tokenizer)
     if vocabulary.suffix == ".tiktoken":
         try:

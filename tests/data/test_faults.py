@@ -242,12 +242,15 @@ def test_first_skipped():
     assert first_skipped(skips, "a", 3, later) == 7
     assert first_skipped(skips, "a", 4, later) == 0
     assert first_skipped(skips, "a", 4, before) is None
-    assert first_skipped(skips, "a", 4, (1, 0, 0)) == 0  # borrowing comes after all epochs of its own
+    assert first_skipped(skips, "a", 4, (1, 0, 0)) is None  # another edition numbers its units otherwise
+    assert first_skipped([Skip(0, "a", 3, 7, (1, 0, 0), "", "")], "a", 4, (0, 9, 9)) is None
     assert first_skipped(skips, "c", 4, later) is None
     lower = Skip(0, "a", 1, 0, (0, 2, 0), "", "")
     assert added(skips, lower) == [skips[1], lower]
     higher = Skip(0, "a", 5, 0, (0, 1, 1), "", "")
     assert added(skips, higher) == [*skips, higher]
+    elsewhere = Skip(0, "a", 0, 0, (1, 0, 0), "", "")
+    assert added(skips, elsewhere) == [*skips, elsewhere]
 
 
 def test_skips_in_a_cursor():
@@ -339,22 +342,22 @@ def test_a_damaged_file_is_passed_over_alike_by_any_ranks_and_workers_and_after_
 
     # Wherever it is resumed, the file whole again or not: what is on the record stays passed over.
     straight = loaders(corpus, 5, 1)
-    found = [global_batch(straight) for _ in range(35)]
+    found = [global_batch(straight) for _ in range(50)]
     middle = all_cursors(straight)
     on_record = any("skipped" in cursor for cursor in middle.values())
-    assert found == batches[:35]
+    assert found == batches[:50]
     for healed in (False, True):
         if healed:
-            if not all("skipped" in middle[str(stream)] for stream in range(3) if "skipped" in cursors[str(stream)]):
-                continue  # a stream had not come upon it yet
+            # Each stream has been around: it will not come upon more of the file.
+            assert all(middle[stream].get("skipped") == cursors[stream].get("skipped") for stream in cursors)
             path.write_bytes(whole)
         again = maker.open(
             streams=3, shuffle_documents=4, retry_seconds=0, recorded=recorded, **SKIP, **_separator(kind)
         )
         assert again.fingerprint() == corpus.fingerprint()
         for world_size in (1, 2):
-            ranks = loaders(again, 5, world_size, 0, middle, 35)
-            assert [global_batch(ranks) for _ in range(35)] == batches[35:]
+            ranks = loaders(again, 5, world_size, 0, middle, 50)
+            assert [global_batch(ranks) for _ in range(20)] == batches[50:]
             assert all_cursors(ranks) == cursors
     assert on_record
 
@@ -434,7 +437,7 @@ def test_restart_with_what_another_rank_could_not_read(maker, tmp_path):
             restarted += 1
         assert other.tokens.equal(batch.tokens)
         assert other.first == batch.first == 5 * step
-    assert restarted == 1
+    assert 1 <= restarted <= 3  # each stream comes upon it by itself
     assert all_cursors([here]) == all_cursors([there])
     here.close()
 
@@ -520,8 +523,12 @@ def test_other_files_are_not_taken_for_damaged_ones(maker):
     (maker.folder / "part-1.jsonl").unlink()
     before, after = maker.open(recorded=recorded), maker.open(recorded=recorded, **SKIP)
     assert before.fingerprint() != after.fingerprint()  # with "stop" the data have changed
+    assert before.change == "part-1.jsonl is gone"
     (maker.folder / "new.jsonl").write_text('{"text": "new"}\n')
-    assert maker.open(recorded=recorded, **SKIP).fingerprint() == maker.open(**SKIP).fingerprint()
+    grown = maker.open(recorded=recorded, **SKIP)
+    assert grown.fingerprint() == after.fingerprint()
+    assert grown.added_files == ("new.jsonl",)
+    assert maker.open(recorded=recorded).change == "part-1.jsonl is gone; new.jsonl is new"
     for path in maker.folder.iterdir():
         path.unlink()
     (maker.folder / "part-1.jsonl").write_text('{"text": "all are other files"}\n')
@@ -538,7 +545,9 @@ def test_what_is_held_out_does_not_change_with_what_can_be_read(maker):
     assert again.held_out == corpus.held_out
     assert again.fingerprint() == corpus.fingerprint()
     other = maker.open(Validation(fraction=0.5), recorded=recorded, **SKIP)
-    assert other.held_out != corpus.held_out
+    assert other.held_out == corpus.held_out  # of training, whatever validation reads
+    assert other.read_by_validation.threshold > other.held_out.threshold
+    assert other.validates_on_training_text
     # a run that begins with a damaged file holds out a share of what it can read
     lines = (maker.folder / "part-2.jsonl").read_text().splitlines()
     (maker.folder / "part-2.jsonl").write_text("\n".join([*lines[:10], "{", *lines[11:]]))
@@ -586,8 +595,8 @@ def test_a_truncated_shard_of_hugging_face(hub):
     assert all(f"<{number}.29>" in text for number in (0, 2, 3))
     assert "<1.29>" not in text
     skipped = [entry["file"] for cursor in all_cursors(ranks).values() for entry in cursor.get("skipped", [])]
-    assert len(skipped) == 1
-    assert skipped[0].endswith("[train], shard 1")
+    assert skipped
+    assert all(file.endswith("[train], shard 1") for file in skipped)
     again = open_corpus(data, Validation(fraction=0), 0, recorded=recorded)
     assert again.fingerprint() == corpus.fingerprint()
     ranks = loaders(corpus, 3, 1)

@@ -1,20 +1,21 @@
 """The order of documents: who owns which, what an epoch is, and going on from a cursor."""
 
 import json
-from collections import Counter
 
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data.corpus import all_documents, fingerprint_changes, open_corpus
-from swamla_titan.data.dealing import deal
+from swamla_titan.data.corpus import fingerprint_changes, open_corpus
 from swamla_titan.data.held_out import HeldOut, text_hash
-from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream, permutation
+from swamla_titan.data.reading import all_documents
+from swamla_titan.data.shuffling import permutation
+from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream
+from swamla_titan.data.tokenizer import with_eot
 from swamla_titan.errors import UserError
 
 
-def one_epoch(corpus, stream, epoch=0):
-    """A stream's texts in one epoch."""
+def pieces(corpus, stream, epoch=0):
+    """A stream's documents, and parts of documents, in one epoch."""
     documents = DocumentStream(corpus, stream)
     found = []
     while True:
@@ -22,16 +23,22 @@ def one_epoch(corpus, stream, epoch=0):
         if documents.cursor()["epoch"] > epoch:
             return found
         if documents.cursor()["epoch"] == epoch:
-            found.append(document.text)
+            found.append(document)
 
 
-@pytest.mark.parametrize("streams, units", [(4, 1), (4, 3), (4, 4), (4, 9), (1, 5), (64, 7)])
-def test_every_document_of_a_unit_has_one_owner(streams, units):
-    owners = Counter()
-    for stream in range(streams):
-        for share in deal([1] * units, streams)[stream]:
-            owners.update((share.unit, ordinal) for ordinal in range(share.offset, 100, share.every))
-    assert owners == Counter({(unit, ordinal): 1 for unit in range(units) for ordinal in range(100)})
+def one_epoch(corpus, stream, epoch=0):
+    """A stream's texts in one epoch."""
+    return [document.text for document in pieces(corpus, stream, epoch)]
+
+
+def joined(documents, tokenizer):
+    """The texts of documents whose parts are among `documents`, in any order."""
+    parts = {}
+    for document in sorted(documents, key=lambda document: (document.key, document.begin)):
+        tokens = document.cut(with_eot(tokenizer, document.text))
+        parts.setdefault(document.key, []).extend(tokens.tolist())
+    assert all(tokens[-1] == tokenizer.eot_id for tokens in parts.values())
+    return [tokenizer.decode(tokens) for tokens in parts.values()]
 
 
 @pytest.mark.parametrize("files, shuffle", [(1, 1), (1, 10), (3, 10), (4, 1), (11, 10)])
@@ -40,7 +47,7 @@ def test_an_epoch_has_every_training_document_once(maker, files, shuffle):
     maker.write(texts, files)
     corpus = maker.open(Validation(fraction=0.1), shuffle_documents=shuffle)
     for epoch in (0, 1):
-        found = [text for stream in range(4) for text in one_epoch(corpus, stream, epoch)]
+        found = joined([each for stream in range(4) for each in pieces(corpus, stream, epoch)], corpus.tokenizer)
         held_out = [document.text for document in all_documents(corpus.source) if document in corpus.held_out]
         assert len(held_out) == 10
         assert sorted(found + held_out) == sorted(texts)
@@ -113,22 +120,38 @@ def test_resume_from_every_document(maker, files, shuffle):
         assert [again.next_document().text for _ in range(30 - start)] == texts[start:]
 
 
-def test_streams_without_documents_borrow(maker):
+def test_streams_share_documents_where_those_are_few(maker):
     texts = ["one document", "another one", "the third"]
     maker.write(texts)
     corpus = maker.open(streams=8)
-    found = {}
+    total = corpus.segments[0].tokens
+    found = []
     for stream in range(8):
+        parts = pieces(corpus, stream)
+        assert sum(len(part.cut(with_eot(corpus.tokenizer, part.text))) for part in parts) in (
+            total // 8,
+            -(-total // 8),
+        )
+        found += parts
         documents = DocumentStream(corpus, stream)
-        found[stream] = [documents.next_document().text for _ in range(9)]
-        assert documents.borrows == (stream >= 3)
-        assert (documents.start_fraction() > 0) == (stream >= 3)
+        for _ in range(9):
+            last = documents.next_document()
         again = DocumentStream(corpus, stream, documents.cursor())
-        assert [again.next_document().text, again.next_document().text][0] == found[stream][-1]
-    assert {text for stream in range(3) for text in found[stream]} == set(texts)
-    for stream in range(3, 8):
-        assert set(found[stream]) == set(texts)
-    assert len({tuple(found[stream]) for stream in range(3, 8)}) > 1
+        assert again.next_document() == last
+    assert sorted(joined(found, corpus.tokenizer)) == sorted(texts)
+
+
+def test_the_next_epoch_goes_on_where_the_last_one_ended(maker):
+    """So a document that two streams share is not torn: the same stream reads on in it."""
+    maker.write(maker.texts(50), files=3)
+    for shuffle in (1, 10):
+        corpus = maker.open(streams=4, shuffle_documents=shuffle)
+        for stream in range(4):
+            ends = [each[-1] for each in [pieces(corpus, stream, epoch) for epoch in range(3)]]
+            begins = [each[0] for each in [pieces(corpus, stream, epoch) for epoch in range(1, 4)]]
+            torn = [(end, begin) for end, begin in zip(ends, begins) if end.finish is not None]
+            assert torn
+            assert all((end.key, end.finish) == (begin.key, begin.begin) for end, begin in torn)
 
 
 def test_everything_held_out_is_refused(maker):

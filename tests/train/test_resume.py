@@ -13,6 +13,7 @@ import pytest
 from swamla_titan.train.checkpoint import Checkpoints
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
+from tests.train.test_data_faults import opened_then
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_a_finished_run_s_configuration_is_not_replaced_by_one_that_trained_noth
 def test_weights_that_are_no_numbers_are_not_saved_when_the_data_turn_out_bad(tiny, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"document {i} " * 40}) for i in range(60)]
-    text.write_text("\n".join([*lines[:40], "{broken", *lines[40:]]))
+    text.write_text("\n".join(lines))
     diverging = ("--optimizer.lr", "1e30", "--training.max_grad_norm", "0", "--lr_schedule.warmup_steps", "0")
     diverging += ("--fault_tolerance.skip_bad_steps", "false")
     source = (
@@ -236,6 +237,12 @@ def test_weights_that_are_no_numbers_are_not_saved_when_the_data_turn_out_bad(ti
     )
     quiet = ("--metrics.log_interval", "1000", "--validation.interval", "0", "--validation.fraction", "0")
     long = ("--training.steps", "1000", "--checkpoint.interval", "1000")
-    assert train(tiny, *diverging, *source, *quiet, *long) == 1
+
+    def break_a_line(corpus):
+        text.write_text("\n".join([*lines[:40], "{" + lines[40][1:-1] + ")", *lines[41:]]))
+        return corpus
+
+    with opened_then(break_a_line):
+        assert train(tiny, *diverging, *source, *quiet, *long) == 1
     assert "this step is not saved" in capsys.readouterr().err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -1,0 +1,89 @@
+"""How many tokens each document has: counted for a small corpus, estimated from samples for a large one."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+from swamla_titan.data.document import MIB, Document, Source
+from swamla_titan.data.faults import DataFault
+from swamla_titan.data.held_out import HeldOut
+from swamla_titan.data.patience import Patience, read_on
+from swamla_titan.data.reading import documents_by_unit
+from swamla_titan.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Up to so much text all of it is tokenized once when a run begins, which takes seconds. The limit decides the order of
+# the data, so it is no setting.
+COUNTED_BYTES = 64 * MIB
+# Where the size is known only after reading, as on a server: of more units than this, none is read to find out.
+COUNTED_UNITS = 256
+
+_SAMPLED_UNITS, _SAMPLED_CHARS = 256, 1 << 15
+_REPORTED_BYTES = 8 * MIB
+_TOGETHER = 256  # documents handed to the threads at a time
+
+
+def count_tokens(
+    source: Source, tokenizer: Tokenizer, held_out: HeldOut, patience: Patience, skips_files: bool
+) -> dict[int, list[tuple[int, int]]] | None:
+    """{unit: [(ordinal, tokens), ...]} of all documents to train on, end of text counted; None for a large corpus."""
+    size = source.text_bytes
+    if source.num_units > COUNTED_UNITS if size is None else size > COUNTED_BYTES:
+        return None
+    if size is not None and size > _REPORTED_BYTES:
+        logger.info("data: counting the tokens of %.0f MB of text, to divide them evenly", size / 1e6)
+    counted: dict[int, list[tuple[int, int]]] = {}
+    chars = 0
+    documents = (
+        (unit, document)
+        for unit, document in documents_by_unit(source, patience, [] if skips_files else None)
+        if not document.is_empty and document not in held_out
+    )
+    # The tokenizer runs beside other threads: it works outside of Python's lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        for group in _groups(documents):
+            chars += sum(len(document.text) for _, document in group)
+            if chars > COUNTED_BYTES:  # larger than it said, as what is compressed may be
+                return None
+            lengths = threads.map(lambda entry: len(tokenizer.encode_array(entry[1].text)) + 1, group)
+            for (unit, document), length in zip(group, lengths):
+                counted.setdefault(unit, []).append((document.ordinal, length))
+    return counted
+
+
+def _groups(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    every = iter(documents)
+    while group := list(islice(every, _TOGETHER)):
+        yield group
+
+
+def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) -> list[float]:
+    """About how many tokens each unit has, up to a common factor.
+
+    A unit's size in bytes counts by the tokens in a byte of text, as seen at the start of the nearest of some hundred
+    units: code, prose and other languages differ by up to a factor of two.
+    """
+    sizes = [float(max(1, size)) for size in source.unit_sizes]
+    if source.text_bytes is None:
+        return sizes  # one unit is as large as another, for all that is known
+    step = max(1, len(sizes) // _SAMPLED_UNITS)
+    rates: list[float] = []
+    for unit in range(0, len(sizes), step):
+        chars = tokens = size = 0
+        try:
+            for document in read_on(source, unit, None, 1, 0, patience):
+                text = document.text[: _SAMPLED_CHARS - chars]
+                chars += len(text)
+                size += len(text.encode("utf-8", errors="surrogatepass"))
+                tokens += len(tokenizer.encode_array(text))
+                if chars >= _SAMPLED_CHARS:
+                    break
+        except DataFault:
+            pass  # told of when the streams come to it
+        rates.append(tokens / size if size else 0.0)
+    known = [rate for rate in rates if rate]
+    mean = sum(known) / len(known) if known else 1.0
+    return [size * (rates[min(len(rates) - 1, round(unit / step))] or mean) for unit, size in enumerate(sizes)]
