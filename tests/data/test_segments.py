@@ -290,8 +290,8 @@ def test_small_files_beside_one_row_group(maker):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_readme_beside_a_data_set(maker, kind):
-    (maker.folder / "README.md").write_text("T" * 3000)
+def test_a_small_file_beside_a_data_set(maker, kind):
+    (maker.folder / "notes.md").write_text("T" * 3000)
     rows = ["p" * 1000 + str(number) for number in range(3000)]
     if kind == "jsonl":
         (maker.folder / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
