@@ -1,14 +1,24 @@
 """What the README says must be so."""
 
+import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from swamla_titan.cli import main
-from swamla_titan.config import shipped_configs
+from swamla_titan.config import load_config, shipped_configs, with_vocabulary
+from swamla_titan.config.load import SECTIONS
+from swamla_titan.config.sections import ActivationCheckpoint
+from swamla_titan.fields import field_types
 from swamla_titan.model.sizes import flavor_table
+from swamla_titan.tools.activations import recomputed_share
+from swamla_titan.tools.plan import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+MEMORY = (ROOT / "docs" / "memory.md").read_text()
 
 
 def test_its_table_of_sizes_is_the_one_that_the_command_prints(capsys):
@@ -26,6 +36,33 @@ def test_every_file_and_room_it_names_exists():
         assert (ROOT / name).exists(), name
     for room in re.findall(r"^  (\w+)/ ", README, flags=re.MULTILINE):
         assert (ROOT / "swamla_titan" / room).is_dir(), room
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page):
+    text = page.read_text()
+    assert f"docs/{page.name}" in README, "a page that nobody finds"
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (page.parent / name).exists(), name
+    for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b", text):
+        if section in SECTIONS and key != "jsonl":
+            assert key in {"flavor", *field_types(SECTIONS[section])}, f"{section}.{key}"
+    for script in re.findall(r"python (benchmarks/\w+\.py)", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_the_table_of_what_checkpointing_saves_is_plan_s():
+    rows = re.findall(
+        r"^\| `(\w+)`(?:, `(\w+)`[^|]*)? \| (?:`(\w+)`)? ?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+%)? ?\|$", MEMORY, re.M
+    )
+    assert len(rows) == 7
+    for mode, selective, modules, activations, total, more in rows:
+        settings = ActivationCheckpoint(mode, selective or "operators", modules=modules or "block")
+        config = load_config(shipped_configs()["large"])
+        config = with_vocabulary(dataclasses.replace(config, activation_checkpoint=settings), 50257)
+        memory = plan(config, 1).worst.memory
+        assert (f"{memory.activations / 2**30:.1f}", f"{memory.total / 2**30:.1f}") == (activations, total), mode
+        assert (f"{recomputed_share(config):.1%}" if more else "") == more
 
 
 def test_no_build_of_the_ci_goes_without_its_commands():

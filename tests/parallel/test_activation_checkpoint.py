@@ -19,9 +19,15 @@ from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import MLABlock, SWABlock
 from swamla_titan.model.flops import matmul_weights
 from swamla_titan.parallel import activation_checkpoint
-from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing, refuse_recomputation
+from swamla_titan.parallel.activation_checkpoint import (
+    apply_activation_checkpointing,
+    checkpointed_regions,
+    refuse_recomputation,
+)
 from swamla_titan.parallel.compile import compile_model
+from swamla_titan.parallel.world import World
 from swamla_titan.tools.activations import recomputed_operations
+from swamla_titan.tools.memory import weights_in_use
 from tests.parallel.plan import ATTENTION, MODES, PRODUCT, Seen, batch, small_model, watch, watch_compiled
 
 LAYERS = 3
@@ -143,6 +149,42 @@ def _saved(mode: str) -> int:
         for block in model.blocks.values():
             x = block(x, context)
     return sum(saved.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plan_counts_the_cast_weights_that_are_kept(mode: str):
+    """A linear layer that is recomputed casts its weight again, and keeps no copy in bfloat16 meanwhile."""
+    model = small_model(torch.float32)
+    model.compute_dtype = torch.bfloat16
+    apply_activation_checkpointing(model, MODES[mode])
+    shapes = {tuple(weight.shape) for weight in model.blocks.parameters() if weight.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    found: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes:
+            found[tensor.data_ptr()] = tensor.nbytes
+        alive.append(tensor)
+        return tensor
+
+    x, context = model.embed(batch(5)), model.context(64)  # no tensor of 320 tokens is as large as a weight
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for block in model.blocks.values():
+            x = block(x, context)
+
+    def copies(part: torch.nn.Module) -> int:
+        return 2 * sum(weight.numel() for weight in part.parameters() if weight.dim() == 2)
+
+    config = Config(model=model.config, activation_checkpoint=MODES[mode])
+    counted = weights_in_use(model, config, World.alone(torch.device("cpu"))) - copies(model.head)
+    again = [
+        sum(copies(block.get_submodule(branch)) for branch in region)
+        for name, block in model.blocks.items()
+        for region in checkpointed_regions(MODES[mode], int(name)).values()
+    ]
+    assert sum(found.values()) == counted - max(again, default=0)
+    assert (sum(found.values()) == 0) == (mode in ("operators", "full", "both", "operators of both"))
 
 
 @pytest.mark.parametrize("mode", MODES)
