@@ -6,7 +6,9 @@ from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.parallel_rules import parallel_contradictions
+from swamla_titan.config.paths import is_no_place_of_its_own
 from swamla_titan.config.sections import Config
+from swamla_titan.config.size_rules import size_contradictions
 from swamla_titan.kernels.limits import (
     DOCUMENT_V_WIDTHS,
     DOCUMENT_WIDTHS,
@@ -21,6 +23,13 @@ RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limit
 def contradictions(config: Config) -> Iterator[Contradiction]:
     """Every set of keys that cannot all hold."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
+    if is_no_place_of_its_own(config.job.dump_folder):
+        yield Contradiction(
+            ("job.dump_folder",),
+            f'"{config.job.dump_folder}" is the current folder, one above it or the root, and a run would write '
+            'among what is there: give it a folder of its own, as in "outputs/run"',
+        )
+    yield from size_contradictions(config)
     yield from _attention(config)
     yield from _loss(config)
     if training.seq_len > model.max_seq_len:

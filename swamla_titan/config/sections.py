@@ -8,7 +8,7 @@ from swamla_titan.fields import HUGE, key
 from swamla_titan.model.config import LONGEST_SEQUENCE, MOST_LAYERS, ModelConfig
 
 # Upper bounds that nobody meets who means it; what is larger would only keep programs busy, or their memory full.
-MOST_RANKS = 1 << 17
+MOST_RANKS = 1 << 15
 _MOST_STEPS = 99_999_999  # as many digits as a checkpoint's name has
 _LONGEST_WAIT = 31_536_000.0  # seconds: a year
 

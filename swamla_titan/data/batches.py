@@ -70,14 +70,21 @@ def rows_at_a_time(local_batch_size: int, global_batch_size: int, world_size: in
 
 def sequences_per_rank(first: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
     """How many of the global batch from sequence `first` on each rank reads: those of the streams that it owns."""
-    numbers = np.arange(first, first + global_batch_size)
-    counts: list[int] = np.bincount(numbers % streams % world_size, minlength=world_size).tolist()
+    rounds, rest = divmod(global_batch_size, streams)  # rounds through all streams, and part of one
+    owned = np.bincount(np.arange(streams) % world_size, minlength=world_size)
+    numbers = np.arange(first, first + rest)
+    counts: list[int] = (rounds * owned + np.bincount(numbers % streams % world_size, minlength=world_size)).tolist()
     return counts
+
+
+def distinct_steps(global_batch_size: int, streams: int) -> int:
+    """After how many steps the streams that a step begins with come round again; 1000 stand for more."""
+    return min(streams // math.gcd(streams, global_batch_size), 1000)
 
 
 def waits_for_streams(global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> str | None:
     """What to tell the user if ranks wait for others that own more streams, for over a tenth of the time; else None."""
-    steps = min(streams // math.gcd(streams, global_batch_size), 1000)  # then all comes round again
+    steps = distinct_steps(global_batch_size, streams)
     counts = [
         micro_batch_count(step * global_batch_size, global_batch_size, streams, world_size, local_batch_size)
         for step in range(steps)

@@ -16,9 +16,11 @@ def causal_pairs(seq_len: int) -> int:
 
 def swa_pairs(seq_len: int, window: int, sink: int) -> int:
     """Visible (query, key) pairs of a row in SWA layers; a key that is in window and sink counts once."""
-    in_window = sum(min(t + 1, window) for t in range(seq_len))
-    in_sink_alone = sum(min(sink, max(0, t - window + 1)) for t in range(seq_len))
-    return in_window + in_sink_alone
+    window = min(window, seq_len)
+    in_window = causal_pairs(window) + (seq_len - window) * window
+    late = seq_len - window  # queries whose window no longer reaches the first key: they miss 1, 2, ..., `late` keys
+    sink = min(sink, late)
+    return in_window + causal_pairs(sink) + (late - sink) * sink
 
 
 def attention_flops(query: Size, value_dim: int, pairs: int) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config, with_vocabulary
+from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
+from swamla_titan.config.toml import shown
 from swamla_titan.data import BatchLoader, described, load_tokenizer, pinned, uneven
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.automatic import choose_for
@@ -93,6 +95,6 @@ def dry_run(config: Config, gpus: int | None) -> None:
 
 
 def _positive(gpus: int | None) -> int | None:
-    if gpus is not None and gpus < 1:
-        raise UserError(f"--gpus {gpus}: expected a number from 1")
+    if gpus is not None and not 1 <= gpus <= MOST_RANKS:
+        raise UserError(f"--gpus {shown(gpus)}: expected a number from 1 to {MOST_RANKS}")
     return gpus

@@ -14,7 +14,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import micro_batch_count, rows_at_a_time, sequences_per_rank
+from swamla_titan.data import distinct_steps, rows_at_a_time, sequences_per_rank
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
@@ -158,20 +158,13 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
     """How the trainer cuts a step's batch."""
     training, streams = config.training, config.data.streams
     rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, degrees.data)
-    # Which stream a step begins with comes round again after at most as many steps as there are streams.
-    steps = range(min(training.steps, streams))
-    counts = {
-        micro_batch_count(step * training.global_batch_size, training.global_batch_size, streams, degrees.data, rows)
-        for step in steps
-    }
-    read = {
-        count
-        for step in steps
-        for count in sequences_per_rank(
-            step * training.global_batch_size, training.global_batch_size, streams, degrees.data
-        )
-    }
-    return Batch(rows, min(counts), max(counts), min(read), max(read))
+    size = training.global_batch_size
+    read = [
+        sequences_per_rank(step * size, size, streams, degrees.data)
+        for step in range(min(training.steps, distinct_steps(size, streams)))
+    ]
+    most, least = [max(counts) for counts in read], [min(counts) for counts in read]
+    return Batch(rows, -(-min(most) // rows), -(-max(most) // rows), min(least), max(most))
 
 
 def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
