@@ -36,6 +36,7 @@ from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
 from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel.automatic import choose
 from swamla_titan.parallel.compile import warm_compiler
 from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.world import join_world, launched_rank, leave_world
@@ -101,6 +102,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     set_numerics(config, world.device, world.rank)
     attention = attention_of(config, world)
     config, corpus, _ = open_data(config)
+    config, _ = choose(config, world, None)
     begun = time.perf_counter()
     model = ParallelModel(config, world)
     model.init_weights(config.job.seed)

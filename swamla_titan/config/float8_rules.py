@@ -26,7 +26,7 @@ def float8_contradictions(config: Config) -> Iterator[Contradiction]:
             'true, but kernels.loss = "fused" computes the head with the loss in full precision: use "plain" or set '
             "this to false",
         )
-    if float8.fsdp_all_gather == "always" and (why := why_not_gathered(config)):
+    if float8.recipe == "tensorwise" and float8.fsdp_all_gather == "always" and (why := why_not_gathered(config)):
         yield Contradiction(
             ("float8.fsdp_all_gather", *why), f'"always" cannot be with {" and ".join(why)} as set: use "auto"'
         )

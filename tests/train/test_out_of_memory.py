@@ -1,6 +1,7 @@
 """Running out of a device's memory: what the user reads, and what is written."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,19 @@ def test_a_run_out_of_memory_ends_with_1_and_a_message(tiny: Path, tmp_path: Pat
     assert '  - activation_checkpoint.mode = "selective": saves ' in err
     assert "Traceback" not in err
     assert (tmp_path / "run/traces/oom-rank-0.txt").read_text().startswith(TORCH_SAYS)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_full_ends_the_run_with_what_each_change_saves(tiny: Path, capsys):
+    large = ("--model.dim", "1024", "--model.num_heads", "8", "--model.max_seq_len", "2048", "--model.dropout", "0")
+    batch = ("--training.seq_len", "2048", "--training.local_batch_size", "64", "--training.global_batch_size", "64")
+    torch.cuda.set_per_process_memory_fraction(0.02)
+    try:
+        code = train(tiny, *large, *batch, "--job.deterministic", "false", "--validation.interval", "0")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("failed: rank 0 ran out of memory: CUDA out of memory.")
+    assert re.search(r"  - training\.local_batch_size = 32: saves [0-9.]+ GiB; ", err)
