@@ -73,7 +73,7 @@ def retry_seconds(run: Runner) -> None:
     for value, limit, waited in (("0", "600", 0.0), ("1", "600", 1.0), ("-1", "4", 2.0), ("-1", "600", 300.0)):
         clock = [0.0]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local_files, "_size", silent)
+            patch.setattr(local_files, "_status", silent)
             patch.setattr(
                 patience, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
             )
