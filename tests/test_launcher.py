@@ -107,6 +107,29 @@ def test_config_of_the_callers_folder_comes_before_the_repositorys(repository: R
     assert repository.train(absolute)[3] == absolute
 
 
+def test_a_temporary_folder_of_no_use_gives_way(repository: Repository, tmp_path: Path) -> None:
+    """Schedulers leave behind that of another job."""
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "gone", tmp_path / "file", Path("/proc")):
+        ran = repository.run("run_train.sh", PYTHON=str(repository.stub), TMPDIR=str(bad))
+        assert ran.returncode == 0
+        assert f"run_train.sh: no file can be written in TMPDIR={bad}: /tmp is used\n" in ran.stderr
+    good = repository.run("run_train.sh", PYTHON=str(repository.stub), TMPDIR=str(tmp_path))
+    assert (good.returncode, "TMPDIR" in good.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", "2> >(exit)"])
+@pytest.mark.parametrize("arguments, code", [("", 0), ("no-such-file", 2)])
+def test_streams_that_are_gone_change_no_exit_code(
+    repository: Repository, streams: str, arguments: str, code: int
+) -> None:
+    script = write_script(
+        repository.caller / "call", f"#!/bin/bash\n{repository.root}/run_train.sh {arguments} {streams}"
+    )
+    script.rename(repository.root / "call")
+    assert repository.run("call", PYTHON=str(repository.stub)).returncode == code
+
+
 def test_pythonpath_is_kept(repository: Repository) -> None:
     assert f"pythonpath={repository.root}:/elsewhere" in repository.train(PYTHONPATH="/elsewhere")
 
