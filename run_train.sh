@@ -246,7 +246,8 @@ for name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_S
   unset "$name"
 done
 [[ $others != *RANK=* && $others != *WORLD_SIZE=* ]] ||
-  printf 'run_train.sh: left out, as other launchers and earlier runs leave them in the environment:%s\n' "$others" >&2
+  printf 'run_train.sh: left out, as other launchers and earlier runs leave them in the environment:%s\n' "$others" >&2 ||
+  true
 
 config=train_configs/debug.toml
 case ${1:-} in

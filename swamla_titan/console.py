@@ -12,14 +12,15 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-# Control characters, separators of lines, and what turns the direction of writing.
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+# Control characters, separators of lines, what turns the direction of writing, and bytes of names that are no text.
+_OF_DIRECTION = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_OF_DIRECTION, *range(0xD800, 0xE000))
 _ONE_LINE = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
 _SEVERAL_LINES = {code: text for code, text in _ONE_LINE.items() if chr(code) not in "\n\t"}
 
 
 def one_line(text: object) -> str:
-    """`text` with every control character escaped, line breaks included."""
+    """`text` with every control character escaped, line breaks included; any stream of UTF-8 takes it."""
     return str(text).translate(_ONE_LINE)
 
 

@@ -123,10 +123,8 @@ def test_a_temporary_folder_of_no_use_gives_way(repository: Repository, tmp_path
 def test_streams_that_are_gone_change_no_exit_code(
     repository: Repository, streams: str, arguments: str, code: int
 ) -> None:
-    script = write_script(
-        repository.caller / "call", f"#!/bin/bash\n{repository.root}/run_train.sh {arguments} {streams}"
-    )
-    script.rename(repository.root / "call")
+    call = f"#!/bin/bash\n{repository.root}/run_train.sh {arguments} {streams}"
+    write_script(repository.root / "call", call)
     assert repository.run("call", PYTHON=str(repository.stub)).returncode == code
 
 

@@ -9,6 +9,7 @@ from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
+from swamla_titan.console import one_line
 from swamla_titan.data import BatchLoader, described, load_tokenizer, pinned, uneven
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.automatic import choose_for
@@ -87,11 +88,12 @@ def dry_run(config: Config, gpus: int | None) -> None:
         begin = f"has taken all {config.training.steps} steps, see {newest}"
     print("\n".join(report(found)))
     for advice in stability_advice(config):
-        print(f"warning: {advice}")
+        print(f"warning: {one_line(advice)}")
     data = f"{corpus.source.describe()}; {described(corpus.segments[-1])}"
-    print(f"\ndata: {data}\nrun: {folder} {begin}\ndry run: nothing is refused, nothing was written")
+    run = one_line(f"{folder} {begin}")
+    print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
     if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
-        print(f"warning: {warning}")
+        print(f"warning: {one_line(warning)}")
 
 
 def _positive(gpus: int | None) -> int | None:

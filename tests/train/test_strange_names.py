@@ -13,12 +13,12 @@ from swamla_titan.config import load_config
 from tests.train.runs import checkpoint, metrics, train
 
 FAST = ("--training.steps", "2", "--validation.interval", "0", "--metrics.tensorboard", "true")
-STRANGE = os.fsdecode(b"\xff\n\x1b[31m") + "漢"
-ESCAPED = "\\udcff\\n\\x1b[31m漢"
+FOLDER = "漢"  # others than text are refused as values of keys
+STRANGE, ESCAPED = os.fsdecode(b"\xff\n\x1b[31m") + "漢", "\\udcff\\n\\x1b[31m漢"
 
 
 def test_names_are_told_escaped_and_written_as_utf8(tiny, tmp_path, capsys):
-    data, run = tmp_path / f"data{STRANGE}", tmp_path / f"run{STRANGE}"
+    data, run = tmp_path / f"data{FOLDER}", tmp_path / f"run{FOLDER}"
     data.mkdir()
     for number in range(3):
         (data / f"{number}{STRANGE}.txt").write_text("some text to train on. " * 200)
@@ -27,9 +27,12 @@ def test_names_are_told_escaped_and_written_as_utf8(tiny, tmp_path, capsys):
     of_data = ("--data.source", "local", "--data.path", str(data), "--data.num_workers", "0", "--data.streams", "5")
     of_run = ("--job.dump_folder", str(run))
 
+    assert main(["check", str(tiny), *FAST, *of_data, *of_run]) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
     assert train(tiny, *FAST, *of_data, *of_run) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/data{ESCAPED}/bad{ESCAPED}.jsonl, line 41: not valid JSON")
+    assert error.startswith(f"error: {tmp_path}/data{FOLDER}/bad{ESCAPED}.jsonl, line 41: not valid JSON")
     assert error.count("\n") == 1
 
     assert train(tiny, *FAST, *of_data, *of_run, "--data.on_error", "skip_file") == 0
@@ -37,17 +40,14 @@ def test_names_are_told_escaped_and_written_as_utf8(tiny, tmp_path, capsys):
     log = (run / "logs" / "rank-0.log").read_text(encoding="utf-8")
     for text in (out, log):
         assert "\x1b" not in text
-        assert f"checkpoint {tmp_path}/run{ESCAPED}/checkpoints/step-00000002" in text
+        assert f"checkpoint {tmp_path}/run{FOLDER}/checkpoints/step-00000002" in text
     assert sorted(metrics(run)) == [1, 2]
-    shown = load_config(run / "config.toml")  # a TOML file holds no bytes that are no text: they are shown escaped
-    assert shown.job.dump_folder == f"{tmp_path}/run\\udcff\n\x1b[31m漢"
+    assert load_config(run / "config.toml").job.dump_folder == str(run)
     if (run / "skipped_files.json").exists():
         entries = json.loads((run / "skipped_files.json").read_text(encoding="utf-8"))
         assert {entry["file"] for entry in entries} == {f"bad{STRANGE}.jsonl"}
-    assert (
-        main(["generate", str(checkpoint(run, 2)), "--prompt", os.fsdecode(b"\xff") + "漢", "--max-new-tokens", "1"])
-        == 0
-    )
+    prompt = os.fsdecode(b"\xff") + "漢"
+    assert main(["generate", str(checkpoint(run, 2)), "--prompt", prompt, "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().out.startswith("\ufffd漢")
 
 
