@@ -70,6 +70,7 @@ class LocalSource:
             self._listing = find_files(path, setting)
             entries = self._found(self._sizes(setting), text_key, recorded if skip_files else None)
         else:
+            path = os.path.expanduser(path)
             folder = path if os.path.isdir(path) else os.path.dirname(path)
             self._listing = Listing(folder, [entry["name"] for entry in entries], [], [])
             self._faults += _lost(entries)

@@ -16,7 +16,7 @@ from swamla_titan.data import text_units
 from swamla_titan.data.content import other_than_text
 from swamla_titan.data.corpus import all_documents, open_corpus
 from swamla_titan.data.document import MIB
-from swamla_titan.data.sources import open_source
+from swamla_titan.data.sources import open_local, open_source
 from swamla_titan.data.text_units import FileRange
 from swamla_titan.errors import UserError
 
@@ -362,7 +362,7 @@ def test_each_lost_file_has_its_own_reason(tmp_path):
     (tmp_path / "b.txt").symlink_to("b.txt")
     (tmp_path / "c.txt").write_text("good")
     reasons = {
-        entry["name"]: entry.get("lost") for entry in opened(tmp_path, on_error="skip_file").record()["source"]["files"]
+        entry["name"]: entry.get("lost") for entry in opened(tmp_path, on_error="skip_file").source.record()["files"]
     }
     assert "No such file" in reasons["a.txt"]
     assert "symbolic links" in reasons["b.txt"]
@@ -395,6 +395,9 @@ def test_home_and_trailing_slash(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.txt").write_text("x")
+    source = opened("~/corpus").source
+    again = open_local(Data(), "~/corpus", "data.path", entries=source.record()["files"])
+    assert [document.text for document in again.read(0)] == ["x"]
     assert texts("~/corpus") == texts(f"{tmp_path}/corpus/") == texts("~/corpus/a.txt") == ["x"]
     assert opened("~/corpus").fingerprint() == opened(tmp_path / "corpus").fingerprint()
 
@@ -450,35 +453,6 @@ def test_separators_that_overlap_are_one_border(tmp_path):
     assert texts(tmp_path, text_separator="abab") == ["one", "two"]
     (tmp_path / "a.txt").write_text("\n" * 999)
     assert "there is no text in it" in refused(tmp_path, text_separator="\n\n")
-
-
-def test_the_rule_of_borders_is_part_of_the_fingerprint(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("x")
-    digested = []
-    from swamla_titan.data import local_files
-
-    class Recorder:
-        def __init__(self, data, digest_size):
-            digested.append(data)
-
-        def update(self, data):
-            digested.append(data)
-
-        def hexdigest(self):
-            return "0"
-
-    monkeypatch.setattr(local_files.hashlib, "blake2b", Recorder)
-    for separator, counts in [
-        ("\n\n", True),
-        ("abab", True),
-        ("---", True),
-        ("<doc>", False),
-        ("\n", False),
-        ("", False),
-    ]:
-        digested.clear()
-        open_source(Data(source="local", path=str(tmp_path), text_separator=separator))
-        assert any(b"one border" in data for data in digested) == counts
 
 
 # JSON lines
