@@ -37,6 +37,7 @@ class HuggingFaceSource:
         max_document_bytes: int,
         streams: int,
         revision: str = "",
+        skip_files: bool = False,
         patience: Patience | None = None,
         recorded: dict[str, Any] | None = None,
     ) -> None:
@@ -72,11 +73,13 @@ class HuggingFaceSource:
                 path,
                 _without_commit.pop(path),
             )
-        if columns is not None:
+        # The columns are those of the first file. Where files are skipped, it may be one without the column.
+        if columns is not None and not (skip_files and reads_text):
             self._require_column(columns)
+        if reads_text:  # whatever the first file holds
+            dataset = dataset.cast(datasets.Features({text_key: datasets.Value("string")}))
+        elif columns is not None:
             dataset = dataset.select_columns([text_key])
-            if reads_text:  # the first file may have given it another type
-                dataset = dataset.cast_column(text_key, datasets.Value("string"))
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
         self._files = _as_recorded(recorded, files, self._num_units) if folder else []
@@ -140,8 +143,8 @@ class HuggingFaceSource:
                 raise
             except Exception as error:  # whatever lies below: HTTP, file system, parser
                 if "No match for FieldRef" in str(error):  # pyarrow's words for a column that is not there
-                    advice = "Other files have one: correct this file or remove it"
-                    raise DataFault(self.file_of(unit), place, f'no column "{self._text_key}"', advice) from error
+                    found = f'no column "{self._text_key}"'
+                    raise DataFault(self.file_of(unit), place, found, _OTHERS) from error
                 raise network_fault(self.file_of(unit), place, error) from error
             if row is None:
                 return
@@ -196,7 +199,8 @@ class HuggingFaceSource:
         if self._text_key not in columns:
             raise UserError(
                 f'{self._label}: no column "{self._text_key}". '
-                f"Set data.text_key to one of the columns there: {listed(columns, 20)}."
+                f"Set data.text_key to one of the columns there: {listed(columns, 20)}; or, if only the first file "
+                'lacks it, correct or remove that, or set data.on_error = "skip_file".'
             )
 
 
@@ -271,7 +275,7 @@ def _only_column(text_key: str, table: pa.Table, **unused: Any) -> pa.Table:
     if count != 1:
         there = listed(table.column_names, 20) or "none"
         found = f'{count} columns are named "{text_key}"' if count else f'no column "{text_key}" among {there}'
-        raise DataFault("", "", found, "Other files have one: correct this file or remove it")
+        raise DataFault("", "", found, _OTHERS)
     column = table.column(text_key)
     if pa.types.is_null(column.type):
         column = pa.nulls(len(column), pa.string())
@@ -294,6 +298,7 @@ def _as_strings(text_key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     )
 
 
+_OTHERS = "Where other files have it, correct this one or remove it; else set data.text_key to the column of the text"
 _STRINGS = ["is_string", "is_large_string", "is_string_view"]  # the view came later than the oldest pyarrow supported
 
 

@@ -105,7 +105,7 @@ class LocalSource:
                 too_long = too_large(file, "", size, max_document_bytes, advice)
                 self._skip(too_long)
                 entry["lost"] = too_long.reason
-            else:
+            elif size > 0:
                 units.append((WholeFile(file, size), size))
             self._units += [unit for unit, _ in units]
             self._unit_sizes += [part_size for _, part_size in units]

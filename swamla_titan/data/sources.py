@@ -30,6 +30,7 @@ def open_source(data: Data, patience: Patience | None = None, recorded: dict[str
         max_document_bytes=data.max_document_mib * MIB,
         streams=data.streams,
         revision=data.revision,
+        skip_files=data.on_error == "skip_file",
         patience=patience,
         recorded=recorded,
     )

@@ -71,8 +71,12 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) ->
         return sizes  # one unit is as large as another, for all that is known
     step = max(1, len(sizes) // _SAMPLED_UNITS)
     rates: list[float] = []
+    damaged: set[str] = set()  # files, of which no further part is looked at: each may take as long to be found so
     for unit in range(0, len(sizes), step):
         chars = tokens = size = 0
+        if source.file_of(unit) in damaged:
+            rates.append(0.0)
+            continue
         try:
             for document in read_on(source, unit, None, 1, 0, patience):
                 text = document.text[: _SAMPLED_CHARS - chars]
@@ -81,8 +85,8 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) ->
                 tokens += len(tokenizer.encode_array(text))
                 if chars >= _SAMPLED_CHARS:
                     break
-        except DataFault:
-            pass  # told of when the streams come to it
+        except DataFault:  # told of when the streams come to it
+            damaged.add(source.file_of(unit))
         rates.append(tokens / size if size else 0.0)
     known = [rate for rate in rates if rate]
     mean = sum(known) / len(known) if known else 1.0

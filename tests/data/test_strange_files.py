@@ -16,8 +16,11 @@ from swamla_titan.data import text_units
 from swamla_titan.data.content import other_than_text
 from swamla_titan.data.corpus import all_documents, open_corpus
 from swamla_titan.data.document import MIB
+from swamla_titan.data.patience import Patience
 from swamla_titan.data.sources import open_local, open_source
 from swamla_titan.data.text_units import FileRange
+from swamla_titan.data.token_count import estimated_sizes
+from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.errors import UserError
 
 GOOD = pa.table({"text": ["good one", "good two"]})
@@ -309,6 +312,14 @@ def test_pipes_sockets_and_devices_are_not_opened(tmp_path, monkeypatch):
         open_source(Data(source="huggingface", path="."))
 
 
+def test_empty_files_are_not_opened(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")  # says it is empty, and reading it is an error of its disk
+    (tmp_path / "b.txt").touch()
+    (tmp_path / "c.txt").write_text("good")
+    assert texts(tmp_path) == ["good"]
+    assert opened(tmp_path).source.num_units == 1
+
+
 def test_links_that_lead_nowhere_or_in_a_circle(tmp_path):
     for name, target in [("gone.txt", "nowhere"), ("circle.txt", "circle.txt")]:
         folder = tmp_path / name
@@ -455,6 +466,21 @@ def test_separators_that_overlap_are_one_border(tmp_path):
     assert "there is no text in it" in refused(tmp_path, text_separator="\n\n")
 
 
+def test_a_file_that_is_damaged_everywhere_is_sampled_once(tmp_path, monkeypatch):
+    """Each of its ranges would be searched for a document's start, up to the size of the largest document."""
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b"[" * 99)
+        file.truncate(64 << 20)  # sparse
+    (tmp_path / "b.txt").write_text("good")
+    source = open_source(Data(source="local", path=str(tmp_path), streams=4, max_document_mib=1))
+    assert source.num_units > 16
+    read, units = source.read, []
+    monkeypatch.setattr(source, "read", lambda unit, *place: units.append(unit) or read(unit, *place))
+    sizes = estimated_sizes(source, ByteTokenizer(), Patience(0))
+    assert units == [0, source.num_units - 1]
+    assert len(sizes) == source.num_units
+
+
 # JSON lines
 
 
@@ -547,11 +573,23 @@ def test_a_shard_of_hugging_face_without_the_column(tmp_path):
     assert texts(tmp_path, **HUB, on_error="skip_file") == ["a", "b"]
 
 
-def test_a_parquet_shard_of_hugging_face_without_the_column(tmp_path):
-    pq.write_table(GOOD, tmp_path / "0.parquet")
-    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "1.parquet")
-    assert 'shard 1, row 0: no column "text"' in refused(tmp_path, **HUB)
-    assert texts(tmp_path, **HUB, on_error="skip_file") == ["good one", "good two"]
+@pytest.mark.parametrize("lacking", [0, 1])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_shard_of_hugging_face_without_the_column_first_or_not(tmp_path, kind, lacking):
+    """The columns of the first one are taken for those of all."""
+    tables = [pa.table({"body": ["x"]}) if number == lacking else GOOD for number in range(3)]
+    for number, table in enumerate(tables):
+        if kind == "parquet":
+            pq.write_table(table, tmp_path / f"{number}.parquet")
+        else:
+            _write_gz(tmp_path / f"{number}.jsonl.gz", table.to_pylist())
+    assert 'no column "text"' in refused(tmp_path, **HUB)
+    assert texts(tmp_path, **HUB, on_error="skip_file") == ["good one", "good two"] * 2
+    for path in tmp_path.iterdir():
+        path.unlink()
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "0.parquet")
+    for on_error in ("stop", "skip_file"):
+        assert "set data.text_key to" in refused(tmp_path, **HUB, on_error=on_error).replace("Set", "set")
 
 
 def test_what_hugging_face_leaves_out_and_what_there_is_to_choose(tmp_path):
