@@ -39,14 +39,14 @@ def gradient(folder: Path) -> torch.Tensor:
 
 
 def test_a_global_batch_gives_the_same_losses_however_it_is_cut(tiny, tmp_path):
-    """Five sequences by 1, by 2 (the last micro-batch is filled up), by 5, and by more than there are."""
+    """Five sequences by 1, by 2 and by 3 (the last micro-batch is filled up), and by 5."""
     settings = (*SHORT, "--optimizer.lr", "0.01", "--lr_schedule.warmup_steps", "0")
-    for size in ("1", "2", "5", "64"):
+    for size in ("1", "2", "3", "5"):
         folder = str(tmp_path / size)
         assert train(tiny, *settings, "--training.local_batch_size", size, "--job.dump_folder", folder) == 0
     expected = metrics(tmp_path / "5")
     assert expected[4] < expected[1] - 0.1
-    for size in ("1", "2", "64"):
+    for size in ("1", "2", "3"):
         assert metrics(tmp_path / size) == pytest.approx(expected, rel=1e-6)
         assert metrics(tmp_path / size, "grad_norm") == pytest.approx(metrics(tmp_path / "5", "grad_norm"), rel=1e-5)
 
@@ -89,7 +89,10 @@ def test_the_learning_rate_applied_at_each_step_is_the_schedule_s(tiny, tmp_path
     assert train(tiny, *settings) == 0
     expected = {step: 0.5 * lr_factor(schedule, step - 1, 8) for step in range(1, 9)}
     assert metrics(run, "lr") == pytest.approx(expected)
-    norms = [weights(checkpoint(run, step))["model.embedding.weight"].double().norm().item() for step in range(1, 9)]
+    norms = [
+        weights(checkpoint(run, step))["model.blocks.0.attention.wo.weight"].double().norm().item()
+        for step in range(1, 9)
+    ]
     for step, (before, after) in enumerate(pairwise(norms), start=2):
         assert 1 - after / before == pytest.approx(expected[step], rel=1e-4), step
 
