@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.chaos_compare import _of_tensors, differences
 from tests.train.runs import checkpoint, metrics, train
+from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ("--data.num_workers", "0", "--validation.interval", "2", "--checkpoint.interval", "2", "--training.steps", "4")
@@ -83,7 +84,7 @@ def test_tensors_are_compared_bit_for_bit_with_nans_in_them_or_within_a_toleranc
 def test_the_gradients_of_the_steps_that_a_soak_names_are_no_numbers(tiny, tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks/chaos_site'}:{ROOT}", "CHAOS_NAN_STEPS": "2,3"}
     command = [sys.executable, "-m", "swamla_titan", "train", str(tiny), *FAST]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HANG)
     norms = metrics(tmp_path / "run", "grad_norm")
     assert [step for step, norm in norms.items() if norm is None] == [2, 3]
 
@@ -94,7 +95,7 @@ def test_two_minutes_of_random_faults_lose_nothing(tmp_path, processes):
     figures = tmp_path / "chaos.json"
     command = ["--minutes", "2", "--seed", "5", "--steps", "60", "--processes", processes, "--json", str(figures)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/chaos.py"), *command], capture_output=True, text=True, timeout=1500
+        [sys.executable, str(ROOT / "benchmarks/chaos.py"), *command], capture_output=True, text=True, timeout=3 * HANG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was lost, and nothing differs" in done.stdout

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.waiting import HANG
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Calls itself fit if asked (unless STUB_UNFIT is set), else writes down how it was called.
@@ -70,7 +72,7 @@ class Repository:
         environment = {"PATH": str(self.bin), "HOME": os.environ["HOME"], "RECORD": str(self.record)}
         command = [str(self.root / script), *arguments]
         return subprocess.run(
-            command, cwd=self.caller, env=environment | variables, capture_output=True, text=True, timeout=60
+            command, cwd=self.caller, env=environment | variables, capture_output=True, text=True, timeout=HANG
         )
 
     def train(self, *arguments: str, **variables: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import kill_groups
+from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts/slurm.sbatch"
@@ -69,10 +70,7 @@ class Cluster:
         return process
 
     def wait_for(self, name: str) -> None:
-        end = time.monotonic() + 30
-        while not (self.folder / name).exists():
-            assert time.monotonic() < end, f"{name} did not appear"
-            time.sleep(0.02)
+        wait_until((self.folder / name).exists, lambda: f"{name} did not appear")
 
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines()
@@ -90,12 +88,12 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_every_node_runs_the_same_command_and_meets_at_the_first(cluster: Cluster) -> None:
-    assert cluster.start("0").wait(30) == 0
+    assert cluster.start("0").wait(HANG) == 0
     assert (cluster.folder / "given").read_text() == f"node7:24567 1234567 3:3 {cluster.folder}\n"
     srun = next(call for call in cluster.called() if call.startswith("srun"))
     assert srun == "srun --no-kill --kill-on-bad-exit=0 --wait=0 ./run_train.sh fsdp_node --job.seed 3"
     assert "scontrol show hostnames node[7-9]" in cluster.called()
-    assert cluster.start("0", MIN_NODES="2").wait(30) == 0
+    assert cluster.start("0", MIN_NODES="2").wait(HANG) == 0
     assert " 2:3 " in (cluster.folder / "given").read_text()
 
 
@@ -116,7 +114,7 @@ def test_the_job_goes_back_into_the_queue_where_it_can_go_on(
     cluster: Cluster, code: str, dead: str, requeued: bool
 ) -> None:
     process = cluster.start(code, DEAD=dead)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == int(code)
     assert err == ""
     assert cluster.requeued == requeued
@@ -130,7 +128,7 @@ def test_slurms_warning_reaches_the_run_and_the_job_goes_on_later(cluster: Clust
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == int(then)
+    assert process.wait(HANG) == int(then)
     assert "scancel --signal=USR1 1234567" in cluster.called()
     assert cluster.requeued
 
@@ -143,13 +141,13 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, then: str) -> None
     time.sleep(0.3)
     assert process.poll() is None  # it waits for the checkpoint
     (cluster.folder / "signalled").touch()  # SLURM tells the tasks
-    assert process.wait(30) == int(then)
+    assert process.wait(HANG) == int(then)
     assert not cluster.requeued
 
 
 def test_a_job_submitted_from_elsewhere_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     process = cluster.start("0", SLURM_SUBMIT_DIR=str(tmp_path))
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 2
     assert "submit the job from the repository" in err
     assert not cluster.calls.exists()

@@ -7,6 +7,7 @@ import pytest
 
 from tests.test_launched_workers import assert_gone
 from tests.test_launcher import write_script
+from tests.waiting import HANG
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts/torchrun.sh"
 
@@ -14,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts/torchrun.sh"
 def run(folder: Path, body: str) -> int:
     """torchrun.sh, whose torchrun is `body`; the folder of the launch is the working folder there."""
     stub = write_script(folder / "python", f'#!/bin/bash\ncd "$SWAMLA_TITAN_LAUNCH_FOLDER"\n{body}\n')
-    ran = subprocess.run([str(SCRIPT), str(stub)], env={"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}, timeout=60)
+    ran = subprocess.run([str(SCRIPT), str(stub)], env={"PATH": "/usr/bin:/bin", "TMPDIR": str(folder)}, timeout=HANG)
     assert not list(folder.glob("swamla-titan.*"))
     return ran.returncode
 

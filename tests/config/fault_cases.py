@@ -1,5 +1,6 @@
 """The cases of [fault_tolerance], and those of [data] that are about faults: what a run does about them."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -16,12 +17,24 @@ from swamla_titan.train.watchdog import Watchdog
 from tests.config.runner import Runner, before_every_call_of
 from tests.train.faults import Fault
 from tests.train.runs import metrics
+from tests.waiting import HANG, wait_until
 
 
-def complaints(run: Runner, *overrides: str) -> str:
-    """What the watchdog says of a run whose steps take 0.9 s: what it would end the process for, it merely notes."""
+def complaints(run: Runner, *overrides: str, step: int = 0, until: str = "") -> str:
+    """What the watchdog says of a run: what it would end the process for, it merely notes.
+
+    Each step takes 0.9 s at least; or step number `step`, counted from 0, as long as `until` has not been said.
+    """
     found: list[str] = []
-    with pytest.MonkeyPatch.context() as patch, before_every_call_of(SWAMLAModel, lambda *_: time.sleep(0.3)):
+    micro_batches = itertools.count()
+
+    def stand_still(*_: object) -> None:
+        if not until:
+            time.sleep(0.3)
+        elif next(micro_batches) == 3 * step:
+            wait_until(lambda: until in found)
+
+    with pytest.MonkeyPatch.context() as patch, before_every_call_of(SWAMLAModel, stand_still):
         patch.setattr(Watchdog, "_end", lambda self, now, headline: found.append(headline))
         patch.setattr(watchdog, "BACKSTOP", 1000.0)  # nor is its timer of C to end this one
         run(*overrides)
@@ -29,8 +42,9 @@ def complaints(run: Runner, *overrides: str) -> str:
 
 
 def step_timeout(run: Runner) -> None:
-    assert "no progress for 0.2 s (step) after step 2" in complaints(run, "--fault_tolerance.step_timeout", "0.2")
-    assert complaints(run, "--fault_tolerance.step_timeout", "60") == ""
+    expected = "no progress for 0.2 s (step) after step 2"
+    assert expected in complaints(run, "--fault_tolerance.step_timeout", "0.2", step=2, until=expected)
+    assert complaints(run, "--fault_tolerance.step_timeout", str(2 * HANG)) == ""
     assert complaints(run, "--fault_tolerance.step_timeout", "0") == ""
     off = ("--fault_tolerance.step_timeout", "0", "--fault_tolerance.first_step_timeout", "0.1")
     assert "0.1 has no effect with fault_tolerance.step_timeout = 0.0" in run.refusal(*off)
@@ -38,9 +52,10 @@ def step_timeout(run: Runner) -> None:
 
 def first_step_timeout(run: Runner) -> None:
     steps = ("--fault_tolerance.step_timeout", "2.5")  # so often is looked, four times over
-    short, long = (complaints(run, *steps, "--fault_tolerance.first_step_timeout", limit) for limit in ("0.1", "60"))
-    assert "no progress for 0.1 s (first step) after step 0" in short
-    assert "first step" not in long
+    first_step = (*steps, "--fault_tolerance.first_step_timeout")
+    expected = "no progress for 0.1 s (first step) after step 0"
+    assert expected in complaints(run, *first_step, "0.1", until=expected)
+    assert "first step" not in complaints(run, *first_step, str(2 * HANG))
 
 
 def max_rewinds(run: Runner) -> None:

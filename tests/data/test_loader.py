@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from swamla_titan.data.packing import document_ids
 from swamla_titan.data.worker import StepDataset, StepIterator
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.process_end import wait_for_end
+from tests.waiting import HANG, wait_until
 
 SEQ_LEN = 32
 
@@ -212,7 +213,7 @@ def test_the_next_batch_is_made_ready_beside_the_step_and_counts_when_it_is_take
             batch, expected = next(loader), next(reference)
             assert torch.equal(batch.tokens, expected.tokens)
             place = loader.place()
-            assert loader._coming.wait(30)  # nobody asked for it
+            assert loader._coming.wait(HANG)  # nobody asked for it
             assert loader.state_dict() == reference.state_dict() == place()
         assert loader._coming.result().batch.first == 12
 
@@ -286,10 +287,8 @@ def test_workers_outlive_the_schedulers_signals_and_end_with_close(corpus):
     for _ in range(20):
         next(loader)
     assert worker.is_alive()
-    start = time.perf_counter()
     loader.close()
     loader.close()
-    assert time.perf_counter() - start < 2
     assert not worker.is_alive()
 
 
@@ -302,7 +301,7 @@ def test_close_does_not_wait_for_a_lock_that_a_killed_worker_took_along(corpus):
     taken.join()
     closing = threading.Thread(target=loader.close, daemon=True)
     closing.start()
-    closing.join(10)
+    closing.join(HANG)
     assert not closing.is_alive()
 
 
@@ -317,7 +316,7 @@ if __name__ == "__main__":
     next(loader)
     if sys.argv[1] == "ctrl-c":
         os.killpg(0, signal.SIGINT)
-        time.sleep(10)
+        time.sleep(1000)
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -326,17 +325,15 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", ["ctrl-c", "no close"])
 def test_a_script_that_ends_leaves_no_worker_and_no_workers_traceback(tmp_path, how):
     (tmp_path / "script.py").write_text(SCRIPT)
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(tmp_path / "script.py"), how],
         capture_output=True,
         check=False,
         text=True,
         start_new_session=True,
-        timeout=60,
+        timeout=HANG,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    assert time.perf_counter() - start < 30
     assert done.stderr.count("Traceback") == (1 if how == "ctrl-c" else 0), done.stderr
     assert ("KeyboardInterrupt" in done.stderr) == (how == "ctrl-c")
 
@@ -348,13 +345,12 @@ def test_a_trainer_that_is_killed_leaves_no_process_behind(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py"), "kill"]
     # What is left behind would hold a pipe open: nothing is captured.
     trainer = subprocess.Popen(command, start_new_session=True, env=env)
-    assert trainer.wait(timeout=60) == -signal.SIGKILL
-    deadline = time.monotonic() + 5
-    while left := in_session(trainer.pid):
-        if time.monotonic() > deadline:
+    assert trainer.wait(timeout=HANG) == -signal.SIGKILL
+    try:
+        wait_until(lambda: not in_session(trainer.pid), lambda: f"still alive: {in_session(trainer.pid)}")
+    finally:
+        with suppress(ProcessLookupError):
             os.killpg(trainer.pid, signal.SIGKILL)
-            pytest.fail(f"still alive: {left}")
-        time.sleep(0.1)
 
 
 def in_session(session):
@@ -375,13 +371,13 @@ def in_session(session):
 def test_the_end_of_a_process_is_seen(monkeypatch, pidfd):
     if not pidfd:
         monkeypatch.delattr(os, "pidfd_open", raising=False)
-    child = subprocess.Popen(["sleep", "0.5"])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     watch = threading.Thread(target=wait_for_end, args=(child.pid,), daemon=True)
     watch.start()
     time.sleep(0.2)
     assert watch.is_alive()
-    child.wait()
-    watch.join(3)
+    child.communicate()
+    watch.join(HANG)
     assert not watch.is_alive()
     wait_for_end(child.pid)  # gone before
 

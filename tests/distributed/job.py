@@ -1,6 +1,7 @@
 """The real command, as a rank of a job runs it: what it ends with, what it says, and what befalls it on the way."""
 
 import contextlib
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -67,6 +68,13 @@ def before_step(step: int, action: Callable[[Trainer], object]) -> None:
         return original(self, batch)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def limit_of_a_second(trainer: Trainer) -> None:
+    """Called by `before_step`: this step, and those after it, may take a second."""
+    watchdog = trainer.watchdog
+    watchdog._config = dataclasses.replace(watchdog._config, step_timeout=1.0)
+    watchdog.progress(trainer.step)
 
 
 def run_killed_loader(rank: int, step: int, config: str, *overrides: str) -> Ended:

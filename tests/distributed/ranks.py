@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_TIMEOUT = 240.0  # seconds; two busy cores are slow
+from tests.waiting import HANG
+
 _server: int | None = None  # the process that ranks are forked from
 
 
@@ -79,8 +80,8 @@ def _collect(pipes: list[Connection], stacks: list[Path]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = wait(waiting, _TIMEOUT)
-        assert ready, f"ranks {sorted(set(range(len(pipes))) - results.keys())} gave nothing in {_TIMEOUT:.0f} s"
+        ready = wait(waiting, HANG)
+        assert ready, f"ranks {sorted(set(range(len(pipes))) - results.keys())} gave nothing in {HANG:.0f} s"
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+from tests.waiting import HANG
+
 SCRIPT = """
 import torch
 import torch.distributed as dist
 from swamla_titan.parallel.functional import OPERATORS, waited
+from tests.waiting import HANG
 
 store = dist.HashStore()
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -17,5 +20,5 @@ print(x.grad.unique().tolist())
 
 
 def test_the_module_alone_is_enough_for_a_gradient():
-    ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=HANG)
     assert ran.stdout.strip() == "[2.0]", ran.stderr

@@ -23,6 +23,7 @@ from tests.distributed.job import (
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot
+from tests.waiting import wait_until
 
 SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "3")
 
@@ -205,10 +206,7 @@ def test_what_is_refused_is_refused_on_all_said_once_and_nothing_is_written(tmp_
 def _run_slowly(running: str, go_on: str, config: str, *overrides: str) -> int:
     def wait(_: object) -> None:
         Path(running).touch()
-        end = time.monotonic() + 120
-        while not Path(go_on).exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(Path(go_on).exists)
 
     before_step(3, wait)
     return run(config, *overrides)

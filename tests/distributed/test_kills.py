@@ -13,6 +13,7 @@ from benchmarks.chaos_job import Job, Moments, Progress, unfinished
 from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
+from tests.waiting import HANG
 
 # A micro-batch a sequence: slow enough that most kills come in time. Saves are most of the time.
 SETTINGS = (
@@ -108,7 +109,7 @@ def test_after_kills_of_the_launcher_of_torchrun_and_of_all_at_once_the_same_com
                 assert wait(job), job.described()
                 job.kill(*(job.find() if victim == "all" else job.find(victim)))
                 assert job.end() == code, job.described()
-                job.wait_until_gone(15)
+                job.wait_until_gone(HANG)
         job.start()
         assert job.end() == 0, job.described()
     assert Progress.of(tmp_path / "run").starts == 7

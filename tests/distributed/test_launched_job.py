@@ -14,6 +14,7 @@ import pytest
 
 from tests.test_launched_workers import assert_gone
 from tests.train.runs import checkpoint, kill_groups, metrics, wait_for
+from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 8
@@ -60,7 +61,7 @@ def start(tmp_path: Path, temporary: Path) -> Iterator[Start]:
 
 def end(process: "subprocess.Popen[str]", code: int) -> str:
     """Wait for the end, which must be with `code`; returns standard output."""
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == code, out + err
     return out
 
@@ -72,12 +73,13 @@ def worker(temporary: Path, rank: int) -> int:
 
 
 def wait_for_step(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
-    wait_for(folder / "metrics.jsonl", process, seconds=100)
-    limit = time.monotonic() + 60
-    while max(metrics(folder), default=0) < step:
+    wait_for(folder / "metrics.jsonl", process)
+
+    def taken() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+        return max(metrics(folder), default=0) >= step
+
+    wait_until(taken)
 
 
 def assert_finished(folder: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(
 NAP = """
 import os, signal, time
 if os.environ.get("RANK") == "1":
-    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(60))
+    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(1200))
 """
 
 
@@ -170,9 +172,7 @@ def test_a_second_signal_ends_it_at_once_and_the_same_command_goes_on(
     time.sleep(4)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    begin = time.monotonic()
-    end(process, 128 + signal.SIGTERM)
-    assert time.monotonic() - begin < 20
+    end(process, 128 + signal.SIGTERM)  # in half the time that rank 1 sleeps
     assert not (tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}").exists()
     assert len(pids) >= 7
     monkeypatch.delenv("PYTHONPATH")
@@ -223,7 +223,7 @@ def test_a_rank_asleep_for_ever_is_noticed_stacks_of_all_are_kept_and_the_run_go
     (tmp_path / "site" / "sitecustomize.py").write_text(ASLEEP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     # The long limit for the case that the signal comes during the checkpoint of step 6.
-    limit = ("--fault_tolerance.step_timeout", "8", "--fault_tolerance.first_step_timeout", "60")
+    limit = ("--fault_tolerance.step_timeout", "20", "--fault_tolerance.first_step_timeout", "100")
     process = start(*SLOW, *limit)
     wait_for_step(tmp_path / "run", 5, process)
     os.kill(worker(temporary, 1), signal.SIGUSR2)

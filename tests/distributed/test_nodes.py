@@ -1,6 +1,6 @@
 """./run_train.sh on two machines, real torchrun and real trainer: one is cut off, killed, and comes back.
 
-The machines are network namespaces (nodes.py). Two busy cores are slow: what is waited for has a wide limit.
+The machines are network namespaces (nodes.py).
 """
 
 import itertools
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 
 from tests.distributed.nodes import PORT, Node, nodes
 from tests.train.runs import checkpoint, metrics, train
+from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 30
@@ -86,17 +86,17 @@ class Job:
         file = self.run / "metrics.jsonl"
         return len(file.read_text().splitlines()) if file.exists() else 0
 
-    def wait_for(self, what: Callable[[], object], seconds: float, *running: "subprocess.Popen[str]") -> None:
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, self.told()
+    def wait_for(self, what: Callable[[], object], *running: "subprocess.Popen[str]") -> None:
+        def there() -> object:
             assert all(process.poll() is None for process in running), self.told()
-            time.sleep(0.05)
+            return what()
+
+        wait_until(there, self.told, pause=0.05)
 
     def wait_for_steps(self, count: int, *running: "subprocess.Popen[str]") -> None:
         """Until so many lines more have been written."""
         before = self.lines()
-        self.wait_for(lambda: self.lines() >= before + count, 300, *running)
+        self.wait_for(lambda: self.lines() >= before + count, *running)
 
     def told(self) -> str:
         return "\n\n".join(path.read_text()[-20_000:] for path in sorted(self.folder.glob("*.log")))
@@ -129,14 +129,12 @@ def test_one_is_cut_off_and_killed_the_other_goes_on_and_it_comes_back(
         job.wait_for_steps(6, first, second)
         goes.cut_off()
         goes.kill()
-        cut = time.monotonic()
         seen = job.lines()
-        job.wait_for(lambda: job.lines() > seen + 2, 240, first)
-        assert time.monotonic() - cut < 180  # 20 s, reports, 10 s for others to come, and a start
+        job.wait_for(lambda: job.lines() > seen + 2, first)
         goes.connect()
         back = job.start(goes)
-        assert back.wait(300) == 0, job.told()
-        assert first.wait(60) == 0, job.told()
+        assert back.wait(HANG) == 0, job.told()
+        assert first.wait(HANG) == 0, job.told()
         both = 2 * processes
         # Two machines at once or one after the other, in the beginning.
         sizes = [size for size, _ in itertools.groupby(job.sizes(stays))]
@@ -156,14 +154,14 @@ def test_where_the_machines_meet_is_lost_and_the_other_ends_and_says_so(
         job.wait_for_steps(6, first, second)
         host.cut_off()
         host.kill()
-        assert second.wait(200) == 1, job.told()
+        assert second.wait(HANG) == 1, job.told()
         told = job.log(other).read_text()
         assert f"{host.address}:{PORT}, where the machines meet, does not answer any more" in told
         assert "Traceback" not in told.partition("does not answer any more")[2]
         assert not other.processes()
         # The same command where that machine is gone for good.
         job = Job(tmp_path, temporary, other)
-        assert job.start(other).wait(300) == 0, job.told()
+        assert job.start(other).wait(HANG) == 0, job.told()
     job.assert_same_as(undisturbed)
 
 
@@ -176,13 +174,13 @@ def test_a_signal_while_torchrun_stops_the_workers_for_a_machine_that_joins(
         first = job.start(host)
         job.wait_for_steps(2, first)
         second = job.start(other)
-        job.wait_for(lambda: list((temporary / host.name).glob("swamla-titan.*/regroup")), 100, first, second)
+        job.wait_for(lambda: list((temporary / host.name).glob("swamla-titan.*/regroup")), first, second)
         os.kill(first.pid, signal.SIGTERM)
-        assert [first.wait(200), second.wait(100)] == [75, 75], job.told()
+        assert [first.wait(HANG), second.wait(HANG)] == [75, 75], job.told()
         assert "stopped" in job.told()
         stopped = max(metrics(job.run))
         assert stopped < STEPS
         assert checkpoint(job.run, stopped).is_dir()
         both = [job.start(node) for node in machines]
-        assert [process.wait(300) for process in both] == [0, 0], job.told()
+        assert [process.wait(HANG) for process in both] == [0, 0], job.told()
     job.assert_same_as(undisturbed)

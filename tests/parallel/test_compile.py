@@ -20,6 +20,7 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder, warm_compiler
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
+from tests.waiting import HANG
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +198,7 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: 
     said = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=HANG
         )
         said.append(done.stdout)
     passes = 2 * graphs  # forward and backward

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,10 @@ FIVE_HUNDRED = {
 
 
 @pytest.mark.parametrize("name", FIVE_HUNDRED)
-def test_512_gpus_take_seconds(name):
+def test_512_gpus_are_planned_from_two_of_their_ranks(name):
     overrides, shapes = FIVE_HUNDRED[name]
     config = resolved(shipped_configs()[name], *overrides, vocabulary=50257)
-    begin = time.monotonic()
     found = plan(config, 512)
-    assert time.monotonic() - begin < 20
     assert [holding.rank for holding in found.holdings] == [0, 511]
     for holding in found.holdings:
         for product, shape in shapes.items():

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from swamla_titan.cli import main
 from swamla_titan.train.manifest import commit
+from tests.waiting import wait_until
 
 
 def train(config: Path, *overrides: str) -> int:
@@ -42,13 +42,14 @@ def kill_groups(processes: "Iterable[subprocess.Popen[str]]") -> None:
         process.communicate()
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     """Wait until `path` exists; fail if the process ends first."""
-    end = time.monotonic() + seconds
-    while not path.exists():
+
+    def exists() -> bool:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.002)
+        return path.exists()
+
+    wait_until(exists, lambda: f"{path} did not appear", pause=0.002)
 
 
 def metrics(folder: Path, name: str = "loss") -> dict[int, float]:

@@ -308,7 +308,7 @@ def test_whatever_first_fails_in_the_folder_is_one_message(tiny, tmp_path, monke
 
 @pytest.mark.parametrize("direction", [1, -1])
 def test_a_clock_that_jumps_changes_nothing(tiny, tmp_path, monkeypatch, capsys, direction):
-    """By up to a year at each look, and always on by days: numbers, times, the watchdog and retention."""
+    """By up to a year at each look, and by a day at least: numbers, times, the watchdog and retention."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     settings = (*FAST, "--checkpoint.interval", "2", "--checkpoint.keep_latest", "2", "--metrics.tensorboard", "true")
     assert train(tiny, *settings, "--job.dump_folder", str(whole)) == 0
@@ -320,7 +320,7 @@ def test_a_clock_that_jumps_changes_nothing(tiny, tmp_path, monkeypatch, capsys,
         looks += 1
         return real() + direction * (86_400 * looks + drawn.uniform(0, 3e7))
 
-    limits = ("--fault_tolerance.step_timeout", "60", "--fault_tolerance.first_step_timeout", "60")
+    limits = ("--fault_tolerance.step_timeout", "3600", "--fault_tolerance.first_step_timeout", "3600")
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", jumping)
         for steps in ("4", "8"):  # and a resume
@@ -332,9 +332,9 @@ def test_a_clock_that_jumps_changes_nothing(tiny, tmp_path, monkeypatch, capsys,
     assert metrics(run) == metrics(whole)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     for name in ("step_seconds", "data_seconds"):
-        assert all(0 < value < 60 for value in metrics(run, name).values()), name
+        assert all(0 < value < 3600 for value in metrics(run, name).values()), name
     assert re.findall(r"ETA (\S+)", capsys.readouterr().out)[:2] != []
-    assert all(eta.startswith("0:0") for eta in re.findall(r"ETA (\S+)", (run / "logs" / "rank-0.log").read_text()))
+    assert "day" not in "".join(re.findall(r"ETA .*", (run / "logs" / "rank-0.log").read_text()))
 
 
 def test_nothing_here_looks_at_a_clock_that_can_be_set_nor_at_the_times_of_files():

@@ -12,6 +12,7 @@ import pytest
 from swamla_titan.errors import UserError
 from swamla_titan.train import dump_folder
 from swamla_titan.train.dump_folder import exclusive, refuse_folder
+from tests.waiting import HANG
 
 RUN = "TORCHELASTIC_RUN_ID"
 
@@ -20,7 +21,7 @@ def _hold(folder: Path, run: str, held: Event, let_go: Event) -> None:
     os.environ[RUN] = run
     with exclusive(folder):
         held.set()
-        let_go.wait(60)
+        let_go.wait(HANG)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def holder(tmp_path: Path):
         process = context.Process(target=_hold, args=(tmp_path, run, held, let_go))
         process.start()
         started.append(process)
-        assert held.wait(30)
+        assert held.wait(HANG)
         return process, let_go
 
     yield start

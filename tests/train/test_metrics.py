@@ -3,7 +3,9 @@
 import builtins
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.flops import training_flops_per_token
+from swamla_titan.train import throughput
 from swamla_titan.train.metrics import MetricsLogger, step_line
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops
 from swamla_titan.train.trainer import Trainer
@@ -74,25 +77,39 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_batch(tiny, tmp_pat
     assert metrics(tmp_path / "run")[1] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
 
 
-def test_times_are_means_over_the_steps_since_the_line_before():
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass; no others do."""
+    now = 1000.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
+    return pass_time
+
+
+def test_times_are_means_over_the_steps_since_the_line_before(pass_time):
     clock = Throughput(torch.device("cpu"), 1, flops_per_token=1.0, tokens_per_step=100)
-    clock._start -= 6  # as if the steps had taken six seconds more
-    for _ in range(3):
-        with clock.data_wait():
-            pass
-    values = clock.read()
-    assert values["step_seconds"] == pytest.approx(2, abs=0.1)
-    assert values["tokens_per_second"] == pytest.approx(50, abs=3)
+    for _ in range(2):  # and begin again with each reading
+        for _ in range(3):
+            with clock.data_wait():
+                pass_time(0.5)
+            pass_time(1.5)
+        values = clock.read()
+        assert values["data_seconds"] == pytest.approx(0.5)
+        assert values["step_seconds"] == pytest.approx(2)
+        assert values["tokens_per_second"] == pytest.approx(50)
 
 
-def test_validation_and_checkpoints_are_not_counted_as_training():
+def test_validation_and_checkpoints_are_not_counted_as_training(pass_time):
     clock = Throughput(torch.device("cpu"), 1, flops_per_token=1.0, tokens_per_step=100)
     with clock.data_wait():
-        pass
+        pass_time(1)
     with clock.paused():
-        clock._start -= 5  # both the pause and the whole took five seconds more
-        clock._paused += 5
-    assert clock.read()["step_seconds"] < 0.1
+        pass_time(5)
+    assert clock.read()["step_seconds"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from swamla_titan.train.checkpoint import Checkpoints
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
 from tests.train.test_data_faults import opened_then
+from tests.waiting import HANG
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, undistu
     while not (run / "metrics.jsonl").read_text():
         assert process.poll() is None
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output
     saved = Checkpoints(run / "checkpoints", 0).newest_whole()
@@ -189,7 +190,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tiny, 
     wait_for(run / "metrics.jsonl", process)
     assert train(tiny) == 2
     assert f"another run writes there (process {process.pid} on" in capsys.readouterr().err
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0, output
     assert train(tiny) == 0  # the lock went with its process
 

@@ -16,6 +16,7 @@ from swamla_titan.train.record import Record
 from swamla_titan.train.saving import Saver
 from swamla_titan.train.staging import Staging
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
+from tests.waiting import HANG
 
 
 def record(step: int) -> Record:
@@ -111,7 +112,7 @@ class Gate:
             self.now += 1
             self.most = max(self.most, self.now)
             self.waiting.set()
-            assert self.open.wait(30)
+            assert self.open.wait(HANG)
             commit(*arguments)
             self.now -= 1
 
@@ -122,7 +123,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_is_n
     gate = Gate(monkeypatch)
     saver, weight = saver_of(tmp_path), torch.zeros(4)
     saver.save({"model": {"weight": weight}}, record(1), {})
-    assert gate.waiting.wait(30)
+    assert gate.waiting.wait(HANG)
     saver.before_update()
     weight += 1
     assert not (tmp_path / "step-00000001").exists()
@@ -135,7 +136,7 @@ def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     saver = saver_of(tmp_path)
     saver.save({"model": {"weight": torch.full((4,), 1.0)}}, record(1), {})
-    assert gate.waiting.wait(30)
+    assert gate.waiting.wait(HANG)
     threading.Timer(0.2, gate.open.set).start()
     for step in (2, 3):
         saver.save({"model": {"weight": torch.full((4,), float(step))}}, record(step), {}, last=step == 3)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,12 +18,13 @@ from swamla_titan.parallel.world import World
 from swamla_titan.train import watchdog as module
 from swamla_titan.train.backstop import STACKS
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+from swamla_titan.train.trainer import Trainer
 from swamla_titan.train.watchdog import Watchdog
-from tests.distributed.job import before_step
+from tests.distributed.job import before_step, limit_of_a_second
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
+from tests.waiting import HANG, wait_until
 
 SHORT = ("--training.steps", "6", "--data.num_workers", "0", "--validation.interval", "0", "--checkpoint.interval", "2")
-LIMIT = ("--fault_tolerance.step_timeout", "1")
 
 
 @pytest.fixture
@@ -41,31 +41,28 @@ def watch(traces: Path, step_timeout: float = 0.4, first_step_timeout: float = 6
     return Watchdog(config, traces, World.alone())
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 # which limit applies
 
 
 def test_the_start_the_first_step_and_pauses_have_the_long_limit_and_steps_the_short_one(tmp_path, ends):
-    watchdog = watch(tmp_path)
+    watchdog = watch(tmp_path, first_step_timeout=2 * HANG)
     time.sleep(0.8)
     watchdog.begin(7)
     time.sleep(0.8)
-    for step in range(8, 12):
+    watchdog.progress(8)
+    slowest = 0.0  # on a busy machine a step may take too long indeed
+    for step in range(9, 12):
+        begin = time.monotonic()
         time.sleep(0.2)
         watchdog.progress(step)
+        slowest = max(slowest, time.monotonic() - begin)
     with watchdog.pause("validation"):
         time.sleep(0.8)
-    time.sleep(0.1)
-    assert ends == []
-    wait_until(lambda: ends)
+        said_so_far = list(ends)
+    wait_until(lambda: "no progress for 0.4 s (step) after step 11" in ends)
     watchdog.close()
-    assert ends[0] == "no progress for 0.4 s (step) after step 11"
+    assert slowest > 0.3 or said_so_far == []
+    assert all("(step)" in headline for headline in ends)
 
 
 @pytest.mark.parametrize(
@@ -78,19 +75,17 @@ def test_the_start_the_first_step_and_pauses_have_the_long_limit_and_steps_the_s
     ids=["start", "first step", "pause"],
 )
 def test_the_long_limit_is_a_limit_too(tmp_path, ends, enter, doing, step):
-    watchdog = watch(tmp_path, step_timeout=60, first_step_timeout=0.3)
+    watchdog = watch(tmp_path, step_timeout=2 * HANG, first_step_timeout=0.3)
     with ExitStack() as stack:
         enter(watchdog, stack)
-        wait_until(lambda: ends)
+        wait_until(lambda: f"no progress for 0.3 s ({doing}) after step {step}" in ends)
         watchdog.close()
-    assert ends[0] == f"no progress for 0.3 s ({doing}) after step {step}"
 
 
 def test_with_0_nothing_is_watched_and_nothing_written(tmp_path, ends):
-    threads = threading.active_count()
     watchdog = watch(tmp_path / "traces", step_timeout=0, first_step_timeout=0.1)
     watchdog.begin(0)
-    assert threading.active_count() == threads
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())
     time.sleep(0.3)
     watchdog.close()
     assert ends == []
@@ -124,30 +119,35 @@ def test_stacks_of_an_earlier_start_are_kept(tmp_path, ends):
 
 
 def _stand_still(kind: str, config: str, *overrides: str) -> int:
-    """Train, and stand still in step 4."""
+    """Train, and stand still in step 4, which alone has a limit of a second: others take what the machine needs."""
     module.BACKSTOP = 1.0
     wait = {
-        "asleep": lambda _: time.sleep(600),
-        "with Python's lock": lambda _: ctypes.PyDLL(None).sleep(600),  # unlike CDLL, it does not let go of it
+        "asleep": lambda: time.sleep(2 * HANG),
+        "with Python's lock": lambda: ctypes.PyDLL(None).sleep(int(2 * HANG)),  # unlike CDLL, it does not let go of it
     }[kind]
-    before_step(4, wait)
+
+    def stand_still(trainer: Trainer) -> None:
+        limit_of_a_second(trainer)
+        wait()
+
+    before_step(4, stand_still)
     return train(Path(config), *overrides)
 
 
 def stand_still(kind: str, config: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
     code = f"import sys, {__name__} as tests; sys.exit(tests._stand_still(*{(kind, str(config), *overrides)!r}))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
 
 
 def test_a_process_asleep_ends_with_1_its_stacks_in_traces_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_path):
     traces = tmp_path / "run" / "traces"
-    ended = stand_still("asleep", tiny, *SHORT, *LIMIT)
+    ended = stand_still("asleep", tiny, *SHORT)
     assert ended.returncode == 1, ended.stderr
     assert [path.name for path in traces.iterdir()] == ["hang-step-3-rank-0.txt"]
     stacks = (traces / "hang-step-3-rank-0.txt").read_text()
     assert stacks.startswith("rank 0: no progress for 1 s (step) after step 3\n")
     assert " in _stand_still" not in stacks.split("Thread")[0]
-    assert "in <lambda>" in stacks
+    assert "in stand_still" in stacks
     assert "in train_step" in stacks
     assert "raise fault_tolerance.step_timeout" in ended.stdout
     assert "rank 0 after step 3: <lambda> (test_watchdog.py:" in ended.stdout
@@ -161,7 +161,7 @@ def test_a_process_asleep_ends_with_1_its_stacks_in_traces_and_the_run_goes_on_a
 
 
 def test_a_process_that_keeps_pythons_lock_ends_with_1_and_its_stacks_in_traces(tiny, tmp_path):
-    ended = stand_still("with Python's lock", tiny, *SHORT, *LIMIT)
+    ended = stand_still("with Python's lock", tiny, *SHORT)
     assert ended.returncode == 1, ended.stderr
     stacks = (tmp_path / "run/traces/hang-rank-0.txt").read_text()
     assert stacks.startswith("Timeout (")
