@@ -1,6 +1,7 @@
 """SWAMLAModel: what it accepts, its loss, its documents, its first values, its graphs."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -361,15 +362,24 @@ def test_block_takes_a_block_mask_in_a_compiled_graph():
 
 
 def test_debug_flavor_learns():
+    """Two sequences of random tokens by heart.
+
+    Whoever knows only how often each token comes has their entropy as loss, 4.0 here. After 20 steps this model stood at
+    0.5 to 1.0, by the random numbers that it begins with, which differ between processors: half the entropy is far from
+    either.
+    """
     model = SWAMLAModel(FLAVORS["debug"]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    tokens = torch.randint(0, 257, (2, 65))
+    tokens = torch.randint(0, 257, (2, 33))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     losses = []
-    for _ in range(12):
-        loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
+    for _ in range(20):
+        loss = model(inputs, targets)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[0] == pytest.approx(torch.tensor(257.0).log().item(), rel=0.1)
-    assert losses[-1] < 0.7 * losses[0]
+    share = targets.unique(return_counts=True)[1] / targets.numel()
+    # At first the logits have a variance of a few hundredths: all tokens are about as likely.
+    assert losses[0] == pytest.approx(math.log(257), rel=0.1)
+    assert losses[-1] < 0.5 * -(share * share.log()).sum()
