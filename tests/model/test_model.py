@@ -364,7 +364,7 @@ def test_block_takes_a_block_mask_in_a_compiled_graph():
 def test_debug_flavor_learns():
     """Two sequences of random tokens by heart.
 
-    Whoever knows only how often each token comes has their entropy as loss, 4.0 here. After 20 steps this model stood at
+    Whoever knows only how often each token comes has their entropy as loss, 4.0 here. After 20 steps this model is at
     0.5 to 1.0, by the random numbers that it begins with, which differ between processors: half the entropy is far from
     either.
     """
