@@ -85,6 +85,12 @@ def allow_open_files(count: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), f"ulimit -n is {wanted}, and a run needs {count}")
 
 
+def limit_of_files() -> str:
+    """Words on the largest file that this process may write; none where nobody has set a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return "" if limit == resource.RLIM_INFINITY else f", in files of at most {limit:,} bytes (ulimit -f)"
+
+
 @contextmanager
 def needed(what: str) -> Iterator[None]:
     """Makes a UserError of what this machine lacks inside: to start the run again would not mend it."""

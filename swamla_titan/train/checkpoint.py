@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.machine import limit_of_files
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights
 from swamla_titan.parallel.agreement import agree, from_first, merged
@@ -168,6 +169,7 @@ class Checkpoints:
             with suppress(OSError):  # a disk that is ill may refuse this as well
                 existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
                 free = f"; {shutil.disk_usage(existing).free / 2**30:.1f} GiB are free there"
+            free += limit_of_files()
             raise RunFailed(f"{final} could not be written ({reason}){free}") from error
 
     def newest_whole(self) -> Path | None:
