@@ -10,16 +10,18 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch.utils.data._utils.worker as torch_worker
 
 from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
-from swamla_titan.data.faults import DataFault, Fault, Unreachable, named, network_fault
+from swamla_titan.data.faults import DataFault, Fault, SetupFault, Unreachable, named, network_fault
 from swamla_titan.data.folder import listed, special_kind
 from swamla_titan.data.patience import Patience
 from swamla_titan.errors import UserError
+from swamla_titan.machine import chain
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,8 @@ class HuggingFaceSource:
                 if "No match for FieldRef" in str(error):  # pyarrow's words for a column that is not there
                     found = f'no column "{self._text_key}"'
                     raise DataFault(self.file_of(unit), place, found, _OTHERS) from error
-                raise network_fault(self.file_of(unit), place, error) from error
+                file = self.file_of(unit)
+                raise _cache_fault(file, place, error) or network_fault(file, place, error) from error
             if row is None:
                 return
             if ordinal % every == offset:
@@ -178,7 +181,8 @@ class HuggingFaceSource:
             try:
                 return load()
             except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
-                fault = network_fault(f"data.path, data.name, data.split: {self._label}", "", error)
+                file = f"data.path, data.name, data.split: {self._label}"
+                fault = _cache_fault(file, "", error) or network_fault(file, "", error)
                 # A wrong key looks like many things, but a network that is down says so.
                 if isinstance(fault, Unreachable) and patience.again(fault):
                     continue
@@ -202,6 +206,20 @@ class HuggingFaceSource:
                 f"Set data.text_key to one of the columns there: {listed(columns, 20)}; or, if only the first file "
                 'lacks it, correct or remove that, or set data.on_error = "skip_file".'
             )
+
+
+def _cache_fault(file: str, place: str, error: Exception) -> Fault | None:
+    """The fault if what could not be opened is in the folder that `datasets` keeps things in, or is above it."""
+    import datasets
+
+    cache = Path(datasets.config.HF_CACHE_HOME).absolute()
+    for each in chain(error):
+        if isinstance(each, OSError) and isinstance(each.filename, str):
+            at = Path(each.filename).absolute()
+            if at in (cache, *cache.parents) or cache in at.parents:
+                reason = f"{cache}, where Hugging Face's libraries keep files, cannot be used ({each.strerror})"
+                return SetupFault(file, place, reason, "Set HF_HOME to a folder that can be written")
+    return None
 
 
 def commit_of(path: str, revision: str) -> str:

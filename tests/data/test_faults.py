@@ -20,6 +20,7 @@ from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreac
 from swamla_titan.data.packing import initial_cursor
 from swamla_titan.data.patience import Patience, read_on
 from swamla_titan.data.skips import Skip, added, first_skipped, skips_of, with_skips
+from swamla_titan.data.sources import open_source
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.machine import LASTING, WAYS_OUT
@@ -483,6 +484,23 @@ def test_no_file_is_passed_over_for_a_fault_of_this_machine(tmp_path, monkeypatc
     with pytest.raises(kind, match=os.strerror(number)):
         documents.next_document()
     assert documents.skips == documents.new_skips() == []
+
+
+@pytest.mark.parametrize("below", ["", "hub/x"])
+def test_a_home_folder_that_cannot_be_written_is_no_fault_of_the_data(tmp_path, monkeypatch, below):
+    """datasets keeps things there even where it only streams files of a folder."""
+    import datasets
+
+    write_parquet(tmp_path / "a.parquet", ["text"])
+    cache = tmp_path / "home" / "huggingface"
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(cache))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache / below))
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(SetupFault, match=r"cannot be used \(Permission denied\). Set HF_HOME to a folder"):
+        open_source(Data(source="huggingface", path=str(tmp_path), streams=1))
 
 
 def test_where_nothing_is_left_the_run_ends(maker, tmp_path):
