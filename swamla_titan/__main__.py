@@ -6,11 +6,11 @@ import sys
 
 def leave_out_the_current_folder() -> None:
     """`python -m` looks for modules in the current folder first, which may hold a random.py; its children do too."""
-    package = os.path.dirname(os.path.abspath(__file__))
     try:
         current = os.getcwd()
-    except OSError:  # it was removed, and the command says so
-        return
+    except OSError as error:
+        sys.exit(_refused(f"the current folder cannot be used ({error.strerror}); go to one that is there"))
+    package = os.path.dirname(os.path.abspath(__file__))
     if (
         not getattr(sys.flags, "safe_path", False)
         and sys.path[0] in ("", current)
@@ -28,7 +28,10 @@ def leave_out_the_current_folder() -> None:
 def run() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
     leave_out_the_current_folder()
-    # What is imported here takes a hundredth of a second, the rest of the program some.
+    import signal
+
+    # What is imported next takes some hundredths of a second, until a signal can be handled; the rest takes seconds.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     from swamla_titan.parallel.launcher import exit_through_launcher, listen_to_signals
 
     listen_to_signals(trains=sys.argv[1:2] == ["train"] and "--dry-run" not in sys.argv)
@@ -36,6 +39,11 @@ def run() -> int:
 
     open_console()  # before anything else is opened
     return exit_through_launcher(_main)
+
+
+def _refused(reason: str) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _main() -> int:

@@ -47,6 +47,24 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
+ODD_NUMBERS = (
+    "18446744073709551617",
+    "1_000",
+    "0x10",
+    "010",
+    "+2",
+    "1e3",
+    " 2",
+    "2 ",
+    "2.0",
+    "1025",
+    "\u0662",
+    "\u00b2",
+    "a[0]",
+)
+ODD_IDS = ("a/b", "../../x", "a b", "a\nb", "a\tb", "\x1b[2J", " ", "x" * 101, "\u00e9", "$(id)", "a\\b")
+
+
 class Repository:
     """A copy of the launcher's files and a caller's folder elsewhere; only this folder's `bin` has a Python."""
 
@@ -179,6 +197,23 @@ def test_one_process_leaves_the_gpus_alone(repository: Repository, variables: di
         ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT=HOST:PORT"),
         ({"NNODES": "1:4"}, "NNODES=1:4 needs RDZV_ENDPOINT=HOST:PORT"),
         ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, "RDZV_ENDPOINT=node0: expected HOST:PORT"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0:0"}, "RDZV_ENDPOINT=node0:0: expected HOST:PORT"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0:65536"}, "ports 1 to 65535"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0:029400"}, "ports 1 to 65535"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "fe80::1:29400"}, "an IPv6 address as [ADDRESS]:PORT"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "no de:29400"}, "expected HOST:PORT"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0/x:29400"}, "expected HOST:PORT"),
+        ({"NNODES": "1:18446744073709551617"}, "NNODES=1:18446744073709551617: expected a number of machines, 1 to"),
+        ({"NNODES": "1:2:3"}, "NNODES=1:2:3: expected"),
+        ({"NGPU": "18446744073709551617"}, "NGPU=18446744073709551617: expected"),
+        ({"MAX_RESTARTS": "9" * 300}, "MAX_RESTARTS=" + "9" * 80 + "...: expected a number"),
+        ({"LOG_RANK": "18446744073709551616"}, "the processes of this machine are 0 to 0"),
+        ({"LOG_RANK": "0,*"}, "LOG_RANK=0,*: expected numbers of processes"),
+        ({"LOG_RANK": ","}, "LOG_RANK=,: expected numbers of processes"),
+        ({"LOG_RANK": "00"}, "LOG_RANK=00: the processes of this machine are"),
+        *(({"NPROC": text}, f"NPROC={text}: expected a number of processes, 1 to 1024") for text in ODD_NUMBERS),
+        ({"NPROC": "2\n3"}, "NPROC=$'2\\n3'...: expected a number"),
+        *(({"RDZV_ID": text}, "expected at most 100 letters, digits") for text in ODD_IDS),
         ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many: expected a number"),
         ({"LOG_RANK": "all"}, "LOG_RANK=all: expected numbers of processes"),
         ({"LOG_RANK": "0,2", "NPROC": "2"}, "LOG_RANK=0,2: the processes of this machine are 0 to 1"),
@@ -282,6 +317,158 @@ def test_how_weights_are_shared_is_read_from_the_file(repository: Repository, te
     (repository.caller / "mine.toml").write_text(text)
     ran = repository.run("run_train.sh", "mine.toml", PYTHON=str(repository.stub), NGPU="2")
     assert ran.stderr.startswith(f"run_train.sh: 2 GPUs: {way}training on 2 processes\n")
+
+
+UUIDS = ("GPU-11111111-aaaa", "GPU-11112222-bbbb", "GPU-33333333-cccc", "GPU-44444444-dddd")
+
+
+@pytest.mark.parametrize(
+    "visible, count",
+    [
+        ("-1", 0),
+        ("", 0),
+        (" ", 0),
+        ("none", 0),
+        ("NoDevFiles", 0),
+        ("-1,0", 0),
+        ("0,-1,1", 1),
+        ("0,1", 2),
+        (" 0 , 1 ", 2),
+        ("0,,1", 1),
+        ("0,1,", 2),
+        ("0,0", 0),
+        ("0,1,00", 0),
+        ("0,7,1", 1),
+        ("4", 0),
+        ("0,18446744073709551616", 1),
+        ("3,2,1,0", 4),
+        ("1x,2y", 2),
+        ("0,GPU-33333333-cccc", 1),
+        ("GPU-33333333-cccc", 1),
+        ("GPU-3,GPU-4", 2),
+        ("GPU-3,0", 1),
+        ("GPU-1111", 0),
+        ("GPU-99999999", 0),
+        ("GPU-3,GPU-3", 0),
+        ("MIG-1234,MIG-5678", 1),
+        ("\u0661", 0),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(repository: Repository, visible: str, count: int) -> None:
+    lines = "\n".join(f"echo 'GPU {index}: NVIDIA H200 (UUID: {uuid})'" for index, uuid in enumerate(UUIDS))
+    write_script(repository.bin / "nvidia-smi", f"#!/bin/sh\n{lines}\n")
+    recorded = repository.train(CUDA_VISIBLE_DEVICES=visible)
+    assert f"cuda={visible}" in recorded
+    if count > 1:
+        assert f"--nproc-per-node={count}" in recorded
+    else:
+        assert recorded[1] == "swamla_titan"
+        ran = repository.run("run_train.sh", PYTHON=str(repository.stub), CUDA_VISIBLE_DEVICES=visible, NPROC="2")
+        assert (ran.returncode, "1 GPUs take a process each" in ran.stderr) == ((2, True) if count else (0, False))
+
+
+def test_without_nvidia_smi_the_entries_are_taken_at_their_word(repository: Repository) -> None:
+    assert "--nproc-per-node=2" in repository.train(CUDA_VISIBLE_DEVICES="5,7")
+    assert "--nproc-per-node=2" in repository.train(CUDA_VISIBLE_DEVICES="GPU-1,GPU-2")
+    assert repository.train(CUDA_VISIBLE_DEVICES="-1")[1] == "swamla_titan"
+
+
+def test_what_other_launchers_left_is_left_out_and_named(repository: Repository) -> None:
+    write_script(repository.stub, STUB.replace('echo "cwd=$PWD"', 'echo "cwd=$PWD"; env'))
+    left = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node7", "TORCHELASTIC_RUN_ID": "x\ny", "LOCAL_RANK": ""}
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), **left)
+    assert ran.returncode == 0
+    said = "left out, as other launchers and earlier runs leave them in the environment: RANK=0 WORLD_SIZE=2 "
+    assert said + "MASTER_ADDR=node7 TORCHELASTIC_RUN_ID=$'x\\ny'...\n" in ran.stderr
+    recorded = repository.record.read_text().splitlines()
+    assert not [line for line in recorded if line.partition("=")[0] in left]
+    ran = repository.run("run_train.sh", PYTHON=str(repository.stub), SLURM_PROCID="3", OMPI_COMM_WORLD_SIZE="4")
+    assert "left out" not in ran.stderr
+
+
+@pytest.mark.parametrize("through", ["absolute", "relative", "chain", "PATH", "folder"])
+def test_through_a_symbolic_link_it_finds_its_repository(repository: Repository, tmp_path: Path, through: str) -> None:
+    (repository.bin / "readlink").symlink_to(str(shutil.which("readlink")))
+    script, elsewhere = repository.root / "run_train.sh", tmp_path / "else where\n"
+    elsewhere.mkdir()
+    link = elsewhere / "train"
+    if through == "absolute":
+        link.symlink_to(script)
+    elif through == "folder":
+        (elsewhere / "there").symlink_to(repository.root)
+        link = elsewhere / "there/run_train.sh"
+    else:
+        (elsewhere / "first").symlink_to(os.path.relpath(script, elsewhere))
+        link.symlink_to("first")
+    command = "train" if through == "PATH" else str(link)
+    path = f"{elsewhere}:{repository.bin}" if through == "PATH" else str(repository.bin)
+    environment = {"PATH": path, "RECORD": str(repository.record), "PYTHON": str(repository.stub), "CDPATH": "/:/tmp"}
+    ran = subprocess.run(
+        ["bash", "-c", 'exec "$0" debug', command],
+        cwd=repository.caller,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    config = Path(repository.record.read_text().split("\ntrain\n")[1].split("\ncuda=")[0])
+    assert config.samefile(repository.root / "train_configs/debug.toml")
+
+
+def test_blanks_and_line_breaks_in_paths_and_a_shell_set_to_other_things(
+    repository: Repository, tmp_path: Path
+) -> None:
+    odd = tmp_path / "a b\nc 'd\n"
+    shutil.copytree(repository.root, odd / "repository")
+    (tmp_path / "env.sh").write_text("echo said by BASH_ENV\nset -f\n")
+    repository.root, repository.caller = odd / "repository", odd
+    (odd / "my config.toml").touch()
+    more = {
+        "BASH_ENV": str(tmp_path / "env.sh"),
+        "SHELLOPTS": "noglob:noclobber:errexit",
+        "BASHOPTS": "failglob:nullglob",
+    }
+    more |= {"CDPATH": "/", "PYTHONPATH": ":/elsewhere::", "NPROC": "2", "POSIXLY_CORRECT": "1"}
+    environment = {
+        "PATH": str(repository.bin),
+        "RECORD": str(repository.record),
+        "PYTHON": str(repository.stub),
+    }  # no HOME
+    ran = subprocess.run(
+        [str(odd / "repository/run_train.sh"), "my config.toml", "--job.dump_folder", "x\ny"],
+        cwd=odd,
+        env=environment | more,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    recorded = repository.record.read_text()
+    assert "\nswamla_titan\ntrain\nmy config.toml\n--job.dump_folder\nx\ny\n" in recorded
+    assert f"\npythonpath={odd}/repository:/elsewhere\n" in recorded
+
+
+def test_python_imports_nothing_from_the_current_folder(repository: Repository) -> None:
+    write_script(repository.stub, STUB.replace('echo "cwd=$PWD"', 'echo "safe=$PYTHONSAFEPATH"'))
+    assert {"safe=1", f"pythonpath={repository.root}"} <= set(repository.train())
+    assert {"safe=1", f"pythonpath={repository.root}"} <= set(repository.train(NPROC="2"))
+    # 3.10 does not know that variable.
+    write_script(repository.stub, STUB.replace('echo "stub $0"', 'echo "Python 3.10.13 at $0"'))
+    assert f"pythonpath={repository.root}:{repository.root}/swamla_titan/safe_path" in repository.train()
+
+
+def test_a_folder_that_was_removed_is_refused(repository: Repository) -> None:
+    command = f'rmdir "$PWD" && exec {repository.root}/run_train.sh'
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(repository.stub)}
+    ran = subprocess.run(
+        ["bash", "-c", command], cwd=repository.caller, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 2
+    assert "run_train.sh: the current folder has been removed; go to one that is there\n" in ran.stderr
+
+
+def test_a_folder_with_the_name_of_a_shipped_config_is_none(repository: Repository) -> None:
+    (repository.caller / "debug").mkdir()
+    assert repository.train("debug")[3] == f"{repository.root}/train_configs/debug.toml"
 
 
 def test_the_name_of_a_shipped_config_will_do(repository: Repository) -> None:

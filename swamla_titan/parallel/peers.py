@@ -39,7 +39,7 @@ def meet(here: Place, between_looks: Callable[[], None]) -> dist.Store:
                 raise RankFailed(f"rank {here.rank} waited {TO_MEET:g} s in vain for {what}")
             if running.seconds > PATIENT and not told:
                 told = True
-                logger.warning("waiting for %s; if no launcher started this process, take %s away: unset", what, MARK)
+                logger.warning("waiting for %s; if torchrun did not start this process: unset %s", what, MARK)
             time.sleep(LOOK)
 
     if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

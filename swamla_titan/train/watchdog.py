@@ -24,13 +24,13 @@ from typing import TextIO
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from swamla_titan.backstop import Backstop, stopped
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.console import Lines
 from swamla_titan.errors import EXIT_FAILED
 from swamla_titan.parallel.launcher import workers_of_this_machine
 from swamla_titan.parallel.world import World
 from swamla_titan.running_time import RunningTime
-from swamla_titan.train.backstop import Backstop, stopped
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
 
 logger = logging.getLogger(__name__)
@@ -168,10 +168,10 @@ class Watchdog:
             before = time.monotonic()
             now = self._now
             if now is not last:
-                # What was done after a pause has its whole limit; that there was one is seen only now.
                 last, paused = now, 0.0
-            if now.since <= began:
-                paused += before - began - (0.0 if self._some_are_stopped(told) else ran)
+            # A pause may have come after the last progress, or before it: then it has no part in this limit.
+            waited = before - max(began, now.since)
+            paused += waited - (0.0 if self._some_are_stopped(told) else min(waited, ran))
             left = now.deadline + paused - before
             if abs(before + left + BACKSTOP - self._armed) > look / 2:
                 self._arm(max(left, 0) + BACKSTOP)

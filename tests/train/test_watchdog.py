@@ -1,6 +1,7 @@
 """A process that stands still writes where it stands and ends, and one that is only busy does not."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from swamla_titan.backstop import STACKS, stopped
 from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.parallel.launcher import FOLDER
 from swamla_titan.parallel.world import World
+from swamla_titan.running_time import RunningTime
 from swamla_titan.train import watchdog as module
-from swamla_titan.train.backstop import STACKS
 from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
 from swamla_titan.train.trainer import Trainer
 from swamla_titan.train.watchdog import Watchdog
@@ -113,6 +116,131 @@ def test_stacks_of_an_earlier_start_are_kept(tmp_path, ends):
     watchdog.begin(0)
     watchdog.close()
     assert (tmp_path / "hang-rank-0.txt").read_text() == "stacks\n"
+
+
+# pauses
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the clock runs ahead of itself, as after a pause of the whole process: its threads see it all at once."""
+    ahead = [0.0]
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+    return ahead
+
+
+@pytest.mark.parametrize("progress", ["before", "after"])
+def test_a_pause_is_no_hang_in_the_moment_it_ends_and_a_hang_after_it_is_one(tmp_path, ends, clock, progress):
+    watchdog = watch(tmp_path, step_timeout=2)
+    watchdog.begin(0)
+    watchdog.progress(1)
+    for pause in (1000, 5):
+        time.sleep(0.7)
+        clock[0] += pause
+        if progress == "after":
+            watchdog.progress(2)
+        time.sleep(0.7)
+        watchdog.progress(3)
+    assert ends == []
+    clock[0] += 1000
+    before = time.monotonic()
+    wait_until(lambda: ends)
+    watchdog.close()
+    assert ends[0] == "no progress for 2 s (step) after step 3"
+    assert time.monotonic() - before < 20  # and not as much later as the pause was long
+
+
+def test_a_pause_just_after_a_step_is_none_either(tmp_path, ends, clock):
+    """The watchdog has not looked since: it sees one stretch of time, in which there was progress."""
+    watchdog = watch(tmp_path, step_timeout=4)  # it looks every second
+    watchdog.begin(0)
+    for step in range(1, 5):
+        watchdog.progress(step)
+        clock[0] += 100
+        time.sleep(1.2)
+    assert ends == []
+    watchdog.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_process_of_the_run_that_is_stopped_is_waited_for_and_named_once(tmp_path, ends, monkeypatch, caplog):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    with subprocess.Popen(["sleep", "100"]) as other:
+        try:
+            (tmp_path / "1.pid").write_text(str(other.pid))
+            (tmp_path / "0.pid").write_text(str(os.getpid()))
+            other.send_signal(signal.SIGSTOP)
+            wait_until(lambda: stopped(other.pid))
+            watchdog = watch(tmp_path / "traces", step_timeout=1)
+            watchdog.begin(0)
+            watchdog.progress(1)
+            time.sleep(2.5)
+            assert ends == []
+            other.send_signal(signal.SIGCONT)
+            wait_until(lambda: ends)
+            watchdog.close()
+        finally:
+            other.kill()
+    assert caplog.text.count(f"process {other.pid} of this run is stopped, and waited for") == 1
+    assert not stopped(other.pid)  # gone
+
+
+# What has Python's lock for 3 s at a time, and then is stopped from without for longer than its limit.
+HOLDER = """
+import ctypes, sys, time
+from swamla_titan.backstop import Backstop
+backstop = Backstop()
+backstop.write_to(sys.stderr)
+backstop.arm(float(sys.argv[1]))
+print("armed", flush=True)
+ctypes.PyDLL(None).sleep(int(sys.argv[2]))
+backstop.close()
+print("ended", flush=True)
+"""
+
+
+def hold(limit: str, seconds: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", HOLDER, limit, seconds]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, start_new_session=True)
+    assert process.stdout.readline() == "armed\n"
+    return process
+
+
+def test_the_backstop_ends_a_process_that_keeps_pythons_lock_and_not_one_that_was_stopped():
+    held = hold("1", "100")
+    stopped_alone, stopped_with_it = hold("8", "1"), hold("8", "1")
+    os.kill(stopped_alone.pid, signal.SIGSTOP)
+    os.killpg(stopped_with_it.pid, signal.SIGSTOP)
+    out, err = held.communicate(timeout=60)
+    assert (held.returncode, out) == (1, "")
+    assert 'File "<string>", line 8 in <module>' in err
+    time.sleep(10)
+    for process in (stopped_alone, stopped_with_it):
+        os.killpg(process.pid, signal.SIGCONT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (0, "ended\n", "")
+
+
+def test_the_backstop_ends_with_its_process():
+    process = hold("100", "100")
+    (backstop,) = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        os.kill(backstop, number)
+    time.sleep(0.3)
+    assert Path(f"/proc/{backstop}").exists()
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not Path(f"/proc/{backstop}").exists() or "Z" in Path(f"/proc/{backstop}/stat").read_text())
+
+
+def test_running_time_leaves_pauses_out(clock):
+    running = RunningTime(2.0)
+    for ahead in (1, 2, 1000, 0.5):
+        clock[0] += ahead
+        running.look()
+    assert running.seconds == pytest.approx(5.5, abs=0.4)
 
 
 # real processes
