@@ -2,19 +2,25 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from swamla_titan.config import find_config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import launcher
 from swamla_titan.parallel.launcher import (
     FOLDER,
     FORWARDED,
+    Place,
     acknowledge_stop,
     exit_through_launcher,
+    foreign_variables,
+    place,
     regrouping,
     speaks,
     stop_asked,
@@ -22,6 +28,7 @@ from swamla_titan.parallel.launcher import (
 from swamla_titan.parallel.world import join_world
 from swamla_titan.tools.preflight import main as preflight
 from swamla_titan.train.signals import StopRequest
+from tests.train.runs import train
 
 
 def set_place(monkeypatch: pytest.MonkeyPatch, **numbers: object) -> None:
@@ -247,3 +254,136 @@ def test_preflight_asks_for_the_gpus(tiny: Path, capsys, monkeypatch: pytest.Mon
 def test_preflight_is_silent_where_one_number_of_processes_fits(tiny: Path, capsys) -> None:
     assert preflight(["1,2,3,4", "0", str(tiny), "--parallel.dp_shard", "3"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+# variables of other launchers
+
+
+GENUINE = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4, "GROUP_WORLD_SIZE": 2}
+
+
+def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_place(monkeypatch, **GENUINE)
+    assert place() == Place(rank=5, size=8, local_rank=1, local_size=4, machines=2)
+    assert foreign_variables() == []
+
+
+@pytest.mark.parametrize(
+    "left, named",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["WORLD_SIZE='2'"]),
+        ({"WORLD_SIZE": "x\ny", "LOCAL_RANK": "3"}, ["WORLD_SIZE='x\\ny'", "LOCAL_RANK='3'"]),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, []),
+        ({"WORLD_SIZE": ""}, []),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4", "GROUP_RANK": "1"}, []),
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, ["WORLD_SIZE='2'"]),
+    ],
+)
+def test_what_another_launcher_left_counts_for_nothing_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, left: dict[str, str], named: list[str]
+) -> None:
+    for name in (launcher.MARK, *launcher.NUMBERS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place()
+    assert speaks()
+    assert foreign_variables() == named
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not set"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "8"}, "RANK=8, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4 fit no process"),
+        ({"LOCAL_RANK": "4"}, "fit no process"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "fit no process"),
+        ({"WORLD_SIZE": "1_0"}, "WORLD_SIZE is '1_0'"),
+        ({"WORLD_SIZE": "\u0668"}, r"WORLD_SIZE is '\\u0668'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port'"),
+        ({"MASTER_PORT": "999999"}, "MASTER_PORT is '999999'"),
+    ],
+)
+def test_torchruns_variables_that_make_no_sense_are_refused_with_what_to_unset(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, "str | None"], reason: str
+) -> None:
+    set_place(monkeypatch, **GENUINE)
+    for name, value in change.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    for asked in (place, speaks, lambda: join_world(Parallel())):
+        with pytest.raises(UserError, match=f"{reason}.*take them away with: unset {launcher.MARK} ") as refused:
+            asked()
+        assert len(str(refused.value)) < 500
+
+
+def test_a_process_with_left_over_variables_trains_alone_and_says_so(tiny, monkeypatch, capsys) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert train(tiny, "--training.steps", "1", "--data.num_workers", "0", "--validation.interval", "0") == 0
+    said = "WORLD_SIZE='2' left out: torchrun did not start this process, and it trains alone"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_the_folder_of_a_launcher_that_has_ended_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "gone"))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_through_launcher(lambda: pytest.fail("began")) == 2
+    assert "gone' is not the folder of a run_train.sh that started this. Start with" in capsys.readouterr().err
+
+
+# what is imported
+
+
+@pytest.mark.parametrize("protection", ["none", "the folder safe_path"])
+def test_files_of_the_current_folder_are_not_imported_for_pythons(tmp_path: Path, protection: str) -> None:
+    """As Python 3.10 starts, which has no PYTHONSAFEPATH. What Python itself imports before, nothing but that keeps."""
+    names = ["random", "logging", "json", "torch", "tomllib", "multiprocessing", "socket", "sitecustomize"]
+    if protection != "none":
+        names += ["types", "contextlib", "warnings", "importlib"]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('imported the {name}.py of the user')")
+    root = Path(__file__).resolve().parents[1]
+    safe = [] if protection == "none" else [str(root / "swamla_titan/safe_path")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *safe])
+    command = [sys.executable, "-m", "swamla_titan", "config", "show", "debug"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    if safe:
+        command = [sys.executable, "-c", "import random, types; random.random"]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        # What is named in PYTHONPATH is meant.
+        environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert "imported the " in ran.stderr
+
+
+def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "gone").mkdir()
+    command = f'rmdir "$PWD" && exec "{sys.executable}" -m swamla_titan check'
+    ran = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path / "gone",
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert (
+        ran.stderr == "error: the current folder cannot be used (No such file or directory); go to one that is there\n"
+    )
+
+
+def test_a_folder_with_the_name_of_a_shipped_config_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debug").mkdir()
+    assert find_config("debug").name == "debug.toml"
+    (tmp_path / "small").write_text("")
+    assert find_config("small") == Path("small")

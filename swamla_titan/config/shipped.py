@@ -29,9 +29,12 @@ def find_config(name: str) -> Path:
 
     Raises UserError that lists the shipped names.
     """
-    if os.path.lexists(os.path.expanduser(name)):  # unlike Path.exists it is False for what can be no name
-        return Path(name).expanduser()
+    path = os.path.expanduser(name)
     shipped = shipped_configs()
+    if name in shipped and os.path.isdir(path):  # a folder of that name, perhaps of its runs, is no configuration
+        return shipped[name]
+    if os.path.lexists(path):  # unlike Path.exists it is False for what can be no name
+        return Path(path)
     if name in shipped:
         return shipped[name]
     raise UserError(f"{printable(name)}: no such file, nor a shipped configuration ({', '.join(shipped)})")
