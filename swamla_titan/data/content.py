@@ -7,7 +7,7 @@ HEAD_BYTES = 64 << 10  # looked at of each file, once, when the data are opened
 # Above these shares, and above FEW, a file is not text in UTF-8; below them what is wrong is replaced and counted.
 # Latin-1 spends 1 to 5% of its bytes on accented letters; UTF-16 of any script has a control byte in every other word.
 MOST_UNDECODABLE, MOST_CONTROL = 1 / 200, 1 / 20
-FEW = 3
+FEW = 10
 
 _CONTROL = bytes(byte for byte in range(32) if byte not in b"\b\t\n\v\f\r\x1b")
 _DECOMPRESS = "Decompress it"
