@@ -131,6 +131,9 @@ Command = (
 )
 
 
+_SHOWN = 300  # characters of an argument that a complaint may quote as they are
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `swamla_titan.errors`)."""
     open_console()
@@ -191,15 +194,22 @@ def _parsed(arguments: list[str]) -> Any:
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
         )
 
-    if all(argument.isprintable() for argument in arguments):
+    if all(argument.isprintable() and len(argument) <= _SHOWN for argument in arguments):
         return parse()
     said = io.StringIO()  # it quotes arguments as they are
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return parse()
     except SystemExit:
-        print(several_lines(said.getvalue()), end="", file=sys.stderr)
+        print(_brief(several_lines(said.getvalue())), end="", file=sys.stderr)
         raise
+
+
+def _brief(text: str) -> str:
+    """The text without the middle of what is long."""
+    lines = text.splitlines(keepends=True)
+    lines = lines if len(lines) <= 60 else [*lines[:20], "...\n", *lines[-20:]]
+    return "".join(line if len(line) <= 400 else f"{line[:200]} ... {line[-100:]}" for line in lines)
 
 
 def _with_all_its_output(code: int) -> int:

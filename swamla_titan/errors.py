@@ -9,13 +9,21 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command aga
 EXIT_REGROUP = 76  # of a worker that torchrun stops to start it again in another group; no user sees it
 
 
+_LONGEST_LINE = 3000  # characters
+
+
+def _brief(line: str) -> str:
+    """The line without the middle of what is long: it may quote a value of megabytes."""
+    return line if len(line) <= _LONGEST_LINE else f"{line[:2000]} ... ({len(line)} characters) ... {line[-800:]}"
+
+
 class Message(Exception):
     """An error whose text is for the user. Each argument is one line, whatever file names and values it quotes."""
 
     has_safe_lines = True
 
     def __str__(self) -> str:
-        return "\n".join(map(one_line, self.args))
+        return "\n".join(_brief(one_line(line)) for line in self.args)
 
 
 class UserError(Message):

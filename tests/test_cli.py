@@ -59,3 +59,15 @@ def test_numbers_without_a_name_are_answered_with_names(command, named, capsys):
 def test_overrides_are_refused_where_they_mean_nothing(capsys):
     assert main(["config", "ls", "--training.steps", "5"]) == 2
     assert "takes no configuration keys" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("plan", "debug", "--gpus", "1" * 100_000), ("plan", "debug", "9" * 90_000), ("x" * 90_000,)]
+)
+def test_a_complaint_about_a_long_argument_is_not_as_long(capsys, arguments):
+    try:
+        code = main(list(arguments))
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert 0 < len(capsys.readouterr().err) < 8000

@@ -75,6 +75,7 @@ class Bench:
             "CUDA_VISIBLE_DEVICES": "",  # CUDA does not survive a fork
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(root / "huggingface"),
+            "TIKTOKEN_CACHE_DIR": os.environ.get("TIKTOKEN_CACHE_DIR", str(root / "tiktoken")),
             **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
         }
         self._server = subprocess.Popen(
@@ -177,7 +178,7 @@ def _problems_of_refusal(outcome: Outcome) -> list[str]:
         return (
             [] if re.search(r"^failure ", outcome.out, re.MULTILINE) else ["check ends with 2 and reports no failure"]
         )
-    if err.startswith("╭"):  # tyro's own box about the command line
+    if "For full helptext" in err:  # tyro's own complaint about the command line
         return [] if len(err) < WHOLE_MESSAGE else ["a message without end"]
     problems = []
     if not err.startswith("error: ") or len(re.findall(r"^(?:error|failed):", err, re.MULTILINE)) != 1:

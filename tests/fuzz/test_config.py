@@ -164,20 +164,39 @@ def a_value(rng: random.Random) -> str:
     return rng.choice([lambda: rng.choice(NUMBERS), lambda: quoted(rng.choice(STRINGS)), lambda: rng.choice(OTHERS)])()
 
 
+def a_value_of(section: str, key: str, rng: random.Random) -> str:
+    """As a rule one that the key alone allows, often at the edge."""
+    field = next((each for each in dataclasses.fields(SECTIONS[section]) if each.name == key), None)
+    if field is None or rng.random() < 0.3:
+        return a_value(rng)
+    limits = field.metadata
+    if "choices" in limits:
+        return quoted(rng.choice(limits["choices"]))
+    if isinstance(field.default, bool):
+        return rng.choice(["true", "false"])
+    if isinstance(field.default, (int, float)):
+        edges = [limits[edge] for edge in ("minimum", "maximum", "above", "below") if edge in limits]
+        value = rng.choice([*edges, field.default, 2 * field.default, field.default / 2, 3, 64])
+        return str(int(value)) if isinstance(field.default, int) else str(float(value))
+    return a_value(rng)
+
+
 # Changes of a text. Each takes and gives the whole.
 
 
 def change_a_value(text: str, rng: random.Random) -> str:
-    found = list(re.finditer(r"^(\w+ *= *)([^\n#]+)", text, re.MULTILINE))
+    found = list(re.finditer(r"^((\w+) *= *)([^\n#]+)", text, re.MULTILINE))
     if not found:
         return text
     one = rng.choice(found)
-    return text[: one.start(2)] + a_value(rng) + text[one.end(2) :]
+    sections = [section for section, key in KEYS if key == one[2]]
+    value = a_value_of(sections[0], one[2], rng) if sections else a_value(rng)
+    return text[: one.start(3)] + value + text[one.end(3) :]
 
 
 def add_a_key(text: str, rng: random.Random) -> str:
     section, key = rng.choice(KEYS)
-    line = f"{key} = {a_value(rng)}\n"
+    line = f"{key} = {a_value_of(section, key, rng)}\n"
     header = f"[{section}]\n"
     return text.replace(header, header + line, 1) if header in text else f"{text}\n{header}{line}"
 
@@ -242,7 +261,7 @@ def encode(text: str, rng: random.Random) -> bytes:
     usual = text.encode(errors="surrogatepass")
     return rng.choice(
         [
-            *[lambda: usual] * 8,
+            *[lambda: usual] * 24,
             lambda: change_bytes(usual, rng),
             lambda: b"\xef\xbb\xbf" + usual,
             lambda: usual.replace(b"\n", b"\r\n"),
@@ -304,9 +323,10 @@ def something_else(path: Path, rng: random.Random) -> str:
 
 def an_override(rng: random.Random) -> list[str]:
     section, key = rng.choice(KEYS)
-    text = rng.choice([a_value(rng), rng.choice(STRINGS), rng.choice(NUMBERS)]).replace("\0", "")
+    wild = [a_value(rng), rng.choice(STRINGS), rng.choice(NUMBERS)]
+    text = rng.choice([*wild, *[a_value_of(section, key, rng).strip('"') for _ in range(4)]]).replace("\0", "")
     name = rng.choice(
-        [f"--{section}.{key}"] * 12
+        [f"--{section}.{key}"] * 24
         + [f"--{key}.{section}", f"--{section}.", f"--{section}.{key}.x", f"--{section}.{key}x"]
     )
     return rng.choice([[name, text], [f"{name}={text}"], [f"{name}={text}"], [name]])
@@ -323,14 +343,14 @@ EVERY_KEY = to_toml(load_config(shipped_configs()["debug"]), comments=True)
 def make_case(rng: random.Random, folder: Path) -> Case:
     path = folder / "work" / "run.toml"
     name = path.name
-    if rng.random() < 0.1:
+    if rng.random() < 0.06:
         name = something_else(path, rng)
     else:
         text = base_text(rng)
-        for _ in range(rng.choice([0, 1, 1, 1, 2, 4])):
+        for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
             text = rng.choice(CHANGES)(text, rng)
         path.write_bytes(encode(text, rng))
-    overrides = [part for _ in range(rng.choice([0, 0, 1, 1, 2, 5])) for part in an_override(rng)]
+    overrides = [part for _ in range(rng.choice([0, 0, 0, 1, 1, 3])) for part in an_override(rng)]
     at_hand = AT_HAND if rng.random() < 0.8 else AT_HAND[-1:]
     command = rng.choice([["config", "show"]] * 8 + [["plan"]] * 5 + [["train", "--dry-run"]] * 5 + [["check"]])
     ranks = rng.choice([[], [], ["--gpus", rng.choice(["1", "8", "0", "-1", "1e3", "4096", *NUMBERS])]])
