@@ -66,7 +66,7 @@ def test_a_step_that_goes_wrong_on_one_rank_is_skipped_on_all(tmp_path, plan, ki
     assert_equal(learnt(checkpoint(run, 2)), learnt(checkpoint(run, 3)))
     # And every rank goes on from them as if the step had not been applied. Without the rule for spikes, which would
     # count the norm of that step, and find the next one far from norms that happen to be alike.
-    no_rule = ("--fault_tolerance.spike_sigma", "0")
+    no_rule = ("--fault_tolerance.spike_sigma", "0", "--fault_tolerance.spike_window", "128")  # its default
     ended = on_ranks(ranks, run_with_faults, (), (3,), *settings, *no_rule, "--job.dump_folder", str(other))
     assert [each.code for each in ended] == [0] * ranks, ended[0].err
     assert_equal(learnt(checkpoint(run, 5)), learnt(checkpoint(other, 5)))
