@@ -173,9 +173,11 @@ def _refuse_numbers(arguments: list[str]) -> None:
     if arguments[:1] not in (["train"], ["plan"], ["check"]):
         return
     keys = "training.local_batch_size", "training.seq_len", "training.steps"
-    before = ["", *arguments]
+    takes_none = "--dry-run", "--json"  # of the options, which take a number else
     numbers = [
-        number for option, number in zip(before, arguments) if number.isdecimal() and not option.startswith("--")
+        each
+        for before, each in zip(["", *arguments], arguments)
+        if each.isdecimal() and (before in takes_none or not before.startswith("--"))
     ]
     if numbers:
         named = " ".join(f"--{key} {number}" for key, number in zip(keys, numbers))

@@ -46,6 +46,7 @@ def test_an_unknown_command_is_refused_with_2(capsys):
         ("train small 8 2048", "--training.local_batch_size 8 --training.seq_len 2048"),
         ("train 8 2048", "--training.local_batch_size 8 --training.seq_len 2048"),
         ("plan small 8 --gpus 4", "--training.local_batch_size 8"),
+        ("train small --dry-run 8 2048", "--training.local_batch_size 8 --training.seq_len 2048"),
         ("check small --optimizer.lr 1e-3 8 2048 100", "--training.seq_len 2048 --training.steps 100"),
     ],
 )
