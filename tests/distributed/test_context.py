@@ -15,9 +15,10 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel import context as context_module
 from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
+from swamla_titan.parallel.launcher import launched_size
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
-from swamla_titan.parallel.world import join_world, launched_size
+from swamla_titan.parallel.world import join_world
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.model.tiny import TINY
 
