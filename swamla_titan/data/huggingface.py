@@ -8,7 +8,7 @@ import os
 import reprlib
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,24 @@ class HuggingFaceSource:
         _leave_retrying_to_us()
 
         def load() -> Any:
-            dataset = datasets.load_dataset(path, name or None, split=split, streaming=True, revision=revision or None)
+            found = partial(
+                datasets.load_dataset, path, name or None, split=split, streaming=True, revision=revision or None
+            )
+            try:
+                dataset = found()
+            except Exception:
+                if not skip_files:
+                    raise
+                # The first file is read to see which columns there are, and may be the one to skip.
+                dataset = found(features=datasets.Features({text_key: datasets.Value("string")}))
             builder = _builder_of(dataset)
             reads_text = _read_only(builder, text_key)
             self._unread = _unread(path, files, builder)
             if dataset.num_shards < streams and hasattr(dataset, "reshard"):
                 # By row groups instead of files, where the format allows it; it opens every file, which is only
                 # worth its time while there are too few shards for the streams.
-                dataset = dataset.reshard()
+                with suppress(*([Exception] if skip_files else [])):  # a file to skip cannot be opened
+                    dataset = dataset.reshard()
             return dataset, dataset.column_names, reads_text
 
         dataset, columns, reads_text = self._loaded(load, patience or Patience())

@@ -592,6 +592,23 @@ def test_a_shard_of_hugging_face_without_the_column_first_or_not(tmp_path, kind,
         assert "set data.text_key to" in refused(tmp_path, **HUB, on_error=on_error).replace("Set", "set")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_shard_of_hugging_face_first_or_not(tmp_path, kind, damaged):
+    """The first one is opened to see what there is, and with few shards all of them are."""
+    for number in range(3):
+        if kind == "parquet":
+            path = tmp_path / f"{number}.parquet"
+            pq.write_table(GOOD, path)
+        else:
+            path = tmp_path / f"{number}.jsonl.gz"
+            _write_gz(path, GOOD.to_pylist())
+        if number == damaged:
+            path.write_bytes(b"no " + path.read_bytes()[:40])
+    refused(tmp_path, **HUB)
+    assert texts(tmp_path, **HUB, on_error="skip_file") == ["good one", "good two"] * 2
+
+
 def test_what_hugging_face_leaves_out_and_what_there_is_to_choose(tmp_path):
     (tmp_path / "mixed").mkdir()
     for name in ("x.jsonl", "y.jsonl"):
