@@ -39,6 +39,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.machine import needed
 from swamla_titan.parallel.launcher import any_refused, regrouping
 from swamla_titan.parallel.meeting_point import (
     MeetingPoint,
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
     args = torchrun.parse_args(list(arguments))
     launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
-        return _launch(args, _meet(args))
+        with needed("torchrun cannot start or watch the processes"):
+            return _launch(args, _meet(args))
     except UserError as error:
         _say(str(error))
         return EXIT_BAD_INPUT

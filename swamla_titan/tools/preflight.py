@@ -13,6 +13,7 @@ import torch
 from swamla_titan.config import find_config, load_config, split_overrides
 from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from swamla_titan.machine import needed
 from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.world import refuse_without_gpus
 
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     """`preflight` as a command: exit code 2 and one message, or 0 and silence."""
     open_console()
     try:
-        preflight(arguments)
+        with needed("the processes cannot be started"):
+            preflight(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

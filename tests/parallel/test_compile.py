@@ -142,6 +142,28 @@ def test_the_default_folder_is_in_the_home(tmp_path: Path):
     assert (tmp_path / ".cache/swamla-titan").is_dir()
 
 
+def test_without_a_home_code_is_kept_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As of a container's user whom nobody has named. Triton writes into the home by itself, and fails there."""
+
+    def nobody(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(compile_file.tempfile, "gettempdir", lambda: str(tmp_path))
+    with monkeypatch.context() as without_home:
+        without_home.setattr(Path, "expanduser", nobody)
+        assert set_cache_folder(Compile()) == tmp_path / f"swamla-titan-{os.getuid()}"
+        with pytest.raises(UserError, match=r"Could not determine home directory.*give another one"):
+            set_cache_folder(Compile(cache_folder="~nobody/x"))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", "/proc/nowhere")
+    compile_file._let_triton_keep_its_code()
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"swamla-titan-{os.getuid()}" / "triton")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    compile_file._let_triton_keep_its_code()
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     (tmp_path / "file").write_text("in the way")
     inside = str(tmp_path / "file/folder")
