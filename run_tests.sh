@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
 # usage: ./run_tests.sh [PYTEST ARGUMENT ...]
-# Runs the tests, in an environment that is made if there is none (scripts/environment.sh). PYTHON names another one.
+# Runs the tests on all cores, in an environment that is made if there is none (scripts/environment.sh). PYTHON names
+# another one. They run in one process where an argument asks for that (-n 0, --pdb), names single tests (FILE::TEST),
+# or has them share a GPU (-m gpu).
 set -euo pipefail
 
 cd "$(dirname -- "${BASH_SOURCE[0]}")"
 python=$(scripts/environment.sh dev,offline dev,offline)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m pytest "$@"
+cores=(-n auto --maxprocesses 16 --dist worksteal)
+for argument in "$@"; do
+  case $argument in
+    -n | -n[0-9a]* | --numprocesses* | --dist* | --pdb* | --trace | --co | --collect-only | no:xdist | -pno:xdist) cores=() ;;
+    *::* | gpu | "gpu "* | *" gpu" | *" gpu "*) cores=() ;;
+  esac
+done
+exec "$python" -m pytest ${cores[@]+"${cores[@]}"} "$@"

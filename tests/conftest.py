@@ -1,12 +1,16 @@
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Models this small are fastest on one thread, and threads that wait for a busy core make them ten times slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests.host import pin
+
+pin()
+time.tzset()
+os.umask(0o022)
 
 import pytest
 import torch

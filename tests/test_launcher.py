@@ -552,11 +552,30 @@ def test_help(repository: Repository) -> None:
         assert word in ran.stdout
 
 
-def test_tests_run_in_the_repository_with_the_arguments_given(repository: Repository) -> None:
-    ran = repository.run("run_tests.sh", "-k", "a or b", PYTHON=str(repository.stub))
+@pytest.mark.parametrize(
+    "arguments, on_all_cores",
+    [
+        ((), True),
+        (("-k", "a or b"), True),
+        (("-m", "slow", "tests/train"), True),
+        (("-n", "3"), False),
+        (("-n0",), False),
+        (("-p", "no:xdist"), False),
+        (("--pdb",), False),
+        (("tests/test_x.py::test_y",), False),
+        (("-m", "gpu"), False),
+        (("-m", "gpu and not slow"), False),
+    ],
+)
+def test_tests_run_in_the_repository_with_the_arguments_given(
+    repository: Repository, arguments: tuple[str, ...], on_all_cores: bool
+) -> None:
+    ran = repository.run("run_tests.sh", *arguments, PYTHON=str(repository.stub))
     assert ran.returncode == 0
     recorded = repository.record.read_text().splitlines()
-    assert recorded[:4] == ["-m", "pytest", "-k", "a or b"]
+    cores = ("-n", "auto", "--maxprocesses", "16", "--dist", "worksteal") if on_all_cores else ()
+    given = ["-m", "pytest", *cores, *arguments]
+    assert recorded[: len(given)] == given
     assert f"cwd={repository.root}" in recorded
 
 
