@@ -1,21 +1,17 @@
 import logging
-import os
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from tests.host import pin
 
-pin()
-time.tzset()
-os.umask(0o022)
+pin()  # before torch is imported, which reads some of it
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests.tiny_config import tiny_config
+from tests.tiny_config import tiny_config  # noqa: E402
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What tests take from the machine that they run on: nothing of its user's settings."""
 
 import os
+import time
 
 # Other launchers, schedulers, terminals and this program's own: each would change what a test sees. Where torch, the
 # compilers and GPUs are is the machine's to say, and stays.
@@ -21,5 +22,7 @@ def pin() -> None:
         if name in _NAMES or name.startswith(_PREFIXES) or name.startswith("LC_"):
             del os.environ[name]
     os.environ |= {"LANG": "C.UTF-8", "TZ": "UTC"}
+    time.tzset()
+    os.umask(0o022)
     # Models this small are fastest on one thread, and threads that wait for a busy core make them ten times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
