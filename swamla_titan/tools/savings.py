@@ -144,6 +144,10 @@ def _of_batch(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any]
     if rows > 1:
         note = "the global batch stays what it is, in more micro-batches"
         yield {"training.local_batch_size": rows // 2}, note
+        if training.global_batch_size <= rows * degrees.data and degrees.shard * degrees.context > 1:
+            # Else the gradients of the first of several micro-batches wait unsharded.
+            in_shards = {"parallel.reduce_every_micro_batch": True}
+            yield {"training.local_batch_size": rows // 2} | in_shards, f"{note}, whose gradients wait in shards"
     if training.seq_len > 1:
         yield {"training.seq_len": training.seq_len // 2}, "other sequences: a new run, or --checkpoint.allow batch"
     at, again = "activation_checkpoint.", "computed again in the backward pass"

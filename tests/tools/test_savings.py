@@ -163,6 +163,8 @@ def test_ranks_are_advised_to_share_what_they_do_not_yet():
     shards = advised(replace(BASE, training=Training(seq_len=256, local_batch_size=1, global_batch_size=8)), 2)
     assert {'parallel.reshard_after_forward = "always"', "parallel.reduce_every_micro_batch = true"} <= {*shards}
     assert "parallel.cpu_offload = true" in shards
+    one_micro_batch = replace(BASE, training=Training(local_batch_size=16, global_batch_size=32))
+    assert "training.local_batch_size = 8, parallel.reduce_every_micro_batch = true" in advised(one_micro_batch, 2)
     assert "parallel.cpu_offload = true" not in advised(BASE, 2, device="cpu")
 
 
