@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.chaos_compare import differences
 from benchmarks.chaos_faults import Fault, check_code, faults_for
 from benchmarks.chaos_job import Failure, Job, Moments, Progress, steps_of_checkpoints
-from swamla_titan.train.manifest import first_damage
+from swamla_titan.train.manifest import damage_of
 from tests.train.runs import checkpoint
 
 CONFIG = """
@@ -190,7 +190,7 @@ class Soak:
 
 def whole_checkpoints(folder: Path) -> set[int]:
     """The steps of the checkpoints without damage."""
-    return {step for step in steps_of_checkpoints(folder) if not first_damage(checkpoint(folder, step))}
+    return {step for step in steps_of_checkpoints(folder) if not damage_of(checkpoint(folder, step))}
 
 
 def count_gpus() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.chaos_job import metrics_lines, steps_of_checkpoints
-from swamla_titan.train.manifest import first_damage
+from swamla_titan.train.manifest import damage_of
 from tests.train.runs import checkpoint, tensors
 
 # Of a line of metrics.jsonl, what does not tell of the machine's speed.
@@ -31,7 +31,7 @@ def differences(
     """
     found = _of_metrics(last_values(run), last_values(reference), steps, tolerance)
     for step in steps_of_checkpoints(run):
-        if (step == steps or step not in damaged) and (damage := first_damage(checkpoint(run, step))):
+        if (step == steps or step not in damaged) and (damage := damage_of(checkpoint(run, step))):
             found.append(f"checkpoint of step {step}: {damage[1]}")
     if found or not checkpoint(run, steps).is_dir():
         return found or [f"no checkpoint of step {steps}"]

@@ -239,7 +239,9 @@ def _run(command: object, overrides: list[Override]) -> int:
     match command:
         case Train(config=name, dry_run=True, gpus=gpus):
             from swamla_titan.tools.dry_run import dry_run
+            from swamla_titan.train import log_to_console
 
+            log_to_console(logging.WARNING)
             dry_run(load(name), gpus)
         case Train(gpus=int()):
             raise UserError("--gpus is for --dry-run: training uses the processes that ./run_train.sh starts, see NGPU")

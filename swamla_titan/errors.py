@@ -34,6 +34,10 @@ class UserError(Message):
     """
 
 
+class Damaged(UserError):
+    """A checkpoint is not what this program wrote. The message says what of it; an older one may do."""
+
+
 class RunFailed(Message):
     """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1.
 

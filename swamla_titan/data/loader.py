@@ -26,7 +26,7 @@ from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import document_ids, initial_cursor, is_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
-from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.errors import Damaged, RunFailed, UserError
 from swamla_titan.machine import allow_open_files, needed
 
 logger = logging.getLogger(__name__)
@@ -363,13 +363,13 @@ def _check_cursors(cursors: dict[int, dict[str, Any]], streams: int, first: int)
         )
     for stream, cursor in cursors.items():
         if not is_cursor(cursor):
-            raise UserError(
+            raise Damaged(
                 f"The checkpoint's place of stream {stream} in the data is none that this program writes. Use another "
                 "checkpoint, or start a new run."
             )
     if any(cursor["sequences"] != len(range(stream, first, streams)) for stream, cursor in cursors.items()):
         total = sum(cursor["sequences"] for cursor in cursors.values())
-        raise UserError(
+        raise Damaged(
             f"The checkpoint's record goes on with sequence {first} of the data, but its streams stand at {total}: "
             "it was not written by this program. Use another checkpoint, or start a new run."
         )

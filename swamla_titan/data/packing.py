@@ -8,7 +8,7 @@ import torch
 
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.patience import Patience
-from swamla_titan.data.skips import Skip, skips_of, with_skips
+from swamla_titan.data.skips import Skip, is_skip, skips_of, with_skips
 from swamla_titan.data.streams import DocumentStream, StreamDocument, data_changed
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
@@ -129,8 +129,17 @@ def is_cursor(value: Any) -> bool:
     position, skips = value["position"], value.get("skipped", [])
     return (
         all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        and (position is None or (isinstance(position, dict) and type(position.get("ordinal")) is int))
+        and (position is None or (isinstance(position, dict) and _is_position(position)))
         and isinstance(skips, list)
+        and all(map(is_skip, skips))
+    )
+
+
+def _is_position(position: dict[str, Any]) -> bool:
+    """The number of a document, and what the source adds: numbers of bytes, or a state as text."""
+    return "ordinal" in position and all(
+        type(value) is str if name == "state" else type(value) is int and 0 <= value < 2**63
+        for name, value in position.items()
     )
 
 

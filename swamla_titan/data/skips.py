@@ -40,6 +40,18 @@ def skips_of(stream: int, cursor: dict[str, Any] | None) -> list[Skip]:
     return [Skip(stream, **(entry | {"since": tuple(entry["since"])})) for entry in found]
 
 
+def is_skip(value: Any) -> bool:
+    """Whether a value from a checkpoint is made as `Skip.to_json` makes them."""
+    types = {"file": str, "unit": int, "ordinal": int, "since": list, "place": str, "reason": str}
+    return (
+        isinstance(value, dict)
+        and value.keys() == types.keys()
+        and all(type(value[name]) is kind for name, kind in types.items())
+        and len(value["since"]) == 3
+        and all(type(number) is int for number in value["since"])
+    )
+
+
 def with_skips(cursor: dict[str, Any], skips: Iterable[Skip]) -> dict[str, Any]:
     """A cursor that holds exactly these; the key is absent where there are none."""
     rest = {name: value for name, value in cursor.items() if name != "skipped"}

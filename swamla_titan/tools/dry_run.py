@@ -20,7 +20,7 @@ from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.parallel.world import World, launched_rank
 from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
-from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.checkpoint import Checkpoints, DamagedCheckpoints
 from swamla_titan.train.data_record import read_data_record
 from swamla_titan.train.dump_folder import refuse_folder
 from swamla_titan.train.identity import run_identity
@@ -44,6 +44,16 @@ def print_plan(config: Config, gpus: int | None) -> None:
 
 
 def dry_run(config: Config, gpus: int | None) -> None:
+    """`_dry_run`, from the newest checkpoint that can be used."""
+    damaged: dict[Path, str] = {}
+    while True:
+        try:
+            return _dry_run(config, gpus, damaged)
+        except DamagedCheckpoints as found:
+            damaged = found.damaged
+
+
+def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None:
     """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
 
     In the order of the trainer, and nothing is written: configuration, degrees, data and tokenizer, dump folder,
@@ -55,8 +65,10 @@ def dry_run(config: Config, gpus: int | None) -> None:
     refuse_float8(config, torch.device("cpu"), degrees)
     config = dataclasses.replace(config, data=pinned(config.data))
     folder = Path(config.job.dump_folder)
-    newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest).newest_whole()
-    config, corpus, held_out = open_data(config, read_data_record(newest))
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest, damaged=damaged)
+    newest = checkpoints.newest_whole()
+    with checkpoints.loading(newest):
+        config, corpus, held_out = open_data(config, read_data_record(newest))
     here = torch.device("cuda", 0) if torch.cuda.is_available() else None
     config, choices = choose_for(config, degrees, here, optimizer_of(newest))
     found = dataclasses.replace(plan(config, ranks), choices=choices)
@@ -66,15 +78,16 @@ def dry_run(config: Config, gpus: int | None) -> None:
     refuse_folder(folder)
     identity, details = run_identity(config, corpus), {"source": corpus.change}
     record = record_to_resume(newest, identity, config.checkpoint.allow, details)
-    BatchLoader(
-        corpus,
-        seq_len=config.training.seq_len,
-        global_batch_size=config.training.global_batch_size,
-        world_size=found.degrees.data,
-        num_workers=0,
-        cursors=record.cursors or None,
-        first=record.sequences,
-    ).close()
+    with checkpoints.loading(newest):
+        BatchLoader(
+            corpus,
+            seq_len=config.training.seq_len,
+            global_batch_size=config.training.global_batch_size,
+            world_size=found.degrees.data,
+            num_workers=0,
+            cursors=record.cursors or None,
+            first=record.sequences,
+        ).close()
     if config.metrics.wandb:
         require_wandb()
     refuse_cache_folder(config.compile)

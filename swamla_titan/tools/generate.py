@@ -1,37 +1,73 @@
 """`generate`: continue prompts with the model of a checkpoint."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from swamla_titan.config import load_config
+from swamla_titan.config import Config, load_config
 from swamla_titan.console import several_lines
 from swamla_titan.data import Tokenizer, load_tokenizer
-from swamla_titan.errors import UserError
+from swamla_titan.errors import Damaged, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
-from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, load_weights
-from swamla_titan.train.manifest import MANIFEST, Damaged, verify
+from swamla_titan.parallel.world import World
+from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, holds_ema, load_weights, require_weights
+from swamla_titan.train.manifest import MANIFEST
+from swamla_titan.train.verification import require_whole
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
-def find_checkpoint(name: str) -> Path:
-    """The checkpoint folder `name`, or the newest whole one of the dump folder `name`.
+def find_checkpoint(name: str, usable: Callable[[Path], object] = lambda path: None) -> Path:
+    """The checkpoint folder `name`, or the newest whole and usable one of the dump folder `name`.
 
-    Raises UserError if there is none, or if the one asked for is damaged.
+    Raises UserError if there is none, or if the one asked for is damaged, or `usable(path)` raises it.
     """
     path = Path(name)
-    if (path / MANIFEST).exists() or ((path / CONFIG).exists() and not (path / "checkpoints").exists()):
+    # A link or a pipe by one of these names is one to be refused as well.
+    has = {name: os.path.lexists(path / name) for name in (MANIFEST, CONFIG, "checkpoints")}
+    if has[MANIFEST] or (has[CONFIG] and not has["checkpoints"]):
         try:
-            verify(path)
+            require_whole(path, World.alone())
         except Damaged as error:
             raise UserError(f"{path}: {error}") from None
+        usable(path)
         return path
-    newest = Checkpoints(path / "checkpoints", keep_latest=0).newest_whole()
+    newest = Checkpoints(path / "checkpoints", keep_latest=0).newest_whole(usable)
     if newest is None:
         raise UserError(f"{path}: neither a checkpoint nor the dump folder of a run that has one")
     return newest
+
+
+class _Found(NamedTuple):
+    """What a checkpoint holds of what is needed here; the tokenizer only where it came from a file."""
+
+    config: Config
+    tokenizer: Tokenizer | None
+    model: SWAMLAModel
+
+
+def _loaded(path: Path, ema: bool) -> _Found:
+    """The content of a checkpoint; UserError if it does not fit together."""
+    config = load_config(path / CONFIG)
+    if not config.model.vocab_size:
+        raise UserError(f"{path / CONFIG} lacks model.vocab_size")
+    vocabulary = path / VOCABULARY
+    tokenizer = load_tokenizer(str(vocabulary)) if vocabulary.exists() else None
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(f"{vocabulary} has {tokenizer.vocab_size} tokens, and the model {config.model.vocab_size}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = SWAMLAModel(config.model)
+    require_weights(path, model, ema)  # before there is memory for what nobody stored
+    model.to_empty(device=device)
+    load_weights(path, model, ema)
+    if device.type == "cuda":  # a CPU is exact, and no slower, in float32
+        model.to(getattr(torch, config.training.compute_dtype))
+    return _Found(config, tokenizer, model.eval())
 
 
 def generate_from_checkpoint(
@@ -52,20 +88,19 @@ def generate_from_checkpoint(
     and for sampling values or lengths out of range.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
-    path = find_checkpoint(checkpoint)
-    config = load_config(path / CONFIG)
-    vocabulary = path / VOCABULARY
-    tokenizer = load_tokenizer(str(vocabulary) if vocabulary.exists() else config.data.tokenizer)
-    prompt = tuple(map(_as_text, prompt))
+    found: dict[Path, _Found] = {}
+
+    def load(path: Path) -> None:
+        if not ema or holds_ema(path):
+            found[path] = _loaded(path, ema)
+
+    path = find_checkpoint(checkpoint, load)
+    if path not in found:
+        raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
+    config, tokenizer, model = found[path]
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     prompts = _prompts(prompt, tokenizer, config.data.document_mask)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.device("meta"):
-        model = SWAMLAModel(config.model)
-    model.to_empty(device=device)
-    load_weights(path, model, ema)
-    if device.type == "cuda":  # a CPU is exact, and no slower, in float32
-        model.to(getattr(torch, config.training.compute_dtype))
-    model.eval()
+    device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     try:
         continuations = generate(

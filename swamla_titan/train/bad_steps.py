@@ -189,6 +189,22 @@ class BadSteps:
         # Not in it: every step either counts as skipped or has trained the weights.
         return int(state["counts"][_TRAINED]) if state["counts"].any() else step
 
+    @staticmethod
+    def problem(state: dict[str, Tensor], step: int) -> str | None:
+        """What in a `state` of after `step` cannot be; the history may be shorter or longer than this run's."""
+        counts, recent, norms = (state.get(name) for name in ("counts", "recent", "norms"))
+        if counts is not None and not (
+            counts.shape == (4,) and counts.dtype == torch.int64 and ((counts >= 0) & (counts <= step)).all()
+        ):
+            return f"counts are not those of {step} steps"
+        if recent is not None:
+            steps = recent[:, 0] if recent.shape[1:] == (len(BadStep._fields),) else torch.full((1,), math.nan)
+            if not ((steps >= 0) & (steps <= step) & (steps == steps.floor())).all():
+                return "recent has no steps"
+        if norms is not None and not ((norms == _EMPTY) | ((norms >= 0) & norms.isfinite())).all():
+            return "norms are no norms"
+        return None
+
     def _tell(self) -> None:
         self.skipped, self.in_row, self.trained, self.rewinds = self._counts.tolist()
 

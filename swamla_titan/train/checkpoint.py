@@ -11,110 +11,121 @@ checkpoints/step-00000100/
 
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.errors import Damaged, RunFailed, UserError
 from swamla_titan.machine import limit_of_files
-from swamla_titan.model import SWAMLAModel
-from swamla_titan.optim import AveragedWeights
 from swamla_titan.parallel.agreement import agree, from_first, merged
-from swamla_titan.parallel.sharded import local, plain
+from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.dcp_reader import Reader
+from swamla_titan.train.dump_folder import FolderLost
 from swamla_titan.train.manifest import (
+    MANIFEST,
     TEMPORARY_PREFIX,
     Entries,
     commit,
     digested,
-    first_damage,
     has_its_sizes,
     is_ours,
+    misnamed,
+    name_of,
     remove,
 )
 from swamla_titan.train.record import RECORD, Record
+from swamla_titan.train.tensor_names import EMA, tensors_of
+from swamla_titan.train.verification import CONFIG as CONFIG
+from swamla_titan.train.verification import require_whole
 
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-_EMA = "ema"
-CONFIG = "config.toml"
 VOCABULARY = "tokenizer.tiktoken"
 # One process without a process group saves and loads alone. For good, because filters belong to all threads.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _COPIED_AHEAD = 10_000_000  # bytes
 
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-def tensors_of(
-    parts: Sequence[nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer] = (),
-    ema: AveragedWeights | None = None,
-) -> dict[str, Any]:
-    """The live tensors to save or to load into, by name; loading writes them in place.
-
-    `parts` are the model, or the pipeline stages that this rank holds, each with its optimizer. Names and shapes are
-    those of the whole model whatever the plan, so a checkpoint of one plan loads into any other. A tied output head
-    goes by the embedding's name: on a stage that holds it alone it is a copy. Of the optimizer only tensors are taken:
-    learning rates and the like follow from the configuration and the step.
-    """
-    tensors: dict[str, Any] = {"model": {}} | ({"optimizer": {}} if optimizers else {}) | ({_EMA: {}} if ema else {})
-    for part in parts:
-        for name, weight in get_model_state_dict(part).items():
-            tensors["model"].setdefault(_stored_name(name, part), plain(weight))
-    for part, optimizer in zip(parts, optimizers):
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        for name, value in get_optimizer_state_dict(part, optimizer, options=options).items():
-            if isinstance(value, torch.Tensor):
-                tensors["optimizer"].setdefault(_stored_name(name, part), value)
-    if ema:
-        for part in parts:
-            tensors[_EMA] = ema.of_part(part) | tensors[_EMA]
-    return tensors
+_LONGEST = 1000  # characters of what is wrong with a checkpoint
+_NAMED = re.compile("step-[0-9]+")
 
 
 def holds_ema(path: Path) -> bool:
     """Whether a checkpoint has an average of the weights beside them."""
-    return any(name.startswith(f"{_EMA}.") for name in Reader(path).read_metadata().state_dict_metadata)
+    return any(name.startswith(f"{EMA}.") for name in Reader(path).read_metadata().state_dict_metadata)
+
+
+def require_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
+    """Raise UserError unless a checkpoint has the weights of a model, or their average; it may be without memory."""
+    if ema and not holds_ema(path):
+        raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
+    _found_there(path, _weights_of(model, ema))
 
 
 def load_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
     """Fill a whole model with the weights of a checkpoint, or with their average; UserError if it has none."""
-    if ema and not holds_ema(path):
-        raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
-    load_tensors(path, {_EMA if ema else "model": tensors_of([model])["model"]})
+    require_weights(path, model, ema)
+    load_tensors(path, _weights_of(model, ema))
+    require_finite(path, _weights_of(model, ema), World.alone())
 
 
-def _stored_name(name: str, part: nn.Module) -> str:
-    tied = isinstance(part, SWAMLAModel) and part.config.tie_embeddings
-    return re.sub(r"(^|\.)head\.weight", r"\1embedding.weight", name) if tied else name
+def _weights_of(model: nn.Module, ema: bool) -> dict[str, Any]:
+    return {EMA if ema else "model": tensors_of([model])["model"]}
+
+
+def require_finite(path: Path, tensors: dict[str, Any], world: World) -> None:
+    """Raise Damaged, on every rank, if what was loaded holds NaN or infinities, which no run saves; all come here."""
+    loaded = [local(tensor.detach()) for group in tensors.values() for tensor in group.values()]
+    finite = [each.isfinite().all() for each in loaded if each.is_floating_point()]
+    mine = all(each.item() for each in finite)
+    if world.largest(float(not mine)):
+        raise Damaged(f"{path} holds weights or states of the optimizer that are no finite numbers")
+
+
+class DamagedCheckpoints(Exception):
+    """The newest checkpoint turned out damaged while it was loaded: begin again, without those of `damaged`."""
+
+    def __init__(self, damaged: dict[Path, str]) -> None:
+        super().__init__()
+        self.damaged = damaged
 
 
 class Checkpoints:
     """The checkpoints of one run, under `folder`."""
 
-    def __init__(self, folder: Path, keep_latest: int, world: World | None = None, keep_every: int = 0) -> None:
-        """Kept are the newest `keep_latest` whole ones (0: all), and those of every `keep_every`-th step (0: none)."""
+    def __init__(
+        self,
+        folder: Path,
+        keep_latest: int,
+        world: World | None = None,
+        keep_every: int = 0,
+        damaged: dict[Path, str] | None = None,
+    ) -> None:
+        """Kept are the newest `keep_latest` whole ones (0: all), and those of every `keep_every`-th step (0: none).
+
+        `damaged`: those found so before, and how; they are not looked at again.
+        """
         self.folder = folder
         self.keep_latest, self.keep_every = keep_latest, keep_every
         self.world = world or World.alone()
-        self._damaged: set[Path] = set()  # found so by is_whole
+        self._known, self._damaged = damaged or {}, dict[Path, str]()
+        # Raises FolderLost where the folder above is another run's meanwhile. Asked on the first rank.
+        self.may_write: Callable[[], None] = lambda: None
+        self._committed = False
         # Given those that retention keeps, and the others: which of these it leaves alone. Asked on the first rank.
         self.spared: Callable[[Sequence[Path], Sequence[Path]], Collection[Path]] = lambda kept, others: ()
 
@@ -125,10 +136,13 @@ class Checkpoints:
         `files`, stored beside them by name, and commits. Raises RunFailed on every rank, leaving nothing half-written,
         where the disk does not take it.
         """
-        final = self.folder / f"step-{record.step:08d}"
+        final = self.folder / name_of(record.step)
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
 
         def prepare() -> None:
+            self.may_write()
+            if self._committed and not self.folder.exists():
+                logger.warning("%s was removed, and the checkpoints with it; it is made again", self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             for kind in ("step-*", "replaced-step-*"):
                 for leftover in self.folder.glob(TEMPORARY_PREFIX + kind):
@@ -139,6 +153,7 @@ class Checkpoints:
             (temporary / RECORD).write_text(json.dumps(asdict(record), indent=1))
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
+            self.may_write()
             commit(temporary, final, entries)
 
         def digest_own() -> Entries:
@@ -150,13 +165,15 @@ class Checkpoints:
             agree(self.world, lambda: self._or_failed(lambda: _write(tensors, temporary, self.world), final))
             entries = merged(self.world, agree(self.world, lambda: self._or_failed(digest_own, final)))
             from_first(self.world, lambda: self._or_failed(finish, final))
-        except RunFailed:
+        except RunFailed as error:
             # Only now: while one rank fails, others may still be at work in there.
-            if self.world.is_first:
+            if self.world.is_first and not isinstance(error, FolderLost):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._damaged.discard(final)
-        from_first(self.world, self._retain)
+        self._known.pop(final, None)
+        self._damaged.pop(final, None)
+        self._committed = True
+        from_first(self.world, lambda: self._retain(final))
         return final
 
     def _or_failed(self, work: Callable[[], Result], final: Path) -> Result:
@@ -164,6 +181,7 @@ class Checkpoints:
         try:
             return work()
         except (OSError, RuntimeError, CheckpointException) as error:
+            self.may_write()  # what goes wrong in another run's folder, or in none, is not the disk's fault
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             free = ""
             with suppress(OSError):  # a disk that is ill may refuse this as well
@@ -172,63 +190,99 @@ class Checkpoints:
             free += limit_of_files()
             raise RunFailed(f"{final} could not be written ({reason}){free}") from error
 
-    def newest_whole(self) -> Path | None:
+    def newest_whole(self, usable: Callable[[Path], object] = lambda path: None) -> Path | None:
         """The newest undamaged checkpoint; None if there is no checkpoint at all. The same on all ranks.
 
-        All ranks come here and share the reading. Damaged ones are named and passed over. Raises UserError if every one
-        is damaged: a run must not silently start again from nothing.
+        All ranks come here and share the reading. Damaged ones are named and passed over, and so are those of which
+        `usable(path)`, asked on the first rank, raises a UserError. Raises UserError if every one is: a run must not
+        silently start again from nothing.
         """
-        damaged = []
-        for path in from_first(self.world, self.finished):
-            problem = self._problem(path)
+        problems: dict[Path, str] = {}
+        whole = None
+        for path in from_first(self.world, self._candidates):
+            problem = self._known.get(path) or self._problem(path, usable)
             if problem is None:
-                return path
-            damaged.append(f"{path}: {problem}")
-        if damaged:
+                whole = path
+                break
+            problems[path] = problem
+        if problems and whole is None:
             raise UserError(
-                "no whole checkpoint to resume from:",
-                *(f"  {line}" for line in damaged),
-                "restore one of them, or start anew with another job.dump_folder",
+                "no whole checkpoint to resume from; restore one of these, or start anew with another job.dump_folder:",
+                *(f"  {path}: {problem}" for path, problem in problems.items()),
             )
-        return None
+        for path, problem in problems.items():
+            if path not in self._known:
+                self.pass_over(path, problem)
+        return whole
 
     def is_whole(self, path: Path) -> bool:
         """Whether a checkpoint is as it was written; one that is not is named. All ranks come here."""
-        return self._problem(path) is None
+        problem = self._problem(path)
+        if problem:
+            self.pass_over(path, problem)
+        return problem is None
 
-    def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; all ranks share the reading. One that is damaged is named."""
-        found = merged(self.world, {self.world.rank: first_damage(path, self.world.rank, self.world.size)})
-        problems = [each for each in found.values() if each is not None]
-        if not problems:
-            return None
-        _, problem = min(problems)  # what one process alone would have come upon
-        self._damaged.add(path)
+    def _problem(self, path: Path, usable: Callable[[Path], object] = lambda path: None) -> str | None:
+        """What is wrong with a checkpoint; all ranks share the reading."""
+        try:
+            require_whole(path, self.world)
+            from_first(self.world, lambda: (usable(path), None)[1])
+        except UserError as error:
+            problem = "; ".join(str(line).strip() for line in error.args)
+            return problem if len(problem) < _LONGEST else problem[:_LONGEST] + "..."
+        return None
+
+    def pass_over(self, path: Path, problem: str) -> None:
+        """Name a checkpoint as damaged, and remember that it is."""
+        self._damaged[path] = problem
         if self.world.is_first:
             logger.warning("checkpoint passed over: %s: %s", path, problem)
-        return problem
+
+    @contextmanager
+    def loading(self, path: Path | None) -> Iterator[None]:
+        """Encloses what is done with a checkpoint that `newest_whole` gave, before anything else has happened.
+
+        Makes DamagedCheckpoints of Damaged, which is raised on every rank.
+        """
+        try:
+            yield
+        except Damaged as error:
+            if path is None:
+                raise
+            self.pass_over(path, str(error))
+            raise DamagedCheckpoints(self._known | self._damaged) from None
 
     def finished(self) -> list[Path]:
         """What is named like a checkpoint, newest first. UserError if that cannot be seen."""
+        return [path for path in self._candidates() if path.name == name_of(_step_of(path))]
+
+    def _candidates(self) -> list[Path]:
+        """`finished`, and what somebody named almost like a checkpoint, and is one: to be told of, never used."""
         try:
-            found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+            found = [path for path in self.folder.iterdir() if _NAMED.fullmatch(path.name)]
         except (FileNotFoundError, NotADirectoryError):  # a file at this place is refused where it is written
             return []
         except OSError as error:
             raise UserError(f"{self.folder} cannot be read ({error.strerror}), so nothing can be resumed") from None
-        return sorted(found, key=_step_of, reverse=True)
+        named = [path for path in found if path.name == name_of(_step_of(path)) or os.path.lexists(path / MANIFEST)]
+        return sorted(named, key=lambda path: (_step_of(path), path.name != name_of(_step_of(path))), reverse=True)
 
-    def _retain(self) -> None:
+    def _retain(self, committed: Path) -> None:
         """Remove what is one too many; if that cannot be done, the new checkpoint is whole all the same."""
         try:
-            self._remove_others()
+            self._remove_others(committed)
         except (OSError, UserError) as error:
             logger.warning("no older checkpoints were removed: %s", error)
 
-    def _remove_others(self) -> None:
+    def _remove_others(self, committed: Path) -> None:
+        """Remove those from before `committed`, of which checkpoint.keep_latest and keep_every keep none.
+
+        What claims to be newer is none of this run's, which has come no further: it neither counts nor is removed.
+        """
+        older = [path for path in self.finished() if _step_of(path) < _step_of(committed)]
         # Damaged ones do not count among those kept, nor are they deleted: they may be all that is left of a step. The
-        # same holds for folders to which somebody has added a file.
-        ours = [path for path in self.finished() if is_ours(path) and has_its_sizes(path) and path not in self._damaged]
+        # same holds for folders to which somebody has added a file, and for copies by the name of another step.
+        ours = [committed, *filter(self._is_removable, older)]
         others = ours[self.keep_latest :] if self.keep_latest else []
         spared = self.spared(ours[: self.keep_latest], others) if others else ()
         for path in others:
@@ -241,6 +295,11 @@ class Checkpoints:
                 logger.warning("%s is one too many, but could not be removed (%s)", path, error.strerror)
                 continue
             shutil.rmtree(doomed, ignore_errors=True)
+
+    def _is_removable(self, path: Path) -> bool:
+        if problem := misnamed(path):
+            logger.warning("%s is left alone: %s", path, problem)
+        return not problem and path not in self._known | self._damaged and is_ours(path) and has_its_sizes(path)
 
 
 def _step_of(path: Path) -> int:
@@ -257,7 +316,11 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     """
     world = world or World.alone()
     wanted = agree(world, lambda: _found_there(path, tensors))  # a pipeline rank may be refused what others are not
-    dcp.load(wanted, storage_reader=Reader(path), no_dist=world.size == 1, process_group=world.host_group)
+    try:
+        dcp.load(wanted, storage_reader=Reader(path), no_dist=world.size == 1, process_group=world.host_group)
+    except CheckpointException as error:  # on every rank
+        reasons = [str(each[0]) for each in error.failures.values()]
+        raise Damaged(f"{path} cannot be loaded ({reasons[0] if reasons else error})") from error
 
 
 def _found_there(path: Path, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 import gzip
 import json
 import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swamla_titan.bounded import Count, fit, inflated, parse_json, read_regular
 from swamla_titan.data import Corpus, ValidationSet
 from swamla_titan.errors import UserError
 from swamla_titan.parallel.agreement import merged
@@ -14,6 +17,15 @@ from swamla_titan.parallel.world import World
 logger = logging.getLogger(__name__)
 
 NAME = "data.json.gz"
+_MOST = 64 << 20  # bytes, packed or not; of 400,000 files there are 30 MB
+
+
+@dataclass
+class _Validation:
+    """What `validation_record` gives."""
+
+    set: Count
+    fingerprint: str
 
 
 def require_same_data(world: World, corpus: Corpus) -> None:
@@ -52,10 +64,13 @@ def data_record(corpus: Corpus, validation: dict[str, Any] | None) -> bytes:
 
 def read_data_record(checkpoint: Path | None) -> dict[str, Any] | None:
     """What `data_record` was made of; None without a checkpoint, and for those of before there were such records."""
-    if checkpoint is None or not (checkpoint / NAME).exists():
+    if checkpoint is None or not os.path.lexists(checkpoint / NAME):
         return None
     try:
-        content: dict[str, Any] = json.loads(gzip.decompress((checkpoint / NAME).read_bytes()))
-        return content
-    except (OSError, EOFError, ValueError) as error:
+        content = inflated(read_regular(checkpoint / NAME, _MOST), _MOST)
+        record: dict[str, Any] = fit(dict[str, Any], parse_json(content))
+        if "validation" in record:
+            fit(_Validation, record["validation"], "validation")
+        return record
+    except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / NAME}: not a record of this program's checkpoints ({error})") from None

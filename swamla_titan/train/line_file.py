@@ -17,8 +17,11 @@ class LineFile:
         self.path = path
         self._waiting = b""
         self._refused = False
+        self._open()
+
+    def _open(self) -> None:
         # Not through Python's buffer: after an error nobody could tell how much of it has been written.
-        self._file = path.open("a+b", buffering=0)
+        self._file = self.path.open("a+b", buffering=0)
         with suppress(OSError):  # no file that has an end, like a pipe
             if self._file.seek(0, os.SEEK_END) > 0:
                 self._file.seek(-1, os.SEEK_END)
@@ -35,6 +38,27 @@ class LineFile:
             self._refused = False
             return f"{self.path} can be written again, and holds all lines"
         return None
+
+    def follow(self) -> str | None:
+        """Open the file of this name anew, if it was removed or another one put there; returns what a user should know.
+
+        Only where its folder is known to be this run's still.
+        """
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return None
+        before, waiting = self._file, self._waiting
+        try:
+            self._open()
+        except OSError:
+            return None  # it is tried again at the next line
+        self._waiting += waiting
+        before.close()
+        return f"{self.path} was removed or replaced; its lines go on in the file of this name, without those before"
 
     def close(self) -> str | None:
         """Try once more and close; returns what a user should know: lines were lost."""

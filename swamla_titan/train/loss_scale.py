@@ -34,3 +34,11 @@ class LossScale:
         self._good.mul_(~grown)
         factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
         self.value.mul_(factor).clamp_(_LEAST, _MOST)
+
+    @staticmethod
+    def problem(state: dict[str, Tensor]) -> str | None:
+        """What in a `state` cannot be."""
+        value, good = state.get("value"), state.get("good_steps")
+        if value is not None and not ((value >= _LEAST) & (value <= _MOST)).all():
+            return "value is no scale"
+        return "good_steps is no number of steps" if good is not None and not (good >= 0).all() else None

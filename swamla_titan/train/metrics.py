@@ -38,6 +38,7 @@ class MetricsLogger:
             self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
             self._file = LineFile(folder / "metrics.jsonl")
             self._tensorboard = _start_tensorboard(folder / "tensorboard", step) if config.tensorboard else None
+            self._of_tensorboard = os.stat(folder / "tensorboard") if self._tensorboard else None
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
@@ -46,14 +47,21 @@ class MetricsLogger:
         self._bar.update()
 
     def log(self, step: int, values: Values, line: str) -> None:
-        """Write the values of a step everywhere, and `line` to the console and the log."""
+        """Write the values of a step everywhere, and `line` to the console and the log.
+
+        The folder must be this run's still: what of it was removed is made again.
+        """
         # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        news = self._file.write(json.dumps({"step": step} | finite))
-        if news:
-            logger.warning("%s", news)
+        for news in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
+            if news:
+                logger.warning("%s", news)
         if self._tensorboard:
             try:
+                # It would write to a file without a name, and not notice.
+                there = os.stat(self._folder / "tensorboard")
+                if self._of_tensorboard and not os.path.samestat(there, self._of_tensorboard):
+                    raise FileNotFoundError("its folder was replaced")
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()  # by itself it would do so by a clock that can be set

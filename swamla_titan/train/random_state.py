@@ -19,3 +19,20 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device, rank:
     torch.set_rng_state(state[f"rank-{rank}.cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[f"rank-{rank}.cuda"], device)
+
+
+def random_state_problem(state: dict[str, torch.Tensor]) -> str | None:
+    """What in the states of all ranks, which `random_state` gave, a generator would not take."""
+    for name, each in state.items():
+        if name.endswith(".cuda"):  # a seed and an offset of eight bytes each; the GPU draws four numbers at once
+            offset = each.view(torch.int64)[1] % 4 if each.shape == (16,) and each.dtype == torch.uint8 else 1
+            fits = int(offset) == 0
+        else:
+            try:
+                torch.Generator().set_state(each)
+                fits = True
+            except (RuntimeError, TypeError):
+                fits = False
+        if not fits:
+            return f"{name[:80]} is no state of a generator"
+    return None

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 import swamla_titan
+from swamla_titan.bounded import Count, fit, parse_json, read_regular
 from swamla_titan.config.rules import ALLOWED_DIFFERENCES
 from swamla_titan.console import Lines, one_line
 from swamla_titan.data import fingerprint_changes
 from swamla_titan.errors import UserError
 from swamla_titan.train.identity import kind_of
+from swamla_titan.train.manifest import MOST_RECORD, RECORD
 
 logger = logging.getLogger(__name__)
 
-RECORD = "train.json"
+_MOST_IDENTITY = 1 << 13  # characters; 2,000 are usual, and what differs of them is shown
+_MOST_STREAMS = 1 << 24
 ANEW = {"data", "tokenizer"}  # with others of these the cursors mean nothing
 
 
@@ -30,14 +33,16 @@ class Record:
     `sequences` is the number of the global sequence that comes next. `identity` names what must be equal for the run to
     be the same run: shape of the model, data, tokenizer and what fixes the order of the data. `cursors` maps each
     stream's number to its position; empty: the data begin.
+
+    What stands in a file is held against the types here, see bounded.py.
     """
 
-    step: int
-    tokens: int
-    sequences: int
+    step: Count
+    tokens: Count
+    sequences: Count
     cursors: dict[int, dict[str, Any]]
     identity: dict[str, Any]
-    replaced_bytes: int = 0
+    replaced_bytes: Count = 0
     versions: dict[str, str] = field(
         default_factory=lambda: {
             "swamla_titan": swamla_titan.__version__,
@@ -50,10 +55,10 @@ class Record:
 def read_record(path: Path) -> Record:
     """The record of a checkpoint; raises UserError if it cannot be read."""
     try:
-        content = json.loads((path / RECORD).read_text())
-        content["cursors"] = {int(stream): cursor for stream, cursor in content["cursors"].items()}
-        return Record(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record: Record = fit(Record, parse_json(read_regular(path / RECORD, MOST_RECORD)))
+        _require_consistent(record)
+        return record
+    except (OSError, ValueError) as error:
         raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
 
 
@@ -63,6 +68,14 @@ def optimizer_of(newest: Path | None) -> str | None:
         return None
     name = read_record(newest).identity.get("optimizer.name")
     return name if isinstance(name, str) else None
+
+
+def _require_consistent(record: Record) -> None:
+    if len(json.dumps(record.identity)) > _MOST_IDENTITY:
+        raise ValueError("its identity has more text than this program writes")
+    streams = record.identity.get("data.streams")
+    if record.cursors and type(streams) is int and record.cursors.keys() != {*range(min(streams, _MOST_STREAMS))}:
+        raise ValueError(f"it has the places of {len(record.cursors)} streams, and says that there are {streams}")
 
 
 def record_to_resume(
@@ -87,7 +100,7 @@ def record_to_resume(
         raise UserError(
             f"{newest} belongs to another run:",
             *(f"  {line}" for line in refused),
-            "put these back, or give this run its own job.dump_folder"
+            "  put these back, or give this run its own job.dump_folder"
             + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else ""),
         )
     if changes:

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from swamla_titan.config import Config, load_config
-from swamla_titan.errors import UserError
+from swamla_titan.errors import Damaged, UserError
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.checkpoint import CONFIG, Checkpoints, load_tensors
+from swamla_titan.train.manifest import misnamed, read_manifest
 from swamla_titan.train.record import read_record
 
 logger = logging.getLogger(__name__)
@@ -141,11 +142,17 @@ class Rewinding:
             return None
         if key not in self._known:
             try:
+                read_manifest(path)
+                if problem := misnamed(path):
+                    raise Damaged(problem)
                 step = read_record(path).step
                 interval = load_config(path / CONFIG).checkpoint.interval  # of the run that wrote it
                 numbers = self._bad_steps.empty_counts()
                 load_tensors(path, {"bad_steps": numbers})
                 self._known[key] = _Saved(step, BadSteps.trained_of(numbers, step), step % interval == 0)
+            except Damaged as error:
+                logger.warning("checkpoint passed over: %s: %s", path, error)
+                self._known[key] = None
             except (Exception, CheckpointException) as error:  # whatever a damaged pickle or zip makes its reader raise
                 logger.warning("checkpoint passed over: %s cannot be read (%s)", path, error)
                 self._known[key] = None

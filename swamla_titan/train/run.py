@@ -12,8 +12,9 @@ from swamla_titan.errors import RankFailed, RunFailed, UserError
 from swamla_titan.machine import explain
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.launcher import foreign_variables
-from swamla_titan.parallel.world import join_world, leave_world
-from swamla_titan.train.dump_folder import exclusive
+from swamla_titan.parallel.world import World, join_world, leave_world
+from swamla_titan.train.checkpoint import DamagedCheckpoints
+from swamla_titan.train.dump_folder import FolderLost, Hold, exclusive
 from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
 from swamla_titan.train.signals import StopRequest
 from swamla_titan.train.trainer import Trainer
@@ -44,19 +45,30 @@ def train(config: Config, advise: Advise) -> int:
             return asked.code
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
-        from_first(world, lambda: stack.enter_context(exclusive(folder)))
+        held: list[Hold] = []
+        from_first(world, lambda: held.append(stack.enter_context(exclusive(folder))))
         watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
         stack.callback(watchdog.close)
         resolved = [config]
         stack.enter_context(explained_out_of_memory(lambda: resolved[-1], world, folder / "traces", advise))
-        trainer = Trainer(config, world, stop, watchdog)
+        trainer = _begun(config, world, stop, watchdog, held[0] if held else None)
         resolved.append(trainer.config)
-        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind)))
+        stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind), kind is FolderLost))
         if asked := stop.agreed(world.largest):
             return asked.code
         stop.finish_step_first = True
         with _explained():
             return trainer.run()
+
+
+def _begun(config: Config, world: World, stop: StopRequest, watchdog: Watchdog, hold: Hold | None) -> Trainer:
+    """A trainer, from the newest checkpoint that can be loaded."""
+    damaged: dict[Path, str] = {}
+    while True:
+        try:
+            return Trainer(config, world, stop, watchdog, hold, damaged)
+        except DamagedCheckpoints as found:
+            damaged = found.damaged
 
 
 @contextmanager

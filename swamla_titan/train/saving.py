@@ -10,6 +10,7 @@ import torch
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.errors import RunFailed
 from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.train.dump_folder import FolderLost
 from swamla_titan.train.record import Record
 from swamla_titan.train.staging import Staging
 
@@ -89,6 +90,8 @@ class Saver:
     ) -> BaseException | None:
         try:
             path = self._checkpoints.save(tensors, record, files)
+        except FolderLost as error:  # no further attempt can succeed
+            return error
         except RunFailed as error:
             if self._failures + 1 < self._config.max_failures:  # at once, not when it is noticed an interval later
                 self._report(error)
@@ -117,7 +120,7 @@ class Saver:
             return
         if self._outcome is None:
             self._saved, self._failures = step, 0
-        elif isinstance(self._outcome, RunFailed):
+        elif isinstance(self._outcome, RunFailed) and not isinstance(self._outcome, FolderLost):
             self._failures += 1
         else:
             raise self._outcome

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ class SkippedFiles:
     checkpoints say the same, and it is by them that a resumed run goes; so the file may be lost, or not writable.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, cursors: dict[int, dict[str, Any]], writes: bool) -> None:
-        """`cursors` of all streams, from the checkpoint; files that could not be opened are told of by `corpus`."""
+    def __init__(
+        self, folder: Path, corpus: Corpus, cursors: dict[int, dict[str, Any]], writes: Callable[[], bool]
+    ) -> None:
+        """`cursors` of all streams, from the checkpoint; files that could not be opened are told of by `corpus`.
+
+        `writes()`: whether this rank is to report and to write.
+        """
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
         self._entries: list[dict[str, Any]] = []
@@ -31,7 +36,7 @@ class SkippedFiles:
             self._note(None, None, fault.file, fault.place, fault.reason)
         opened = {fault.file for fault in corpus.source.passed_over}
         for fault in corpus.faults:
-            if writes and fault.file not in opened:
+            if writes() and fault.file not in opened:
                 logger.warning("data: %s; held-out text is taken from the rest", fault)
         for stream, cursor in sorted(cursors.items()):
             for skip in skips_of(stream, cursor):
@@ -52,13 +57,13 @@ class SkippedFiles:
 
     def _note(self, step: int | None, stream: int | None, file: str, place: str, reason: str) -> None:
         self._entries.append({"file": file, "stream": stream, "step": step, "place": place, "reason": reason})
-        if self._writes and file not in self._files:
+        if self._writes() and file not in self._files:
             where = f"{file}, {place}" if place else file
             logger.warning("data: %s: %s; the rest of the file is passed over in this run", where, reason)
         self._files.add(file)
 
     def _write(self) -> None:
-        if not self._writes:
+        if not self._writes():
             return
         try:
             temporary = self._path.with_suffix(".tmp")

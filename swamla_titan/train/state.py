@@ -14,7 +14,7 @@ from swamla_titan.parallel.parallel_model import ParallelModel
 from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.world import World
 from swamla_titan.train.bad_steps import BadSteps
-from swamla_titan.train.checkpoint import Checkpoints, holds_ema, load_tensors, tensors_of
+from swamla_titan.train.checkpoint import Checkpoints, holds_ema, load_tensors, require_finite, tensors_of
 from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.numerics import seed_of
 from swamla_titan.train.random_state import random_state, set_random_state
@@ -75,7 +75,9 @@ class TrainingState:
         ema = self.ema if there else None
         # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
         for part, optimizer in zip(self.model.parts, self.optimizers):
-            load_tensors(path, tensors_of([part], [optimizer], ema) | rest, self._world)
+            tensors = tensors_of([part], [optimizer], ema)
+            load_tensors(path, tensors | rest, self._world)
+            require_finite(path, tensors, self._world)
         if self.ema and not ema:
             self.ema.restart()
             if self._world.is_first:

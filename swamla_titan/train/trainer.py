@@ -38,7 +38,7 @@ from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
 from swamla_titan.train.data_record import NAME as DATA_RECORD
 from swamla_titan.train.data_record import data_record, read_data_record, require_same_data, validation_record
 from swamla_titan.train.data_wait import DataWait, cores_per_rank, what_helps
-from swamla_titan.train.dump_folder import log_to_folder, prepare_folder
+from swamla_titan.train.dump_folder import Hold, log_to_folder, prepare_folder
 from swamla_titan.train.identity import run_identity
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
@@ -62,10 +62,20 @@ class Trainer:
     """One run: built from a configuration, resumed from its newest whole checkpoint if there is one.
 
     Every rank builds one. Raises UserError, on every rank, for anything wrong with the configuration, tokenizer, data
-    or checkpoint before it writes to the dump folder.
+    or checkpoint before it writes to the dump folder, and DamagedCheckpoints where there may be an older one to use.
     """
 
-    def __init__(self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        hold: Hold | None = None,
+        damaged: dict[Path, str] | None = None,
+    ) -> None:
+        """`hold`: of the dump folder, by the rank that holds it for all. `damaged`: of a DamagedCheckpoints before."""
+        self.hold = hold
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
@@ -78,10 +88,14 @@ class Trainer:
             config.checkpoint.keep_latest,
             world.with_group_of_its_own(),
             config.checkpoint.keep_every,
+            damaged,
         )
+        if hold:
+            self.checkpoints.may_write = hold.require
         newest = self.checkpoints.newest_whole()
         recorded = from_first(world, lambda: read_data_record(newest))
-        self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
+        with self.checkpoints.loading(newest):
+            self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
         require_same_data(world, corpus)
         corpus = corpus.with_segments(from_first(world, lambda: corpus.segments))
         # Only now: the head's share of the products depends on the vocabulary.
@@ -102,7 +116,8 @@ class Trainer:
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        self.loader = agree(world, lambda: self._open_loader(corpus, record.cursors or None))
+        with self.checkpoints.loading(newest):
+            self.loader = agree(world, lambda: self._open_loader(corpus, record.cursors or None))
         with ExitStack() as refused:
             refused.callback(self.loader.close)
             if self.step < training.steps:
@@ -113,7 +128,8 @@ class Trainer:
     def _prepare(self, corpus: Corpus, record: Record, newest: Path | None) -> None:
         """Make what trains, filled from the checkpoint `newest` if there is one, and what writes to the folder."""
         config, world = self.config, self.world
-        self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
+        with self.checkpoints.loading(newest):
+            self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
         self.model, self.optimizers = self.state.model, self.state.optimizers
         self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
         self.loss_scale = self.state.loss_scale
@@ -125,7 +141,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
         agree(world, lambda: log_to_folder(self.folder, world.rank))
-        self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=world.is_first)
+        self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=self._may_write)
         self.metrics = agree(world, self._open_metrics)
         expected = self.state.size() if self.step < config.training.steps else 0
         self.saver = Saver(config.checkpoint, self.checkpoints, self.device, self.step, expected)
@@ -227,17 +243,18 @@ class Trainer:
         self.lr = lr
         return loss, grad_norm
 
-    def close(self, alone: bool = False) -> None:
+    def close(self, alone: bool = False, folder_lost: bool = False) -> None:
         """Stop the loader's processes, write a profile that was begun and flush the metrics.
 
-        `alone`: this rank ends and the others do not, so that its device may never be done; a profile is dropped then.
+        `alone`: this rank ends and the others do not, so that its device may never be done; a profile is dropped then,
+        and where the folder is not this run's any more.
         """
         gc.enable()
         gc.unfreeze()
         self.loader.close()
         with self.watchdog.pause("checkpoint"):
             self.saver.close(alone)
-        if alone:
+        if alone or folder_lost:
             self.profiler.discard()
         else:
             self.profiler.close()
@@ -271,8 +288,17 @@ class Trainer:
         logger.info("%s while waiting for data after step %d; %s", stop.reason, self.step, stop.outlook)
         return stop.code
 
+    def _may_write(self) -> bool:
+        """Whether this rank writes what there is one of in the dump folder, and may do so."""
+        return self.world.is_first and not (self.hold and self.hold.is_lost)
+
+    def _require_folder(self) -> None:
+        """Raise FolderLost, on every rank, if the dump folder is not this run's any more."""
+        from_first(self.world, lambda: self.hold.require() if self.hold else None)
+
     def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
+        self._require_folder()
         loss, grad_norm = self.outcome
         values: dict[str, float | int] = {
             "tokens": self.tokens,
@@ -398,6 +424,7 @@ class Trainer:
             self._save(last=True)
 
     def _save(self, last: bool = False) -> None:
+        self._require_folder()
         self._report_bad_steps()
         if not self._require_finite(to_save=True):
             logger.warning("step %d is not saved: its weights are no finite numbers; a rewind is due", self.step)

@@ -136,8 +136,8 @@ class Watchdog:
         if self._backstop:
             self._backstop.close()
         if self._file:
-            self._file.close()
             self._remove_if_empty()
+            self._file.close()
         self._thread = None
 
     @property
@@ -146,7 +146,9 @@ class Watchdog:
 
     def _remove_if_empty(self) -> None:
         with suppress(OSError):
-            if self._backstop_path.stat().st_size == 0:
+            there = self._backstop_path.stat()
+            # Its own: the folder may be another run's meanwhile.
+            if self._file and there.st_size == 0 and os.path.samestat(there, os.fstat(self._file.fileno())):
                 self._backstop_path.unlink()
                 self._traces.rmdir()  # unless there is something in it
 

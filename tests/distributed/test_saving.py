@@ -1,6 +1,7 @@
 """Checkpoints in the background of a job: what befalls the disk of one rank is decided by all, and training goes on."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swamla_titan.train import manifest
 from swamla_titan.train.staging import Staging
-from tests.distributed.job import Ended, run, run_and_listen, run_killed
+from tests.distributed.job import Ended, before_step, run, run_and_listen, run_killed
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics
@@ -120,3 +121,19 @@ def test_on_gpus_checkpoints_beside_the_next_steps_hold_the_moment_and_a_killed_
     for step in (2, 4, 6, 8, 10):
         assert_same_checkpoint(checkpoint(tmp_path / "run", step), checkpoint(tmp_path / "whole", step))
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def _run_and_lose_the_folder(step: int, run_folder: str, config: str, *overrides: str) -> Ended:
+    if os.environ["RANK"] == "0":
+        before_step(step, lambda _: shutil.rmtree(run_folder))
+    return run_and_listen(config, *overrides)
+
+
+@pytest.mark.parametrize("interval", ["1", pytest.param("1000", marks=pytest.mark.slow)])
+def test_a_job_whose_folder_is_removed_ends_on_all_ranks_with_one_message(tmp_path, interval):
+    config = tiny_config(tmp_path)
+    logged = ("--metrics.log_interval", interval, "--checkpoint.async_mode", "disabled")
+    ended = on_ranks(2, _run_and_lose_the_folder, 4, str(tmp_path / "run"), str(config), *SETTINGS, *logged)
+    assert [each.code for each in ended] == [1, 1], ended[0].out + ended[0].err
+    assert [each.err.count("was removed, moved or taken by another run") for each in ended] == [1, 0]
+    assert not (tmp_path / "run").exists()

@@ -99,7 +99,8 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with exclusive(tmp_path / "run"):
+    with exclusive(tmp_path / "run") as hold:
+        assert not hold.is_lost
         refuse_folder(tmp_path / "run")
     assert f"has no locks ({os.strerror(number)}): nothing keeps another run from writing there" in caplog.text
 
