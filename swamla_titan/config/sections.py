@@ -151,9 +151,9 @@ class Data:
 class Training:
     seq_len: int = key(2048, "Tokens a sequence.", minimum=1, maximum=LONGEST_SEQUENCE)
     local_batch_size: int = key(
-        8, "Sequences a rank computes at a time (one micro-batch).", minimum=1, maximum=1 << 20, needs=_BATCH_TO_CUT
+        8, "Sequences a rank computes at a time (one micro-batch).", minimum=1, maximum=1 << 16, needs=_BATCH_TO_CUT
     )
-    global_batch_size: int = key(8, "Sequences a step, over all ranks and micro-batches.", minimum=1, maximum=1 << 24)
+    global_batch_size: int = key(8, "Sequences a step, over all ranks and micro-batches.", minimum=1, maximum=1 << 20)
     steps: int = key(1000, "Optimizer steps of the whole run.", minimum=1, maximum=_MOST_STEPS)
     max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm; 0: never.", minimum=0, maximum=HUGE)
     compute_dtype: str = key(

@@ -187,7 +187,7 @@ def test_special_files_are_refused_and_not_waited_for(path: Path, tmp_path: Path
     "text, part",
     [
         (
-            "training.global_batch_size=16777216 training.seq_len=16384 model.max_seq_len=16384",
+            "training.global_batch_size=1048576 training.seq_len=131072 model.max_seq_len=131072",
             "tokens that a step may have",
         ),
         ("model.num_layers=1024 model.dim=131072 model.ffn_hidden_dim=1048576", "140737488355328 parameters"),
