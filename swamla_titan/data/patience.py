@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, and some of it by chance
 LOOK = 1.0  # seconds between two looks at whether it is over
+LATE = 10.0  # seconds; who sleeps for that much longer than LOOK was paused
 QUICK_TRIES = 2  # for bytes that make no sense: a second look at them is enough
 FILES_IN_A_ROW = 3  # that do not answer and may be given up; where more do not, it is not the files
 
@@ -61,7 +62,9 @@ class Patience:
         self._last = fault
         logger.warning("%s; trying again in %.1f s", fault, delay)
         while delay > 0:
+            began = time.monotonic()
             time.sleep(min(delay, LOOK))
+            self._since += max(time.monotonic() - began - LATE, 0)  # this process was paused, and no outage lasted
             delay -= LOOK
             self._look_around()
         return True

@@ -201,6 +201,16 @@ def test_patience_ends(maker, tmp_path):
         assert ("given up after" in str(fault.value)) == (seconds > 0)
 
 
+def test_a_pause_while_an_outage_is_waited_for_is_no_part_of_it(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds + 3600))  # Ctrl-Z
+    patience = Patience(200)
+    fault = Unreachable("a", "line 1", "no answer")
+    for _ in range(8):  # more than are tried whatever the time
+        assert patience.again(fault)
+
+
 def test_patience_is_for_a_portion_whatever_the_number_of_files(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
