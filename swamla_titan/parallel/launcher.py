@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from swamla_titan.console import one_line
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REGROUP, EXIT_STOPPED, UserError
 from swamla_titan.process_end import wait_for_end
 
@@ -121,7 +122,7 @@ def speaks() -> bool:
     here = place()
     text = os.environ.get("LOG_RANK") or "0"
     if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
-        raise UserError(f"LOG_RANK={text[:100]!a}: expected numbers of processes, as in 0,3")
+        raise UserError(f"LOG_RANK={one_line(text[:100])}: expected numbers of processes, as in 0,3")
     ranks = [int(number) for number in text.split(",")]
     if max(ranks) >= here.local_size:
         raise UserError(f"LOG_RANK={text[:100]}: the processes of this machine are 0 to {here.local_size - 1}")
