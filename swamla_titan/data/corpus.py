@@ -46,8 +46,8 @@ class Corpus:
     earlier: tuple[Source, ...] = ()
     # What validation reads of the source, if that is not what training leaves out: the setting was changed in between.
     validated: HeldOut | None = None
-    # Of each edition where they are known from the checkpoint (JSON types).
-    known_segments: tuple[dict[str, Any] | None, ...] = field(default=(None,), compare=False)
+    # Of each edition, where they are known: from the checkpoint, or from the process that counted.
+    known_segments: tuple[Segments | None, ...] = field(default=(None,), compare=False)
     # Since the checkpoint was written: files that came, and what differs where the run cannot go on with its data.
     added_files: tuple[str, ...] = ()
     change: str = ""
@@ -96,16 +96,26 @@ class Corpus:
 
     @cached_property
     def segments(self) -> tuple[Segments, ...]:
-        """How each edition is divided among the streams; what the checkpoint does not tell is counted now."""
-        found = []
-        for number, (source, known) in enumerate(zip(self.sources, self.known_segments)):
-            order = self._order(source.num_units, number, _UNITS)
-            if known is not None:
-                found.append(Segments.from_json(order, known))
-                continue
-            streams, patience = self.data.streams, self.new_patience()
-            found.append(divide(source, order, streams, self.tokenizer, self.held_out, patience, self.skips_files))
-        return tuple(found)
+        """How each edition is divided among the streams; what is not known is counted now."""
+        return tuple(
+            known or self._divided(source, number)
+            for number, (source, known) in enumerate(zip(self.sources, self.known_segments))
+        )
+
+    def _divided(self, source: Source, edition: int) -> Segments:
+        order, streams = self._order(source.num_units, edition, _UNITS), self.data.streams
+        patience = self.new_patience()
+        return divide(source, order, streams, self.tokenizer, self.held_out, patience, self.skips_files)
+
+    def with_recorded_segments(self, recorded: Iterable[dict[str, Any] | None]) -> "Corpus":
+        """The same corpus, divided as a checkpoint says of each edition; ValueError if that does not fit the data."""
+        known = [
+            None
+            if each is None
+            else Segments.from_json(self._order(source.num_units, number, _UNITS), each, self.data.streams)
+            for number, (source, each) in enumerate(zip(self.sources, recorded))
+        ]
+        return dataclasses.replace(self, known_segments=tuple(known))
 
     def first_segment(self, stream: int) -> int:
         """With which segment a stream begins."""
@@ -124,7 +134,7 @@ class Corpus:
 
     def with_segments(self, segments: tuple[Segments, ...]) -> "Corpus":
         """The same corpus with what another process found out about it."""
-        return dataclasses.replace(self, known_segments=tuple(each.to_json() for each in segments))
+        return dataclasses.replace(self, known_segments=segments)
 
     @property
     def validates_on_training_text(self) -> bool:
@@ -185,10 +195,10 @@ def open_corpus(
             held_out=HeldOut(recorded["held_out"], frozenset(recorded["held_out_texts"])),
             fraction=recorded["fraction"],
             earlier=tuple(editions.sources[:-1]),
-            known_segments=tuple(editions.segments),
             added_files=editions.added,
         )
         if before.fingerprint() == recorded["fingerprint"]:
+            before = before.with_recorded_segments(editions.segments)
             if before.fraction == (0.0 if validation.path else validation.fraction) and not validation.path:
                 return before
             return dataclasses.replace(before, validated=_held_out(before, validation))

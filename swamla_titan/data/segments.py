@@ -11,9 +11,11 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+
+from swamla_titan.bounded import Count, Within, fit
 
 ORDER = 3  # in the fingerprint: a new number where cursors of older checkpoints would mean other places
 
@@ -102,10 +104,34 @@ class Segments:
         }
 
     @classmethod
-    def from_json(cls, order: Sequence[int], content: dict[str, Any]) -> "Segments":
-        """What `to_json` was given, with the units in the same order."""
-        cuts = [Cut(*cut) for cut in content["cuts"]]
-        return cls(ring(order, dict(content["shared"])), cuts, content["tokens"])
+    def from_json(cls, order: Sequence[int], content: Any, streams: int) -> "Segments":
+        """What `to_json` was given for so many streams, with the units in the same order. ValueError if it does not fit
+        them."""
+        record = fit(_Record, content, "segments")
+        shared = dict(record.shared)
+        if not all(0 <= unit < len(order) and every > 1 for unit, every in record.shared):
+            raise ValueError("segments: a unit is shared that is not there")
+        parts = ring(order, shared)
+        cuts = [Cut(int(part), int(ordinal), inside) for part, ordinal, inside in record.cuts]
+        places = [(cut.part, cut.ordinal, cut.inside) for cut in cuts]
+        if (
+            len(cuts) != streams
+            or places != sorted(places)
+            or not all(0 <= part <= len(parts) for part, _, _ in places)
+        ):
+            raise ValueError("segments: the borders are not those of the data's streams")
+        if any(cut.inside and (cut.part == len(parts) or cut.inside < 0) for cut in cuts):
+            raise ValueError("segments: a border lies outside of the data")
+        return cls(parts, cuts, record.tokens)
+
+
+@dataclass
+class _Record:
+    """What `Segments.to_json` gives."""
+
+    tokens: Count | None
+    cuts: list[Annotated[list[int | float], Within(3, 3)]]
+    shared: list[Annotated[list[Annotated[int, Within(0, 2**31)]], Within(2, 2)]]
 
 
 def ring(order: Iterable[int], shared: Mapping[int, int]) -> list[Part]:

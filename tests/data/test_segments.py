@@ -62,7 +62,7 @@ def test_counted_segments_hold_every_token_once_and_equally_many(seed):
     assert Counter(token for segment in held for token in segment) == all_once(lengths)
     for segment in range(streams):
         assert len(held[segment]) == (segment + 1) * total // streams - segment * total // streams
-    assert Segments.from_json(order, json.loads(json.dumps(segments.to_json()))) == segments
+    assert Segments.from_json(order, json.loads(json.dumps(segments.to_json())), streams) == segments
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -90,7 +90,7 @@ def test_segments_by_size_hold_every_token_once(seed):
         assert found == pytest.approx([1.0] * streams)
     assert max(found) < 2.6
     assert min(found) > 0 or kind == "both"
-    assert Segments.from_json(order, json.loads(json.dumps(segments.to_json()))) == segments
+    assert Segments.from_json(order, json.loads(json.dumps(segments.to_json())), streams) == segments
 
 
 def test_a_unit_of_documents_not_counted_is_shared_only_where_it_must_be():
@@ -324,3 +324,31 @@ def test_sizes_of_row_groups_are_in_the_fingerprint(maker):
     assert write([2000, 1000]) == one
     assert maker.open(streams=2).fingerprint() != before.fingerprint()
     assert open_source(before.data).unit_sizes != before.source.unit_sizes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": -1},
+        {"tokens": "many"},
+        {"cuts": []},
+        {"cuts": [[0, 0, 0]] * 3},
+        {"cuts": [[0, 0, 0], [9, 0, 0], [9, 0, 0], [9, 0, 0]]},
+        {"cuts": [[0, 0, 0], [1, 0, 0], [0, 5, 0], [2, 0, 0]]},
+        {"cuts": [[0, 0, 0], [0, 1, -2], [0, 2, 0], [2, 0, 0]]},
+        {"cuts": [[0, 0]] * 4},
+        {"cuts": [["0", 0, 0]] * 4},
+        {"shared": [[7, 2]]},
+        {"shared": [[0, 0]]},
+        {"shared": [[0, 2**40]]},
+        {"other": 1},
+    ],
+    ids=str,
+)
+def test_segments_of_a_checkpoint_that_do_not_fit_are_refused(maker, change):
+    maker.write(maker.texts(30), files=3)
+    corpus = maker.open()
+    recorded = corpus.segments[0].to_json()
+    assert corpus.with_recorded_segments([json.loads(json.dumps(recorded))]).segments == corpus.segments
+    with pytest.raises(ValueError, match=r"segments|cuts|tokens|shared|other"):
+        corpus.with_recorded_segments([recorded | change])
