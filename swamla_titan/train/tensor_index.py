@@ -202,7 +202,7 @@ def _require_chunk(view: Any, dtype: torch.dtype, sizes: torch.Size) -> None:
     for record in archive.get_all_records():
         if record not in _RECORDS:
             raise ValueError(f"it has a record {record[:80]!r}")
-        if record != _MEMORY and archive.get_record_size(record) > _MOST_SMALL:
+        if record != _MEMORY and _size_of(archive, record) > _MOST_SMALL:
             raise ValueError(f"its record {record} is too large")
         if record != _MEMORY:
             small[record] = archive.get_record(record)
@@ -220,8 +220,14 @@ def _require_chunk(view: Any, dtype: torch.dtype, sizes: torch.Size) -> None:
     last = found.offset + sum((size - 1) * stride for size, stride in zip(found.size, found.stride))
     if math.prod(sizes) and last >= found.storage.elements:
         raise ValueError("it reaches beyond its memory")
-    if archive.get_record_size(_MEMORY) != found.storage.elements * dtype.itemsize:
+    if _size_of(archive, _MEMORY) != found.storage.elements * dtype.itemsize:
         raise ValueError("its record is of another size than its memory")
+
+
+def _size_of(archive: Any, record: str) -> int:
+    """Bytes of a record once it is unpacked."""
+    sizes = getattr(archive, "get_record_size", None)
+    return sizes(record) if sizes else len(archive.get_record(record))  # not every torch tells without reading it
 
 
 @functools.cache
