@@ -165,7 +165,6 @@ def loss(run: Runner) -> None:
         said = (done.folder / "logs/rank-0.log").read_text()
         assert ("loss: as one with the output head" in said) == (name == "fused")
     assert losses["auto"] == losses["plain"] == pytest.approx(losses["fused"], rel=1e-5)
-    assert losses["plain"] != losses["fused"], "they round differently"
     refused = run.refusal("--kernels.loss", "fused", "--parallel.pipeline", "2")
     assert '"fused" wants the whole head' in refused
 
