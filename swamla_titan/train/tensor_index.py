@@ -5,16 +5,18 @@ missing the memory stays as it was found. And of each chunk it trusts torch.load
 """
 
 import functools
+import io
 import math
+import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from swamla_titan.train.manifest import holds_tensors
 from swamla_titan.train.strict_pickle import StrictUnpickler
@@ -160,13 +162,46 @@ def _chunk_problems(folder: Path, chunks: list[Any], places: list[int]) -> Itera
                     file.close()
                 file, opened = (folder / info.relative_path).open("rb"), info.relative_path
             try:
-                _require_chunk(_create_file_view(file, info.offset, info.length), dtype, sizes)
-            except (ValueError, KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+                _require_chunk(Window(file, info.offset, info.length), dtype, sizes)
+            except _NO_ARCHIVE as error:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 yield place, f"{info.relative_path} does not hold {name[:200]} as the index has it ({reason})"
     finally:
         if file is not None:
             file.close()
+
+
+# What those who read an archive raise where it is none.
+_NO_ARCHIVE = (ValueError, KeyError, RuntimeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)
+
+
+class Window(io.RawIOBase):
+    """A part of a file, read as a file. DCP's own is wrong about places that are counted from the end."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """As of a file."""
+        self._at = max(0, (0, self._at, self._length)[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """As of a file."""
+        size = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._offset + self._at)
+        read = self._file.readinto(memoryview(buffer)[:size])  # type: ignore[attr-defined]
+        self._at += read
+        return int(read)
 
 
 _STORAGES = {
@@ -192,20 +227,17 @@ class _Stored(NamedTuple):
     stride: tuple[int, ...]
 
 
-def _require_chunk(view: Any, dtype: torch.dtype, sizes: torch.Size) -> None:
+def _require_chunk(view: Window, dtype: torch.dtype, shape: torch.Size) -> None:
     """Raise an error unless torch.load makes of these bytes one tensor of this type and shape, and reads no others."""
     if view.read(4) != b"PK\x03\x04":
         raise ValueError("no archive of torch.save")
     view.seek(0)
-    archive = torch._C.PyTorchFileReader(view)
-    small = {}
-    for record in archive.get_all_records():
-        if record not in _RECORDS:
-            raise ValueError(f"it has a record {record[:80]!r}")
-        if record != _MEMORY and _size_of(archive, record) > _MOST_SMALL:
-            raise ValueError(f"its record {record} is too large")
-        if record != _MEMORY:
-            small[record] = archive.get_record(record)
+    archive = torch._C.PyTorchFileReader(cast(IO[bytes], view))
+    records = record_sizes(archive, view)
+    for record, size in records.items():
+        if record not in _RECORDS or (record != _MEMORY and size > _MOST_SMALL):
+            raise ValueError(f"it has a record {record[:80]!r} of {size} bytes")
+    small = {record: archive.get_record(record) for record in records if record != _MEMORY}
     if (
         small.get("byteorder", b"little") not in (b"little", b"big")
         or not small.get(".storage_alignment", b"1").isdigit()
@@ -215,19 +247,26 @@ def _require_chunk(view: Any, dtype: torch.dtype, sizes: torch.Size) -> None:
     found = StrictUnpickler(small["data.pkl"], names, (_stored, dict), persistent=_storage).value()
     if type(found) is not _Stored:
         raise ValueError("no tensor")
-    if found.storage.dtype != dtype or found.size != tuple(sizes):
-        raise ValueError(f"{found.storage.dtype} of shape {found.size}, not {dtype} of shape {tuple(sizes)}")
+    if found.storage.dtype != dtype or found.size != tuple(shape):
+        raise ValueError(f"{found.storage.dtype} of shape {found.size}, not {dtype} of shape {tuple(shape)}")
     last = found.offset + sum((size - 1) * stride for size, stride in zip(found.size, found.stride))
-    if math.prod(sizes) and last >= found.storage.elements:
+    if math.prod(shape) and last >= found.storage.elements:
         raise ValueError("it reaches beyond its memory")
-    if _size_of(archive, _MEMORY) != found.storage.elements * dtype.itemsize:
+    if records[_MEMORY] != found.storage.elements * dtype.itemsize:
         raise ValueError("its record is of another size than its memory")
 
 
-def _size_of(archive: Any, record: str) -> int:
-    """Bytes of a record once it is unpacked."""
-    sizes = getattr(archive, "get_record_size", None)
-    return sizes(record) if sizes else len(archive.get_record(record))  # not every torch tells without reading it
+def record_sizes(archive: Any, content: Window) -> dict[str, int]:
+    """Bytes of each record of an archive, which lies in `content`, once it is unpacked."""
+    names = archive.get_all_records()
+    if hasattr(archive, "get_record_size"):
+        return {name: archive.get_record_size(name) for name in names}
+    # A torch before that was there; to unpack the records only for their sizes would take as long as to load them.
+    entries = zipfile.ZipFile(cast(IO[bytes], content)).infolist()
+    sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
+    if len(sizes) != len(entries) or sizes.keys() != set(names):
+        raise ValueError("its records have no names of their own")
+    return sizes
 
 
 @functools.cache

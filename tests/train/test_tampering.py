@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.train.checkpoint import Checkpoints
 from swamla_titan.train.manifest import commit, name_of
 from swamla_titan.train.record import Record
+from swamla_titan.train.tensor_index import Window, record_sizes
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, tensors, train
 
@@ -282,6 +284,23 @@ def test_what_is_stored_of_a_tensor_must_be_what_the_index_has(two, caplog, case
     """torch.load trusts the numbers in its archive: it would read what lies behind the memory of a tensor."""
     ARCHIVES[case](checkpoint(two, 4))
     assert "__0_0.distcp does not hold " in passed_over(two, caplog)
+
+
+def test_the_sizes_of_an_archive_s_records_are_the_same_with_a_torch_that_does_not_tell_them(two):
+    index = pickle.loads((checkpoint(two, 4) / ".metadata").read_bytes())
+    with (checkpoint(two, 4) / "__0_0.distcp").open("rb") as file:
+        for info in index.storage_data.values():
+            window = Window(file, info.offset, info.length)
+            assert window.read(4) == b"PK\3\4"
+            assert window.seek(0) == 0
+            archive = torch._C.PyTorchFileReader(window)
+            without = SimpleNamespace(get_all_records=archive.get_all_records)
+            found = record_sizes(without, window)
+            assert found["data/0"] > 0
+            if hasattr(archive, "get_record_size"):
+                assert found == record_sizes(archive, window)
+            else:
+                assert found == {name: len(archive.get_record(name)) for name in archive.get_all_records()}
 
 
 # the record and the other files
