@@ -199,7 +199,7 @@ def test_what_is_no_vocabulary_file_is_not_read(tmp_path, monkeypatch):
         "folder": "is a folder",
         "empty": "lacks 256 of the 256 single bytes",
         "huge": "has 1,099,511,627,776 bytes",
-        "nul\0": "cannot be read: embedded null byte",
+        "nul\0": "cannot be read: ",
         "x" * 300: "cannot be read: File name too long",
     }
     for name, part in parts.items():
