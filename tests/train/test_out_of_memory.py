@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,16 +121,16 @@ def test_a_run_out_of_memory_ends_with_1_and_a_message(tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.gpu
-def test_a_gpu_that_is_full_ends_the_run_with_what_each_change_saves(tiny: Path, capsys):
+def test_a_gpu_that_is_full_ends_the_run_with_what_each_change_saves(tiny: Path):
     large = ("--model.dim", "1024", "--model.num_heads", "8", "--model.max_seq_len", "2048", "--model.dropout", "0")
     batch = ("--training.seq_len", "2048", "--training.local_batch_size", "64", "--training.global_batch_size", "64")
-    torch.cuda.set_per_process_memory_fraction(0.02)
-    try:
-        code = train(tiny, *large, *batch, "--job.deterministic", "false", "--validation.interval", "0")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.empty_cache()
-    assert code == 1
-    err = capsys.readouterr().err
-    assert err.startswith("failed: rank 0 ran out of memory: CUDA out of memory.")
-    assert re.search(r"  - training\.local_batch_size = 32: saves [0-9.]+ GiB; ", err)
+    arguments = ["train", str(tiny), *large, *batch, "--job.deterministic", "false", "--validation.interval", "0"]
+    # In a process of its own: cuDNN, refused memory, leaves its process unable to launch anything.
+    program = (
+        "import sys, torch; from swamla_titan.cli import main; "
+        f"torch.cuda.set_per_process_memory_fraction(0.02); sys.exit(main({arguments!r}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith("failed: rank 0 ran out of memory: CUDA out of memory.")
+    assert re.search(r"  - training\.local_batch_size = 32: saves [0-9.]+ GiB; ", ended.stderr)

@@ -63,7 +63,7 @@ def test_on_a_gpu_compiled_in_bfloat16_a_resumed_run_is_the_same_bit_for_bit(tin
     fast = ("--compile.enabled", "true", "--training.compute_dtype", "bfloat16", "--checkpoint.interval", "10")
     run, whole = tmp_path / "run", undisturbed(*fast)
     process = start(tiny, *fast)
-    wait_for(checkpoint(run, 10), process, seconds=200)
+    wait_for(checkpoint(run, 10), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not checkpoint(run, 30).exists(), "killed too late"
