@@ -44,10 +44,10 @@ class StrictUnpickler(pickle._Unpickler):
         """What the pickle holds; UnpicklingError whatever is wrong with it."""
         try:
             return self.load()
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, EOFError) as error:
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # by the instruction that meets with it: IndexError, struct.error, MemoryError, ...
             raise pickle.UnpicklingError(str(error) or type(error).__name__) from None
-        except (OverflowError, MemoryError) as error:
-            raise pickle.UnpicklingError("it holds a number that is too large") from error
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name."""

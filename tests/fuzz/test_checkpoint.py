@@ -4,6 +4,7 @@ A case takes a run with two whole checkpoints, changes the newest one, or both, 
 whose digests fit the change, and lets `train --dry-run`, `train` or `generate` choose among them.
 """
 
+import copy
 import functools
 import gzip
 import io
@@ -23,6 +24,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata
 
+from swamla_titan.errors import UserError
+from swamla_titan.train.dcp_reader import Reader
 from swamla_titan.train.manifest import PIECE, name_of
 from tests.fuzz.harness import Bench, Case, fuzz
 from tests.fuzz.test_config import change_bytes, shuffle_lines
@@ -213,9 +216,14 @@ def add_file(folder: Path, rng: random.Random) -> None:
             file.write(rng.randbytes(100))
 
 
+def read_index(folder: Path) -> Any:
+    """To be changed; an earlier change may have made it one that nobody should unpickle."""
+    return copy.deepcopy(Reader(folder).read_metadata())
+
+
 def change_index(folder: Path, rng: random.Random) -> None:
     path = folder / ".metadata"
-    index = pickle.loads(path.read_bytes())
+    index = read_index(folder)
     name = rng.choice(list(index.state_dict_metadata))
     entry = index.state_dict_metadata[name]
     (key,) = [each for each in index.storage_data if each.fqn == name]
@@ -300,7 +308,7 @@ def change_archive(folder: Path, rng: random.Random) -> None:
     """What torch.save has put around the values of one tensor, at the same length."""
     path = folder / "__0_0.distcp"
     content = bytearray(path.read_bytes())
-    index = pickle.loads((folder / ".metadata").read_bytes())
+    index = read_index(folder)
     info = rng.choice(list(index.storage_data.values()))
     archive = content[info.offset : info.offset + info.length]
     for _ in range(rng.choice([1, 1, 5])):
@@ -367,7 +375,7 @@ def make_case(whole: Path, rng: random.Random, folder: Path) -> Case:
         for _ in range(rng.choice([1, 1, 1, 2])):
             try:
                 rng.choice(CHANGES)(checkpoints / name, rng)
-            except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, pickle.PickleError):
+            except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, UserError):
                 break  # what an earlier change has made of it, this one cannot change
     steps = ("--training.steps", "5", *rng.choice([(), ("--data.on_error", "skip_file")]))
     write = ["generate", "--max-new-tokens", "2", "--prompt", "a"]

@@ -241,6 +241,7 @@ PICKLES = {
     "a deep argument": _program(METADATA, b"_MEM_FORMAT_ENCODING\n", TUPLES, b"\x85R."),
     "a deep path": _program(b"cpathlib\nPosixPath\n", TUPLES, b"R."),
     "a class that is changed": _program(METADATA, b"Metadata\nN}\x8c\x08__init__Ns\x86b."),
+    "half an instruction": _program(b"Nj\x00"),
     "marks without end": _program(b"(" * 100_000),
     "half a pickle": lambda folder: (
         (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes()[:9000]),
