@@ -20,7 +20,7 @@ from tests.train.runs import kill_groups
 from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = [f"{name}.py" for name in ("__main__", "console", "errors", "process_end", "running_time")]
+PLAIN = sorted(path.name for path in (ROOT / "swamla_titan").glob("*.py"))
 PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point", "rendezvous")]
 
 # main(["train", CONFIG, "--what", WHAT, "--folder", FOLDER]): each process appends a line for its start to a file of
