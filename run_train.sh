@@ -86,10 +86,11 @@ refuse_positional() {
         ;;
     esac
   done
-  for argument in "${others[@]+"${others[@]}"}"; do
+  if ((${#others[@]})); then
+    argument=$(shown "${others[0]}")
     [[ ! $argument =~ ^[a-z_]+\.[a-z0-9_]+= ]] || refuse "$argument: two dashes are missing, write --$argument"
-    refuse "$argument: one configuration is taken, and after it settings as --section.key value"
-  done
+    refuse "${argument:-an empty argument}: one configuration is taken, and after it settings as --section.key value"
+  fi
   ((${#numbers[@]})) || return 0
   for argument in "${!numbers[@]}"; do
     [[ -z ${keys[argument]:-} ]] || named+=" --${keys[argument]} ${numbers[argument]}"
@@ -158,7 +159,7 @@ whole() {
 # Prints how many GPUs processes would find: those that are there, up to the first entry of CUDA_VISIBLE_DEVICES that
 # names none of them, and none at all if one is named twice. Without nvidia-smi, entries are taken at their word.
 count_gpus() {
-  local LC_ALL=C listed line there= ids=$'\n' rest entry named=$'\n' count=0
+  local LC_ALL=C listed line there='' ids=$'\n' rest entry named=$'\n' count=0
   if listed=$(nvidia-smi -L 2>/dev/null); then
     there=0
     while IFS= read -r line; do
@@ -238,15 +239,15 @@ pwd -P >/dev/null 2>&1 || refuse "the current folder has been removed; go to one
 trap 'stop_early run_train.sh' TERM USR1 INT
 
 # Other launchers, and shells in which a run was, leave what torchrun tells its processes.
-others=
+foreign=
 for name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE ROLE_NAME \
   MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID \
   TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE SWAMLA_TITAN_LAUNCH_FOLDER; do
-  [[ -z ${!name:-} ]] || others+=" $name=$(shown "${!name}")"
+  [[ -z ${!name:-} ]] || foreign+=" $name=$(shown "${!name}")"
   unset "$name"
 done
-[[ $others != *RANK=* && $others != *WORLD_SIZE=* ]] ||
-  printf 'run_train.sh: left out, as other launchers and earlier runs leave them in the environment:%s\n' "$others" >&2 ||
+[[ $foreign != *RANK=* && $foreign != *WORLD_SIZE=* ]] ||
+  printf 'run_train.sh: left out, as other launchers and earlier runs leave them in the environment:%s\n' "$foreign" >&2 ||
   true
 
 config=train_configs/debug.toml

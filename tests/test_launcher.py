@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -239,11 +240,14 @@ def test_refusals(repository: Repository, variables: dict[str, str], message: st
         ("debug training.steps=3", "training.steps=3: two dashes are missing, write --training.steps=3"),
         ("debug other.toml", "other.toml: one configuration is taken, and after it settings as --section.key value"),
         ("debug --training.steps 3 4 five", "five: one configuration is taken"),
+        ("''  --dry-run", "an empty argument: one configuration is taken"),
+        ("debug ''", "an empty argument: one configuration is taken"),
+        ("debug '\n\x1b[2J'", r"$'\n\E[2J'...: one configuration is taken"),
     ],
 )
 def test_what_stands_without_a_name_is_answered_with_names(repository: Repository, arguments: str, message: str):
     for processes in ("1", "2"):
-        ran = repository.run("run_train.sh", *arguments.split(), PYTHON=str(repository.stub), NPROC=processes)
+        ran = repository.run("run_train.sh", *shlex.split(arguments), PYTHON=str(repository.stub), NPROC=processes)
         assert ran.returncode == 2
         assert message in ran.stderr
         assert len(ran.stderr.splitlines()) == 1

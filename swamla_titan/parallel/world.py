@@ -1,6 +1,7 @@
 """The processes that train together: this one's place among them, its device, and the groups it talks to."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -97,6 +98,13 @@ def refuse_without_gpus(parallel: Parallel) -> None:
         raise UserError("parallel.async_tensor = true needs GPUs; set it to false")
 
 
+def _refuse_missing_gpus() -> None:
+    """Raise UserError where GPUs are asked for and there are none: on a CPU the run would last for months."""
+    asked = os.environ.get("NGPU", "")
+    if re.fullmatch(r"[1-9][0-9]*", asked):
+        raise UserError(f"NGPU={asked[:20]}: torch sees no GPU here; set NGPU=0 to train on the CPU")
+
+
 def join_world(parallel: Parallel, while_waiting: Callable[[], None] = lambda: None) -> World:
     """Take the place that the launcher (torchrun's environment variables) gave this process, and meet the others.
 
@@ -117,6 +125,7 @@ def join_world(parallel: Parallel, while_waiting: Callable[[], None] = lambda: N
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
+        _refuse_missing_gpus()
         device = torch.device("cpu")
         refuse_without_gpus(parallel)
     if size == 1:

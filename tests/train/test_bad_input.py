@@ -12,8 +12,9 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from swamla_titan.cli import main
-from swamla_titan.config import shipped_configs
+from swamla_titan.config import Config, shipped_configs
 from swamla_titan.data import tokenizer as tokenizer_module
+from swamla_titan.parallel.world import join_world
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 from tests.train.test_data_faults import opened_then
 
@@ -307,3 +308,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_1_and_no_checkpoint_of_it(t
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == step
     assert last["loss"] is None or last["grad_norm"] is None  # valid JSON, which NaN is not
+
+
+@pytest.mark.parametrize("asked, is_refused", [("1", True), ("8", True), ("0", False), ("", False), ("none", False)])
+def test_a_gpu_that_is_asked_for_and_not_there_is_missed_before_anything_is_written(
+    tiny, tmp_path, capsys, monkeypatch, asked, is_refused
+):
+    """As with CUDA_VISIBLE_DEVICES=-1, left over, or a torch for the CPU: days later nobody knows why it is slow."""
+    monkeypatch.setenv("NGPU", asked)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if is_refused:
+        assert train(tiny) == 2
+        error = f"error: NGPU={asked}: torch sees no GPU here; set NGPU=0 to train on the CPU\n"
+        assert capsys.readouterr().err == error
+        assert not (tmp_path / "run").exists()
+    else:
+        assert join_world(Config().parallel).device.type == "cpu"
