@@ -13,6 +13,7 @@ import pytest
 from swamla_titan.cli import main
 from swamla_titan.console import Lines, LogFormatter, Stream, one_line, several_lines
 from swamla_titan.errors import UserError
+from tests.waiting import HANG
 
 NASTY = "a\n\x1b[31m\r\x00\x7f\x9b\u2028\u202e漢\udcff"
 SAFE = "a\\n\\x1b[31m\\r\\x00\\x7f\\x9b\\u2028\\u202e漢\\udcff"
@@ -112,7 +113,7 @@ def test_a_terminal_that_hung_up(tmp_path):
     )
     os.close(far)
     os.close(near)
-    process.communicate(b"x", timeout=60)
+    process.communicate(b"x", timeout=HANG)
     assert process.returncode == 3
 
 

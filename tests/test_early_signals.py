@@ -13,6 +13,7 @@ import pytest
 
 from tests.test_launcher import Repository, write_script
 from tests.train.runs import kill_groups
+from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +26,7 @@ class Blocked:
         if name == os.environ["AT"]:
             sys.meta_path.remove(self)
             open(os.environ["HERE"], "w").close()
-            end = time.monotonic() + 60
+            end = time.monotonic() + 600
             while time.monotonic() < end and not os.path.exists(os.environ["HERE"] + ".on"):
                 time.sleep(0.01)
             if os.environ.get("IN_A_CALLBACK"):  # where an exception would be printed, and lost
@@ -53,7 +54,7 @@ def started(tmp_path: Path) -> Iterator[list["subprocess.Popen[str]"]]:
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANG
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -86,7 +87,7 @@ def test_a_signal_while_the_trainer_is_imported_ends_it_with_75(started, tmp_pat
     process.send_signal(number)
     if at == "swamla_titan.console":  # of the few that come before signals can be handled: they wait until then
         (tmp_path / "here.on").touch()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert (process.returncode, out) == (75, "")
     assert (
         err == f"stopped by {number.name} before training began: there is nothing to save; the same command starts it\n"
@@ -97,7 +98,7 @@ def test_a_signal_while_the_trainer_is_imported_ends_it_with_75(started, tmp_pat
 def test_a_signal_in_a_callback_in_which_exceptions_are_lost_is_not_lost(started, tmp_path, tiny):
     process = importing(started, tmp_path, "tyro", "train", str(tiny), IN_A_CALLBACK=str(int(signal.SIGINT)))
     (tmp_path / "here.on").touch()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 75
     assert "Traceback" not in err
 
@@ -108,7 +109,7 @@ def test_a_signal_in_a_callback_in_which_exceptions_are_lost_is_not_lost(started
 def test_ctrl_c_ends_other_commands_at_once_without_a_traceback(started, tmp_path, arguments):
     process = importing(started, tmp_path, "tyro", *arguments)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
@@ -131,7 +132,7 @@ def test_a_worker_remembers_the_signal_and_ends_with_the_others(started, tmp_pat
     process = importing(started, tmp_path, "torch", "train", str(tiny), **place)
     (folder / "stop").write_text("TERM\n")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0  # or torchrun would start it again
+    assert process.wait(HANG) == 0  # or torchrun would start it again
     assert (folder / "0.code").read_text() == "75"
 
 
@@ -183,10 +184,10 @@ def test_a_signal_before_the_start_ends_run_train_with_75(started, tmp_path, at,
     (os.kill if to == "the script" else os.killpg)(process.pid, number)
     if at == "environment" and to == "the script":  # of some tenths of a second, which end first
         (tmp_path / "here.on").touch()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 75, err
     assert "stopped before training began: there is nothing to save" in err
-    end = time.monotonic() + 30
+    end = time.monotonic() + HANG
     while Path(f"/proc/{stub}").exists() and "Z" not in Path(f"/proc/{stub}/stat").read_text().rpartition(")")[2]:
         assert time.monotonic() < end, "it was left behind"
         time.sleep(0.02)
@@ -221,7 +222,7 @@ def test_a_signal_in_pythons_first_moment_waits_until_it_is_handled(started, tmp
     wait_for(here, process)
     process.send_signal(number)
     (tmp_path / "here.on").touch()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 75, err
     assert f"stopped by {number.name} before training began" in err
     assert "Traceback" not in err

@@ -24,12 +24,13 @@ from swamla_titan.parallel.meeting_point import MeetingPoint
 from swamla_titan.parallel.rendezvous import CheckedBackend, open_store
 from swamla_titan.train.signals import StopRequest
 from tests.listening import listening
+from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Joins the others as the trainer does, and writes down who listens: this worker, and the torchrun that started it.
 WORKER = """
-import json, os, sys
+import json, os, sys, torch
 from pathlib import Path
 from swamla_titan.config.sections import Parallel
 from swamla_titan.parallel.world import join_world
@@ -39,6 +40,7 @@ assert world.largest(float(world.rank)) == world.size - 1
 found = {"worker": listening(os.getpid()), "torchrun": listening(os.getppid())}
 (Path(sys.argv[1]) / f"rank-{world.rank}").write_text(json.dumps(found))
 world.largest(0.0)
+torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
 """
 
 
@@ -62,7 +64,7 @@ def who_listens(folder: Path, ranks: int) -> dict[str, set[str]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 def test_a_run_of_one_machine_listens_at_the_loopback_address_alone(tmp_path: Path) -> None:
     agent = start(tmp_path, "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
-    _, err = agent.communicate(timeout=300)
+    _, err = agent.communicate(timeout=HANG)
     assert agent.returncode == 0, err
     assert who_listens(tmp_path, 2) == {"worker": {"127.0.0.1"}, "torchrun": {"127.0.0.1"}}
 
@@ -77,7 +79,7 @@ def test_a_run_of_two_listens_at_the_address_at_which_they_meet(tmp_path: Path) 
     flags = ("--nnodes=2", "--nproc-per-node=1", f"--rdzv-endpoint=127.0.0.2:{port}", "--rdzv-id=a")
     both = [start(tmp_path, *flags) for _ in range(2)]
     for agent in both:
-        _, err = agent.communicate(timeout=300)
+        _, err = agent.communicate(timeout=HANG)
         assert agent.returncode == 0, err
     found = who_listens(tmp_path, 2)
     assert found["torchrun"] == {"127.0.0.2"}

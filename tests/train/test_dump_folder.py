@@ -51,7 +51,7 @@ def test_an_earlier_start_of_the_same_run_is_waited_for(tmp_path, holder, monkey
 
     def sleep(seconds: float) -> None:
         let_go.set()
-        process.join(30)
+        process.join(HANG)
 
     monkeypatch.setattr(dump_folder.time, "sleep", sleep)
     with exclusive(tmp_path):

@@ -14,6 +14,7 @@ from swamla_titan.train.checkpoint import Checkpoints
 from swamla_titan.train.dump_folder import FolderLost, exclusive
 from tests.train.runs import checkpoint, metrics, snapshot, train
 from tests.train.test_disk_and_clock import at_steps
+from tests.waiting import HANG
 
 FAST = ("--data.num_workers", "0", "--training.steps", "6", "--validation.interval", "0", "--checkpoint.interval", "2")
 WAITED_FOR = ("--checkpoint.async_mode", "disabled")  # or the one of step 2 is still being written
@@ -165,7 +166,7 @@ def test_a_run_refused_in_a_folder_that_another_one_took_meanwhile_leaves_it_its
 def _hold(folder: Path, held, let_go) -> None:
     with exclusive(folder):
         held.set()
-        let_go.wait(60)
+        let_go.wait(HANG)
 
 
 def test_a_lock_whose_file_was_removed_while_it_was_waited_for_holds_nothing(tmp_path, monkeypatch):
@@ -185,7 +186,7 @@ def test_a_lock_whose_file_was_removed_while_it_was_waited_for_holds_nothing(tmp
         held, let_go = context.Event(), context.Event()
         other = context.Process(target=_hold, args=(folder, held, let_go))
         other.start()
-        other.join(60)
+        other.join(HANG)
         assert other.exitcode == 1  # refused
         assert not held.is_set()
 

@@ -213,13 +213,13 @@ def test_the_backstop_ends_a_process_that_keeps_pythons_lock_and_not_one_that_wa
     stopped_alone, stopped_with_it = hold("8", "1"), hold("8", "1")
     os.kill(stopped_alone.pid, signal.SIGSTOP)
     os.killpg(stopped_with_it.pid, signal.SIGSTOP)
-    out, err = held.communicate(timeout=60)
+    out, err = held.communicate(timeout=HANG)
     assert (held.returncode, out) == (1, "")
     assert 'File "<string>", line 8 in <module>' in err
     time.sleep(10)
     for process in (stopped_alone, stopped_with_it):
         os.killpg(process.pid, signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANG)
         assert (process.returncode, out, err) == (0, "ended\n", "")
 
 
