@@ -30,17 +30,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Joins the others as the trainer does, and writes down who listens: this worker, and the torchrun that started it.
 WORKER = """
-import json, os, sys, torch
+import json, os, sys
 from pathlib import Path
 from swamla_titan.config.sections import Parallel
-from swamla_titan.parallel.world import join_world
+from swamla_titan.parallel.world import join_world, leave_world
 from tests.listening import listening
 world = join_world(Parallel())
 assert world.largest(float(world.rank)) == world.size - 1
 found = {"worker": listening(os.getpid()), "torchrun": listening(os.getppid())}
 (Path(sys.argv[1]) / f"rank-{world.rank}").write_text(json.dumps(found))
 world.largest(0.0)
-torch.distributed.destroy_process_group()  # else its threads may abort the process as it ends
+leave_world()
+os._exit(0)  # who listens is all that is asked here, not how torch takes its threads down
 """
 
 
