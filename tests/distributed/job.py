@@ -7,10 +7,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from swamla_titan.cli import main
+from swamla_titan.data import Corpus
+from swamla_titan.train import open_data
 from swamla_titan.train.trainer import Trainer
 
 
@@ -33,6 +37,29 @@ def run_and_listen(config: str, *overrides: str) -> Ended:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(config, *overrides)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_damaged(path: Path, content: bytes, config: str, *overrides: str) -> Ended:
+    """`run_and_listen`, with a file that gets other content as soon as every rank has opened and counted the data."""
+    original, ranks = open_data.open_corpus, int(os.environ["WORLD_SIZE"])
+    marks = path.parent.with_name(f"{path.name}-opened")
+
+    def open_and_damage(*arguments: Any) -> Corpus:
+        corpus = original(*arguments)
+        corpus = corpus.with_segments(corpus.segments)
+        marks.mkdir(exist_ok=True)
+        (marks / os.environ["RANK"]).touch()
+        while len(list(marks.iterdir())) < ranks:
+            time.sleep(0.02)
+        path.write_bytes(content)
+        return corpus
+
+    open_data.open_corpus = open_and_damage  # type: ignore[assignment]
+    try:
+        return run_and_listen(config, *overrides)
+    finally:
+        open_data.open_corpus = original
+        (marks / os.environ["RANK"]).unlink()
 
 
 def run_without_sockets(config: str, *overrides: str) -> Ended:

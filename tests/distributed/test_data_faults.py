@@ -13,8 +13,8 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import open_corpus
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.train import open_data
-from tests.data.faulty import Fails, flaky, four_files, truncate
-from tests.distributed.job import Ended, run, run_and_listen
+from tests.data.faulty import Fails, flaky, four_files
+from tests.distributed.job import Ended, run, run_and_listen, run_damaged
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, metrics
@@ -65,29 +65,6 @@ def run_flaky(rank: int, fails: list[Fails], counts: Path, delay: float, config:
         open_data.open_corpus = original
 
 
-def run_truncated(path: Path, config: str, *overrides: str) -> Ended:
-    """`run_and_listen`, with a file cut after it was opened; the first rank cuts it, and all see it."""
-    original = open_data.open_corpus
-    size = path.stat().st_size
-
-    def open_and_cut(*arguments):
-        corpus = original(*arguments)
-        corpus = corpus.with_segments(corpus.segments)
-        if os.environ["RANK"] == "0":
-            time.sleep(2)  # others have opened it
-            truncate(path)
-        else:
-            while path.stat().st_size == size:
-                time.sleep(0.02)
-        return corpus
-
-    open_data.open_corpus = open_and_cut  # type: ignore
-    try:
-        return run_and_listen(config, *overrides)
-    finally:
-        open_data.open_corpus = original
-
-
 def cursors(folder: Path, step: int) -> dict[str, object]:
     """What a checkpoint says of the streams."""
     found: dict[str, object] = json.loads((checkpoint(folder, step) / "train.json").read_text())["cursors"]
@@ -98,10 +75,11 @@ def cursors(folder: Path, step: int) -> dict[str, object]:
 def test_on_any_number_of_ranks_the_same_is_passed_over_and_they_resume_each_other(tmp_path, config, corpus, sizes):
     path = corpus / "2.parquet"
     intact = path.read_bytes()
+    half = intact[: len(intact) // 2]
     for size in sizes:
         path.write_bytes(intact)
         folder = tmp_path / f"on-{size}"
-        ended = on_ranks(size, run_truncated, path, config, *settings(corpus, folder), *SKIP)
+        ended = on_ranks(size, run_damaged, path, half, config, *settings(corpus, folder), *SKIP)
         assert [each.code for each in ended] == [0] * size, ended[0].err
         assert ended[0].out.count("the rest of the file is passed over in this run") == 1
         assert cursors(folder, 20) == cursors(tmp_path / "on-1", 20)

@@ -16,6 +16,7 @@ from tests.distributed.job import (
     before_step,
     run,
     run_and_listen,
+    run_damaged,
     run_killed_loader,
     run_signalled,
     run_without_sockets,
@@ -119,8 +120,8 @@ def test_a_line_that_one_rank_alone_cannot_read_ends_all_with_2_and_what_was_lea
     good = file.read_text()
     lines = good.splitlines()
     lines[20] = lines[20].replace("{", "(")
-    file.write_text("\n".join(lines))
-    message = assert_all_end(on_ranks(2, run_and_listen, config, *settings), 2)
+    bad_text = "\n".join(lines).encode()
+    message = assert_all_end(on_ranks(2, run_damaged, file, bad_text, config, *settings), 2)
     assert message.count("error: ") == 1
     assert f"{file}, line 21: not valid JSON" in message
     last = max(metrics(run_folder))
