@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from swamla_titan.errors import UserError
 
 OPEN_FILES = 65536
+_OF_A_PROCESS, _OF_A_WORKER = 64, 8  # open files; with too few the server that forks the workers just dies
 SHARED_MEMORY = "/dev/shm"
 _OF_SHARED_MEMORY = (
     f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host), "
@@ -68,6 +69,11 @@ def explain(error: BaseException) -> str | None:
     if number in (errno.ENOSPC, errno.EROFS, errno.ENOMEM) and _is_about_shared_memory(error, names):
         way_out = _OF_SHARED_MEMORY
     return f"{what} ({_place(error)}). {way_out}"
+
+
+def allow_open_files_to_train(num_workers: int) -> None:
+    """`allow_open_files` for a training process that so many processes read the data for."""
+    allow_open_files(_OF_A_PROCESS + num_workers * _OF_A_WORKER)
 
 
 def allow_open_files(count: int) -> None:

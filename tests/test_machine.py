@@ -210,8 +210,10 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, soft, h
     assert limits[-1] == (hard, hard)
 
 
-def test_few_open_files(tiny):
-    command = [sys.executable, "-m", "swamla_titan", "train", str(tiny), *FAST[:4]]
+@pytest.mark.parametrize("before", [("swamla_titan", "train"), ("swamla_titan.tools.preflight", "2", "0")])
+def test_few_open_files(tiny, before):
+    """Several processes are refused before any of them is connected to the others."""
+    command = [sys.executable, "-m", *before, str(tiny), *FAST[:4]]
     done = subprocess.run(["bash", "-c", 'ulimit -n 40; exec "$@"', "bash", *command], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("ulimit -n is 40, and a run needs") == 1

@@ -27,13 +27,12 @@ from swamla_titan.data.packing import document_ids, initial_cursor, is_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import Damaged, RunFailed, UserError
-from swamla_titan.machine import allow_open_files, needed
+from swamla_titan.machine import needed
 
 logger = logging.getLogger(__name__)
 
 PREFETCH_STEPS = 4  # that a worker may be ahead of the trainer
 _LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
-_OPEN_FILES, _OPEN_FILES_OF_A_WORKER = 64, 8  # of a training process; with too few the server that forks just dies
 _PATIENCE_AT_CLOSE = 0.5  # seconds
 
 
@@ -308,8 +307,6 @@ def prepare_workers(count: int) -> None:
 
     Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
     """
-    with needed("the run cannot be started"):
-        allow_open_files(_OPEN_FILES + count * _OPEN_FILES_OF_A_WORKER)
     if count:
         with needed("the processes that read the data cannot be started"):
             _fork_server()

@@ -13,7 +13,7 @@ import torch
 from swamla_titan.config import find_config, load_config, split_overrides
 from swamla_titan.console import open_console
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
-from swamla_titan.machine import needed
+from swamla_titan.machine import allow_open_files_to_train, needed
 from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.world import refuse_without_gpus
 
@@ -21,13 +21,15 @@ from swamla_titan.parallel.world import refuse_without_gpus
 def preflight(arguments: Sequence[str]) -> None:
     """Raises UserError if the configuration is wrong, fits none of the numbers of processes, or GPUs are missing.
 
-    An elastic run may have several numbers of processes; it is refused only where none would do.
+    An elastic run may have several numbers of processes; it is refused only where none would do. OSError if a process
+    may not open as many files as it needs.
     """
     overrides, rest = split_overrides(arguments)
     if len(rest) != 3:
         raise UserError(f"{' '.join(rest[3:])}: not known; overrides are written --section.key value")
     processes, gpus, name = rest
     config = load_config(find_config(name), overrides)
+    allow_open_files_to_train(config.data.num_workers)
     refusals = []
     sizes = [int(size) for size in processes.split(",")]
     for size in sizes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swamla_titan.config import Config
 from swamla_titan.errors import RankFailed, RunFailed, UserError
-from swamla_titan.machine import explain
+from swamla_titan.machine import allow_open_files_to_train, explain, needed
 from swamla_titan.parallel.agreement import from_first
 from swamla_titan.parallel.launcher import foreign_variables
 from swamla_titan.parallel.world import World, join_world, leave_world
@@ -36,6 +36,8 @@ def train(config: Config, advise: Advise) -> int:
             "NGPU and NPROC",
             " ".join(foreign),
         )
+    with needed("the run cannot be started"):  # before processes connect to each other, each with several of all others
+        allow_open_files_to_train(config.data.num_workers)
     stop = StopRequest()
     with ExitStack() as stack:
         stack.callback(stop.forget)
