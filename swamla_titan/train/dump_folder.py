@@ -182,6 +182,10 @@ def refuse_folder(folder: Path) -> None:
         if path.exists() and path.is_dir() != is_folder:
             kind = FileExistsError if is_folder else IsADirectoryError
             raise _unusable(folder, kind(0, "Is a directory", str(path)))
+    try:
+        _require_no_pipes(folder)
+    except OSError as error:
+        raise _unusable(folder, error) from None
     if os.path.lexists(folder / LOCK):
         try:
             lock = _open_lock(folder, create=False)
@@ -195,6 +199,13 @@ def refuse_folder(folder: Path) -> None:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise _unusable(folder, error) from None
+
+
+def _require_no_pipes(folder: Path) -> None:
+    """OSError where a file of the run is a pipe or a socket: to write there waits for somebody who reads."""
+    for path in (folder / "metrics.jsonl", *(folder / "logs").glob("rank-*.log")):
+        if path.is_fifo() or path.is_socket():
+            raise OSError(errno.EINVAL, f"{path} is no regular file", str(path))
 
 
 def _busy(folder: Path, lock: TextIO) -> UserError:
@@ -220,10 +231,13 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("checkpoints", "logs"):
             (folder / name).mkdir(exist_ok=True)
+        _require_no_pipes(folder)
         (folder / "metrics.jsonl").open("a").close()
         if config.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(config))
-        new.write_text(config_text, encoding="utf-8")
+        new.unlink(missing_ok=True)  # what an earlier start left; a link would lead elsewhere, a pipe nowhere
+        with new.open("x", encoding="utf-8") as file:
+            file.write(config_text)
         new.replace(config)
     except OSError as error:
         with suppress(OSError):

@@ -11,7 +11,7 @@ import pytest
 
 from swamla_titan.errors import UserError
 from swamla_titan.train import dump_folder
-from swamla_titan.train.dump_folder import exclusive, refuse_folder
+from swamla_titan.train.dump_folder import exclusive, prepare_folder, refuse_folder
 from tests.waiting import HANG
 
 RUN = "TORCHELASTIC_RUN_ID"
@@ -112,3 +112,23 @@ def test_another_fault_of_the_lock_is_refused_with_its_reason(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"), exclusive(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/rank-0.log", "logs/rank-7.log"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / name)
+    for refused in (lambda: refuse_folder(tmp_path), lambda: prepare_folder(tmp_path, "x = 1")):
+        with pytest.raises(UserError, match=f"{name} is no regular file"):
+            refused()
+    assert not (tmp_path / "config.toml").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.parent / "elsewhere")])
+def test_the_configuration_is_written_into_a_file_of_its_own(tmp_path, make):
+    (tmp_path / "elsewhere").write_text("mine")
+    make(tmp_path / ".config.toml.new")
+    prepare_folder(tmp_path, "x = 1")
+    assert (tmp_path / "config.toml").read_text() == "x = 1"
+    assert not (tmp_path / "config.toml").is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == "mine"
