@@ -22,6 +22,14 @@ class Given(NamedTuple):
     in_overrides: Collection[str]
     flavor: str | None = None
 
+    def is_tolerable(self, name: str, others: Collection[str]) -> bool:
+        """Whether a key that made sense in its file is at odds with others through an override of one of those.
+
+        So is one of a file that states nearly every key.
+        """
+        states_all = 2 * len(self.in_file) > sum(1 for _ in _fields(Config(), None))
+        return name not in self.in_overrides and (states_all or not set(others).isdisjoint(self.in_overrides))
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -38,7 +46,6 @@ def without_effect(config: Config, given: Given | None = None) -> Iterator[Findi
     """Every key that was given, is not the default and has no effect; `given` None: judge all of them alike."""
     fields = dict(_fields(config, given.flavor if given else None))
     in_file, in_overrides = given[:2] if given else (fields.keys(), frozenset())
-    states_all = given is not None and 2 * len(in_file) > len(fields)
     for name, (field, default) in fields.items():
         value, needs = value_at(config, name), field.metadata["needs"]
         if needs is None or value == default or (name not in in_file and name not in in_overrides):
@@ -46,10 +53,10 @@ def without_effect(config: Config, given: Given | None = None) -> Iterator[Findi
         if obstacles := needs.obstacles(config):
             because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in obstacles)
             problem = f"{shown(value)} has no effect with {because}: leave it out, or set {needs.way_out(config)}"
-            tolerable = states_all or not set(obstacles).isdisjoint(in_overrides)
+            tolerable = given is not None and given.is_tolerable(name, obstacles)
             # A model keeps its value: a checkpoint may have it as well, and a resumed run is held against that.
             ignorable = needs.ignorable and not name.startswith("model.")
-            yield Finding((name, *obstacles), problem, tolerable and name not in in_overrides, ignorable, default)
+            yield Finding((name, *obstacles), problem, tolerable, ignorable, default)
 
 
 def without(config: Config, finding: Finding) -> Config:

@@ -82,6 +82,8 @@ def load_config(
     errors = _Errors()
     tables = _read_tables(path, errors)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
+    in_overrides = {f"{override.section}.{override.key}" for override in overrides}
+    nothing_to_read = "data" not in tables and not in_overrides & {"data.source", "data.path"}
     for override in overrides:
         _apply_override(override, tables, errors)
     checked = {section: _checked_values(section, table, errors) for section, table in tables.items()}
@@ -94,17 +96,24 @@ def load_config(
     config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
     warmup = warmup_steps(config.lr_schedule, config.training.steps)
     config = dataclasses.replace(config, lr_schedule=dataclasses.replace(config.lr_schedule, warmup_steps=warmup))
-    for keys, problem in contradictions(config):
-        if keys[0] == "data.path" and "data" not in tables:
+    given = Given(in_file, in_overrides, flavor)
+    shortcomings = []
+    for keys, problem, consequence in contradictions(config):
+        if keys[0] == "data.path" and nothing_to_read:
             errors.add(lambda: "[data] is missing: what is to be read? For FineWeb-Edu, streamed, paste", *_FINEWEB)
-        elif not refused.intersection(keys):
+        elif refused.intersection(keys):
+            continue
+        elif consequence and given.is_tolerable(keys[0], keys[1:]):
+            shortcomings.append(_at(keys[0], f"{problem}: {consequence}"))
+        else:
             errors.add(partial(_at, keys[0], problem))
-    given = Given(in_file, {f"{override.section}.{override.key}" for override in overrides}, flavor)
     idle = [finding for finding in without_effect(config, given) if not refused.intersection(finding.keys)]
     for finding in idle:
         if not finding.is_tolerable:
             errors.add(partial(_at, finding.keys[0], finding.problem))
     errors.raise_if_any(path)
+    for line in shortcomings:
+        warn(line)
     for finding in idle:
         warn(_at(finding.keys[0], finding.problem))
         config = without(config, finding) if finding.is_ignorable else config

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config
+from swamla_titan.config.toml import shown
 
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
 # Of the decay of an average that is kept in bfloat16: nearer to 1, steps are of the size of its last bit or less.
@@ -65,5 +66,5 @@ def _multipliers(config: Config) -> Iterator[Contradiction]:
         tied = "; the head is the embedding's (model.tie_embeddings)" if "head" in pattern else ""
         yield Contradiction(
             ("optimizer.lr_multipliers", "model.flavor", "model.num_layers"),
-            f'"{pattern}" fits no parameter{tied}; among them are {", ".join(near)}',
+            f"{shown(pattern)} fits no parameter{tied}; among them are {', '.join(near)}",
         )

@@ -9,6 +9,7 @@ from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.paths import is_no_place_of_its_own
 from swamla_titan.config.sections import Config
 from swamla_titan.config.size_rules import size_contradictions
+from swamla_titan.config.toml import shown
 from swamla_titan.kernels.limits import (
     DOCUMENT_V_WIDTHS,
     DOCUMENT_WIDTHS,
@@ -26,7 +27,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     if is_no_place_of_its_own(config.job.dump_folder):
         yield Contradiction(
             ("job.dump_folder",),
-            f'"{config.job.dump_folder}" is the current folder, one above it or the root, and a run would write '
+            f"{shown(config.job.dump_folder)} is the current folder, one above it or the root, and a run would write "
             'among what is there: give it a folder of its own, as in "outputs/run"',
         )
     yield from size_contradictions(config)
@@ -43,10 +44,12 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
         yield Contradiction(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
     warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
-    if schedule.name == "wsd" and schedule.decay_steps and warm_up_and_decay > training.steps:
+    # A warm-up that alone takes longer has no effect, which effects.py says.
+    if schedule.name == "wsd" and schedule.decay_steps and schedule.warmup_steps <= training.steps < warm_up_and_decay:
         yield Contradiction(
             ("lr_schedule.decay_steps", "lr_schedule.warmup_steps", "training.steps"),
             f"warm-up and decay take {warm_up_and_decay} steps, more than training.steps = {training.steps}",
+            f"it decays in the {training.steps - schedule.warmup_steps} after the warm-up",
         )
     if config.profiling.enabled and config.profiling.start_step > training.steps:
         yield Contradiction(
@@ -56,7 +59,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     if unknown := {name.strip() for name in config.checkpoint.allow.split(",")} - {"", *ALLOWED_DIFFERENCES}:
         yield Contradiction(
             ("checkpoint.allow",),
-            f'"{min(unknown)}" is nothing that can be allowed: one or more of {", ".join(ALLOWED_DIFFERENCES)}, '
+            f"{shown(min(unknown))} is nothing that can be allowed: one or more of {', '.join(ALLOWED_DIFFERENCES)}, "
             "separated by commas",
         )
     if data.retry_seconds > retry_seconds(config):

@@ -20,6 +20,6 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
             f'data.tokenizer = "{config.data.tokenizer}"; leave it out to use the tokenizer\'s'
         )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
-    for (section_key, *_), problem in parallel_contradictions(config):
+    for (section_key, *_), problem, _ in parallel_contradictions(config):
         raise UserError(f"{section_key}: {problem}")
     return config

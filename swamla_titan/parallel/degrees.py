@@ -57,7 +57,7 @@ def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
         product = " x ".join(f"{name} {value}" for name, value in shown.items() if value not in (1, -1)) or "dp_shard 1"
         raise UserError(
             f"[parallel] the degrees {product} = {known} do not fit {world_size} processes: "
-            + _suggestion(known, fixed, world_size)
+            + _suggestion(parallel, known, fixed, world_size)
         )
     return Degrees(
         pipeline=parallel.pipeline,
@@ -68,8 +68,12 @@ def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
     )
 
 
-def _suggestion(known: int, fixed: int, world_size: int) -> str:
+def _suggestion(parallel: Parallel, known: int, fixed: int, world_size: int) -> str:
     if world_size % fixed:
         nearest = max(known, world_size // known * known)
         return f"start {nearest}, or lower pipeline, context or tensor so that they divide {world_size}"
-    return f"start {known}, or let dp_shard x dp_replicate be {world_size // fixed} (-1: the rest)"
+    share = world_size // fixed
+    if parallel.data_parallel == "hsdp" and share < (4 if parallel.context == 1 else 2):
+        # config/parallel_rules.py would refuse any two numbers: that is one copy, or a copy a rank.
+        return f'start {known}, or set data_parallel = "fsdp", dp_replicate = 1 and dp_shard = -1 (the rest)'
+    return f"start {known}, or let dp_shard x dp_replicate be {share} (-1: the rest)"

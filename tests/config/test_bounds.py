@@ -154,6 +154,20 @@ def test_a_byte_order_mark_and_windows_ends_of_lines_are_fine(ends: str, mark: b
     assert load_config(path).job.seed == 6
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer.lr_multipliers = {'%s' = 1}",
+        "checkpoint.allow = '%s'",
+        "job.dump_folder = '%s'",
+        "lr_schedule.name = '%s'",
+    ],
+)
+def test_a_long_string_that_is_refused_is_not_shown_whole(text: str, path: Path):
+    long = "./" * 1500 if "folder" in text else "z" * 3000
+    assert len(refusal(path, f"{BUILTIN}{text % long}\n")) < 1000
+
+
 def test_errors_without_end_are_counted_and_the_first_are_listed(path: Path):
     stray, unknown = ("".join(f"key{i} = 1\n" for i in range(count)) for count in (60_000, 20_000))
     text = refusal(path, f"{stray}[data]\n{unknown}")

@@ -15,6 +15,7 @@ from swamla_titan.config.toml import toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import field_types, value_problem
 from swamla_titan.model import FLAVORS
+from swamla_titan.optim.schedules import lr_factor
 from tests.config.test_every_key_reaches_its_consumer import CASES
 
 FIELDS = {
@@ -50,6 +51,8 @@ OFF: dict[str, dict[str, Any]] = {
     "model.rope_theta": {"model.swa_rope_theta": 5.0, "model.mla_rope_theta": 5.0},
     "model.": {"model.mla_layers_per_cycle": 0},
 }
+
+BY_BLOCKS = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective": "blocks"}
 
 
 def another_value(name: str) -> Any:
@@ -154,6 +157,27 @@ def test_what_merely_counts_less_keeps_its_value_under_an_override(tmp_path: Pat
     assert "[lr_schedule] warmup_steps: 1000 has no effect with training.steps = 20" in lines[0]
 
 
+@pytest.mark.parametrize("steps, what", [(20, "warmup_steps"), (2000, "decay_steps"), (7000, None)])
+def test_a_shipped_configuration_may_be_cut_short_for_a_try(steps: int, what: str | None, tmp_path: Path):
+    """Whatever its schedule is; one line says what becomes of that, also of the resolved configuration."""
+    base, lines = shipped_configs()["base"], list[str]()
+    config = load_config(base, [Override("training", "steps", str(steps))], lines.append)
+    schedule = config.lr_schedule
+    assert (schedule.warmup_steps, schedule.decay_steps) == (1000, 6000)
+    assert [f"[lr_schedule] {what}: " in line for line in lines] == [True] * (what is not None)
+    resolved, again = tmp_path / "config.toml", list[str]()
+    resolved.write_text(to_toml(config))
+    assert load_config(resolved, (), again.append) == config
+    assert again == lines
+    if steps == 2000:
+        assert "take 7000 steps, more than training.steps = 2000: it decays in the 1000 after the warm-up" in lines[0]
+        factors = [lr_factor(schedule, step, steps) for step in (998, 999, 1499, 1999)]
+        assert factors == pytest.approx([0.999, 1.0, 0.5, 0.0])
+        # Whoever writes the decay means it.
+        decay = Override("lr_schedule", "decay_steps", "6000")
+        assert "more than training.steps = 2000" in refusal(base, Override("training", "steps", "2000"), decay)
+
+
 def test_a_file_that_states_every_key_is_warned_of(tmp_path: Path):
     config = load_config(shipped_configs()["debug"])
     text = to_toml(config).replace('moments = "float32"', 'moments = "bfloat16"').replace('"adamw"', '"adamw8bit"')
@@ -206,6 +230,8 @@ def test_a_resolved_model_of_one_kind_of_block_keeps_what_its_flavor_has_of_the_
         ({"data.source": "builtin", "lr_schedule.warmup_steps": 1000, "training.steps": 1000}, True),
         ({"data.source": "builtin", "data.num_workers": 64}, True),
         ({"data.source": "builtin", "data.num_workers": 65}, False),
+        ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 12}, True),
+        ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 13}, False),
         (
             {"data.source": "builtin", "parallel.tensor": 2, "parallel.async_tensor": True, "float8.recipe": "native"},
             False,

@@ -144,6 +144,12 @@ def test_a_file_without_data_is_answered_with_lines_to_paste(toml, text):
     assert (config.source, config.path, config.name) == (shipped.source, shipped.path, shipped.name)
 
 
+def test_so_is_one_of_whose_data_the_command_line_says_no_more_than_the_tokenizer(toml):
+    file = toml("[training]\nsteps = 5\n")
+    assert "[data] is missing" in message(file, Override("data", "tokenizer", "byte"))
+    assert "[data] path: " in message(file, Override("data", "source", "local"))
+
+
 def test_data_may_come_from_the_command_line_alone(toml):
     assert load_config(toml("[training]\nsteps = 5\n"), [Override("data", "source", "builtin")]).training.steps == 5
 

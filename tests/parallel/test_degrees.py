@@ -51,6 +51,14 @@ def test_the_rest_is_found_and_the_product_is_the_number_of_processes(size, give
             HSDP | {"dp_replicate": 2, "dp_shard": 2},
             "dp_replicate 2 x dp_shard 2 = 4 do not fit 6 processes: start 4, or let dp_shard x dp_replicate be 6",
         ),
+        (
+            1,
+            HSDP | {"dp_replicate": 4, "dp_shard": 8},
+            'start 32, or set data_parallel = "fsdp", dp_replicate = 1 and dp_shard = -1 (the rest)',
+        ),
+        (2, HSDP | {"dp_replicate": 4, "dp_shard": 8}, 'start 32, or set data_parallel = "fsdp"'),
+        (2, HSDP | {"dp_replicate": 4, "dp_shard": 8, "context": 2}, 'start 64, or set data_parallel = "fsdp"'),
+        (4, HSDP | {"dp_replicate": 4, "dp_shard": 8, "context": 2}, "start 64, or let dp_shard x dp_replicate be 2"),
         (7, HSDP | {"dp_replicate": -1, "dp_shard": 2}, "dp_shard 2 = 2 do not fit 7 processes: start 2, or let"),
         (2, DDP | {"dp_replicate": 3}, "dp_replicate 3 = 3 do not fit 2 processes: start 3, or let"),
         (
