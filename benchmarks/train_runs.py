@@ -47,7 +47,7 @@ local_batch_size = {rows or batch}
 global_batch_size = {batch}
 steps = {arguments.steps}
 [lr_schedule]
-warmup_steps = 20
+warmup_steps = {min(20, arguments.steps)}
 [validation]
 interval = {arguments.steps}
 max_tokens = 65536

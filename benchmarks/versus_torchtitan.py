@@ -102,7 +102,7 @@ local_batch_size = {arguments.sequences}
 global_batch_size = {arguments.sequences}
 steps = {arguments.steps}
 [lr_schedule]
-warmup_steps = 20
+warmup_steps = {min(20, arguments.steps)}
 [validation]
 interval = 0
 [checkpoint]

@@ -90,9 +90,11 @@ def _chosen(config: Config, degrees: Degrees, why_not: str | None, on: str, begu
         name, why = _optimizer(config, begun_with)
         config = replace(config, optimizer=replace(config.optimizer, name=name))
         lines.append(f'optimizer.name = "auto" is "{name}": {why}')
-        for found in (*optimizer_contradictions(config), *without_effect(config)):
-            if found.keys[0] in ("optimizer.name", "optimizer.moments"):
-                raise UserError(f"{found.keys[0]}: {found.problem}")
+        idle = ((each.keys, each.problem) for each in without_effect(config))
+        unfit = ((each.keys, each.problem) for each in optimizer_contradictions(config))
+        for (key, *_), problem in (*unfit, *idle):
+            if key in ("optimizer.name", "optimizer.moments"):
+                raise UserError(f"{key}: {problem}")
     return Choice(config, lines)
 
 
