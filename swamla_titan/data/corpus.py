@@ -12,14 +12,14 @@ from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.division import divide
 from swamla_titan.data.document import Document, Source
-from swamla_titan.data.editions import open_editions
+from swamla_titan.data.editions import changed_settings, open_editions
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.reading import all_documents
 from swamla_titan.data.segments import ORDER, Segments
 from swamla_titan.data.shuffling import permutation
-from swamla_titan.data.sources import open_local
+from swamla_titan.data.sources import open_local, settings
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
 from swamla_titan.errors import UserError
 
@@ -84,6 +84,7 @@ class Corpus:
         """What must be remembered (JSON types) to open the same corpus after files were damaged or added, see
         `open_corpus`."""
         return {
+            "settings": settings(self.data),
             "editions": [
                 {"source": source.record(), "segments": segments.to_json()}
                 for source, segments in zip(self.sources, self.segments)
@@ -188,7 +189,7 @@ def open_corpus(
             raise faults[-1]
         raise UserError(f"{_described(data)}: there is no text in it, only empty documents.")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
-    corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults, change=editions.change)
+    corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults)
     if editions.are_recorded:
         before = dataclasses.replace(
             corpus,
@@ -202,8 +203,12 @@ def open_corpus(
             if before.fraction == (0.0 if validation.path else validation.fraction) and not validation.path:
                 return before
             return dataclasses.replace(before, validated=_held_out(before, validation))
-    held_out = _held_out(corpus, validation)
-    return dataclasses.replace(corpus, held_out=held_out, fraction=0.0 if validation.path else validation.fraction)
+    return dataclasses.replace(
+        corpus,
+        held_out=_held_out(corpus, validation),
+        fraction=0.0 if validation.path else validation.fraction,
+        change=changed_settings(recorded.get("settings", {}), data) or editions.change,
+    )
 
 
 def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
@@ -252,18 +257,29 @@ def fingerprint_changes(
 
     `details` says in words what differs of some names, "" for nothing.
     """
-    changes = {}
-    for name in sorted(saved.keys() | current.keys()):
+    changes: dict[str, str] = {}
+    names = saved.keys() | current.keys()
+    if saved.get("source") != current.get("source"):
+        names -= {"held out"}  # of other data other documents are
+    for name in sorted(names):
         detail = (details or {}).get(name)
         if detail:
             changes[name] = f"{name}: {detail}"
         elif saved.get(name) == current.get(name):
             continue
+        elif name == "tokenizer" and _first_word(saved.get(name)) == _first_word(current.get(name)):
+            changes[name] = "data.tokenizer: its vocabulary is another than when the run began"
+        elif name == "source" and _first_word(saved.get(name)) == _first_word(current.get(name)) == "builtin":
+            changes[name] = "data.source: this Python's documentation is another than when the run began"
         elif name == "order":
             changes[name] = "order: this version reads data in another order than the one that wrote the checkpoint"
         else:
             changes[name] = f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
     return changes
+
+
+def _first_word(value: Any) -> str:
+    return str(value).partition(" ")[0]
 
 
 def _described(data: Data) -> str:

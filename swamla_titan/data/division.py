@@ -10,6 +10,7 @@ from swamla_titan.data.token_count import count_tokens, estimated_sizes
 from swamla_titan.data.tokenizer import Tokenizer
 
 _UNEVEN = 1.25  # the largest segment as a multiple of the smallest from which on it is worth a warning
+_NEAR = 4  # numbers of streams that are tried to either side: of many streams each takes a second
 
 
 def divide(
@@ -56,15 +57,13 @@ def uneven(source: Source, segments: Segments, seq_len: int) -> str | None:
     if len(sizes) > streams / (_UNEVEN - 1):
         return None
     documents = [source.num_documents(unit) for unit in range(source.num_units)]
-    spread = _spread(segments, sizes, documents)
+    # Not of the segments themselves, whose sizes are in tokens by estimate.
+    spread = _spread(sizes, documents, streams)
     if spread <= _UNEVEN:
         return None
-    even = [
-        count
-        for count in range(1, 2 * streams + 1)
-        if _spread(_by_size(sizes, documents, count), sizes, documents) < min(_UNEVEN, spread)
-    ]
-    better = f"; data.streams = {min(even, key=lambda count: abs(count - streams))} is even" if even else ""
+    nearest = sorted(_candidates(streams, len(sizes)), key=lambda count: (abs(count - streams), count))
+    even = next((count for count in nearest if _spread(sizes, documents, count) < _UNEVEN), None)
+    better = f"; data.streams = {even} is even" if even else ""
     return (
         f"{len(sizes)} shards, whose texts are not counted, cannot be shared equally by data.streams = {streams}: one "
         f"stream's part is {spread:.1f} times another's, and text at the seams is read once more or less than other"
@@ -72,10 +71,15 @@ def uneven(source: Source, segments: Segments, seq_len: int) -> str | None:
     )
 
 
-def _by_size(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> Segments:
-    return cut_by_size(ring(range(len(sizes)), shared_units(sizes, documents, streams)), sizes, documents, streams)
+def _candidates(streams: int, units: int) -> set[int]:
+    """Numbers of streams that may be even: those near, and those that units of one size are shared equally by."""
+    near = range(max(1, streams - _NEAR), streams + _NEAR + 1)
+    multiples = range(1, 2 * streams // units + 1) if units <= streams else range(0)
+    return {*near, *(units * factor for factor in multiples), *(-(-units // part) for part in range(1, 32))}
 
 
-def _spread(segments: Segments, sizes: Sequence[float], documents: Sequence[int | None]) -> float:
+def _spread(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> float:
+    """The largest of so many segments by size, as a multiple of the smallest."""
+    segments = cut_by_size(ring(range(len(sizes)), shared_units(sizes, documents, streams)), sizes, documents, streams)
     found = sizes_of(segments, sizes, documents)
     return max(found) / max(min(found), 1e-9)

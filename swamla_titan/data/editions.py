@@ -7,7 +7,7 @@ from swamla_titan.config.sections import Data
 from swamla_titan.data.document import Source
 from swamla_titan.data.local_files import LocalSource
 from swamla_titan.data.patience import Patience
-from swamla_titan.data.sources import open_local, open_source
+from swamla_titan.data.sources import open_local, open_source, settings
 
 _NAMED = 5  # files
 
@@ -44,11 +44,9 @@ def open_editions(data: Data, patience: Patience, recorded: list[dict[str, Any]]
     if source.record() == recorded[-1]["source"]:
         earlier: list[Source] = [_reopened(data, patience, edition["source"]["files"]) for edition in recorded[:-1]]
         return Editions([*earlier, source], segments)
+    before, now = (_by_name(each["files"]) for each in (recorded[-1]["source"], source.record()))
     if not isinstance(source, LocalSource):
-        return Editions([source], [None], "the data are others than before")
-    before, now = (
-        {entry["name"]: entry for entry in each["files"]} for each in (recorded[-1]["source"], source.record())
-    )
+        return Editions([source], [None], _difference(before, now))
     if any(now.get(name) != entry for name, entry in before.items()):
         return Editions([source], [None], _difference(before, now))
     added = [entry for name, entry in now.items() if name not in before]
@@ -59,6 +57,24 @@ def open_editions(data: Data, patience: Patience, recorded: list[dict[str, Any]]
 
 def _reopened(data: Data, patience: Patience, entries: list[dict[str, Any]]) -> Source:
     return open_local(data, data.path, "data.path", data.on_error == "skip_file", patience, entries=entries)
+
+
+def changed_settings(before: dict[str, str], data: Data) -> str:
+    """Which keys differ from the recorded `settings`, "" for none."""
+    now = settings(data)
+    if before.get("source") != now["source"]:
+        now = {"source": now["source"]}  # the keys of one kind of source say nothing of another
+    return "; ".join(
+        f"data.{name} = {before[name]!r} in the checkpoint, {value!r} now"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    )
+
+
+def _by_name(files: list[Any]) -> dict[str, dict[str, Any]]:
+    """What was recorded of each file: entries of local files, or names and sizes of a folder of Hugging Face."""
+    entries = (each if isinstance(each, dict) else {"name": each[0], "bytes": each[1]} for each in files)
+    return {entry["name"]: entry for entry in entries}
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -17,10 +17,11 @@ from swamla_titan.data.patience import Patience
 from swamla_titan.data.text_units import FileRange, WholeFile
 from swamla_titan.errors import UserError
 
-# Files of many documents are cut in ranges of this many bytes: enough ranges that streams need not share one (each
-# of them would read it all), not so many that opening files costs more than reading them.
-MIN_RANGE, MAX_RANGE = 64 << 10, 16 << 20
-RANGES_PER_STREAM = 4
+# Files of many documents are cut in ranges of this many bytes. A stream of a corpus that is not counted reads whole
+# ranges: enough of them that half a range more or less is little, not so many that opening files costs more than
+# reading them.
+MIN_RANGE, MAX_RANGE = 16 << 10, 16 << 20
+RANGES_PER_STREAM = 64
 
 
 SKIPPING = 'data.on_error = "skip_file" skips such files'
@@ -66,6 +67,7 @@ class LocalSource:
         self._patience = patience or Patience()
         self._may_skip = setting == "data.path"
         self._special: list[str] = []
+        looked_for = entries is None  # those that a run had before may be lost by now
         if entries is None:
             self._listing = find_files(path, setting)
             entries = self._found(self._sizes(setting), text_key, recorded if skip_files else None)
@@ -112,7 +114,7 @@ class LocalSource:
             self._unit_files += [name] * len(units)
         whole = [entry for entry in entries if "lost" not in entry]
         self._num_files, self._num_bytes = len(whole), sum(entry["bytes"] for entry in whole)
-        if not self._units and self._faults:
+        if not self._units and self._faults and looked_for:
             raise self._faults[0]
         self._fingerprint = _digest(entries, text_key, text_separator)
 

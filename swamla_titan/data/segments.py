@@ -8,6 +8,7 @@ which is where the streams stand.
 """
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -170,7 +171,7 @@ def cut_by_size(parts: list[Part], sizes: Sequence[float], documents: Sequence[i
     cuts = [Cut(0)]
     for segment in range(1, streams):
         before = segment * total / streams
-        part = min(int(np.searchsorted(ends, before, side="right")) - 1, len(parts) - 1)
+        part = min(bisect_right(ends, before) - 1, len(parts) - 1)
         inside = (before - ends[part]) / every[part]
         count = documents[parts[part].unit]
         if count:

@@ -1,6 +1,7 @@
 """From the section [data] to the source it names."""
 
 import dataclasses
+import os
 from typing import Any
 
 from swamla_titan.config.sections import Data
@@ -34,6 +35,18 @@ def open_source(data: Data, patience: Patience | None = None, recorded: dict[str
         patience=patience,
         recorded=recorded,
     )
+
+
+def settings(data: Data) -> dict[str, str]:
+    """The keys of [data] that decide what is read as text: where any of them changes, the data are others."""
+    names = {
+        "builtin": ["source"],
+        "local": ["source", "text_key", "text_separator"],
+        "huggingface": ["source", "name", "split", "text_key"],
+    }[data.source]
+    if data.source == "huggingface" and not os.path.isdir(os.path.expanduser(data.path)):
+        names = [*names, "path", "revision"]  # a folder may move, and has no revisions
+    return {name: getattr(data, name) for name in names}
 
 
 def pinned(data: Data) -> Data:

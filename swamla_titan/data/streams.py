@@ -233,10 +233,10 @@ class DocumentStream:
 
     def _next_epoch(self) -> None:
         self._empty_epochs = 0 if self._epoch_has_text else self._empty_epochs + 1
-        if self._empty_epochs >= len(self._corpus.segments[self._edition].cuts):  # once around the ring
-            self._refuse_nothing()
         following = self._corpus.edition_after(self._edition)
         if following == self._edition:
+            if self._empty_epochs >= len(self._corpus.segments[self._edition].cuts):  # once around the ring
+                self._refuse_nothing()
             self._epoch += 1
         else:
             self._edition, self._epoch, self._empty_epochs = following, 0, 0

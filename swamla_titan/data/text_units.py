@@ -82,8 +82,25 @@ class FileRange:
             return 0
         # A border that ends at `start` or later holds a separator from here on, and any of its separators leads to its
         # end; what lies before the first one is the rest of an earlier range's document.
-        _, _, after = next(self._split(file, max(0, self.start - len(self.separator))))
+        begin = max(0, self.start - len(self.separator))
+        if not self._holds_separator(file, begin):
+            return self.end  # all of it lies in one document
+        _, _, after = next(self._split(file, begin))
         return after
+
+    def _holds_separator(self, file: BinaryIO, begin: int) -> bool:
+        """Whether one starts in bytes [begin, end): a long document is not read to its end by each of its ranges."""
+        file.seek(begin)
+        at, kept = begin, b""
+        while at < self.end + len(self.separator) - 1:
+            chunk = file.read(min(CHUNK, self.end + len(self.separator) - 1 - at))
+            if not chunk:
+                break
+            if self.separator in kept + chunk:
+                return True
+            at += len(chunk)
+            kept = (kept + chunk)[-len(self.separator) + 1 :] if len(self.separator) > 1 else b""
+        return False
 
     def _split(self, file: BinaryIO, start: int) -> Iterator[tuple[bytes, int, int]]:
         """(document, its first byte, first byte after it and the border behind it), for each that starts before `end`.

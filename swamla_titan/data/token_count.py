@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+import numpy as np
+
 from swamla_titan.data.document import MIB, Document, Source
 from swamla_titan.data.faults import DataFault
 from swamla_titan.data.held_out import HeldOut
@@ -73,21 +75,37 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) ->
     rates: list[float] = []
     damaged: set[str] = set()  # files, of which no further part is looked at: each may take as long to be found so
     for unit in range(0, len(sizes), step):
-        chars = tokens = size = 0
-        if source.file_of(unit) in damaged:
-            rates.append(0.0)
-            continue
-        try:
-            for document in read_on(source, unit, None, 1, 0, patience):
-                text = document.text[: _SAMPLED_CHARS - chars]
-                chars += len(text)
-                size += len(text.encode("utf-8", errors="surrogatepass"))
-                tokens += len(tokenizer.encode_array(text))
-                if chars >= _SAMPLED_CHARS:
-                    break
-        except DataFault:  # told of when the streams come to it
-            damaged.add(source.file_of(unit))
-        rates.append(tokens / size if size else 0.0)
+        rate = 0.0
+        if source.file_of(unit) not in damaged:
+            try:
+                rate = _tokens_per_byte(read_on(source, unit, None, 1, 0, patience), tokenizer)
+            except DataFault:  # told of when the streams come to it
+                damaged.add(source.file_of(unit))
+        rates.append(rate)
     known = [rate for rate in rates if rate]
     mean = sum(known) / len(known) if known else 1.0
     return [size * (rates[min(len(rates) - 1, round(unit / step))] or mean) for unit, size in enumerate(sizes)]
+
+
+def _tokens_per_byte(documents: Iterable[Document], tokenizer: Tokenizer) -> float:
+    """As seen at the beginning of a unit; 0 if there is nothing."""
+    found = np.zeros(2)  # tokens, bytes
+    first = np.zeros(2)
+    chars, before = 0, None
+    for document in documents:
+        text = document.text[: _SAMPLED_CHARS - chars]
+        chars += len(text)
+        size = float(len(text.encode("utf-8", errors="surrogatepass")))
+        after = document.position.get("byte")
+        if after is not None and before is not None and document.text:
+            size = (after - before) * len(text) / len(document.text)  # with all that stands beside it in the file
+        sample = np.array([len(tokenizer.encode_array(text)), size])
+        if after is not None and before is None:
+            first = sample  # of which it is not known where its line begins
+        else:
+            found += sample
+        before = after
+        if chars >= _SAMPLED_CHARS:
+            break
+    tokens, size = found if found[0] else first
+    return float(tokens / size) if size else 0.0

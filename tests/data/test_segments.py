@@ -18,6 +18,7 @@ from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.reading import documents_by_unit
 from swamla_titan.data.segments import Cut, Part, Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.sources import open_source
+from swamla_titan.data.text_units import FileRange
 
 SEQ_LEN = 1024
 
@@ -229,6 +230,78 @@ def test_tokens_in_a_byte_are_looked_at_where_a_corpus_is_not_counted(tmp_path, 
     assert lengths[0] > 2 * lengths[1]
     first = [cut for cut in corpus.segments[0].cuts if cut.part == 0]
     assert len(first) == pytest.approx(10 * lengths[0] / sum(lengths), abs=1)
+
+
+def test_what_else_stands_in_a_line_is_no_text_where_a_corpus_is_not_counted(tmp_path, monkeypatch):
+    """Two files of equal size: in one of them nine of ten bytes are of another field."""
+    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    rows = {"a": {"text": "t" * 1000}, "b": {"text": "t" * 80, "other": "o" * 909}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 1000)
+    data = Data(source="local", path=str(tmp_path), tokenizer="byte", streams=8, shuffle_documents=1)
+    corpus = open_corpus(data, Validation(fraction=0), 0)
+    units = [unit for unit in range(corpus.source.num_units) if corpus.source.file_of(unit) == "a.jsonl"]
+    within = [cut for cut in corpus.segments[0].cuts if cut.part < len(units)]
+    assert len(within) == 8  # 1,001 of 1,082 tokens are of this file
+
+
+@pytest.mark.parametrize("streams", [3, 16])
+def test_large_files_of_many_documents_are_divided_finely(tmp_path, monkeypatch, streams):
+    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    rng = random.Random(1)
+    for number in range(12):
+        size = rng.randint(20_000, 900_000)
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "twelve bytes"}\n' * (size // 25))
+    data = Data(source="local", path=str(tmp_path), tokenizer="byte", streams=streams)
+    corpus = open_corpus(data, Validation(fraction=0), 0)
+    found = sizes_of(corpus.segments[0], corpus.source.unit_sizes, [None] * corpus.source.num_units)
+    assert max(found) < 1.06
+    assert min(found) > 0.94
+
+
+def test_ranges_inside_one_long_document_do_not_read_it(tmp_path, monkeypatch):
+    """Each would else look for the document's end: work that grows with the square of its length."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x" * (4 << 20)}) + "\n" + json.dumps({"text": "y"}) + "\n")
+    source = open_source(Data(source="local", path=str(path), tokenizer="byte", streams=64))
+    sizes = []
+    fill = FileRange._fill
+    monkeypatch.setattr(FileRange, "_fill", lambda *args: sizes.append(args[-1]) or fill(*args))
+    read = [document.text[:1] for unit in range(source.num_units) for document in source.read(unit)]
+    assert read == ["x", "y"]
+    assert source.num_units > 100
+    assert len(sizes) < 300  # of the one range that it begins in
+
+
+def test_files_of_other_kinds_of_text_are_no_reason_for_a_warning(tmp_path, monkeypatch):
+    """A file that has more tokens in a byte is divided among more streams."""
+    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    for name, text in (("words", "because "), ("marks", "#a&b(c)d")):
+        rows = pa.table({"text": [text * 250] * 40})
+        pq.write_table(rows, tmp_path / f"{name}.parquet", compression="none", use_dictionary=False)
+    corpus = open_corpus(
+        Data(source="local", path=str(tmp_path), tokenizer="gpt2", streams=8), Validation(fraction=0), 0
+    )
+    assert uneven(corpus.source, corpus.segments[0], 64) is None
+
+
+def test_the_number_of_streams_that_is_even_is_found_quickly():
+    class Shards:
+        num_units, unit_sizes, text_bytes = 1_650, [1] * 1_650, None
+
+        def num_documents(self, unit):
+            return None
+
+    streams = 6_553
+    segments = cut_by_size(
+        ring(range(1_650), shared_units([1.0] * 1_650, [None] * 1_650, streams)),
+        [1.0] * 1_650,
+        [None] * 1_650,
+        streams,
+    )
+    message = uneven(Shards(), segments, 64)
+    assert message
+    assert "data.streams = 6600 is even" in message
 
 
 def test_what_cannot_be_even_is_said_with_the_number_of_streams_that_would_be(tmp_path, maker, monkeypatch):
