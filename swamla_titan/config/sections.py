@@ -72,7 +72,11 @@ _GATHERED = One(
     lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # as is so anyway
     'float8.recipe = "tensorwise"',
 )
-_NO_PATH = One(("validation.path",), lambda config: not config.validation.path, 'validation.path = ""')
+_NO_PATH = One(
+    ("validation.path",),
+    lambda config: not config.validation.path or config.validation.fraction == 0,  # as is so anyway
+    'validation.path = ""',
+)
 _VALIDATION = when_either(when_on("validation.interval"), when_on("validation.path"))
 _PROFILING = when_on("profiling.enabled", "profiling.enabled = true")
 _SKIPPING = when_on("fault_tolerance.skip_bad_steps", "fault_tolerance.skip_bad_steps = true")

@@ -230,6 +230,8 @@ def test_a_resolved_model_of_one_kind_of_block_keeps_what_its_flavor_has_of_the_
         ({"data.source": "builtin", "lr_schedule.warmup_steps": 1000, "training.steps": 1000}, True),
         ({"data.source": "builtin", "data.num_workers": 64}, True),
         ({"data.source": "builtin", "data.num_workers": 65}, False),
+        ({"data.source": "builtin", "validation.path": "a.txt", "validation.fraction": 0}, True),
+        ({"data.source": "builtin", "validation.path": "a.txt", "validation.fraction": 0.1}, False),
         ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 12}, True),
         ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 13}, False),
         (
