@@ -56,15 +56,7 @@ _TENSOR = One(("parallel.tensor",), lambda config: config.parallel.tensor > 1, "
 _PIPELINE = One(("parallel.pipeline",), lambda config: config.parallel.pipeline > 1, "parallel.pipeline to 2 or more")
 _COMPILED = when_on("compile.enabled", "compile.enabled = true")
 _SELECTIVE = when("activation_checkpoint.mode", "selective")
-_SELECTED_BLOCKS = when_both(
-    _SELECTIVE,
-    when("activation_checkpoint.selective", "blocks"),
-    One(
-        ("model.num_layers",),
-        lambda config: config.activation_checkpoint.every_n_blocks <= config.model.num_layers,
-        "model.num_layers to it or more",
-    ),
-)
+_SELECTED_BLOCKS = when_both(_SELECTIVE, when("activation_checkpoint.selective", "blocks"))
 _FLOAT8 = when_not("float8.recipe", "off")
 _NATIVE = when("float8.recipe", "native", "auto")
 _GATHERED = One(

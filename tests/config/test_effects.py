@@ -52,8 +52,6 @@ OFF: dict[str, dict[str, Any]] = {
     "model.": {"model.mla_layers_per_cycle": 0},
 }
 
-BY_BLOCKS = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective": "blocks"}
-
 
 def another_value(name: str) -> Any:
     """Not the default, and in range."""
@@ -232,8 +230,6 @@ def test_a_resolved_model_of_one_kind_of_block_keeps_what_its_flavor_has_of_the_
         ({"data.source": "builtin", "data.num_workers": 65}, False),
         ({"data.source": "builtin", "validation.path": "a.txt", "validation.fraction": 0}, True),
         ({"data.source": "builtin", "validation.path": "a.txt", "validation.fraction": 0.1}, False),
-        ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 12}, True),
-        ({"data.source": "builtin", **BY_BLOCKS, "activation_checkpoint.every_n_blocks": 13}, False),
         (
             {"data.source": "builtin", "parallel.tensor": 2, "parallel.async_tensor": True, "float8.recipe": "native"},
             False,
