@@ -34,6 +34,7 @@ import json, os, sys
 from pathlib import Path
 from swamla_titan.config.sections import Parallel
 from swamla_titan.parallel.world import join_world, leave_world
+from swamla_titan.process_end import end_process
 from tests.listening import listening
 world = join_world(Parallel())
 assert world.largest(float(world.rank)) == world.size - 1
@@ -41,7 +42,7 @@ found = {"worker": listening(os.getpid()), "torchrun": listening(os.getppid())}
 (Path(sys.argv[1]) / f"rank-{world.rank}").write_text(json.dumps(found))
 world.largest(0.0)
 leave_world()
-os._exit(0)  # who listens is all that is asked here, not how torch takes its threads down
+end_process(0)
 """
 
 
