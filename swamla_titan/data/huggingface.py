@@ -20,6 +20,7 @@ from swamla_titan.data.document import Document, Position, replace_surrogates, t
 from swamla_titan.data.faults import DataFault, Fault, SetupFault, Unreachable, named, network_fault
 from swamla_titan.data.folder import listed, special_kind
 from swamla_titan.data.patience import Patience
+from swamla_titan.data.text_units import require_text
 from swamla_titan.errors import UserError
 from swamla_titan.machine import chain
 
@@ -94,6 +95,10 @@ class HuggingFaceSource:
             dataset = dataset.select_columns([text_key])
         self._dataset = dataset
         self._num_units: int = dataset.num_shards
+        if not skip_files:
+            for name, size in files:
+                if size and name.endswith(_PLAIN_TEXT) and name not in self._unread:
+                    require_text(os.path.join(path, name))  # what decodes may still be none, as UTF-16 often does
         self._files = _as_recorded(recorded, files, self._num_units) if folder else []
         content = self._files if folder else (path, revision or None)  # a folder may move
         identity = repr((content, name, split, text_key, self._num_units))
@@ -326,6 +331,7 @@ def _as_strings(text_key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     )
 
 
+_PLAIN_TEXT = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 _OTHERS = "Where other files have it, correct this one or remove it; else set data.text_key to the column of the text"
 _STRINGS = ["is_string", "is_large_string", "is_string_view"]  # the view came later than the oldest pyarrow supported
 

@@ -8,13 +8,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
 from swamla_titan.data.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, listed, special_kind
 from swamla_titan.data.parquet import NoTextColumn, RowGroup, row_groups
 from swamla_titan.data.patience import Patience
-from swamla_titan.data.text_units import FileRange, WholeFile
+from swamla_titan.data.text_units import FileRange, WholeFile, require_text
 from swamla_titan.errors import UserError
 
 # Files of many documents are cut in ranges of this many bytes. A stream of a corpus that is not counted reads whole
@@ -171,7 +170,7 @@ class LocalSource:
             entry["groups"] = self._opened(lambda: row_groups(file, text_key), None)
             is_good = entry["groups"] is not None
         elif size > 0:
-            is_good = self._opened(partial(_require_text, file), None)
+            is_good = self._opened(partial(require_text, file), None)
         if not is_good:
             entry["lost"] = next(fault.reason for fault in self._faults if fault.file == file)
         return entry
@@ -276,12 +275,3 @@ def _digest(entries: list[dict[str, Any]], text_key: str, text_separator: str) -
 def _status(path: str) -> os.stat_result:
     with readable(path):  # a link may point to nothing
         return os.stat(path)
-
-
-def _require_text(path: str) -> bool:
-    """DataFault if a file begins with other bytes than text."""
-    with readable(path), open(path, "rb") as file:
-        other = other_than_text(file.read(HEAD_BYTES))
-    if other:
-        raise DataFault(path, "", f"it is {other.what}", other.advice)
-    return True

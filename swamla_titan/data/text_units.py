@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
 from swamla_titan.data.faults import DataFault, cut_short, of_another_size, readable
 from swamla_titan.data.folder import listed
@@ -229,3 +230,12 @@ def _shown(value: object) -> str:
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     return json.dumps(value)[:60]
+
+
+def require_text(path: str) -> bool:
+    """DataFault if a file begins with other bytes than text."""
+    with readable(path), open(path, "rb") as file:
+        other = other_than_text(file.read(HEAD_BYTES))
+    if other:
+        raise DataFault(path, "", f"it is {other.what}", other.advice)
+    return True

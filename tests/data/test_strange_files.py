@@ -249,7 +249,7 @@ def test_bytes_that_are_text_or_nearly_so(data):
 
 
 def test_a_character_that_the_sample_cuts_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("swamla_titan.data.local_files.HEAD_BYTES", 4)
+    monkeypatch.setattr("swamla_titan.data.text_units.HEAD_BYTES", 4)
     (tmp_path / "a.txt").write_text("a漢字漢字")
     assert texts(tmp_path) == ["a漢字漢字"]
 
@@ -626,3 +626,18 @@ def test_what_hugging_face_leaves_out_and_what_there_is_to_choose(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/a.jsonl").write_text("")
     assert "its files hold no data" in refused(tmp_path / "empty", **HUB)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("hello there, all of you".encode("utf-16-le"), "not text in UTF-8"),
+        (gzip.compress(b"hello " * 500), "it is gzip data"),
+    ],
+)
+def test_what_is_no_text_in_a_folder_of_hugging_face_is_named(tmp_path, content, found):
+    (tmp_path / "a.txt").write_text("hello " * 100)
+    (tmp_path / "b.txt").write_bytes(content)
+    data = Data(source="huggingface", path=str(tmp_path), tokenizer="byte", streams=2)
+    with pytest.raises(UserError, match=f"b.txt: it is {found.removeprefix('it is ')}"):
+        open_corpus(data, Validation(fraction=0), 0)
