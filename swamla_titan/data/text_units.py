@@ -85,7 +85,10 @@ class FileRange:
         # end; what lies before the first one is the rest of an earlier range's document.
         begin = max(0, self.start - len(self.separator))
         if not self._holds_separator(file, begin):
-            return self.end  # all of it lies in one document
+            # All of it lies in one document.
+            if self.end - self.start > self.max_document_bytes:
+                raise self._too_large(self.start)
+            return self.end
         _, _, after = next(self._split(file, begin))
         return after
 

@@ -2,9 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 
@@ -25,7 +24,6 @@ COUNTED_UNITS = 256
 
 _SAMPLED_UNITS, _SAMPLED_CHARS = 256, 1 << 15
 _REPORTED_BYTES = 8 * MIB
-_TOGETHER = 256  # documents handed to the threads at a time
 
 
 def count_tokens(
@@ -37,29 +35,24 @@ def count_tokens(
         return None
     if size is not None and size > _REPORTED_BYTES:
         logger.info("data: counting the tokens of %.0f MB of text, to divide them evenly", size / 1e6)
-    counted: dict[int, list[tuple[int, int]]] = {}
+    if size is None:
+        logger.info("data: reading up to %.0f MB of text, to divide them evenly if that is all", COUNTED_BYTES / 1e6)
+    texts: list[tuple[int, Document]] = []
     chars = 0
-    documents = (
-        (unit, document)
-        for unit, document in documents_by_unit(source, patience, [] if skips_files else None)
-        if not document.is_empty and document not in held_out
-    )
+    for unit, document in documents_by_unit(source, patience, [] if skips_files else None):
+        if document.is_empty or document in held_out:
+            continue
+        chars += len(document.text)
+        if chars > COUNTED_BYTES:  # larger than it said, as what is compressed may be; nothing was tokenized in vain
+            return None
+        texts.append((unit, document))
+    counted: dict[int, list[tuple[int, int]]] = {}
     # The tokenizer runs beside other threads: it works outside of Python's lock.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        for group in _groups(documents):
-            chars += sum(len(document.text) for _, document in group)
-            if chars > COUNTED_BYTES:  # larger than it said, as what is compressed may be
-                return None
-            lengths = threads.map(lambda entry: len(tokenizer.encode_array(entry[1].text)) + 1, group)
-            for (unit, document), length in zip(group, lengths):
-                counted.setdefault(unit, []).append((document.ordinal, length))
+        lengths = threads.map(lambda entry: len(tokenizer.encode_array(entry[1].text)) + 1, texts)
+        for (unit, document), length in zip(texts, lengths):
+            counted.setdefault(unit, []).append((document.ordinal, length))
     return counted
-
-
-def _groups(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    every = iter(documents)
-    while group := list(islice(every, _TOGETHER)):
-        yield group
 
 
 def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) -> list[float]:

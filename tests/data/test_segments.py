@@ -19,6 +19,7 @@ from swamla_titan.data.reading import documents_by_unit
 from swamla_titan.data.segments import Cut, Part, Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.text_units import FileRange
+from swamla_titan.data.tokenizer import ByteTokenizer
 
 SEQ_LEN = 1024
 
@@ -230,6 +231,14 @@ def test_tokens_in_a_byte_are_looked_at_where_a_corpus_is_not_counted(tmp_path, 
     assert lengths[0] > 2 * lengths[1]
     first = [cut for cut in corpus.segments[0].cuts if cut.part == 0]
     assert len(first) == pytest.approx(10 * lengths[0] / sum(lengths), abs=1)
+
+
+def test_a_data_set_that_proves_too_large_to_be_counted_is_not_tokenized(maker, monkeypatch):
+    maker.write(["x" * 100] * 50, files=2)
+    monkeypatch.setattr(token_count, "COUNTED_BYTES", 4000)
+    monkeypatch.setattr(ByteTokenizer, "encode_array", lambda *args: pytest.fail("tokenized"))
+    corpus = maker.open(source="huggingface", streams=2)
+    assert corpus.segments[0].tokens is None
 
 
 def test_what_else_stands_in_a_line_is_no_text_where_a_corpus_is_not_counted(tmp_path, monkeypatch):
