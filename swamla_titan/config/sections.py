@@ -118,7 +118,10 @@ class Data:
         path=True,
     )
     streams: int = key(
-        64, "Logical streams that the corpus is divided among; part of the order of the data.", minimum=1, maximum=1 << 16
+        64,
+        "Logical streams that the corpus is divided among; part of the order of the data.",
+        minimum=1,
+        maximum=1 << 16,
     )
     shuffle_documents: int = key(
         1000,
