@@ -32,7 +32,7 @@ def differences(
     found = _of_metrics(last_values(run), last_values(reference), steps, tolerance)
     for step in steps_of_checkpoints(run):
         if (step == steps or step not in damaged) and (damage := damage_of(checkpoint(run, step))):
-            found.append(f"checkpoint of step {step}: {damage[1]}")
+            found.append(f"checkpoint of step {step}: {damage}")
     if found or not checkpoint(run, steps).is_dir():
         return found or [f"no checkpoint of step {steps}"]
     one, other = (json.loads((checkpoint(folder, steps) / "train.json").read_text()) for folder in (run, reference))

@@ -129,7 +129,7 @@ def _crash(config: str, error: type[Exception], rank: int) -> tuple[str, bool]:
 def test_a_rank_that_dies_alone_does_not_wait_to_say_good_bye(tiny):
     """NCCL's destroy_process_group would wait for the others, who are in a collective that this one does not join."""
     one, other = on_ranks(2, _crash, str(tiny), MemoryError, 1)
-    assert other == ("MemoryError", True)
+    assert other == ("1", True)  # said as what the machine lacks
     assert one == ("RuntimeError", True)  # its connection was closed
     assert on_ranks(2, _crash, str(tiny), RunFailed, -1) == [("1", False)] * 2
 
