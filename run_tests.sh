@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname -- "${BASH_SOURCE[0]}")"
 python=$(scripts/environment.sh dev,offline dev,offline)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Two a core: half of the time tests wait for processes of their own.
+workers=$((2 * $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)))
+export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$workers}
 cores=(-n auto --maxprocesses 16 --dist worksteal)
 for argument in "$@"; do
   case $argument in

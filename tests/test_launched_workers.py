@@ -322,6 +322,7 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.slow
 def test_a_machine_that_joins_makes_all_start_again_costs_no_restart_and_ends_nothing(
     launch: Launch, two_of_three: tuple[dict[str, str], list["subprocess.Popen[str]"]]
 ) -> None:

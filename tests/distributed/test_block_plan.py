@@ -72,6 +72,7 @@ def test_checkpointing_with_fsdp_is_one_process_without_any(size: int, tmp_path:
     _assert_equal(size, plans, folder, 1e-11)
 
 
+@pytest.mark.slow
 def test_checkpointing_compiled_with_fsdp_is_one_process_without_any(tmp_path: Path):
     folder = {"folder": str(tmp_path)}
     plans = [{"mode": mode, "backend": "aot_eager"} | folder for mode in ("none", "operators", "full", "both")]

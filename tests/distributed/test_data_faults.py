@@ -111,9 +111,8 @@ def test_stop_ends_all_ranks_with_2_and_saves(tmp_path, config, corpus, size):
     assert checkpoint(folder, max(metrics(folder))).is_dir()
 
 
-@pytest.mark.parametrize(
-    "degree", [("--parallel.tensor", "2"), pytest.param(("--parallel.pipeline", "2"), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("degree", [("--parallel.tensor", "2"), ("--parallel.pipeline", "2")], ids=str)
 def test_ranks_that_read_the_same_pass_over_what_one_of_them_could_not_read(tmp_path, config, corpus, degree):
     """Each of two ranks fails where the other one does not: without agreement they would train on different rows."""
     pipeline = ("--training.local_batch_size", "1", "--training.global_batch_size", "4")

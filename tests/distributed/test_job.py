@@ -134,6 +134,7 @@ def test_a_line_that_one_rank_alone_cannot_read_ends_all_with_2_and_what_was_lea
     assert_same_checkpoint(checkpoint(run_folder, 14), checkpoint(whole, 14))
 
 
+@pytest.mark.slow
 def test_a_loader_that_dies_on_one_rank_ends_all_with_1_and_the_run_goes_on(tmp_path, config):
     run_folder, whole = tmp_path / "run", tmp_path / "whole"
     settings = (*SHORT, "--training.steps", "20")

@@ -48,7 +48,8 @@ def test_a_job_rewinds_as_one_and_goes_on_like_one_restarted_from_there(tmp_path
     assert [losses[0][step] for step in (9, 10)] == [losses[1][step] for step in (9, 10)]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_a_job_killed_around_its_rewind_comes_to_the_same_end(tmp_path, ranks):
     """At the step in which the row is full, the one in which it is noticed, and the one after the rewind."""
     run, whole = tmp_path / "run", tmp_path / "whole"

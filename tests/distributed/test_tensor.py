@@ -271,7 +271,8 @@ def _fsdp(compiled: bool) -> None:
     same_gradients(part, whole, 1e-5)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_fsdp2_over_tensor_parallel_equals_one_process(compiled):
     on_ranks(4, _fsdp, compiled)
 
@@ -308,6 +309,7 @@ def test_vocabulary_parallel_loss_equals_the_plain_one(size, vocab_size, padded)
     on_ranks(size, _loss, size, vocab_size, padded, False)
 
 
+@pytest.mark.slow
 def test_vocabulary_parallel_loss_compiles():
     on_ranks(2, _loss, 2, 100, 256, True)
 

@@ -237,6 +237,7 @@ def test_a_profile_that_cannot_be_written_is_told_of_and_leaves_no_half(tiny, tm
     assert metrics(run) == metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_console_that_is_full_or_gone_ends_no_run(tiny, tmp_path):
     command = f"{sys.executable} -m swamla_titan train {tiny} {' '.join(FAST)}"
     done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True)

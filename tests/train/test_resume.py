@@ -45,7 +45,8 @@ def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path, undisturbed
     assert metrics(run, "lr") == metrics(whole, "lr")
 
 
-@pytest.mark.parametrize("legs", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("legs", [2, 3])
 def test_a_second_resume_and_another_number_of_workers_change_nothing(tiny, tmp_path, undisturbed, legs):
     """The builtin corpus in windows of 64 tokens; 5 sequences from 6 streams: cursors stand at different places."""
     run, whole = tmp_path / "run", undisturbed()
