@@ -634,6 +634,7 @@ def test_what_hugging_face_leaves_out_and_what_there_is_to_choose(tmp_path):
         ("hello there, all of you".encode("utf-16-le"), "not text in UTF-8"),
         (gzip.compress(b"hello " * 500), "it is gzip data"),
     ],
+    ids=["utf-16", "gzip"],  # which holds the time of day
 )
 def test_what_is_no_text_in_a_folder_of_hugging_face_is_named(tmp_path, content, found):
     (tmp_path / "a.txt").write_text("hello " * 100)
