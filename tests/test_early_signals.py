@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -61,13 +61,18 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def importing(started: list["subprocess.Popen[str]"], folder: Path, at: str, *arguments: str, **more: str):
-    """A command that stands in the import of a module."""
-    here = folder / "here"
-    variables = {"AT": at, "HERE": str(here), "PYTHONPATH": f"{ROOT}:{folder / 'site'}", "PYTHONSAFEPATH": "1"}
+def standing(
+    started: list["subprocess.Popen[str]"],
+    here: Path,
+    command: list[str],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+) -> "subprocess.Popen[str]":
+    """A process in a session of its own, as soon as it has written the file `here`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "swamla_titan", *arguments],
-        env=os.environ | variables | more,
+        command,
+        cwd=cwd,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,6 +81,13 @@ def importing(started: list["subprocess.Popen[str]"], folder: Path, at: str, *ar
     started.append(process)
     wait_for(here, process)
     return process
+
+
+def importing(started: list["subprocess.Popen[str]"], folder: Path, at: str, *arguments: str, **more: str):
+    """A command that stands in the import of a module."""
+    here = folder / "here"
+    variables = {"AT": at, "HERE": str(here), "PYTHONPATH": f"{ROOT}:{folder / 'site'}", "PYTHONSAFEPATH": "1"}
+    return standing(started, here, [sys.executable, "-m", "swamla_titan", *arguments], os.environ | variables | more)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -169,17 +181,7 @@ def test_a_signal_before_the_start_ends_run_train_with_75(started, tmp_path, at,
     here = tmp_path / "here"
     variables = {"PATH": str(repository.bin), "AT": at, "HERE": str(here), "NPROC": "2", "NGPU": "0"}
     variables |= {"PYTHON": str(write_script(tmp_path / "stub", SLOW_STUB))}
-    process = subprocess.Popen(
-        [str(repository.root / "run_train.sh")],
-        cwd=repository.caller,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    started.append(process)
-    wait_for(here, process)
+    process = standing(started, here, [str(repository.root / "run_train.sh")], variables, repository.caller)
     stub = int(here.read_text())
     (os.kill if to == "the script" else os.killpg)(process.pid, number)
     if at == "environment" and to == "the script":  # of some tenths of a second, which end first
@@ -210,16 +212,8 @@ def test_a_signal_in_pythons_first_moment_waits_until_it_is_handled(started, tmp
         pytest.skip("env cannot hold signals back here")
     here = tmp_path / "here"
     variables = {"PYTHON": str(write_script(tmp_path / "start", STARTING)), "REAL": sys.executable, "HERE": str(here)}
-    process = subprocess.Popen(
-        [str(ROOT / "run_train.sh"), str(tiny)],
-        env=os.environ | variables | {"NGPU": "0", "NPROC": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    started.append(process)
-    wait_for(here, process)
+    environment = os.environ | variables | {"NGPU": "0", "NPROC": "1"}
+    process = standing(started, here, [str(ROOT / "run_train.sh"), str(tiny)], environment)
     process.send_signal(number)
     (tmp_path / "here.on").touch()
     _, err = process.communicate(timeout=HANG)
