@@ -177,10 +177,10 @@ def open_corpus(
     """
     recorded = recorded or {}
     patience = patience_of(data)
-    before = recorded.get("editions", [])
-    if before and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
-        before = []  # of another kind
-    editions = open_editions(data, patience, before)
+    known = recorded.get("editions", [])
+    if known and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
+        known = []  # of another kind
+    editions = open_editions(data, patience, known)
     source = editions.sources[-1]
     faults = list(source.passed_over)
     documents = all_documents(source, patience, faults if data.on_error == "skip_file" else None)
@@ -200,7 +200,7 @@ def open_corpus(
         )
         if before.fingerprint() == recorded["fingerprint"]:
             before = before.with_recorded_segments(editions.segments)
-            if before.fraction == (0.0 if validation.path else validation.fraction) and not validation.path:
+            if before.fraction == validation.fraction and not validation.path:
                 return before
             return dataclasses.replace(before, validated=_held_out(before, validation))
     return dataclasses.replace(

@@ -45,9 +45,7 @@ def open_editions(data: Data, patience: Patience, recorded: list[dict[str, Any]]
         earlier: list[Source] = [_reopened(data, patience, edition["source"]["files"]) for edition in recorded[:-1]]
         return Editions([*earlier, source], segments)
     before, now = (_by_name(each["files"]) for each in (recorded[-1]["source"], source.record()))
-    if not isinstance(source, LocalSource):
-        return Editions([source], [None], _difference(before, now))
-    if any(now.get(name) != entry for name, entry in before.items()):
+    if not isinstance(source, LocalSource) or any(now.get(name) != entry for name, entry in before.items()):
         return Editions([source], [None], _difference(before, now))
     added = [entry for name, entry in now.items() if name not in before]
     earlier = [_reopened(data, patience, edition["source"]["files"]) for edition in recorded]

@@ -164,8 +164,7 @@ def cut_by_size(parts: list[Part], sizes: Sequence[float], documents: Sequence[i
 
     Where a unit's number of documents is not known (None), the border moves to the nearer end of its part.
     """
-    every = [sizes[part.unit] / part.every for part in parts]
-    ends = [0.0, *accumulate(every)]
+    every, ends = _laid_out(parts, sizes)
     total = ends[-1]
     uncut = all(documents[part.unit] is None for part in parts)
     cuts = [Cut(0)]
@@ -183,6 +182,12 @@ def cut_by_size(parts: list[Part], sizes: Sequence[float], documents: Sequence[i
         else:
             cuts.append(Cut(part + round(inside)))
     return Segments(parts, cuts)
+
+
+def _laid_out(parts: list[Part], sizes: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The size of each part of the ring, and where each begins; the last number is where the ring ends."""
+    every = [sizes[part.unit] / part.every for part in parts]
+    return every, [0.0, *accumulate(every)]
 
 
 def shared_units(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> dict[int, int]:
@@ -206,8 +211,7 @@ def shared_units(sizes: Sequence[float], documents: Sequence[int | None], stream
 
 def sizes_of(segments: Segments, sizes: Sequence[float], documents: Sequence[int | None]) -> list[float]:
     """The size of each segment by estimate, as a multiple of the mean."""
-    every = [sizes[part.unit] / part.every for part in segments.parts]
-    ends = [0.0, *accumulate(every)]
+    every, ends = _laid_out(segments.parts, sizes)
     at = []
     for cut in segments.cuts:
         inside = 0.0
