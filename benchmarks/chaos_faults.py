@@ -14,6 +14,7 @@ from benchmarks.chaos_job import Failure, Job, steps_of_checkpoints
 STOPPED = 75
 KILLED = -signal.SIGKILL
 DISK_SECONDS = 2.0  # that a disk is full
+PAUSE_SECONDS = 30.0  # that a rank is stopped: longer than the step_timeout of chaos.py, which does not count them
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,19 @@ def _fill_disk(job: Job, draw: random.Random) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
-    timer = threading.Timer(DISK_SECONDS, make_room)
+    _later(DISK_SECONDS, make_room)
+
+
+def _pause(job: Job, draw: random.Random) -> None:
+    """Stops a rank for a while, as a suspended job or a moved machine is; the others wait for it."""
+    if victims := job.find("rank"):
+        victim = draw.choice(victims)
+        job.kill(victim, number=signal.SIGSTOP)
+        _later(PAUSE_SECONDS, lambda: job.kill(victim, number=signal.SIGCONT))
+
+
+def _later(seconds: float, work: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, work)
     timer.daemon = True
     timer.start()
 
@@ -122,7 +135,7 @@ FAULTS = (
     Fault("SIGUSR1 to the launcher", _to_launcher(signal.SIGUSR1), frozenset({STOPPED})),
     Fault("SIGTERM to a rank", _to("rank", signal.SIGTERM), frozenset({STOPPED})),
     Fault("SIGUSR1 to a rank", _to("rank", signal.SIGUSR1), frozenset({STOPPED})),
-    Fault("SIGSTOP of a rank", _to("rank", signal.SIGSTOP), moments=("stepping",), shared=True),
+    Fault("a rank paused for longer than step_timeout", _pause, moments=("stepping",), deadly=False),
     Fault("disk full for a moment", _fill_disk, frozenset({1}), deadly=False),
     Fault("byte flipped in the newest checkpoint", _stop_and_damage(_flip_byte), frozenset({STOPPED}), damages=True),
     Fault("file cut in the newest checkpoint", _stop_and_damage(_cut), frozenset({STOPPED}), damages=True),
