@@ -88,6 +88,13 @@ def _pause(job: Job, draw: random.Random) -> None:
         _later(PAUSE_SECONDS, lambda: job.kill(victim, number=signal.SIGCONT))
 
 
+def _fall_asleep(job: Job, draw: random.Random) -> None:
+    """A rank does not come out of its next step, as in a collective that never ends; the others wait for it."""
+    if victims := job.find("rank"):
+        job.asleep.mkdir(exist_ok=True)
+        (job.asleep / str(draw.choice(victims).pid)).touch()
+
+
 def _later(seconds: float, work: Callable[[], None]) -> None:
     timer = threading.Timer(seconds, work)
     timer.daemon = True
@@ -136,6 +143,7 @@ FAULTS = (
     Fault("SIGTERM to a rank", _to("rank", signal.SIGTERM), frozenset({STOPPED})),
     Fault("SIGUSR1 to a rank", _to("rank", signal.SIGUSR1), frozenset({STOPPED})),
     Fault("a rank paused for longer than step_timeout", _pause, moments=("stepping",), deadly=False),
+    Fault("a rank asleep in a step", _fall_asleep, frozenset({1}), ("stepping",)),
     Fault("disk full for a moment", _fill_disk, frozenset({1}), deadly=False),
     Fault("byte flipped in the newest checkpoint", _stop_and_damage(_flip_byte), frozenset({STOPPED}), damages=True),
     Fault("file cut in the newest checkpoint", _stop_and_damage(_cut), frozenset({STOPPED}), damages=True),

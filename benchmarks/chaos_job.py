@@ -86,12 +86,14 @@ class Job:
         """
         self.folder, self.processes = folder, processes
         self.output = folder.with_name(f"{folder.name}.out")  # all that the launcher prints, of all starts
+        self.asleep = folder.with_name(f"{folder.name}.asleep")  # names the processes that chaos_site puts to sleep
         self._arguments = [str(config), "--job.dump_folder", str(folder), *overrides]
         self._mark = secrets.token_hex(8)
         hidden = ("LOG_RANK", "NNODES", "RDZV_ENDPOINT", "TORCHELASTIC_RESTART_COUNT")
         inherited = {name: value for name, value in os.environ.items() if name not in hidden}
         settings = {"PYTHON": sys.executable, "NGPU": "0", "MAX_RESTARTS": "1000", "OMP_NUM_THREADS": "1"}
-        self._environment = inherited | settings | {"TMPDIR": str(temporary), _MARK: self._mark} | environment
+        own = {"TMPDIR": str(temporary), _MARK: self._mark, "CHAOS_ASLEEP": str(self.asleep)}
+        self._environment = inherited | settings | own | environment
         self.launcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Job":

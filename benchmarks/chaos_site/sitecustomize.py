@@ -1,6 +1,8 @@
-"""Found on PYTHONPATH by every Python of a soak: gradients that are no numbers, in steps that CHAOS_NAN_STEPS names.
+"""Found on PYTHONPATH by every Python of a soak; spoils steps of training.
 
-Training itself is left as it is; this module waits until the trainer's module has been imported, and wraps one method.
+Gradients are no numbers in the steps that CHAOS_NAN_STEPS names. A process that finds a file of its PID in the folder
+CHAOS_ASLEEP does not come out of its next step. Training itself is left as it is; this module waits until the trainer's
+module has been imported, and wraps its methods.
 """
 
 import importlib.abc
@@ -8,10 +10,13 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 _STEPS = {int(step) for step in os.environ.get("CHAOS_NAN_STEPS", "").split(",") if step}
+_ASLEEP = Path(os.environ.get("CHAOS_ASLEEP", os.devnull))
 _TRAINER = "swamla_titan.train.trainer"
 
 
@@ -54,11 +59,14 @@ def _spoil(module: ModuleType) -> None:
     def count_and_train(self, batch):  # type: ignore[no-untyped-def]
         nonlocal steps
         steps = self.step + 1
+        if (asleep := _ASLEEP / str(os.getpid())).exists():
+            asleep.unlink()  # the number may be another process's some day
+            time.sleep(100_000)
         return train_step(self, batch)
 
     ParallelModel.gradient_norm = gradient_norm  # type: ignore[method-assign]
     module.Trainer.train_step = count_and_train  # type: ignore[attr-defined]
 
 
-if _STEPS:
+if _STEPS or "CHAOS_ASLEEP" in os.environ:
     sys.meta_path.insert(0, _Finder())
