@@ -4,7 +4,7 @@
 in_environment = @python=$$(scripts/environment.sh dev,offline dev,offline) && set -ex && $(1)
 
 checks:
-	$(call in_environment,"$$python" -m ruff format --check . && "$$python" -m ruff check . && "$$python" -m mypy)
+	$(call in_environment,"$$python" -m ruff format --check . && "$$python" -m ruff check . && "$$python" -m mypy && PYTHONPATH=. "$$python" -c "from importlinter.cli import lint_imports_command as lint; lint()")
 
 format:
 	$(call in_environment,"$$python" -m ruff format . && "$$python" -m ruff check --fix .)

@@ -347,7 +347,7 @@ fi
 # Several processes: what is wrong with the configuration is said once, before any of them starts.
 processes=
 for ((nodes = fewest; nodes <= most; nodes++)); do processes+=,$((nodes * nproc)); done
-attended "$python" -m swamla_titan.tools.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
+attended "$python" -m swamla_titan.launch.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

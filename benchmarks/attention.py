@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device_time import device_milliseconds
-from swamla_titan.kernels.attention import attention, reference_attention
-from swamla_titan.kernels.masks import (
+from swamla_titan.kernels.attention.dispatch import attention, reference_attention
+from swamla_titan.kernels.attention.masks import (
     DocumentRule,
     WindowRule,
     block_mask,

@@ -4,8 +4,8 @@
 
 `window` is the sliding window at heads of each width, `documents` MLA's causal attention inside documents of 500 tokens
 at heads of 192 and 128. Prints, for each pass, its settings from the fastest on, as (rows of queries, rows of keys,
-warps, stages, registers) and milliseconds. The best ones belong into kernels/window_attention.py and
-kernels/document_attention.py. Several processes compile at once.
+warps, stages, registers) and milliseconds. The best ones belong into kernels/attention/window.py and
+kernels/attention/document.py. Several processes compile at once.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels import document_attention, document_triton, window_attention, window_triton
-from swamla_titan.kernels.launch import Tiles
-from swamla_titan.kernels.masks import document_ends, document_starts
+from swamla_titan.kernels.attention import document as document_attention
+from swamla_titan.kernels.attention import document_triton, window_triton
+from swamla_titan.kernels.attention import window as window_attention
+from swamla_titan.kernels.attention.masks import document_ends, document_starts
+from swamla_titan.kernels.device import Tiles
 
 
 class Kernel(NamedTuple):

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.chaos_compare import differences
 from benchmarks.chaos_faults import Fault, check_code, faults_for
 from benchmarks.chaos_job import Failure, Job, Moments, Progress, steps_of_checkpoints
-from swamla_titan.train.manifest import damage_of
+from swamla_titan.checkpoint.manifest import damage_of
 from tests.train.runs import checkpoint
 
 CONFIG = """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.chaos_job import metrics_lines, steps_of_checkpoints
-from swamla_titan.train.manifest import damage_of
+from swamla_titan.checkpoint.manifest import damage_of
 from tests.train.runs import checkpoint, tensors
 
 # Of a line of metrics.jsonl, what does not tell of the machine's speed.

@@ -159,7 +159,7 @@ class Job:
         if b"multiprocessing.forkserver" in b" ".join(command):
             # Loaders are forks of a fork server, which is a child of its rank.
             return Process(pid, "loader" if b"multiprocessing.forkserver" in above else "other")
-        if b"swamla_titan.parallel.agent" in command:  # torchrun
+        if b"swamla_titan.launch.agent" in command:  # torchrun
             return Process(pid, "agent")
         if any(word.endswith(b".sh") for word in command):
             is_launcher = self.launcher is not None and pid == self.launcher.pid  # else a subshell

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.train_step import configuration
 from swamla_titan.config import Config
 from swamla_titan.data import BatchLoader, MicroBatch, micro_batches
+from swamla_titan.distributed.mesh import World
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
 from swamla_titan.parallel.compile import warm_compiler
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import World, join_world, leave_world
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
 
@@ -112,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for plan in arguments.runs:
             config = configuration(plan, arguments, Path(folder))
-            world = join_world(config.parallel)
+            world = init_distributed(config.parallel)
             warm_compiler(config.compile, world.device)
             set_numerics(config, world.device, world.rank)
             config, batches = batches_of(config, world, WARM + arguments.steps)
@@ -127,7 +128,7 @@ def main() -> None:
                     print(f"{plan:12} {kind:8} {str(error).splitlines()[0][:120]}", flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()
-    leave_world()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

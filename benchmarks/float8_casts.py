@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device_time import device_milliseconds
-from swamla_titan.kernels import float8
-from swamla_titan.kernels.float8 import scale_for
+from swamla_titan.kernels.float8 import casts as float8
+from swamla_titan.kernels.float8.casts import scale_for
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model import FLAVORS
 

@@ -5,7 +5,7 @@
 
 Weights are float32, activations bfloat16, as in training. `native` casts its input; `native, given` is handed
 it in float8, as by a norm. Above 1.00 float8 pays: what `gain` of
-swamla_titan/quantization/products.py is to say. Times are the GPU's alone: what its host takes to ask is not in them.
+swamla_titan/quantization/coverage.py is to say. Times are the GPU's alone: what its host takes to ask is not in them.
 """
 
 import argparse
@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device_time import device_milliseconds
 from swamla_titan.config.sections import Float8
-from swamla_titan.kernels.float8_product import quantize
+from swamla_titan.kernels.float8.linear import quantize
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.linear import Linear
+from swamla_titan.quantization.coverage import gain
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeLinear, settings_of
-from swamla_titan.quantization.products import gain
 
 RECIPES = ("bfloat16", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native", "native, given")
 

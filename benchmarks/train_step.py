@@ -34,12 +34,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed, launched_rank
 from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel.automatic import choose
 from swamla_titan.parallel.compile import warm_compiler
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import join_world, launched_rank, leave_world
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.kernels import attention_of
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
@@ -97,7 +97,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallelize.apply_data_parallel = wrap_alone
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     warm_compiler(config.compile, world.device)
     set_numerics(config, world.device, world.rank)
     attention = attention_of(config, world)
@@ -161,7 +161,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
                 step_seconds = (time.perf_counter() - begun_steady) / (steps - half)
             if step == steps + PROFILED - 1:
                 profiler.__exit__(None, None, None)
-                kernels = summary(profiler, arguments.top) if world.is_first else {}
+                kernels = summary(profiler, arguments.top) if world.is_rank_0 else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
     return {
         "attention": attention,
@@ -169,7 +169,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "step_ms": 1e3 * step_seconds,
         "data_ms": 1e3 * statistics.mean(waits[half:steps]),  # of which one may be long
         "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
-        "memory_gib": world.largest(memory),
+        "memory_gib": world.all_reduce_max(memory),
         "first_step_s": first,
         "losses": [round(loss.item(), 6) for loss in losses],
         **kernels,
@@ -280,7 +280,7 @@ def main() -> None:
                 )
                 if arguments.out:
                     arguments.out.write_text(json.dumps(results, indent=1))
-    leave_world()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run torchrun, deliver signals to its workers, and end with the workers' own exit code.
 # usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...   run_train.sh reads it with `.`
-# The other half, and what lies in the folder that both use, is in swamla_titan/parallel/launcher.py; agent.py beside it
+# The other half, and what lies in the folder that both use, is in swamla_titan/launch/worker.py; agent.py beside it
 # is torchrun with a few habits of our own.
 #
 # SIGTERM, SIGUSR1 and SIGINT: the workers save and end, however long that takes; the exit code is 75. A second one
@@ -96,7 +96,7 @@ trap 'end_at_once HUP' HUP
 (
   trap '' TERM USR1 INT
   # Some signal must be named for torchrun to handle; SIGQUIT is of no use here.
-  exec "$python" -m swamla_titan.parallel.agent --log-dir "$folder/logs" --signals-to-handle SIGQUIT "$@"
+  exec "$python" -m swamla_titan.launch.agent --log-dir "$folder/logs" --signals-to-handle SIGQUIT "$@"
 ) &
 agent=$!
 

@@ -32,11 +32,11 @@ def run() -> int:
 
     # What is imported next takes some hundredths of a second, until a signal can be handled; the rest takes seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-    from swamla_titan.parallel.launcher import MARK, exit_through_launcher, listen_to_signals
-    from swamla_titan.process_end import end_process
+    from swamla_titan.launch.worker import MARK, exit_through_launcher, listen_to_signals
+    from swamla_titan.system.process_end import end_process
 
     listen_to_signals(trains=sys.argv[1:2] == ["train"] and "--dry-run" not in sys.argv)
-    from swamla_titan.console import open_console
+    from swamla_titan.system.console import open_console
 
     open_console()  # before anything else is opened
     code = exit_through_launcher(_main)

@@ -13,13 +13,13 @@ import tyro
 from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Config, Override, find_config, load_config, split_overrides, to_toml
-from swamla_titan.console import lost_output, one_line, open_console, several_lines
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
-from swamla_titan.machine import explain
-from swamla_titan.parallel.launcher import refused_alone, speaks
+from swamla_titan.launch.worker import refused_alone, speaks
+from swamla_titan.system.console import lost_output, one_line, open_console, several_lines
+from swamla_titan.system.machine import explain
 
 if TYPE_CHECKING:
-    from swamla_titan.parallel.world import World
+    from swamla_titan.distributed.mesh import World
 
 
 @dataclass

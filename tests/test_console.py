@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.cli import main
-from swamla_titan.console import Lines, LogFormatter, Stream, one_line, several_lines
 from swamla_titan.errors import UserError
+from swamla_titan.system.console import Lines, LogFormatter, Stream, one_line, several_lines
 from tests.waiting import HANG
 
 NASTY = "a\n\x1b[31m\r\x00\x7f\x9b\u2028\u202e漢\udcff"
@@ -53,7 +53,7 @@ def test_a_message_of_the_log_stays_as_many_lines_as_it_was_written(message, arg
 
 WRITER = """
 import sys
-from swamla_titan.console import open_console
+from swamla_titan.system.console import open_console
 open_console()
 with open("data", "w") as file:
     print("\\u6f22 \\udcff \\xe9")

@@ -91,13 +91,13 @@ def importing(started: list["subprocess.Popen[str]"], folder: Path, at: str, *ar
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("at", ["swamla_titan.console", "tyro", "torch", "swamla_titan.train.signals"])
+@pytest.mark.parametrize("at", ["swamla_titan.system.console", "tyro", "torch", "swamla_titan.launch.signals"])
 def test_a_signal_while_the_trainer_is_imported_ends_it_with_75(started, tmp_path, tiny, at, number):
-    if at == "swamla_titan.train.signals" and number != signal.SIGINT:
+    if at == "swamla_titan.launch.signals" and number != signal.SIGINT:
         pytest.skip("imports all of the program")
     process = importing(started, tmp_path, at, "train", str(tiny))
     process.send_signal(number)
-    if at == "swamla_titan.console":  # of the few that come before signals can be handled: they wait until then
+    if at == "swamla_titan.system.console":  # of the few that come before signals can be handled: they wait until then
         (tmp_path / "here.on").touch()
     out, err = process.communicate(timeout=HANG)
     assert (process.returncode, out) == (75, "")

@@ -1,7 +1,7 @@
 """run_train.sh with real torchrun and several processes on the CPU, and a small trainer in place of ours.
 
-The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, parallel/launcher.py, agent.py and
-meeting_point.py, train/signals.py; what it trains is a script of a few lines.
+The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, launch/worker.py, agent.py and
+endpoint.py, launch/signals.py; what it trains is a script of a few lines.
 """
 
 import os
@@ -20,8 +20,11 @@ from tests.train.runs import kill_groups
 from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = sorted(path.name for path in (ROOT / "swamla_titan").glob("*.py"))
-PARALLEL = [f"parallel/{name}.py" for name in ("agent", "launcher", "meeting_point", "rendezvous")]
+COPIED = [
+    *sorted(path.name for path in (ROOT / "swamla_titan").glob("*.py")),
+    *sorted(f"system/{path.name}" for path in (ROOT / "swamla_titan/system").glob("*.py")),
+    *(f"launch/{name}.py" for name in ("worker", "agent", "endpoint", "rendezvous", "signals")),
+]
 
 # main(["train", CONFIG, "--what", WHAT, "--folder", FOLDER]): each process appends a line for its start to a file of
 # its own.
@@ -55,7 +58,7 @@ def main():
 
 def until_all_are_there(folder, rank):
     # A group of fewer than three takes steps until one of them is asked to stop; then all end with the same step.
-    from swamla_titan.train.signals import StopRequest
+    from swamla_titan.launch.signals import StopRequest
     size = int(os.environ["WORLD_SIZE"])
     stop = StopRequest()
     stop.finish_step_first = True
@@ -80,7 +83,7 @@ def until_all_are_there(folder, rank):
         time.sleep(0.1)
 
 def until_stopped(folder, rank, what):
-    from swamla_titan.train.signals import StopRequest
+    from swamla_titan.launch.signals import StopRequest
     stop = StopRequest()
     stop.finish_step_first = True
     (folder / f"ready-{rank}").touch()
@@ -105,12 +108,11 @@ class Launch:
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in (*PLAIN, *PARALLEL, "train/signals.py"):
+        for name in COPIED:
             (self.root / "swamla_titan" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / "swamla_titan" / name, self.root / "swamla_titan" / name)
         (self.root / "swamla_titan/cli.py").write_text(TRAINER)
-        (self.root / "swamla_titan/tools").mkdir()
-        (self.root / "swamla_titan/tools/preflight.py").touch()
+        (self.root / "swamla_titan/launch/preflight.py").touch()
         self.started: list[subprocess.Popen[str]] = []
 
     def start(self, what: str, size: int = 2, **variables: str) -> "subprocess.Popen[str]":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUB = """#!/bin/sh
 case "$1 $2" in
 */check_environment.py*) [ -z "$STUB_UNFIT" ] && echo "stub $0" || { echo "torch is not installed"; exit 1; } ;;
-*swamla_titan.tools.preflight)
+*swamla_titan.launch.preflight)
   echo "$@" >"$RECORD.preflight"
   exit "${STUB_PREFLIGHT:-0}"
   ;;
@@ -497,7 +497,7 @@ def test_every_gpu_that_is_there_is_used(repository: Repository) -> None:
 def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository) -> None:
     recorded = repository.train("debug", "--training.steps", "3", NGPU="4", LOG_RANK="1,3", MAX_RESTARTS="0")
     config = f"{repository.root}/train_configs/debug.toml"
-    assert recorded[:3] == ["-m", "swamla_titan.parallel.agent", "--log-dir"]
+    assert recorded[:3] == ["-m", "swamla_titan.launch.agent", "--log-dir"]
     flags = recorded[4 : recorded.index("-m", 1)]
     assert flags == [
         *("--signals-to-handle", "SIGQUIT"),
@@ -516,7 +516,7 @@ def test_several_gpus_of_one_machine_go_through_torchrun(repository: Repository)
     ]
     assert "unshared=1" in recorded
     asked = Path(f"{repository.record}.preflight").read_text()
-    assert asked == f"-m swamla_titan.tools.preflight 4 4 {config} --training.steps 3\n"
+    assert asked == f"-m swamla_titan.launch.preflight 4 4 {config} --training.steps 3\n"
     assert not Path(recorded[3]).parent.exists()  # the folder of the launch
 
 

@@ -12,8 +12,11 @@ import pytest
 from swamla_titan.config import find_config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import UserError
-from swamla_titan.parallel import launcher
-from swamla_titan.parallel.launcher import (
+from swamla_titan.launch import worker as launcher
+from swamla_titan.launch.preflight import main as preflight
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.launch.signals import StopRequest
+from swamla_titan.launch.worker import (
     FOLDER,
     FORWARDED,
     Place,
@@ -25,9 +28,6 @@ from swamla_titan.parallel.launcher import (
     speaks,
     stop_asked,
 )
-from swamla_titan.parallel.world import join_world
-from swamla_titan.tools.preflight import main as preflight
-from swamla_titan.train.signals import StopRequest
 from tests.train.runs import train
 
 
@@ -217,7 +217,7 @@ def test_too_few_gpus_are_refused_by_every_process_of_the_machine(monkeypatch: p
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="3 processes on this machine, but 2 GPUs"):
-        join_world(Parallel())
+        init_distributed(Parallel())
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_torchruns_variables_that_make_no_sense_are_refused_with_what_to_unset(
     set_place(monkeypatch, **GENUINE)
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    for asked in (place, speaks, lambda: join_world(Parallel())):
+    for asked in (place, speaks, lambda: init_distributed(Parallel())):
         with pytest.raises(UserError, match=f"{reason}.*take them away with: unset {launcher.MARK} ") as refused:
             asked()
         assert len(str(refused.value)) < 500

@@ -14,8 +14,8 @@ from swamla_titan import cli
 from swamla_titan.cli import main
 from swamla_titan.data import loader
 from swamla_titan.errors import UserError
-from swamla_titan.machine import WAYS_OUT, allow_open_files, explain, lack, needed
-from swamla_titan.parallel import launcher
+from swamla_titan.launch import worker as launcher
+from swamla_titan.system.machine import WAYS_OUT, allow_open_files, explain, lack, needed
 from swamla_titan.train.trainer import Trainer
 from tests.train.runs import train
 
@@ -171,7 +171,7 @@ def test_torchrun_has_no_restarts_left_then(tmp_path, monkeypatch, code, restart
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    from swamla_titan.parallel.agent import Agent
+    from swamla_titan.launch.agent import Agent
 
     monkeypatch.setenv(launcher.FOLDER, str(tmp_path))
     (tmp_path / "0.code").write_text(code)
@@ -210,7 +210,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, soft, h
     assert limits[-1] == (hard, hard)
 
 
-@pytest.mark.parametrize("before", [("swamla_titan", "train"), ("swamla_titan.tools.preflight", "2", "0")])
+@pytest.mark.parametrize("before", [("swamla_titan", "train"), ("swamla_titan.launch.preflight", "2", "0")])
 def test_few_open_files(tiny, before):
     """Several processes are refused before any of them is connected to the others."""
     command = [sys.executable, "-m", *before, str(tiny), *FAST[:4]]

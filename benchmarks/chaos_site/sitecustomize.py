@@ -43,7 +43,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _spoil(module: ModuleType) -> None:
-    from swamla_titan.parallel.parallel_model import ParallelModel
+    from swamla_titan.parallel.model_parts import ParallelModel
 
     norm_of = ParallelModel.gradient_norm
     train_step = module.Trainer.train_step

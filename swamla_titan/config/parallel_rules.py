@@ -1,4 +1,4 @@
-"""Rules of [parallel] that hold for any number of processes; what depends on it is refused by parallel/degrees.py."""
+"""Rules of [parallel] that hold for any number of processes; distributed/degrees.py has those that depend on it."""
 
 import math
 from collections.abc import Iterator

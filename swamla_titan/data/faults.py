@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from swamla_titan.console import one_line as escaped
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.machine import LASTING, WAYS_OUT, chain, lack
+from swamla_titan.system.console import one_line as escaped
+from swamla_titan.system.machine import LASTING, WAYS_OUT, chain, lack
 
 # Answers of an operating system that do not change by asking again: a missing file is reported at once.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}

@@ -22,7 +22,7 @@ from swamla_titan.data.folder import listed, special_kind
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.text_units import require_text
 from swamla_titan.errors import UserError
-from swamla_titan.machine import chain
+from swamla_titan.system.machine import chain
 
 logger = logging.getLogger(__name__)
 

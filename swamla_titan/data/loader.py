@@ -27,7 +27,7 @@ from swamla_titan.data.packing import document_ids, initial_cursor, is_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
 from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
 from swamla_titan.errors import Damaged, RunFailed, UserError
-from swamla_titan.machine import needed
+from swamla_titan.system.machine import needed
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from swamla_titan.bounded import Count, Within, fit
+from swamla_titan.system.bounded import Count, Within, fit
 
 ORDER = 3  # in the fingerprint: a new number where cursors of older checkpoints would mean other places
 

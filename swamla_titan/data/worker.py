@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from swamla_titan.console import LogFormatter, open_console
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.skips import Skip
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.process_end import wait_for_end
+from swamla_titan.system.console import LogFormatter, open_console
+from swamla_titan.system.process_end import wait_for_end
 
 CURSORS = "stream_cursors"  # key of the cursors in the loader's state
 

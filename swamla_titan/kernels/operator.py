@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.library import CustomOpDef
 
-from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.device import has_triton
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention import Mask
-from swamla_titan.kernels.document_attention import TIMED_WIDTHS, document_kernel_takes
-from swamla_titan.kernels.launch import is_tuned_for
-from swamla_titan.kernels.masks import (
+from swamla_titan.kernels.attention.dispatch import Mask
+from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_kernel_takes
+from swamla_titan.kernels.attention.masks import (
     DocumentRule,
     WindowRule,
     block_mask,
@@ -17,7 +16,8 @@ from swamla_titan.kernels.masks import (
     document_ends,
     document_starts,
 )
-from swamla_titan.kernels.window_attention import window_kernel_takes
+from swamla_titan.kernels.attention.window import window_kernel_takes
+from swamla_titan.kernels.device import is_tuned_for
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
@@ -29,7 +29,7 @@ ATTENTION_BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """Passed to each block beside the activations. Masks are as kernels/attention.py takes them."""
+    """Passed to each block beside the activations. Masks are as kernels/attention/dispatch.py takes them."""
 
     positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
     swa_rotation: Rotation

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.masks import DocumentRule
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import DocumentRule
 from swamla_titan.model.cache import MLACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.masks import WindowRule
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model.cache import SWACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.distributed.dtensor import free_gathered_weights, like_part, local
 from swamla_titan.optim.groups import named
 from swamla_titan.optim.pointwise import pointwise, put
-from swamla_titan.parallel.data_parallel import free_gathered_weights
-from swamla_titan.parallel.sharded import like_part, local
 
 
 class AveragedWeights:

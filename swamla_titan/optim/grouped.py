@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
+from swamla_titan.distributed.dtensor import local, part_of
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.optim.moments import maps_of, moments_in, new_state
 from swamla_titan.optim.muon import Orthogonalizer, step_sizes
 from swamla_titan.optim.pointwise import pointwise
-from swamla_titan.parallel.sharded import local, part_of
 
 # Elements from which compiled AdamW is worth a launch of its own: a call takes 0.2 ms of the host, and saves an H100 a
 # fifth of its time (16M elements: 161 instead of 206 us).

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.distributed.dtensor import like_part, local
 from swamla_titan.optim.groups import Kind, block_of
-from swamla_titan.parallel.sharded import like_part, local
 from swamla_titan.quiet_torchao import quiet_torchao
 
 _ADAMW = ("exp_avg", "exp_avg_sq")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from swamla_titan.parallel.sharded import is_shared, local, part_at, shards_of
+from swamla_titan.distributed.dtensor import is_shared, local, part_at, shards_of
 
 # Of the quintic iteration, and of the norm it begins with: Jordan's, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315

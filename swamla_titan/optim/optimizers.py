@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
+from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.optim.gradients import clip_divisor
@@ -12,7 +13,6 @@ from swamla_titan.optim.grouped import GroupedOptimizer
 from swamla_titan.optim.groups import groups
 from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.moments import bytes_of_state
-from swamla_titan.parallel.sharded import local
 
 
 def build_optimizer(

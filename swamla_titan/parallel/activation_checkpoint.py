@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import swamla_titan.kernels.chunked_attention  # these register their operators
-import swamla_titan.kernels.document_attention
-import swamla_titan.kernels.float8_product
-import swamla_titan.kernels.window_attention  # noqa: F401
+import swamla_titan.kernels.attention.chunked  # these register their operators
+import swamla_titan.kernels.attention.document
+import swamla_titan.kernels.attention.window
+import swamla_titan.kernels.float8.linear  # noqa: F401
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.errors import UserError

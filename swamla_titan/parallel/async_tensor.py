@@ -14,7 +14,7 @@ def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
 
     The ranks of `mesh` must be GPUs that reach each other's memory: of one host, or of one NVLink domain.
     """
-    assert mesh.device_type == "cuda", "refused in parallel/world.py"
+    assert mesh.device_type == "cuda", "refused in distributed/mesh.py"
     import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

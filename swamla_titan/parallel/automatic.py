@@ -11,15 +11,15 @@ from swamla_titan.config.effects import without_effect
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.sections import Float8
 from swamla_titan.data import rows_at_a_time
+from swamla_titan.distributed.agreement import all_gather_dict
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
 from swamla_titan.optim import state_bytes
-from swamla_titan.parallel.agreement import merged
-from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.parallelize import float8_products
-from swamla_titan.parallel.world import World
-from swamla_titan.quantization.products import little_gained, share_of
+from swamla_titan.quantization.coverage import little_gained, share_of
 
 
 class Choice(NamedTuple):
@@ -37,7 +37,7 @@ def choose(config: Config, world: World, begun_with: str | None) -> Choice:
     """
     reasons: dict[int, str | None] = {}
     if config.float8.recipe == "auto":
-        reasons = merged(world, {world.rank: why_no_float8(config, world.degrees, world.device)})
+        reasons = all_gather_dict(world, {world.rank: why_no_float8(config, world.degrees, world.device)})
     rank, why = next(((rank, why) for rank, why in sorted(reasons.items()) if why), (0, None))
     return _chosen(config, world.degrees, f"{why}, on rank {rank}" if why and rank else why, "", begun_with)
 

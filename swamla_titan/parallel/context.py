@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.causal_attention import cudnn_takes
-from swamla_titan.kernels.chunked_attention import chunked_causal_attention
-from swamla_titan.kernels.masks import (
+from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import (
     KeyIntervals,
     block_mask_of,
     dense_mask_of,
@@ -42,7 +42,7 @@ class SharedContext(SequenceContext):
 
     Positions and rotations are those of the rank's own tokens. `swa_mask` is over the sections that `exchange_windows`
     lays out, `mla_mask` over the keys of the whole row; with `mla_kernel` that is None, and the kernel of
-    kernels/causal_attention.py of that name needs no mask.
+    kernels/attention/causal.py of that name needs no mask.
     """
 
     layout: SequenceLayout
@@ -198,7 +198,7 @@ class _ContextBuilder:
 def kernel_without_mask(
     device: torch.device, dtype: torch.dtype, layout: SequenceLayout, qk_width: int, v_width: int
 ) -> str | None:
-    """The kernel (kernels/causal_attention.py) for MLA over rows of one document; None: attention under a mask."""
+    """The kernel (kernels/attention/causal.py) for MLA over rows of one document; None: attention under a mask."""
     return "cudnn" if cudnn_takes(device, dtype, layout.seq_len, layout.chunk, qk_width, v_width) else None
 
 

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import World
 
 _KEPT_BYTES = 4 * 2**30
 _KEEPING: WeakSet[nn.Module] = (
@@ -54,7 +54,7 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     and the embedding's reduction hide behind the blocks.
 
     Parameters of one axis (`is_kept_whole`) stay as they are, on every rank, for norms compute with their float32
-    values: `sum_whole_gradients` (whole_gradients.py) is due before each optimizer step.
+    values: `sum_whole_gradients` (replicated_grads.py) is due before each optimizer step.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
@@ -138,12 +138,6 @@ def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
 def frees_gathered_weights(model: nn.Module) -> bool:
     """Whether the blocks of a model that went through `apply_data_parallel` do."""
     return isinstance(model, FSDPModule) and model not in _KEEPING
-
-
-def free_gathered_weights(model: nn.Module) -> None:
-    """Make parameters the sharded ones again, whatever passes have gathered."""
-    for module in _units(model):
-        module.reshard()
 
 
 def _prefetch(model: SWAMLAModel) -> None:

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from swamla_titan.config import Config
-from swamla_titan.kernels.causal_attention import cudnn_takes
-from swamla_titan.kernels.latent_attention import latent_attention
-from swamla_titan.kernels.launch import has_triton, is_tuned_for
+from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
+from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
-from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.context import attention_path
@@ -38,15 +39,6 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
 def is_loss_fused(config: Config, device: torch.device) -> bool:
     """Whether head and loss are one operation on this device."""
     return wants_fused_loss(config) and (config.kernels.loss == "fused" or is_gpu_with_triton(device))
-
-
-def wants_fused_loss(config: Config) -> bool:
-    """Whether they are one on a GPU: "auto" wants that wherever it can be, in 16 bits."""
-    if config.kernels.loss != "auto":
-        return config.kernels.loss == "fused"
-    parallel, float8 = config.parallel, config.float8
-    is_split = parallel.tensor > 1 or parallel.pipeline > 1
-    return not is_split and not float8.output_head and config.training.compute_dtype != "float32"
 
 
 def are_pointwise_ours(config: Config, device: torch.device) -> bool:
@@ -80,7 +72,7 @@ def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "
 def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> str | None:
     """What keeps rotation and attention apart in blocks of "swa" or "mla", or None.
 
-    In SWA blocks it stays apart also where kernels/window_attention.py does not compute the attention.
+    In SWA blocks it stays apart also where kernels/attention/window.py does not compute the attention.
     """
     model, checkpointing = config.model, config.activation_checkpoint
     operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"

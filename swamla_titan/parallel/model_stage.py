@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.balance import stage_layers
 from swamla_titan.parallel.stages import stage_count, stage_numbers
-from swamla_titan.parallel.world import World
 
 
 class ModelStage(SWAMLAModel):
@@ -31,7 +31,7 @@ class ModelStage(SWAMLAModel):
             super().__init__(config)
         self.stage, self.stages = stage, len(layers)
         self.seq_len = seq_len
-        if not self.is_first:
+        if not self.is_rank_0:
             del self.embedding
         if not self.is_last:
             del self.norm, self.head
@@ -40,7 +40,7 @@ class ModelStage(SWAMLAModel):
                 del self.blocks[name]
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this stage reads tokens."""
         return self.stage == 0
 
@@ -56,12 +56,12 @@ class ModelStage(SWAMLAModel):
         `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage. Raises ValueError for tensors of a
         wrong shape or dtype.
         """
-        if self.is_first:
+        if self.is_rank_0:
             self._check(inputs, None, document_ids)
             if inputs.shape[1] != self.seq_len:
                 raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for rows of {self.seq_len}")
         context = self.context(self.seq_len, document_ids, inputs.device)
-        x = self.embed(self.local_tokens(inputs)) if self.is_first else inputs
+        x = self.embed(self.local_tokens(inputs)) if self.is_rank_0 else inputs
         for block in self.blocks.values():
             x = block(x, context)
         return self.head(self.norm(x)) if self.is_last else x

@@ -8,6 +8,8 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.config.sections import Float8
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -15,12 +17,10 @@ from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights
-from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
-from swamla_titan.parallel.world import World
+from swamla_titan.quantization.coverage import Product, refuse_device, refuse_none, survey
 from swamla_titan.quantization.native import keep_weights
-from swamla_titan.quantization.products import Product, refuse_device, refuse_none, survey
 
 
 def float8_products(config: Config) -> list[Product]:

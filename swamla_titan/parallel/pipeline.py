@@ -15,10 +15,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
+from swamla_titan.distributed.mesh import World
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.stages import holder, runnable_count, stage_count
 from swamla_titan.parallel.tied import TiedEmbedding
-from swamla_titan.parallel.world import World
 
 
 class Pipeline:
@@ -50,7 +50,7 @@ class Pipeline:
         self._dim = config.model.dim
         self._activation_len = activation_len or config.training.seq_len
         self._logits_shape = logits_shape or (self._activation_len, config.model.padded_vocab_size)
-        self._first = next((stage for stage in stages if stage.is_first), None)
+        self._first = next((stage for stage in stages if stage.is_rank_0), None)
         self._last = next((stage for stage in stages if stage.is_last), None)
         self._dtype = stages[0].activation_dtype
         self._schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
@@ -159,7 +159,7 @@ class Pipeline:
             stage.stage,
             stage.stages,
             self._world.device,
-            input_args=meta(rows, stage.seq_len, dtype=torch.int64) if stage.is_first else activations,
+            input_args=meta(rows, stage.seq_len, dtype=torch.int64) if stage.is_rank_0 else activations,
             output_args=meta(rows, *self._logits_shape) if stage.is_last else activations,
             group=self._group,
         )

@@ -1,13 +1,13 @@
 """What context ranks give each other: latents of all tokens for MLA; windows' halos and sinks for SWA.
 
-The collectives (functional.py) start before they are waited for. All tokens here are those of one rank,
+The collectives (distributed/collectives.py) start before they are waited for. All tokens here are those of one rank,
 [B, 2 * chunk, ...], or are said to be whole rows.
 """
 
 import torch
 from torch import Tensor
 
-from swamla_titan.parallel.functional import OPERATORS, waited
+from swamla_titan.distributed.collectives import OPERATORS, waited
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, chunks_of
 
 

@@ -1,7 +1,7 @@
 """What the ranks of a tensor-parallel group tell each other, as differentiable functions of plain tensors.
 
-Each of them waits for the result of its collective (functional.py) at once. Inside a compiled graph that is an operator
-which the compiler moves as late as it can, so nothing is lost.
+Each of them waits for the result of its collective (distributed/collectives.py) at once. Inside a compiled graph that
+is an operator which the compiler moves as late as it can, so nothing is lost.
 
 Along the sequence (axis 1 of [B, T, ...]), gather and scatter-sum are each other's derivative: with S the sum over
 ranks of what each computed from all tokens, the gradient of a token's shard is the sum of all ranks' gradients of it.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from swamla_titan.parallel.functional import OPERATORS, waited
+from swamla_titan.distributed.collectives import OPERATORS, waited
 
 _SEQUENCE = 1  # axis of [B, T, ...]
 

@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import World
 
 
 class TiedEmbedding:
@@ -18,7 +18,7 @@ class TiedEmbedding:
 
     def __init__(self, world: World, stages: list[ModelStage], first_holder: int, last_holder: int) -> None:
         """`stages` are this rank's; the holders are pipeline ranks. All processes must come here: it makes groups."""
-        self._embedding = next((stage for stage in stages if stage.is_first), None)
+        self._embedding = next((stage for stage in stages if stage.is_rank_0), None)
         self._head = next((stage for stage in stages if stage.is_last), None)
         self._group: dist.ProcessGroup | None = None
         if first_holder != last_holder:

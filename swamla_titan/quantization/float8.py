@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.quantization.coverage import Product, Sides, refuse_device, survey, table, whole_sides
 from swamla_titan.quantization.native import convert_natively, settings_of
-from swamla_titan.quantization.products import Product, Sides, refuse_device, survey, table, whole_sides
 from swamla_titan.quiet_torchao import quiet_torchao
 
 quiet_torchao()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.float8 import float8_cast, scale_for
-from swamla_titan.kernels.float8_product import (
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.kernels.float8.casts import float8_cast, scale_for
+from swamla_titan.kernels.float8.linear import (
     VALUES,
     Operand,
     Settings,
@@ -25,7 +26,6 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import EPS, DynamicTanh, RMSNorm
-from swamla_titan.parallel.sharded import local
 
 _APART = 4  # float32 numbers from one weight's scale to the next: cuBLASLt reads a scale at multiples of 16 bytes
 

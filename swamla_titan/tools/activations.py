@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from swamla_titan.config import Config
+from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import MLABlock, ModelConfig, SWABlock
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_kept, keeps_operators
-from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.parallel.parallelize import float8_products
 
 BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by the names of their modules

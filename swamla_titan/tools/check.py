@@ -14,8 +14,8 @@ import torch
 
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.console import several_lines
 from swamla_titan.data import load_tokenizer, rows_at_a_time
+from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -29,11 +29,11 @@ from swamla_titan.parallel.automatic import (
     float8_moments_advice,
     may_save_by_float8_moments,
 )
-from swamla_titan.parallel.degrees import fit_degrees
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
+from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.products import table, warnings
+from swamla_titan.system.console import several_lines
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.numerics import set_numerics

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from swamla_titan.config import find_config, shipped_configs
 from swamla_titan.config.shipped import checkout
-from swamla_titan.console import one_line
 from swamla_titan.errors import UserError
 from swamla_titan.model.sizes import flavor_table
+from swamla_titan.system.console import one_line
 
 
 def list_configs() -> None:

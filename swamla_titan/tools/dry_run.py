@@ -5,28 +5,29 @@ from pathlib import Path
 
 import torch
 
+from swamla_titan.checkpoint.data_record import read_data_record
+from swamla_titan.checkpoint.dump_folder import refuse_folder
+from swamla_titan.checkpoint.fingerprint import run_identity
+from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
+from swamla_titan.checkpoint.train_state import optimizer_of, record_to_resume
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
-from swamla_titan.console import one_line
 from swamla_titan.data import BatchLoader, described, load_tokenizer, pinned, uneven
+from swamla_titan.distributed.degrees import fit_degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
+from swamla_titan.launch.process_group import launched_rank
+from swamla_titan.launch.worker import launched_size
 from swamla_titan.parallel.automatic import choose_for
 from swamla_titan.parallel.compile import refuse_cache_folder
-from swamla_titan.parallel.degrees import fit_degrees
-from swamla_titan.parallel.launcher import launched_size
 from swamla_titan.parallel.parallelize import refuse_float8
-from swamla_titan.parallel.world import World, launched_rank
+from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
-from swamla_titan.train.checkpoint import Checkpoints, DamagedCheckpoints
-from swamla_titan.train.data_record import read_data_record
-from swamla_titan.train.dump_folder import refuse_folder
-from swamla_titan.train.identity import run_identity
 from swamla_titan.train.metrics import require_wandb
 from swamla_titan.train.open_data import open_data
-from swamla_titan.train.record import optimizer_of, record_to_resume
 from swamla_titan.train.validation import Validator
 
 

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 
+from swamla_titan.checkpoint.manifest import MANIFEST
+from swamla_titan.checkpoint.store import CONFIG, VOCABULARY, Checkpoints, holds_ema, load_weights, require_weights
+from swamla_titan.checkpoint.verification import require_whole
 from swamla_titan.config import Config, load_config
-from swamla_titan.console import several_lines
 from swamla_titan.data import Tokenizer, load_tokenizer
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import Damaged, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
-from swamla_titan.parallel.world import World
-from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints, holds_ema, load_weights, require_weights
-from swamla_titan.train.manifest import MANIFEST
-from swamla_titan.train.verification import require_whole
+from swamla_titan.system.console import several_lines
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
+from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
 from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
-from swamla_titan.parallel.kernels import wants_fused_loss
 from swamla_titan.parallel.parallelize import gathers_float8
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import World
 
 _FLOAT32 = 4
 

@@ -15,21 +15,21 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import distinct_steps, rows_at_a_time, sequences_per_rank
+from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.fake import fake_world
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
-from swamla_titan.parallel.degrees import Degrees, fit_degrees
+from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.parallel_model import build_parts
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.parallel.schedule_simulation import Order, bubble_share, most_in_flight, order_of
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
-from swamla_titan.parallel.sharded import local
 from swamla_titan.parallel.stages import runnable_count, stage_count, stage_numbers
-from swamla_titan.parallel.timeline import Order, bubble_share, most_in_flight, order_of
-from swamla_titan.parallel.world import World
-from swamla_titan.quantization.products import Product
+from swamla_titan.quantization.coverage import Product
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
 
@@ -115,7 +115,7 @@ def plan(config: Config, ranks: int) -> Plan:
     place_size = degrees.size // degrees.pipeline  # places of a pipeline are whole stretches of ranks
     for place in range(degrees.pipeline):
         for rank in sorted({place * place_size, (place + 1) * place_size - 1}):
-            with pretended_world(degrees, config.parallel.data_parallel, rank) as world:
+            with fake_world(degrees, config.parallel.data_parallel, rank) as world:
                 parts = build_parts(laid_out, world)
                 if rank == 0:
                     mesh = list(_neighbours(world))
@@ -137,7 +137,7 @@ def memory_at(config: Config, ranks: int, rank: int) -> Memory:
     degrees = fit_degrees(config.parallel, ranks)
     refuse_float8(config, torch.device("cpu"), degrees)
     batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
-    with pretended_world(degrees, config.parallel.data_parallel, rank) as world:
+    with fake_world(degrees, config.parallel.data_parallel, rank) as world:
         parts = build_parts(laid_out, world)
         order = _pipeline_order(laid_out, world, parts, batch)
         place = rank // (degrees.size // degrees.pipeline)

@@ -9,7 +9,7 @@ from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.stages import stage_count, stages_per_rank
-from swamla_titan.quantization.products import table, warnings
+from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import Plan, Shape, folded, run_count
 

@@ -13,12 +13,12 @@ from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import contradictions
 from swamla_titan.data import load_tokenizer, rows_at_a_time
+from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.parallel.automatic import choose_for
-from swamla_titan.parallel.degrees import Degrees, fit_degrees
-from swamla_titan.parallel.world import World
 from swamla_titan.tools.plan import memory_at
 from swamla_titan.tools.plan_report import size
 

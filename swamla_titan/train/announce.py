@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 
+from swamla_titan.checkpoint.store import CONFIG
+from swamla_titan.checkpoint.train_state import Record
 from swamla_titan.config import Config
 from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.kernels import is_loss_fused
 from swamla_titan.parallel.parallelize import float8_products, gathers_float8
-from swamla_titan.parallel.world import World
-from swamla_titan.quantization.products import warnings
+from swamla_titan.quantization.coverage import warnings
 from swamla_titan.train.changed_settings import changed_settings
-from swamla_titan.train.checkpoint import CONFIG
 from swamla_titan.train.kernels import attention_of, pointwise_of
-from swamla_titan.train.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +91,17 @@ def announce(
     elif config.float8.fsdp_all_gather == "auto" and config.float8.recipe == "tensorwise" and is_sharded:
         why = why_not_gathered(config) or ["rows that ranks cannot share evenly"]
         logger.info(f"float8: FSDP2 gathers weights in {training.compute_dtype}, because of {' and '.join(why)}")
-    if world.is_first:
+    if world.is_rank_0:
         for warning in warnings(float8_products(config), config, rows):
             logger.warning(warning)
     for row in group_table(config.model, config.optimizer):
         logger.info(f"optimizer: {row}")
-    for advice in stability_advice(config) if world.is_first else ():
+    for advice in stability_advice(config) if world.is_rank_0 else ():
         logger.warning(advice)
     if config.ema.decay:
         logger.info(f"average of the weights: decay {config.ema.decay:g}")
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
-    for change in changed_settings(resumed / CONFIG, config) if resumed and world.is_first else ():
+    for change in changed_settings(resumed / CONFIG, config) if resumed and world.is_rank_0 else ():
         logger.warning(f"resumed with another setting: {change}")
     if record.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

@@ -3,14 +3,14 @@
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.launch import has_triton
+from swamla_titan.kernels.device import has_triton
 from swamla_titan.model.context import attention_path, is_plainly_causal
 from swamla_titan.parallel.context import kernel_without_mask
 from swamla_titan.parallel.kernels import are_pointwise_ours, is_gpu_with_triton, why_rotation_is_plain
 from swamla_titan.parallel.parallelize import float8_products
 from swamla_titan.parallel.sequence_layout import SequenceLayout
-from swamla_titan.parallel.world import World
 
 
 def attention_of(config: Config, world: World) -> str:

@@ -5,14 +5,14 @@ import sys
 
 from tqdm import tqdm
 
-from swamla_titan.console import LogFormatter
+from swamla_titan.system.console import LogFormatter
 
 _FORMAT = LogFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
 
 
 class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record. What the console does not take is dropped, see console.py: the folder has the log too."""
+        """Print the record. What the console does not take is dropped (system/console.py): the folder has it too."""
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 

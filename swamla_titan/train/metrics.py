@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
-from swamla_titan.console import one_line
 from swamla_titan.errors import UserError
-from swamla_titan.train.line_file import LineFile
+from swamla_titan.system.console import one_line
+from swamla_titan.system.line_file import LineFile
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 from functools import partial
 
 from swamla_titan.data import BatchLoader, Skip, StepBatch
+from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.parallel.agreement import agree, merged
-from swamla_titan.parallel.world import World
-from swamla_titan.train.signals import Stop, StopRequest
-from swamla_titan.train.skipped_files import SkippedFiles
+from swamla_titan.launch.signals import Stop, StopRequest
+from swamla_titan.train.policies.skipped_files import SkippedFiles
 
 LOOK = 1.0  # seconds between two looks at whether a signal came, while a rank waits for its data
 
@@ -36,23 +36,23 @@ def next_batch(
             else:
                 found += batch.skips if batch else ()
         state = _FAILED if error else _WAITING if batch is None else _SKIPPED if found else _READY
-        worst = world.largest(state)
+        worst = world.all_reduce_max(state)
         if worst == _READY:
             assert batch is not None
             return batch
         if worst == _WAITING:
-            if asked := stop.agreed(world.largest):
+            if asked := stop.agreed(world.all_reduce_max):
                 return asked
         elif worst == _FAILED:
-            agree(world, partial(_raise, error))
+            all_ranks_or_raise(world, partial(_raise, error))
         else:
-            every = merged(world, {world.rank: (world.data_rank, found)})
+            every = all_gather_dict(world, {world.rank: (world.data_rank, found)})
             lacking = _lacking(found, [skips for data_rank, skips in every.values() if data_rank == world.data_rank])
             if lacking:
                 found += lacking
                 loader.restart(first, found)
                 batch = None
-            if not world.largest(bool(lacking)):
+            if not world.all_reduce_max(bool(lacking)):
                 assert batch is not None
                 skipped.add(step, [skip for _, skips in every.values() for skip in skips])
                 return batch

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
+from swamla_titan.checkpoint.data_record import NAME
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import Corpus, ValidationSet, build_validation_set, load_tokenizer, open_corpus
 from swamla_titan.errors import Damaged
-from swamla_titan.train.data_record import NAME
 
 
 def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:

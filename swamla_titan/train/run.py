@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from swamla_titan.checkpoint.dump_folder import FolderLost, Hold, exclusive
+from swamla_titan.checkpoint.store import DamagedCheckpoints
 from swamla_titan.config import Config
+from swamla_titan.distributed.agreement import broadcast_from_rank_0
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RankFailed, RunFailed, UserError
-from swamla_titan.machine import allow_open_files_to_train, explain, needed
-from swamla_titan.parallel.agreement import from_first
-from swamla_titan.parallel.launcher import foreign_variables
-from swamla_titan.parallel.world import World, join_world, leave_world
-from swamla_titan.train.checkpoint import DamagedCheckpoints
-from swamla_titan.train.dump_folder import FolderLost, Hold, exclusive
-from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
-from swamla_titan.train.signals import StopRequest
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed
+from swamla_titan.launch.signals import StopRequest
+from swamla_titan.launch.worker import foreign_variables
+from swamla_titan.system.machine import allow_open_files_to_train, explain, needed
+from swamla_titan.train.policies.out_of_memory import Advise, explained_out_of_memory
+from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.trainer import Trainer
-from swamla_titan.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +43,13 @@ def train(config: Config, advise: Advise) -> int:
     with ExitStack() as stack:
         stack.callback(stop.forget)
         stack.push(_leave_together)
-        world = join_world(config.parallel, stop.leave_if_others_do_not_come)
-        if asked := stop.agreed(world.largest):
+        world = init_distributed(config.parallel, stop.leave_if_others_do_not_come)
+        if asked := stop.agreed(world.all_reduce_max):
             return asked.code
         folder = Path(config.job.dump_folder)
         # One rank holds the folder for all; the lock does not travel, so nothing is returned.
         held: list[Hold] = []
-        from_first(world, lambda: held.append(stack.enter_context(exclusive(folder))))
+        broadcast_from_rank_0(world, lambda: held.append(stack.enter_context(exclusive(folder))))
         watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
         stack.callback(watchdog.close)
         resolved = [config]
@@ -56,7 +57,7 @@ def train(config: Config, advise: Advise) -> int:
         trainer = _begun(config, world, stop, watchdog, held[0] if held else None)
         resolved.append(trainer.config)
         stack.push(lambda kind, *_: trainer.close(_in_trouble_alone(kind), kind is FolderLost))
-        if asked := stop.agreed(world.largest):
+        if asked := stop.agreed(world.all_reduce_max):
             return asked.code
         stop.finish_step_first = True
         with _explained():
@@ -105,4 +106,4 @@ def _in_trouble_alone(kind: type[BaseException] | None) -> bool:
 def _leave_together(kind: type[BaseException] | None, *_: object) -> None:
     """Say good-bye to the other processes, unless this one is in trouble alone."""
     if not _in_trouble_alone(kind):
-        leave_world()
+        destroy_distributed()

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamla_titan.checkpoint.random_state import random_state, set_random_state
+from swamla_titan.checkpoint.staging import ALIGNED
+from swamla_titan.checkpoint.store import Checkpoints, holds_ema, load_tensors, require_finite, tensors_of
 from swamla_titan.config import Config
+from swamla_titan.distributed.agreement import all_ranks_or_raise
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import AveragedWeights, build_optimizer, state_bytes
-from swamla_titan.parallel.agreement import agree
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import World
-from swamla_titan.train.bad_steps import BadSteps
-from swamla_titan.train.checkpoint import Checkpoints, holds_ema, load_tensors, require_finite, tensors_of
-from swamla_titan.train.loss_scale import LossScale
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.numerics import seed_of
-from swamla_titan.train.random_state import random_state, set_random_state
-from swamla_titan.train.rewinding import Rewinding
-from swamla_titan.train.staging import ALIGNED
+from swamla_titan.train.policies.bad_steps import BadSteps
+from swamla_titan.train.policies.loss_scale import LossScale
+from swamla_titan.train.policies.rewinding import Rewinding
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class TrainingState:
 
     def load_into(self, path: Path, rest: dict[str, dict[str, Tensor]]) -> None:
         """Fill weights, their average, optimizer states and `rest` from a checkpoint, in place."""
-        there = agree(self._world, lambda: holds_ema(path))
+        there = all_ranks_or_raise(self._world, lambda: holds_ema(path))
         ema = self.ema if there else None
         # Part by part: both ends of a tied weight go by one name, and a rank may hold the two (ZBVZeroBubble).
         for part, optimizer in zip(self.model.parts, self.optimizers):
@@ -80,9 +80,9 @@ class TrainingState:
             require_finite(path, tensors, self._world)
         if self.ema and not ema:
             self.ema.restart()
-            if self._world.is_first:
+            if self._world.is_rank_0:
                 logger.warning("%s holds no average of the weights: it begins with the weights themselves", path)
-        if there and not self.ema and self._world.is_first:
+        if there and not self.ema and self._world.is_rank_0:
             logger.warning("%s holds an average of the weights, which ema.decay = 0 drops", path)
 
     def _load(self, path: Path, step: int) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from swamla_titan.train.data_wait import Interval
+from swamla_titan.train.policies.data_wait import Interval
 
 # Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. The longest name whose words all occur
 # counts.

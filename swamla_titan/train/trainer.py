@@ -11,6 +11,13 @@ from typing import Any
 
 import torch
 
+from swamla_titan.checkpoint.async_save import Saver
+from swamla_titan.checkpoint.data_record import NAME as DATA_RECORD
+from swamla_titan.checkpoint.data_record import data_record, read_data_record, require_same_data, validation_record
+from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder, prepare_folder
+from swamla_titan.checkpoint.fingerprint import run_identity
+from swamla_titan.checkpoint.store import CONFIG, VOCABULARY, Checkpoints
+from swamla_titan.checkpoint.train_state import Record, optimizer_of, record_to_resume
 from swamla_titan.config import Config, to_toml
 from swamla_titan.data import (
     BatchLoader,
@@ -22,38 +29,31 @@ from swamla_titan.data import (
     prepare_workers,
     rows_at_a_time,
 )
+from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
+from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.optim import clip_gradients, lr_factor, refuse_old_gpu, set_learning_rate, skip_where
 from swamla_titan.parallel.activation_checkpoint import refuse_recomputation
-from swamla_titan.parallel.agreement import agree, from_first, merged
 from swamla_titan.parallel.automatic import Choice, choose, float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.compile import compilation, warm_compiler
 from swamla_titan.parallel.parallelize import refuse_float8
-from swamla_titan.parallel.world import World
 from swamla_titan.train.announce import announce
-from swamla_titan.train.bad_batches import BatchPlaces
-from swamla_titan.train.bad_steps import are_finite, remedies, warning
-from swamla_titan.train.checkpoint import CONFIG, VOCABULARY, Checkpoints
-from swamla_titan.train.data_record import NAME as DATA_RECORD
-from swamla_titan.train.data_record import data_record, read_data_record, require_same_data, validation_record
-from swamla_titan.train.data_wait import DataWait, cores_per_rank, what_helps
-from swamla_titan.train.dump_folder import Hold, log_to_folder, prepare_folder
-from swamla_titan.train.identity import run_identity
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.metrics import MetricsLogger, require_wandb, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.numerics import set_numerics
 from swamla_titan.train.open_data import open_data
-from swamla_titan.train.profiling import StepProfiler
-from swamla_titan.train.record import Record, optimizer_of, record_to_resume
-from swamla_titan.train.saving import Saver
-from swamla_titan.train.signals import Stop, StopRequest
-from swamla_titan.train.skipped_files import SkippedFiles
+from swamla_titan.train.policies.bad_batches import BatchPlaces
+from swamla_titan.train.policies.bad_steps import are_finite, remedies, warning
+from swamla_titan.train.policies.data_wait import DataWait, cores_per_rank, what_helps
+from swamla_titan.train.policies.profiling import StepProfiler
+from swamla_titan.train.policies.skipped_files import SkippedFiles
+from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.state import TrainingState
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
-from swamla_titan.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ class Trainer:
         self.world, self.stop, self.watchdog = world, stop, watchdog
         self.device = world.device
         set_numerics(config, self.device, world.rank)
-        agree(world, lambda: _refuse_what_cannot_be(config, world))
-        agree(world, lambda: _start_helpers(config, world))
-        config = dataclasses.replace(config, data=from_first(world, lambda: pinned(config.data)))
+        all_ranks_or_raise(world, lambda: _refuse_what_cannot_be(config, world))
+        all_ranks_or_raise(world, lambda: _start_helpers(config, world))
+        config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
         self.folder = Path(config.job.dump_folder)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -93,35 +93,37 @@ class Trainer:
         if hold:
             self.checkpoints.may_write = hold.require
         newest = self.checkpoints.newest_whole()
-        recorded = from_first(world, lambda: read_data_record(newest))
+        recorded = broadcast_from_rank_0(world, lambda: read_data_record(newest))
         with self.checkpoints.loading(newest):
-            self.config, corpus, held_out = agree(world, lambda: open_data(config, recorded))
+            self.config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, recorded))
         require_same_data(world, corpus)
-        corpus = corpus.with_segments(from_first(world, lambda: corpus.segments))
+        corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
         # Only now: the head's share of the products depends on the vocabulary.
         self.config, self.choices = agree_on_auto(self.config, world, newest)
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         training = config.training
         self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
-        self.validator = agree(world, lambda: held_out and Validator(held_out, world, self.rows))
+        self.validator = all_ranks_or_raise(world, lambda: held_out and Validator(held_out, world, self.rows))
 
         validation = validation_record(recorded, held_out)
         self.validation_set = validation["set"] if validation else 1
-        self.files = agree(world, lambda: _files(config, corpus, validation))
+        self.files = all_ranks_or_raise(world, lambda: _files(config, corpus, validation))
         self.identity = run_identity(config, corpus)
         details = {"source": corpus.change}
-        record = from_first(world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow, details))
+        record = broadcast_from_rank_0(
+            world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow, details)
+        )
 
         self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
         self.replaced_before = record.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
         with self.checkpoints.loading(newest):
-            self.loader = agree(world, lambda: self._open_loader(corpus, record.cursors or None))
+            self.loader = all_ranks_or_raise(world, lambda: self._open_loader(corpus, record.cursors or None))
         with ExitStack() as refused:
             refused.callback(self.loader.close)
             if self.step < training.steps:
-                agree(world, self.loader.start)  # it reads ahead while the model is made
+                all_ranks_or_raise(world, self.loader.start)  # it reads ahead while the model is made
             self._prepare(corpus, record, newest)
             refused.pop_all()
 
@@ -136,13 +138,13 @@ class Trainer:
         # The row that stops a run, and the step after it, see BadSteps.too_many.
         self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
         if config.metrics.wandb:
-            agree(world, require_wandb)
+            all_ranks_or_raise(world, require_wandb)
         # From here on nothing is refused any more.
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
-            from_first(world, lambda: prepare_folder(self.folder, to_toml(config)))
-        agree(world, lambda: log_to_folder(self.folder, world.rank))
+            broadcast_from_rank_0(world, lambda: prepare_folder(self.folder, to_toml(config)))
+        all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
         self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=self._may_write)
-        self.metrics = agree(world, self._open_metrics)
+        self.metrics = all_ranks_or_raise(world, self._open_metrics)
         expected = self.state.size() if self.step < config.training.steps else 0
         self.saver = Saver(config.checkpoint, self.checkpoints, self.device, self.step, expected)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
@@ -154,8 +156,8 @@ class Trainer:
         self._advise_float8_moments()
 
     def _advise_float8_moments(self) -> None:
-        saved = self.world.largest(saved_by_float8_moments(self.model.parts, self.config))
-        if saved > 0 and self.world.is_first:
+        saved = self.world.all_reduce_max(saved_by_float8_moments(self.model.parts, self.config))
+        if saved > 0 and self.world.is_rank_0:
             logger.info(f"float8: {float8_moments_advice(int(saved))}; a run keeps the optimizer that it began with")
 
     def run(self) -> int:
@@ -183,7 +185,9 @@ class Trainer:
                 self.metrics.advance()
             self.profiler.after_step(self.step)
 
-            stop = self.stop.agreed(self.world.largest)  # asked once: a signal later in this step is for the next one
+            stop = self.stop.agreed(
+                self.world.all_reduce_max
+            )  # asked once: a signal later in this step is for the next one
             finished = self.step == config.training.steps
             save = finished or stop or self.step % config.checkpoint.interval == 0
             validate = self.validator and (finished or self.step % config.validation.interval == 0)
@@ -218,7 +222,7 @@ class Trainer:
         """One optimizer step on this rank's part of a global batch, without waiting for the device.
 
         Returns the mean loss over the global batch's targets and the gradient norm before clipping, on the device. A
-        step that is bad by them changes neither weights nor optimizer states, see bad_steps.py.
+        step that is bad by them changes neither weights nor optimizer states, see policies/bad_steps.py.
         """
         training = self.config.training
         lr = self.config.optimizer.lr * lr_factor(self.config.lr_schedule, self.step, training.steps)
@@ -290,11 +294,11 @@ class Trainer:
 
     def _may_write(self) -> bool:
         """Whether this rank writes what there is one of in the dump folder, and may do so."""
-        return self.world.is_first and not (self.hold and self.hold.is_lost)
+        return self.world.is_rank_0 and not (self.hold and self.hold.is_lost)
 
     def _require_folder(self) -> None:
         """Raise FolderLost, on every rank, if the dump folder is not this run's any more."""
-        from_first(self.world, lambda: self.hold.require() if self.hold else None)
+        broadcast_from_rank_0(self.world, lambda: self.hold.require() if self.hold else None)
 
     def _log_step(self) -> None:
         """Read the step's values from the device, which waits for it, and send them to the logs."""
@@ -315,7 +319,7 @@ class Trainer:
             values["loss_scale"] = self.loss_scale.value.item()
         if self.skipped_files.count:
             values["skipped_files"] = self.skipped_files.count
-        values["memory_gib"] = self.world.largest(values["memory_gib"])
+        values["memory_gib"] = self.world.all_reduce_max(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
         self._log(values, step_line(self.step, self.config.training.steps, values, eta))
         if warning_of_wait := self.data_wait.warning(self.throughput.interval):
@@ -328,7 +332,7 @@ class Trainer:
             self.metrics.log(self.step, values, line)
 
     def _open_metrics(self) -> MetricsLogger | None:
-        if not self.world.is_first:
+        if not self.world.is_rank_0:
             return None
         config = self.config
         return MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
@@ -431,8 +435,10 @@ class Trainer:
             return
         with self.throughput.paused(), self.watchdog.pause("checkpoint"):
             # By the sequence: if a batch could not be read on one rank, the others are past theirs.
-            cursors = merged(self.world, self.loader.state_dict(self.sequences))
-            replaced = self.replaced_before + sum(merged(self.world, {self.world.data_rank: self.replaced}).values())
+            cursors = all_gather_dict(self.world, self.loader.state_dict(self.sequences))
+            replaced = self.replaced_before + sum(
+                all_gather_dict(self.world, {self.world.data_rank: self.replaced}).values()
+            )
             record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
             self.saver.save(self.state.tensors(), record, self.files, last)
 
@@ -448,9 +454,9 @@ def _refuse_what_cannot_be(config: Config, world: World) -> None:
 
 def agree_on_auto(config: Config, world: World, newest: Path | None) -> Choice:
     """What "auto" stands for in this run; all ranks come here."""
-    begun_with = from_first(world, lambda: optimizer_of(newest))
+    begun_with = broadcast_from_rank_0(world, lambda: optimizer_of(newest))
     choice = choose(config, world, begun_with)
-    agree(world, lambda: refuse_old_gpu(choice.config.optimizer, world.device))
+    all_ranks_or_raise(world, lambda: refuse_old_gpu(choice.config.optimizer, world.device))
     return choice
 
 

@@ -3,9 +3,9 @@
 import math
 
 from swamla_titan.data import IGNORED, ValidationSet
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import World
+from swamla_titan.parallel.model_parts import ParallelModel
 
 
 class Validator:

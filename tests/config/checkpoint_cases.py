@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from swamla_titan.train import checkpoint as checkpoint_module
-from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.checkpoint import store as checkpoint_module
+from swamla_titan.checkpoint.store import Checkpoints
 from tests.config.runner import SHORT, Runner
 from tests.train.runs import checkpoint, train
 

@@ -12,8 +12,8 @@ import pytest
 from swamla_titan.data import local_files, patience
 from swamla_titan.data.faults import Unreachable
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.train import watchdog
-from swamla_titan.train.watchdog import Watchdog
+from swamla_titan.train.policies import watchdog
+from swamla_titan.train.policies.watchdog import Watchdog
 from tests.config.runner import Runner, before_every_call_of
 from tests.train.faults import Fault
 from tests.train.runs import metrics

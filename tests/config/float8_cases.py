@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from swamla_titan.kernels import float8_product
+from swamla_titan.kernels.float8 import linear as float8_product
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import NativeHead, NativeLinear
 from tests.config.runner import Runner, before_every_call_of

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swamla_titan.distributed.dtensor import local
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local
+from swamla_titan.parallel.model_parts import ParallelModel
 from tests.train.runs import train
 
 

@@ -23,7 +23,7 @@ from swamla_titan.data.skips import Skip, added, first_skipped, skips_of, with_s
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.machine import LASTING, WAYS_OUT
+from swamla_titan.system.machine import LASTING, WAYS_OUT
 from tests.data.faulty import ALWAYS, Fails, flaky, truncate, write_parquet
 from tests.data.test_loader import all_cursors, global_batch, loaders, read, simulated
 from tests.waiting import HANG, wait_until

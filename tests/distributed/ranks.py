@@ -21,8 +21,8 @@ _server: int | None = None  # the process that ranks are forked from
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> list[Any]:
     """`function(*arguments)` in `size` processes that see torchrun's variables; returns what each gave, by rank.
 
-    The function must be importable. It may call `init_gloo`, or the program's own `join_world`. The first failure ends
-    all processes and is raised here with the rank's own traceback.
+    The function must be importable. It may call `init_gloo`, or the program's own `init_distributed`. The first
+    failure ends all processes and is raised here with the rank's own traceback.
     """
     # Where there is a GPU, what the server imports asks for it, and CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from swamla_titan.checkpoint.store import load_tensors
 from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.parallel.agreement import agree, from_first, merged
-from swamla_titan.parallel.world import World, join_world
-from swamla_titan.train.checkpoint import load_tensors
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.ranks import on_ranks
 
@@ -36,8 +37,8 @@ def _ends(way, world: World, failing: dict[int, str]) -> object:
 
 
 def _agree(cases: list[dict[int, str]]) -> list[object]:
-    world = join_world(Parallel())
-    return [_ends(agree, world, failing) for failing in cases]
+    world = init_distributed(Parallel())
+    return [_ends(all_ranks_or_raise, world, failing) for failing in cases]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -50,11 +51,11 @@ def test_an_error_of_one_rank_is_raised_on_all_and_the_first_of_several(size):
 
 
 def _from_first(cases: list[dict[int, str]]) -> tuple[list[object], int]:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     asked = []
 
     def count(way_world: World, work):
-        return from_first(way_world, lambda: (asked.append(1), work())[1])
+        return broadcast_from_rank_0(way_world, lambda: (asked.append(1), work())[1])
 
     return [_ends(count, world, failing) for failing in cases], len(asked)
 
@@ -69,9 +70,9 @@ def test_the_first_rank_works_for_all(size):
 
 
 def _other_error() -> object:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     try:
-        return agree(world, lambda: 1 // (world.rank - 1))
+        return all_ranks_or_raise(world, lambda: 1 // (world.rank - 1))
     except ZeroDivisionError:
         return "a bug"
 
@@ -83,11 +84,11 @@ def test_a_bug_is_not_shared():
 
 
 def _merged() -> list[dict[str, object]]:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     return [
-        merged(world, {f"of {world.rank}": world.rank, "of all": (1, 2)}),
-        merged(world, {"of the first": 1} if world.is_first else {}),
-        merged(world, {}),
+        all_gather_dict(world, {f"of {world.rank}": world.rank, "of all": (1, 2)}),
+        all_gather_dict(world, {"of the first": 1} if world.is_rank_0 else {}),
+        all_gather_dict(world, {}),
     ]
 
 
@@ -99,13 +100,13 @@ def test_dictionaries_are_united(size):
 
 def test_a_process_alone_asks_nobody():
     world = World.alone()
-    for way in (agree, from_first):
+    for way in (all_ranks_or_raise, broadcast_from_rank_0):
         assert way(world, lambda: 5) == 5
         with pytest.raises(UserError, match="rank 0") as caught:
             way(world, lambda: _work(0, {0: "user"}))
         assert isinstance(caught.value.__cause__, OSError)  # its cause is kept: it need not travel
     own = {"a": 1}
-    assert merged(world, own) == own
+    assert all_gather_dict(world, own) == own
 
 
 def _crash(config: str, error: type[Exception], rank: int) -> tuple[str, bool]:
@@ -135,7 +136,7 @@ def test_a_rank_that_dies_alone_does_not_wait_to_say_good_bye(tiny):
 
 
 def _load_more_on_the_last(folder: str) -> str:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     names = ["weight", "missing"] if world.rank == world.size - 1 else ["weight"]
     try:
         load_tensors(Path(folder), {"model": {name: torch.zeros(3) for name in names}}, world)

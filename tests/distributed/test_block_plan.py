@@ -10,9 +10,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from swamla_titan.config.sections import Compile, Float8, Parallel
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.parallel.world import join_world
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import MODES, batch, gradients, small_model
@@ -30,7 +30,7 @@ def _passes(rank: int, size: int, plan: dict[str, Any]) -> tuple[float, dict[str
     backend = plan.get("backend")
     compile_model(model, Compile(enabled=backend is not None, cache_folder=plan["folder"]), backend=backend or "eager")
     if size > 1:
-        mesh = join_world(Parallel()).weights
+        mesh = init_distributed(Parallel()).weights
         assert mesh is not None
         for block in model.blocks.values():
             fully_shard(block, mesh=mesh["shard"])
@@ -47,7 +47,7 @@ def _passes(rank: int, size: int, plan: dict[str, Any]) -> tuple[float, dict[str
 
 
 def _rank(plans: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any], set[str], int]]:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     return [_passes(world.rank, world.size, plan) for plan in plans]
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from swamla_titan.checkpoint import manifest
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import Record
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.parallel.world import World, join_world
-from swamla_titan.train import manifest
-from swamla_titan.train.checkpoint import Checkpoints
-from swamla_titan.train.record import Record
+from swamla_titan.launch.process_group import init_distributed
 from tests.distributed.ranks import on_ranks
 
 
@@ -34,7 +35,7 @@ def _save_and_listen(folder: str) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "_digest", listen)
-        _save(Checkpoints(Path(folder), 0, join_world(Parallel())), 1)
+        _save(Checkpoints(Path(folder), 0, init_distributed(Parallel())), 1)
     return seen
 
 
@@ -66,7 +67,7 @@ def _newest(folder: str, world: World | None = None) -> tuple[str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "_digest", listen)
         try:
-            found = str(Checkpoints(Path(folder), 0, world or join_world(Parallel())).newest_whole())
+            found = str(Checkpoints(Path(folder), 0, world or init_distributed(Parallel())).newest_whole())
         except UserError as error:
             found = str(error)
     return found, seen
@@ -85,7 +86,7 @@ DAMAGES = {
 
 
 def _save_two(folder: str) -> None:
-    checkpoints = Checkpoints(Path(folder), 0, join_world(Parallel()))
+    checkpoints = Checkpoints(Path(folder), 0, init_distributed(Parallel()))
     for step in (1, 2):
         _save(checkpoints, step)
 
@@ -119,7 +120,7 @@ def test_ranks_share_the_reading_and_find_what_one_process_finds(tmp_path, caplo
 
 def _end_of_a_second_save(folder: str, fails: str) -> str:
     """How it ends if `fails` does: "digest" on the last rank, "rename" of the checkpoint that is one too many."""
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     checkpoints = Checkpoints(Path(folder), 1, world)
     _save(checkpoints, 1)
 

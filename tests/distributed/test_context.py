@@ -10,15 +10,15 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla_titan.config.sections import Parallel
-from swamla_titan.kernels.masks import dense_mask, dense_mask_of, document_starts
+from swamla_titan.kernels.attention.masks import dense_mask, dense_mask_of, document_starts
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.launch.worker import launched_size
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel import context as context_module
 from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
-from swamla_titan.parallel.launcher import launched_size
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
-from swamla_titan.parallel.world import join_world
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.model.tiny import TINY
 
@@ -84,7 +84,7 @@ def largest_error(ours, exact):
 
 def join():
     """A world whose ranks are one context group."""
-    return join_world(Parallel(context=launched_size()))
+    return init_distributed(Parallel(context=launched_size()))
 
 
 def errors_of_models(names, documents, compiler=None, kernel=None):
@@ -257,7 +257,7 @@ def test_logits_denominator_backend_decoding_and_stages():
 
 
 def a_group_of_one():
-    world = join_world(Parallel(context=1))
+    world = init_distributed(Parallel(context=1))
     model = build(BASE)
     exact = loss_and_gradients(model, True)
     apply_context_parallel(model, world.activations["context"])

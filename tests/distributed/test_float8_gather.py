@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from swamla_titan.checkpoint.store import tensors_of
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data import MicroBatch
-from swamla_titan.kernels import float8_product
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.kernels.float8 import linear as float8_product
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
-from swamla_titan.parallel import data_parallel, parallel_model, parallelize
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import join_world
+from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel import model_parts as parallel_model
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.quantization import native
 from swamla_titan.quantization.native import NativeLinear
-from swamla_titan.train.checkpoint import tensors_of
 from swamla_titan.train.numerics import set_numerics
 from tests.distributed.job import run_and_listen
 from tests.distributed.ranks import on_ranks
@@ -47,7 +48,7 @@ def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
         training=Training(seq_len=64, compute_dtype=dtype),
         compile=Compile(enabled=False),
     )
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     model = ParallelModel(config, world)
     model.init_weights(0)
     tokens = batch()
@@ -87,7 +88,7 @@ def _moved(settings: list[dict[str, str]], choice: str) -> list[dict[str, Any]]:
             training=Training(seq_len=64),
             compile=Compile(enabled=False),
         )
-        world = join_world(config.parallel)
+        world = init_distributed(config.parallel)
         model = ParallelModel(config, world)
         model.init_weights(0)
         [part] = model.parts
@@ -170,7 +171,7 @@ def _native(parallel: Parallel) -> Config:
 
 def _keeps_columns(reshard: str) -> set[bool]:
     config = _native(Parallel(reshard_after_forward=reshard))
-    model = ParallelModel(config, join_world(config.parallel))
+    model = ParallelModel(config, init_distributed(config.parallel))
     return {module.keeps_columns for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
 
 
@@ -188,7 +189,7 @@ def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float],
         file.float8_cast = watched
     if not once:
         parallel_model.cast_weights = lambda model, through: None
-    model = ParallelModel(config, join_world(config.parallel))
+    model = ParallelModel(config, init_distributed(config.parallel))
     model.init_weights(0)
     optimizer = build_optimizer(model.parts[0], config.optimizer)
     tokens = batch() + torch.distributed.get_rank()
@@ -239,7 +240,7 @@ def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[flo
         compile=Compile(enabled=compiled, cache_folder=folder),
         parallel=Parallel(reshard_after_forward=reshard),
     )
-    model = ParallelModel(config, join_world(config.parallel))
+    model = ParallelModel(config, init_distributed(config.parallel))
     model.init_weights(0)
     optimizer = build_optimizer(model.parts[0], config.optimizer)
     tokens = batch()
@@ -274,7 +275,7 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: st
         parallel=parallel,
         optimizer=Optimizer(optimizer),
     )
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     set_numerics(config, world.device, world.rank)
     model = ParallelModel(config, world)
     model.init_weights(0)

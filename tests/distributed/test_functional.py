@@ -8,7 +8,7 @@ from tests.waiting import HANG
 SCRIPT = """
 import torch
 import torch.distributed as dist
-from swamla_titan.parallel.functional import OPERATORS, waited
+from swamla_titan.distributed.collectives import OPERATORS, waited
 from tests.waiting import HANG
 
 store = dist.HashStore()

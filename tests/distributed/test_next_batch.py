@@ -4,9 +4,9 @@ import pytest
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import RunFailed
-from swamla_titan.parallel.world import join_world
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.launch.signals import StopRequest
 from swamla_titan.train.next_batch import next_batch
-from swamla_titan.train.signals import StopRequest
 from tests.distributed.ranks import on_ranks
 
 
@@ -26,7 +26,7 @@ class _Loader:
 
 
 def _message(dies: str) -> str:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     loader = _Loader(dies if world.rank == 1 else None)  # the others would wait for ever
     stop = StopRequest()
     try:

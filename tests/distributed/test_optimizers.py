@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Optimizer, Parallel
+from swamla_titan.distributed.dtensor import local, part_of
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import plain_name
 from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local, part_of
-from swamla_titan.parallel.world import join_world
+from swamla_titan.parallel.model_parts import ParallelModel
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.optim import test_against_others as others
 
@@ -136,7 +136,7 @@ def moved(settings: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Tenso
         parallel=Parallel(**parallel),
         optimizer=Optimizer(**{"lr": 0.02, "weight_decay": 0.3} | settings, lr_multipliers={"*.wo.*": 2.0}),
     )
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     model = ParallelModel(config, world)
     model.init_weights(0)
     found = {}

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel, Training
 from swamla_titan.data.batches import MicroBatch
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.model_stage import build_stages
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.world import join_world
 from tests.distributed.ranks import on_ranks
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
@@ -107,7 +107,7 @@ def compare(pipeline, reference, tolerance=1e-11):
 
 def every_count(schedule, ranks):
     """Steps of 1 to 7 micro-batches, each the one before and one more, so that the reference only adds up."""
-    world = join_world(Parallel(pipeline=ranks))
+    world = init_distributed(Parallel(pipeline=ranks))
     seen = []
     for tied, documents in [(True, True), (False, False)]:
         config = configured(schedule, ranks, tied=tied)
@@ -160,7 +160,7 @@ def optimizer_steps(schedule, data_parallel, shard, reshard_after_forward):
     """AdamW on a pipeline of 2 whose stages are sharded over two ranks that read different micro-batches."""
     parallel = {"data_parallel": data_parallel, "dp_shard": shard, "dp_replicate": 2 // shard}
     config = configured(schedule, 2, layers=5, **parallel)
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     mesh = world.weights["replicate", "shard"] if data_parallel == "hsdp" else world.weights["shard"]
     stages = [with_values(stage) for stage in build_stages(config, world)]
     reductions = 0
@@ -198,7 +198,7 @@ def optimizer_steps(schedule, data_parallel, shard, reshard_after_forward):
             assert all(isinstance(parameter, DTensor) for stage in stages for parameter in stage.parameters())
     if data_parallel == "hsdp":
         # Once a step for each block, and for what a stage holds beside: the embedding, or norm and head.
-        assert reductions == 4 * sum(len(stage.blocks) + (stage.is_first or stage.is_last) for stage in stages)
+        assert reductions == 4 * sum(len(stage.blocks) + (stage.is_rank_0 or stage.is_last) for stage in stages)
     weights = {name: whole(weight).detach() for stage in stages for name, weight in stage.named_parameters()}
     for name, weight in reference.named_parameters():
         if name in weights:
@@ -247,7 +247,7 @@ def test_sharded_stages_train_like_the_whole_model(schedule, data_parallel, shar
 
 def tied_steps(schedule, ranks):
     config = configured(schedule, ranks)
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     stages = [with_values(stage).float() for stage in build_stages(config, world)]
     pipeline = Pipeline(config, world, stages)
     held = [parameter for stage in stages for parameter in stage.parameters()]
@@ -273,7 +273,7 @@ def test_tied_copies_stay_alike_to_the_last_bit(schedule, ranks):
 
 def compiled_step(schedule):
     config = configured(schedule, 2, layers=6)
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     stages = [with_values(stage).float() for stage in build_stages(config, world)]
     for stage in stages:
         for block in stage.blocks.values():

@@ -9,8 +9,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from swamla_titan.train import manifest
-from swamla_titan.train.staging import Staging
+from swamla_titan.checkpoint import manifest
+from swamla_titan.checkpoint.staging import Staging
 from tests.distributed.job import Ended, before_step, run, run_and_listen, run_killed
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.tiny_config import tiny_config

@@ -9,12 +9,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.dtensor import local, shards_of, write_whole
+from swamla_titan.distributed.mesh import World
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import initial_value
 from swamla_titan.optim.gradients import clip_divisor
-from swamla_titan.parallel.parallel_model import ParallelModel, build_parts
-from swamla_titan.parallel.sharded import local, shards_of, write_whole
-from swamla_titan.parallel.world import World, join_world
+from swamla_titan.parallel.model_parts import ParallelModel, build_parts
 from tests.distributed.ranks import on_ranks
 
 HSDP = {"data_parallel": "hsdp", "dp_replicate": 2}
@@ -29,7 +30,7 @@ def _whole(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 def _written(parallel: dict[str, Any]) -> list[tuple[bool, bool, int]]:
     """Of each shape and layout: is the part that of distribute_tensor, and the whole the whole; and how many parts."""
-    world = join_world(Parallel(**parallel))
+    world = init_distributed(Parallel(**parallel))
     assert world.weights is not None
     meshes = [world.weights["replicate", "shard"], world.weights["shard", "tensor"], world.weights["shard"]]
     layouts = [
@@ -79,7 +80,7 @@ SMALL = {"num_layers": 3, "dim": 64, "num_heads": 2, "vocab_size": 50, "max_seq_
 
 def _drawn(parallel: dict[str, Any]) -> list[str]:
     """Names of the parameters of a model, laid out by the program itself, that are not what one process draws."""
-    world = join_world(Parallel(**parallel))
+    world = init_distributed(Parallel(**parallel))
     wrong = []
     for tied in (True, False):
         config = Config(model=ModelConfig(**SMALL, tie_embeddings=tied), parallel=Parallel(**parallel))
@@ -112,7 +113,7 @@ class _Held(ParallelModel):
 
 def _clipped(parallel: dict[str, Any], max_norm: float) -> tuple[float, bool, bool]:
     """The norm; are the gradients those that torch clips of whole ones; does this rank hold nothing of one of them."""
-    world = join_world(Parallel(**parallel))
+    world = init_distributed(Parallel(**parallel))
     assert world.weights is not None
     weights = world.weights
     wholes = [_whole(shape, seed) for seed, shape in enumerate(SHAPES)]

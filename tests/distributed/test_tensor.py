@@ -16,15 +16,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from swamla_titan.config.sections import Float8, Parallel
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import cross_entropy
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
+from swamla_titan.parallel.replicated_grads import sum_whole_gradients
 from swamla_titan.parallel.tensor import apply_tensor_parallel
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
 from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
-from swamla_titan.parallel.whole_gradients import sum_whole_gradients
-from swamla_titan.parallel.world import World, join_world
 from tests.distributed.ranks import on_ranks
 
 T = 24
@@ -93,7 +94,7 @@ def reduce(model: nn.Module, world: World) -> None:
 
 
 def _model(size: int, cases: list[dict]) -> None:
-    world = join_world(Parallel(tensor=size))
+    world = init_distributed(Parallel(tensor=size))
     for changes in cases:
         whole, part = pair(world, torch.float64, **changes)
         for micro_batch in (1, 2):  # gradients accumulate before they are reduced
@@ -126,7 +127,7 @@ def test_loss_logits_and_gradients_equal_one_process(size, cases):
 
 
 def _without_reduction() -> list[str]:
-    world = join_world(Parallel(tensor=2))
+    world = init_distributed(Parallel(tensor=2))
     whole, part = pair(world, torch.float64, **EVERYTHING)
     tokens, targets, _ = batch()
     for model in (whole, part):
@@ -153,7 +154,7 @@ def test_replicated_gradients_are_summed_in_one_message():
 
 
 def _shards() -> None:
-    world = join_world(Parallel(tensor=4))
+    world = init_distributed(Parallel(tensor=4))
     mesh = world.weights["tensor"]
     with torch.device("meta"):
         model = SWAMLAModel(config(4, q_lora_rank=14, qk_norm=True))
@@ -185,7 +186,7 @@ TWO_LAYERS = {"num_layers": 2, "swa_layers_per_cycle": 1}  # one of each kind: c
 
 
 def _compiled() -> None:
-    world = join_world(Parallel(tensor=2))
+    world = init_distributed(Parallel(tensor=2))
     # Not float64: torch 2.11's compiled attention on the CPU takes its statistics for float32 in the backward pass.
     whole, part = pair(world, torch.float32, **EVERYTHING, **TWO_LAYERS)
     graphs: list[torch.fx.Graph] = []
@@ -251,7 +252,7 @@ def test_compiled_blocks_and_loss_equal_one_process_and_can_overlap():
 
 
 def _fsdp(compiled: bool) -> None:
-    world = join_world(Parallel(dp_shard=2, tensor=2))
+    world = init_distributed(Parallel(dp_shard=2, tensor=2))
     whole, part = pair(world, torch.float32, **EVERYTHING, **TWO_LAYERS)
     if compiled:
         for block in part.blocks.values():
@@ -278,7 +279,7 @@ def test_fsdp2_over_tensor_parallel_equals_one_process(compiled):
 
 
 def _loss(size: int, vocab_size: int, padded: int, compiled: bool) -> None:
-    world = join_world(Parallel(tensor=size))
+    world = init_distributed(Parallel(tensor=size))
     group = TensorGroup.of(world.weights["tensor"])
     shared = vocabulary_parallel_cross_entropy(group)
     if compiled:
@@ -315,7 +316,7 @@ def test_vocabulary_parallel_loss_compiles():
 
 
 def _gathered_logits() -> None:
-    world = join_world(Parallel(tensor=3))
+    world = init_distributed(Parallel(tensor=3))
     group = TensorGroup.of(world.weights["tensor"])
     whole = torch.arange(24.0).view(2, 12).requires_grad_()
     mine = whole.detach().chunk(3, dim=1)[group.rank].clone().requires_grad_()
@@ -335,7 +336,7 @@ def _float8(recipe: str) -> None:
     from swamla_titan.quantization.float8 import convert_to_float8
     from swamla_titan.quantization.native import NativeLinear
 
-    world = join_world(Parallel(tensor=2))
+    world = init_distributed(Parallel(tensor=2))
     torch.manual_seed(0)
     exact = SWAMLAModel(config(2, dim=64, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16))
     whole = copy.deepcopy(exact)
@@ -365,8 +366,8 @@ def test_float8_is_as_close_to_one_process_as_float8_is_to_float32(recipe):
 
 def _async_tensor() -> None:
     with pytest.raises(UserError, match=r"parallel.async_tensor = true needs GPUs"):
-        join_world(Parallel(tensor=2, async_tensor=True))
-    mesh = join_world(Parallel(tensor=2)).weights["tensor"]
+        init_distributed(Parallel(tensor=2, async_tensor=True))
+    mesh = init_distributed(Parallel(tensor=2)).weights["tensor"]
     assert not torch._inductor.config._micro_pipeline_tp
     group = mesh.get_group()
     gpus = SimpleNamespace(device_type="cuda", get_group=lambda: group)
@@ -382,7 +383,7 @@ def test_async_tensor_turns_the_compilers_pass_on_for_the_group():
 
 
 def _refusals() -> None:
-    world = join_world(Parallel(tensor=2))
+    world = init_distributed(Parallel(tensor=2))
     _, part = pair(world, torch.float32)
     with pytest.raises(ValueError, match=r"rows of 23 tokens.*multiple of 2"):
         part(torch.zeros(1, 23, dtype=torch.int64))

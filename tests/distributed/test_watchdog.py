@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swamla_titan.train import watchdog as module
+from swamla_titan.train.policies import watchdog as module
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step, limit_of_a_second, run, run_and_listen
 from tests.distributed.ranks import on_ranks

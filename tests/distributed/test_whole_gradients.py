@@ -12,12 +12,13 @@ from torch.distributed.tensor import DTensor
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Parallel, Training
 from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.dtensor import local, write_whole
+from swamla_titan.distributed.mesh import World
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, clip_gradients
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local, write_whole
-from swamla_titan.parallel.whole_gradients import sum_whole_gradients
-from swamla_titan.parallel.world import World, join_world
+from swamla_titan.parallel.model_parts import ParallelModel
+from swamla_titan.parallel.replicated_grads import sum_whole_gradients
 from tests.distributed.ranks import on_ranks
 
 T = 32
@@ -102,7 +103,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _differences(parallel: dict[str, Any], dtype: str, shape: ModelConfig, tolerance: float) -> list[str]:
     """What of a step is not as in one process."""
-    world, alone = join_world(Parallel(**parallel)), World.alone()
+    world, alone = init_distributed(Parallel(**parallel)), World.alone()
     mine, one = built(configured(parallel, dtype, shape), world), built(configured({}, dtype, shape), alone)
     loss = mine.train_step(batches(world), ROWS * T)
     expected = one.train_step(batches(alone), ROWS * T)
@@ -129,7 +130,7 @@ Held = tuple[list[str], list[list[set[str]]], int, dict[str, Any]]
 
 def _held(parallel: dict[str, Any], shape: ModelConfig) -> Held:
     """Norms that are not whole and float32; kinds of tensors in each optimizer's groups; messages; norms in the end."""
-    world = join_world(Parallel(**parallel))
+    world = init_distributed(Parallel(**parallel))
     config = configured(parallel, "bfloat16", shape)
     model = built(config, world)
     norms = {name: p for part in model.parts for name, p in part.named_parameters() if p.ndim < 2}

@@ -9,13 +9,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from swamla_titan.config import Override, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import MicroBatch
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import join_world
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.parallel.model_parts import ParallelModel
 from tests.distributed.ranks import on_ranks
 
 
 def _sum(parallel: Parallel) -> float:
-    world = join_world(parallel)
+    world = init_distributed(parallel)
     return world.sum_over_sequences(torch.tensor(1.0 + world.rank)).item()
 
 
@@ -26,7 +26,7 @@ def test_sums_are_over_the_ranks_that_computed_different_tokens():
 
 def _slices_of_a_step(path: Path, overrides: list[Override]) -> int:
     config = with_vocabulary(load_config(path, overrides), 257)
-    model = ParallelModel(config, join_world(config.parallel))
+    model = ParallelModel(config, init_distributed(config.parallel))
     model.init_weights(0)
     tokens = torch.zeros(1, config.training.seq_len, dtype=torch.int64)
     sliced = []

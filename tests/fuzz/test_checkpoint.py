@@ -24,9 +24,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata
 
+from swamla_titan.checkpoint.manifest import PIECE, name_of
+from swamla_titan.checkpoint.reader import Reader
 from swamla_titan.errors import UserError
-from swamla_titan.train.dcp_reader import Reader
-from swamla_titan.train.manifest import PIECE, name_of
 from tests.fuzz.harness import Bench, Case, fuzz
 from tests.fuzz.test_config import change_bytes, shuffle_lines
 from tests.text import write_text

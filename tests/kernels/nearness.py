@@ -2,7 +2,7 @@
 
 import torch
 
-from swamla_titan.kernels.attention import reference_attention
+from swamla_titan.kernels.attention.dispatch import reference_attention
 
 
 def relative_error(ours, exact):

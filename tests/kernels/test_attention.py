@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from swamla_titan.kernels import attention as module
-from swamla_titan.kernels import latent_attention as latent_module
-from swamla_titan.kernels.attention import attention, reference_attention
-from swamla_titan.kernels.causal_attention import cudnn_takes
-from swamla_titan.kernels.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
+from swamla_titan.kernels.attention import dispatch as module
+from swamla_titan.kernels.attention import latent as latent_module
+from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.dispatch import attention, reference_attention
+from swamla_titan.kernels.attention.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
 
 
 def test_reference_is_a_softmax_average_of_the_keys_seen():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from swamla_titan.kernels.attention import attention
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import block_mask, document_starts
 from swamla_titan.kernels.cross_entropy import cross_entropy
-from swamla_titan.kernels.masks import block_mask, document_starts
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.context import SequenceContext
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.causal_attention import cudnn_takes
-from swamla_titan.kernels.chunked_attention import chunked_causal_attention
+from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.dispatch import attention
 
 STARTS = [[0], [0, 24], [8, 16], [16], [24, 0]]
 CHUNK = 8

@@ -9,11 +9,11 @@ import pytest
 import torch
 from nearness import assert_equals_reference
 
-from swamla_titan.kernels import document_attention as document_attention_file
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.document_attention import document_attention, document_kernel_takes
-from swamla_titan.kernels.launch import Tiles
-from swamla_titan.kernels.masks import DocumentRule, dense_mask, document_ends, document_starts
+from swamla_titan.kernels.attention import document as document_attention_file
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.document import document_attention, document_kernel_takes
+from swamla_titan.kernels.attention.masks import DocumentRule, dense_mask, document_ends, document_starts
+from swamla_titan.kernels.device import Tiles
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from swamla_titan.kernels import float8
-from swamla_titan.kernels.float8 import (
+from swamla_titan.kernels.float8 import casts as float8
+from swamla_titan.kernels.float8.casts import (
     cast_rms_norm,
     cast_swiglu,
     float8_cast,

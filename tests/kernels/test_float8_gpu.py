@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8
-from swamla_titan.kernels.float8_product import Settings, gate_up_product, normalize, product, quantize
+from swamla_titan.kernels.float8.linear import Settings, gate_up_product, normalize, product, quantize
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing

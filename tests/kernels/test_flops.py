@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from swamla_titan.kernels.attention import reference_attention
-from swamla_titan.kernels.chunked_attention import chunked_causal_attention
-from swamla_titan.kernels.document_attention import document_attention
-from swamla_titan.kernels.float8_product import Settings, gate_up_product, product, quantize
-from swamla_titan.kernels.latent_attention import latent_attention
-from swamla_titan.kernels.masks import dense_mask
-from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
-from swamla_titan.kernels.window_attention import window_attention
+from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.dispatch import reference_attention
+from swamla_titan.kernels.attention.document import document_attention
+from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.masks import dense_mask
+from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
+from swamla_titan.kernels.attention.window import window_attention
+from swamla_titan.kernels.float8.linear import Settings, gate_up_product, product, quantize
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH, VALUE, ROPE = 2, 40, 4, 2, 64, 32, 16
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from swamla_titan.kernels.attention import reference_attention
-from swamla_titan.kernels.masks import (
+from swamla_titan.kernels.attention.dispatch import reference_attention
+from swamla_titan.kernels.attention.masks import (
     block_mask,
     block_mask_of_one_document,
     dense_mask,

@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 
-from swamla_titan.kernels.attention import reference_attention
-from swamla_titan.kernels.masks import dense_mask, document_starts
-from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
+from swamla_titan.kernels.attention.dispatch import reference_attention
+from swamla_titan.kernels.attention.masks import dense_mask, document_starts
+from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.model.rope import rotate, rotation
 
 pytestmark = pytest.mark.gpu

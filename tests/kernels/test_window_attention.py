@@ -9,11 +9,11 @@ import pytest
 import torch
 from nearness import assert_equals_reference
 
-from swamla_titan.kernels import window_attention as window_attention_file
-from swamla_titan.kernels.attention import attention
+from swamla_titan.kernels.attention import window as window_attention_file
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import WindowRule, dense_mask, document_starts
+from swamla_titan.kernels.attention.window import window_attention, window_kernel_takes
 from swamla_titan.kernels.limits import WINDOW_SINKS
-from swamla_titan.kernels.masks import WindowRule, dense_mask, document_starts
-from swamla_titan.kernels.window_attention import window_attention, window_kernel_takes
 
 pytestmark = pytest.mark.gpu
 

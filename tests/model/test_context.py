@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import TINY, build, random_tokens
 
-from swamla_titan.kernels import document_attention, window_attention
+from swamla_titan.kernels.attention import document as document_attention
+from swamla_titan.kernels.attention import window as window_attention
 from swamla_titan.model import ModelConfig, context
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext, flex_takes

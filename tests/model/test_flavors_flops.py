@@ -5,8 +5,8 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
+from swamla_titan.kernels.attention.masks import dense_mask
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
-from swamla_titan.kernels.masks import dense_mask
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.flops import training_flops, training_flops_per_token
 from swamla_titan.model.sizes import flavor_table, parameter_counts

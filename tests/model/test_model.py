@@ -342,7 +342,7 @@ def test_compiled_blocks_are_one_graph_and_equal(documents):
 
 def test_block_takes_a_block_mask_in_a_compiled_graph():
     """What runs on a GPU, as far as a CPU can run it: tracing with flex, without its kernel."""
-    from swamla_titan.kernels.masks import block_mask, document_starts
+    from swamla_titan.kernels.attention.masks import block_mask, document_starts
 
     torch._dynamo.reset()
     model = build(num_layers=2, swa_layers_per_cycle=1).requires_grad_(False)

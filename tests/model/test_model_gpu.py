@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
-from swamla_titan.kernels.masks import WindowRule
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel.kernels import use_pointwise_kernels

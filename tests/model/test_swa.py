@@ -7,7 +7,7 @@ import torch
 from tiny import ALL_SWA, build, random_tokens
 from transformers import MistralConfig, MistralForCausalLM
 
-from swamla_titan.kernels.masks import WindowRule
+from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model.rope import Rotation, rotate
 from swamla_titan.model.swa import attend_window
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Optimizer, Parallel
+from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.fake import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
@@ -15,9 +17,7 @@ from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
 from swamla_titan.optim.groups import block_of, groups, multiplier, named
 from swamla_titan.optim.matrices import column_units, separate_rows
-from swamla_titan.parallel.degrees import Degrees, fit_degrees
-from swamla_titan.parallel.parallel_model import build_parts
-from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.parallel.model_parts import build_parts
 
 GROUPED_QUERIES = ModelConfig(
     **{"num_layers": 3, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 100, "max_seq_len": 32},
@@ -105,7 +105,7 @@ def test_both_ends_of_a_tied_weight_are_of_one_kind_on_other_stages_of_a_pipelin
         optimizer = replace(optimizer, decay_embeddings=decays)
         kinds = []
         for rank in range(2):
-            with pretended_world(Degrees(pipeline=2), "fsdp", rank) as world:
+            with fake_world(Degrees(pipeline=2), "fsdp", rank) as world:
                 [stage] = build_parts(config, world)
                 weight = stage.embedding.weight if rank == 0 else stage.head.weight
                 kinds += [kind for kind, each in groups(stage, optimizer).items() if any(m is weight for m in each)]
@@ -159,7 +159,7 @@ def test_every_plan_decays_the_same_parameters(parallel, tied):
     ranks = 3 if parallel.get("pipeline") else 2 if parallel else 1
     decaying = set()
     for rank in range(ranks):
-        with pretended_world(fit_degrees(config.parallel, ranks), config.parallel.data_parallel, rank) as world:
+        with fake_world(fit_degrees(config.parallel, ranks), config.parallel.data_parallel, rank) as world:
             for part in build_parts(config, world):
                 of = {p: name for name, p in named(part)}
                 for kind, each in groups(part, config.optimizer).items():

@@ -5,11 +5,11 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Optimizer
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.fake import fake_world
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.optim import build_optimizer, grouped, muon, set_learning_rate
-from swamla_titan.parallel.degrees import Degrees
-from swamla_titan.parallel.parallel_model import build_parts
-from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.parallel.model_parts import build_parts
 
 
 def test_a_step_follows_the_formula_of_adamw():
@@ -60,7 +60,7 @@ def test_muons_set_up_looks_at_the_parts_of_owned_matrices_alone(monkeypatch):
     monkeypatch.setattr(muon, "part_at", lambda tensor, place: asked.append(tensor) or real(tensor, place))
     ranks = 40
     config = Config(model=FLAVORS["debug"], optimizer=Optimizer(name="muon"), compile=Compile(enabled=False))
-    with pretended_world(Degrees(shard=ranks), "fsdp", rank=3) as world:
+    with fake_world(Degrees(shard=ranks), "fsdp", rank=3) as world:
         [part] = build_parts(config, world)
         optimizer = build_optimizer(part.to_empty(device="cpu"), config.optimizer, torch.distributed.group.WORLD)
         mine = [each[3].weight for each in optimizer._orthogonalizer._rounds]

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import swamla_titan.parallel.kernels  # noqa: F401  registers all operators of our own
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Kernels, Parallel, Training
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import ModelConfig
@@ -25,7 +26,6 @@ from swamla_titan.parallel.activation_checkpoint import (
     refuse_recomputation,
 )
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.parallel.world import World
 from swamla_titan.tools.activations import recomputed_operations
 from swamla_titan.tools.memory import weights_in_use
 from tests.parallel.plan import ATTENTION, MODES, PRODUCT, Seen, batch, small_model, watch, watch_compiled

@@ -11,12 +11,12 @@ import torch
 
 from swamla_titan.config import Config, load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
+from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.errors import UserError
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
 from swamla_titan.parallel import automatic
 from swamla_titan.parallel.automatic import choose, choose_for, float8_moments_advice
-from swamla_titan.parallel.degrees import Degrees, fit_degrees
-from swamla_titan.parallel.world import join_world
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.job import run_and_listen
@@ -134,7 +134,7 @@ def test_without_auto_nothing_is_chosen_or_said():
 
 
 def _on_mixed_machines(bad: int) -> tuple[str, str, list[str]]:
-    world = join_world(Parallel())
+    world = init_distributed(Parallel())
     automatic.why_no_float8 = lambda *_: "an old GPU" if world.rank == bad else None
     chosen, lines = choose(base(optimizer=Optimizer("auto")), world, None)
     return chosen.float8.recipe, chosen.optimizer.name, lines

@@ -3,8 +3,8 @@
 import pytest
 
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.errors import UserError
-from swamla_titan.parallel.degrees import Degrees, fit_degrees
 
 HSDP = {"data_parallel": "hsdp"}
 DDP = {"data_parallel": "ddp"}

@@ -11,8 +11,8 @@ from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
 from swamla_titan.model.linear import Head, Linear
 from swamla_titan.parallel.tensor import sides_on_a_rank
+from swamla_titan.quantization.coverage import refuse_none
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.products import refuse_none
 from tests.parallel.plan import batch, gradients, small_model
 
 CPU = torch.device("cpu")

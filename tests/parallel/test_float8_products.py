@@ -8,13 +8,13 @@ from torchao.float8.float8_linear import Float8Linear
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Parallel, Training
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.fake import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
-from swamla_titan.parallel.degrees import Degrees
-from swamla_titan.parallel.parallel_model import build_parts
+from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
-from swamla_titan.parallel.pretend import pretended_world
+from swamla_titan.quantization.coverage import gain, table, warnings
 from swamla_titan.quantization.native import NativeLinear
-from swamla_titan.quantization.products import gain, table, warnings
 
 
 def products_of(flavor: str, **float8):
@@ -92,7 +92,7 @@ def test_a_small_reader_of_a_norm_is_left_with_the_other():
 def test_what_is_listed_is_what_is_converted(tensor):
     model, parallel = replace(FLAVORS["base"], num_layers=4, vocab_size=256), Parallel(tensor=tensor)
     config = Config(model=model, float8=Float8(recipe="native"), parallel=parallel, compile=Compile(enabled=False))
-    with pretended_world(Degrees(tensor=tensor), "fsdp", rank=0) as world:
+    with fake_world(Degrees(tensor=tensor), "fsdp", rank=0) as world:
         [part] = build_parts(config, world)
         found = {name for name, module in part.named_modules() if isinstance(module, NativeLinear)}
     listed = {each.name for each in float8_products(config) if each.why_not is None}
@@ -160,7 +160,7 @@ def test_warnings_come_where_little_is_gained():
 
 
 def test_table_and_warning_tell_the_same_share(monkeypatch):
-    monkeypatch.setattr("swamla_titan.quantization.products._LITTLE", 1.0)
+    monkeypatch.setattr("swamla_titan.quantization.coverage._LITTLE", 1.0)
     config, products = products_of("base", recipe="rowwise_with_gw_hp")
     assert next(table(products, "rowwise_with_gw_hp")).endswith(" 37% of their operations")  # two thirds of 56%
     assert "takes 37% of the operations" in next(warnings(products, config, rows=8))
@@ -181,7 +181,7 @@ def test_a_stage_without_any_is_no_error():
     refuse_float8(config, torch.device("cpu"))
     found = []
     for rank in range(3):
-        with pretended_world(Degrees(pipeline=3), "fsdp", rank) as world:
+        with fake_world(Degrees(pipeline=3), "fsdp", rank) as world:
             [part] = build_parts(replace(config, compile=Compile(enabled=False)), world)
             found.append(any(isinstance(module, Float8Linear) for module in part.modules()))
     assert found == [True, True, False]

@@ -7,16 +7,17 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel, Training
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels import document_attention, window_attention
-from swamla_titan.kernels.latent_attention import latent_attention
+from swamla_titan.kernels.attention import document as document_attention
+from swamla_titan.kernels.attention import window as window_attention
+from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
-from swamla_titan.kernels.rotary_window_attention import rotary_window_attention
 from swamla_titan.kernels.swiglu import swiglu, triton_swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
-from swamla_titan.parallel.world import World
 from swamla_titan.train.kernels import pointwise_of
 
 CPU = torch.device("cpu")

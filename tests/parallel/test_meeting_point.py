@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import pytest
 
 from swamla_titan.errors import UserError
-from swamla_titan.parallel import agent, meeting_point
-from swamla_titan.parallel.meeting_point import (
-    MeetingPoint,
+from swamla_titan.launch import agent
+from swamla_titan.launch import endpoint as meeting_point
+from swamla_titan.launch.endpoint import (
+    Endpoint,
     answers,
-    find_meeting_point,
-    own_meeting_point,
-    wait_for_meeting_point,
+    local_endpoint,
+    resolve_endpoint,
+    wait_for_endpoint,
 )
-from swamla_titan.parallel.rendezvous import BACKEND
+from swamla_titan.launch.rendezvous import BACKEND
 from tests.waiting import wait_until
 
 OWN, OTHER = "10.1.0.5", "10.1.0.9"
@@ -49,22 +50,22 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "endpoint, expected",
     [
-        ("node0:29400", MeetingPoint("node0", 29400, False, OWN, "ib0")),
-        (f"{OTHER}:1", MeetingPoint(OTHER, 1, False, OWN, "ib0")),
-        ("two:5", MeetingPoint("two", 5, False, OWN, "ib0")),  # one of its addresses has a route
-        ("me:5", MeetingPoint("me", 5, True, OWN, "ib0")),
-        ("10.1.0.6:5", MeetingPoint("10.1.0.6", 5, True, "10.1.0.6", "ib0")),  # packets to it carry the first address
+        ("node0:29400", Endpoint("node0", 29400, False, OWN, "ib0")),
+        (f"{OTHER}:1", Endpoint(OTHER, 1, False, OWN, "ib0")),
+        ("two:5", Endpoint("two", 5, False, OWN, "ib0")),  # one of its addresses has a route
+        ("me:5", Endpoint("me", 5, True, OWN, "ib0")),
+        ("10.1.0.6:5", Endpoint("10.1.0.6", 5, True, "10.1.0.6", "ib0")),  # packets to it carry the first address
         # The others must not be told 127.0.1.1, nor gloo look there.
-        ("debian:5", MeetingPoint("debian", 5, True, "203.0.113.7", "eth0")),
-        ("localhost:5", MeetingPoint("localhost", 5, True, "127.0.0.1", "lo")),
-        ("127.0.0.1:0", MeetingPoint("127.0.0.1", 0, True, "127.0.0.1", "lo")),
-        ("127.0.0.9:5", MeetingPoint("127.0.0.9", 5, True, "127.0.0.9", "lo")),
-        ("[::1]:5", MeetingPoint("::1", 5, True, "::1", "lo")),
+        ("debian:5", Endpoint("debian", 5, True, "203.0.113.7", "eth0")),
+        ("localhost:5", Endpoint("localhost", 5, True, "127.0.0.1", "lo")),
+        ("127.0.0.1:0", Endpoint("127.0.0.1", 0, True, "127.0.0.1", "lo")),
+        ("127.0.0.9:5", Endpoint("127.0.0.9", 5, True, "127.0.0.9", "lo")),
+        ("[::1]:5", Endpoint("::1", 5, True, "::1", "lo")),
     ],
 )
 @pytest.mark.usefixtures("machine")
-def test_who_holds_it_and_how_others_reach_this_machine(endpoint: str, expected: MeetingPoint) -> None:
-    assert find_meeting_point(endpoint) == expected
+def test_who_holds_it_and_how_others_reach_this_machine(endpoint: str, expected: Endpoint) -> None:
+    assert resolve_endpoint(endpoint) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,12 +74,12 @@ def test_who_holds_it_and_how_others_reach_this_machine(endpoint: str, expected:
 @pytest.mark.usefixtures("machine")
 def test_what_cannot_be_reached_is_refused(endpoint: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_meeting_point(endpoint)
+        resolve_endpoint(endpoint)
 
 
 def test_this_machines_own_routes_and_interfaces() -> None:
-    assert find_meeting_point("127.0.0.1:5") == MeetingPoint("127.0.0.1", 5, True, "127.0.0.1", "lo")
-    assert own_meeting_point() == MeetingPoint("127.0.0.1", 0, True, "127.0.0.1", "lo")
+    assert resolve_endpoint("127.0.0.1:5") == Endpoint("127.0.0.1", 5, True, "127.0.0.1", "lo")
+    assert local_endpoint() == Endpoint("127.0.0.1", 0, True, "127.0.0.1", "lo")
 
 
 def test_a_name_that_stands_for_the_loopback_address_and_no_default_route(
@@ -87,11 +88,11 @@ def test_a_name_that_stands_for_the_loopback_address_and_no_default_route(
     source = meeting_point._source
     monkeypatch.setattr(meeting_point, "_source", lambda target: None if target == "192.0.2.1" else source(target))
     with pytest.raises(UserError, match=r"debian stands for 127.0.1.1, .* in its place: 10.1.0.5 or 10.1.0.6 or 203"):
-        find_meeting_point("debian:5")
+        resolve_endpoint("debian:5")
     monkeypatch.setattr(meeting_point, "_addresses", lambda: {OWN: "ib0", "127.0.0.1": "lo"})
-    assert find_meeting_point("debian:5").address == OWN
+    assert resolve_endpoint("debian:5").address == OWN
     monkeypatch.setattr(meeting_point, "_addresses", lambda: {"127.0.0.1": "lo"})
-    assert find_meeting_point("debian:5").address == "127.0.1.1"  # then there are no others
+    assert resolve_endpoint("debian:5").address == "127.0.1.1"  # then there are no others
 
 
 def test_what_listens_does_so_at_one_address_or_says_why_not() -> None:
@@ -117,54 +118,54 @@ def server() -> Iterator[socket.socket]:
         yield made
 
 
-def point_at(server: socket.socket) -> MeetingPoint:
-    return MeetingPoint("127.0.0.1", server.getsockname()[1], False, "127.0.0.1", "lo")
+def point_at(server: socket.socket) -> Endpoint:
+    return Endpoint("127.0.0.1", server.getsockname()[1], False, "127.0.0.1", "lo")
 
 
 def test_a_machine_that_comes_first_waits_and_says_so_once(server: socket.socket) -> None:
     said: list[str] = []
     threading.Timer(1.3, server.listen).start()
-    wait_for_meeting_point(point_at(server), 30, said.append)
+    wait_for_endpoint(point_at(server), 30, said.append)
     assert len(said) == 1
     assert said[0].startswith("waiting for 127.0.0.1:")
-    wait_for_meeting_point(point_at(server), 30, said.append)
+    wait_for_endpoint(point_at(server), 30, said.append)
     assert len(said) == 1
 
 
 def test_it_does_not_wait_for_ever(server: socket.socket) -> None:
     with pytest.raises(UserError, match=r"nobody answered there for 0\.1 s"):
-        wait_for_meeting_point(point_at(server), 0.1, lambda line: None)
+        wait_for_endpoint(point_at(server), 0.1, lambda line: None)
 
 
 @pytest.fixture
-def vigils(monkeypatch: pytest.MonkeyPatch) -> list[MeetingPoint]:
+def vigils(monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
     """Whose silence would end torchrun; the environment is as it was afterwards."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
         monkeypatch.delenv(name)
-    found: list[MeetingPoint] = []
+    found: list[Endpoint] = []
     monkeypatch.setattr(agent, "_end_in_silence", found.append)
-    monkeypatch.setattr(agent, "wait_for_meeting_point", lambda point, seconds, say: None)
+    monkeypatch.setattr(agent, "wait_for_endpoint", lambda point, seconds, say: None)
     return found
 
 
-def met(monkeypatch: pytest.MonkeyPatch, point: MeetingPoint, **given: object) -> Namespace:
+def met(monkeypatch: pytest.MonkeyPatch, point: Endpoint, **given: object) -> Namespace:
     """torchrun's arguments after the meeting."""
-    monkeypatch.setattr(agent, "find_meeting_point", lambda endpoint: point)
+    monkeypatch.setattr(agent, "resolve_endpoint", lambda endpoint: point)
     args = Namespace(**{"rdzv_endpoint": "node0:5", "rdzv_id": "run", "local_addr": None, "standalone": False} | given)
     agent._meet(args)
     return args
 
 
-def test_torchrun_is_told(vigils: list[MeetingPoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    there = MeetingPoint("node0", 5, False, OWN, "ib0")
+def test_torchrun_is_told(vigils: list[Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Endpoint("node0", 5, False, OWN, "ib0")
     args = met(monkeypatch, there)
     assert (args.rdzv_backend, args.rdzv_endpoint, args.local_addr) == (BACKEND, "node0:5", OWN)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "NCCL_SOCKET_IFNAME" not in os.environ  # it knows faster ones
     wait_until(lambda: vigils)
 
-    args = met(monkeypatch, MeetingPoint("node0", 5, True, "10.1.0.6", "eth0"), local_addr="given")
+    args = met(monkeypatch, Endpoint("node0", 5, True, "10.1.0.6", "eth0"), local_addr="given")
     assert (args.rdzv_endpoint, args.local_addr, args.rdzv_id) == ("node0:5", "given", "run")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"  # what is set stays
     assert vigils == [there]
@@ -173,7 +174,7 @@ def test_torchrun_is_told(vigils: list[MeetingPoint], monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("vigils")
 def test_a_run_of_one_machine_is_in_reach_of_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # of a cluster's profile
-    args = met(monkeypatch, MeetingPoint("never", 5, True, "never", None), standalone=True, local_addr="127.0.0.1")
+    args = met(monkeypatch, Endpoint("never", 5, True, "never", None), standalone=True, local_addr="127.0.0.1")
     assert (args.standalone, args.rdzv_backend, args.rdzv_endpoint) == (False, BACKEND, "127.0.0.1:0")
     assert args.rdzv_id != "run"
     assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
@@ -200,7 +201,7 @@ def test_a_meeting_point_that_falls_silent_ends_torchrun(
 
     heard: list[float] = []
 
-    def look(point: MeetingPoint) -> bool:
+    def look(point: Endpoint) -> bool:
         if len(heard) == 30:
             server.close()
         elif answers(point):

@@ -9,14 +9,14 @@ from torch import nn
 
 from swamla_titan.config.sections import Compile, Float8
 from swamla_titan.errors import UserError
-from swamla_titan.kernels import float8_product
-from swamla_titan.kernels.float8_product import Settings, gate_up_product, normalize, product, quantize
+from swamla_titan.kernels.float8 import linear as float8_product
+from swamla_titan.kernels.float8.linear import Settings, gate_up_product, normalize, product, quantize
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.quantization import products
+from swamla_titan.quantization import coverage as products
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import (
     NativeGateUp,

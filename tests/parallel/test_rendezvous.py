@@ -18,37 +18,37 @@ from torch.distributed.elastic.rendezvous import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from swamla_titan.errors import RankFailed
-from swamla_titan.parallel import peers
-from swamla_titan.parallel.launcher import FOLDER, MARK, Place
-from swamla_titan.parallel.meeting_point import MeetingPoint
-from swamla_titan.parallel.rendezvous import CheckedBackend, open_store
-from swamla_titan.train.signals import StopRequest
+from swamla_titan.launch import store as peers
+from swamla_titan.launch.endpoint import Endpoint
+from swamla_titan.launch.rendezvous import CheckedBackend, open_store
+from swamla_titan.launch.signals import StopRequest
+from swamla_titan.launch.worker import FOLDER, MARK, Place
 from tests.listening import listening
 from tests.waiting import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Joins the others as the trainer does, and writes down who listens: this worker, and the torchrun that started it.
-WORKER = """
+WORKER = r"""
 import json, os, sys
 from pathlib import Path
 from swamla_titan.config.sections import Parallel
-from swamla_titan.parallel.world import join_world, leave_world
-from swamla_titan.process_end import end_process
+from swamla_titan.launch.process_group import init_distributed, destroy_distributed
+from swamla_titan.system.process_end import end_process
 from tests.listening import listening
-world = join_world(Parallel())
-assert world.largest(float(world.rank)) == world.size - 1
+world = init_distributed(Parallel())
+assert world.all_reduce_max(float(world.rank)) == world.size - 1
 found = {"worker": listening(os.getpid()), "torchrun": listening(os.getppid())}
 (Path(sys.argv[1]) / f"rank-{world.rank}").write_text(json.dumps(found))
-world.largest(0.0)
-leave_world()
+world.all_reduce_max(0.0)
+destroy_distributed()
 end_process(0)
 """
 
 
 def start(folder: Path, *flags: str) -> "subprocess.Popen[str]":
     (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "swamla_titan.parallel.agent", *flags, str(folder / "worker.py"), str(folder)]
+    command = [sys.executable, "-m", "swamla_titan.launch.agent", *flags, str(folder / "worker.py"), str(folder)]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
     environment |= {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop(FOLDER, None)
@@ -90,9 +90,9 @@ def test_a_run_of_two_listens_at_the_address_at_which_they_meet(tmp_path: Path) 
 
 def test_the_store_listens_at_one_address(tmp_path: Path) -> None:
     before = listening(os.getpid())
-    store = open_store(MeetingPoint("127.0.0.3", 0, True, "127.0.0.3", "lo"))
+    store = open_store(Endpoint("127.0.0.3", 0, True, "127.0.0.3", "lo"))
     assert sorted(listening(os.getpid())) == sorted([*before, "127.0.0.3"])
-    again = open_store(MeetingPoint("127.0.0.3", store.port, True, "127.0.0.3", "lo"))  # one of them holds it
+    again = open_store(Endpoint("127.0.0.3", store.port, True, "127.0.0.3", "lo"))  # one of them holds it
     store.set("key", "value")
     assert again.get("key") == b"value"
 
@@ -195,7 +195,7 @@ def test_other_machines_have_some_time_to_come_and_hear_of_the_stop(
     os.kill(os.getpid(), signal.SIGTERM)
     stop.leave_if_others_do_not_come()
     now = time.monotonic()
-    monkeypatch.setattr("swamla_titan.train.signals.time.monotonic", lambda: now + 3600)
+    monkeypatch.setattr("swamla_titan.launch.signals.time.monotonic", lambda: now + 3600)
     with pytest.raises(SystemExit, match="75"):
         stop.leave_if_others_do_not_come()
     stop.forget()

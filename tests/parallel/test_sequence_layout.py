@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from swamla_titan.kernels.attention import attention
-from swamla_titan.kernels.masks import block_mask_of, dense_mask_of, document_starts
+from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.masks import block_mask_of, dense_mask_of, document_starts
 from swamla_titan.parallel.context import mla_intervals, swa_intervals
 from swamla_titan.parallel.sequence_layout import (
     SequenceLayout,

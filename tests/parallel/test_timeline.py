@@ -3,11 +3,11 @@
 import pytest
 
 from swamla_titan.config import Override, load_config, with_vocabulary
-from swamla_titan.parallel.degrees import fit_degrees
+from swamla_titan.distributed.degrees import fit_degrees
+from swamla_titan.distributed.fake import fake_world
 from swamla_titan.parallel.model_stage import build_stages
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.pretend import pretended_world
-from swamla_titan.parallel.timeline import bubble_share, most_in_flight, order_of
+from swamla_titan.parallel.schedule_simulation import bubble_share, most_in_flight, order_of
 
 
 @pytest.mark.parametrize("name", ["1F1B", "GPipe"])
@@ -34,7 +34,7 @@ def test_torchs_schedules_of_several_stages_a_rank(tiny, name):
     keys = {"pipeline": str(ranks), "pipeline_schedule": name}
     overrides = [Override("parallel", key, value) for key, value in keys.items()]
     config = with_vocabulary(load_config(tiny, [*overrides, Override("model", "num_layers", "8")]), 257)
-    with pretended_world(fit_degrees(config.parallel, ranks), "fsdp", 0) as world:
+    with fake_world(fit_degrees(config.parallel, ranks), "fsdp", 0) as world:
         schedule = Pipeline(config, world, build_stages(config, world)).schedule(count, 1)
     order = order_of(name, ranks, count, schedule)
     share = bubble_share(order, [1.0] * ranks * per_rank)

@@ -7,11 +7,11 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Training
-from swamla_titan.kernels.float8_product import Settings
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import MLABlock, ModelConfig, SWABlock, SWAMLAModel
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
-from swamla_titan.parallel.degrees import Degrees
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, keep_weights
 from swamla_titan.tools.activations import (

@@ -11,7 +11,8 @@ import torch
 
 from swamla_titan.cli import main
 from swamla_titan.data.tokenizer import ByteTokenizer
-from swamla_titan.kernels import attention, float8
+from swamla_titan.kernels.attention import dispatch as attention
+from swamla_titan.kernels.float8 import casts as float8
 from swamla_titan.tools import check as module
 from tests.train.runs import snapshot
 

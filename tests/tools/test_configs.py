@@ -9,9 +9,9 @@ import pytest
 from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.load import SECTIONS
+from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.sizes import parameter_counts
-from swamla_titan.parallel.degrees import fit_degrees
 
 
 @pytest.fixture

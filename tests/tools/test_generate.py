@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from swamla_titan.checkpoint.manifest import commit
 from swamla_titan.cli import main
 from swamla_titan.data.tokenizer import ByteTokenizer
-from swamla_titan.train.manifest import commit
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, snapshot, train
 

@@ -15,14 +15,15 @@ from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.sections import Optimizer, Parallel
 from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local
-from swamla_titan.parallel.world import World, join_world, leave_world
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.tools.memory import EAGER_LOSS_BYTES, Memory
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import listed, report, size
@@ -273,7 +274,7 @@ def state_held(part: torch.nn.Module, config: Optimizer, world: World) -> int:
 def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[str, Any]:
     """What this rank of a real run holds, after a step; `gathered` and `accumulated` where there is no pipeline."""
     config = resolved(path, *overrides)
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     model = ParallelModel(config, world)
     model.init_weights(0)
     found: dict[str, Any] = {"rank": world.rank}
@@ -310,7 +311,7 @@ def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[st
     found["optimizer"] = sum(local(value).nbytes for value in states)
     ema = AveragedWeights(model.parts, 0.9)
     found["average"] = sum(local(mean).nbytes for part in model.parts for mean in ema.of_part(part).values())
-    leave_world()
+    destroy_distributed()
     return found
 
 

@@ -19,8 +19,8 @@ from swamla_titan.config.sections import (
     Parallel,
     Training,
 )
+from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
-from swamla_titan.parallel.world import join_world
 from swamla_titan.tools.plan import memory_at, plan
 from swamla_titan.tools.plan_report import size
 from swamla_titan.tools.savings import advice, savings
@@ -177,9 +177,9 @@ def test_a_gpu_without_float8_is_not_advised_to_use_it():
 
 
 def _advised_on_a_rank(config: Config) -> list[str]:
-    world = join_world(config.parallel)
+    world = init_distributed(config.parallel)
     found = advice(config, world) if world.rank == 1 else []
-    world.largest(0.0)  # the other one waits, as one that trains on does
+    world.all_reduce_max(0.0)  # the other one waits, as one that trains on does
     return found
 
 

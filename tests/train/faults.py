@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.sharded import local
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import Ended, before_step, run_and_listen
 

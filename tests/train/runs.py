@@ -16,8 +16,8 @@ from typing import TextIO
 import torch
 import torch.distributed.checkpoint as dcp
 
+from swamla_titan.checkpoint.manifest import commit
 from swamla_titan.cli import main
-from swamla_titan.train.manifest import commit
 from tests.waiting import wait_until
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from swamla_titan.cli import main
 from swamla_titan.config import Config, shipped_configs
 from swamla_titan.data import tokenizer as tokenizer_module
-from swamla_titan.parallel.world import join_world
+from swamla_titan.launch.process_group import init_distributed
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 from tests.train.test_data_faults import opened_then
 
@@ -323,4 +323,4 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_missed_before_anything_is_writ
         assert capsys.readouterr().err == error
         assert not (tmp_path / "run").exists()
     else:
-        assert join_world(Config().parallel).device.type == "cpu"
+        assert init_distributed(Config().parallel).device.type == "cpu"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from swamla_titan.checkpoint.data_record import read_data_record
 from swamla_titan.config import load_config
-from swamla_titan.train.data_record import read_data_record
 from swamla_titan.train.open_data import open_data
 from tests.train.runs import checkpoint, metrics, train
 from tests.train.test_allow import rows_fed

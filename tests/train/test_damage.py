@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from swamla_titan.checkpoint import store as checkpoint_module
+from swamla_titan.checkpoint.manifest import FORMAT, damage_of, digested
+from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.errors import UserError
-from swamla_titan.train import checkpoint as checkpoint_module
-from swamla_titan.train.checkpoint import Checkpoints
-from swamla_titan.train.manifest import FORMAT, damage_of, digested
 from tests.train.runs import assert_same_checkpoint, checkpoint, snapshot, train
 
 FILES = (".metadata", "__0_0.distcp", "train.json", "config.toml", "manifest.json")

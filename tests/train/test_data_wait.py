@@ -7,7 +7,7 @@ import torch
 
 from swamla_titan.config.sections import Data
 from swamla_titan.train import throughput as module
-from swamla_titan.train.data_wait import DataWait, Interval, what_helps
+from swamla_titan.train.policies.data_wait import DataWait, Interval, what_helps
 from swamla_titan.train.throughput import Throughput
 from tests.train.runs import train
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
+from swamla_titan.checkpoint.reader import Reader
 from swamla_titan.errors import UserError
-from swamla_titan.train.dcp_reader import Reader
 from tests.train.runs import checkpoint, train
 
 

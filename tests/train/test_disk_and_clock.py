@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import swamla_titan
-from swamla_titan.train.line_file import LineFile
+from swamla_titan.system.line_file import LineFile
 from swamla_titan.train.trainer import Trainer
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from swamla_titan.checkpoint import dump_folder
+from swamla_titan.checkpoint.dump_folder import exclusive, prepare_folder, refuse_folder
 from swamla_titan.errors import UserError
-from swamla_titan.train import dump_folder
-from swamla_titan.train.dump_folder import exclusive, prepare_folder, refuse_folder
 from tests.waiting import HANG
 
 RUN = "TORCHELASTIC_RUN_ID"

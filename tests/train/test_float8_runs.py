@@ -6,9 +6,9 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Training
 from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import World
+from swamla_titan.parallel.model_parts import ParallelModel
 from tests.parallel.plan import SMALL, batch
 from tests.train.runs import metrics, train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swamla_titan.train.checkpoint import Checkpoints
+from swamla_titan.checkpoint.store import Checkpoints
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
 from tests.train.test_data_faults import opened_then

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from swamla_titan.checkpoint import store as checkpoint_module
+from swamla_titan.checkpoint.async_save import Saver
+from swamla_titan.checkpoint.staging import Staging
+from swamla_titan.checkpoint.store import Checkpoints, load_tensors
+from swamla_titan.checkpoint.train_state import Record
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.errors import RunFailed
-from swamla_titan.train import checkpoint as checkpoint_module
-from swamla_titan.train.checkpoint import Checkpoints, load_tensors
-from swamla_titan.train.record import Record
-from swamla_titan.train.saving import Saver
-from swamla_titan.train.staging import Staging
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
 from tests.waiting import HANG
 

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from swamla_titan.train.signals import STOP_SIGNALS, StopRequest
+from swamla_titan.launch.signals import STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
+from swamla_titan.checkpoint.manifest import commit, name_of
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.tensor_index import Window, record_sizes
+from swamla_titan.checkpoint.train_state import Record
 from swamla_titan.cli import main
 from swamla_titan.errors import UserError
-from swamla_titan.train.checkpoint import Checkpoints
-from swamla_titan.train.manifest import commit, name_of
-from swamla_titan.train.record import Record
-from swamla_titan.train.tensor_index import Window, record_sizes
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, tensors, train
 
@@ -547,7 +547,7 @@ def test_what_is_whole_is_whole_however_it_was_cut(tmp_path):
 
 
 def _save_parts(folder: Path, found: dict[str, torch.Tensor], shift: int = 0) -> None:
-    from swamla_titan.train.dcp_reader import Reader
+    from swamla_titan.checkpoint.reader import Reader
 
     dcp.save(found, checkpoint_id=folder, no_dist=True)
     index = pickle.loads((folder / ".metadata").read_bytes())

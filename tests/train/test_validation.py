@@ -15,10 +15,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import build_validation_set, load_tokenizer, open_corpus
 from swamla_titan.data.held_out import text_hash
+from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.parallel.degrees import Degrees
-from swamla_titan.parallel.parallel_model import ParallelModel
-from swamla_titan.parallel.world import World
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.validation import Validator
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors, train
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from swamla_titan.backstop import STACKS, stopped
 from swamla_titan.config.sections import FaultTolerance
-from swamla_titan.parallel.launcher import FOLDER
-from swamla_titan.parallel.world import World
-from swamla_titan.running_time import RunningTime
-from swamla_titan.train import watchdog as module
-from swamla_titan.train.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+from swamla_titan.distributed.mesh import World
+from swamla_titan.launch.worker import FOLDER
+from swamla_titan.system.backstop import STACKS, stopped
+from swamla_titan.system.running_time import RunningTime
+from swamla_titan.train.policies import watchdog as module
+from swamla_titan.train.policies.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.trainer import Trainer
-from swamla_titan.train.watchdog import Watchdog
 from tests.distributed.job import before_step, limit_of_a_second
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
 from tests.waiting import HANG, wait_until
@@ -35,7 +35,9 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the watchdog would have ended this process for, in place of ending it."""
     found: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, now, headline: found.append(headline))
-    monkeypatch.setattr("swamla_titan.train.watchdog.BACKSTOP", 1000.0)  # nor is the backstop to end this process
+    monkeypatch.setattr(
+        "swamla_titan.train.policies.watchdog.BACKSTOP", 1000.0
+    )  # nor is the backstop to end this process
     return found
 
 
@@ -189,7 +191,7 @@ def test_a_process_of_the_run_that_is_stopped_is_waited_for_and_named_once(tmp_p
 # What has Python's lock for 3 s at a time, and then is stopped from without for longer than its limit.
 HOLDER = """
 import ctypes, sys, time
-from swamla_titan.backstop import Backstop
+from swamla_titan.system.backstop import Backstop
 backstop = Backstop()
 backstop.write_to(sys.stderr)
 backstop.arm(float(sys.argv[1]))
@@ -321,10 +323,10 @@ def test_the_place_of_the_main_thread_names_the_function_and_ours_that_called_it
     look()
     assert "(threading.py:" in places[0]
     assert "called by" not in places[0]
-    from swamla_titan.parallel.agreement import from_first
+    from swamla_titan.distributed.agreement import broadcast_from_rank_0
 
-    from_first(World.alone(), look)
-    assert ", called by from_first (agreement.py:" in places[1]
+    broadcast_from_rank_0(World.alone(), look)
+    assert ", called by broadcast_from_rank_0 (agreement.py:" in places[1]
 
 
 def test_the_ranks_are_listed_by_place_those_behind_first_and_the_silent_named():

@@ -1,0 +1,1 @@
+"""Checkpoints: what is written, how it is verified and read, and the dump folder around it."""

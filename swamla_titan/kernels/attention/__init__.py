@@ -1,0 +1,1 @@
+"""Attention: masks, the implementations, and the choice between them."""

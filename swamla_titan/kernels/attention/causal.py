@@ -1,0 +1,111 @@
+"""Attention kernels that know only "causal" and "everything", and give the log-sum-exp of scores: cuDNN's, and plain.
+
+"cudnn" is the fastest there is on an H100 for MLA's heads, 192 wide beside values of 128. "plain" is the same
+arithmetic written down, for any device and dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swamla_titan.kernels.attention.dispatch import why_not_cudnn
+
+
+class Kernel(NamedTuple):
+    """Attention over all keys, or causal on a square, forward and backward; all tensors are [B, H, length, width].
+
+    forward(query, key, value, scale, causal) -> out [B, H, Q, E] and lse [B, H, Q], the logarithm of the sum of
+    exp(scale query key^T) over the keys seen, in float32 (float64 for float64).
+    backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out` and `lse`
+    may be those over more keys than `key` holds.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, bool],
+        tuple[Tensor, Tensor, Tensor],
+    ]
+
+
+def cudnn_takes(device: torch.device, dtype: torch.dtype, row: int, chunk: int, qk_width: int, v_width: int) -> bool:
+    """Whether cuDNN's attention, forward and backward, takes chunks of rows of this length and heads of these widths.
+
+    Under torch's current settings: switched off or deterministic, it may not.
+    """
+    if device.type != "cuda" or why_not_cudnn(row, chunk):
+        return False
+
+    def heads(width: int) -> Tensor:
+        return torch.empty(1, 1, chunk, width, dtype=dtype, device=device, requires_grad=True)
+
+    params = torch.backends.cuda.SDPAParams(heads(qk_width), heads(qk_width), heads(v_width), None, 0.0, False, False)
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+    scores = query @ key.transpose(-2, -1) * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores
+
+
+def _plain_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    wide = _wide(query.dtype)
+    scores = _scores(query.to(wide), key.to(wide), scale, causal)
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ value.to(wide)).to(value.dtype), lse
+
+
+def _plain_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wide = query.dtype, _wide(query.dtype)
+    grad_out, query, key, value, out = (x.to(wide) for x in (grad_out, query, key, value, out))
+    weights = (_scores(query, key, scale, causal) - lse[..., None]).exp()
+    from_all_keys = (grad_out * out).sum(dim=-1, keepdim=True)  # sum over the row of weight * its gradient
+    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - from_all_keys) * scale
+    gradients = grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out
+    grad_query, grad_key, grad_value = (x.to(dtype) for x in gradients)
+    return grad_query, grad_key, grad_value
+
+
+def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    results: Any = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )
+    return results[0], results[1].view(query.shape[:3])  # its lse is [B, H, Q, 1]
+
+
+def _cudnn_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of a dropout that there is not
+    results: Any = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse.contiguous()[..., None],
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        causal,
+        scale=scale,
+    )
+    return results[0], results[1], results[2]
+
+
+KERNELS = {"cudnn": Kernel(_cudnn_forward, _cudnn_backward), "plain": Kernel(_plain_forward, _plain_backward)}

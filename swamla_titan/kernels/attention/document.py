@@ -1,0 +1,159 @@
+"""Causal attention inside documents as one operator, by the Triton kernels beside it (CUDA): MLA's, under documents.
+
+torch.compile takes it into a graph as it is. Value and gradients are the same in every run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from swamla_titan.kernels.device import Parts, Tiles, descriptors, has_triton, readable, strides
+from swamla_titan.kernels.flops import attention_flops, causal_pairs
+from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
+
+TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it is known to be fast: with documents of 500
+
+
+def document_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> bool:
+    """Whether `document_attention` computes heads of these widths in this dtype on this device."""
+    fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits and has_triton()
+
+
+def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query key^T) value over the keys of a query's own document, up to its own.
+
+    query and key [B, T, H, D] with D one of DOCUMENT_WIDTHS, value [B, T, H, E] with E one of DOCUMENT_V_WIDTHS, in 16
+    bits, elements adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, E], contiguous.
+    starts and ends [B, T] int32, contiguous: the index at which each token's document begins, and that after its last.
+    """
+    out: Tensor = _forward(query, key, value, starts, ends, scale)[0]
+    return out
+
+
+def run_forward(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, T, H, E] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
+    from swamla_titan.kernels.attention import document_triton as kernels
+
+    batch, length, heads, width = query.shape
+    # Else it would read what is not there.
+    assert key.shape == query.shape
+    assert value.shape[:3] == query.shape[:3]
+    for bounds in (starts, ends):
+        assert bounds.shape == (batch, length)
+        assert bounds.is_contiguous()
+        assert bounds.dtype == torch.int32
+    key, value = readable(key), readable(value)
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    tiles, cut, v_width = forward_tiles(), Parts.of(width), value.shape[-1]
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
+            *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, (v_width,)), query, out, lse, starts),
+            *(*strides(query), *strides(out), heads, length, scale),
+            **cut._asdict(),
+            DV=v_width,
+            **tiles.constants(),
+        )
+    return out, lse
+
+
+def run_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    from swamla_titan.kernels.attention import document_triton as kernels
+
+    grad_out, query, key, value = (readable(each) for each in (grad_out, query, key, value))
+    batch, length, heads, width = query.shape
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    delta = torch.empty_like(lse)
+    of_queries, of_keys = backward_tiles()
+    cut, v_width = Parts.of(width), value.shape[-1]
+    with torch.cuda.device_of(query):
+        kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
+            *(*descriptors(key, of_queries.keys, cut), *descriptors(value, of_queries.keys, (v_width,))),
+            *(query, out, grad_out, grad_query, lse, delta, starts),
+            *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
+            **cut._asdict(),
+            DV=v_width,
+            **of_queries.constants(),
+        )
+        kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
+            *(*descriptors(query, of_keys.queries, cut), *descriptors(grad_out, of_keys.queries, (v_width,))),
+            *(key, value, grad_key, grad_value, lse, delta, starts, ends),
+            *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
+            **cut._asdict(),
+            DV=v_width,
+            **of_keys.constants(),
+        )
+    return grad_query, grad_key, grad_value
+
+
+_forward = torch.library.custom_op("swamla_titan::document_attention", run_forward, mutates_args=())
+_backward = torch.library.custom_op("swamla_titan::document_attention_backward", run_backward, mutates_args=())
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # that of lse would be a tensor of zeros
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 6
+    gradients = torch.ops.swamla_titan.document_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
+    return (*gradients, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.document_attention)
+def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
+    return attention_flops(query, value[3], causal_pairs(query[1]))
+
+
+@register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
+    return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
+
+
+# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at heads of 192 and 128.
+_FORWARD = Tiles(128, 32, 8, 3)
+_BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
+
+
+def forward_tiles() -> Tiles:
+    """For the forward pass."""
+    return _FORWARD
+
+
+def backward_tiles() -> tuple[Tiles, Tiles]:
+    """For the queries' pass of the backward, and for that of the keys and values."""
+    return _BACKWARD

@@ -1,0 +1,160 @@
+"""Triton kernels of causal attention inside documents, for keys and values of unlike width: forward, and backward.
+
+As in window_triton.py: the backward pass takes queries first, then keys and values, without atomic additions, so that
+gradients are the same in every run; a head of 192 is multiplied as 128 + 64. Tiles of keys before the document of a
+tile's first query, and of queries after the document of a tile's last key, are never visited, and those that all see
+each other are not masked.
+"""
+
+import triton
+import triton.language as tl
+
+from swamla_titan.kernels.attention.tiles_triton import (
+    LN_2,
+    LOG2_E,
+    NEVER,
+    load_part,
+    load_parts,
+    load_parts_at,
+    product_of_parts,
+    store_part,
+)
+
+
+@triton.jit
+def _masked(scores, query, key, start):
+    """Scores of queries [rows] and keys [columns], NEVER where the key is later or in another document."""
+    return tl.where((key <= query) & (key >= start), scores, NEVER)
+
+
+@triton.jit
+def _documents(starts_ptr, query, first, last, seq_len):
+    """Where documents begin: of each of a tile's queries, of its first, and of its last, before `last`."""
+    start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
+    return start, tl.load(starts_ptr + first), tl.load(starts_ptr + last - 1)
+
+
+@triton.jit
+def document_forward(
+    k_wide, k_narrow, v_wide, q_ptr, out_ptr, lse_ptr, starts_ptr,
+    q_batch, q_token, q_head, out_batch, out_token, out_head, heads, seq_len, scale,
+    D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head. Grid: [tiles of queries, heads, batch], those with the most keys first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
+    start, document, newest = _documents(starts_ptr + batch * seq_len, query, first, last, seq_len)
+    q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
+    highest = tl.full([BM], NEVER, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    out = tl.zeros([BM, DV], tl.float32)
+    scale_log2 = scale * LOG2_E
+    for begin in range(document // BN * BN, last, BN):
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
+        v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
+        # Scaled before they are masked: of NEVER * scale - NEVER * scale a compiler makes one operation that rounds
+        # once and is not 0, in rows whose document begins behind the first tiles.
+        scores = product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2
+        if (begin + BN - 1 > first) | (begin < newest):
+            key = begin + tl.arange(0, BN)
+            scores = _masked(scores, query[:, None], key[None, :], start[:, None])
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        shrink = tl.exp2(highest - new_highest)
+        weights = tl.exp2(scores - new_highest[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+    total = tl.where(query < seq_len, total, 1.0)
+    store_part(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, out / total[:, None], 0, DV)
+    lse = (highest + tl.log2(total)) * LN_2
+    tl.store(lse_ptr + (batch * heads + head) * seq_len + query, lse, mask=query < seq_len)
+
+
+@triton.jit
+def document_grad_query(
+    k_wide, k_narrow, v_wide, q_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, starts_ptr,
+    q_batch, q_token, q_head, out_batch, out_token, out_head, do_batch, do_token, do_head,
+    dq_batch, dq_token, dq_head, heads, seq_len, scale,
+    D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, and delta [B, H, T], the sum over a row of out * its gradient. Grid as above."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
+    start, document, newest = _documents(starts_ptr + batch * seq_len, query, first, last, seq_len)
+    q1, q2 = load_parts_at(q_ptr + batch * q_batch + head * q_head, q_token, query, seq_len, D1, D2)
+    do = load_part(do_ptr + batch * do_batch + head * do_head, do_token, query, seq_len, 0, DV)
+    out = load_part(out_ptr + batch * out_batch + head * out_head, out_token, query, seq_len, 0, DV)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    row = (batch * heads + head) * seq_len
+    tl.store(delta_ptr + row + query, delta, mask=query < seq_len)
+    lse_log2 = tl.load(lse_ptr + row + query, mask=query < seq_len, other=0.0) * LOG2_E
+    dq1 = tl.zeros([BM, D1], tl.float32)
+    dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
+    scale_log2 = scale * LOG2_E
+    for begin in range(document // BN * BN, last, BN):
+        k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
+        v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
+        scores = product_of_parts(q1, q2, k1, k2, D2 > 0)
+        if (begin + BN - 1 > first) | (begin < newest):
+            key = begin + tl.arange(0, BN)
+            scores = _masked(scores, query[:, None], key[None, :], start[:, None])
+        weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        of_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
+        grad = (weights * (of_weights - delta[:, None])).to(k1.dtype)
+        dq1 = tl.dot(grad, k1, dq1, input_precision="ieee")
+        if D2 > 0:
+            dq2 = tl.dot(grad, k2, dq2, input_precision="ieee")
+    dq_ptr += batch * dq_batch + head * dq_head
+    store_part(dq_ptr, dq_token, query, seq_len, dq1 * scale, 0, D1)
+    if D2 > 0:
+        store_part(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
+
+
+@triton.jit
+def document_grad_key_value(
+    q_wide, q_narrow, do_wide, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, starts_ptr, ends_ptr,
+    k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,
+    heads, seq_len, scale,
+    D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values. Grid: [tiles of keys, heads, batch]; the first have the most queries.
+
+    Rows behind `seq_len` add nothing, since the gradient of their output is loaded as zeros.
+    """
+    first = tl.program_id(0) * BN
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    key = first + tl.arange(0, BN)
+    starts_ptr += batch * seq_len
+    end = tl.load(ends_ptr + batch * seq_len + tl.minimum(first + BN, seq_len) - 1)  # of the last key's document
+    k1, k2 = load_parts_at(k_ptr + batch * k_batch + head * k_head, k_token, key, seq_len, D1, D2)
+    v = load_part(v_ptr + batch * v_batch + head * v_head, v_token, key, seq_len, 0, DV)
+    dk1 = tl.zeros([BN, D1], tl.float32)
+    dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
+    dv = tl.zeros([BN, DV], tl.float32)
+    row = (batch * heads + head) * seq_len
+    scale_log2 = scale * LOG2_E
+    for begin in range(first // BM * BM, end, BM):
+        query = begin + tl.arange(0, BM)
+        q1, q2 = load_parts(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
+        do = do_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BM, DV)
+        lse_log2 = tl.load(lse_ptr + row + query, mask=query < seq_len, other=0.0) * LOG2_E
+        delta = tl.load(delta_ptr + row + query, mask=query < seq_len, other=0.0)
+        scores = product_of_parts(k1, k2, q1, q2, D2 > 0)  # [BN, BM]
+        newest = tl.load(starts_ptr + tl.minimum(begin + BM, seq_len) - 1)
+        if (first + BN - 1 > begin) | (first < newest):
+            start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
+            scores = _masked(scores, query[None, :], key[:, None], start[None, :])
+        weights = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
+        of_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
+        grad = (weights * (of_weights - delta[None, :])).to(q1.dtype)
+        dk1 = tl.dot(grad, q1, dk1, input_precision="ieee")
+        if D2 > 0:
+            dk2 = tl.dot(grad, q2, dk2, input_precision="ieee")
+    dk_ptr += batch * dk_batch + head * dk_head
+    store_part(dk_ptr, dk_token, key, seq_len, dk1 * scale, 0, D1)
+    if D2 > 0:
+        store_part(dk_ptr, dk_token, key, seq_len, dk2 * scale, D1, D2)
+    store_part(dv_ptr + batch * dv_batch + head * dv_head, dv_token, key, seq_len, dv, 0, DV)

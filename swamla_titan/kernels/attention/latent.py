@@ -1,0 +1,212 @@
+"""What lies between the products of an MLA block, as one operator: rotate, expand the rotary key, attend (CUDA).
+
+Left to torch.compile, the backward pass copies the gradients of queries and of values, and sums the rotary key's in a
+pass of its own. Here the queries' are rotated back where the attention wrote them, and one pass reads the others.
+"""
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from swamla_titan.kernels.attention import document as document_attention
+from swamla_titan.kernels.attention.causal import KERNELS
+from swamla_titan.kernels.flops import attention_flops, causal_pairs
+
+_HEADS_AT_A_TIME = 16
+
+
+def latent_attention(
+    query: Tensor,
+    keys_values: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    kernel: str = "cudnn",
+) -> Tensor:
+    """Causal attention: softmax(scale * rotated query key^T, causal) value, in documents if `starts` and `ends` say so.
+
+    query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, rope_key [B, T, rope], a head's part
+    without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
+    [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
+    KERNELS (causal.py), for rows of one document; `starts` and `ends` are document_attention.py's, which
+    computes the others -> [B, T, H, v] in query's dtype. Rows of one token, which cuDNN does not take, are computed by
+    "plain".
+    """
+    if query.shape[1] == 1:
+        kernel = "plain"
+    out: Tensor = _forward(query, keys_values, rope_key, cos, sin, scale, starts, ends, kernel)[0]
+    return out
+
+
+@torch.library.custom_op("swamla_titan::latent_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    keys_values: Tensor,
+    rope_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse [B, H, T] in float32, rotated queries and keys [B, T, H, nope + rope]."""
+    rotated, key = torch.empty_like(query), torch.empty_like(query)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        _make_heads(query, keys_values, rope_key, cos, sin, rotated, key)
+    value = _values(rotated, keys_values, rope_key)
+    if starts is not None and ends is not None:
+        return *document_attention.run_forward(rotated, key, value, starts, ends, scale), rotated, key
+    heads = [x.transpose(1, 2) for x in (rotated, key, value)]
+    out, lse = KERNELS[kernel].forward(heads[0], heads[1], heads[2], scale, True)
+    return out.transpose(1, 2).contiguous(), lse.contiguous(), rotated, key
+
+
+@_forward.register_fake
+def _(query: Tensor, keys_values: Tensor, rope_key: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    out = query.new_empty(_values(query, keys_values, rope_key).shape)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    return out, lse, torch.empty_like(query), torch.empty_like(query)
+
+
+@torch.library.custom_op("swamla_titan::latent_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    keys_values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rope_dim: int,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value = keys_values[..., query.shape[-1] - rope_dim :]
+    if starts is not None and ends is not None:
+        gradients = document_attention.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
+    else:
+        grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        gradients = KERNELS[kernel].backward(grad_out, query, key, value, out, lse, scale, True)
+        gradients = gradients[0].transpose(1, 2), gradients[1].transpose(1, 2), gradients[2].transpose(1, 2)
+    grad_query, grad_key, grad_value = (x.contiguous() for x in gradients)
+    grad_keys_values = torch.empty_like(keys_values)
+    grad_rope_key = cos.new_empty(*grad_query.shape[:2], rope_dim, dtype=grad_query.dtype)
+    with torch.cuda.device_of(query):
+        _gradients_of_heads(grad_query, grad_key, grad_value, cos, sin, grad_keys_values, grad_rope_key)
+    return grad_query, grad_keys_values, grad_rope_key
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, query: Tensor, key: Tensor, keys_values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, rope_dim, _scale, _kernel = rest
+    return torch.empty_like(query), torch.empty_like(keys_values), key.new_empty(*key.shape[:2], rope_dim)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
+    _, keys_values, rope_key, cos, sin, ctx.scale, starts, ends, ctx.kernel = inputs
+    out, lse, query, key = output
+    ctx.rope_dim = rope_key.shape[-1]
+    ctx.save_for_backward(query, key, keys_values, cos, sin, starts, ends, out, lse)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 9
+    gradients = torch.ops.swamla_titan.latent_attention_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.rope_dim, ctx.scale, ctx.kernel
+    )
+    return (*gradients, *[None] * 6)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.latent_attention)
+def _forward_flops(query: Size, keys_values: Size, rope_key: Size, *rest: Any, **out: Any) -> int:
+    value_dim = keys_values[3] - (query[3] - rope_key[2])
+    return attention_flops(query, value_dim, causal_pairs(query[1]))
+
+
+@register_flop_formula(torch.ops.swamla_titan.latent_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
+    return 2 * attention_flops(query, grad_out[3], causal_pairs(query[1]))
+
+
+def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:
+    """[B, T, H, v] of keys_values, which each have their key's part first."""
+    return keys_values[..., query.shape[-1] - rope_key.shape[-1] :]
+
+
+def _make_heads(
+    query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, rotated: Tensor, key: Tensor
+) -> None:
+    from swamla_titan.kernels.attention import latent_triton as kernels
+
+    tokens, sizes = _sizes(query, keys_values, cos, sin)
+    if rope_key.stride(-1) != 1 or rope_key.stride(0) != rope_key.shape[1] * rope_key.stride(1):
+        rope_key = rope_key.contiguous()
+    kernels.make_heads[(tokens,)](
+        *(query, keys_values, rope_key, cos, sin, rotated, key, rope_key.stride(1), cos.shape[0] * cos.shape[1]),
+        **sizes,
+        num_warps=4,
+    )
+
+
+def _gradients_of_heads(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    grad_keys_values: Tensor,
+    grad_rope_key: Tensor,
+) -> None:
+    from swamla_titan.kernels.attention import latent_triton as kernels
+
+    tokens, sizes = _sizes(grad_query, grad_keys_values, cos, sin)
+    kernels.gradients_of_heads[(tokens,)](
+        *(grad_query, grad_key, grad_value, cos, sin, grad_keys_values, grad_rope_key, cos.shape[0] * cos.shape[1]),
+        **sizes,
+        PADDED_VALUE=_power_of_two(sizes["VALUE"]),
+        num_warps=4,
+    )
+
+
+def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, dict[str, int]]:
+    """How many tokens, and the kernels' constants."""
+    batch, length, heads, width = query.shape
+    assert query.is_contiguous()
+    assert keys_values.is_contiguous()
+    for angles in (cos, sin):  # else it would read what is not there
+        assert angles.is_contiguous()
+        assert angles.dtype == torch.float32
+        assert angles.shape[:3] in ((1, length, 1), (batch, length, 1))
+    half = cos.shape[-1]
+    nope = width - 2 * half
+    sizes = {
+        "HEADS": heads,
+        "TILE": min(_power_of_two(heads), _HEADS_AT_A_TIME),
+        "NOPE": nope,
+        "PADDED_NOPE": _power_of_two(nope),
+        "HALF": half,
+        "PADDED_HALF": _power_of_two(half),
+        "VALUE": keys_values.shape[-1] - nope,
+    }
+    return batch * length, sizes
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()

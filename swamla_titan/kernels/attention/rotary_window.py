@@ -1,0 +1,139 @@
+"""What lies between the products of a sliding-window block, as one operator: split, rotate, attend (CUDA).
+
+Left to torch.compile, the backward pass writes the gradients of queries, keys and values, reads and rotates them,
+writes them, and reads and joins them. Here values' gradients are written where the product's gradient has them, and
+the others on their way through the rotation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from swamla_titan.kernels.attention.window import run_backward, run_forward
+from swamla_titan.kernels.flops import attention_flops, swa_pairs
+
+
+def rotary_window_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+) -> Tensor:
+    """window_attention of rotated queries and keys and of values, by their groups.
+
+    qkv [B, T, G, H/G + 2, D]: the queries of a group of heads, then its key and its value, contiguous. cos and sin
+    [1 or B, T, 1, D/2] in float32 turn element i with i + D/2, as model/rope.py does. -> [B, T, H, D] in qkv's dtype;
+    the rest is as in `window_attention`.
+    """
+    out: Tensor = _forward(qkv, cos, sin, starts, window, sink, scale)[0]
+    return out
+
+
+@torch.library.custom_op("swamla_titan::rotary_window_attention", mutates_args=())
+def _forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, lse as in `window_attention`, and rotated queries [B, T, H, D] and keys [B, T, G, D]."""
+    query, key = _empty_parts(qkv)
+    with torch.cuda.device_of(qkv):  # Triton launches on the current one
+        _rotate(qkv, query, key, cos, sin, back=False)
+        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale)
+    return out, lse, query, key
+
+
+@_forward.register_fake
+def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key = _empty_parts(qkv)
+    batch, length, heads, _ = query.shape
+    return torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32), query, key
+
+
+@torch.library.custom_op("swamla_titan::rotary_window_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sink: int,
+    scale: float,
+) -> Tensor:
+    grad_qkv = torch.empty_like(qkv)
+    grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
+    gradients = grad_query, grad_key, grad_qkv[..., -1, :]
+    with torch.cuda.device_of(qkv):
+        run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, window, sink, scale, gradients)
+        _rotate(grad_qkv, grad_query, grad_key, cos, sin, back=True)
+    return grad_qkv
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
+    qkv, cos, sin, starts, ctx.window, ctx.sink, ctx.scale = inputs
+    out, lse, query, key = output
+    ctx.save_for_backward(qkv, query, key, cos, sin, starts, out, lse)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 7
+    grad_qkv = torch.ops.swamla_titan.rotary_window_attention_backward(
+        grad_out, *ctx.saved_tensors, ctx.window, ctx.sink, ctx.scale
+    )
+    return grad_qkv, None, None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.swamla_titan.rotary_window_attention)
+def _forward_flops(qkv: Size, *rest: Any, **out: Any) -> int:
+    *_, window, sink, _scale = rest
+    batch, length, groups, members, width = qkv
+    query = Size((batch, length, groups * (members - 2), width))
+    return attention_flops(query, width, swa_pairs(length, window, sink))
+
+
+@register_flop_formula(torch.ops.swamla_titan.rotary_window_attention_backward)
+def _backward_flops(grad_out: Size, qkv: Size, query: Size, *rest: Any, **out: Any) -> int:
+    *_, window, sink, _scale = rest
+    return 2 * attention_flops(query, query[3], swa_pairs(query[1], window, sink))
+
+
+def _empty_parts(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, groups, members, width = qkv.shape
+    return (
+        qkv.new_empty(batch, length, groups * (members - 2), width),
+        qkv.new_empty(batch, length, groups, width),
+    )
+
+
+def _rotate(together: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
+    """Queries and keys out of `together`, rotated; or `back` into it, rotated back, beside its values."""
+    from swamla_titan.kernels.attention import rotary_triton as kernels
+
+    batch, length, groups, members, width = together.shape
+    for each in (together, query, key, cos, sin):  # else it would read what is not there
+        assert each.is_contiguous()
+    assert cos.shape == sin.shape == (cos.shape[0], length, 1, width // 2)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape[0] in (1, batch)
+    rows = batch * length * groups * (members - 1)
+    kernels.rotate_heads[(-(-rows // kernels.ROWS.value),)](
+        *(together, query, key, cos, sin, rows, length * cos.shape[0], groups),
+        PER_KEY=members - 2,
+        HALF=width // 2,
+        PADDED_HALF=1 << (width // 2 - 1).bit_length(),
+        BACK=back,
+        num_warps=4,
+    )

@@ -1,0 +1,183 @@
+"""Where the machines of a run meet, seen from one of them: who holds the meeting point, and how others reach this one.
+
+torchrun guesses both from this machine's host name. On rented machines that name often stands for 127.0.1.1, or for
+nothing: then nobody holds the meeting point, or the others are sent to an address of their own. The route to the
+meeting point knows better.
+
+Whoever reaches a port at which a run listens can end that run, or have code run in it. So nothing listens at all
+addresses of a machine: a run of one machine at the loopback address, one of several at the address by which the others
+reach this machine. Standard library only.
+"""
+
+import ctypes
+import errno
+import fcntl
+import ipaddress
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from swamla_titan.errors import UserError
+from swamla_titan.system.running_time import RunningTime
+
+LOOPBACK = "127.0.0.1"
+_SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces
+_IFREQ = 40  # bytes of each: 16 of the name, then a struct sockaddr_in
+_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+_SOMEWHERE = "192.0.2.1"  # set aside for documentation (RFC 5737): its route is the default one; nothing is sent
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """`here`: on this machine. `address`: a number by which others reach this machine. `interface`: that has it."""
+
+    host: str
+    port: int
+    here: bool
+    address: str
+    interface: str | None
+
+
+def local_endpoint() -> Endpoint:
+    """The meeting point of a run of this machine alone: out of reach for all others, at any free port."""
+    return Endpoint(LOOPBACK, 0, True, LOOPBACK, _interface(LOOPBACK))
+
+
+def resolve_endpoint(endpoint: str) -> Endpoint:
+    """The meeting point `HOST:PORT`. Raises UserError if HOST has no address, or none that there is a route to."""
+    host, port = _split(endpoint)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name of a host"
+        raise UserError(f"RDZV_ENDPOINT={endpoint}: no address of {host} is known here ({reason})") from None
+    targets = list(dict.fromkeys(str(address[0]) for *_, address in found))
+    sources = {target: source for target in targets if (source := _source(target))}
+    if not sources:
+        raise UserError(f"RDZV_ENDPOINT={endpoint}: this machine has no way to {', '.join(targets)}")
+    mine = _addresses()  # packets to a second address of this machine carry the first
+    own = [target for target, source in sources.items() if target == source or is_loopback(target) or target in mine]
+    if not own:
+        source = next(iter(sources.values()))
+        return Endpoint(host, port, False, source, _interface(source))
+    address = next((each for each in own if not is_loopback(each)), own[0])
+    if is_loopback(address) and not is_loopback(host):
+        # The name that the others use stands for 127.0.1.1 here, as Debian has it: they would not get there.
+        address = _address_for_others(endpoint, host, address)
+    return Endpoint(host, port, True, address, _interface(address))
+
+
+def listen(address: str, port: int) -> socket.socket | None:
+    """A socket that listens at this address of this machine alone; None if another program listens there already."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise UserError(f"no program may listen at {address} port {port} of this machine: {error.strerror}") from None
+    return listener
+
+
+def wait_for_endpoint(point: Endpoint, seconds: float, say: Callable[[str], None]) -> None:
+    """Return once something listens there; `say` a line if it does not yet. UserError after so many seconds."""
+    running = RunningTime(10.0)
+    said = False
+    while not answers(point):
+        if running.look() > seconds:
+            raise UserError(
+                f"RDZV_ENDPOINT={point.host}:{point.port}: nobody answered there for {seconds:g} s. Start the same "
+                f"command on {point.host} too, and let its firewall pass that port"
+            )
+        if not said:
+            say(f"waiting for {point.host}:{point.port}, where the machines of this run meet")
+            said = True
+        time.sleep(0.5)
+
+
+def answers(point: Endpoint) -> bool:
+    """Whether something listens at the meeting point."""
+    try:
+        socket.create_connection((point.host, point.port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def _split(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or a name by itself, stands for the machine that uses it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.split(".")[0] in ("localhost", "ip6-localhost", "ip6-loopback")
+
+
+def is_address(host: str) -> bool:
+    """Whether this is a number and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _address_for_others(endpoint: str, host: str, loopback: str) -> str:
+    """This machine's address for others, where its name gives none. Raises UserError if several could be meant."""
+    if (default := _source(_SOMEWHERE)) and not is_loopback(default):
+        return default
+    others = [address for address in _addresses() if not is_loopback(address)]
+    if len(others) > 1:
+        raise UserError(
+            f"RDZV_ENDPOINT={endpoint}: on this machine {host} stands for {loopback}, which others cannot reach. Give "
+            f"the address that they know in its place: {' or '.join(others)}"
+        )
+    return others[0] if others else loopback
+
+
+def _source(target: str) -> str | None:
+    """The address of this machine that its packets to `target` carry; None without a route."""
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # UDP: to connect is to look the route up
+            probe.connect((target, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has an address; None where that cannot be found."""
+    interfaces = _addresses()
+    if address not in interfaces and is_loopback(address):  # all of 127.0.0.0/8 are the one that has 127.0.0.1
+        address = LOOPBACK
+    return interfaces.get(address)
+
+
+def _addresses() -> dict[str, str]:
+    """This machine's addresses, each with its interface, as far as Linux tells."""
+    found = {}
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            room = bytearray(_IFREQ * 1024)
+            held = (ctypes.c_char * len(room)).from_buffer(room)
+            answer = fcntl.ioctl(probe, _SIOCGIFCONF, struct.pack("iP", len(room), ctypes.addressof(held)))
+            for start in range(0, struct.unpack("iP", answer)[0], _IFREQ):
+                name = bytes(room[start : start + 16]).partition(b"\0")[0].decode(errors="replace")
+                found[socket.inet_ntoa(bytes(room[start + 20 : start + 24]))] = name
+        for line in _IPV6_ADDRESSES.read_text().splitlines():
+            number, *_, name = line.split()
+            found[str(ipaddress.IPv6Address(int(number, 16)))] = name
+    except (OSError, ValueError):  # no Linux, or no IPv6
+        pass
+    return found

@@ -1,0 +1,192 @@
+"""Which products of a model are computed in float8, which are not, and why: for the conversion, `plan` and `check`."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.config.sections import Config, Float8
+from swamla_titan.errors import UserError
+from swamla_titan.kernels.device import has_triton
+from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
+from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
+from swamla_titan.model import SWAMLAModel
+
+Sides = Callable[[str, nn.Linear], tuple[int, int]]
+"""(name, product) -> [out, in] of the weight that a rank multiplies with."""
+
+# What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
+# second; and what a number of the input, and one of the gradient, costs that a recipe casts, in bytes at that speed.
+_BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
+_CAST_BYTES = {"native": (7, 7), "tensorwise": (9, 9), "rowwise": (28, 12), "rowwise_with_gw_hp": (12, 6)}
+# In float8 of the three of a weight; in the last recipe, its gradient is not.
+_PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
+_WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
+_OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
+
+# The share of a model's operations in float8, of those that a recipe can take, below which a warning is due.
+_LITTLE = 0.6
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product by its module's name, with the sides of the weight on a rank; `why_not` None: in float8."""
+
+    name: str
+    out: int
+    inner: int
+    why_not: str | None
+
+    @property
+    def kind(self) -> str:
+        """The name without the number of its block."""
+        return self.name.split(".", 2)[2] if self.name.startswith("blocks.") else self.name
+
+
+def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
+    """Seconds a token that products in float8 save, less those that the casts of input and gradient take.
+
+    `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
+    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
+    """
+    of_input, of_gradient = _CAST_BYTES[recipe]
+    return _saved(recipe) * out * inner - (of_gradient * out + (0 if given else of_input * inner)) / _BYTES
+
+
+def _saved(recipe: str) -> float:
+    """Seconds for each number of a weight and token, by the forward product and those of the gradients."""
+    return 2 * _PRODUCTS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
+
+
+def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
+    """Of a product that is not shared by ranks."""
+    return linear.out_features, linear.in_features
+
+
+def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms_cast: bool = True) -> list[Product]:
+    """Every product of a model, or of a stage of it, in order; `config.recipe` is not "off".
+
+    `norms_cast`: no tensor parallelism keeps norms from giving their result in float8, by "native".
+    """
+    shapes = {name: sides(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
+    if config.products == "auto":
+        possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
+        reasons |= dict.fromkeys(_too_small(possible, config.recipe, norms_cast), "too small to pay")
+    return [Product(name, *shape, reasons[name]) for name, shape in shapes.items()]
+
+
+def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
+    if name == "head" and not config.output_head:
+        return "float8.output_head = false"
+    odd = next((side for side in (out, inner) if side % MULTIPLE), None)
+    return None if odd is None else f"{odd} is no multiple of {MULTIPLE}"
+
+
+def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: bool) -> set[str]:
+    """Those of the products, by name with [out, in], that would not pay.
+
+    Readers of one norm all pay or each for itself: only together do they share the cast of their input.
+    """
+    small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
+    if recipe != "native" or not norms_cast:
+        return small
+    of_norm: dict[str, list[str]] = {}
+    for name in shapes:
+        module, _, kind = name.rpartition(".")
+        if kind in _OF_ONE_NORM:
+            of_norm.setdefault(module, []).append(name)
+    for readers in of_norm.values():
+        own_cast = [gain(recipe, *shapes[name]) for name in readers]
+        # One of them casts the input, the rest are given it.
+        together = own_cast[0] + sum(gain(recipe, *shapes[name], given=True) for name in readers[1:])
+        if len(readers) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
+            small -= set(readers)
+    return small
+
+
+def refuse_device(recipe: str, device: torch.device) -> None:
+    """Raise UserError for a GPU without float8 units, and for "native" without Triton. A CPU emulates them."""
+    if recipe == "off" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLOAT8_CAPABILITY:
+        raise UserError(
+            f"float8.recipe needs a GPU of compute capability 8.9 or higher (Ada, Hopper, ...); "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Set it to off"
+        )
+    if recipe == "native" and not has_triton():
+        raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
+
+
+def refuse_none(products: Sequence[Product], config: Float8) -> None:
+    """Raise UserError where a recipe would convert nothing in the blocks of a whole model."""
+    blocks = [product for product in products if product.name != "head"]
+    if not blocks or any(product.why_not is None for product in blocks):
+        return
+    reasons = "; ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}: {each.why_not}" for each in blocks))
+    small = any(product.why_not == "too small to pay" for product in blocks)
+    hint = ', or float8.products = "all" to convert them nevertheless' if small else ""
+    raise UserError(
+        f'float8.recipe = "{config.recipe}" would convert none of {len(blocks)} products ({reasons}). Choose other '
+        f"widths{hint}, or set it to off"
+    )
+
+
+def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
+    """Kinds of products, how many there are of each, and what becomes of them."""
+    inside = sum(product.why_not is None for product in products)
+    how, share = recipe + (", emulated" if emulated else ""), share_of(products, recipe)
+    yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
+    kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
+    for (kind, sides, why_not), count in kinds.items():
+        yield f"  {kind:<22} {count:>3} x {sides:<15} {'float8' if why_not is None else f'as it was: {why_not}'}"
+
+
+def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
+    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
+    if not products:
+        return
+    yield from little_gained(products, config, rows)
+    recipe = config.float8.recipe
+    inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
+    small = _too_small(inside, recipe, norms_cast=config.parallel.tensor == 1)
+    if small:
+        kinds = ", ".join(
+            dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
+        )
+        yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
+    if config.float8.output_head and wants_fused_loss(
+        replace(config, float8=replace(config.float8, output_head=False))
+    ):
+        yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
+
+
+def little_gained(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
+    """Why the recipe as a whole gains little or nothing, on a rank that computes `rows` sequences at a time."""
+    recipe = config.float8.recipe
+    share = share_of(products, recipe)
+    if share < _LITTLE * _PRODUCTS[recipe] / 3:
+        yield (
+            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of products at these shapes '
+            "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
+        )
+    if not config.compile.enabled:
+        yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
+    tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
+    fewest = int(_WEIGHT_BYTES / _BYTES / _saved(recipe))
+    if tokens < fewest:
+        yield (
+            f"{tokens} tokens on a rank at a time: casting the weights takes longer than float8 saves below "
+            f"{fewest}; raise training.local_batch_size"
+        )
+
+
+def share_of(products: Sequence[Product], recipe: str) -> float:
+    """Of the operations of all products, forward and backward, that are in float8."""
+    total = sum(each.out * each.inner for each in products)
+    inside = sum(each.out * each.inner for each in products if each.why_not is None)
+    return inside / total * _PRODUCTS[recipe] / 3 if total else 0.0

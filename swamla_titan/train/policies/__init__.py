@@ -1,0 +1,1 @@
+"""What a run does beside its steps, one policy a file: bad steps, rewinding, watchdog, profiler and others."""

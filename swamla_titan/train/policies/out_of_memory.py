@@ -1,0 +1,96 @@
+"""A GPU whose memory is full: what the user reads, and what to change."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from swamla_titan.config import Config
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import RankFailed
+from swamla_titan.system.console import one_line
+
+logger = logging.getLogger(__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is torch's allocator, or CUDA beside it, that found no memory on the device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error)
+
+
+Advise = Callable[[Config, World], list[str]]
+"""Changes of a configuration that save memory on this rank, those that save most first, with what each saves."""
+
+# Where nothing could be counted.
+_IN_GENERAL = (
+    'a smaller training.local_batch_size, activation_checkpoint.mode = "selective" or "full", a shorter '
+    "training.seq_len, more ranks that share weights or sequences, or fewer bytes for moments (optimizer.moments, "
+    "optimizer.name)"
+)
+_LAST = "a smaller model; `swamla-titan plan CONFIG` estimates the memory beforehand"
+
+
+@contextmanager
+def explained_out_of_memory(config: Callable[[], Config], world: World, traces: Path, advise: Advise) -> Iterator[None]:
+    """Makes a RankFailed, with what to change, of running out of the device's memory inside.
+
+    `config` is asked for then. The allocator's whole table goes to traces/oom-rank-R.txt. The other ranks do not know
+    of it and wait for this one; its end makes the launcher end them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        text = message(error, config(), world, advise)
+        path = traces / f"oom-rank-{world.rank}.txt"
+        try:
+            traces.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{error}\n\n{_table(world.device)}\n", encoding="utf-8", errors="backslashreplace")
+            text += f"\nThe whole table of its memory is in {one_line(path)}"
+        except OSError as other:
+            text += f"\n{one_line(path)} could not be written ({other.strerror})"
+        failure = RankFailed(*text.split("\n"))
+        logger.error("%s", failure)  # for this rank's log file
+        raise failure from error
+
+
+def message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
+    """What happened, how full the device is, and which keys to change."""
+    first_line = str(error).strip().splitlines()[0]
+    what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is on torch's environment variables
+    try:
+        lines = advise(config, world)
+    except Exception:  # there may be no memory or process left for it, and the user needs the rest of the message
+        logger.debug("nothing counted", exc_info=True)
+        lines = [_IN_GENERAL]
+    advice = "\n".join(f"  - {line}" for line in (*lines, _LAST))
+    return (
+        f"rank {world.rank} ran out of memory: {what}.\n{_essentials(world.device)}"
+        f"What helps here, as `plan` counts it:\n{advice}"
+    )
+
+
+def _essentials(device: torch.device) -> str:
+    """One line on the device's memory; empty where there is no device to ask."""
+    if device.type != "cuda":
+        return ""
+    gib = 2**30
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    line = (
+        f"{torch.cuda.get_device_name(device)}: {total / gib:.1f} GiB, {free / gib:.1f} free; tensors take "
+        f"{allocated / gib:.1f} (peak {peak / gib:.1f}), torch keeps {(reserved - allocated) / gib:.1f} more.\n"
+    )
+    if reserved - allocated > 0.1 * total:
+        line += "That much in pieces too small: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True may help.\n"
+    return line
+
+
+def _table(device: torch.device) -> str:
+    return torch.cuda.memory_summary(device) if device.type == "cuda" else "no GPU"

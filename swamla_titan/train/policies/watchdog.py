@@ -1,0 +1,285 @@
+"""The watchdog: a process that makes no progress says where it stands, and ends, so that its launcher starts it again.
+
+Two timers watch the main thread. A thread of Python looks once a second; it can write files, ask the other ranks and
+write to the log. It cannot run while C code keeps Python's lock. For that case there is system/backstop.py: a little
+later than the thread would have, it has C code write all stacks and ends the process.
+
+A pause is no hang. Limits count the time in which this process ran: what it was stopped for is left out (Ctrl-Z and
+`fg`, `scontrol suspend`, a virtual machine that is moved), and so is the time in which another process of the run on
+this machine is stopped, since this one may be waiting for it. What is silent on another machine may as well be lost.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from swamla_titan.config.sections import FaultTolerance
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import EXIT_FAILED
+from swamla_titan.launch.worker import workers_of_this_machine
+from swamla_titan.system.backstop import Backstop, stopped
+from swamla_titan.system.console import Lines
+from swamla_titan.system.running_time import RunningTime
+from swamla_titan.train.policies.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+
+logger = logging.getLogger(__name__)
+
+# Seconds. A rank that ends makes the launcher end the others, so each waits until all have written their stacks.
+BACKSTOP = 10.0  # after the limit, the backstop ends a process whose Python cannot run
+OTHERS = 15.0  # the longest wait for the other ranks
+ANSWER = 5.0  # the longest wait for their store
+REPORT = 30.0  # the longest time for all that is written at the end; the backstop sees to it
+LOOK = 1.0  # between two looks at the main thread, and at whether another rank has stopped
+
+_HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What the main thread did last, and how long the next may take from then on."""
+
+    step: int  # the last one taken
+    doing: str
+    limit: float  # seconds
+    since: float  # by the clock that nobody can set
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.limit
+
+
+class Watchdog:
+    """Ends this process, with exit code 1, if its trainer makes no progress for too long.
+
+    The trainer says `begin(step)` once, `progress(step)` after each step, and encloses what is no step and lasts (a
+    validation, a checkpoint) in `pause(what)`. Between two steps lie at most `step_timeout` seconds; the start, the
+    first step and each pause may last `first_step_timeout`. A GPU computes behind its host, which waits for it when it
+    logs, or when some 1000 kernels are queued: a step that never ends there is noticed a few steps later.
+
+    What is then written, by every rank, also by those that merely wait, since the first one asks all: the stacks of
+    all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N
+    of the rank that noticed first, and a log line that says where the ranks are. Before `begin` no file is made. A
+    process whose Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and
+    removed at the end. Where the C code in question lets no signal through, such a process is killed (137).
+    """
+
+    def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
+        """Starts watching, with the limit of a start; `step_timeout` 0: does nothing, ever."""
+        self._config, self._traces, self._world = config, traces, world
+        self._now = _Progress(0, "starting", config.first_step_timeout, time.monotonic())
+        self._arming = threading.Lock()
+        self._armed = float("inf")  # when the backstop ends this process, by the clock of `_Progress.since`
+        self._backstop: Backstop | None = None
+        self._file: TextIO | None = None
+        self._closed = threading.Event()
+        self._other_hangs = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not config.step_timeout:
+            return
+        # A connection of its own: the process group's is taken for as long as one of its calls waits.
+        self._store: dist.Store | None = None
+        if world.size > 1:
+            self._store = dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
+            self._store.set_timeout(timedelta(seconds=5))
+            threading.Thread(target=self._listen, name="watchdog-listener", daemon=True).start()
+        try:
+            self._backstop = Backstop()
+            if sys.__stderr__:
+                self._backstop.write_to(sys.__stderr__)  # until there is a file
+        except OSError as error:
+            logger.warning("no second watchdog, for hangs in which Python cannot run: %s", error)
+        self._arm(self._now.limit + BACKSTOP)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """The first step begins, after `step` steps of earlier starts; files may be written from here on."""
+        if self._thread:
+            with suppress(OSError):  # standard error will do; what else is wrong with the folder, others will say
+                self._traces.mkdir(parents=True, exist_ok=True)
+                self._file = self._backstop_path.open("a")  # it may hold stacks of an earlier start
+                if self._backstop:
+                    self._backstop.write_to(self._file, self._backstop_path)
+        self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
+
+    def progress(self, step: int) -> None:
+        """Step number `step` was taken."""
+        self._expect(_Progress(step, "step", self._config.step_timeout, time.monotonic()))
+
+    @contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Encloses work that is no step and may last as long as the first one; what was done before begins anew."""
+        before = self._now
+        self._expect(_Progress(before.step, doing, self._config.first_step_timeout, time.monotonic()))
+        try:
+            yield
+        finally:
+            self._expect(_Progress(before.step, before.doing, before.limit, time.monotonic()))
+
+    def close(self) -> None:
+        """Stop watching. If the watchdog is at work, this does not return: the process ends."""
+        if self._thread is None:
+            return
+        self._closed.set()
+        self._thread.join()
+        if self._backstop:
+            self._backstop.close()
+        if self._file:
+            self._remove_if_empty()
+            self._file.close()
+        self._thread = None
+
+    @property
+    def _backstop_path(self) -> Path:
+        return self._traces / f"hang-rank-{self._world.rank}.txt"
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):
+            there = self._backstop_path.stat()
+            # Its own: the folder may be another run's meanwhile.
+            if self._file and there.st_size == 0 and os.path.samestat(there, os.fstat(self._file.fileno())):
+                self._backstop_path.unlink()
+                self._traces.rmdir()  # unless there is something in it
+
+    def _expect(self, progress: _Progress) -> None:
+        """What the main thread does next. It sets the backstop itself only where that would act too late."""
+        self._now = progress
+        if self._thread and progress.deadline + BACKSTOP < self._armed:
+            self._arm(progress.limit + BACKSTOP)
+
+    def _watch(self) -> None:
+        look = min(LOOK, self._config.step_timeout / 4)
+        before, running = time.monotonic(), RunningTime(look)
+        last: _Progress | None = None
+        paused = 0.0  # seconds since `last` that do not count
+        told: set[int] = set()
+        while True:
+            began, ran = before, running.seconds
+            ran = running.look() - ran
+            before = time.monotonic()
+            now = self._now
+            if now is not last:
+                last, paused = now, 0.0
+            # A pause may have come after the last progress, or before it: then it has no part in this limit.
+            waited = before - max(began, now.since)
+            paused += waited - (0.0 if self._some_are_stopped(told) else min(waited, ran))
+            left = now.deadline + paused - before
+            if abs(before + left + BACKSTOP - self._armed) > look / 2:
+                self._arm(max(left, 0) + BACKSTOP)
+            if left < 0:
+                self._end(now, f"no progress for {now.limit:g} s ({now.doing}) after step {now.step}")
+            elif self._other_hangs.is_set():
+                self._end(now, f"another rank makes no progress; this one ({now.doing}) is after step {now.step}")
+            if self._closed.wait(look):
+                return
+
+    def _some_are_stopped(self, told: set[int]) -> bool:
+        """Whether a process of this run is stopped on this machine; logged once for each."""
+        found = {pid for pid in workers_of_this_machine() if stopped(pid)}
+        for pid in sorted(found - told):
+            logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d lets it go on)", pid, pid)
+        told.clear()
+        told.update(found)
+        return bool(found)
+
+    def _arm(self, seconds: float) -> None:
+        """Let the backstop end the process in so many seconds, and not before."""
+        with self._arming:  # else one thread could read what is expected, and tell it after the other one did
+            self._armed = time.monotonic() + seconds
+            if self._backstop:
+                self._backstop.arm(seconds)
+
+    def _listen(self) -> None:
+        """Asks the others' store, which does not answer while the process that holds it is paused."""
+        while not self._closed.wait(LOOK):
+            if self._another_stopped():
+                self._other_hangs.set()
+                return
+
+    def _another_stopped(self) -> bool:
+        if self._store is None:
+            return False
+        try:
+            return self._store.check([_HANG])
+        except RuntimeError:  # its host is gone, and soon the launcher will see that this process waits in vain
+            self._store = None
+            return False
+
+    def _end(self, now: _Progress, headline: str) -> None:
+        """Write everything down and end the process. Whatever of it hangs as well, the backstop ends it."""
+        self._arm(REPORT)
+        try:
+            rank = self._world.rank
+            place = place_of_main_thread()
+            hang = f"hang-step-{self._agree_on_step(now.step)}"  # first: the disk may be what hangs
+            path = self._traces / f"{hang}-rank-{rank}.txt"
+            written = write_stacks(path, f"rank {rank}: {headline}")
+            if self._world.device.type == "cuda" and self._world.size > 1:
+                write_nccl_trace(self._traces / f"{hang}-nccl-rank-{rank}")
+            self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last: it says that all is written
+            steps, places = self._ask_all({rank: f"{now.step} {place}"})
+            logger.error(
+                "%s; this process ends, to be started again from the newest checkpoint. If it was only slow, raise "
+                "fault_tolerance.%s. Stacks: %s. Where the ranks are:\n%s",
+                headline,
+                "step_timeout" if now.doing == "step" else "first_step_timeout",
+                path if written else "on standard error",
+                Lines(where_all_are(steps, places, self._world.size)),
+            )
+            self._remove_if_empty()
+        finally:
+            # Not sys.exit: that would only end this thread, and the main thread cannot be made to end.
+            os._exit(EXIT_FAILED)
+
+    def _agree_on_step(self, step: int) -> int:
+        """Tell the others of the hang; the step of the rank that did so first, by which all ranks name their files.
+
+        Their own may differ, and NCCL's tools find the files of one hang by their common beginning.
+        """
+        agreed = [step]
+
+        def ask(store: dist.Store) -> None:
+            with suppress(RuntimeError):
+                agreed[0] = int(store.compare_set(_HANG, "", str(step)))
+                answered.set()
+
+        answered = threading.Event()
+        if self._store is not None:
+            threading.Thread(target=ask, args=(self._store,), daemon=True).start()
+            if not answered.wait(ANSWER):
+                self._store = None
+        return agreed[0]
+
+    def _publish(self, key: str, value: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(key, value)
+            except RuntimeError:
+                self._store = None
+
+    def _ask_all(self, answers: dict[int, str]) -> tuple[dict[int, int], dict[int, str]]:
+        """Every rank's last step and place, as far as they come in time."""
+        end = time.monotonic() + OTHERS
+        while self._store is not None and len(answers) < self._world.size and time.monotonic() < end:
+            try:
+                for rank in set(range(self._world.size)) - answers.keys():
+                    if self._store.check([f"{_PLACE}{rank}"]):
+                        answers[rank] = self._store.get(f"{_PLACE}{rank}").decode()
+            except RuntimeError:
+                break
+            time.sleep(0.05)
+        parts = {rank: answer.split(" ", 1) for rank, answer in answers.items()}
+        return {rank: int(step) for rank, (step, _) in parts.items()}, {
+            rank: place for rank, (_, place) in parts.items()
+        }
