@@ -199,7 +199,7 @@ def fuzz(bench: Bench, kind: str, make_case: Callable[[random.Random, Path], Cas
     random numbers alone. Raises AssertionError at the first case that is not handled.
     """
     only = os.environ.get("FUZZ_CASE")
-    seconds = 0.0 if only else float(os.environ.get("FUZZ_SECONDS", "20"))
+    seconds = 0.0 if only else float(os.environ.get("FUZZ_SECONDS", "10"))
     seed = int(only or os.environ.get("FUZZ_SEED", "0"))
     end, tried = time.monotonic() + seconds, 0
     while tried == 0 or time.monotonic() < end:
