@@ -3,7 +3,7 @@
 Handled means: the command ends by itself within its limits of time and memory, with 0, or with 2 and exactly one
 message on standard error that is no traceback, and it has touched nothing outside the folders that it may write.
 
-Each case follows from a number, its seed. CI tries some 20 seconds of seeds from 0 on for each kind of input; the time
+Each case follows from a number, its seed. CI tries some 10 seconds of seeds from 0 on for each kind of input; the time
 decides how many are tried, never whether one passes. For hours by hand, from another first seed, or one case again:
 
     FUZZ_SECONDS=3600 FUZZ_SEED=100000 python -m pytest tests/fuzz/test_config.py
