@@ -11,12 +11,12 @@ from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.flavors import FLAVORS
 
 if TYPE_CHECKING:
-    from swamla_titan.model.blocks import MLABlock, SWABlock
+    from swamla_titan.model.blocks import Block
     from swamla_titan.model.model import SWAMLAModel
 
-__all__ = ["FLAVORS", "MLABlock", "ModelConfig", "SWABlock", "SWAMLAModel"]
+__all__ = ["FLAVORS", "Block", "ModelConfig", "SWAMLAModel"]
 
-_MODULES = {"MLABlock": "blocks", "SWABlock": "blocks", "SWAMLAModel": "model"}
+_MODULES = {"Block": "blocks", "SWAMLAModel": "model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Pre-norm residual blocks of the two kinds."""
+"""The pre-norm residual block, and the attention of each kind of block."""
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,66 +13,66 @@ from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.norms import build_norm
 from swamla_titan.model.swa import SlidingWindowAttention
 
+BLOCKS: dict[str, type[SlidingWindowAttention] | type[LatentAttention]] = {
+    "swa": SlidingWindowAttention,
+    "mla": LatentAttention,
+}
+
+
+class Regions:
+    """Runs the regions of a block's forward pass, each by its name.
+
+    "block" is all of it, "attention" and "feed_forward" are the residual branches, "residual" is the sum between them.
+    Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
+    """
+
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
+        """forward(*inputs)."""
+        return forward(*inputs)
+
 
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)), with dropout on both terms in training.
 
-    Each kind has a `forward` of its own although they read alike: torch.compile counts recompilations per function, and
-    two kinds, in training and evaluation, with and without gradients, would use up one function's limit of 8.
+    `kind` is a key of BLOCKS. `regions` may be replaced.
     """
 
-    def __init__(self, config: ModelConfig, attention: SlidingWindowAttention | LatentAttention) -> None:
+    def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = attention
+        self.attention = BLOCKS[kind](config)
         self.ffn_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
+        self.regions = Regions()
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return self.regions.run("block", self._forward, x, context)
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
         """`forward` that also fills this layer's cache."""
         return self._add(x, self.attention.prefill(self.attention_norm(x), context, cache))  # type: ignore[arg-type]
 
     def decode(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
-        """The next token of each row, [B, 1, dim] -> [B, 1, dim]."""
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
         return self._add(x, self.attention.decode(self.attention_norm(x), context, cache))  # type: ignore[arg-type]
 
-    def attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """What attention adds to the residual stream, [B, T, dim]."""
+    def _forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        return self._add(x, self.regions.run("attention", self._attention_branch, x, context))
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self.regions.run("residual", self._middle_residual, x, attended)
+        out = self.regions.run("feed_forward", self._feed_forward_branch, x)
+        return x + F.dropout(out, self.dropout, self.training)
+
+    def _attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
         out: Tensor = self.attention(self.attention_norm(x), context)
         return out
 
-    def feed_forward_branch(self, x: Tensor) -> Tensor:
-        """What the feed-forward network adds to it, [B, T, dim]."""
+    def _feed_forward_branch(self, x: Tensor) -> Tensor:
         out: Tensor = self.feed_forward(self.ffn_norm(x))
         return out
 
-    def middle_residual(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The residual stream between the two branches, [B, T, dim]."""
+    def _middle_residual(self, x: Tensor, attended: Tensor) -> Tensor:
         return x + F.dropout(attended, self.dropout, self.training)
-
-    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self.middle_residual(x, attended)
-        return x + F.dropout(self.feed_forward_branch(x), self.dropout, self.training)
-
-
-class SWABlock(Block):
-    """Block with sliding-window attention."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, SlidingWindowAttention(config))
-
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self._add(x, self.attention_branch(x, context))
-
-
-class MLABlock(Block):
-    """Block with multi-head latent attention."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, LatentAttention(config))
-
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self._add(x, self.attention_branch(x, context))

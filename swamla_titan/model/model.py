@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy
-from swamla_titan.model.blocks import Block, MLABlock, SWABlock
+from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
@@ -52,10 +52,9 @@ class SWAMLAModel(nn.Module):
         self.local_tokens: Callable[[Tensor], Tensor] = all_columns
         self.build_context: Callable[..., SequenceContext] = SequenceContext.build
 
-        kinds: dict[str, type[SWABlock] | type[MLABlock]] = {"swa": SWABlock, "mla": MLABlock}
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
-        self.blocks = nn.ModuleDict({str(i): kinds[kind](config) for i, kind in enumerate(config.block_kinds)})
+        self.blocks = nn.ModuleDict({str(i): Block(config, kind) for i, kind in enumerate(config.block_kinds)})
         self.norm = build_norm(config)
         self.head = Head(config.dim, config.padded_vocab_size)
         self.tie_weights()

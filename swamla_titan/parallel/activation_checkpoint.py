@@ -1,16 +1,16 @@
 """Activation checkpointing: which results of a block's forward pass are kept for the backward pass.
 
-The rest is computed again (Chen et al., arXiv:1604.06174). A checkpointed block is the same module with the same
-parameter names: it only gets a subclass of its class, as `fully_shard` does it, whose forward pass, or that of its
-residual branches, is the parent's under `torch.utils.checkpoint`. A wrapping module would rename parameters, hide
-`isinstance(block, Block)` and need care wherever a block's parts are named. Hooks that are added later (FSDP2's, which
-gather weights) stay outside of what is repeated.
+The rest is recomputed (Chen et al., arXiv:1604.06174). A checkpointed block is the same module: it only gets other
+`regions`, which run its forward pass, or that of its residual branches, under `torch.utils.checkpoint`. A wrapping
+module would rename parameters. Hooks that are added later (FSDP2's, which gather weights) run outside of a region and
+are not repeated.
 """
 
 import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import Block, MLABlock, SWABlock
+from swamla_titan.model.blocks import Block, Regions
 from swamla_titan.model.context import SequenceContext
 
 logger = logging.getLogger(__name__)
@@ -84,57 +84,25 @@ def _keep_all() -> Any:
 _keep_all.cache_hash = "keep all"  # type: ignore[attr-defined]
 
 
-class _CheckpointedBlock(Block):
-    """A block of which some regions are computed again in the backward pass, as far as `checkpoint_contexts` says.
+@dataclass(frozen=True)
+class _CheckpointedRegions(Regions):
+    """Recomputes the regions of these names in the backward pass, as far as `contexts` says (None: all of them)."""
 
-    `checkpointed`: names of regions, "block" or those of its two residual branches, "attention" and "feed_forward".
-    """
+    names: frozenset[str]
+    contexts: Callable[[], Any] | None
 
-    checkpointed: frozenset[str]
-    checkpoint_contexts: Callable[[], Any] | None
-
-    def attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """As in Block."""
-        return self._region("attention", super().attention_branch, x, context)
-
-    def middle_residual(self, x: Tensor, attended: Tensor) -> Tensor:
-        """As in Block."""
-        if "attention" in self.checkpointed and torch.compiler.is_compiling():
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
+        """As in Regions."""
+        options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
+        if name == "residual" and "attention" in self.names and torch.compiler.is_compiling():
             # Else the compiler, for which what is recomputed is free, would make this again too, out of attention: both
             # branches then had to be there at once.
-            kept: Tensor = checkpoint(super().middle_residual, x, attended, use_reentrant=False, context_fn=_keep_all)
-            return kept
-        return super().middle_residual(x, attended)
-
-    def feed_forward_branch(self, x: Tensor) -> Tensor:
-        """As in Block."""
-        return self._region("feed_forward", super().feed_forward_branch, x)
-
-    def _region(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
-        if name not in self.checkpointed:
+            options = {"context_fn": _keep_all}
+        elif name not in self.names:
             return forward(*inputs)
         # Random state is restored for the repetition (torch's default), so dropout drops the same.
-        options: dict[str, Any] = {}
-        if self.checkpoint_contexts is not None:
-            options["context_fn"] = self.checkpoint_contexts
         out: Tensor = checkpoint(forward, *inputs, use_reentrant=False, **options)
         return out
-
-
-class CheckpointedSWABlock(_CheckpointedBlock, SWABlock):
-    """A SWA block, likewise."""
-
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self._region("block", super().forward, x, context)
-
-
-class CheckpointedMLABlock(_CheckpointedBlock, MLABlock):
-    """An MLA block, likewise. Written out twice for the reason that model/blocks.py gives."""
-
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self._region("block", super().forward, x, context)
 
 
 # The regions that a block is cut into, by activation_checkpoint.modules; of each, the residual branches inside.
@@ -199,7 +167,7 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
     parallelism, which may change weights' shapes, and before compilation and FSDP2. `memory_budget` is the compiler's,
     see parallel/compile.py.
 
-    Raises ValueError for a block that is neither SWABlock nor MLABlock, or is checkpointed already.
+    Raises ValueError for a block that is checkpointed already.
     """
     if config.mode == "none":
         return
@@ -209,16 +177,11 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
     # One object for all blocks: compiled code is specific to it.
     contexts = _contexts(_shapes_not_kept(chosen)) if keeps_operators(config) else None
     for name, block in blocks.items():
-        if not regions[name]:
-            continue
-        if type(block) is SWABlock:
-            block.__class__ = CheckpointedSWABlock
-        elif type(block) is MLABlock:
-            block.__class__ = CheckpointedMLABlock
-        else:
-            raise ValueError(f"{type(block).__name__} cannot be checkpointed: expected a plain SWABlock or MLABlock")
-        block.checkpointed = frozenset(regions[name])  # type: ignore[assignment]
-        block.checkpoint_contexts = contexts  # type: ignore[assignment]
+        assert isinstance(block, Block)
+        if isinstance(block.regions, _CheckpointedRegions):
+            raise ValueError(f"blocks.{name} cannot be checkpointed: it is already")
+        if regions[name]:
+            block.regions = _CheckpointedRegions(frozenset(regions[name]), contexts)
     what = {"block": "", "both": "attention and feed-forward, each by itself, of "}
     of = what.get(config.modules, f"{config.modules.replace('_', '-')} of ")
     how = "but for attention and narrow products" if contexts else "wholly"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
-from swamla_titan.model.blocks import MLABlock, SWABlock
+from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.config import ModelConfig
 
 # The loss is bound by memory, not by arithmetic: forward and backward move each logit three times, two bytes each, and
@@ -36,7 +36,7 @@ def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
     The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/flops.py.
     """
     with torch.device("meta"):
-        weights = {"swa": _matmul_weights(SWABlock(config)), "mla": _matmul_weights(MLABlock(config))}
+        weights = {kind: _matmul_weights(Block(config, kind)) for kind in BLOCKS}
     widths = {
         "swa": 2 * config.head_dim,
         "mla": config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim,

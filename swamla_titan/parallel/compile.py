@@ -23,6 +23,7 @@ from swamla_titan.model import SWAMLAModel
 logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("~/.cache/swamla-titan")
+_RECOMPILATIONS = 8  # of a kind of block; torch's own limit of a function
 _INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
@@ -34,8 +35,8 @@ def compile_model(
 
     All blocks of a kind share one compiled code, so a deep model compiles as fast as a shallow one. The loss is
     compiled apart, which fuses its float32 upcast into the reduction. What cannot be compiled whole is an error and not
-    a silent break of the graph, and so is code that is compiled more often than torch's limit (8 times a kind of
-    block). Comes after tensor parallelism and activation checkpointing, before FSDP2, whose hooks run outside.
+    a silent break of the graph, and so is code that is compiled too often (8 times a kind of block, torch's limit for
+    one function). Comes after tensor parallelism and activation checkpointing, before FSDP2, whose hooks run outside.
 
     `memory_budget` (activation_checkpoint.memory_budget): below 1, the compiler keeps at most this share of the
     activations that it would keep by itself, between all (1) and a block's inputs (0), and recomputes what is cheapest.
@@ -47,6 +48,8 @@ def compile_model(
         return
     set_cache_folder(config)
     torch.compiler.config.cache_key_tag = _tag_of_operators()
+    # torch counts recompilations per function, and all kinds of block share Block.forward.
+    torch._dynamo.config.recompile_limit = _RECOMPILATIONS * len(set(model.config.block_kinds))
     # One object for all blocks: torch compiles again for another backend.
     of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     blocks = model.blocks
@@ -134,7 +137,7 @@ def _tag_of_operators() -> str:
     Their gradients are traced into compiled code, which an earlier version of them would otherwise go on giving.
     """
     digest = hashlib.sha256(os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "").encode())
-    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

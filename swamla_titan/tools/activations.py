@@ -26,7 +26,7 @@ from torch import nn
 from swamla_titan.config import Config
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
-from swamla_titan.model import MLABlock, ModelConfig, SWABlock
+from swamla_titan.model import Block, ModelConfig
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_kept, keeps_operators
 from swamla_titan.parallel.parallelize import float8_products
@@ -189,7 +189,7 @@ def recomputed_share(config: Config) -> float:
 def _linear_sizes(model: ModelConfig, kind: str, branch: str) -> list[tuple[str, int]]:
     """Name and elements of the weights of a residual branch, in the order of the forward pass."""
     with torch.device("meta"):
-        block = {"swa": SWABlock, "mla": MLABlock}[kind](model)
+        block = Block(model, kind)
     linears = block.get_submodule(branch).named_modules()
     return [(name, linear.weight.numel()) for name, linear in linears if isinstance(linear, nn.Linear)]
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch import nn
 
-from swamla_titan.model import FLAVORS, MLABlock, ModelConfig, SWABlock, SWAMLAModel
+from swamla_titan.model import FLAVORS, Block, ModelConfig, SWAMLAModel
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.context import ATTENTION_BACKENDS
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.init import initial_value
@@ -20,7 +21,8 @@ from swamla_titan.model.linear import Linear
 def test_pattern_of_blocks_and_names():
     model = build(num_layers=5)
     assert list(model.blocks) == ["0", "1", "2", "3", "4"]
-    assert [type(block) for block in model.blocks.values()] == [SWABlock, SWABlock, MLABlock, SWABlock, SWABlock]
+    kinds = [type(block.attention) for block in model.blocks.values()]
+    assert kinds == [BLOCKS[kind] for kind in ("swa", "swa", "mla", "swa", "swa")]
     assert isinstance(model.head, nn.Linear)
     assert isinstance(model.embedding, nn.Embedding)
 
@@ -145,7 +147,7 @@ def test_bfloat16_activations_over_float32_weights():
     model.compute_dtype = torch.bfloat16
     seen = []
     for module in model.modules():
-        if isinstance(module, (Linear, SWABlock, MLABlock)):
+        if isinstance(module, (Linear, Block)):
             module.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
     logits = model(torch.arange(20)[None])
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}

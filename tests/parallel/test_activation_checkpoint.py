@@ -17,7 +17,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.blocks import MLABlock, SWABlock
+from swamla_titan.model.blocks import BLOCKS, Block, Regions
 from swamla_titan.model.flops import matmul_weights
 from swamla_titan.parallel import activation_checkpoint
 from swamla_titan.parallel.activation_checkpoint import (
@@ -267,8 +267,9 @@ def test_names_kinds_and_checkpoints_are_those_without():
     apply_activation_checkpointing(model, MODES["operators"])
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert get_model_state_dict(model).keys() == get_model_state_dict(plain).keys()
-    assert [isinstance(block, SWABlock) for block in model.blocks.values()] == [True, True, False]
-    assert isinstance(model.blocks["2"], MLABlock)
+    assert all(type(block) is Block for block in model.blocks.values())
+    kinds = [type(block.attention) for block in model.blocks.values()]
+    assert kinds == [BLOCKS[kind] for kind in ("swa", "swa", "mla")]
     names = []
     for each in (plain, model):
         each(batch(), batch()).backward()
@@ -285,7 +286,7 @@ def test_each_nth_layer_is_counted_over_the_whole_model_of_which_a_stage_holds_a
     for name in ("0", "1", "2"):
         del model.blocks[name]
     apply_activation_checkpointing(model, ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=2))
-    chosen = [name for name, block in model.blocks.items() if type(block) not in (SWABlock, MLABlock)]
+    chosen = [name for name, block in model.blocks.items() if type(block.regions) is not Regions]
     assert chosen == ["3", "5"]
 
 
@@ -321,7 +322,7 @@ def test_what_a_compiler_cannot_repeat_on_a_cpu_is_refused(mode, changes, culpri
 def test_twice_is_refused():
     model = small_model()
     apply_activation_checkpointing(model, MODES["full"])
-    with pytest.raises(ValueError, match="CheckpointedSWABlock cannot be checkpointed"):
+    with pytest.raises(ValueError, match=r"blocks\.0 cannot be checkpointed"):
         apply_activation_checkpointing(model, MODES["full"])
 
 

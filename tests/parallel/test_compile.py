@@ -74,6 +74,18 @@ def test_compiling_too_often_is_an_error():
             model(batch()[:, :48])
 
 
+def test_each_kind_of_block_adds_to_the_limit_and_further_shapes_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compile_file, "_RECOMPILATIONS", 2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        model = small_model()
+        compile_model(model, Compile(), backend="eager")
+        for length in (16, 32):
+            model(batch()[:, :length])
+        assert compilation().graphs == 4
+        with pytest.raises(FailOnRecompileLimitHit):
+            model(batch()[:, :48])
+
+
 def test_disabled_compiles_nothing():
     model = small_model(num_layers=1)
     compile_model(model, Compile(enabled=False))
@@ -231,13 +243,14 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: 
 
 def test_compiled_code_is_not_found_again_when_an_operator_of_ours_is_another(tmp_path, monkeypatch):
     """Of custom operators torch's keys hold the names alone, and compiled code their gradients."""
-    for name in ("__init__.py", "product.py"):
+    (tmp_path / "room").mkdir()
+    for name in ("__init__.py", "room/product.py"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(compile_file.kernels, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     tags = []
     for text in ("", "2 * x", ""):
-        (tmp_path / "product.py").write_text(text)
+        (tmp_path / "room/product.py").write_text(text)
         compile_file._tag_of_operators.cache_clear()
         compile_model(small_model(), Compile(cache_folder=str(tmp_path / "cache")), backend="eager")
         tags.append(torch.compiler.config.cache_key_tag)

@@ -9,7 +9,8 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Training
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
-from swamla_titan.model import MLABlock, ModelConfig, SWABlock, SWAMLAModel
+from swamla_titan.model import Block, ModelConfig, SWAMLAModel
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.quantization.float8 import convert_to_float8
@@ -42,9 +43,6 @@ SHAPES = {
     "grouped": dataclasses.replace(SHAPE, num_kv_heads=2),
     "query rank": dataclasses.replace(SHAPE, q_lora_rank=64),
 }
-KINDS = {"swa": SWABlock, "mla": MLABlock}
-
-
 _ATTENTION = ("attention.wqkv", "attention.wq", "attention.wkv_a", "attention.wo")
 NATIVE = (*_ATTENTION, "feed_forward.gate_up", "feed_forward.down")
 
@@ -52,7 +50,7 @@ NATIVE = (*_ATTENTION, "feed_forward.gate_up", "feed_forward.down")
 def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None, native: bool = False) -> float:
     """Numbers a token that a block keeps for its backward pass, without weights, masks and rotations."""
     context = SequenceContext.build(shape, LENGTH, None, torch.device("cpu"), dtype)
-    block = KINDS[kind](shape)
+    block = Block(shape, kind)
     # Weights have the dtype already, as under FSDP: a cast that is kept is counted among the weights in use.
     block.to(dtype)
     if native:
@@ -78,14 +76,14 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
     return sum(found.values()) / (ROWS * LENGTH * dtype.itemsize)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_a_compiled_block_keeps(shape, kind):
     measured = kept(SHAPES[shape], kind, torch.bfloat16, "aot_eager_decomp_partition")
     assert kept_numbers(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_what_a_compiled_block_keeps_in_native_float8(kind):
     measured = kept(SHAPE, kind, torch.bfloat16, "aot_eager_decomp_partition", native=True)
     expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
@@ -96,14 +94,14 @@ def _has(block: torch.nn.Module, name: str) -> bool:
     return any(each == name for each, _ in block.named_modules())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("dtype", EAGER_FACTOR)
 def test_what_an_eager_block_keeps(dtype, kind):
     measured = kept(SHAPE, kind, getattr(torch, dtype), None)
     assert kept_numbers(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("dtype", EAGER_FACTOR)
 def test_what_an_eager_block_keeps_in_native_float8(dtype, kind):
     dtype = getattr(torch, dtype)
@@ -172,7 +170,7 @@ def test_a_memory_budget_lies_between_all_and_the_inputs():
 
 
 def test_ranks_share_what_they_share():
-    for kind in KINDS:
+    for kind in BLOCKS:
         whole = kept_numbers(SHAPE, kind)
         assert whole / 4 < kept_numbers(SHAPE, kind, tensor=4) < whole / 1.5
         assert whole / 4 <= kept_numbers(SHAPE, kind, context=4) < whole
