@@ -170,7 +170,7 @@ def _holder(lock: TextIO) -> str:
     return next(iter(lock.read(_MOST).splitlines()), "")
 
 
-def refuse_folder(folder: Path) -> None:
+def validate_folder(folder: Path) -> None:
     """Raise UserError where `exclusive` or `prepare_folder` would, as far as that can be seen without writing."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not existing.is_dir():

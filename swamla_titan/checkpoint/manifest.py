@@ -1,7 +1,7 @@
-"""What makes a checkpoint folder whole: a manifest of its files, written last, and a rename.
+"""The files of a checkpoint and its manifest: the manifest is written last, then the folder gets its name by a rename.
 
-To digest and to read what a large model takes is minutes of one process's time, so both can be shared: each rank
-digests the files that it wrote, and on loading every k-th of all.
+One process takes minutes to digest the files of a large model, so the ranks share the work: each digests the files that
+it wrote, and on loading every k-th of all.
 """
 
 import hashlib
@@ -21,43 +21,45 @@ from swamla_titan.errors import Damaged
 from swamla_titan.system.bounded import Within, fit, parse_json, read_regular, regular_size
 
 MANIFEST = "manifest.json"
+INDEX = ".metadata"  # of torch.distributed.checkpoint (DCP)
+TRAIN_STATE = "train.json"
+CONFIG = "config.toml"
+DATA = "data.json.gz"
+VOCABULARY = "tokenizer.tiktoken"
+NEEDED = (INDEX, TRAIN_STATE)  # every checkpoint has them
+OPTIONAL = (CONFIG, DATA, VOCABULARY)
 TEMPORARY_PREFIX = ".tmp-"
 FORMAT = "swamla-titan checkpoint 1"
-THREADS = 8  # that digest a file: one of them digests less than 2 GB/s, fast disks read more
 PIECE = 1 << 24  # bytes
-RECORD = "train.json"
-INDEX = ".metadata"
-NEEDED = (INDEX, RECORD)  # no checkpoint is without them
-OPTIONAL = ("config.toml", "data.json.gz", "tokenizer.tiktoken")  # what is read of others
-# Bytes of what holds no tensors: more is not read, not even to digest it.
-MOST_RECORD = 64 << 20  # with 100,000 streams it has 20 MB
-MOST_INDEX = 512 << 20  # of 1,000 tensors in 256 parts each it has 50 MB
-MOST_OTHER = 64 << 20  # a manifest of 100,000 files has 15 MB
+_THREADS = 8  # that digest a file: one of them digests less than 2 GB/s, fast disks read more
+# The most bytes of files without tensors: longer ones are not read, not even to digest them.
+MOST_TRAIN_STATE = 64 << 20  # with 100,000 streams it has 20 MB
+MOST_INDEX = 512 << 20  # of 1,000 tensors in 256 chunks each it has 50 MB
+_MOST_OTHER = 64 << 20  # a manifest of 100,000 files has 15 MB
 
-
-# How a file's digest is named, and made: a small file's of its content, as sha256sum does; a larger one's of the
-# digests of its pieces of 16 MiB one after the other (binary, 32 bytes each), which several threads make at a time.
-WHOLE, PIECES = "sha256", "sha256_of_16_mib_pieces"
-# A file's name in the folder -> {"bytes": its size, and its digest under one of these names}.
+# The two kinds of digest, by their names in the manifest: of a small file's content, as sha256sum makes it; of a larger
+# file the digest of the digests (binary, 32 bytes) of its pieces of 16 MiB, which several threads compute.
+_OF_CONTENT, _OF_PIECES = "sha256", "sha256_of_16_mib_pieces"
+# File name in the folder -> {"bytes": size, and the digest under its kind}.
 Entries = dict[str, dict[str, Any]]
 
 
 def digested(folder: Path, files: Iterable[Path]) -> Entries:
-    """Flush these files of a folder to disk and digest them."""
+    """Flush these files of a folder to disk, and return their sizes and digests."""
     entries: Entries = {}
     for path in files:
         _flush(path)
         size = path.stat().st_size
-        kind = PIECES if size > PIECE else WHOLE
+        kind = _OF_PIECES if size > PIECE else _OF_CONTENT
         entries[str(path.relative_to(folder))] = {"bytes": size, kind: _digest(path, kind)}
     return entries
 
 
 def commit(temporary: Path, final: Path, known: Entries) -> None:
-    """Write the manifest, then give the folder its name; after this it is whole, before it is not.
+    """Write the manifest of a `temporary` folder, then rename the folder to `final`.
 
-    Files that are not among the `known` ones are digested here. Files, the manifest and the folder are flushed to disk
-    in that order, so a power cut leaves either no folder of that name or a whole one.
+    Digests the files that are not among the `known` entries. Flushes files, manifest and folder to disk in that order,
+    so that a power cut leaves either no folder of that name or a complete one. Raises OSError.
     """
     files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
     entries = known | digested(temporary, [path for name, path in files.items() if name not in known])
@@ -69,7 +71,7 @@ def commit(temporary: Path, final: Path, known: Entries) -> None:
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     _flush(manifest)
     _flush(temporary)
-    # The name is taken where a run is repeated from an older checkpoint because this one was damaged.
+    # The name is taken if a run has continued from an older checkpoint because this one was damaged.
     replaced = final.with_name(f"{TEMPORARY_PREFIX}replaced-{final.name}")
     if os.path.lexists(final):
         os.rename(final, replaced if is_ours(final) and not misnamed(final) else _free_name(final))
@@ -79,16 +81,16 @@ def commit(temporary: Path, final: Path, known: Entries) -> None:
 
 
 def _free_name(path: Path) -> Path:
-    """A name for what is in a checkpoint's place and not this program's to delete."""
+    """A free name for something that occupies a checkpoint's path and that this program must not delete."""
     numbers = itertools.count(1)
     return next(name for n in numbers if not os.path.lexists(name := path.with_name(f"replaced-{n}-{path.name}")))
 
 
 def read_manifest(folder: Path) -> Entries:
-    """The manifest's entries, of files that are there, each of the size that it had when it was written.
+    """Read the manifest and compare the sizes of all files with it; returns its entries.
 
-    Raises Damaged if they are not; and for a file of this program's that the manifest does not list, or that anybody
-    has put in the place of one: a link, a pipe.
+    Raises Damaged if a file is missing, is no regular file (a link, a pipe) or has another size, and if one of this
+    program's files is there that the manifest does not list.
     """
     try:
         entries = _read(folder)
@@ -103,7 +105,7 @@ def read_manifest(folder: Path) -> Entries:
             raise Damaged(f"{name}: {_reason(error)}") from None
         if size != entry["bytes"]:
             raise Damaged(f"{name} has {size} bytes instead of {entry['bytes']}")
-        most = MOST_INDEX if name == INDEX else MOST_OTHER
+        most = MOST_INDEX if name == INDEX else _MOST_OTHER
         if size > most and not holds_tensors(name):
             raise Damaged(f"{name} has {size} bytes, and {most} is the most that this program writes")
     for name in OPTIONAL:
@@ -113,7 +115,7 @@ def read_manifest(folder: Path) -> Entries:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What of a checkpoint is not as it was written, as its manifest has it."""
+    """The first difference between a checkpoint's files and its manifest, as a message; None if there is none."""
     try:
         changed = first_changed(folder, read_manifest(folder))
     except Damaged as error:
@@ -122,18 +124,18 @@ def damage_of(folder: Path) -> str | None:
 
 
 def holds_tensors(name: str) -> bool:
-    """Whether this is one of the files that DCP makes of tensors, which may have any size."""
+    """Whether DCP stores tensors in a file of this name; such a file may have any size."""
     return name.endswith(".distcp")
 
 
 def first_changed(folder: Path, entries: Entries, start: int = 0, step: int = 1) -> tuple[int, str] | None:
-    """The first of the files start, start + step, ... whose content is another than it was: its place and a message."""
-    found = ((place, _change(folder, *item)) for place, item in list(enumerate(entries.items()))[start::step])
-    return next(((place, problem) for place, problem in found if problem), None)
+    """Digest the files start, start + step, ...; returns the index of the first that has changed, and a message."""
+    found = ((index, _change(folder, *item)) for index, item in list(enumerate(entries.items()))[start::step])
+    return next(((index, problem) for index, problem in found if problem), None)
 
 
 def _change(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    kind = PIECES if PIECES in entry else WHOLE
+    kind = _OF_PIECES if _OF_PIECES in entry else _OF_CONTENT
     try:
         changed = _digest(folder / name, kind) != entry[kind]
     except OSError as error:
@@ -147,7 +149,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass
 class _Entry:
-    """Of a file; exactly one of the digests."""
+    """A file: its size and exactly one of the digests."""
 
     bytes: Annotated[int, Within(0, 2**60)]
     sha256: str = ""
@@ -161,15 +163,15 @@ class _Manifest:
 
 
 def _read(folder: Path) -> Entries:
-    """The manifest's entries; ValueError if it is none, since it can be damaged as well as any other file."""
-    manifest = fit(_Manifest, parse_json(read_regular(folder / MANIFEST, MOST_OTHER)))
+    """The manifest's entries; ValueError if the file, which may be damaged like any other, is no manifest."""
+    manifest = fit(_Manifest, parse_json(read_regular(folder / MANIFEST, _MOST_OTHER)))
     if manifest.format != FORMAT:
         raise ValueError(f"its format is not {FORMAT!r}")
     entries: Entries = {}
     for name, entry in manifest.files.items():
         if not _is_name(name):
             raise ValueError(f"it lists {name[:80]!r}, which is no name of a file in this folder")
-        digests = {kind: found for kind in (WHOLE, PIECES) if (found := getattr(entry, kind))}
+        digests = {kind: found for kind in (_OF_CONTENT, _OF_PIECES) if (found := getattr(entry, kind))}
         if len(digests) != 1:
             raise ValueError(f"it does not list the digest of {name}")
         entries[name] = {"bytes": entry.bytes} | digests
@@ -183,7 +185,7 @@ def _is_name(name: str) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether this code wrote and finished the folder and all that is in it, and so may delete it."""
+    """Whether this program wrote the folder and everything in it, and so may delete it."""
     try:
         names = _read(folder).keys() | {MANIFEST}
         found = list(os.scandir(folder))
@@ -195,7 +197,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def has_its_sizes(folder: Path) -> bool:
-    """Whether all files of the manifest are there, as long as they were: what can be told without reading them."""
+    """Whether all files of the manifest are there and have their sizes; reads none of them."""
     try:
         return bool(read_manifest(folder))
     except Damaged:
@@ -203,15 +205,14 @@ def has_its_sizes(folder: Path) -> bool:
 
 
 def misnamed(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's name: its record has another step; None also where that cannot be read."""
+    """A message if a checkpoint's name is not that of the step in its train state; None also if that is unreadable."""
     try:
-        record = parse_json(read_regular(folder / RECORD, MOST_RECORD))
-        step = record["step"]
+        step = parse_json(read_regular(folder / TRAIN_STATE, MOST_TRAIN_STATE))["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if type(step) is not int or folder.name == name_of(step) or not re.fullmatch("step-[0-9]+", folder.name):
         return None
-    return f"its name is not that of step {step}, of which {RECORD} speaks: {name_of(step)}"
+    return f"its name is not that of step {step}, as {TRAIN_STATE} has it: {name_of(step)}"
 
 
 def name_of(step: int) -> str:
@@ -220,7 +221,7 @@ def name_of(step: int) -> str:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder with all that is in it, a file or a symbolic link, as far as possible."""
+    """Delete a folder with its content, a file or a symbolic link, as far as possible."""
     if path.is_symlink() or not path.is_dir():
         with suppress(OSError):
             path.unlink()
@@ -229,17 +230,17 @@ def remove(path: Path) -> None:
 
 
 def _digest(path: Path, kind: str) -> str:
-    """A file's digest, of the kind WHOLE or PIECES."""
-    if kind == WHOLE:
+    """Compute a file's digest of one of the two kinds."""
+    if kind == _OF_CONTENT:
         return _sha256(path, 0, None).hex()
-    # hashlib lets other threads run.
-    with ThreadPoolExecutor(THREADS) as pool:
+    # Threads, because hashlib releases the GIL.
+    with ThreadPoolExecutor(_THREADS) as pool:
         pieces = pool.map(lambda start: _sha256(path, start, PIECE), range(0, path.stat().st_size, PIECE))
         return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 def _sha256(path: Path, start: int, size: int | None) -> bytes:
-    """Of `size` bytes from `start` on, or as many as there are; None: to the end."""
+    """The digest of `size` bytes from `start` on, or of as many as there are; None: to the end."""
     digest, left = hashlib.sha256(), size
     with path.open("rb", buffering=0) as file:
         file.seek(start)

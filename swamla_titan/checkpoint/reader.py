@@ -1,34 +1,107 @@
-"""Reading torch.distributed.checkpoint's folders without running what is in them, and without trusting it."""
+"""Loading tensors from the folders of torch.distributed.checkpoint (DCP) without trusting their content."""
 
 import dataclasses
 import functools
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from swamla_titan.checkpoint.manifest import INDEX, MOST_INDEX
 from swamla_titan.checkpoint.tensor_index import require_covered
 from swamla_titan.checkpoint.unpickler import StrictUnpickler
-from swamla_titan.errors import UserError
+from swamla_titan.distributed.agreement import all_ranks_or_raise
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import Damaged, UserError
 from swamla_titan.system.bounded import read_regular
+
+# Group -> name within the group -> tensor; a checkpoint stores it as "group.name".
+Tensors = Mapping[str, Mapping[str, Tensor]]
+_SHOWN = 8  # tensors that do not fit, in a message
+
+
+def load_tensors(path: Path, tensors: Tensors, world: World | None = None, optional: Tensors | None = None) -> None:
+    """Fill `tensors` in place from a checkpoint that may hold more; each rank its shard of each.
+
+    Those of `optional` that the checkpoint lacks, or has in another shape, stay as they are. Raises UserError, on every
+    rank, with the names of those of `tensors` that are missing or of another shape on one of them, before any is
+    written.
+    """
+    world = world or World.alone()
+
+    def fitting() -> dict[str, dict[str, Tensor]]:
+        require_loadable(path, tensors)
+        stored = _stored(path)
+        found = {group: dict(members) for group, members in tensors.items()}
+        for group, members in (optional or {}).items():
+            if there := {name: each for name, each in members.items() if _fits(stored.get(f"{group}.{name}"), each)}:
+                found[group] = there
+        return found
+
+    wanted = all_ranks_or_raise(world, fitting)  # by all, because a rank may lack a tensor of its own pipeline stage
+    try:
+        dcp.load(wanted, storage_reader=Reader(path), no_dist=world.size == 1, process_group=world.host_group)
+    except CheckpointException as error:  # on every rank
+        reasons = [str(each[0]) for each in error.failures.values()]
+        raise Damaged(f"{path} cannot be loaded ({reasons[0] if reasons else error})") from error
+
+
+def require_loadable(path: Path, tensors: Tensors) -> None:
+    """Raise UserError unless a checkpoint has all of `tensors`, in their shapes; they may be on the meta device."""
+    stored, problems = _stored(path), []
+    for group, members in tensors.items():
+        for name, tensor in members.items():
+            entry = stored.get(f"{group}.{name}")
+            if entry is None:
+                problems.append(f"{group}.{name} is missing")
+            elif not _fits(entry, tensor):
+                shape = tuple(entry.size) if isinstance(entry, metadata.TensorStorageMetadata) else "no tensor"
+                problems.append(f"{group}.{name} is {shape} there and {tuple(tensor.shape)} here")
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise UserError(f"{path} holds another model:", *(f"  {line}" for line in problems[:_SHOWN] + more))
+
+
+def require_finite(path: Path, tensors: Tensors, world: World) -> None:
+    """Raise Damaged, on every rank, if loaded tensors hold NaN or infinities, which no run saves; all ranks call it."""
+    loaded = [local(tensor.detach()) for group in tensors.values() for tensor in group.values()]
+    finite = [each.isfinite().all() for each in loaded if each.is_floating_point()]
+    mine = all(each.item() for each in finite)
+    if world.all_reduce_max(float(not mine)):
+        raise Damaged(f"{path} holds weights or states of the optimizer that are no finite numbers")
+
+
+def stored_groups(path: Path) -> set[str]:
+    """The names of the groups that a checkpoint holds."""
+    return {name.partition(".")[0] for name in _stored(path)}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    return Reader(path).read_metadata().state_dict_metadata
+
+
+def _fits(entry: Any, tensor: Tensor) -> bool:
+    return isinstance(entry, metadata.TensorStorageMetadata) and entry.size == tensor.shape
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader of a folder, for one that may come from anybody.
+    """DCP's reader of a folder, safe for untrusted ones.
 
-    The index of a DCP checkpoint, `.metadata`, is a pickle, and a pickle can call any function. Here it can only build
-    what an index consists of, and its chunks must cover each tensor exactly. The tensors themselves DCP reads with
-    `weights_only`. Raises UserError for an index that asks for more, or is none.
+    The index of a DCP checkpoint, `.metadata`, is a pickle, and a pickle can call any function. This reader lets it
+    build only the parts of an index, and requires that its chunks cover each tensor exactly. The tensors themselves DCP
+    reads with `weights_only`. Raises UserError for anything else.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """The index: of each tensor its type and shape, and where its chunks are."""
+        """The index: dtype and shape of each tensor, and where its chunks are."""
         path = Path(self.path) / INDEX
         try:
             status = os.lstat(path)
@@ -40,7 +113,7 @@ class Reader(dcp.FileSystemReader):
         return dataclasses.replace(index, storage_meta=metadata.StorageMeta(load_id=self.load_id))
 
 
-@functools.lru_cache(maxsize=1)  # what begins with a checkpoint asks for its index several times
+@functools.lru_cache(maxsize=1)  # because verification and loading read the index of one checkpoint several times
 def _read(path: Path, *version: int) -> metadata.Metadata:
     index = StrictUnpickler(read_regular(path, MOST_INDEX), _names(), _CALLED, _CLASSES).value()
     if type(index) is not metadata.Metadata:
@@ -50,7 +123,7 @@ def _read(path: Path, *version: int) -> metadata.Metadata:
 
 
 def _memory_format(kind: Any, name: Any) -> Any:
-    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
+    """Replaces `getattr`, with which Python 3.11.0 to 3.11.3 pickles a member of an enumeration."""
     if kind is not metadata._MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("it asks for builtins.getattr of what is no memory format")
     return kind[name]
@@ -64,7 +137,7 @@ def _names() -> dict[tuple[str, str], Any]:
     found["torch", "Size"] = torch.Size
     found["torch.serialization", "_get_layout"] = _layout
     found["builtins", "getattr"] = _memory_format
-    # Where the checkpoint was written; Python 3.13 has moved the class.
+    # The path to which the checkpoint was written; Python 3.13 has moved the class.
     found |= {(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}
     found |= {(module, "PurePosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}
     return found
@@ -77,7 +150,7 @@ def _layout(name: Any) -> torch.layout:
 
 
 def _with_fields(cls: type, **types: type | tuple[type, ...]) -> Callable[[Any], bool]:
-    """Whether a state is a dictionary with fields of a dataclass, those of `types` of one of these types."""
+    """A check whether a state is a dictionary with fields of a dataclass; those in `types` have one of these types."""
     names = {field.name for field in dataclasses.fields(cls)}
 
     def fits(state: Any) -> bool:

@@ -1,47 +1,45 @@
-"""What a checkpoint says beside its tensors: where the run stood, and which run it is."""
+"""What a checkpoint holds beside its tensors: the train state of its step, and which data the run reads."""
 
+import gzip
 import json
 import logging
+import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import swamla_titan
-from swamla_titan.checkpoint.fingerprint import kind_of
-from swamla_titan.checkpoint.manifest import MOST_RECORD, RECORD
-from swamla_titan.config.rules import ALLOWED_DIFFERENCES
-from swamla_titan.data import fingerprint_changes
+from swamla_titan.checkpoint.manifest import DATA, MOST_TRAIN_STATE, TRAIN_STATE
+from swamla_titan.data import Corpus, ValidationSet
 from swamla_titan.errors import UserError
-from swamla_titan.system.bounded import Count, fit, parse_json, read_regular
-from swamla_titan.system.console import Lines, one_line
+from swamla_titan.system.bounded import Count, fit, inflated, key_of, parse_json, read_regular
 
 logger = logging.getLogger(__name__)
 
-_MOST_IDENTITY = 1 << 13  # characters; 2,000 are usual, and what differs of them is shown
+_MOST_FINGERPRINT = 1 << 13  # characters; 2,000 are usual, and messages quote what differs
 _MOST_STREAMS = 1 << 24
-ANEW = {"data", "tokenizer"}  # with others of these the cursors mean nothing
+_MOST_DATA = 64 << 20  # bytes, compressed or not; of 400,000 files there are 30 MB
 
 
 @dataclass
-class Record:
-    """What a checkpoint holds beside tensors.
+class TrainState:
+    """Where a run stands after `step`: the file train.json.
 
-    `sequences` is the number of the global sequence that comes next. `identity` names what must be equal for the run to
-    be the same run: shape of the model, data, tokenizer and what fixes the order of the data. `cursors` maps each
-    stream's number to its position; empty: the data begin.
+    `sequences` is the index of the next global sequence. `cursors` maps each stream's number to its position; empty
+    means that the data start from the beginning. `fingerprint` has all that must be equal for a run to continue from
+    the checkpoint: the model's shape, data, tokenizer, and what determines the order of the data.
 
-    What stands in a file is held against the types here, see system/bounded.py.
+    Reading validates the file against the types here, see system/bounded.py.
     """
 
     step: Count
     tokens: Count
     sequences: Count
     cursors: dict[int, dict[str, Any]]
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any] = field(metadata={"key": "identity"})
     replaced_bytes: Count = 0
     versions: dict[str, str] = field(
         default_factory=lambda: {
@@ -51,66 +49,71 @@ class Record:
         }
     )
 
+    def to_json(self) -> str:
+        """The content of train.json."""
+        return json.dumps({key_of(each): getattr(self, each.name) for each in fields(self)}, indent=1)
 
-def read_record(path: Path) -> Record:
-    """The record of a checkpoint; raises UserError if it cannot be read."""
+
+def read_train_state(checkpoint: Path) -> TrainState:
+    """The train state of a checkpoint; raises UserError if it cannot be read."""
+    path = checkpoint / TRAIN_STATE
     try:
-        record: Record = fit(Record, parse_json(read_regular(path / RECORD, MOST_RECORD)))
-        _require_consistent(record)
+        state: TrainState = fit(TrainState, parse_json(read_regular(path, MOST_TRAIN_STATE)))
+        _require_consistent(state)
+        return state
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a train state of this program's checkpoints ({error})") from None
+
+
+def _require_consistent(state: TrainState) -> None:
+    if len(json.dumps(state.fingerprint)) > _MOST_FINGERPRINT:
+        raise ValueError("its fingerprint has more text than this program writes")
+    streams = state.fingerprint.get("data.streams")
+    if state.cursors and type(streams) is int and state.cursors.keys() != {*range(min(streams, _MOST_STREAMS))}:
+        raise ValueError(f"it has the cursors of {len(state.cursors)} streams, and its fingerprint has {streams}")
+
+
+@dataclass
+class _Validation:
+    """The result of `validation_record`."""
+
+    set: Count
+    fingerprint: str
+
+
+def validation_record(recorded: dict[str, Any] | None, held_out: ValidationSet | None) -> dict[str, Any] | None:
+    """Which text validation reads, and a number that increases whenever a run changes it.
+
+    The settings of validation may change in a run, and losses on other text are another curve. `recorded` is the data
+    record of the checkpoint to resume from.
+    """
+    before: dict[str, Any] | None = (recorded or {}).get("validation")
+    if held_out is None or (before and before["fingerprint"] == held_out.fingerprint):
+        return before
+    if before:
+        logger.warning(
+            "validation reads other text than before: from here on val_loss is another curve, marked val_set = %d",
+            before["set"] + 1,
+        )
+    return {"set": before["set"] + 1 if before else 1, "fingerprint": held_out.fingerprint}
+
+
+def data_record(corpus: Corpus, validation: dict[str, Any] | None) -> bytes:
+    """The content of data.json.gz: the files of the data, how streams divide them, and the `validation_record`."""
+    content = corpus.record() | ({"validation": validation} if validation else {})
+    return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+
+
+def read_data_record(checkpoint: Path) -> dict[str, Any] | None:
+    """The data record of a checkpoint; None if it is so old that it has none. Raises UserError if it is unreadable."""
+    path = checkpoint / DATA
+    if not os.path.lexists(path):
+        return None
+    try:
+        content = inflated(read_regular(path, _MOST_DATA), _MOST_DATA)
+        record: dict[str, Any] = fit(dict[str, Any], parse_json(content))
+        if "validation" in record:
+            fit(_Validation, record["validation"], "validation")
         return record
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / RECORD}: not a record of this program's checkpoints ({error})") from None
-
-
-def optimizer_of(newest: Path | None) -> str | None:
-    """optimizer.name of the run that wrote a checkpoint."""
-    if newest is None:
-        return None
-    name = read_record(newest).identity.get("optimizer.name")
-    return name if isinstance(name, str) else None
-
-
-def _require_consistent(record: Record) -> None:
-    if len(json.dumps(record.identity)) > _MOST_IDENTITY:
-        raise ValueError("its identity has more text than this program writes")
-    streams = record.identity.get("data.streams")
-    if record.cursors and type(streams) is int and record.cursors.keys() != {*range(min(streams, _MOST_STREAMS))}:
-        raise ValueError(f"it has the places of {len(record.cursors)} streams, and says that there are {streams}")
-
-
-def record_to_resume(
-    newest: Path | None, identity: dict[str, Any], allow: str = "", details: Mapping[str, str] | None = None
-) -> Record:
-    """The record of the checkpoint to resume from, or of a run that begins.
-
-    `allow` names kinds of differences (rules.ALLOWED_DIFFERENCES), separated by commas. With other data or another
-    tokenizer the data begin anew; with another batch they go on where they were. UserError for a difference that is not
-    allowed. `details` has more to say of some names of the identity.
-    """
-    if newest is None:
-        return Record(step=0, tokens=0, sequences=0, cursors={}, identity=identity)
-    record = read_record(newest)
-    allowed = {name.strip() for name in allow.split(",")}
-    changes = fingerprint_changes(record.identity, identity, details)
-    kinds = {name: kind_of(name) for name in changes}
-    found = set(kinds.values())
-    if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
-        names = ",".join(sorted(found))
-        possible = found <= {*ALLOWED_DIFFERENCES}
-        raise UserError(
-            f"{newest} belongs to another run:",
-            *(f"  {line}" for line in refused),
-            "  put these back, or give this run its own job.dump_folder"
-            + (f". To go on from it all the same: --checkpoint.allow {names}" if possible else ""),
-        )
-    if changes:
-        anew = ANEW & found
-        logger.warning(
-            "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
-            newest,
-            "; the data begin anew" if anew else "",
-            Lines("\n  ".join(map(one_line, changes.values()))),
-        )
-        if anew:
-            return replace(record, sequences=0, cursors={})
-    return record
+        raise UserError(f"{path}: not a data record of this program's checkpoints ({error})") from None

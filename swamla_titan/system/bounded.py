@@ -1,8 +1,9 @@
-"""Reading files that may come from anybody: regular ones only, so many bytes at most, JSON of a known shape.
+"""Bounded reading of untrusted files: regular files only, a maximum size, JSON of a known shape.
 
-`fit` holds what JSON gave against a type, and says where it differs. A type is `int`, `float`, `bool`, `str`, `Any`
-(JSON, nested a few times), `list[T]`, `dict[str, T]`, `dict[int, T]` (numbers in decimal, which JSON has as names), a
-union, a dataclass (an object with its fields and no others), or `Annotated` with a `Within`.
+`fit` validates parsed JSON against a type; its error names the place that differs. A type is `int`, `float`, `bool`,
+`str`, `Any` (JSON of limited depth), `list[T]`, `dict[str, T]`, `dict[int, T]` (keys in decimal), a union, a dataclass
+(an object with these fields and no others; `metadata={"key": ...}` of a field is its key in JSON), or `Annotated` with
+a `Within`.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-_DEEPEST = 16  # of `Any`
-_DIGITS = 20  # more has no whole number that a program writes
+_DEEPEST = 16  # nesting of `Any`
+_DIGITS = 20  # no program writes longer integers
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds, themselves allowed, of a number, or of the length of anything else."""
+    """Inclusive bounds of a number, or of the length of anything else."""
 
     least: float
     most: float
@@ -34,11 +35,11 @@ Count = Annotated[int, Within(0, 2**53)]
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """The content of a file of at most `most` bytes.
+    """Read a file of at most `most` bytes.
 
-    ValueError for a longer one, and for what is no file of its own: a link, a pipe, a device. OSError otherwise.
+    Raises ValueError for a longer one, and for anything but a regular file (a link, a pipe, a device); else OSError.
     """
-    _require_regular(os.lstat(path))  # first: to open a device may do something, and a pipe waits for its other end
+    _require_regular(os.lstat(path))  # first, because opening a device may do something, and a pipe blocks
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -50,7 +51,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def regular_size(path: Path) -> int:
-    """How many bytes a file has; ValueError for what is no file of its own, OSError if it is not there."""
+    """The size of a file in bytes; ValueError for anything but a regular file, OSError if it is missing."""
     status = os.lstat(path)
     _require_regular(status)
     return status.st_size
@@ -63,7 +64,7 @@ def _require_regular(status: os.stat_result) -> None:
 
 
 def inflated(content: bytes, most: int) -> bytes:
-    """What gzip made `content` of; ValueError if that is longer than `most` bytes, or `content` is damaged."""
+    """Decompress gzip; ValueError if `content` is damaged or decompresses to more than `most` bytes."""
     inflate = zlib.decompressobj(wbits=31)  # with gzip's header
     try:
         found = inflate.decompress(content, most + 1)
@@ -77,7 +78,7 @@ def inflated(content: bytes, most: int) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """Like json.loads, but strict: UTF-8, no name twice, no NaN; ValueError whatever is wrong."""
+    """Like json.loads, but strict: UTF-8, no duplicate key, no NaN; ValueError whatever is wrong."""
     try:
         return json.loads(
             content.decode(), object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_whole_number
@@ -104,7 +105,7 @@ def _whole_number(digits: str) -> int:
 
 
 def fit(kind: Any, value: Any, place: str = "it") -> Any:
-    """`value`, which `parse_json` gave, as a `kind`; ValueError that names the place where it differs."""
+    """Convert `value`, a result of `parse_json`, to the type `kind`; ValueError names the `place` that differs."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         found = fit(arguments[0], value, place)
@@ -158,7 +159,7 @@ def _fit_one_of(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
 def _fit_fields(kind: Any, value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{place}: expected an object, found {_shown(value)}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = {key_of(field): field for field in dataclasses.fields(kind)}
     for name in value:
         if name not in fields:
             raise ValueError(f"{place} has {_shown(name)}, which is not known")
@@ -166,7 +167,13 @@ def _fit_fields(kind: Any, value: Any, place: str) -> Any:
         if name not in value and dataclasses.MISSING is field.default is field.default_factory:
             raise ValueError(f"{place} lacks {name}")
     types_of = get_type_hints(kind, include_extras=True)
-    return kind(**{name: fit(types_of[name], each, name) for name, each in value.items()})
+    return kind(**{fields[key].name: fit(types_of[fields[key].name], each, key) for key, each in value.items()})
+
+
+def key_of(field: "dataclasses.Field[Any]") -> str:
+    """The key in JSON of a dataclass's field."""
+    key: str = field.metadata.get("key", field.name)
+    return key
 
 
 def _fit_name(kind: Any, name: str, place: str) -> Any:

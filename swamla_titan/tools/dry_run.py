@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 
-from swamla_titan.checkpoint.data_record import read_data_record
-from swamla_titan.checkpoint.dump_folder import refuse_folder
-from swamla_titan.checkpoint.fingerprint import run_identity
+from swamla_titan.checkpoint.dump_folder import validate_folder
+from swamla_titan.checkpoint.resume import find_origin, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
-from swamla_titan.checkpoint.train_state import optimizer_of, record_to_resume
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
@@ -28,6 +26,7 @@ from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
 from swamla_titan.train.metrics import require_wandb
 from swamla_titan.train.open_data import open_data
+from swamla_titan.train.state import GROUPS
 from swamla_titan.train.validation import Validator
 
 
@@ -66,40 +65,39 @@ def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None
     refuse_float8(config, torch.device("cpu"), degrees)
     config = dataclasses.replace(config, data=pinned(config.data))
     folder = Path(config.job.dump_folder)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest, damaged=damaged)
-    newest = checkpoints.newest_whole()
-    with checkpoints.loading(newest):
-        config, corpus, held_out = open_data(config, read_data_record(newest))
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest, damaged=damaged, known=GROUPS)
+    origin = find_origin(checkpoints)
+    with checkpoints.loading(origin.path):
+        config, corpus, held_out = open_data(config, origin.data)
     here = torch.device("cuda", 0) if torch.cuda.is_available() else None
-    config, choices = choose_for(config, degrees, here, optimizer_of(newest))
+    config, choices = choose_for(config, degrees, here, origin.optimizer)
     found = dataclasses.replace(plan(config, ranks), choices=choices)
     rows = batch_of(config, found.degrees).rows
     if held_out:
         Validator(held_out, World.alone(), rows)
-    refuse_folder(folder)
-    identity, details = run_identity(config, corpus), {"source": corpus.change}
-    record = record_to_resume(newest, identity, config.checkpoint.allow, details)
-    with checkpoints.loading(newest):
+    validate_folder(folder)
+    state = origin.resume(run_fingerprint(config, corpus), config.checkpoint.allow, {"source": corpus.change})
+    with checkpoints.loading(origin.path):
         BatchLoader(
             corpus,
             seq_len=config.training.seq_len,
             global_batch_size=config.training.global_batch_size,
             world_size=found.degrees.data,
             num_workers=0,
-            cursors=record.cursors or None,
-            first=record.sequences,
+            cursors=state.cursors or None,
+            first=state.sequences,
         ).close()
     if config.metrics.wandb:
         require_wandb()
     refuse_cache_folder(config.compile)
     if launched_rank() > 0:
         return
-    if newest is None:
+    if origin.path is None:
         begin = "begins at step 1"
-    elif record.step < config.training.steps:
-        begin = f"goes on from {newest}"
+    elif state.step < config.training.steps:
+        begin = f"goes on from {origin.path}"
     else:
-        begin = f"has taken all {config.training.steps} steps, see {newest}"
+        begin = f"has taken all {config.training.steps} steps, see {origin.path}"
     print("\n".join(report(found)))
     for advice in stability_advice(config):
         print(f"warning: {one_line(advice)}")

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from swamla_titan.checkpoint.manifest import MANIFEST
-from swamla_titan.checkpoint.store import CONFIG, VOCABULARY, Checkpoints, holds_ema, load_weights, require_weights
-from swamla_titan.checkpoint.verification import require_whole
+from swamla_titan.checkpoint.manifest import CONFIG, MANIFEST, VOCABULARY
+from swamla_titan.checkpoint.reader import stored_groups
+from swamla_titan.checkpoint.state import Average, load_weights, require_weights
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.verification import require_intact
 from swamla_titan.config import Config, load_config
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.distributed.mesh import World
@@ -17,26 +19,27 @@ from swamla_titan.errors import Damaged, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
 from swamla_titan.system.console import several_lines
+from swamla_titan.train.state import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
 def find_checkpoint(name: str, usable: Callable[[Path], object] = lambda path: None) -> Path:
-    """The checkpoint folder `name`, or the newest whole and usable one of the dump folder `name`.
+    """The checkpoint folder `name`, or the newest intact one of the dump folder `name` that is also usable.
 
-    Raises UserError if there is none, or if the one asked for is damaged, or `usable(path)` raises it.
+    Raises UserError if there is none, if the one asked for is damaged, or if `usable(path)` raises it.
     """
     path = Path(name)
-    # A link or a pipe by one of these names is one to be refused as well.
+    # Also links and pipes with these names, which verification refuses.
     has = {name: os.path.lexists(path / name) for name in (MANIFEST, CONFIG, "checkpoints")}
     if has[MANIFEST] or (has[CONFIG] and not has["checkpoints"]):
         try:
-            require_whole(path, World.alone())
+            require_intact(path, World.alone(), GROUPS)
         except Damaged as error:
             raise UserError(f"{path}: {error}") from None
         usable(path)
         return path
-    newest = Checkpoints(path / "checkpoints", keep_latest=0).newest_whole(usable)
+    newest = Checkpoints(path / "checkpoints", keep_latest=0, known=GROUPS).newest_intact(usable)
     if newest is None:
         raise UserError(f"{path}: neither a checkpoint nor the dump folder of a run that has one")
     return newest
@@ -91,7 +94,7 @@ def generate_from_checkpoint(
     found: dict[Path, _Found] = {}
 
     def load(path: Path) -> None:
-        if not ema or holds_ema(path):
+        if not ema or Average.group in stored_groups(path):
             found[path] = _loaded(path, ema)
 
     path = find_checkpoint(checkpoint, load)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from swamla_titan.checkpoint.store import CONFIG
-from swamla_titan.checkpoint.train_state import Record
+from swamla_titan.checkpoint.manifest import CONFIG
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config import Config
 from swamla_titan.config.float8_rules import why_not_gathered
 from swamla_titan.config.stability import stability_advice
@@ -29,11 +29,11 @@ def announce(
     world: World,
     corpus: Corpus,
     rows: int,
-    record: Record,
+    state: TrainState,
     resumed: Path | None,
     choices: Sequence[str] = (),
 ) -> None:
-    """Log model, data, device and batch; `rows` sequences are computed at a time, `record` is where the run stands.
+    """Log model, data, device and batch; `rows` sequences are computed at a time, `state` is where the run stands.
 
     `choices`: what "auto" was taken to be, and why.
     """
@@ -67,7 +67,7 @@ def announce(
         f"{corpus.tokenizer.name} tokens, {rows} at a time"
     )
     micro_batches = micro_batch_count(
-        record.sequences, training.global_batch_size, config.data.streams, world.degrees.data, rows
+        state.sequences, training.global_batch_size, config.data.streams, world.degrees.data, rows
     )
     if config.parallel.pipeline > micro_batches:
         logger.warning(
@@ -103,5 +103,5 @@ def announce(
     logger.info(f"resumed from {resumed}" if resumed else "a new run")
     for change in changed_settings(resumed / CONFIG, config) if resumed and world.is_rank_0 else ():
         logger.warning(f"resumed with another setting: {change}")
-    if record.step >= training.steps:
+    if state.step >= training.steps:
         logger.info(f"all {training.steps} steps were taken; raise training.steps, or choose another job.dump_folder")

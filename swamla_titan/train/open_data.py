@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from swamla_titan.checkpoint.data_record import NAME
+from swamla_titan.checkpoint.manifest import DATA
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import Corpus, ValidationSet, build_validation_set, load_tokenizer, open_corpus
@@ -25,7 +25,7 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
         if recorded is None:
             raise
         # JSON within bounds, but of another shape than what reads it wrote.
-        raise Damaged(f"{NAME}: not a record of this program's checkpoints ({error!r})") from error
+        raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
     if not config.validation.interval:
         return config, corpus, None
     return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)

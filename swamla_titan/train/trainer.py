@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from swamla_titan.checkpoint.async_save import Saver
-from swamla_titan.checkpoint.data_record import NAME as DATA_RECORD
-from swamla_titan.checkpoint.data_record import data_record, read_data_record, require_same_data, validation_record
 from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder, prepare_folder
-from swamla_titan.checkpoint.fingerprint import run_identity
-from swamla_titan.checkpoint.store import CONFIG, VOCABULARY, Checkpoints
-from swamla_titan.checkpoint.train_state import Record, optimizer_of, record_to_resume
+from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
+from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
 from swamla_titan.config import Config, to_toml
 from swamla_titan.data import (
     BatchLoader,
@@ -49,9 +48,10 @@ from swamla_titan.train.policies.bad_batches import BatchPlaces
 from swamla_titan.train.policies.bad_steps import are_finite, remedies, warning
 from swamla_titan.train.policies.data_wait import DataWait, cores_per_rank, what_helps
 from swamla_titan.train.policies.profiling import StepProfiler
+from swamla_titan.train.policies.rewinding import Rewinding
 from swamla_titan.train.policies.skipped_files import SkippedFiles
 from swamla_titan.train.policies.watchdog import Watchdog
-from swamla_titan.train.state import TrainingState
+from swamla_titan.train.state import GROUPS, RunState
 from swamla_titan.train.throughput import Throughput
 from swamla_titan.train.validation import Validator
 
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run: built from a configuration, resumed from its newest whole checkpoint if there is one.
+    """One run: built from a configuration, resumed from its newest intact checkpoint if there is one.
 
     Every rank builds one. Raises UserError, on every rank, for anything wrong with the configuration, tokenizer, data
     or checkpoint before it writes to the dump folder, and DamagedCheckpoints where there may be an older one to use.
@@ -89,51 +89,50 @@ class Trainer:
             world.with_group_of_its_own(),
             config.checkpoint.keep_every,
             damaged,
+            GROUPS,
         )
         if hold:
             self.checkpoints.may_write = hold.require
-        newest = self.checkpoints.newest_whole()
-        recorded = broadcast_from_rank_0(world, lambda: read_data_record(newest))
-        with self.checkpoints.loading(newest):
-            self.config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, recorded))
+        origin = find_origin(self.checkpoints)
+        with self.checkpoints.loading(origin.path):
+            self.config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
         require_same_data(world, corpus)
         corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
         # Only now: the head's share of the products depends on the vocabulary.
-        self.config, self.choices = agree_on_auto(self.config, world, newest)
+        self.config, self.choices = agree_on_auto(self.config, world, origin)
         config = self.config
         self.tokens_per_step = config.training.global_batch_size * config.training.seq_len
         training = config.training
         self.rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
         self.validator = all_ranks_or_raise(world, lambda: held_out and Validator(held_out, world, self.rows))
 
-        validation = validation_record(recorded, held_out)
+        validation = validation_record(origin.data, held_out)
         self.validation_set = validation["set"] if validation else 1
         self.files = all_ranks_or_raise(world, lambda: _files(config, corpus, validation))
-        self.identity = run_identity(config, corpus)
+        self.fingerprint = run_fingerprint(config, corpus)
         details = {"source": corpus.change}
-        record = broadcast_from_rank_0(
-            world, lambda: record_to_resume(newest, self.identity, config.checkpoint.allow, details)
-        )
+        state = broadcast_from_rank_0(world, lambda: origin.resume(self.fingerprint, config.checkpoint.allow, details))
 
-        self.step, self.tokens, self.sequences = record.step, record.tokens, record.sequences
-        self.replaced_before = record.replaced_bytes  # by all ranks, before this start
+        self.step, self.tokens, self.sequences = state.step, state.tokens, state.sequences
+        self.replaced_before = state.replaced_bytes  # by all ranks, before this start
         self.replaced = 0  # by this rank, since
-        with self.checkpoints.loading(newest):
-            self.loader = all_ranks_or_raise(world, lambda: self._open_loader(corpus, record.cursors or None))
+        with self.checkpoints.loading(origin.path):
+            self.loader = all_ranks_or_raise(world, lambda: self._open_loader(corpus, state.cursors or None))
         with ExitStack() as refused:
             refused.callback(self.loader.close)
             if self.step < training.steps:
                 all_ranks_or_raise(world, self.loader.start)  # it reads ahead while the model is made
-            self._prepare(corpus, record, newest)
+            self._prepare(corpus, state, origin.path)
             refused.pop_all()
 
-    def _prepare(self, corpus: Corpus, record: Record, newest: Path | None) -> None:
+    def _prepare(self, corpus: Corpus, train_state: TrainState, newest: Path | None) -> None:
         """Make what trains, filled from the checkpoint `newest` if there is one, and what writes to the folder."""
         config, world = self.config, self.world
         with self.checkpoints.loading(newest):
-            self.state = TrainingState(config, world, self.checkpoints, newest, record.step)
+            self.state = RunState(config, world, newest, train_state.step)
         self.model, self.optimizers = self.state.model, self.state.optimizers
-        self.bad_steps, self.rewinding = self.state.bad_steps, self.state.rewinding
+        self.bad_steps = self.state.bad_steps
+        self.rewinding = self.bad_steps and Rewinding(config, self.checkpoints, self.bad_steps, world)
         self.loss_scale = self.state.loss_scale
         # The row that stops a run, and the step after it, see BadSteps.too_many.
         self.places = BatchPlaces(self.loader, steps=config.fault_tolerance.max_bad_steps + 1)
@@ -143,7 +142,7 @@ class Trainer:
         if self.step < config.training.steps:  # else the folder tells of the run that is finished
             broadcast_from_rank_0(world, lambda: prepare_folder(self.folder, to_toml(config)))
         all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
-        self.skipped_files = SkippedFiles(self.folder, corpus, record.cursors, writes=self._may_write)
+        self.skipped_files = SkippedFiles(self.folder, corpus, train_state.cursors, writes=self._may_write)
         self.metrics = all_ranks_or_raise(world, self._open_metrics)
         expected = self.state.size() if self.step < config.training.steps else 0
         self.saver = Saver(config.checkpoint, self.checkpoints, self.device, self.step, expected)
@@ -152,7 +151,7 @@ class Trainer:
         self.throughput = Throughput(self.device, world.size, flops, self.tokens_per_step)
         streams = -(-config.data.streams // world.degrees.data)
         self.data_wait = DataWait(what_helps(config.data, corpus.source.num_units, streams, cores_per_rank()))
-        announce(config, world, corpus, self.rows, record, newest, self.choices)
+        announce(config, world, corpus, self.rows, train_state, newest, self.choices)
         self._advise_float8_moments()
 
     def _advise_float8_moments(self) -> None:
@@ -384,9 +383,9 @@ class Trainer:
         if self.rewinding.is_possible(self.step):
             with self.throughput.paused(), self.watchdog.pause("rewind"):
                 self.saver.settle()
-                target = self.rewinding.rewind(self.step, self.state.load_into)
+                target = self.rewinding.rewind(self.step, self.state)
             if target:
-                logger.warning("%s: %s; %s lists their data", what, self.rewinding.told(target, self.step), path)
+                logger.warning("%s: %s; %s lists their data", what, self.rewinding.report(target, self.step), path)
                 return
         self.bad_steps.forgive()
         self._save(last=True)
@@ -439,8 +438,8 @@ class Trainer:
             replaced = self.replaced_before + sum(
                 all_gather_dict(self.world, {self.world.data_rank: self.replaced}).values()
             )
-            record = Record(self.step, self.tokens, self.sequences, cursors, self.identity, replaced)
-            self.saver.save(self.state.tensors(), record, self.files, last)
+            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.fingerprint, replaced)
+            self.saver.save(self.state.tensors(), state, self.files, last)
 
 
 def _refuse_what_cannot_be(config: Config, world: World) -> None:
@@ -452,10 +451,9 @@ def _refuse_what_cannot_be(config: Config, world: World) -> None:
     refuse_old_gpu(config.optimizer, world.device)
 
 
-def agree_on_auto(config: Config, world: World, newest: Path | None) -> Choice:
+def agree_on_auto(config: Config, world: World, origin: Origin) -> Choice:
     """What "auto" stands for in this run; all ranks come here."""
-    begun_with = broadcast_from_rank_0(world, lambda: optimizer_of(newest))
-    choice = choose(config, world, begun_with)
+    choice = choose(config, world, origin.optimizer)
     all_ranks_or_raise(world, lambda: refuse_old_gpu(choice.config.optimizer, world.device))
     return choice
 
@@ -471,7 +469,7 @@ def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) ->
 
     Read once: the file may not be there any more when a checkpoint is written.
     """
-    files = {CONFIG: to_toml(config).encode(), DATA_RECORD: data_record(corpus, validation)}
+    files = {CONFIG: to_toml(config).encode(), DATA: data_record(corpus, validation)}
     vocabulary = Path(config.data.tokenizer)
     if vocabulary.suffix == ".tiktoken":
         try:

@@ -36,9 +36,9 @@ def async_mode(run: Runner) -> None:
     writers: dict[int, str] = {}
     save = Checkpoints.save
 
-    def listen(self, tensors, record, files):
-        writers[record.step] = threading.current_thread().name
-        return save(self, tensors, record, files)
+    def listen(self, tensors, state, files):
+        writers[state.step] = threading.current_thread().name
+        return save(self, tensors, state, files)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", listen)

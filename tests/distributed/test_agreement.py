@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from swamla_titan.checkpoint.store import load_tensors
+from swamla_titan.checkpoint.reader import load_tensors
 from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0

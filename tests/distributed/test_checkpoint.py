@@ -9,7 +9,7 @@ import torch
 
 from swamla_titan.checkpoint import manifest
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import Record
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
@@ -20,8 +20,8 @@ from tests.distributed.ranks import on_ranks
 def _save(checkpoints: Checkpoints, step: int) -> Path:
     """A checkpoint to which every rank contributes a file."""
     own = {f"weight.{checkpoints.world.rank}": torch.full((3, 5), float(step))}
-    record = Record(step, tokens=0, sequences=0, cursors={}, identity={})
-    return checkpoints.save({"model": own}, record, {"config.toml": b"[job]"})
+    state = TrainState(step, tokens=0, sequences=0, cursors={}, fingerprint={})
+    return checkpoints.save({"model": own}, state, {"config.toml": b"[job]"})
 
 
 def _save_and_listen(folder: str) -> list[str]:
@@ -56,7 +56,7 @@ def test_each_rank_digests_what_it_wrote_and_the_first_what_nobody_did(tmp_path,
 
 
 def _newest(folder: str, world: World | None = None) -> tuple[str, list[str]]:
-    """What `newest_whole` says, and the files that this rank read for it."""
+    """What `newest_intact` says, and the files that this rank read for it."""
     seen = []
     digest = manifest._digest
 
@@ -67,7 +67,7 @@ def _newest(folder: str, world: World | None = None) -> tuple[str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "_digest", listen)
         try:
-            found = str(Checkpoints(Path(folder), 0, world or init_distributed(Parallel())).newest_whole())
+            found = str(Checkpoints(Path(folder), 0, world or init_distributed(Parallel())).newest_intact())
         except UserError as error:
             found = str(error)
     return found, seen
@@ -160,4 +160,4 @@ def test_a_disk_that_fails_one_rank_fails_the_run_on_all(tmp_path, size, fails, 
     assert len(messages) == 1
     assert message in messages.pop()
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    assert Checkpoints(tmp_path, 0).newest_whole() == tmp_path / left[-1]
+    assert Checkpoints(tmp_path, 0).newest_intact() == tmp_path / left[-1]

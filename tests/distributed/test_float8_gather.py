@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from swamla_titan.checkpoint.store import tensors_of
+from swamla_titan.checkpoint.state import OptimizerStates, Weights
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data import MicroBatch
@@ -60,9 +60,9 @@ def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
             scale = getattr(module.weight._local_tensor, "_precomputed_scale", None)
             assert (scale is not None) == (choice == "auto")
             if scale is not None:
-                largest = tensors_of(model.parts)["model"][_name_of(model, module)].full_tensor().abs().max()
+                largest = Weights(model.parts).state_dict()[_name_of(model, module)].full_tensor().abs().max()
                 torch.testing.assert_close(scale, 448 / largest)
-    stored = tensors_of(model.parts)["model"]
+    stored = Weights(model.parts).state_dict()
     for name, parameter in model.parts[0].named_parameters():
         assert type(local(stored[name])) is torch.Tensor
         assert type(local(parameter.detach())) is torch.Tensor
@@ -102,8 +102,9 @@ def _moved(settings: list[dict[str, str]], choice: str) -> list[dict[str, Any]]:
             skip_where(optimizer, torch.tensor(float(step == 1)))
             optimizer.step()
             optimizer.zero_grad()
-        tensors = tensors_of(model.parts, [optimizer])
-        found.append({name: sendable(tensor) for group in tensors.values() for name, tensor in group.items()})
+        groups = Weights(model.parts), OptimizerStates(model.parts, [optimizer], config.optimizer)
+        tensors = groups[0].state_dict() | groups[1].state_dict()
+        found.append({name: sendable(tensor) for name, tensor in tensors.items()})
     return found
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from swamla_titan.checkpoint.store import Checkpoints, tensors_of
 from swamla_titan.config import Config, Override, load_config, with_vocabulary
 from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.train.changed_settings import changed_settings
-from swamla_titan.train.state import TrainingState
+from swamla_titan.train.state import RunState
 from tests.distributed.job import run, run_and_listen, run_killed
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
@@ -49,10 +48,12 @@ def loaded_and_saved(config: str, source: str, target: str, overrides: list[str]
     settings = [Override(*key.removeprefix("--").split("."), value) for key, value in pairs]
     resolved = with_vocabulary(load_config(config, settings), 257)
     world = init_distributed(resolved.parallel)
-    state = TrainingState(resolved, world, Checkpoints(Path(target), 0, world), Path(source), 2)
+    state = RunState(resolved, world, Path(source), 2)
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(tensors_of(state.model.parts, state.optimizers, state.ema), checkpoint_id=target, no_dist=world.size == 1)
+    tensors = state.tensors()
+    learned = {name: tensors[name] for name in ("model", "optimizer", "ema")}
+    dcp.save(learned, checkpoint_id=target, no_dist=world.size == 1)
     destroy_distributed()
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swamla_titan.checkpoint import manifest
-from swamla_titan.checkpoint.staging import Staging
+from swamla_titan.checkpoint.async_save import Staging
 from tests.distributed.job import Ended, before_step, run, run_and_listen, run_killed
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.tiny_config import tiny_config
@@ -66,7 +66,7 @@ def test_a_disk_that_goes_on_failing_one_rank_ends_all_with_1(tmp_path):
     ended = on_ranks(2, _run_with_a_full_disk, (4, 6, 8, 10), str(config), *SETTINGS)
     assert [each.code for each in ended] == [1, 1]
     assert "step-00000006 could not be written" in ended[0].err
-    assert "failure 2 in a row" in ended[0].err
+    assert "consecutive failure 2" in ended[0].err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

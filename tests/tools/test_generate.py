@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_refused_where_it_was_asked_for_by_name(trained,
     assert generate(run, "--temperature", "2") == generate(checkpoint(run, 2), "--temperature", "2")
     (checkpoint(run, 2) / "manifest.json").unlink()
     assert "manifest.json is missing: the checkpoint was not finished" in refusal(checkpoint(run, 2))
-    assert "no whole checkpoint" in refusal(run)
+    assert "no intact checkpoint" in refusal(run)
     (checkpoint(run, 2) / "manifest.json").write_text(before["checkpoints/step-00000002/manifest.json"].decode())
     assert snapshot(run) == before
 

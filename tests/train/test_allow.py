@@ -71,7 +71,7 @@ def test_with_other_data_they_begin_anew_and_the_weights_go_on(tiny, tmp_path, c
     assert train(tiny, *FIRST) == 0
     assert train(tiny, *MORE, *change, "--checkpoint.allow", "batch") == 2
     fed = rows_fed(tiny, *MORE, *change, "--checkpoint.allow", "data")
-    assert "; the data begin anew:" in said(capsys)
+    assert "; the data start over:" in said(capsys)
     assert fed == sequences(tmp_path / "run", 10)
     after = record(checkpoint(tmp_path / "run", 5))
     assert (after["step"], after["sequences"], after["tokens"]) == (5, 10, 25 * 64)

@@ -115,7 +115,7 @@ def test_the_step_that_made_the_weights_is_the_last_good_one_or_that_of_the_chec
     assert [bad.step for bad in policy.row()] == [9, 10]
     # Without a history, as of a run that had no policy, every step has trained.
     other = BadSteps(FaultTolerance(), CPU)
-    other.resume(7)
+    other.loaded(other.state_dict(), 7)
     assert other.trained == 7
 
 
@@ -146,13 +146,15 @@ def test_a_resumed_policy_judges_on_as_if_nothing_had_happened():
     for cut in range(1, len(norms)):
         first, second = BadSteps(config, CPU), BadSteps(config, CPU)
         found = [(judged(first, [n], step), first.too_many(step)) for step, n in enumerate(norms[:cut], 1)]
-        for name, tensor in second.state().items():
-            tensor.copy_(first.state()[name])
-        second.resume(cut)
+        for name, tensor in second.state_dict().items():
+            tensor.copy_(first.state_dict()[name])
+        second.loaded(second.state_dict(), cut)
         rest = enumerate(norms[cut:], cut + 1)
         found += [(judged(second, [n], step), second.too_many(step)) for step, n in rest]
         assert found == expected, cut
-        assert [str(t.tolist()) for t in second.state().values()] == [str(t.tolist()) for t in whole.state().values()]
+        assert [str(t.tolist()) for t in second.state_dict().values()] == [
+            str(t.tolist()) for t in whole.state_dict().values()
+        ]
 
 
 def test_the_host_cannot_wait_for_a_judgement():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from swamla_titan.checkpoint.data_record import read_data_record
+from swamla_titan.checkpoint.train_state import read_data_record
 from swamla_titan.config import load_config
 from swamla_titan.train.open_data import open_data
 from tests.train.runs import checkpoint, metrics, train
@@ -158,4 +158,4 @@ def test_a_checkpoint_of_the_order_before_says_that_it_cannot_go_on(tiny, data, 
     error = capsys.readouterr().err
     assert "order: this version reads data in another order than the one that wrote the checkpoint" in error
     assert train(tiny, *command, "--training.steps", "4", "--checkpoint.allow", "data") == 0
-    assert "the data begin anew" in said(capsys)
+    assert "the data start over" in said(capsys)

@@ -14,6 +14,7 @@ from swamla_titan.checkpoint import store as checkpoint_module
 from swamla_titan.checkpoint.manifest import FORMAT, damage_of, digested
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.errors import UserError
+from swamla_titan.train.state import GROUPS
 from tests.train.runs import assert_same_checkpoint, checkpoint, snapshot, train
 
 FILES = (".metadata", "__0_0.distcp", "train.json", "config.toml", "manifest.json")
@@ -75,7 +76,7 @@ def test_every_damage_of_every_file_is_named_and_passed_over_by_the_real_command
         damage(newest / name)
         assert train(tiny, *FAST) == 0
         out = capsys.readouterr().out
-        (line,) = [line for line in out.splitlines() if "checkpoint passed over" in line]
+        (line,) = [line for line in out.splitlines() if "checkpoint skipped" in line]
         assert f"{newest}: {name} " in line or f"{newest}: {name}: " in line, line
         assert f"resumed from {checkpoint(two, 2)}" in out
         assert_same_checkpoint(newest, tmp_path / "kept")
@@ -124,29 +125,29 @@ def _damages() -> Iterator[Callable[[Path], object]]:
 
 
 def test_no_damage_goes_unnoticed(two, tmp_path, caplog):
-    checkpoints, newest = Checkpoints(two / "checkpoints", 0), checkpoint(two, 4)
+    checkpoints, newest = Checkpoints(two / "checkpoints", 0, known=GROUPS), checkpoint(two, 4)
     shutil.copytree(newest, tmp_path / "kept", symlinks=True)
     (checkpoint(two, 2) / "manifest.json").rename(tmp_path / "manifest.json")
-    assert checkpoints.newest_whole() == newest
+    assert checkpoints.newest_intact() == newest
     for number, damage in enumerate(_damages()):
         damage(newest)
-        with pytest.raises(UserError, match="no whole checkpoint to resume from") as refused:
-            checkpoints.newest_whole()
+        with pytest.raises(UserError, match="no intact checkpoint to resume from") as refused:
+            checkpoints.newest_intact()
         assert f"{newest}: " in str(refused.value), number
         (newest.unlink if newest.is_symlink() or newest.is_file() else lambda: shutil.rmtree(newest))()
         shutil.copytree(tmp_path / "kept", newest)
-        assert checkpoints.newest_whole() == newest, number
+        assert checkpoints.newest_intact() == newest, number
     (tmp_path / "manifest.json").rename(checkpoint(two, 2) / "manifest.json")
     _lose(newest / "train.json")
-    assert checkpoints.newest_whole() == checkpoint(two, 2)
+    assert checkpoints.newest_intact() == checkpoint(two, 2)
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nothing")])
 def test_what_is_no_folder_is_named_and_put_aside_when_the_step_is_saved_again(tiny, two, capsys, make):
     _becomes(checkpoint(two, 4), make)
     assert train(tiny, *FAST) == 0
-    assert f"checkpoint passed over: {checkpoint(two, 4)}: " in capsys.readouterr().out
-    assert Checkpoints(two / "checkpoints", 0).newest_whole() == checkpoint(two, 4)
+    assert f"checkpoint skipped: {checkpoint(two, 4)}: " in capsys.readouterr().out
+    assert Checkpoints(two / "checkpoints", 0, known=GROUPS).newest_intact() == checkpoint(two, 4)
     left = sorted(path.name for path in (two / "checkpoints").iterdir())
     assert left == ["replaced-1-step-00000004", "step-00000002", "step-00000004"]
 
@@ -187,7 +188,7 @@ def test_if_the_only_one_is_a_file_the_run_is_refused_and_does_not_begin_anew(ti
     _becomes(checkpoint(two, 4), Path.touch)
     before = snapshot(two)
     assert train(tiny, *FAST) == 2
-    assert "no whole checkpoint to resume from" in capsys.readouterr().err
+    assert "no intact checkpoint to resume from" in capsys.readouterr().err
     assert snapshot(two) == before
 
 
@@ -198,7 +199,7 @@ def test_what_is_left_of_a_crash_is_cleared_away_whatever_it_is(tiny, two):
     (folder / ".tmp-replaced-step-00000004").mkdir()
     assert train(tiny, *FAST, "--training.steps", "6") == 0
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in (2, 4, 6)]
-    assert Checkpoints(folder, 0).newest_whole() == checkpoint(two, 6)
+    assert Checkpoints(folder, 0, known=GROUPS).newest_intact() == checkpoint(two, 6)
     assert (checkpoint(two, 2) / "train.json").exists()
 
 
@@ -213,10 +214,10 @@ def test_a_checkpoint_that_may_not_be_read_is_named_and_a_folder_of_them_refused
         return open_file(path, *arguments)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert Checkpoints(folder, 0).newest_whole() == checkpoint(two, 2)
+    assert Checkpoints(folder, 0, known=GROUPS).newest_intact() == checkpoint(two, 2)
     monkeypatch.setattr(Path, "iterdir", lambda path: refuse(newest / "x"))
     with pytest.raises(UserError, match=r"checkpoints cannot be read .Permission denied., so nothing can be resumed"):
-        Checkpoints(folder, 0).newest_whole()
+        Checkpoints(folder, 0, known=GROUPS).newest_intact()
 
 
 def test_retention_leaves_a_checkpoint_with_a_file_that_is_not_of_it_and_one_that_is_a_link(tiny, two, tmp_path):

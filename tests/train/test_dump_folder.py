@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.checkpoint import dump_folder
-from swamla_titan.checkpoint.dump_folder import exclusive, prepare_folder, refuse_folder
+from swamla_titan.checkpoint.dump_folder import exclusive, prepare_folder, validate_folder
 from swamla_titan.errors import UserError
 from tests.waiting import HANG
 
@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", refuse)
     with exclusive(tmp_path / "run") as hold:
         assert not hold.is_lost
-        refuse_folder(tmp_path / "run")
+        validate_folder(tmp_path / "run")
     assert f"has no locks ({os.strerror(number)}): nothing keeps another run from writing there" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_another_fault_of_the_lock_is_refused_with_its_reason(tmp_path, monkeypa
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path, name):
     (tmp_path / "logs").mkdir()
     os.mkfifo(tmp_path / name)
-    for refused in (lambda: refuse_folder(tmp_path), lambda: prepare_folder(tmp_path, "x = 1")):
+    for refused in (lambda: validate_folder(tmp_path), lambda: prepare_folder(tmp_path, "x = 1")):
         with pytest.raises(UserError, match=f"{name} is no regular file"):
             refused()
     assert not (tmp_path / "config.toml").exists()

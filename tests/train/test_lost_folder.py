@@ -12,6 +12,7 @@ import pytest
 from swamla_titan.checkpoint import dump_folder
 from swamla_titan.checkpoint.dump_folder import FolderLost, exclusive
 from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.train.state import GROUPS
 from tests.train.runs import checkpoint, metrics, snapshot, train
 from tests.train.test_disk_and_clock import at_steps
 from tests.waiting import HANG
@@ -226,7 +227,7 @@ def test_checkpoints_that_were_removed_are_told_of_and_the_next_one_is_written(t
     with at_steps(monkeypatch, {3: lambda: shutil.rmtree(folder)}):
         assert train(tiny, *FAST, *WAITED_FOR) == 0
     assert f"{folder} was removed, and the checkpoints with it" in capsys.readouterr().out
-    assert Checkpoints(folder, 0).newest_whole() == checkpoint(tmp_path / "run", 6)
+    assert Checkpoints(folder, 0, known=GROUPS).newest_intact() == checkpoint(tmp_path / "run", 6)
 
 
 def test_a_folder_of_tensorboard_that_was_removed_is_told_of(tiny, tmp_path, monkeypatch, capsys):

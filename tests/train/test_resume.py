@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.train.state import GROUPS
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, start, train, wait_for
 from tests.train.test_data_faults import opened_then
@@ -86,7 +87,7 @@ def test_a_signal_saves_ends_with_75_and_the_run_goes_on(tiny, tmp_path, undistu
     output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output
-    saved = Checkpoints(run / "checkpoints", 0).newest_whole()
+    saved = Checkpoints(run / "checkpoints", 0, known=GROUPS).newest_intact()
     assert saved is not None
     assert json.loads((saved / "train.json").read_text())["step"] < 30
     assert train(tiny, *slow) == 0
@@ -128,7 +129,7 @@ def test_if_every_checkpoint_is_damaged_the_run_is_refused(tiny, tmp_path, capsy
         (only / "manifest.json").unlink()
     before = snapshot(tmp_path / "run")
     assert train(tiny) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "no intact checkpoint" in capsys.readouterr().err
     assert snapshot(tmp_path / "run") == before
 
 
@@ -181,7 +182,7 @@ def test_a_damaged_checkpoint_never_counts_among_those_kept(tiny, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1])
     assert train(tiny, "--training.steps", "5", "--checkpoint.interval", "1", "--checkpoint.keep_latest", "1") == 0
     assert checkpoint(run, 5).exists()
-    newest = Checkpoints(run / "checkpoints", 1).newest_whole()
+    newest = Checkpoints(run / "checkpoints", 1, known=GROUPS).newest_intact()
     assert newest == checkpoint(run, 5)
 
 

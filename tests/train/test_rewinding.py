@@ -145,9 +145,9 @@ def test_a_damaged_target_is_named_and_an_older_one_taken(tiny, tmp_path):
     (checkpoint(run, 2) / "train.json").write_text("{}")  # its manifest tells, and it cannot be read besides
     ended = run_with_faults(faults, (), *settings)
     assert ended.code == 1
-    assert f"checkpoint passed over: {checkpoint(run, 4)}: {target.name} has " in ended.out
-    assert f"checkpoint passed over: {checkpoint(run, 2)}: " in ended.out
-    assert "There is no rewind, for no whole checkpoint holds weights from before" in ended.err
+    assert f"checkpoint skipped: {checkpoint(run, 4)}: {target.name} has " in ended.out
+    assert f"checkpoint skipped: {checkpoint(run, 2)}: " in ended.out
+    assert "There is no rewind, because no intact checkpoint holds weights from before" in ended.err
 
 
 def test_each_row_goes_further_back_until_no_rewind_is_left(tiny, tmp_path):
@@ -175,7 +175,7 @@ def test_without_older_weights_it_stops_as_ever_and_can_go_on(tiny, tmp_path):
     assert ended.code == 1
     assert ended.err.startswith("failed: 3 bad steps in a row, up to step 5 (loss ")
     assert "step 6 is saved" in ended.err
-    assert "There is no rewind, for no whole checkpoint holds weights from before those that the row" in ended.err
+    assert "There is no rewind, because no intact checkpoint holds weights from before those" in ended.err
     ended = run_with_faults(faults, (), str(tiny), *COMMON, *REWINDS)
     assert ended.code == 0, ended.err
     assert metrics(tmp_path / "run", "rewinds") == {}
@@ -239,5 +239,5 @@ def test_the_checkpoint_of_another_model_is_no_target(tiny, tmp_path):
     aside.rename(checkpoint(run, 2))
     ended = run_with_faults(ROW, (), *settings)
     assert ended.code == 1
-    assert f"checkpoint passed over: {checkpoint(run, 2)} holds another model" in ended.out
+    assert f"checkpoint skipped: {checkpoint(run, 2)} holds another model" in ended.out
     assert "There is no rewind" in ended.err

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint import store as checkpoint_module
-from swamla_titan.checkpoint.async_save import Saver
-from swamla_titan.checkpoint.staging import Staging
-from swamla_titan.checkpoint.store import Checkpoints, load_tensors
-from swamla_titan.checkpoint.train_state import Record
+from swamla_titan.checkpoint.async_save import Saver, Staging
+from swamla_titan.checkpoint.reader import load_tensors
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.errors import RunFailed
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
 from tests.waiting import HANG
 
 
-def record(step: int) -> Record:
-    return Record(step, tokens=0, sequences=0, cursors={}, identity={})
+def state(step: int) -> TrainState:
+    return TrainState(step, tokens=0, sequences=0, cursors={}, fingerprint={})
 
 
 def saver_of(folder: Path, **keys) -> Saver:
@@ -122,7 +122,7 @@ class Gate:
 def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_is_not_in_it(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     saver, weight = saver_of(tmp_path), torch.zeros(4)
-    saver.save({"model": {"weight": weight}}, record(1), {})
+    saver.save({"model": {"weight": weight}}, state(1), {})
     assert gate.waiting.wait(HANG)
     saver.before_update()
     weight += 1
@@ -135,11 +135,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_is_n
 def test_one_checkpoint_at_a_time_is_written(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     saver = saver_of(tmp_path)
-    saver.save({"model": {"weight": torch.full((4,), 1.0)}}, record(1), {})
+    saver.save({"model": {"weight": torch.full((4,), 1.0)}}, state(1), {})
     assert gate.waiting.wait(HANG)
     threading.Timer(0.2, gate.open.set).start()
     for step in (2, 3):
-        saver.save({"model": {"weight": torch.full((4,), float(step))}}, record(step), {}, last=step == 3)
+        saver.save({"model": {"weight": torch.full((4,), float(step))}}, state(step), {}, last=step == 3)
     assert gate.most == 1
     for step in (1, 2, 3):
         assert saved(tmp_path / f"step-0000000{step}").tolist() == [step] * 4
@@ -163,13 +163,13 @@ def test_a_failure_is_said_counted_and_forgotten_when_one_succeeds(tmp_path, mon
     saver = saver_of(tmp_path, async_mode=mode, max_failures=3)
     kept = []
     for step in range(1, 7):
-        saver.save({"model": {"weight": torch.zeros(4)}}, record(step), {})
+        saver.save({"model": {"weight": torch.zeros(4)}}, state(step), {})
         kept.append(saver.saved_step)
     assert kept == [1, 1, 1, 4, 4, 4]
     said = [each.message for each in caplog.records if each.levelno == logging.ERROR]
     assert len(said) == 4
     assert "step-00000002 could not be written ([Errno 28] No space left on device)" in said[0]
-    assert [message.partition("this is failure ")[2][0] for message in said] == ["1", "2", "1", "2"]
+    assert [message.partition("this is consecutive failure ")[2][0] for message in said] == ["1", "2", "1", "2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
 
 
@@ -180,9 +180,9 @@ def test_too_many_failures_in_a_row_end_the_run(tmp_path, monkeypatch, mode):
 
     def save_all() -> None:
         for step in range(1, 9):
-            saver.save({"model": {"weight": torch.zeros(4)}}, record(step), {})
+            saver.save({"model": {"weight": torch.zeros(4)}}, state(step), {})
 
-    with pytest.raises(RunFailed, match=r"step-00000002 could not .* failure 2 in a row.*Make room") as error:
+    with pytest.raises(RunFailed, match=r"step-00000002 could not .* consecutive failure 2.*Make room") as error:
         save_all()
     assert "GiB are free there" in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -192,11 +192,11 @@ def test_the_last_one_is_tried_whatever_failed_before_and_must_not_fail(tmp_path
     failing(monkeypatch, 1, 3)
     saver = saver_of(tmp_path, max_failures=1)
     weight = {"model": {"weight": torch.zeros(4)}}
-    saver.save(weight, record(1), {})
-    saver.save(weight, record(2), {}, last=True)
+    saver.save(weight, state(1), {})
+    saver.save(weight, state(2), {}, last=True)
     assert saver.saved_step == 2
     with pytest.raises(RunFailed, match=r"step-00000003 could not be written .*Make room"):
-        saver.save(weight, record(3), {}, last=True)
+        saver.save(weight, state(3), {}, last=True)
 
 
 def test_what_is_no_fault_of_the_disk_ends_the_run_as_it_is(tmp_path, monkeypatch):
@@ -205,9 +205,9 @@ def test_what_is_no_fault_of_the_disk_ends_the_run_as_it_is(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint_module, "commit", broken)
     saver = saver_of(tmp_path)
-    saver.save({"model": {"weight": torch.zeros(4)}}, record(1), {})
+    saver.save({"model": {"weight": torch.zeros(4)}}, state(1), {})
     with pytest.raises(ZeroDivisionError):
-        saver.save({"model": {"weight": torch.zeros(4)}}, record(2), {})
+        saver.save({"model": {"weight": torch.zeros(4)}}, state(2), {})
 
 
 def test_a_run_whose_disk_is_full_for_a_while_is_the_same_run(tiny, tmp_path, monkeypatch):

@@ -23,11 +23,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
 from swamla_titan.checkpoint.manifest import commit, name_of
+from swamla_titan.checkpoint.state import State, StateGroup, declared
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.checkpoint.tensor_index import Window, record_sizes
-from swamla_titan.checkpoint.train_state import Record
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.cli import main
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
+from swamla_titan.train.state import GROUPS
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, tensors, train
 
@@ -62,9 +65,9 @@ def digested(folder: Path) -> None:
 def passed_over(two: Path, caplog: pytest.LogCaptureFixture) -> str:
     """That the checkpoint of step 2 is used, and what is said of that of step 4."""
     caplog.clear()
-    assert Checkpoints(two / "checkpoints", 0).newest_whole() == checkpoint(two, 2)
-    (line,) = [record.getMessage() for record in caplog.records if "checkpoint passed over" in record.getMessage()]
-    assert line.startswith(f"checkpoint passed over: {checkpoint(two, 4)}: ")
+    assert Checkpoints(two / "checkpoints", 0, known=GROUPS).newest_intact() == checkpoint(two, 2)
+    (line,) = [record.getMessage() for record in caplog.records if "checkpoint skipped" in record.getMessage()]
+    assert line.startswith(f"checkpoint skipped: {checkpoint(two, 4)}: ")
     return line
 
 
@@ -90,7 +93,7 @@ def test_a_checkpoint_by_the_name_of_another_step_is_named_and_neither_used_nor_
     out = capsys.readouterr().out
     assert f"resumed from {checkpoint(two, 4)}" in out
     if other.name != "step-00000001":  # older than what was looked for
-        assert f"checkpoint passed over: {other}: its name is not that of step 4" in out
+        assert f"checkpoint skipped: {other}: its name is not that of step 4" in out
     left = sorted(path.name for path in (two / "checkpoints").iterdir())
     assert left == sorted([other.name, name_of(8)])
     if other.exists():  # the link's end was removed, as the checkpoint that it is
@@ -103,7 +106,7 @@ def test_where_only_such_a_one_is_left_the_run_does_not_begin_anew(saved, two, c
     checkpoint(two, 4).rename(two / "checkpoints" / "step-4")
     assert train(saved / "tiny.toml", *FAST, "--job.dump_folder", str(two)) == 2
     error = capsys.readouterr().err
-    assert "step-4: its name is not that of step 4, of which train.json speaks: step-00000004" in error
+    assert "step-4: its name is not that of step 4, as train.json has it: step-00000004" in error
 
 
 def test_a_copy_that_stands_where_a_step_is_saved_is_put_aside(saved, two):
@@ -115,8 +118,8 @@ def test_a_copy_that_stands_where_a_step_is_saved_is_put_aside(saved, two):
 
 
 def _save(checkpoints: Checkpoints, step: int) -> Path:
-    record = Record(step, tokens=0, sequences=0, cursors={}, identity={})
-    return checkpoints.save({"model": {"weight": torch.zeros(3)}}, record, {})
+    state = TrainState(step, tokens=0, sequences=0, cursors={}, fingerprint={})
+    return checkpoints.save({"model": {"weight": torch.zeros(3)}}, state, {})
 
 
 @pytest.mark.parametrize("keep_latest, keep_every, left", [(1, 0, [5, 50]), (2, 0, [4, 5, 50]), (1, 2, [2, 4, 5, 50])])
@@ -220,7 +223,7 @@ def test_an_index_that_does_not_cover_its_tensors_is_damage(two, caplog, case):
 
 def test_what_dcp_itself_keeps_in_an_index_does_not_matter(two):
     _index(_deep)(checkpoint(two, 4))
-    assert Checkpoints(two / "checkpoints", 0).newest_whole() == checkpoint(two, 4)
+    assert Checkpoints(two / "checkpoints", 0, known=GROUPS).newest_intact() == checkpoint(two, 4)
 
 
 def _program(*parts: bytes) -> Callable[[Path], None]:
@@ -505,6 +508,36 @@ def test_states_that_no_run_has_are_damage(two, caplog, case):
     passed_over(two, caplog)
 
 
+@pytest.mark.parametrize("name", ["table.of.something", "nothing"])
+def test_a_group_that_nobody_declares_is_refused_and_named(two, caplog, name):
+    """Nobody would check it, and a run that continued would silently lose it."""
+    put(checkpoint(two, 4), **{name: torch.zeros(3)})
+    assert f"{name} is of no group of tensors that this version of the program knows" in passed_over(two, caplog)
+
+
+class Unchecked(StateGroup):
+    """State as somebody might add it."""
+
+    group = "unchecked"
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class Undeclared(Unchecked):
+    @staticmethod
+    def problem(state: dict[str, torch.Tensor], step: int) -> str | None:
+        return None
+
+
+def test_state_without_a_check_or_undeclared_cannot_be_added():
+    with pytest.raises(TypeError, match="problem"):
+        Unchecked()
+    with pytest.raises(AssertionError, match="no checkpoint may hold"):
+        State([Undeclared()], GROUPS, World.alone())
+    State([Undeclared()], declared(*GROUPS.values(), Undeclared), World.alone())
+
+
 def test_weights_that_are_no_numbers_are_passed_over_by_every_command(saved, two, capsys):
     weight = tensors(checkpoint(two, 4))["model.norm.weight"]
     put(checkpoint(two, 4), **{"model.norm.weight": weight * torch.nan})
@@ -514,7 +547,7 @@ def test_weights_that_are_no_numbers_are_passed_over_by_every_command(saved, two
     assert "no finite numbers" in capsys.readouterr().err
     assert main(["train", *settings]) == 0
     out = capsys.readouterr().out
-    assert f"checkpoint passed over: {checkpoint(two, 4)}: " in out
+    assert f"checkpoint skipped: {checkpoint(two, 4)}: " in out
     assert f"resumed from {checkpoint(two, 2)}" in out
 
 
@@ -533,7 +566,7 @@ def test_each_command_passes_over_what_is_damaged_and_refuses_it_if_it_is_asked_
     for command in (["train", *settings], ["train", *settings, "--dry-run"], ["generate", str(two)]):
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: no whole checkpoint to resume from; restore one of these, or start anew")
+        assert error.startswith("error: no intact checkpoint to resume from; restore one of these, or start again")
         assert f"\n  {newest}: " in error
         assert len(error.strip().splitlines()) == 2
 

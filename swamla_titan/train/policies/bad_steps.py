@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from swamla_titan.checkpoint.state import StateGroup
 from swamla_titan.config.sections import Config, FaultTolerance
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
@@ -47,13 +48,15 @@ class BadStep(NamedTuple):
         return f"{self.step} (loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}{beyond})"
 
 
-class BadSteps:
+class BadSteps(StateGroup):
     """The judge of a run's steps, with its memory: one on every rank, alike on all.
 
     The host's, as of the last `read`: `skipped` in all, `in_row` at the end of the run so far, `rewinds` made (see
     rewinding.py), and `trained`, the step that made the weights what they are: the last good one, of the checkpoint's
     run after a rewind. No two states of a run's weights have one in common.
     """
+
+    group = "bad_steps"
 
     def __init__(self, config: FaultTolerance, device: torch.device, world: World | None = None) -> None:
         """`device`: where the weights are, and the gradient norm."""
@@ -72,16 +75,16 @@ class BadSteps:
         self._copy = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
 
-    def state(self) -> dict[str, Tensor]:
-        """The live tensors to save, or to load into; call `resume` after loading. The same on every rank."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live tensors, the same on every rank."""
         return {"norms": self._norms, "counts": self._counts, "recent": self._recent}
 
-    def resume(self, step: int) -> None:
-        """Go on after `step` with the loaded state.
+    def loaded(self, state: dict[str, Tensor], step: int) -> None:
+        """Continue after `step`; `state` are the live tensors.
 
-        A row is noticed at the same step as without the restart: a rewind must not depend on where a run was cut.
+        A streak is noticed at the same step as without the restart: a rewind must not depend on where a run was cut.
         """
-        self._counts[_TRAINED].fill_(self.trained_of(self.state(), step))
+        self._counts[_TRAINED].fill_(self.trained_of(state, step))
         self._tell()
         self._copy.copy_(self._counts)
         self._copied = None
@@ -164,7 +167,7 @@ class BadSteps:
         self._counts[_IN_ROW].zero_()
 
     def empty_window(self) -> dict[str, Tensor]:
-        """Of `state`, what depends on the weights, as of a run that begins: to load into, for `rewound`."""
+        """Of `state_dict`, what depends on the weights, as of a run that begins: to load into, for `rewound`."""
         return {"norms": torch.full_like(self._norms, _EMPTY)}
 
     def rewound(self, step: int, trained: int, window: dict[str, Tensor]) -> None:
@@ -176,11 +179,11 @@ class BadSteps:
         self._counts[_REWINDS].add_(1)
         self._counts[_TRAINED].fill_(trained)
         self.forgive()
-        self.resume(step)
+        self.loaded(self.state_dict(), step)
 
     @staticmethod
     def empty_counts() -> dict[str, Tensor]:
-        """Of `state`, the counts, on the host: to load another checkpoint's into, for `trained_of`."""
+        """Of `state_dict`, the counts, on the host: to load another checkpoint's into, for `trained_of`."""
         return {"counts": torch.zeros(4, dtype=torch.int64)}
 
     @staticmethod
@@ -191,7 +194,7 @@ class BadSteps:
 
     @staticmethod
     def problem(state: dict[str, Tensor], step: int) -> str | None:
-        """What in a `state` of after `step` cannot be; the history may be shorter or longer than this run's."""
+        """See StateGroup; the history may be shorter or longer than this run's."""
         counts, recent, norms = (state.get(name) for name in ("counts", "recent", "norms"))
         if counts is not None and not (
             counts.shape == (4,) and counts.dtype == torch.int64 and ((counts >= 0) & (counts <= step)).all()

@@ -8,21 +8,25 @@ a row double it (the constants of torch.amp.GradScaler). It lives on the device,
 import torch
 from torch import Tensor
 
+from swamla_titan.checkpoint.state import StateGroup
+
 _FIRST = 2.0**16
 _INTERVAL = 2000  # good steps before it is tried twice as large
 _LEAST, _MOST = 2.0**-60, 2.0**60
 
 
-class LossScale:
+class LossScale(StateGroup):
     """One on every rank, alike on all: it follows from the norm of the global gradient."""
+
+    group = "loss_scale"
 
     def __init__(self, device: torch.device) -> None:
         """`device`: where the gradient norm is."""
         self.value = torch.full((), _FIRST, dtype=torch.float32, device=device)
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def state(self) -> dict[str, Tensor]:
-        """The live tensors to save, or to load into."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live tensors."""
         return {"value": self.value, "good_steps": self._good}
 
     @torch.no_grad()
@@ -36,8 +40,8 @@ class LossScale:
         self.value.mul_(factor).clamp_(_LEAST, _MOST)
 
     @staticmethod
-    def problem(state: dict[str, Tensor]) -> str | None:
-        """What in a `state` cannot be."""
+    def problem(state: dict[str, Tensor], step: int) -> str | None:
+        """See StateGroup."""
         value, good = state.get("value"), state.get("good_steps")
         if value is not None and not ((value >= _LEAST) & (value <= _MOST)).all():
             return "value is no scale"

@@ -1,0 +1,114 @@
+"""Resuming: which checkpoint a run continues from, and whether it is a checkpoint of the same run.
+
+The fingerprint has all that must be equal: otherwise a resumed run would silently become another one.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import TrainState, read_data_record, read_train_state
+from swamla_titan.config import Config
+from swamla_titan.config.rules import ALLOWED_DIFFERENCES
+from swamla_titan.data import Corpus, fingerprint_changes
+from swamla_titan.distributed.agreement import all_gather_dict, broadcast_from_rank_0
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import UserError
+from swamla_titan.system.console import Lines, one_line
+
+logger = logging.getLogger(__name__)
+
+# Fields of the model that change how it is trained, not what it is.
+_TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
+# The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
+_KINDS = {"model": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
+_WITHOUT_CURSORS = {"data", "tokenizer"}  # kinds of differences that make the cursors meaningless
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run begins from: a checkpoint with its train state and data record, or None of them: a new run."""
+
+    path: Path | None = None
+    train_state: TrainState | None = None
+    data: dict[str, Any] | None = None
+
+    @property
+    def optimizer(self) -> str | None:
+        """optimizer.name of the run that wrote the checkpoint."""
+        name = self.train_state.fingerprint.get("optimizer.name") if self.train_state else None
+        return name if isinstance(name, str) else None
+
+    def resume(
+        self, fingerprint: dict[str, Any], allow: str = "", details: Mapping[str, str] | None = None
+    ) -> TrainState:
+        """The train state that a run with this fingerprint continues from.
+
+        `allow` names kinds of differences (rules.ALLOWED_DIFFERENCES), separated by commas; UserError for a difference
+        of another kind. With other data or another tokenizer the data start from the beginning; with another batch they
+        continue. `details` maps names in the fingerprint to more about their difference.
+        """
+        state = self.train_state
+        if state is None:
+            return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
+        changes = fingerprint_changes(state.fingerprint, fingerprint, details)
+        kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
+        allowed = {name.strip() for name in allow.split(",")}
+        if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
+            raise self._of_another_run(refused, set(kinds.values()))
+        if not changes:
+            return state
+        starts_over = not _WITHOUT_CURSORS.isdisjoint(kinds.values())
+        logger.warning(
+            "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
+            self.path,
+            "; the data start over" if starts_over else "",
+            Lines("\n  ".join(map(one_line, changes.values()))),
+        )
+        return replace(state, sequences=0, cursors={}) if starts_over else state
+
+    def _of_another_run(self, refused: list[str], kinds: set[str]) -> UserError:
+        way_out = f". To continue from it all the same: --checkpoint.allow {','.join(sorted(kinds))}"
+        return UserError(
+            f"{self.path} belongs to another run:",
+            *(f"  {line}" for line in refused),
+            "  put these back, or give this run its own job.dump_folder"
+            + (way_out if kinds <= {*ALLOWED_DIFFERENCES} else ""),
+        )
+
+
+def find_origin(checkpoints: Checkpoints) -> Origin:
+    """The newest intact checkpoint, the same on all ranks; raises UserError if there are some and all are damaged."""
+    path = checkpoints.newest_intact()
+    if path is None:
+        return Origin()
+    return broadcast_from_rank_0(
+        checkpoints.world, lambda: Origin(path, read_train_state(path), read_data_record(path))
+    )
+
+
+def run_fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Flat name -> value: the model's shape, data and tokenizer, and what determines the order of the data."""
+    model = {f"model.{name}": value for name, value in asdict(config.model).items() if name not in _TRAINING_ONLY}
+    training = {
+        "data.document_mask": config.data.document_mask,
+        "training.seq_len": config.training.seq_len,
+        "training.global_batch_size": config.training.global_batch_size,
+        "optimizer.name": config.optimizer.name,
+    }
+    return model | corpus.fingerprint() | training
+
+
+def require_same_data(world: World, corpus: Corpus) -> None:
+    """Raise UserError, on every rank, if ranks see different files, as copies on several machines may be."""
+    found = all_gather_dict(world, {world.rank: corpus.fingerprint()})
+    for rank, fingerprint in sorted(found.items()):
+        for name in fingerprint:
+            if fingerprint[name] != found[0][name]:
+                raise UserError(
+                    f"the processes see different training data; make the copies alike: {name} is {found[0][name]!r} "
+                    f"for rank 0 and {fingerprint[name]!r} for rank {rank}"
+                )
