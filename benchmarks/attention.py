@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device_time import device_milliseconds
-from swamla_titan.kernels.attention.dispatch import attention, reference_attention
+from swamla_titan.kernels.attention.dispatch import DOCUMENT, FLEX, SDPA, WINDOW, Implementation, reference_attention
 from swamla_titan.kernels.attention.masks import (
     DocumentRule,
+    Mask,
     WindowRule,
     block_mask,
     block_mask_of_one_document,
@@ -98,24 +99,24 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
     """Path -> the function, and whether it computes this mask exactly; others are there to compare times."""
     scale = shape.width**-0.5
 
-    def under(mask) -> Attend:
-        return lambda query, key, value: attention(query, key, value, mask, scale)
+    def by(implementation: Implementation, mask: Mask) -> Attend:
+        return lambda query, key, value: implementation.call(query, key, value, mask, scale)
 
     found: dict[str, tuple[Attend, bool]] = {}
     is_plain = shape.window is None and not shape.documents
     if shape.window is not None:
         rule = WindowRule(starts.to(torch.int32) if shape.documents else None, shape.window, SINK)
-        found["triton"] = under(rule), True
+        found["triton"] = by(WINDOW, rule), True
     elif shape.documents:
         bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
-        found["triton"] = under(DocumentRule(*bounds)), True
+        found["triton"] = by(DOCUMENT, DocumentRule(*bounds)), True
     sink = SINK if shape.window else 0
     if shape.documents:
-        found["flex"] = under(block_mask(starts, shape.window, sink)), True
+        found["flex"] = by(FLEX, block_mask(starts, shape.window, sink)), True
     else:
-        found["flex"] = under(block_mask_of_one_document(shape.seq_len, shape.window, sink, device)), True
+        found["flex"] = by(FLEX, block_mask_of_one_document(shape.seq_len, shape.window, sink, device)), True
     if not is_plain and shape.seq_len <= _LONGEST_DENSE:
-        found["sdpa, mask"] = under(dense_mask(starts, shape.window, sink)), True
+        found["sdpa, mask"] = by(SDPA, dense_mask(starts, shape.window, sink)), True
     found["cudnn, causal"] = causal_sdpa(SDPBackend.CUDNN_ATTENTION), is_plain
     if is_plain:
         found["efficient, causal"] = causal_sdpa(SDPBackend.EFFICIENT_ATTENTION), True

@@ -14,6 +14,18 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def why_no_kernels(device: torch.device) -> str | None:
+    """What keeps our kernels from this device, or None."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    return None if has_triton() else "needs the package triton, which comes with PyTorch for CUDA"
+
+
+def named(dtype: torch.dtype) -> str:
+    """As in the configuration: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def is_tuned_for(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether our kernels were timed there and found faster than what PyTorch has: in 16 bits on H100 and H200.
 

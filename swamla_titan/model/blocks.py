@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from swamla_titan.model.cache import MLACache, SWACache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.context import AttentionContext, SequenceContext
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.norms import build_norm
@@ -26,7 +26,7 @@ class Regions:
     Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
     """
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | AttentionContext) -> Tensor:
         """forward(*inputs)."""
         return forward(*inputs)
 
@@ -39,6 +39,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
+        self.kind = kind
         self.attention_norm = build_norm(config)
         self.attention = BLOCKS[kind](config)
         self.ffn_norm = build_norm(config)
@@ -48,17 +49,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return self.regions.run("block", self._forward, x, context)
+        return self.regions.run("block", self._forward, x, context[self.kind])
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
         """`forward` that also fills this layer's cache."""
-        return self._add(x, self.attention.prefill(self.attention_norm(x), context, cache))  # type: ignore[arg-type]
+        return self._add(x, self.attention.prefill(self.attention_norm(x), context[self.kind], cache))  # type: ignore[arg-type]
 
     def decode(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
-        return self._add(x, self.attention.decode(self.attention_norm(x), context, cache))  # type: ignore[arg-type]
+        return self._add(x, self.attention.decode(self.attention_norm(x), context[self.kind], cache))  # type: ignore[arg-type]
 
-    def _forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def _forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         return self._add(x, self.regions.run("attention", self._attention_branch, x, context))
 
     def _add(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class Block(nn.Module):
         out = self.regions.run("feed_forward", self._feed_forward_branch, x)
         return x + F.dropout(out, self.dropout, self.training)
 
-    def _attention_branch(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def _attention_branch(self, x: Tensor, context: AttentionContext) -> Tensor:
         out: Tensor = self.attention(self.attention_norm(x), context)
         return out
 

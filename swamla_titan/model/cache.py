@@ -5,13 +5,14 @@ sits at the same index; row b's prompt begins at index starts[b], and its positi
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.attention.dispatch import REFERENCE, SDPA
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import SequenceContext, rotations
+from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 
 if TYPE_CHECKING:
     from swamla_titan.model.model import SWAMLAModel
@@ -46,17 +47,23 @@ class MLACache:
         self.rope_keys[:, end - 1] = rope_keys[:, 0]
         return self.latents[:, :end], self.rope_keys[:, :end]
 
+    def next_mask(self) -> Tensor:
+        """Which tokens the next one of each sequence sees: boolean [B, 1, 1, clock.length + 1]."""
+        starts = self.clock.starts[:, None]  # [B, 1]
+        return (torch.arange(self.clock.length + 1, device=starts.device) >= starts)[:, None, None]
+
 
 class SWACache:
     """Rotated keys and values of a document's first `sink` tokens and of the newest `window` ones.
 
     keys and values are [B, sink + window, G, D]. The token at index t goes to slot sink + t % window; a token at
-    position p < sink goes to slot p as well. A key that is in both is seen through the window only (`swa_decode_mask`).
+    position p < sink goes to slot p as well. A key that is in both is seen through the window only (`next_mask`).
     """
 
     def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
         self.clock = clock
-        self.sink, self.window = swa_slots(config, max_tokens)
+        # Never more slots than there are tokens.
+        self.sink, self.window = min(config.swa_sink_size, max_tokens), min(config.swa_window, max_tokens)
         # Zeros and not empty: a slot that is masked still meets a weight of 0, and 0 * NaN is NaN.
         shape = (clock.starts.shape[0], self.sink + self.window, config.kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=clock.starts.device)
@@ -84,21 +91,15 @@ class SWACache:
             slots[:, ring] = new[:, 0]
             slots[:, : self.sink] = torch.where(own, new, slots[:, : self.sink])
 
-
-def swa_slots(config: ModelConfig, max_tokens: int) -> tuple[int, int]:
-    """(sink, window) slots of a SWA cache: never more than there are tokens."""
-    return min(config.swa_sink_size, max_tokens), min(config.swa_window, max_tokens)
-
-
-def swa_decode_mask(clock: Clock, sink: int, window: int) -> Tensor:
-    """Which slots of a SWACache the token at index clock.length sees: boolean [B, 1, 1, sink + window]."""
-    time, starts = clock.length, clock.starts[:, None]  # starts: [B, 1]
-    slots = torch.arange(window, device=starts.device)
-    times = time - (time - slots) % window  # the newest index that each slot can hold; negative: none yet
-    in_window = times >= starts  # [B, window]
-    # Only once a sink key has left the window, else its weight would count twice.
-    in_sink = time - starts - torch.arange(sink, device=starts.device) >= window  # [B, sink]
-    return torch.cat([in_sink, in_window], dim=1)[:, None, None]
+    def next_mask(self) -> Tensor:
+        """Which slots the next token of each sequence sees, at index clock.length: boolean [B, 1, 1, sink + window]."""
+        time, starts = self.clock.length, self.clock.starts[:, None]  # starts: [B, 1]
+        slots = torch.arange(self.window, device=starts.device)
+        times = time - (time - slots) % self.window  # the newest index that each slot can hold; negative: none yet
+        in_window = times >= starts  # [B, window]
+        # Only once a sink key has left the window, else its weight would count twice.
+        in_sink = time - starts - torch.arange(self.sink, device=starts.device) >= self.window  # [B, sink]
+        return torch.cat([in_sink, in_window], dim=1)[:, None, None]
 
 
 class DecodeCache:
@@ -113,6 +114,7 @@ class DecodeCache:
         if not 1 <= max_tokens <= config.max_seq_len:
             raise ValueError(f"max_tokens = {max_tokens}: expected 1 ... max_seq_len = {config.max_seq_len}")
         self.config = config
+        self.blocks: dict[str, Any] = dict(model.blocks.items())
         self.max_tokens = max_tokens
         self.dtype = model.activation_dtype
         self.clock = Clock(torch.zeros(batch, dtype=torch.int64, device=model.device))
@@ -136,19 +138,20 @@ class DecodeCache:
         self.clock.length = seq_len
 
     def next_context(self, reference: bool) -> SequenceContext:
-        """The context of the next token of each row; masks are over the caches' slots. Raises ValueError when full."""
+        """The context of the next token of each sequence, under masks over the caches' slots.
+
+        Raises ValueError when the cache is full.
+        """
         time, starts = self.clock.length, self.clock.starts[:, None]  # starts: [B, 1]
         if time == 0:
             raise ValueError("the cache is empty: call prefill before decode")
         if time >= self.max_tokens:
             raise ValueError(f"the cache is full: {self.max_tokens} tokens a row; make it with a larger max_tokens")
-        positions = time - starts  # [B, 1]
-        swa_rotation, mla_rotation = rotations(self.config, positions, self.dtype)
-        return SequenceContext(
-            positions=positions,
-            swa_rotation=swa_rotation,
-            mla_rotation=mla_rotation,
-            swa_mask=swa_decode_mask(self.clock, *swa_slots(self.config, self.max_tokens)),
-            mla_mask=(torch.arange(time + 1, device=starts.device) >= starts)[:, None, None],  # [B, 1, 1, time + 1]
-            reference=reference,
-        )
+        positions, implementation = time - starts, REFERENCE if reference else SDPA  # positions: [B, 1]
+
+        def of_layer(layer: str) -> AttentionContext:
+            rotation = rotation_at(positions, self.blocks[layer].attention.rotary(self.config), self.config, self.dtype)
+            return AttentionContext(positions, rotation, self.layers[layer].next_mask(), implementation)
+
+        one_of_each = {block.kind: layer for layer, block in self.blocks.items()}
+        return SequenceContext({kind: of_layer(layer) for kind, layer in one_of_each.items()})

@@ -1,28 +1,29 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one small latent."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.dispatch import attention
-from swamla_titan.kernels.attention.masks import DocumentRule
+from swamla_titan.kernels.attention.dispatch import CAUSAL
+from swamla_titan.kernels.attention.masks import DocumentRule, MaskSpec
 from swamla_titan.model.cache import MLACache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
-def whole_rows(latent: Tensor, rope_key: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+def whole_rows(latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the rows: those given are all there are."""
     return latent, rope_key
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
     """Queries [B, T, H, nope + rope] on keys [B, S, H, nope + rope] and values [B, S, H, v] -> [B, T, H, v]."""
-    return attention(query, key, value, context.mla_mask, scale, reference=context.reference)
+    return context.attend(query, key, value, scale)
 
 
 class LatentAttention(nn.Module):
@@ -36,6 +37,23 @@ class LatentAttention(nn.Module):
     Where it has whole rows, `rotate_and_attend`, like `latent_attention`, to do all between the products at once, if
     there is no mask, or a DocumentRule.
     """
+
+    projections: ClassVar[str] = "latent"  # what the linear layers before attention give (dispatch.py)
+
+    @classmethod
+    def mask(cls, config: ModelConfig) -> MaskSpec:
+        """Which keys a query sees."""
+        return MaskSpec()
+
+    @classmethod
+    def head_widths(cls, config: ModelConfig) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> tuple[int, float]:
+        """How much of a head is rotated, and theta."""
+        return config.qk_rope_head_dim, config.mla_rope_theta or config.rope_theta
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,32 +75,32 @@ class LatentAttention(nn.Module):
         self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
         self.wo = Linear(config.num_heads * self.v_dim, config.dim)
         self.rotate_and_attend: Callable[..., Tensor] | None = None
-        self.gather: Callable[[Tensor, Tensor, SequenceContext], tuple[Tensor, Tensor]] = whole_rows
-        self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_causally
+        self.gather: Callable[[Tensor, Tensor, AttentionContext], tuple[Tensor, Tensor]] = whole_rows
+        self.attend: Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor] = attend_causally
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        rule = context.mla_mask
-        is_plain = rule is None and not context.reference
+        rule = context.mask
+        is_plain = context.implementation.name == CAUSAL.name
         if self.rotate_and_attend is not None and (is_plain or isinstance(rule, DocumentRule)):
             latent, rope_key = self.latents(x)
             heads = self.queries(x).contiguous(), self.keys_values(latent).contiguous()
-            by = context.mla_rotation
+            by = context.rotation
             documents = (rule.starts, rule.ends) if isinstance(rule, DocumentRule) else ()
             return self._output(self.rotate_and_attend(*heads, rope_key, by.cos, by.sin, self.scale, *documents))
         latent, rope_key = self.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
         return self._output(self.attend(query, key, value, context, self.scale))
 
-    def prefill(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
+    def prefill(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
         """`forward` that also fills the cache."""
         latent, rope_key = self.compress(x, context)
         cache.fill(latent, rope_key.squeeze(2))
         query, key, value = self.expand(x, latent, rope_key, context)
         return self._output(attend_causally(query, key, value, context, self.scale))
 
-    def decode(self, x: Tensor, context: SequenceContext, cache: MLACache) -> Tensor:
-        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mla_mask is [B, 1, 1, tokens so far].
+    def decode(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
+        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].
 
         The latent's up-projection is absorbed into query and output, so keys and values are never made:
         q . (W_k c) = (W_k^T q) . c, and sum_s p_s (W_v c_s) = W_v (sum_s p_s c_s). It reads `wkv_b.weight` itself,
@@ -96,8 +114,8 @@ class LatentAttention(nn.Module):
         q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_key)  # [B, 1, H, R]
         scores = torch.einsum("bthr,bsr->bhts", q_latent, latents) + torch.einsum("bthp,bsp->bhts", q_rope, rope_keys)
         scores = scores.to(torch.promote_types(x.dtype, torch.float32)) * self.scale
-        assert isinstance(context.mla_mask, Tensor)
-        weights = scores.masked_fill(~context.mla_mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
+        assert isinstance(context.mask, Tensor)
+        weights = scores.masked_fill(~context.mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
         mixed = torch.einsum("bhts,bsr->bthr", weights, latents)
         out: Tensor = self.wo(torch.einsum("bthr,hvr->bthv", mixed, w_value).flatten(2))
         return out
@@ -107,27 +125,27 @@ class LatentAttention(nn.Module):
         query: Tensor = self.wq_b(self.q_norm(self.wq_a(x))) if self.q_lora_rank else self.wq(x)
         return query.unflatten(-1, (-1, self.qk_dim))
 
-    def rotated_queries(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def rotated_queries(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """[B, T, dim] -> queries without position [B, T, H, nope] and rotated queries [B, T, H, rope]."""
         q_nope, q_rope = self.queries(x).split([self.nope_dim, self.rope_dim], dim=-1)
-        return q_nope, rotate(q_rope, context.mla_rotation)
+        return q_nope, rotate(q_rope, context.rotation)
 
     def latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, dim] -> normed latent [B, T, R] and shared key [B, T, rope], not rotated."""
         latent, rope_key = self.wkv_a(x).split([self.latent_dim, self.rope_dim], dim=-1)
         return self.kv_norm(latent), rope_key
 
-    def compress(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def compress(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """[B, T, dim] -> what decoding keeps: normed latent [B, T, R] and rotated shared key [B, T, 1, rope]."""
         latent, rope_key = self.latents(x)
-        return latent, rotate(rope_key.unsqueeze(2), context.mla_rotation)
+        return latent, rotate(rope_key.unsqueeze(2), context.rotation)
 
     def keys_values(self, latent: Tensor) -> Tensor:
         """Latents [B, S, R] -> each head's part of its keys, and its values, [B, S, H, nope + v]."""
         return self.wkv_b(latent).unflatten(-1, (-1, self.nope_dim + self.v_dim))
 
     def expand(
-        self, x: Tensor, latent: Tensor, rope_key: Tensor, context: SequenceContext
+        self, x: Tensor, latent: Tensor, rope_key: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, nope + rope] of x [B, T, dim]; keys [B, S, H, nope + rope] and values [B, S, H, v].
 

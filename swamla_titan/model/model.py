@@ -15,24 +15,19 @@ from swamla_titan.model.context import SequenceContext
 from swamla_titan.model.init import initial_value
 from swamla_titan.model.linear import Embedding, Head
 from swamla_titan.model.norms import build_norm
-
-
-def all_columns(rows: Tensor) -> Tensor:
-    """Something for each token of whole rows, [B, T], as it is."""
-    return rows
+from swamla_titan.model.sequences import FullSequences
 
 
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Seven attributes may be set from outside:
+    Six attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
-    `attention_backend`: one of ATTENTION_BACKENDS in model/context.py.
+    `attention_backend`: one of ATTENTION_BACKENDS in kernels/attention/dispatch.py.
     `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
     `linear_loss`: kernels.linear_cross_entropy, to compute head and loss as one, without `loss_function`; None: apart.
     `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
-    `local_tokens`: the columns [B, t] that this process computes of something [B, T] for whole rows; all of them.
-    `build_context`: SequenceContext.build, or what makes the context of those columns from the same arguments.
+    `sequences`: which tokens this process computes of each sequence, and their context; all of them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,8 +44,7 @@ class SWAMLAModel(nn.Module):
         self.loss_function: Callable[..., Tensor] = cross_entropy
         self.linear_loss: Callable[..., Tensor] | None = None
         self.gather_logits: Callable[[Tensor], Tensor] | None = None
-        self.local_tokens: Callable[[Tensor], Tensor] = all_columns
-        self.build_context: Callable[..., SequenceContext] = SequenceContext.build
+        self.sequences = FullSequences()
 
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
@@ -118,7 +112,7 @@ class SWAMLAModel(nn.Module):
         micro-batches add up to the batch's mean, whatever each holds. z_loss and label_smoothing of the config apply in
         training mode only; eval() gives the plain cross-entropy.
 
-        Where several processes share each row (`local_tokens`), all are given the whole rows: each gives the logits of
+        Where several processes share each row (`sequences`), all are given the whole rows: each gives the logits of
         its own columns, or its own share of the loss, and the shares add up to the loss.
 
         Token ids must be below vocab_size; that is not checked, for it would wait for the GPU. Raises ValueError for
@@ -126,7 +120,7 @@ class SWAMLAModel(nn.Module):
         """
         self._check(tokens, targets, document_ids)
         context = self.context(tokens.shape[1], document_ids, tokens.device)
-        x = self.embed(self.local_tokens(tokens))  # [B, T, dim]
+        x = self.embed(self.sequences.local(tokens))  # [B, T, dim]
         for block in self.blocks.values():
             x = block(x, context)
         x = self.norm(x)
@@ -142,7 +136,7 @@ class SWAMLAModel(nn.Module):
     ) -> SequenceContext:
         """What the blocks share in a forward pass over rows of `seq_len` tokens, on `device` (None: the weights')."""
         device = device or self.device
-        return self.build_context(
+        return self.sequences.context(
             self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend
         )
 
@@ -153,7 +147,7 @@ class SWAMLAModel(nn.Module):
 
     def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
         """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T] of whole rows."""
-        own = self.local_tokens(targets).flatten()
+        own = self.sequences.local(targets).flatten()
         total = self.loss_function(logits.flatten(0, 1), own, self.config.vocab_size, **self._loss_options)
         return total / _denominator(targets, loss_denominator)
 
@@ -161,7 +155,7 @@ class SWAMLAModel(nn.Module):
         self, x: Tensor, weight: Tensor, targets: Tensor, loss_denominator: Tensor | float | None
     ) -> Tensor:
         assert self.linear_loss is not None
-        own = self.local_tokens(targets).flatten()
+        own = self.sequences.local(targets).flatten()
         denominator = _denominator(targets, loss_denominator)
         return self.linear_loss(x.flatten(0, 1), weight, own, self.config.vocab_size, denominator, **self._loss_options)
 
@@ -179,10 +173,11 @@ class SWAMLAModel(nn.Module):
         """
         self._check(tokens, None, None)
         cache.start(tokens, lengths)
-        # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel anew.
+        # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel.
         real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
         backend = "reference" if self.attention_backend == "reference" else "sdpa"
-        context = SequenceContext.build(self.config, tokens.shape[1], real, self.device, self.activation_dtype, backend)
+        shape = self.config, tokens.shape[1]
+        context = FullSequences().context(*shape, real, self.device, self.activation_dtype, backend)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)

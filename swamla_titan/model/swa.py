@@ -1,22 +1,22 @@
 """Sliding-window attention with sinks: local, with the first tokens of the document always in view."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.dispatch import attention
-from swamla_titan.kernels.attention.masks import WindowRule
+from swamla_titan.kernels.attention.masks import MaskSpec, WindowRule
 from swamla_titan.model.cache import SWACache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
-def attend_window(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
-    """Queries [B, T, H, D] on keys and values [B, S, G, D] under context.swa_mask -> [B, T, H, D]."""
-    return attention(query, key, value, context.swa_mask, scale, reference=context.reference)
+def attend_window(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    """Queries [B, T, H, D] on keys and values [B, S, G, D] under context.mask -> [B, T, H, D]."""
+    return context.attend(query, key, value, scale)
 
 
 class SlidingWindowAttention(nn.Module):
@@ -30,6 +30,23 @@ class SlidingWindowAttention(nn.Module):
     tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
     """
 
+    projections: ClassVar[str] = "qkv"  # what the linear layer before attention gives (dispatch.py)
+
+    @classmethod
+    def mask(cls, config: ModelConfig) -> MaskSpec:
+        """Which keys a query sees."""
+        return MaskSpec(config.swa_window, config.swa_sink_size)
+
+    @classmethod
+    def head_widths(cls, config: ModelConfig) -> tuple[int, int]:
+        """Of queries and keys, and of values."""
+        return config.head_dim, config.head_dim
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> tuple[int, float]:
+        """How much of a head is rotated, and theta."""
+        return config.head_dim, config.swa_rope_theta or config.rope_theta
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -40,36 +57,36 @@ class SlidingWindowAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.rotate_and_attend: Callable[..., Tensor] | None = None
-        self.attend: Callable[[Tensor, Tensor, Tensor, SequenceContext, float], Tensor] = attend_window
+        self.attend: Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor] = attend_window
 
-    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        rule = context.swa_mask
+        rule = context.mask
         if self.rotate_and_attend is not None and isinstance(rule, WindowRule):
             groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim)).contiguous()
-            by, shape = context.swa_rotation, (rule.starts, rule.window, rule.sink)
+            by, shape = context.rotation, (rule.starts, rule.window, rule.sink)
             return self._output(self.rotate_and_attend(groups, by.cos, by.sin, *shape, self.scale))
         query, key, value = self.project(x, context)
         return self._output(self.attend(query, key, value, context, self.scale))
 
-    def prefill(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
+    def prefill(self, x: Tensor, context: AttentionContext, cache: SWACache) -> Tensor:
         """`forward` that also fills the cache."""
         query, key, value = self.project(x, context)
         cache.fill(key, value)
         return self._output(attend_window(query, key, value, context, self.scale))
 
-    def decode(self, x: Tensor, context: SequenceContext, cache: SWACache) -> Tensor:
-        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.swa_mask is over the cache's slots."""
+    def decode(self, x: Tensor, context: AttentionContext, cache: SWACache) -> Tensor:
+        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is over the cache's slots."""
         query, key, value = self.project(x, context)
         cache.append(key, value, context.positions)
         return self._output(attend_window(query, cache.keys, cache.values, context, self.scale))
 
-    def project(self, x: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, dim] -> rotated queries [B, T, H, D], rotated keys and values [B, T, G, D]."""
         groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim))  # [B, T, G, H/G + 2, D]
         query, key, value = groups.split([self.queries_per_key, 1, 1], dim=-2)
-        query = rotate(self.q_norm(query.flatten(2, 3)), context.swa_rotation)  # [B, T, H, D]
-        key = rotate(self.k_norm(key.squeeze(-2)), context.swa_rotation)  # [B, T, G, D]
+        query = rotate(self.q_norm(query.flatten(2, 3)), context.rotation)  # [B, T, H, D]
+        key = rotate(self.k_norm(key.squeeze(-2)), context.rotation)  # [B, T, G, D]
         return query, key, value.squeeze(-2)
 
     def split_qkv(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, Regions
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.context import AttentionContext
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class _CheckpointedRegions(Regions):
     names: frozenset[str]
     contexts: Callable[[], Any] | None
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | SequenceContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | AttentionContext) -> Tensor:
         """As in Regions."""
         options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
         if name == "residual" and "attention" in self.names and torch.compiler.is_compiling():

@@ -18,39 +18,42 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
-from swamla_titan.kernels.attention.causal import cudnn_takes
-from swamla_titan.kernels.attention.chunked import chunked_causal_attention
-from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.dispatch import choose
 from swamla_titan.kernels.attention.masks import (
+    Chunks,
     KeyIntervals,
+    Mask,
     block_mask_of,
     dense_mask_of,
     document_starts,
     intervals_in_the_row,
 )
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.context import SequenceContext, attention_path, rotations
+from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model.sequences import FullSequences, attention_request
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, plan_swa_exchange
 
 
 @dataclass(frozen=True)
-class SharedContext(SequenceContext):
-    """The context of this rank's part of each row.
+class WindowSlice(AttentionContext):
+    """For this rank's tokens under a window; `mask` is over the sections that `exchange_windows` lays out."""
 
-    Positions and rotations are those of the rank's own tokens. `swa_mask` is over the sections that `exchange_windows`
-    lays out, `mla_mask` over the keys of the whole row; with `mla_kernel` that is None, and the kernel of
-    kernels/attention/causal.py of that name needs no mask.
-    """
-
-    layout: SequenceLayout
     group: str  # the context group's name, which is how operators in a graph know it
-    mla_kernel: str | None
-    swa_exchange: SwaExchange
+    exchange: SwaExchange
     sink_index: Tensor  # [B or 1, 2 * ranks * sinks]
     sink_owned: Tensor
+
+
+@dataclass(frozen=True)
+class CausalSlice(AttentionContext):
+    """For this rank's tokens without a window; `mask` is over the keys of full sequences."""
+
+    group: str
+    layout: SequenceLayout
 
 
 def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | DeviceMesh) -> None:
@@ -64,8 +67,7 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     size, rank = group.size(), group.rank()
     if size == 1:
         return
-    model.local_tokens = _LocalTokens(size, rank)
-    model.build_context = _ContextBuilder(size, rank, group.group_name)
+    model.sequences = SharedSequences(size, rank, group.group_name)
     for block in model.blocks.values():
         kind = block.attention
         if isinstance(kind, SlidingWindowAttention):
@@ -73,32 +75,21 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
         else:
             assert isinstance(kind, LatentAttention)
             kind.gather = gather_latents
-            kind.attend = attend_chunks
 
 
-def attend_shared_window(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
+def attend_shared_window(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
     """`attend_window` with queries, keys and values of this rank's tokens, [B, 2 * chunk, ...]."""
-    assert isinstance(context, SharedContext)
-    key, value = exchange_windows(
-        key, value, context.swa_exchange, context.sink_index, context.sink_owned, context.group
-    )
-    return attention(query, key, value, context.swa_mask, scale, reference=context.reference)
+    assert isinstance(context, WindowSlice)
+    key, value = exchange_windows(key, value, context.exchange, context.sink_index, context.sink_owned, context.group)
+    return context.attend(query, key, value, scale)
 
 
-def gather_latents(latent: Tensor, rope_key: Tensor, context: SequenceContext) -> tuple[Tensor, Tensor]:
+def gather_latents(latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """`whole_rows` from this rank's latents [B, 2 * chunk, R] and rotated keys [B, 2 * chunk, 1, rope]."""
-    assert isinstance(context, SharedContext)
+    assert isinstance(context, CausalSlice)
     width = latent.shape[-1]
     rows = gather_rows(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
     return rows[..., :width], rows[..., width:].unsqueeze(2)
-
-
-def attend_chunks(query: Tensor, key: Tensor, value: Tensor, context: SequenceContext, scale: float) -> Tensor:
-    """`attend_causally` with this rank's queries [B, 2 * chunk, H, D] and keys and values of whole rows [B, T, ...]."""
-    assert isinstance(context, SharedContext)
-    if context.mla_kernel is not None:
-        return chunked_causal_attention(query, key, value, context.layout.starts, scale, context.mla_kernel)
-    return attention(query, key, value, context.mla_mask, scale, reference=context.reference)
 
 
 def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
@@ -130,88 +121,57 @@ def mla_intervals(starts: Tensor, layout: SequenceLayout) -> KeyIntervals:
     return intervals_in_the_row(own_columns(starts, layout), queries, None, 0)
 
 
-@dataclass(frozen=True)
-class _LocalTokens:
-    """SWAMLAModel.local_tokens: [B, T] -> this rank's [B, T / size]."""
+class SharedSequences(FullSequences):
+    """This process, rank `rank` of `size` in `group`, computes two chunks of each sequence."""
 
-    size: int
-    rank: int
+    def __init__(self, size: int, rank: int, group: str) -> None:
+        self.size, self.rank, self.group = size, rank, group
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return own_columns(rows, SequenceLayout(rows.shape[1], self.size, self.rank))
+    def local(self, tokens: Tensor) -> Tensor:
+        """As in FullSequences: [B, T] -> [B, T / size]."""
+        return own_columns(tokens, SequenceLayout(tokens.shape[1], self.size, self.rank))
 
-
-@dataclass(frozen=True)
-class _ContextBuilder:
-    """SWAMLAModel.build_context: a SharedContext from what SequenceContext.build takes."""
-
-    size: int
-    rank: int
-    group: str
-
-    def __call__(
+    def context(
         self,
         config: ModelConfig,
         seq_len: int,
         document_ids: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
-        backend: str = "auto",
-    ) -> SharedContext:
-        def flex(kind: str) -> bool:
-            return attention_path(kind, config, backend, device, dtype, whole_rows=False) == "flex"
-
+        asked: str = "auto",
+    ) -> SequenceContext:
+        """As in FullSequences, of this rank's tokens."""
         layout = SequenceLayout(seq_len, self.size, self.rank)
-        exchange = plan_swa_exchange(layout, config.swa_window, config.swa_sink_size)
         starts = None if document_ids is None else document_starts(document_ids)
         rows = torch.zeros(1, seq_len, dtype=torch.int64, device=device) if starts is None else starts
-        sink_index, sink_owned = sink_sources(rows, exchange)
         positions = own_columns(torch.arange(seq_len, device=device) - rows, layout)
-        swa_rotation, mla_rotation = rotations(config, positions, dtype)
 
-        kinds = set(config.block_kinds)
-        swa_mask = mla_mask = mla_kernel = None
-        if "swa" in kinds:
-            swa_mask = _mask(exchange, starts, device, flex("swa"))
-        if "mla" in kinds:
-            widths = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-            if backend not in ("sdpa", "reference") and starts is None:
-                mla_kernel = kernel_without_mask(device, dtype, layout, *widths)
-            if mla_kernel is None:
-                mla_mask = _mask(layout, starts, device, flex("mla"))
-        return SharedContext(
-            positions=positions,
-            swa_rotation=swa_rotation,
-            mla_rotation=mla_rotation,
-            swa_mask=swa_mask,
-            mla_mask=mla_mask,
-            reference=backend == "reference",
-            layout=layout,
-            group=self.group,
-            mla_kernel=mla_kernel,
-            swa_exchange=exchange,
-            sink_index=sink_index,
-            sink_owned=sink_owned,
-        )
+        def of_kind(kind: str) -> AttentionContext:
+            request = attention_request(kind, config, seq_len, starts is not None, device, dtype, chunk=layout.chunk)
+            taken = choose(request, asked).implementation
+            rotation = rotation_at(positions, BLOCKS[kind].rotary(config), config, dtype)
+            if request.mask.window is None:
+                mask = _mask(taken.form, layout, starts, device)
+                return CausalSlice(positions, rotation, mask, taken, self.group, layout)
+            exchange = plan_swa_exchange(layout, request.mask.window, request.mask.sink)
+            mask = _mask(taken.form, exchange, starts, device)
+            sinks = sink_sources(rows, exchange)
+            return WindowSlice(positions, rotation, mask, taken, self.group, exchange, *sinks)
+
+        return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
 
 
-def kernel_without_mask(
-    device: torch.device, dtype: torch.dtype, layout: SequenceLayout, qk_width: int, v_width: int
-) -> str | None:
-    """The kernel (kernels/attention/causal.py) for MLA over rows of one document; None: attention under a mask."""
-    return "cudnn" if cudnn_takes(device, dtype, layout.seq_len, layout.chunk, qk_width, v_width) else None
-
-
-def _mask(
-    over: SwaExchange | SequenceLayout, starts: Tensor | None, device: torch.device, flex: bool
-) -> Tensor | BlockMask:
-    """The mask over the sections of an exchange (SWA) or whole rows (MLA); `starts` None: one document a row."""
-    if flex and starts is None:
+def _mask(form: str, over: SwaExchange | SequenceLayout, starts: Tensor | None, device: torch.device) -> Mask:
+    """The mask over the sections of an exchange, or full sequences; `starts` None: one document a sequence."""
+    if form == "block" and starts is None:
         return _block_mask_of_one_document(over, device)
     layout = over.layout if isinstance(over, SwaExchange) else over
+    if form == "chunks":
+        return Chunks(tuple(layout.starts))
     if starts is None:
         starts = torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device)
-    make = block_mask_of if flex else dense_mask_of
+    assert form in ("block", "boolean")
+    make = block_mask_of if form == "block" else dense_mask_of
     if isinstance(over, SwaExchange):
         return make(swa_intervals(starts, over), 2 * over.section)
     return make(mla_intervals(starts, over), layout.seq_len)
@@ -222,6 +182,6 @@ def _block_mask_of_one_document(over: SwaExchange | SequenceLayout, device: torc
     # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
     with torch.inference_mode(False):
         layout = over.layout if isinstance(over, SwaExchange) else over
-        mask = _mask(over, torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device), device, True)
+        mask = _mask("block", over, torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device), device)
     assert isinstance(mask, BlockMask)
     return mask

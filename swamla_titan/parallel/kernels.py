@@ -7,19 +7,18 @@ from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.dispatch import Choice, choose
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.context import attention_path
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model.sequences import attention_request
 from swamla_titan.model.swa import SlidingWindowAttention
-
-_ALIGNED = 8  # numbers of 16 bits: cuDNN reads values where they lie, behind the heads' parts of the keys
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
@@ -31,9 +30,30 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
     model.attention_backend = config.kernels.attention
     model.linear_loss = linear_cross_entropy if is_loss_fused(config, device) else None
     if are_pointwise_ours(config, device):
-        use_pointwise_kernels(
-            model, {kind for kind in ("swa", "mla") if why_rotation_is_plain(kind, config, device) is None}
+        choices = attention_choices(config, device)
+        use_pointwise_kernels(model, {kind for kind, choice in choices.items() if choice.fused})
+
+
+def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]:
+    """What computes attention in a run on `device`, for each kind of block, and why not each other implementation."""
+    length, degree, checkpointing = config.training.seq_len, config.parallel.context, config.activation_checkpoint
+    keeps_operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"
+
+    def of_kind(kind: str) -> Choice:
+        request = attention_request(
+            kind,
+            config.model,
+            length,
+            config.data.document_mask,
+            device,
+            getattr(torch, config.training.compute_dtype),
+            chunk=length // (2 * degree) if degree > 1 else None,
+            projections=BLOCKS[kind].projections,
+            keeps_operators=keeps_operators and checkpointing.modules != "feed_forward",
         )
+        return choose(request, config.kernels.attention)
+
+    return {kind: of_kind(kind) for kind in BLOCKS if kind in config.model.block_kinds}
 
 
 def is_loss_fused(config: Config, device: torch.device) -> bool:
@@ -42,7 +62,10 @@ def is_loss_fused(config: Config, device: torch.device) -> bool:
 
 
 def are_pointwise_ours(config: Config, device: torch.device) -> bool:
-    """Whether kernels of ours compute what lies between the products, as far as they can; "auto": on H100 and H200."""
+    """Whether kernels of ours compute what lies between the linear layers, as far as they can.
+
+    By "auto" on H100 and H200.
+    """
     if config.kernels.pointwise != "auto":
         return config.kernels.pointwise == "triton"
     dtype = getattr(torch, config.training.compute_dtype)
@@ -55,7 +78,7 @@ def is_gpu_with_triton(device: torch.device) -> bool:
 
 
 def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "mla")) -> None:
-    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the products of attention in one operator.
+    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the linear layers of attention in one operator.
 
     Not in SWA blocks with norms of queries and keys, which come before the rotation.
     """
@@ -67,28 +90,3 @@ def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "
                 module.rotate_and_attend = rotary_window_attention
         elif isinstance(module, LatentAttention) and "mla" in kinds:
             module.rotate_and_attend = latent_attention
-
-
-def why_rotation_is_plain(kind: str, config: Config, device: torch.device) -> str | None:
-    """What keeps rotation and attention apart in blocks of "swa" or "mla", or None.
-
-    In SWA blocks it stays apart also where kernels/attention/window.py does not compute the attention.
-    """
-    model, checkpointing = config.model, config.activation_checkpoint
-    operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"
-    if operators and checkpointing.modules != "feed_forward":
-        return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
-    if kind == "swa":
-        return "model.qk_norm" if model.qk_norm else None  # which lies between projection and rotation
-    if config.kernels.attention in ("sdpa", "reference"):
-        return f"attention by {config.kernels.attention}"
-    if config.parallel.context > 1:
-        return "parallel.context"
-    widths = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
-    if model.qk_nope_head_dim % _ALIGNED:
-        return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}"
-    length, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
-    if config.data.document_mask:
-        ours = attention_path("mla", model, config.kernels.attention, device, dtype) == "triton"
-        return None if ours else "data.document_mask"
-    return None if cudnn_takes(device, dtype, length, length, *widths) else "not by cuDNN"

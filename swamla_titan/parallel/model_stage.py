@@ -61,7 +61,7 @@ class ModelStage(SWAMLAModel):
             if inputs.shape[1] != self.seq_len:
                 raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for rows of {self.seq_len}")
         context = self.context(self.seq_len, document_ids, inputs.device)
-        x = self.embed(self.local_tokens(inputs)) if self.is_rank_0 else inputs
+        x = self.embed(self.sequences.local(inputs)) if self.is_rank_0 else inputs
         for block in self.blocks.values():
             x = block(x, context)
         return self.head(self.norm(x)) if self.is_last else x

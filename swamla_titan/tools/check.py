@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
+from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import load_tokenizer, rows_at_a_time
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
-from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.context import attention_path
-from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
 from swamla_titan.parallel.automatic import (
@@ -29,7 +29,7 @@ from swamla_titan.parallel.automatic import (
     float8_moments_advice,
     may_save_by_float8_moments,
 )
-from swamla_titan.parallel.kernels import choose_kernels
+from swamla_titan.parallel.kernels import attention_choices, choose_kernels
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
@@ -179,7 +179,7 @@ def _float8(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "float8", text)
 
 
-def _attention(config: Config, device: torch.device) -> Finding:
+def _attention(config: Config, device: torch.device) -> list[Finding]:
     """Run a small model forward and backward through the fast paths and hold it against the plain ones."""
     model = SWAMLAModel(SMALL).to(device)
     with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
@@ -193,16 +193,24 @@ def _attention(config: Config, device: torch.device) -> Finding:
     choose_kernels(model, config, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     error = _gradients_apart(model, plain, config, device)
-    path, mla = (attention_path(kind, SMALL, config.kernels.attention, device, dtype) for kind in ("swa", "mla"))
-    if not config.data.document_mask and path != "reference":
-        mla = "sdpa"  # rows are plainly causal there
-    if any(isinstance(module, LatentAttention) and module.rotate_and_attend for module in model.modules()):
-        mla = f"{mla if config.data.document_mask else 'cudnn'} with its rotation"
-    text = f"SWA by {path}, MLA by {mla}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
+    tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
+    choices = attention_choices(tried, device)
+    others = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
+    fused = {block.kind for block in model.modules() if isinstance(block, Block) and block.attention.rotate_and_attend}
+    taken = ", ".join(_computed_by(kind, choice, kind in fused) for kind, choice in choices.items())
+    text = f"{taken}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
-    if not error < (2e-2 if dtype == torch.float32 else 7e-2):
-        return Finding("failure", "attention", text, "these versions of torch and the driver compute attention wrongly")
-    return Finding("ok", "attention", text)
+    is_right = error < (2e-2 if dtype == torch.float32 else 7e-2)
+    remedy = "" if is_right else "these versions of torch and the driver compute attention wrongly"
+    found = Finding("ok" if is_right else "failure", "attention", text, remedy)
+    return [*(Finding("ok", "attention", each) for each in others), found]
+
+
+def _computed_by(kind: str, choice: AttentionChoice, has_fused: bool) -> str:
+    by = choice.implementation.label.removesuffix(", causal")
+    if has_fused and choice.why_not_fused is None and choice.fused is not None:
+        by = choice.fused.label
+    return f"{kind.upper()} by {by}"
 
 
 def _gradients_apart(model: SWAMLAModel, plain: SWAMLAModel, config: Config, device: torch.device) -> float:

@@ -6,8 +6,8 @@ import pytest
 
 from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import Config, Data, Kernels, Parallel, Training
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.context import ATTENTION_BACKENDS
 
 FITS = ModelConfig(dim=1536, num_heads=16, max_seq_len=2048)  # heads of 96, a window of 256
 

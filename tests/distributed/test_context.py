@@ -10,12 +10,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla_titan.config.sections import Parallel
+from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.masks import dense_mask, dense_mask_of, document_starts
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.launch.worker import launched_size
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.parallel import context as context_module
+from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
@@ -95,7 +96,7 @@ def errors_of_models(names, documents, compiler=None, kernel=None):
     world = join()
     dtype = torch.float32 if compiler == "inductor" else torch.float64
     if kernel is not None:
-        context_module.kernel_without_mask = lambda *args: kernel
+        dispatch.why_not_cudnn_heads, dispatch._CHUNK_KERNEL = lambda *args: None, kernel
     errors = {}
     for name in names:
         model = build(replace(BASE, **MODELS[name]), dtype)
@@ -164,11 +165,14 @@ def flex_error():
     for documents in (ids, None):
         dense = model.context(T, documents)
         starts = None if documents is None else document_starts(documents)
-        swa, mla = (_mask(over, starts, model.device, True) for over in (dense.swa_exchange, dense.layout))
-        flex = replace(dense, swa_mask=swa, mla_mask=mla)
-        assert isinstance(flex.swa_mask, BlockMask)
+        over = {"swa": dense["swa"].exchange, "mla": dense["mla"].layout}
+        masks = {kind: _mask("block", over[kind], starts, model.device) for kind in over}
+        flex = SequenceContext(
+            {kind: replace(dense[kind], mask=mask, implementation=dispatch.FLEX) for kind, mask in masks.items()}
+        )
+        assert isinstance(flex["swa"].mask, BlockMask)
         with torch.no_grad():
-            x = model.embed(model.local_tokens(tokens))
+            x = model.embed(model.sequences.local(tokens))
             for block in model.blocks.values():
                 compiled = torch.compile(block, fullgraph=True, dynamic=False, backend="eager")
                 exact, ours = block(x, dense), compiled(x, flex)
@@ -187,19 +191,19 @@ def test_block_masks_mean_the_same_as_booleans(size):
 def kernels_asked_for():
     """Whether the kernel without masks is taken: it has no documents and is not the reference."""
     world = join()
-    context_module.kernel_without_mask = lambda *args: "plain"
+    dispatch.why_not_cudnn_heads, dispatch._CHUNK_KERNEL = lambda *args: None, "plain"
     model = build(BASE)
     apply_context_parallel(model, world.activations["context"])
     ids = rows()[2]
-    found = [model.context(T).mla_kernel, model.context(T, ids).mla_kernel]
+    found = [model.context(T, ids)["mla"].implementation is dispatch.CHUNKED for ids in (None, ids)]
     for backend in ("sdpa", "reference"):
         model.attention_backend = backend
-        found.append(model.context(T).mla_kernel)
+        found.append(model.context(T)["mla"].implementation is dispatch.CHUNKED)
     return found
 
 
 def test_documents_and_other_backends_take_masks():
-    assert on_ranks(2, kernels_asked_for)[1] == ["plain", None, None, None]
+    assert on_ranks(2, kernels_asked_for)[1] == [True, False, False, False]
 
 
 def more_of_the_model():
@@ -224,7 +228,7 @@ def more_of_the_model():
     }
     # As a pipeline stage does it: its own loop over blocks, on activations that are cut already.
     context = model.context(T, ids)
-    x = model.embed(model.local_tokens(tokens))
+    x = model.embed(model.sequences.local(tokens))
     for block in model.blocks.values():
         x = block(x, context)
     share = model.loss(model.head(model.norm(x)), targets, 7.0)
@@ -262,7 +266,7 @@ def a_group_of_one():
     exact = loss_and_gradients(model, True)
     apply_context_parallel(model, world.activations["context"])
     tokens = rows()[0]
-    return model.local_tokens(tokens) is tokens and largest_error(loss_and_gradients(model, True), exact) == 0
+    return model.sequences.local(tokens) is tokens and largest_error(loss_and_gradients(model, True), exact) == 0
 
 
 def test_a_group_of_one_changes_nothing():

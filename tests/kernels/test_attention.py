@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend
 
 from swamla_titan.kernels.attention import dispatch as module
 from swamla_titan.kernels.attention import latent as latent_module
-from swamla_titan.kernels.attention.causal import cudnn_takes
-from swamla_titan.kernels.attention.dispatch import attention, reference_attention
+from swamla_titan.kernels.attention.causal import why_not_cudnn_heads
+from swamla_titan.kernels.attention.dispatch import FLEX, REFERENCE, SDPA, reference_attention
 from swamla_titan.kernels.attention.masks import block_mask, block_mask_of_one_document, dense_mask, document_starts
 
 
@@ -38,8 +38,8 @@ def test_sdpa_equals_the_reference_in_value_and_gradient(heads, key_heads, width
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     ids = (torch.rand(2, 37) < 0.1).cumsum(dim=1) if "documents" in kind else torch.zeros(1, 37)
     mask = None if kind == "causal" else dense_mask(document_starts(ids), 6 if "window" in kind else None, 2)
-    fast = attention(*inputs, mask, qk**-0.5)
-    plain = attention(*inputs, mask, qk**-0.5, reference=True)
+    fast = SDPA.call(*inputs, mask, qk**-0.5)
+    plain = REFERENCE.call(*inputs, mask, qk**-0.5)
     assert fast.shape == (2, 37, heads, v)
     torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
     upstream = torch.randn_like(fast)
@@ -78,8 +78,8 @@ def test_bare_flex_calls_take_any_number_of_lengths(eager_flex, documents):
         else:
             starts = torch.zeros(1, seq_len, dtype=torch.int64)
             mask = block_mask_of_one_document(seq_len, 9, 2, torch.device("cpu"))
-        plain = attention(query, key, value, dense_mask(starts, 9, 2), 0.3, reference=True)
-        torch.testing.assert_close(attention(query, key, value, mask, 0.3), plain)
+        plain = REFERENCE.call(query, key, value, dense_mask(starts, 9, 2), 0.3)
+        torch.testing.assert_close(FLEX.call(query, key, value, mask, 0.3), plain)
     assert torch._dynamo.config.recompile_limit == 2  # other functions keep theirs
 
 
@@ -131,7 +131,7 @@ def test_the_lengths_that_cudnn_is_given(monkeypatch, queries, keys, is_masked, 
 
 @pytest.mark.parametrize("row, chunk", [(1, 1), (4, 1), (2, 1)])
 def test_cudnn_is_not_given_chunks_of_one_token(row, chunk):
-    assert not cudnn_takes(torch.device("cuda"), torch.bfloat16, row, chunk, 192, 128)  # asks no GPU
+    assert why_not_cudnn_heads(torch.device("cuda"), torch.bfloat16, row, chunk, 192, 128)  # asks no GPU
 
 
 def test_rows_of_one_token_leave_cudnn_where_rotation_and_attention_are_one(monkeypatch):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.dispatch import CAUSAL
 from swamla_titan.kernels.attention.masks import block_mask, document_starts
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.sequences import FullSequences
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,7 @@ def _fresh_compiler():
 
 def context(seq_len, window, sink, documents, backend, dtype=torch.bfloat16):
     config = ModelConfig(swa_window=window, swa_sink_size=sink)
-    return SequenceContext.build(config, seq_len, documents, torch.device("cuda"), dtype, backend)
+    return FullSequences().context(config, seq_len, documents, torch.device("cuda"), dtype, backend)
 
 
 def random_documents(batch, seq_len):
@@ -36,11 +36,11 @@ def relative_error(ours, exact):
     return (ours.double() - exact).norm().item() / scale
 
 
-def check(inputs, mask, exact_mask, scale):
+def check(inputs, fast, reference, scale):
     """inputs in their dtype through the fast path against float64 copies through the reference."""
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    ours = attention(*inputs, mask, scale)
-    exact = attention(*exact_inputs, exact_mask, scale, reference=True)
+    ours = fast.attend(*inputs, scale)
+    exact = reference.attend(*exact_inputs, scale)
     assert ours.dtype == inputs[0].dtype
     tolerance = TOLERANCE[ours.dtype]
     assert relative_error(ours, exact) < tolerance
@@ -72,23 +72,23 @@ def random_inputs(shapes, dtype):
 )
 def test_swa(dtype, documents, seq_len, head_dim, heads, key_heads, window, sink):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, window, sink, ids, "flex", dtype).swa_mask
-    exact_mask = context(seq_len, window, sink, ids, "reference").swa_mask
+    fast = context(seq_len, window, sink, ids, "flex", dtype)["swa"]
+    exact = context(seq_len, window, sink, ids, "reference")["swa"]
     if documents or window < seq_len:
-        assert isinstance(mask, BlockMask)
+        assert isinstance(fast.mask, BlockMask)
     shapes = [(2, seq_len, heads, head_dim)] + 2 * [(2, seq_len, key_heads, head_dim)]
-    check(random_inputs(shapes, dtype), mask, exact_mask, head_dim**-0.5)
+    check(random_inputs(shapes, dtype), fast, exact, head_dim**-0.5)
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_bare_calls_take_more_lengths_than_dynamo_s_limit(documents):
     for seq_len in range(130, 130 + 12 * 37, 37):
         ids = random_documents(2, seq_len) if documents else None
-        mask = context(seq_len, 128, 4, ids, "flex").swa_mask
-        assert isinstance(mask, BlockMask)
-        exact_mask = context(seq_len, 128, 4, ids, "reference").swa_mask
+        fast = context(seq_len, 128, 4, ids, "flex")["swa"]
+        assert isinstance(fast.mask, BlockMask)
+        exact = context(seq_len, 128, 4, ids, "reference")["swa"]
         shapes = [(2, seq_len, 4, 64)] + 2 * [(2, seq_len, 2, 64)]
-        check(random_inputs(shapes, torch.bfloat16), mask, exact_mask, 64**-0.5)
+        check(random_inputs(shapes, torch.bfloat16), fast, exact, 64**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,14 +96,14 @@ def test_bare_calls_take_more_lengths_than_dynamo_s_limit(documents):
 @pytest.mark.parametrize("seq_len", [512, 333])
 def test_mla(dtype, documents, seq_len):
     ids = random_documents(2, seq_len) if documents else None
-    mask = context(seq_len, 64, 4, ids, "flex", dtype).mla_mask
-    exact_mask = context(seq_len, 64, 4, ids, "reference").mla_mask
+    fast = context(seq_len, 64, 4, ids, "flex", dtype)["mla"]
+    exact = context(seq_len, 64, 4, ids, "reference")["mla"]
     if documents:
-        assert isinstance(mask, BlockMask) == (dtype == torch.bfloat16)
+        assert isinstance(fast.mask, BlockMask) == (dtype == torch.bfloat16)
     else:
-        assert mask is None
+        assert fast.mask is None
     shapes = [(2, seq_len, 4, 192), (2, seq_len, 4, 192), (2, seq_len, 4, 128)]
-    check(random_inputs(shapes, dtype), mask, exact_mask, 192**-0.5)
+    check(random_inputs(shapes, dtype), fast, exact, 192**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,25 +116,25 @@ def test_the_smallest_rows(dtype, documents, backend, batch, seq_len):
     for window, sink in ((1, 0), (2, 1), (256, 4)):
         built, exact = (context(seq_len, window, sink, ids, how, dtype) for how in (backend, "reference"))
         for head_dim, heads, key_heads in ((64, 4, 1), (128, 2, 2), (256, 2, 1)):
-            if head_dim == 256 and not isinstance(built.swa_mask, (torch.Tensor, type(None))):
+            if head_dim == 256 and not isinstance(built["swa"].mask, (torch.Tensor, type(None))):
                 continue  # chosen for another width
             shapes = [(batch, seq_len, heads, head_dim)] + 2 * [(batch, seq_len, key_heads, head_dim)]
-            check(random_inputs(shapes, dtype), built.swa_mask, exact.swa_mask, head_dim**-0.5)
+            check(random_inputs(shapes, dtype), built["swa"], exact["swa"], head_dim**-0.5)
         shapes = [(batch, seq_len, 4, 192), (batch, seq_len, 4, 192), (batch, seq_len, 4, 128)]
-        check(random_inputs(shapes, dtype), built.mla_mask, exact.mla_mask, 192**-0.5)
+        check(random_inputs(shapes, dtype), built["mla"], exact["mla"], 192**-0.5)
 
 
 def test_mla_takes_cudnn():
     query, key, value = random_inputs([(2, 512, 4, 192), (2, 512, 4, 192), (2, 512, 4, 128)], torch.bfloat16)
     with torch.profiler.profile() as profile:
-        attention(query, key, value, None, 192**-0.5)
+        CAUSAL.call(query, key, value, None, 192**-0.5)
     assert any("cudnn" in event.key for event in profile.key_averages()), [e.key for e in profile.key_averages()]
 
 
 def test_document_tiles_on_the_gpu_equal_those_of_the_cpu():
     ids = random_documents(3, 700)
     gpu = context(700, 100, 4, ids, "flex")
-    for mask, window, sink in ((gpu.swa_mask, 100, 4), (gpu.mla_mask, None, 0)):
+    for mask, window, sink in ((gpu["swa"].mask, 100, 4), (gpu["mla"].mask, None, 0)):
         cpu = block_mask(document_starts(ids.cpu()), window, sink)
         assert torch.equal(mask.to_dense().cpu(), cpu.to_dense())
         assert torch.equal(mask.full_kv_num_blocks.cpu(), cpu.full_kv_num_blocks)

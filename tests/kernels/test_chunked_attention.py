@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from swamla_titan.kernels.attention.causal import cudnn_takes
+from swamla_titan.kernels.attention.causal import why_not_cudnn_heads
 from swamla_titan.kernels.attention.chunked import chunked_causal_attention
-from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.dispatch import REFERENCE
 
 STARTS = [[0], [0, 24], [8, 16], [16], [24, 0]]
 CHUNK = 8
@@ -25,7 +25,7 @@ def exact(query, key, value, starts, scale):
     length = query.shape[1] // len(starts)
     positions = torch.cat([torch.arange(a, a + length, device=query.device) for a in starts])
     mask = positions[:, None] >= torch.arange(key.shape[1], device=query.device)
-    return attention(query, key, value, mask, scale, reference=True)
+    return REFERENCE.call(query, key, value, mask, scale)
 
 
 def check(dtype, starts, attend, tolerance, kernel, device="cpu", **shape):
@@ -72,7 +72,7 @@ def test_a_score_far_above_all_others_does_not_overflow_the_merge():
 
 
 def test_no_cudnn_on_a_cpu():
-    assert not cudnn_takes(torch.device("cpu"), torch.bfloat16, 128, 64, 64, 64)
+    assert why_not_cudnn_heads(torch.device("cpu"), torch.bfloat16, 128, 64, 64, 64)
 
 
 @pytest.mark.gpu
@@ -82,7 +82,7 @@ def test_no_cudnn_on_a_cpu():
 @pytest.mark.parametrize("widths", [(192, 128), (128, 128)])
 def test_cudnn_equals_the_reference(dtype, starts, compiled, widths):
     device = torch.device("cuda", torch.cuda.current_device())
-    assert cudnn_takes(device, dtype, 2048, 512, *widths)
+    assert why_not_cudnn_heads(device, dtype, 2048, 512, *widths) is None
     torch._dynamo.reset()
     attend = torch.compile(chunked_causal_attention, fullgraph=True) if compiled else chunked_causal_attention
     shape = {"batch": 2, "row": 2048, "chunk": 512, "heads": 4, "width": widths[0], "v_width": widths[1]}
@@ -91,4 +91,4 @@ def test_cudnn_equals_the_reference(dtype, starts, compiled, widths):
 
 @pytest.mark.gpu
 def test_cudnn_does_not_take_float32():
-    assert not cudnn_takes(torch.device("cuda", torch.cuda.current_device()), torch.float32, 2048, 512, 192, 128)
+    assert why_not_cudnn_heads(torch.device("cuda", torch.cuda.current_device()), torch.float32, 2048, 512, 192, 128)

@@ -10,8 +10,8 @@ import torch
 from nearness import assert_equals_reference
 
 from swamla_titan.kernels.attention import document as document_attention_file
-from swamla_titan.kernels.attention.dispatch import attention
-from swamla_titan.kernels.attention.document import document_attention, document_kernel_takes
+from swamla_titan.kernels.attention.dispatch import DOCUMENT
+from swamla_titan.kernels.attention.document import document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.masks import DocumentRule, dense_mask, document_ends, document_starts
 from swamla_titan.kernels.device import Tiles
 
@@ -105,7 +105,9 @@ def test_the_operators_declare_what_they_do():
 def test_compiled_without_a_break():
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda query, key, value, starts, ends, scale: attention(query, key, value, DocumentRule(starts, ends), scale),
+        lambda query, key, value, starts, ends, scale: DOCUMENT.call(
+            query, key, value, DocumentRule(starts, ends), scale
+        ),
         fullgraph=True,
         dynamic=False,
     )
@@ -114,7 +116,7 @@ def test_compiled_without_a_break():
 
 def test_what_the_kernel_does_not_take():
     gpu = torch.device("cuda")
-    assert document_kernel_takes(gpu, torch.bfloat16, 192, 128)
+    assert why_not_document_kernel(gpu, torch.bfloat16, 192, 128) is None
     for width, v_width, dtype in ((224, 128, torch.bfloat16), (192, 96, torch.bfloat16), (192, 128, torch.float32)):
-        assert not document_kernel_takes(gpu, dtype, width, v_width)
-    assert not document_kernel_takes(torch.device("cpu"), torch.bfloat16, 192, 128)
+        assert why_not_document_kernel(gpu, dtype, width, v_width)
+    assert why_not_document_kernel(torch.device("cpu"), torch.bfloat16, 192, 128)

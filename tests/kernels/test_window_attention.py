@@ -10,9 +10,9 @@ import torch
 from nearness import assert_equals_reference
 
 from swamla_titan.kernels.attention import window as window_attention_file
-from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.dispatch import WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule, dense_mask, document_starts
-from swamla_titan.kernels.attention.window import window_attention, window_kernel_takes
+from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
 from swamla_titan.kernels.limits import WINDOW_SINKS
 
 pytestmark = pytest.mark.gpu
@@ -127,7 +127,7 @@ def test_the_operators_declare_what_they_do():
 def test_compiled_without_a_break(documents):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda query, key, value, starts, window, sink, scale: attention(
+        lambda query, key, value, starts, window, sink, scale: WINDOW.call(
             query, key, value, WindowRule(starts, window, sink), scale
         ),
         fullgraph=True,
@@ -138,12 +138,12 @@ def test_compiled_without_a_break(documents):
 
 def test_what_the_kernel_does_not_take():
     gpu = torch.device("cuda")
-    assert window_kernel_takes(gpu, torch.bfloat16, 96, 4)
-    assert window_kernel_takes(gpu, torch.float32, 128, 4)
+    assert why_not_window_kernel(gpu, torch.bfloat16, 96, 4) is None
+    assert why_not_window_kernel(gpu, torch.float32, 128, 4) is None
     for width, sink, dtype in (
         (80, 4, torch.bfloat16),
         (96, WINDOW_SINKS + 1, torch.bfloat16),
         (96, 4, torch.float64),
     ):
-        assert not window_kernel_takes(gpu, dtype, width, sink)
-    assert not window_kernel_takes(torch.device("cpu"), torch.bfloat16, 96, 4)
+        assert why_not_window_kernel(gpu, dtype, width, sink)
+    assert why_not_window_kernel(torch.device("cpu"), torch.bfloat16, 96, 4)

@@ -4,11 +4,15 @@ import pytest
 import torch
 from tiny import TINY, build, random_tokens
 
-from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import window as window_attention
-from swamla_titan.model import ModelConfig, context
+from swamla_titan.kernels import device as kernel_device
+from swamla_titan.kernels.attention import dispatch, masks
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX, Request, choose
+from swamla_titan.kernels.attention.masks import MaskSpec
+from swamla_titan.model import ModelConfig, sequences
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.context import SequenceContext, flex_takes
+from swamla_titan.model.sequences import FullSequences, attention_request
+
+build_context = FullSequences().context
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,8 @@ from swamla_titan.model.context import SequenceContext, flex_takes
     ],
 )
 def test_what_flex_takes(dtype, widths, taken):
-    assert flex_takes(dtype, *widths) == taken
+    request = Request(torch.device("cuda"), dtype, *widths, MaskSpec(), 20, True)
+    assert (FLEX.why_not(request) is None) == taken
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -45,17 +50,17 @@ def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, confi
     """The device is a CUDA device in name only: what would be made on it is recorded, not made."""
     made = {"block_mask": "flex", "block_mask_of_one_document": "flex", "dense_mask": "dense"}
     for name, form in made.items():
-        monkeypatch.setattr(context, name, lambda *args, form=form: form)
-    monkeypatch.setattr(context, "rotations", lambda *args: (None, None))
+        monkeypatch.setattr(masks, name, lambda *args, form=form: form)
+    monkeypatch.setattr(sequences, "rotation_at", lambda *args: None)
     for name in ("zeros", "arange"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
     ids = (torch.arange(20) > 7).long()[None] if documents else None
-    for name in ("window_kernel_takes", "document_kernel_takes"):
-        monkeypatch.setattr(context, name, lambda *args: False)
-    built = SequenceContext.build(config, 20, ids, torch.device("cuda"), dtype)
-    assert built.swa_mask == swa
-    assert built.mla_mask == (mla if documents else None)
+    for name in ("why_not_window_kernel", "why_not_document_kernel"):
+        monkeypatch.setattr(dispatch, name, lambda *args: "no")
+    built = build_context(config, 20, ids, torch.device("cuda"), dtype)
+    assert built["swa"].mask == swa
+    assert built["mla"].mask == (mla if documents else None)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +75,11 @@ def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, confi
     ],
 )
 def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capability, path):
-    monkeypatch.setattr(window_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(dim=1536, num_heads=16, swa_window=8), torch.device("cuda")
-    assert context.attention_path("swa", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
+    request = attention_request("swa", config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    assert choose(request, backend).implementation.label == path
 
 
 @pytest.mark.parametrize(
@@ -92,28 +98,29 @@ def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capab
     ],
 )
 def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, rows, v_width, capability, path):
-    monkeypatch.setattr(document_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(v_head_dim=v_width), torch.device("cuda")
-    assert context.attention_path("mla", config, backend, gpu, dtype, whole_rows=rows == "whole") == path
+    request = attention_request("mla", config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    assert choose(request, backend).implementation.label == path
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("backend", context.ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_rows_of_one_token_need_no_mask_and_no_kernel_that_takes_masks(monkeypatch, device, backend, documents):
-    monkeypatch.setattr(window_attention, "has_triton", lambda: True)
-    monkeypatch.setattr(document_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(context, "rotations", lambda *args: (None, None))
+    monkeypatch.setattr(sequences, "rotation_at", lambda *args: None)
     for name in ("zeros", "arange"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
     ids = torch.tensor([[3], [5]]) if documents else None
-    built = SequenceContext.build(ModelConfig(swa_window=1), 1, ids, torch.device(device), torch.bfloat16, backend)
-    assert built.swa_mask is built.mla_mask is None
-    assert built.reference == (backend == "reference")
-    assert built.positions.tolist() == ([[0], [0]] if documents else [[0]])
+    built = build_context(ModelConfig(swa_window=1), 1, ids, torch.device(device), torch.bfloat16, backend)
+    for kind in ("swa", "mla"):
+        assert built[kind].mask is None
+        assert (built[kind].implementation.name == "reference") == (backend == "reference")
+    assert built["mla"].positions.tolist() == ([[0], [0]] if documents else [[0]])
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -135,18 +142,18 @@ def test_the_smallest_rows_in_value_and_gradient(length, window, sink, documents
 
 
 def test_our_kernel_s_rule_of_documents_says_where_they_begin_and_end(monkeypatch):
-    monkeypatch.setattr(context, "attention_path", lambda *args: "triton")
+    monkeypatch.setattr(dispatch, "why_not_document_kernel", lambda *args: None)
     ids = torch.tensor([[0, 0, 0, 1, 1], [4, 4, 4, 4, 4]])
-    rule = SequenceContext.build(TINY, 5, ids, torch.device("cpu"), torch.bfloat16).mla_mask
+    rule = build_context(TINY, 5, ids, torch.device("cpu"), torch.bfloat16, "triton")["mla"].mask
     assert rule.starts.tolist() == [[0, 0, 0, 3, 3], [0] * 5]
     assert rule.ends.tolist() == [[3, 3, 3, 5, 5], [5] * 5]
     assert rule.starts.dtype == rule.ends.dtype == torch.int32
-    assert SequenceContext.build(TINY, 5, None, torch.device("cpu"), torch.bfloat16).mla_mask is None
+    assert build_context(TINY, 5, None, torch.device("cpu"), torch.bfloat16, "triton")["mla"].mask is None
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, documents):
-    monkeypatch.setattr(context, "attention_path", lambda *args: "triton")
+    monkeypatch.setattr(dispatch, "why_not_document_kernel", lambda *args: None)
     attention = next(
         block.attention for block in build(torch.float32).blocks.values() if hasattr(block.attention, "wkv_b")
     )
@@ -158,9 +165,9 @@ def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, d
 
     attention.rotate_and_attend = all_at_once
     ids = torch.tensor([[0, 0, 1, 1, 1]]) if documents else None
-    shared = SequenceContext.build(TINY, 5, ids, torch.device("cpu"), torch.float32)
+    shared = build_context(TINY, 5, ids, torch.device("cpu"), torch.float32, "triton")["mla"]
     attention(torch.randn(1, 5, TINY.dim), shared)
-    expected = [shared.mla_mask.starts, shared.mla_mask.ends] if documents else []
+    expected = [shared.mask.starts, shared.mask.ends] if documents else []
     assert len(given) == len(expected)
     assert all(a is b for a, b in zip(given, expected))
 
@@ -175,10 +182,10 @@ def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, d
     ],
 )
 def test_rotations_are_float32_or_wider_whatever_the_activations(activations, wide):
-    built = SequenceContext.build(TINY, 60, None, torch.device("cpu"), activations)
-    exact = SequenceContext.build(TINY, 60, None, torch.device("cpu"), torch.float64)
-    for name in ("swa_rotation", "mla_rotation"):
-        for ours, theirs in zip(getattr(built, name), getattr(exact, name)):
+    built = build_context(TINY, 60, None, torch.device("cpu"), activations)
+    exact = build_context(TINY, 60, None, torch.device("cpu"), torch.float64)
+    for kind in ("swa", "mla"):
+        for ours, theirs in zip(built[kind].rotation, exact[kind].rotation):
             assert ours.dtype == wide
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-7)
 
@@ -189,5 +196,6 @@ def test_decoding_s_rotations_are_float32_under_bfloat16_activations():
     cache = DecodeCache(model, 1, 10)
     model.prefill(random_tokens(1, 5), cache)
     following = cache.next_context(reference=False)
-    for rotation in (following.swa_rotation, following.mla_rotation):
+    for kind in ("swa", "mla"):
+        rotation = following[kind].rotation
         assert rotation.cos.dtype == rotation.sin.dtype == torch.float32

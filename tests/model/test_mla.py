@@ -7,7 +7,8 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from swamla_titan.model.context import rotations
+from swamla_titan.kernels.attention.dispatch import REFERENCE
+from swamla_titan.model.context import SequenceContext, rotation_at
 from swamla_titan.model.mla import attend_causally
 from swamla_titan.model.rope import Rotation, rotate
 
@@ -18,8 +19,9 @@ def test_only_relative_positions_matter(kind):
     context = model.context(12)
 
     def logits(positions):
-        swa, mla = rotations(model.config, positions, torch.float64)
-        moved = replace(context, positions=positions, swa_rotation=swa, mla_rotation=mla)
+        ((name, kind),) = {block.kind: block.attention for block in model.blocks.values()}.items()
+        rotation = rotation_at(positions, kind.rotary(model.config), model.config, torch.float64)
+        moved = SequenceContext({name: replace(context[name], positions=positions, rotation=rotation)})
         x = model.embed(tokens)
         for block in model.blocks.values():
             x = block(x, moved)
@@ -37,7 +39,7 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(q_lora_rank)
     """The operator's place is taken by those steps, written for its arguments."""
     model = build(q_lora_rank=q_lora_rank, **ALL_MLA)
     attention, calls = model.blocks["0"].attention, []
-    alone, documents = model.context(12), model.context(12, torch.tensor([[0] * 5 + [1] * 7]))
+    alone, documents = model.context(12)["mla"], model.context(12, torch.tensor([[0] * 5 + [1] * 7]))["mla"]
 
     def steps(query, keys_values, rope_key, cos, sin, scale):
         calls.append(query.shape)
@@ -54,7 +56,7 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(q_lora_rank)
     assert torch.equal(attention(hidden, alone), expected)
     assert len(calls) == 1
     assert torch.equal(attention(hidden, documents), expected_of_documents)
-    torch.testing.assert_close(attention(hidden, replace(alone, reference=True)), expected)
+    torch.testing.assert_close(attention(hidden, replace(alone, implementation=REFERENCE)), expected)
     assert len(calls) == 1, "under a mask, and by the reference, the steps stay apart"
 
 

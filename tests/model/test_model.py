@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch import nn
 
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS
 from swamla_titan.model import FLAVORS, Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.context import ATTENTION_BACKENDS
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.init import initial_value
 from swamla_titan.model.linear import Linear

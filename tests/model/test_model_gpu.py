@@ -39,7 +39,7 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
     fast, exact = models(compute_dtype, **changes)
     fast.attention_backend = backend
     if backend == "triton":  # all of our kernels
-        assert isinstance(fast.context(512).swa_mask, WindowRule)
+        assert isinstance(fast.context(512)["swa"].mask, WindowRule)
         use_pointwise_kernels(fast, ("swa",) if compute_dtype == torch.float32 else ("swa", "mla"))  # cuDNN: 16 bits
         fast.linear_loss = linear_cross_entropy
     for seq_len in (512, 300):

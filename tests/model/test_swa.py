@@ -7,6 +7,7 @@ import torch
 from tiny import ALL_SWA, build, random_tokens
 from transformers import MistralConfig, MistralForCausalLM
 
+from swamla_titan.kernels.attention.dispatch import WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model.rope import Rotation, rotate
 from swamla_titan.model.swa import attend_window
@@ -20,7 +21,7 @@ T = 14
 def test_exactly_the_keys_of_window_and_sink_matter(window, sink, documents, backend):
     model = build(swa_window=window, swa_sink_size=sink, **ALL_SWA)
     model.attention_backend = backend
-    context = model.context(T, None if documents is None else torch.tensor([documents]))
+    context = model.context(T, None if documents is None else torch.tensor([documents]))["swa"]
     attention = model.blocks["0"].attention
     hidden = torch.randn(1, T, 32, dtype=torch.float64)
     before = attention(hidden, context)
@@ -121,9 +122,9 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(kv_heads):
     """The operator's place is taken by those steps, written for its arguments."""
     model = build(swa_window=4, swa_sink_size=2, num_kv_heads=kv_heads, **ALL_SWA)
     attention, calls = model.blocks["0"].attention, []
-    plain = model.context(T, torch.tensor([[0] * 5 + [1] * 9]))
+    plain = model.context(T, torch.tensor([[0] * 5 + [1] * 9]))["swa"]
     starts = torch.tensor([[0] * 5 + [5] * 9], dtype=torch.int32)
-    ruled = replace(plain, swa_mask=WindowRule(starts, 4, 2))
+    ruled = replace(plain, mask=WindowRule(starts, 4, 2), implementation=WINDOW)
 
     def steps(qkv, cos, sin, starts, window, sink, scale):
         calls.append((starts, window, sink))

@@ -134,7 +134,7 @@ def _saved(mode: str) -> int:
     model = small_model()
     apply_activation_checkpointing(model, MODES[mode])
     context = model.context(64)
-    shared = [*model.parameters(), *context.swa_rotation, *context.mla_rotation, context.swa_mask]
+    shared = [*model.parameters(), *context["swa"].rotation, *context["mla"].rotation, context["swa"].mask]
     saved = {tensor.untyped_storage().data_ptr(): 0 for tensor in shared if isinstance(tensor, torch.Tensor)}
     alive = []
 

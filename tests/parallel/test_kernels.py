@@ -9,8 +9,8 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Data, Float8, Kernels, Parallel, Training
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import window as window_attention
+from swamla_titan.kernels import device as kernel_device
+from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
@@ -85,7 +85,7 @@ def chosen(
     ids=str,
 )
 def test_what_is_chosen(monkeypatch, how, expected):
-    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
     assert chosen(**how) == expected
 
 
@@ -118,8 +118,8 @@ H100, A100 = (9, 0), (8, 0)
     ids=str,
 )
 def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
-    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
-    for module in (kernels, document_attention):
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
+    for module in (kernels, kernel_device):
         monkeypatch.setattr(module, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
@@ -144,9 +144,9 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
     ],
 )
 def test_what_is_said_of_it(monkeypatch, model, attention, said):
-    monkeypatch.setattr(window_attention, "has_triton", lambda: True)
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    monkeypatch.setattr(kernels, "cudnn_takes", lambda *about: True)
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
     cuda = World.alone(torch.device("cuda"))

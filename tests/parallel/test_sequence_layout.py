@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from swamla_titan.kernels.attention.dispatch import attention
+from swamla_titan.kernels.attention.dispatch import FLEX, REFERENCE
 from swamla_titan.kernels.attention.masks import block_mask_of, dense_mask_of, document_starts
 from swamla_titan.parallel.context import mla_intervals, swa_intervals
 from swamla_titan.parallel.sequence_layout import (
@@ -103,8 +103,8 @@ def test_flex_over_a_part_of_the_row(rank, cut):
         shapes = [(2, 1024, 4, 64), (2, keys, 2, 64), (2, keys, 2, 64)]
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-        ours = attention(*inputs, block_mask_of(intervals, keys), 0.125)
-        exact = attention(*exact_inputs, dense_mask_of(intervals, keys), 0.125, reference=True)
+        ours = FLEX.call(*inputs, block_mask_of(intervals, keys), 0.125)
+        exact = REFERENCE.call(*exact_inputs, dense_mask_of(intervals, keys), 0.125)
         upstream = torch.randn_like(ours)
         gradients = torch.autograd.grad(ours, inputs, upstream)
         exact_gradients = torch.autograd.grad(exact, exact_inputs, upstream.double())

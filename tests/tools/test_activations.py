@@ -11,7 +11,7 @@ from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.sequences import FullSequences
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, keep_weights
@@ -49,7 +49,7 @@ NATIVE = (*_ATTENTION, "feed_forward.gate_up", "feed_forward.down")
 
 def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None, native: bool = False) -> float:
     """Numbers a token that a block keeps for its backward pass, without weights, masks and rotations."""
-    context = SequenceContext.build(shape, LENGTH, None, torch.device("cpu"), dtype)
+    context = FullSequences().context(shape, LENGTH, None, torch.device("cpu"), dtype)
     block = Block(shape, kind)
     # Weights have the dtype already, as under FSDP: a cast that is kept is counted among the weights in use.
     block.to(dtype)
@@ -58,8 +58,9 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
         model.blocks["0"] = block
         convert_natively(model, [f"blocks.0.{name}" for name in NATIVE if _has(block, name)], Settings())
         keep_weights(model, False)
-    assert isinstance(context.swa_mask, torch.Tensor)
-    shared = (*context.swa_rotation, *context.mla_rotation, context.swa_mask, *block.parameters())
+    assert isinstance(context["swa"].mask, torch.Tensor)
+    rotations = *context["swa"].rotation, *context["mla"].rotation
+    shared = (*rotations, context["swa"].mask, *block.parameters())
     found = {tensor.untyped_storage().data_ptr(): 0 for tensor in shared}
     if backend:
         block.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import why_not_cudnn
+# cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
+CUDNN_DETERMINISTIC_MAX_LEN = 16384
 
 
 class Kernel(NamedTuple):
@@ -29,19 +30,37 @@ class Kernel(NamedTuple):
     ]
 
 
-def cudnn_takes(device: torch.device, dtype: torch.dtype, row: int, chunk: int, qk_width: int, v_width: int) -> bool:
-    """Whether cuDNN's attention, forward and backward, takes chunks of rows of this length and heads of these widths.
+def why_not_cudnn(queries: int, keys: int, is_masked: bool = False) -> str | None:
+    """What keeps cuDNN's attention from these lengths, or None; what of widths and dtypes, torch tells by itself.
+
+    Where torch would let it try and it fails, it ends the run with an error of its own instead of the next backend.
+    """
+    if is_masked:
+        return "a mask"  # fails for some shapes ("no execution plans support the graph")
+    if min(queries, keys) < 2:
+        return "a sequence of one token"
+    if queries >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
+        return f"deterministic algorithms at {CUDNN_DETERMINISTIC_MAX_LEN} tokens or more"
+    return None
+
+
+def why_not_cudnn_heads(
+    device: torch.device, dtype: torch.dtype, seq_len: int, chunk: int, qk_width: int, v_width: int
+) -> str | None:
+    """What keeps cuDNN's attention from chunks of sequences and heads of these sizes, forward and backward, or None.
 
     Under torch's current settings: switched off or deterministic, it may not.
     """
-    if device.type != "cuda" or why_not_cudnn(row, chunk):
-        return False
+    if device.type != "cuda":
+        return "needs a GPU"
+    if why := why_not_cudnn(seq_len, chunk):
+        return why
 
     def heads(width: int) -> Tensor:
         return torch.empty(1, 1, chunk, width, dtype=dtype, device=device, requires_grad=True)
 
     params = torch.backends.cuda.SDPAParams(heads(qk_width), heads(qk_width), heads(v_width), None, 0.0, False, False)
-    return torch.backends.cuda.can_use_cudnn_attention(params)
+    return None if torch.backends.cuda.can_use_cudnn_attention(params) else "not by cuDNN"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

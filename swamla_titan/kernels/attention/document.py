@@ -9,17 +9,19 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swamla_titan.kernels.device import Parts, Tiles, descriptors, has_triton, readable, strides
+from swamla_titan.kernels.device import Parts, Tiles, descriptors, named, readable, strides, why_no_kernels
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 
 TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it is known to be fast: with documents of 500
 
 
-def document_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> bool:
-    """Whether `document_attention` computes heads of these widths in this dtype on this device."""
-    fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and fits and has_triton()
+def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> str | None:
+    """What keeps `document_attention` from heads of these widths in this dtype on this device, or None."""
+    if why := why_no_kernels(device):
+        return why
+    fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS and dtype in (torch.bfloat16, torch.float16)
+    return None if fits else f"takes no heads as wide as these in {named(dtype)}"
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> Tensor:

@@ -80,6 +80,13 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
         return _tiles_of_rows(starts, window, sink, mask_mod)
 
 
+class MaskSpec(NamedTuple):
+    """Which keys of its document a query sees: the newest `window` (None: all) and the first `sink`."""
+
+    window: int | None = None
+    sink: int = 0
+
+
 @dataclass(frozen=True)
 class WindowRule:
     """The same mask for our own kernel, which applies the rule itself."""
@@ -95,6 +102,37 @@ class DocumentRule:
 
     starts: Tensor
     ends: Tensor
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Causal for queries that are chunks of a sequence: where each begins in it, for kernels that take no mask."""
+
+    starts: tuple[int, ...]
+
+
+Mask = Tensor | BlockMask | WindowRule | DocumentRule | Chunks | None
+
+
+def mask_of_sequences(form: str, starts: Tensor, has_documents: bool, spec: MaskSpec) -> Mask:
+    """The mask of full sequences in the form that an implementation of attention wants.
+
+    `starts` [B or 1, T] int64 are where each token's document begins.
+    """
+    if form == "none":
+        return None
+    if form == "window":
+        assert spec.window is not None
+        return WindowRule(starts.to(torch.int32) if has_documents else None, spec.window, spec.sink)
+    if form == "documents":
+        own = starts.to(torch.int32)
+        return DocumentRule(own, document_ends(own))
+    if form == "boolean":
+        return dense_mask(starts, spec.window, spec.sink)
+    assert form == "block"
+    if has_documents:
+        return block_mask(starts, spec.window, spec.sink)
+    return block_mask_of_one_document(starts.shape[1], spec.window, spec.sink, starts.device)
 
 
 class KeyIntervals(NamedTuple):

@@ -9,16 +9,18 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swamla_titan.kernels.device import Parts, Tiles, descriptors, has_triton, readable, strides
+from swamla_titan.kernels.device import Parts, Tiles, descriptors, named, readable, strides, why_no_kernels
 from swamla_titan.kernels.flops import attention_flops, swa_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 
 
-def window_kernel_takes(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> bool:
-    """Whether `window_attention` computes heads of this width in this dtype on this device."""
-    takes = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    fits = width in WINDOW_WIDTHS and sink <= WINDOW_SINKS
-    return device.type == "cuda" and takes and fits and has_triton()
+def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> str | None:
+    """What keeps `window_attention` from heads of this width in this dtype on this device, or None."""
+    if why := why_no_kernels(device):
+        return why
+    if width in WINDOW_WIDTHS and dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return None if sink <= WINDOW_SINKS else f"takes no more than {WINDOW_SINKS} sinks"
+    return f"takes no heads as wide as these in {named(dtype)}"
 
 
 def window_attention(
