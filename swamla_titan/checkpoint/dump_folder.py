@@ -1,4 +1,4 @@
-"""The folder that receives everything a run writes."""
+"""The folder that a run writes everything to: locked by one run at a time, validated, prepared."""
 
 import errno
 import fcntl
@@ -17,31 +17,31 @@ from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFileHandler
 
 LOCK = ".lock"
-LEAVING = 300.0  # seconds; a file server lets go of what a dead machine held after 45 to 120
+LEAVING = 300.0  # seconds; a file server releases the locks of a dead machine after 45 to 120
 _ATTEMPTS = 20
-_MOST = 1000  # characters of what a holder writes about itself
+_MOST = 1000  # characters that a holder writes about itself
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE}  # the last: a file server's, of what was removed there
-_RUN = "TORCHELASTIC_RUN_ID"  # of torchrun: the same for all starts and machines of a run
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE}  # the last: a file server's, of a removed file
+_RUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it to the same value for all starts and machines of a run
 
 logger = logging.getLogger(__name__)
 
 
 class FolderLost(RunFailed):
-    """The dump folder is not this run's any more, and nothing may be written there."""
+    """The dump folder no longer belongs to this run, which must not write there."""
 
 
 class Hold:
-    """That this process holds a dump folder: by a lock on the file LOCK in it, as long as it is open."""
+    """A dump folder that this process holds: it has a lock on the file LOCK in it, as long as the file is open."""
 
     def __init__(self, folder: Path, lock: TextIO) -> None:
         self._folder, self._lock = folder, lock
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file by that name is not the one that is held: the folder, or the file, was removed or moved.
+        """Whether the file LOCK is no longer the locked one, because it or the folder was removed or moved.
 
-        Cheap enough for every step that is logged. A file server that does not answer is no reason to give up.
+        Cheap enough for every step that is logged. False if a file server does not answer.
         """
         held = os.fstat(self._lock.fileno())
         try:
@@ -51,12 +51,12 @@ class Hold:
         return (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino)
 
     def require(self) -> None:
-        """Raise FolderLost if it is."""
+        """Raise FolderLost if the folder is lost."""
         if self.is_lost:
             raise FolderLost(
                 f"job.dump_folder = {self._folder} was removed, moved or taken by another run while this one trained: "
                 f"{self._found()}. This run ends, and writes nothing more there. If another run is at work there, "
-                "leave it the folder; otherwise put it back and start the same command again, which goes on from the "
+                "leave it the folder; otherwise put it back and start the same command again, which continues from the "
                 "newest checkpoint that is there"
             )
 
@@ -70,32 +70,32 @@ class Hold:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[Hold]:
-    """Hold the folder against other runs, which would commit and delete each other's checkpoints.
+    """Lock the folder against other runs, because two runs would remove each other's checkpoints.
 
-    The operating system lets go when the process ends, however it ends; a file server lets go of a machine that is lost
-    after a minute or two. So a process of this same run, started before, is waited for, up to `LEAVING` seconds.
+    The operating system releases the lock when the process ends, however it ends; a file server releases those of a
+    lost machine after a minute or two. So this waits up to `LEAVING` seconds for an earlier process of the same run.
 
-    Raises UserError if another process holds it, or if the folder cannot be made. A folder made here in which nothing
-    was written is removed again.
+    Raises UserError if another process holds the folder, or if it cannot be made. Removes a folder that it has made and
+    in which nothing was written.
     """
     is_new = not folder.exists()
     hold, lock = _held(folder)
     with lock:
-        with suppress(OSError):  # on a full disk it is held all the same, without a name in it
+        with suppress(OSError):  # on a full disk the folder is locked all the same, without the holder's name
             lock.truncate(0)
             holder = f"process {os.getpid()} on {platform.node()}" + (f"\n{_run()}" if _run() else "")
             os.pwrite(lock.fileno(), holder.encode(), 0)
         try:
             yield hold
         finally:
-            with suppress(OSError):  # whatever has become of the folder meanwhile
+            with suppress(OSError):  # the folder may be gone
                 if is_new and not hold.is_lost and [path.name for path in folder.iterdir()] == [LOCK]:
                     (folder / LOCK).unlink()
                     folder.rmdir()
 
 
 def _held(folder: Path) -> tuple[Hold, TextIO]:
-    """The folder, locked, and its lock's file."""
+    """Lock the folder; also returns the lock's file."""
     for _ in range(_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _held(folder: Path) -> tuple[Hold, TextIO]:
             _acquire(lock, folder)
             if not hold.is_lost:
                 return hold, lock
-            # Who held it before has removed it meanwhile, with a folder in which nothing was written.
+            # The holder before has removed it meanwhile, with a folder in which nothing was written.
         except BaseException:
             lock.close()
             raise
@@ -116,7 +116,7 @@ def _held(folder: Path) -> tuple[Hold, TextIO]:
 
 
 def _open_lock(folder: Path, create: bool = True) -> TextIO:
-    """The file LOCK, itself: one that a link leads to would be written over. OSError also where it is no file."""
+    """Open the file LOCK; OSError also if it is no regular file, or a link, whose target would be overwritten."""
     path = folder / LOCK
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY)
     if path.is_symlink():
@@ -130,7 +130,7 @@ def _open_lock(folder: Path, create: bool = True) -> TextIO:
 
 def _acquire(lock: TextIO, folder: Path) -> None:
     end = time.monotonic() + LEAVING
-    said = False
+    warned = False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,14 +148,14 @@ def _acquire(lock: TextIO, folder: Path) -> None:
             return
         if not _is_of_this_run(lock) or time.monotonic() > end:
             raise _busy(folder, lock)
-        if not said:
+        if not warned:
             logger.warning("waiting for %s, which an earlier start of this run still holds: %s", folder, _holder(lock))
-            said = True
+            warned = True
         time.sleep(0.2)
 
 
 def _run() -> str:
-    # With the meeting point: RDZV_ID alone is the same for all who do not choose one.
+    # With the rendezvous endpoint, because RDZV_ID has the same default for all runs.
     return " at ".join(filter(None, (os.environ.get(_RUN), os.environ.get("RDZV_ENDPOINT"))))
 
 
@@ -165,13 +165,13 @@ def _is_of_this_run(lock: TextIO) -> bool:
 
 
 def _holder(lock: TextIO) -> str:
-    """What the process that holds the folder wrote about itself."""
+    """The line that the process that holds the folder wrote about itself."""
     lock.seek(0)
     return next(iter(lock.read(_MOST).splitlines()), "")
 
 
 def validate_folder(folder: Path) -> None:
-    """Raise UserError where `exclusive` or `prepare_folder` would, as far as that can be seen without writing."""
+    """Raise UserError for what makes `exclusive` or `prepare_folder` fail, as far as reading can find it."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not existing.is_dir():
         raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))
@@ -202,7 +202,7 @@ def validate_folder(folder: Path) -> None:
 
 
 def _require_no_pipes(folder: Path) -> None:
-    """OSError where a file of the run is a pipe or a socket: to write there waits for somebody who reads."""
+    """Raise OSError if a file of the run is a pipe or a socket, because a write there waits for a reader."""
     for path in (folder / "metrics.jsonl", *(folder / "logs").glob("rank-*.log")):
         if path.is_fifo() or path.is_socket():
             raise OSError(errno.EINVAL, f"{path} is no regular file", str(path))
@@ -221,10 +221,10 @@ def _unusable(folder: Path, error: OSError) -> UserError:
 
 
 def prepare_folder(folder: Path, config_text: str) -> None:
-    """Make the dump folder and write the resolved configuration; raises UserError where that is impossible.
+    """Make the dump folder and write the resolved configuration; raises UserError if that is impossible.
 
-    What else will be written there is tried first, so that a folder in which a run cannot work is left as it is; and
-    the configuration takes the place of the one before only when it is whole.
+    Tries the other files first, so that a folder in which a run cannot work is left as it is. The configuration
+    replaces the one before in a single rename.
     """
     config, new = folder / "config.toml", folder / ".config.toml.new"
     try:
@@ -235,7 +235,7 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         (folder / "metrics.jsonl").open("a").close()
         if config.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(config))
-        new.unlink(missing_ok=True)  # what an earlier start left; a link would lead elsewhere, a pipe nowhere
+        new.unlink(missing_ok=True)  # of an earlier start; also a link or a pipe, which must not be written to
         with new.open("x", encoding="utf-8") as file:
             file.write(config_text)
         new.replace(config)
@@ -246,7 +246,7 @@ def prepare_folder(folder: Path, config_text: str) -> None:
 
 
 def log_to_folder(folder: Path, rank: int) -> None:
-    """Also append log lines to logs/rank-N.log under the dump folder; raises UserError where that is impossible."""
+    """Append log lines also to logs/rank-N.log in the dump folder; raises UserError if that is impossible."""
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")

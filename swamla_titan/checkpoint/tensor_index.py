@@ -1,7 +1,7 @@
-"""Whether the index of a checkpoint says where every element of every tensor is, and its files hold that.
+"""Validation of DCP's index: its chunks cover every element of every tensor, and the files hold these chunks.
 
-DCP fills a tensor with those chunks that the index lists, and does not ask whether they are all of it: where one is
-missing the memory stays as it was found. And of each chunk it trusts torch.load, which trusts the numbers in the chunk.
+DCP fills a tensor with the chunks that the index lists and does not check that they cover it: where one is missing,
+memory stays uninitialized. It reads each chunk with torch.load, which trusts the sizes in the chunk.
 """
 
 import functools
@@ -21,9 +21,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 from swamla_titan.checkpoint.manifest import holds_tensors
 from swamla_titan.checkpoint.unpickler import StrictUnpickler
 
-_CELLS = 1 << 24  # of the grid that the borders of a tensor's chunks make
+_CELLS = 1 << 24  # of the grid that the borders of a tensor's chunks form
 _ELEMENTS = 2**60
-# Of the archive that torch.save makes of a tensor.
+# Records of the archive in which torch.save stores a tensor.
 _MEMORY = "data/0"
 _RECORDS = (
     _MEMORY,
@@ -34,18 +34,18 @@ _RECORDS = (
     ".format_version",
     ".storage_alignment",
 )
-_MOST_SMALL = 1 << 16  # bytes of the others, which have 200
+_MOST_SMALL = 1 << 16  # bytes of a record but the memory; 200 are usual
 
 
 def require_covered(index: metadata.Metadata) -> None:
-    """Raise ValueError unless the chunks of each tensor cover it, none twice, and each is somewhere in a file."""
+    """Raise ValueError unless the chunks of each tensor cover it exactly once, and each is in a file."""
     if type(index.state_dict_metadata) is not dict or type(index.storage_data) is not dict:
         raise ValueError("it lists no tensors")
     for name, entry in index.state_dict_metadata.items():
         if type(name) is not str:
             raise ValueError("it has a tensor without a name")
         if type(entry) is metadata.BytesStorageMetadata:
-            continue  # nothing of ours, and never loaded
+            continue  # not written by this program, and never loaded
         try:
             _require_tensor(name, entry, index.storage_data)
         except AttributeError as error:
@@ -80,7 +80,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def _is_stored(info: Any) -> bool:
-    """Whether a place in a file has the form of one: no other folder's, and not of bytes that must be transformed."""
+    """Whether a chunk's position is well-formed: in a file of this folder, and without transformation of the bytes."""
     name = info.relative_path
     return (
         type(name) is str
@@ -100,13 +100,13 @@ def _require_cover(name: str, entry: metadata.TensorStorageMetadata) -> None:
     found = sum(math.prod(chunk.sizes) for chunk in chunks)
     if found != elements:
         raise ValueError(f"{name} has {elements} elements, and its chunks {found}")
-    # As many as there are: so they cover the tensor unless two of them overlap.
+    # The numbers of elements are equal, so the chunks cover the tensor unless two of them overlap.
     if len(chunks) > 1 and _overlap([(chunk.offsets, chunk.sizes) for chunk in chunks]):
         raise ValueError(f"{name} has chunks that overlap, and so leave a part of it out")
 
 
 def _overlap(chunks: list[tuple[torch.Size, torch.Size]]) -> bool:
-    """Whether two blocks share an element: looked up in the grid that their borders make, of few cells."""
+    """Whether two chunks share an element: marks each in the grid that the borders of all form, which has few cells."""
     dimensions = range(len(chunks[0][0]))
     borders = [
         sorted({border for offsets, sizes in chunks for border in (offsets[d], offsets[d] + sizes[d])})
@@ -114,11 +114,11 @@ def _overlap(chunks: list[tuple[torch.Size, torch.Size]]) -> bool:
     ]
     cells = [len(each) - 1 for each in borders]
     if math.prod(cells) > _CELLS:
-        return True  # no plan cuts a tensor like that
-    places = [{border: place for place, border in enumerate(each)} for each in borders]
+        return True  # no plan shards a tensor like that
+    indices = [{border: index for index, border in enumerate(each)} for each in borders]
     taken = np.zeros(cells, dtype=bool)
     for offsets, sizes in chunks:
-        block = tuple(slice(places[d][offsets[d]], places[d][offsets[d] + sizes[d]]) for d in dimensions)
+        block = tuple(slice(indices[d][offsets[d]], indices[d][offsets[d] + sizes[d]]) for d in dimensions)
         if taken[block].any():
             return True
         taken[block] = True
@@ -126,7 +126,7 @@ def _overlap(chunks: list[tuple[torch.Size, torch.Size]]) -> bool:
 
 
 def require_stored(index: metadata.Metadata, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError unless the chunks fill the files of these names and sizes exactly, and lie in no other."""
+    """Raise ValueError unless the chunks fill the files of these names and sizes exactly, and are in no other."""
     ends = {name: 0 for name in sizes if holds_tensors(name)}
     for key, info in index.storage_data.items():
         if type(key) is not metadata.MetadataIndex or type(info) is not filesystem._StorageInfo or not _is_stored(info):
@@ -140,22 +140,23 @@ def require_stored(index: metadata.Metadata, sizes: Mapping[str, int]) -> None:
 
 
 def chunk_problem(folder: Path, index: metadata.Metadata, start: int, step: int) -> tuple[int, str] | None:
-    """The first of the chunks start, start + step, ... that is not what the index says: its place, and what it is."""
+    """Read the chunks start, start + step, ...; returns the index of the first that is not as listed, and a message."""
     chunks = [
         (name, entry.properties.dtype, chunk.sizes, index.storage_data[metadata.MetadataIndex(name, chunk.offsets)])
         for name, entry in index.state_dict_metadata.items()
         if isinstance(entry, metadata.TensorStorageMetadata)
         for chunk in entry.chunks
     ]
-    places = sorted(range(start, len(chunks), step), key=lambda place: chunks[place][3].relative_path)
-    found = list(_chunk_problems(folder, chunks, places))
+    # By file, so that each is opened once.
+    order = sorted(range(start, len(chunks), step), key=lambda place: chunks[place][3].relative_path)
+    found = list(_chunk_problems(folder, chunks, order))
     return min(found, default=None)
 
 
-def _chunk_problems(folder: Path, chunks: list[Any], places: list[int]) -> Iterator[tuple[int, str]]:
+def _chunk_problems(folder: Path, chunks: list[Any], order: list[int]) -> Iterator[tuple[int, str]]:
     file, opened = None, ""
     try:
-        for place in places:
+        for place in order:
             name, dtype, sizes, info = chunks[place]
             if file is None or info.relative_path != opened:
                 if file is not None:
@@ -171,12 +172,12 @@ def _chunk_problems(folder: Path, chunks: list[Any], places: list[int]) -> Itera
             file.close()
 
 
-# What those who read an archive raise where it is none.
+# Errors of the readers of archives if a file is none.
 _NO_ARCHIVE = (ValueError, KeyError, RuntimeError, OSError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class Window(io.RawIOBase):
-    """A part of a file, read as a file. DCP's own is wrong about places that are counted from the end."""
+    """A slice of a file, read as a file; DCP's own class is wrong about positions counted from the end."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -191,12 +192,12 @@ class Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """As of a file."""
+        """See io.RawIOBase."""
         self._at = max(0, (0, self._at, self._length)[whence] + offset)
         return self._at
 
     def readinto(self, buffer: Any, /) -> int:
-        """As of a file."""
+        """See io.RawIOBase."""
         size = max(0, min(len(buffer), self._length - self._at))
         self._file.seek(self._offset + self._at)
         read = self._file.readinto(memoryview(buffer)[:size])  # type: ignore[attr-defined]
@@ -212,14 +213,14 @@ _STORAGES = {
 
 
 class _Storage(NamedTuple):
-    """What stands for the memory of a tensor."""
+    """Replaces the memory of a tensor while its pickle is validated."""
 
     dtype: torch.dtype
     elements: int
 
 
 class _Stored(NamedTuple):
-    """What stands for a tensor."""
+    """Replaces a tensor while its pickle is validated."""
 
     storage: _Storage
     offset: int
@@ -228,7 +229,7 @@ class _Stored(NamedTuple):
 
 
 def _require_chunk(view: Window, dtype: torch.dtype, shape: torch.Size) -> None:
-    """Raise an error unless torch.load makes of these bytes one tensor of this type and shape, and reads no others."""
+    """Raise an error unless torch.load reads one tensor of this dtype and shape from these bytes and no others."""
     if view.read(4) != b"PK\x03\x04":
         raise ValueError("no archive of torch.save")
     view.seek(0)
@@ -257,11 +258,11 @@ def _require_chunk(view: Window, dtype: torch.dtype, shape: torch.Size) -> None:
 
 
 def record_sizes(archive: Any, content: Window) -> dict[str, int]:
-    """Bytes of each record of an archive, which lies in `content`, once it is unpacked."""
+    """The unpacked size in bytes of each record of an archive, which is in `content`."""
     names = archive.get_all_records()
     if hasattr(archive, "get_record_size"):
         return {name: archive.get_record_size(name) for name in names}
-    # A torch before that was there; to unpack the records only for their sizes would take as long as to load them.
+    # An older torch; to unpack the records only for their sizes would take as long as to load them.
     entries = zipfile.ZipFile(cast(IO[bytes], content)).infolist()
     sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in entries}
     if len(sizes) != len(entries) or sizes.keys() != set(names):

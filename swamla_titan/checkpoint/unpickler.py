@@ -1,8 +1,9 @@
-"""Unpickling what may come from anybody: an allow list of what a pickle may do, name and call.
+"""Unpickling untrusted files: an allow list of the instructions, names and calls of a pickle.
 
-A pickle is a program. Python's own reader can be kept from importing, but not from growing a table of a billion places
-for five bytes, from setting attributes of the classes that it may name, or from hashing a tuple nested so deeply that
-the process dies. So this one knows the few instructions that data need, and calls nothing but what it was given.
+A pickle is a program. Python's own unpickler can be kept from importing, but not from growing a memo of a billion
+entries for five bytes, from setting attributes of the classes that it may name, or from hashing a tuple nested so
+deeply that the process dies. So this one knows only the few instructions that data need, and calls only what it is
+given.
 """
 
 import io
@@ -20,10 +21,10 @@ _NEEDED = (
 
 
 class StrictUnpickler(pickle._Unpickler):
-    """Reads a pickle in which only `names` occur: (module, name) -> what stands for it.
+    """Reads a pickle that uses only `names`: (module, name) -> the object for it.
 
-    `called`: those of them that may be called. `classes`: of which instances may be made, and a
-    check of the state that each is given. Raises pickle.UnpicklingError for anything else.
+    `called`: those that may be called. `classes`: those that may be instantiated, each with a check of the instance's
+    state. `persistent`: gives the object for data outside of the pickle. UnpicklingError for anything else.
     """
 
     stack: list[Any]
@@ -41,23 +42,23 @@ class StrictUnpickler(pickle._Unpickler):
         self._names, self._called, self._classes, self._persistent = names, called, classes or {}, persistent
 
     def value(self) -> Any:
-        """What the pickle holds; UnpicklingError whatever is wrong with it."""
+        """Load the object in the pickle; UnpicklingError whatever is wrong with it."""
         try:
             return self.load()
         except pickle.UnpicklingError:
             raise
-        except Exception as error:  # by the instruction that meets with it: IndexError, struct.error, MemoryError, ...
+        except Exception as error:  # depending on the instruction: IndexError, struct.error, MemoryError, ...
             raise pickle.UnpicklingError(str(error) or type(error).__name__) from None
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name."""
+        """The object for a name."""
         try:
             return self._names[module, name]
         except (KeyError, TypeError):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        """What stands for data that lie outside of the pickle."""
+        """The object for data outside of the pickle."""
         if self._persistent is None or not _is_flat(pid, 1):
             raise pickle.UnpicklingError("it refers to something outside of it")
         return self._persistent(pid)
@@ -105,11 +106,11 @@ class StrictUnpickler(pickle._Unpickler):
 
 
 def _require_keys(target: Any, keys: list[Any], classes: Mapping[type, Any]) -> None:
-    # To hash a tuple goes as deep as it is nested, without a limit.
+    # No tuples, because hashing one recurses as deeply as it is nested, without a limit.
     if type(target) is not dict or not all(type(key) is str or type(key) in classes for key in keys):
         raise pickle.UnpicklingError("it has keys that no index needs")
 
 
 def _is_flat(value: Any, depth: int) -> bool:
-    """Whether tuples are nested so deeply at most."""
+    """Whether tuples are nested at most `depth` deep."""
     return type(value) is not tuple or (depth > 0 and all(_is_flat(each, depth - 1) for each in value))

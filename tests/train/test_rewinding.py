@@ -73,7 +73,7 @@ def test_it_goes_on_with_older_weights_and_the_next_batch_like_a_run_made_by_han
     assert ended.code == 0, ended.err
     length = 3 + len(after)
     assert ended.out.count(f"{length} bad steps in a row, up to step {7 + len(after)} (loss ") == 1
-    assert f"rewound to the weights and optimizer of {checkpoint(run, BACK)}; step 9 goes on with the next" in ended.out
+    assert f"rewound to the weights and optimizer of {checkpoint(run, BACK)}; step 9 continues with" in ended.out
     assert f"rewind 1 of 1; {run}/traces/bad-steps-8.json lists their data" in ended.out
     dump = dumped(run, 8)
     assert [entry["step"] for entry in dump] == list(range(5, 8 + len(after)))
@@ -199,7 +199,7 @@ def test_weights_that_are_no_numbers_are_mended(tiny, tmp_path, ruined):
     ended = run_with_faults((Fault(ruined, "ruin"),), (), str(tiny), *COMMON, *REWINDS)
     assert ended.code == 0, ended.err
     noticed = ruined + 4
-    assert ended.out.count(f"step {ruined + 5} goes on with the next batch") == 1
+    assert ended.out.count(f"step {ruined + 5} continues with the next batch") == 1
     assert ended.out.count("is not saved: its weights are no finite numbers; a rewind is due") == len(
         [step for step in (6, 8) if ruined <= step < noticed]
     )

@@ -63,7 +63,7 @@ class Rewinding:
     def report(self, target: Path, step: int) -> str:
         """The log line about the rewind that was made at the end of `step`."""
         return (
-            f"rewound to the weights and optimizer of {target}; step {step + 1} goes on with the next batch; "
+            f"rewound to the weights and optimizer of {target}; step {step + 1} continues with the next batch; "
             f"rewind {self._bad_steps.rewinds} of {self._most}"
         )
 
