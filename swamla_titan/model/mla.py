@@ -1,29 +1,18 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one small latent."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.dispatch import CAUSAL
-from swamla_titan.kernels.attention.masks import DocumentRule, MaskSpec
+from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.model.cache import MLACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
-
-
-def whole_rows(latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the rows: those given are all there are."""
-    return latent, rope_key
-
-
-def attend_causally(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    """Queries [B, T, H, nope + rope] on keys [B, S, H, nope + rope] and values [B, S, H, v] -> [B, T, H, v]."""
-    return context.attend(query, key, value, scale)
 
 
 class LatentAttention(nn.Module):
@@ -31,11 +20,8 @@ class LatentAttention(nn.Module):
 
     Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
 
-    Functions may be set from outside, and `forward` calls them. Two where this process has a part of each row only:
-    `gather` (like `whole_rows`) makes the rows' latents, in order, from those of the part, before they are expanded to
-    keys and values; `attend` (like `attend_causally`) gets the part's queries and the whole rows' keys and values.
-    Where it has whole rows, `rotate_and_attend`, like `latent_attention`, to do all between the products at once, if
-    there is no mask, or a DocumentRule.
+    `inner_attention` may be replaced. `fused_attention(query, keys_values, rope_key, context, scale)`, where there is
+    one, does the rotation too.
     """
 
     projections: ClassVar[str] = "latent"  # what the linear layers before attention give (dispatch.py)
@@ -74,30 +60,25 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.latent_dim)
         self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
         self.wo = Linear(config.num_heads * self.v_dim, config.dim)
-        self.rotate_and_attend: Callable[..., Tensor] | None = None
-        self.gather: Callable[[Tensor, Tensor, AttentionContext], tuple[Tensor, Tensor]] = whole_rows
-        self.attend: Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor] = attend_causally
+        self.inner_attention = InnerAttention()
+        self.fused_attention: FusedAttention | None = None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        rule = context.mask
-        is_plain = context.implementation.name == CAUSAL.name
-        if self.rotate_and_attend is not None and (is_plain or isinstance(rule, DocumentRule)):
+        if self.fused_attention is not None and self.fused_attention.serves(context):
             latent, rope_key = self.latents(x)
-            heads = self.queries(x).contiguous(), self.keys_values(latent).contiguous()
-            by = context.rotation
-            documents = (rule.starts, rule.ends) if isinstance(rule, DocumentRule) else ()
-            return self._output(self.rotate_and_attend(*heads, rope_key, by.cos, by.sin, self.scale, *documents))
-        latent, rope_key = self.gather(*self.compress(x, context), context)
+            heads = self.queries(x), self.keys_values(latent), rope_key
+            return self._output(self.fused_attention(*heads, context, self.scale))
+        latent, rope_key = self.inner_attention.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
-        return self._output(self.attend(query, key, value, context, self.scale))
+        return self._output(self.inner_attention(query, key, value, context, self.scale))
 
     def prefill(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
         """`forward` that also fills the cache."""
         latent, rope_key = self.compress(x, context)
         cache.fill(latent, rope_key.squeeze(2))
         query, key, value = self.expand(x, latent, rope_key, context)
-        return self._output(attend_causally(query, key, value, context, self.scale))
+        return self._output(context.attend(query, key, value, self.scale))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
         """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].

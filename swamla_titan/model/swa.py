@@ -1,30 +1,23 @@
 """Sliding-window attention with sinks: local, with the first tokens of the document always in view."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.masks import MaskSpec, WindowRule
+from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.model.cache import SWACache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
-def attend_window(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    """Queries [B, T, H, D] on keys and values [B, S, G, D] under context.mask -> [B, T, H, D]."""
-    return context.attend(query, key, value, scale)
-
-
 class SlidingWindowAttention(nn.Module):
     """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
 
-    Two functions may be set from outside, and `forward` calls them. `attend`, a function like `attend_window`, where
-    this process has a part of each row only: it gets the queries, keys and values of that part. `rotate_and_attend`,
-    like `rotary_window_attention`, to do all between the two products at once, where the mask is a WindowRule.
+    `inner_attention` may be replaced. `fused_attention(qkv, context, scale)`, if there is one, does the rotation too.
 
     Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
     tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
@@ -56,35 +49,36 @@ class SlidingWindowAttention(nn.Module):
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.rotate_and_attend: Callable[..., Tensor] | None = None
-        self.attend: Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor] = attend_window
+        self.inner_attention = InnerAttention()
+        self.fused_attention: FusedAttention | None = None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        rule = context.mask
-        if self.rotate_and_attend is not None and isinstance(rule, WindowRule):
-            groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim)).contiguous()
-            by, shape = context.rotation, (rule.starts, rule.window, rule.sink)
-            return self._output(self.rotate_and_attend(groups, by.cos, by.sin, *shape, self.scale))
+        if self.fused_attention is not None and self.fused_attention.serves(context):
+            return self._output(self.fused_attention(self.groups(x), context, self.scale))
         query, key, value = self.project(x, context)
-        return self._output(self.attend(query, key, value, context, self.scale))
+        return self._output(self.inner_attention(query, key, value, context, self.scale))
 
     def prefill(self, x: Tensor, context: AttentionContext, cache: SWACache) -> Tensor:
         """`forward` that also fills the cache."""
         query, key, value = self.project(x, context)
         cache.fill(key, value)
-        return self._output(attend_window(query, key, value, context, self.scale))
+        return self._output(context.attend(query, key, value, self.scale))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: SWACache) -> Tensor:
         """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is over the cache's slots."""
         query, key, value = self.project(x, context)
         cache.append(key, value, context.positions)
-        return self._output(attend_window(query, cache.keys, cache.values, context, self.scale))
+        return self._output(context.attend(query, cache.keys, cache.values, self.scale))
+
+    def groups(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> the queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D]."""
+        out: Tensor = self.wqkv(x)
+        return out.unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim))
 
     def project(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, dim] -> rotated queries [B, T, H, D], rotated keys and values [B, T, G, D]."""
-        groups = self.wqkv(x).unflatten(-1, (-1, self.queries_per_key + 2, self.head_dim))  # [B, T, G, H/G + 2, D]
-        query, key, value = groups.split([self.queries_per_key, 1, 1], dim=-2)
+        query, key, value = self.groups(x).split([self.queries_per_key, 1, 1], dim=-2)
         query = rotate(self.q_norm(query.flatten(2, 3)), context.rotation)  # [B, T, H, D]
         key = rotate(self.k_norm(key.squeeze(-2)), context.rotation)  # [B, T, G, D]
         return query, key, value.squeeze(-2)

@@ -29,11 +29,10 @@ from swamla_titan.kernels.attention.masks import (
     intervals_in_the_row,
 )
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
-from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, plan_swa_exchange
 
@@ -69,27 +68,33 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
         return
     model.sequences = SharedSequences(size, rank, group.group_name)
     for block in model.blocks.values():
-        kind = block.attention
-        if isinstance(kind, SlidingWindowAttention):
-            kind.attend = attend_shared_window
-        else:
-            assert isinstance(kind, LatentAttention)
-            kind.gather = gather_latents
+        assert isinstance(block, Block)
+        block.attention.inner_attention = _INNER[block.attention.projections]()
 
 
-def attend_shared_window(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    """`attend_window` with queries, keys and values of this rank's tokens, [B, 2 * chunk, ...]."""
-    assert isinstance(context, WindowSlice)
-    key, value = exchange_windows(key, value, context.exchange, context.sink_index, context.sink_owned, context.group)
-    return context.attend(query, key, value, scale)
+class WindowExchange(InnerAttention):
+    """Attention of this rank's queries, keys and values, [B, 2 * chunk, ...], and the keys that windows add to them."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+        """As in InnerAttention."""
+        assert isinstance(context, WindowSlice)
+        sinks = context.sink_index, context.sink_owned
+        key, value = exchange_windows(key, value, context.exchange, *sinks, context.group)
+        return context.attend(query, key, value, scale)
 
 
-def gather_latents(latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """`whole_rows` from this rank's latents [B, 2 * chunk, R] and rotated keys [B, 2 * chunk, 1, rope]."""
-    assert isinstance(context, CausalSlice)
-    width = latent.shape[-1]
-    rows = gather_rows(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
-    return rows[..., :width], rows[..., width:].unsqueeze(2)
+class LatentGather(InnerAttention):
+    """Attention of this rank's queries to keys and values of full sequences, made from gathered latents."""
+
+    def gather(self, latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """As in InnerAttention, from latents [B, 2 * chunk, R] and rotated keys [B, 2 * chunk, 1, rope]."""
+        assert isinstance(context, CausalSlice)
+        width = latent.shape[-1]
+        gathered = gather_rows(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
+        return gathered[..., :width], gathered[..., width:].unsqueeze(2)
+
+
+_INNER = {"qkv": WindowExchange, "latent": LatentGather}  # by what the linear layers before attention give
 
 
 def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:

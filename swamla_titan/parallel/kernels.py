@@ -3,22 +3,22 @@
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.dispatch import Choice, choose
+from swamla_titan.kernels.attention.dispatch import LATENT, ROTARY_WINDOW, Choice, choose
 from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.masks import DocumentRule, WindowRule
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.feed_forward import FeedForward
-from swamla_titan.model.mla import LatentAttention
+from swamla_titan.model.blocks import BLOCKS, Block
+from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.sequences import attention_request
-from swamla_titan.model.swa import SlidingWindowAttention
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
@@ -82,11 +82,40 @@ def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "
 
     Not in SWA blocks with norms of queries and keys, which come before the rotation.
     """
-    for module in model.modules():
-        if isinstance(module, FeedForward):
-            module.activate = triton_swiglu
-        elif isinstance(module, SlidingWindowAttention) and "swa" in kinds:
-            if isinstance(module.q_norm, nn.Identity):
-                module.rotate_and_attend = rotary_window_attention
-        elif isinstance(module, LatentAttention) and "mla" in kinds:
-            module.rotate_and_attend = latent_attention
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.feed_forward.activate = triton_swiglu
+        attention = block.attention
+        if block.kind in kinds and not (attention.projections == "qkv" and model.config.qk_norm):
+            attention.fused_attention = _FUSED[attention.projections]()
+
+
+class RotaryWindowAttention(FusedAttention):
+    """Rotation and sliding-window attention (kernels/attention/rotary_window.py)."""
+
+    over = frozenset(each.name for each in ROTARY_WINDOW.over)
+
+    def forward(self, qkv: Tensor, context: AttentionContext, scale: float) -> Tensor:
+        """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
+        rule, by = context.mask, context.rotation
+        assert isinstance(rule, WindowRule)
+        shape = rule.starts, rule.window, rule.sink
+        return rotary_window_attention(qkv.contiguous(), by.cos, by.sin, *shape, scale)
+
+
+class RotaryLatentAttention(FusedAttention):
+    """Rotation, the keys' expansion and causal attention, in documents too (kernels/attention/latent.py)."""
+
+    over = frozenset(each.name for each in LATENT.over)
+
+    def forward(
+        self, query: Tensor, keys_values: Tensor, rope_key: Tensor, context: AttentionContext, scale: float
+    ) -> Tensor:
+        """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope], not rotated -> [B, T, H, v]."""
+        rule, by = context.mask, context.rotation
+        documents = (rule.starts, rule.ends) if isinstance(rule, DocumentRule) else ()
+        heads = query.contiguous(), keys_values.contiguous()
+        return latent_attention(*heads, rope_key, by.cos, by.sin, scale, *documents)
+
+
+_FUSED = {"qkv": RotaryWindowAttention, "latent": RotaryLatentAttention}  # by what is given to attention

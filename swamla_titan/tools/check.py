@@ -196,7 +196,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
     choices = attention_choices(tried, device)
     others = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
-    fused = {block.kind for block in model.modules() if isinstance(block, Block) and block.attention.rotate_and_attend}
+    fused = {block.kind for block in model.modules() if isinstance(block, Block) and block.attention.fused_attention}
     taken = ", ".join(_computed_by(kind, choice, kind in fused) for kind, choice in choices.items())
     text = f"{taken}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.

@@ -11,6 +11,7 @@ from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.model import ModelConfig, sequences
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.sequences import FullSequences, attention_request
+from swamla_titan.parallel import kernels
 
 build_context = FullSequences().context
 
@@ -163,7 +164,8 @@ def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, d
         given.extend(bounds)
         return query.new_zeros(*query.shape[:3], TINY.v_head_dim)
 
-    attention.rotate_and_attend = all_at_once
+    monkeypatch.setattr(kernels, "latent_attention", all_at_once)
+    attention.fused_attention = kernels.RotaryLatentAttention()
     ids = torch.tensor([[0, 0, 1, 1, 1]]) if documents else None
     shared = build_context(TINY, 5, ids, torch.device("cpu"), torch.float32, "triton")["mla"]
     attention(torch.randn(1, 5, TINY.dim), shared)

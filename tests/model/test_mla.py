@@ -9,8 +9,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from swamla_titan.kernels.attention.dispatch import REFERENCE
 from swamla_titan.model.context import SequenceContext, rotation_at
-from swamla_titan.model.mla import attend_causally
 from swamla_titan.model.rope import Rotation, rotate
+from swamla_titan.parallel import kernels
 
 
 @pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
@@ -35,7 +35,7 @@ def test_only_relative_positions_matter(kind):
 
 
 @pytest.mark.parametrize("q_lora_rank", [0, 14])
-def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(q_lora_rank):
+def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(monkeypatch, q_lora_rank):
     """The operator's place is taken by those steps, written for its arguments."""
     model = build(q_lora_rank=q_lora_rank, **ALL_MLA)
     attention, calls = model.blocks["0"].attention, []
@@ -48,11 +48,12 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(q_lora_rank)
         query = torch.cat([query[..., :nope], rotate(query[..., nope:], by)], dim=-1)
         shared = rotate(rope_key[:, :, None], by).expand(-1, -1, query.shape[2], -1)
         key = torch.cat([keys_values[..., :nope], shared], dim=-1)
-        return attend_causally(query, key, keys_values[..., nope:], alone, scale)
+        return alone.attend(query, key, keys_values[..., nope:], scale)
 
     hidden = torch.randn(2, 12, 32, dtype=torch.float64)
     expected, expected_of_documents = attention(hidden, alone), attention(hidden, documents)
-    attention.rotate_and_attend = steps
+    monkeypatch.setattr(kernels, "latent_attention", steps)
+    attention.fused_attention = kernels.RotaryLatentAttention()
     assert torch.equal(attention(hidden, alone), expected)
     assert len(calls) == 1
     assert torch.equal(attention(hidden, documents), expected_of_documents)

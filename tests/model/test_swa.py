@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from swamla_titan.kernels.attention.dispatch import WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model.rope import Rotation, rotate
-from swamla_titan.model.swa import attend_window
+from swamla_titan.parallel import kernels
 
 T = 14
 
@@ -118,7 +118,7 @@ def gradient_pairs(block, layer):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(kv_heads):
+def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(monkeypatch, kv_heads):
     """The operator's place is taken by those steps, written for its arguments."""
     model = build(swa_window=4, swa_sink_size=2, num_kv_heads=kv_heads, **ALL_SWA)
     attention, calls = model.blocks["0"].attention, []
@@ -130,11 +130,12 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(kv_heads):
         calls.append((starts, window, sink))
         query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         query, key = rotate(query.flatten(2, 3), (by := Rotation(cos, sin))), rotate(key.squeeze(3), by)
-        return attend_window(query, key, value.squeeze(3), plain, scale)
+        return plain.attend(query, key, value.squeeze(3), scale)
 
     hidden = torch.randn(1, T, 32, dtype=torch.float64)
     expected = attention(hidden, plain)
-    attention.rotate_and_attend = steps
+    monkeypatch.setattr(kernels, "rotary_window_attention", steps)
+    attention.fused_attention = kernels.RotaryWindowAttention()
     assert torch.equal(attention(hidden, ruled), expected)
     assert calls == [(starts, 4, 2)]
     assert torch.equal(attention(hidden, plain), expected), "under another mask the steps stay apart"

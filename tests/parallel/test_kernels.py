@@ -11,8 +11,6 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
-from swamla_titan.kernels.attention.latent import latent_attention
-from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.swiglu import swiglu, triton_swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -47,16 +45,16 @@ def chosen(
         parallel=Parallel(context=context),
     )
     choose_kernels(model, replace(choices, **(others or {})), device)
-    first, second, mla = (block.attention.rotate_and_attend for block in model.blocks.values())
-    assert first is second
+    first, second, mla = (block.attention.fused_attention for block in model.blocks.values())
+    assert type(first) is type(second)
     activations = {block.feed_forward.activate for block in model.blocks.values()}
     assert len(activations) == 1
     assert activations <= {swiglu, triton_swiglu}
     ours = {
         "loss": model.linear_loss is linear_cross_entropy,
         "swiglu": activations == {triton_swiglu},
-        "swa": first is rotary_window_attention,
-        "mla": mla is latent_attention,
+        "swa": isinstance(first, kernels.RotaryWindowAttention),
+        "mla": isinstance(mla, kernels.RotaryLatentAttention),
     }
     assert [model.linear_loss, first, mla].count(None) == [ours[part] for part in ("loss", "swa", "mla")].count(False)
     return " ".join(part for part, is_ours in ours.items() if is_ours)
@@ -93,7 +91,8 @@ def test_norms_of_queries_and_keys_are_passed_over_by_no_caller():
     with torch.device("meta"):
         model = SWAMLAModel(ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, qk_norm=True))
     kernels.use_pointwise_kernels(model)
-    assert [block.attention.rotate_and_attend for block in model.blocks.values()] == [None, None, latent_attention]
+    fused = [type(block.attention.fused_attention) for block in model.blocks.values()]
+    assert fused == [type(None), type(None), kernels.RotaryLatentAttention]
 
 
 H100, A100 = (9, 0), (8, 0)

@@ -1,0 +1,36 @@
+"""Attention between the linear layers of a block: a submodule without parameters, which a plan or kernels replace."""
+
+from torch import Tensor, nn
+
+from swamla_titan.model.context import AttentionContext
+
+
+class InnerAttention(nn.Module):
+    """softmax(scale * query key^T + mask) value, by the implementation that the context names.
+
+    A subclass serves where this process has a slice of each sequence: it gets queries, keys and values of that slice.
+    """
+
+    def gather(self, latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the sequences, from those of the slice.
+
+        They are gathered before they are expanded to keys and values. Here those given are all there are.
+        """
+        return latent, rope_key
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]."""
+        return context.attend(query, key, value, scale)
+
+
+class FusedAttention(nn.Module):
+    """What lies between the linear layers, rotation included, as one operator; subclasses say of what and how.
+
+    Serves passes whose attention is by an implementation named in `over`.
+    """
+
+    over: frozenset[str] = frozenset()
+
+    def serves(self, context: AttentionContext) -> bool:
+        """Whether this pass is computed here; else by the steps apart."""
+        return context.implementation.name in self.over
