@@ -1,9 +1,11 @@
 """Products of keys, each within its own bounds, that would keep `plan` and the start of a run busy for hours."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import MOST_RANKS, Config
+from swamla_titan.distributed.degrees import DIMENSIONS
 
 _MOST_TOKENS = 1 << 36  # of a step: 69 billion
 _MOST_PARAMETERS = 1 << 47  # 140 trillion
@@ -29,7 +31,8 @@ def size_contradictions(config: Config) -> Iterator[Contradiction]:
             f"{model.num_layers} layers of width {model.dim} have more than {_MOST_PARAMETERS} parameters: lower one "
             "of model.num_layers, model.dim, model.ffn_hidden_dim, model.num_heads and the widths of heads",
         )
-    degrees = {name: getattr(parallel, name) for name in ("dp_shard", "dp_replicate", "tensor", "context", "pipeline")}
+    keys = {dimension.key for dimension in DIMENSIONS}
+    degrees = {each.name: getattr(parallel, each.name) for each in fields(parallel) if each.name in keys}
     ranks = 1
     for degree in degrees.values():
         ranks *= max(degree, 1)

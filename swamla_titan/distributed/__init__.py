@@ -1,1 +1,1 @@
-"""Process meshes, DTensor helpers, collectives, and agreement between ranks. Knows no model and no optimizer."""
+"""Process meshes, DTensor helpers, collectives, and agreement between ranks: knows no config, model or optimizer."""

@@ -1,4 +1,4 @@
-"""What one rank finds out and all must act on: errors, and results of work that only the first rank does."""
+"""What one rank finds and all must act on: errors, and results of work that rank 0 alone does."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,9 +14,9 @@ Value = TypeVar("Value")
 
 
 def all_ranks_or_raise(world: World, work: Callable[[], Result]) -> Result:
-    """`work()`, done by every rank. If it ends in a UserError or RunFailed on one, all raise that error.
+    """`work()` on every rank. If it raises a UserError or RunFailed on one, all ranks raise that error.
 
-    A rank that went on alone would wait for ever in its next collective. `work` itself must not communicate.
+    A rank that continued alone would wait for ever in its next collective. `work` itself must not communicate.
     """
     if world.size == 1:
         return work()
@@ -29,7 +29,7 @@ def all_ranks_or_raise(world: World, work: Callable[[], Result]) -> Result:
 
 
 def broadcast_from_rank_0(world: World, work: Callable[[], Result]) -> Result:
-    """The result of `work()`, done by the first rank alone, on every rank; its UserError or RunFailed likewise."""
+    """The result of `work()`, run by rank 0 alone, on every rank; its UserError or RunFailed likewise."""
     if world.size == 1:
         return work()
     outcome = [_attempt(work) if world.is_rank_0 else (None, None)]
@@ -41,7 +41,7 @@ def broadcast_from_rank_0(world: World, work: Callable[[], Result]) -> Result:
 
 
 def all_gather_dict(world: World, own: dict[Key, Value]) -> dict[Key, Value]:
-    """The union of every rank's dictionary, on every rank; ranks that have a key in common have it with one value."""
+    """The union of all ranks' dictionaries, on every rank; ranks that have a key in common have it with one value."""
     if world.size == 1:
         return own
     every: list[dict[Key, Value]] = [{}] * world.size
@@ -53,5 +53,5 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, UserError | Run
     try:
         return work(), None
     except (UserError, RunFailed) as error:
-        error.__traceback__ = error.__cause__ = error.__context__ = None  # they do not travel
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # they cannot be pickled
         return None, error

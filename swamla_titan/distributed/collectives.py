@@ -1,6 +1,6 @@
-"""torch's functional collectives, called as operators: their gradients are registered and torch.compile takes them in.
+"""torch's functional collectives, called as operators: autograd has their gradients, and torch.compile traces them.
 
-They return before they are done. The operators are called by themselves because torch's wrappers return a tensor
+They return before the result is there. The operators are called directly because torch's wrappers return a tensor
 that waits at its first use, and such tensors as inputs of a compiled block have given wrong gradients.
 """
 

@@ -1,96 +1,149 @@
-"""How many ranks share what: the degrees of the configuration, fitted to the number of processes."""
+"""The parallel dimensions in one ordered table, and how many ranks a run has along each.
+
+The table is the fields of `Degrees`. Meshes, groups, sums of losses and gradients, error messages and `plan` are derived
+from it; docs/extending.md says what else a new dimension needs.
+"""
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 from swamla_titan.errors import UserError
 
 
 class Parallel(Protocol):
-    """What the configuration's section [parallel] says of degrees; -1: as many as there are processes for."""
+    """The section [parallel] of the configuration; it has an attribute for the key of every dimension."""
 
     @property
     def data_parallel(self) -> str: ...
     @property
-    def dp_replicate(self) -> int: ...
-    @property
-    def dp_shard(self) -> int: ...
-    @property
     def context(self) -> int: ...
-    @property
-    def tensor(self) -> int: ...
-    @property
-    def pipeline(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One way to divide the work among ranks.
+
+    `key`: in [parallel]. `weights` and `activations`: the dimension of the mesh of this name (distributed/mesh.py) that
+    it is part of; neighbours in the table may share one, and are flattened into it. `sums`: what the ranks along it have
+    to add up, "loss" if they compute different tokens, "gradients" if the gradient that each computes of a parameter
+    that all hold in full is a summand. `ranks`: what they do, for `plan`.
+    """
+
+    name: str
+    key: str
+    weights: str
+    activations: str
+    sums: tuple[str, ...]
+    ranks: str
+
+
+def _dimension(key: str, weights: str, activations: str, sums: tuple[str, ...], ranks: str) -> Any:
+    traits = dict(key=key, weights=weights, activations=activations, sums=sums, ranks=ranks)
+    return field(default=1, metadata=traits)
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """Each at least 1; their product is the number of processes."""
+    """Ranks along each dimension, at least 1. Their product is the number of processes.
 
-    pipeline: int = 1
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
+    The order is that of the ranks: those that differ in the last dimension alone are neighbours.
+    """
 
-    @property
-    def data(self) -> int:
-        """Ranks that read different sequences."""
-        return self.replicate * self.shard
+    # Tensor-parallel ranks each have the loss of all tokens. Context-parallel ranks compute gradients of the same weights
+    # from different tokens, like data-parallel ones, so FSDP2 shards the weights over them too.
+    pipeline: int = _dimension("pipeline", "pipeline", "pipeline", (), "hold different layers")
+    replicate: int = _dimension(
+        "dp_replicate", "replicate", "data", ("loss", "gradients"), "hold copies of the weights"
+    )
+    shard: int = _dimension(
+        "dp_shard", "shard", "data", ("loss", "gradients"), "hold shards of one copy of the weights"
+    )
+    context: int = _dimension("context", "shard", "context", ("loss", "gradients"), "share each sequence")
+    tensor: int = _dimension("tensor", "tensor", "tensor", ("gradients",), "share each linear layer")
 
     @property
     def size(self) -> int:
         """Processes in all."""
-        return self.pipeline * self.data * self.context * self.tensor
+        return self._product(lambda _: True)
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different sequences."""
+        return self._product(lambda each: each.activations == "data")
+
+    @property
+    def weight_shards(self) -> int:
+        """Ranks that share one copy of the weights under FSDP2 and HSDP."""
+        return self._product(lambda each: each.weights == "shard")
+
+    def weights_mesh(self, data_parallel: str) -> dict[str, int]:
+        """The dimensions of World.weights and their sizes, in order. With "ddp" what would be shards are copies."""
+        copies = {"shard": "replicate"} if data_parallel == "ddp" else {}
+        return self._mesh(lambda each: each.weights, copies)
+
+    def activations_mesh(self) -> dict[str, int]:
+        """The dimensions of World.activations and their sizes, in order."""
+        return self._mesh(lambda each: each.activations, {})
+
+    def _mesh(self, part_of: Callable[[Dimension], str], instead: dict[str, str]) -> dict[str, int]:
+        sizes = dict.fromkeys(map(part_of, DIMENSIONS), 1)
+        for each in DIMENSIONS:
+            name = part_of(each)
+            sizes[instead.get(name, name)] *= getattr(self, each.name)
+        return sizes
+
+    def _product(self, chosen: Callable[[Dimension], bool]) -> int:
+        return math.prod(getattr(self, each.name) for each in DIMENSIONS if chosen(each))
 
     def __str__(self) -> str:
-        names = ("pipeline", "dp_replicate", "dp_shard", "context", "tensor")
-        values = (self.pipeline, self.replicate, self.shard, self.context, self.tensor)
-        named = [f"{name} {value}" for name, value in zip(names, values) if value > 1]
-        return " x ".join(named) or "one process"
+        return _named({each.key: getattr(self, each.name) for each in DIMENSIONS}) or "one process"
+
+
+DIMENSIONS = tuple(Dimension(each.name, **each.metadata) for each in fields(Degrees))
+
+
+LOSS_DIMENSIONS = tuple(dict.fromkeys(each.activations for each in DIMENSIONS if "loss" in each.sums))
+"""The dimensions of World.activations along which losses are summed."""
+
+GRADIENT_DIMENSIONS = tuple(dict.fromkeys(each.weights for each in DIMENSIONS if "gradients" in each.sums))
+"""The dimensions of World.weights along which gradients of parameters that all ranks hold are summed."""
 
 
 def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
-    """The degrees of a configuration on `world_size` processes, with -1 resolved.
+    """The degrees of a configuration on `world_size` processes, with -1 (as many as there are left) resolved.
 
     Raises UserError with the numbers and a suggestion if their product cannot be `world_size`. What does not depend
     on the number of processes is refused earlier, by config/rules.py.
     """
-    fixed = parallel.pipeline * parallel.context * parallel.tensor
-    replicate, shard = parallel.dp_replicate, parallel.dp_shard
+    asked = {each: getattr(parallel, each.key) for each in DIMENSIONS}
+    replicate, shard = (next(each for each in DIMENSIONS if each.name == name) for name in ("replicate", "shard"))
     if parallel.data_parallel == "ddp":
-        replicate, shard = -1 if replicate == 1 else replicate, 1
-    known = fixed * math.prod(degree for degree in (replicate, shard) if degree != -1)
+        asked[replicate], asked[shard] = -1 if asked[replicate] == 1 else asked[replicate], 1
+    fixed = math.prod(degree for each, degree in asked.items() if each not in (replicate, shard))
+    known = math.prod(degree for degree in asked.values() if degree != -1)
     rest, left_over = divmod(world_size, known)
-    if left_over or rest == 0 or (-1 not in (replicate, shard) and rest != 1):
-        shown = {
-            "pipeline": parallel.pipeline,
-            "dp_replicate": replicate,
-            "dp_shard": shard,
-            "context": parallel.context,
-            "tensor": parallel.tensor,
-        }
-        product = " x ".join(f"{name} {value}" for name, value in shown.items() if value not in (1, -1)) or "dp_shard 1"
+    if left_over or rest == 0 or (-1 not in asked.values() and rest != 1):
+        degrees = _named({each.key: degree for each, degree in asked.items()}) or f"{shard.key} 1"
         raise UserError(
-            f"[parallel] the degrees {product} = {known} do not fit {world_size} processes: "
+            f"[parallel] the degrees {degrees} = {known} do not fit {world_size} processes: "
             + _suggestion(parallel, known, fixed, world_size)
         )
-    return Degrees(
-        pipeline=parallel.pipeline,
-        replicate=rest if replicate == -1 else replicate,
-        shard=rest if shard == -1 else shard,
-        context=parallel.context,
-        tensor=parallel.tensor,
-    )
+    return Degrees(**{each.name: rest if degree == -1 else degree for each, degree in asked.items()})
+
+
+def _named(degrees: dict[str, int]) -> str:
+    return " x ".join(f"{key} {degree}" for key, degree in degrees.items() if degree not in (1, -1))
 
 
 def _suggestion(parallel: Parallel, known: int, fixed: int, world_size: int) -> str:
     if world_size % fixed:
         nearest = max(known, world_size // known * known)
-        return f"start {nearest}, or lower pipeline, context or tensor so that they divide {world_size}"
-    share = world_size // fixed
-    if parallel.data_parallel == "hsdp" and share < (4 if parallel.context == 1 else 2):
+        *others, last = (each.key for each in DIMENSIONS if each.activations != "data")
+        return f"start {nearest}, or lower {', '.join(others)} or {last} so that they divide {world_size}"
+    left = world_size // fixed
+    if parallel.data_parallel == "hsdp" and left < (4 if parallel.context == 1 else 2):
         # config/parallel_rules.py would refuse any two numbers: that is one copy, or a copy a rank.
         return f'start {known}, or set data_parallel = "fsdp", dp_replicate = 1 and dp_shard = -1 (the rest)'
-    return f"start {known}, or let dp_shard x dp_replicate be {share} (-1: the rest)"
+    return f"start {known}, or let dp_shard x dp_replicate be {left} (-1: the rest)"

@@ -1,5 +1,8 @@
-"""The processes that train together: this one's place among them, its device, and the groups it talks to."""
+"""The processes that train together: this rank's coordinates among them, its device, and its process groups."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.distributed.degrees import GRADIENT_DIMENSIONS, LOSS_DIMENSIONS, Degrees
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` processes, laid out [pipeline, replicate, shard, context, tensor].
+    """Rank `rank` of `size` processes, which are laid out in the order of the table of dimensions (degrees.py).
 
-    Two meshes over the same ranks, None for a process alone. `weights` [pipeline, replicate, shard, tensor] says who
-    holds which part of a parameter; the ranks that share a sequence hold shards of it like any other (or copies, with
-    ddp). `activations` [pipeline, data, context, tensor] says who computes what: `data` ranks read different sequences.
+    Two meshes over the same ranks, None for a process alone. `weights` [pipeline, replicate, shard, tensor] says which
+    rank holds which shard of a parameter; context-parallel ranks hold shards like any other (or copies, with ddp).
+    `activations` [pipeline, data, context, tensor] says who computes what: `data` ranks read different sequences.
     """
 
     rank: int
@@ -25,25 +28,25 @@ class World:
     degrees: Degrees
     weights: DeviceMesh | None = None
     activations: DeviceMesh | None = None
-    host_group: dist.ProcessGroup | None = None  # all ranks, over the hosts: does not wait for devices
-    stage_group: dist.ProcessGroup | None = None  # the ranks at this one's place of the pipeline, itself included
+    host_group: dist.ProcessGroup | None = None  # all ranks, by gloo: does not wait for devices
+    stage_group: dist.ProcessGroup | None = None  # the ranks that work on this one's pipeline stage, see below
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> "World":
-        """The world of a process without others."""
+        """The world of a single process."""
         return cls(rank=0, size=1, device=device or torch.device("cpu"), degrees=Degrees())
 
     def with_group_of_its_own(self) -> "World":
-        """The same place, with another group over the hosts, for a thread that talks while others do. All call it."""
+        """The same world with another host group, for a thread that communicates while others do. Collective."""
         return self if self.size == 1 else replace(self, host_group=dist.new_group(backend="gloo"))
 
     @property
     def data_rank(self) -> int:
-        """Which of the `degrees.data` parts of a global batch this rank reads."""
+        """Which of the `degrees.data` shares of a global batch this rank reads."""
         return self.coordinate("data")
 
     def coordinate(self, dimension: str) -> int:
-        """This rank's place along a dimension of the mesh `activations`."""
+        """This rank's coordinate along a dimension of the mesh `activations`."""
         return 0 if self.activations is None else self.activations.get_local_rank(dimension)
 
     def group(self, dimension: str) -> dist.ProcessGroup:
@@ -56,16 +59,17 @@ class World:
         """Whether this is the rank that writes what there is one of."""
         return self.rank == 0
 
-    def sum_over_sequences(self, values: Tensor) -> Tensor:
+    def all_reduce_loss(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks that computed different tokens, in place."""
         # By the degrees: to slice a mesh takes a tenth of a millisecond, and this is every step.
-        for dimension, size in (("data", self.degrees.data), ("context", self.degrees.context)):
-            if size > 1:
+        sizes = self.degrees.activations_mesh()
+        for dimension in LOSS_DIMENSIONS:
+            if sizes[dimension] > 1:
                 dist.all_reduce(values, group=self.group(dimension))
         return values
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest value of any rank, on every rank; the hosts wait for each other, their devices do not."""
+        """The maximum over all ranks, on every rank; the hosts wait for each other, their devices do not."""
         if self.host_group is None:
             return value
         shared = torch.tensor(value, dtype=torch.float64)
@@ -74,27 +78,54 @@ class World:
 
 
 def meshes(degrees: Degrees, device_type: str, data_parallel: str) -> tuple[DeviceMesh, DeviceMesh]:
-    """The meshes `weights` and `activations` of a World; the process group must be there."""
-    pipeline, data, context, tensor = degrees.pipeline, degrees.data, degrees.context, degrees.tensor
-    if data_parallel == "ddp":
-        replicate, shard = data * context, 1
-    else:
-        replicate, shard = degrees.replicate, degrees.shard * context
-    names = ("pipeline", "replicate", "shard", "tensor")
-    weights = init_device_mesh(device_type, (pipeline, replicate, shard, tensor), mesh_dim_names=names)
-    names = ("pipeline", "data", "context", "tensor")
-    activations = init_device_mesh(device_type, (pipeline, data, context, tensor), mesh_dim_names=names)
-    return weights, activations
+    """The meshes `weights` and `activations` of a World; the default process group must be initialized."""
+    weights, activations = degrees.weights_mesh(data_parallel), degrees.activations_mesh()
+    return _mesh(device_type, weights), _mesh(device_type, activations)
 
 
-def stage_group_of(weights: DeviceMesh) -> dist.ProcessGroup:
-    """This rank's World.stage_group; all processes must come here. One that exists is not made again."""
-    shared = [name for name in ("replicate", "shard", "tensor") if weights[name].size() > 1]
-    if weights["pipeline"].size() == 1:
+def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def create_stage_group(weights: DeviceMesh) -> dist.ProcessGroup:
+    """World.stage_group: the ranks that hold shards or copies of the same layers and sum their gradients.
+
+    They differ from each other along `GRADIENT_DIMENSIONS` alone. Collective; groups that exist are not made again.
+    """
+    names = weights.mesh_dim_names or ()
+    summed = [axis for axis, name in enumerate(names) if name in GRADIENT_DIMENSIONS]
+    size = math.prod(weights.size(axis) for axis in summed)
+    if size == weights.size():
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    if len(shared) <= 1:
-        return weights.get_group(shared[0] if shared else "shard")
-    group, _ = dist.new_subgroups_by_enumeration(weights.mesh.flatten(1).tolist())
+    wide = [names[axis] for axis in summed if weights.size(axis) > 1]
+    if len(wide) <= 1:
+        return weights.get_group(wide[0] if wide else "shard")
+    others = [axis for axis in range(len(names)) if axis not in summed]
+    groups = weights.mesh.permute(*others, *summed).reshape(-1, size)
+    group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
     assert group is not None
     return group
+
+
+@contextmanager
+def fake_world(degrees: Degrees, data_parallel: str, rank: int) -> Iterator[World]:
+    """The World of `rank` among `degrees.size` processes over a fake process group, on the CPU; destroyed at the end.
+
+    The run's own code then lays out a model for any rank. Collectives return at once and give nothing, so only shapes
+    mean something. `data_parallel` as in [parallel]. This process must be in no process group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # a run needs none
+
+    assert not dist.is_initialized(), "a process has one default group: use a fake one before or after the real one"
+    assert 0 <= rank < degrees.size
+    device = torch.device("cpu")
+    if degrees.size == 1:
+        yield World.alone(device)
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.size)
+    try:
+        weights, activations = meshes(degrees, device.type, data_parallel)
+        yield World(rank, degrees.size, device, degrees, weights, activations)
+    finally:
+        dist.destroy_process_group()

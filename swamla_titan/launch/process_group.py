@@ -11,7 +11,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.degrees import fit_degrees
-from swamla_titan.distributed.mesh import World, meshes, stage_group_of
+from swamla_titan.distributed.mesh import World, create_stage_group, meshes
 from swamla_titan.errors import UserError
 from swamla_titan.launch.store import meet
 from swamla_titan.launch.worker import place
@@ -83,7 +83,7 @@ def init_distributed(parallel: Parallel, while_waiting: Callable[[], None] = lam
         store.set_timeout(TO_ANSWER)
     weights, activations = meshes(degrees, device.type, parallel.data_parallel)
     host_group = dist.new_group(backend="gloo")
-    return World(rank, size, device, degrees, weights, activations, host_group, stage_group_of(weights))
+    return World(rank, size, device, degrees, weights, activations, host_group, create_stage_group(weights))
 
 
 def destroy_distributed() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.distributed.dtensor import free_gathered_weights, like_part, local
+from swamla_titan.distributed.dtensor import free_gathered_weights, local, zeros_sharded_like
 from swamla_titan.optim.groups import named
 from swamla_titan.optim.pointwise import pointwise, put
 
@@ -25,7 +25,7 @@ class AveragedWeights:
         self._parts = parts
         self._means: dict[nn.Parameter, Tensor] = {}
         for parameter in (parameter for part in parts for parameter in part.parameters()):
-            self._means[parameter] = like_part(parameter, parameter.shape[-1], torch.float32)
+            self._means[parameter] = zeros_sharded_like(parameter, parameter.shape[-1], torch.float32)
         self._move = pointwise(_move, compiled)
 
     def of_part(self, part: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.distributed.dtensor import local, part_of
+from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -59,7 +59,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._orthogonalizer = Orthogonalizer(matrices, rows, config.muon_ns_steps, group)
             for matrix in matrices:
                 sizes = step_sizes(matrix.shape, rows.get(matrix, []), config.muon_adjust_lr_fn)
-                own, _ = part_of(matrix)
+                own, _ = local_slices(matrix)
                 self._sizes[matrix] = sizes[own].to(local(matrix).device)
 
     @torch.no_grad()

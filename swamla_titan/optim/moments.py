@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.distributed.dtensor import like_part, local
+from swamla_titan.distributed.dtensor import local, zeros_sharded_like
 from swamla_titan.optim.groups import Kind, block_of
 from swamla_titan.quiet_torchao import quiet_torchao
 
@@ -26,7 +26,7 @@ def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tenso
     if _is_quantized(kind):
         quiet_torchao()  # which is imported below, and there within compiled code
     state = {
-        name: like_part(parameter, parameter.shape[-1] // divisor, dtype)
+        name: zeros_sharded_like(parameter, parameter.shape[-1] // divisor, dtype)
         for name, (dtype, divisor) in _layout(parameter, kind, unit).items()
     }
     if kind.rule == "adamw":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from swamla_titan.distributed.dtensor import is_shared, local, part_at, shards_of
+from swamla_titan.distributed.dtensor import is_replicated, local, num_shards, slices_at
 
 # Of the quintic iteration, and of the norm it begins with: Jordan's, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -187,7 +187,7 @@ class Orthogonalizer:
     ) -> _Matrix:
         """`places`: of the group's ranks on the meshes seen so far."""
         if self._group is None:
-            assert shards_of(weight) == 1, "other ranks hold parts of this weight: name their group"
+            assert num_shards(weight) == 1, "other ranks hold parts of this weight: name their group"
             return _Matrix(weight, rows=[each.to(self._device) for each in rows])
         assert isinstance(weight, DTensor)
         mesh = weight.device_mesh
@@ -195,11 +195,11 @@ class Orthogonalizer:
             places[mesh] = _places(mesh, self._group)
         of_rank = places[mesh]
         # Of copies, those that the owner's neighbours hold.
-        copies = [i for i, placement in enumerate(weight.placements) if is_shared(placement)]
+        copies = [i for i, placement in enumerate(weight.placements) if is_replicated(placement)]
         senders = [all(place[i] == of_rank[owner][i] for i in copies) for place in of_rank]
         if owner != self._rank:
             return _Matrix(weight, senders[self._rank])
-        parts = [part_at(weight, place) for place in of_rank]
+        parts = [slices_at(weight, place) for place in of_rank]
         arriving = [_elements(part) if is_sent else 0 for part, is_sent in zip(parts, senders)]
         return _Matrix(weight, True, [each.to(self._device) for each in rows], parts, arriving)
 

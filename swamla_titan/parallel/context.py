@@ -111,8 +111,8 @@ def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
     base = [j * exchange.section for j in range(2)]
     # From an index in the row to the one in the sections.
     move = for_each_chunk([b + exchange.sinks + exchange.halo - start for b, start in zip(base, layout.starts)])
-    queries = own_columns(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    row = intervals_in_the_row(own_columns(starts, layout), queries, exchange.window, exchange.sink)
+    queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
+    row = intervals_in_the_row(local_chunks(starts, layout), queries, exchange.window, exchange.sink)
     first, last = row.first + move, row.last + move
     if row.sink_first is None:
         return KeyIntervals(first, last)
@@ -122,8 +122,8 @@ def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
 
 def mla_intervals(starts: Tensor, layout: SequenceLayout) -> KeyIntervals:
     """What this rank's queries see of the whole row, for document starts [B, T]."""
-    queries = own_columns(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    return intervals_in_the_row(own_columns(starts, layout), queries, None, 0)
+    queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
+    return intervals_in_the_row(local_chunks(starts, layout), queries, None, 0)
 
 
 class SharedSequences(FullSequences):
@@ -134,7 +134,7 @@ class SharedSequences(FullSequences):
 
     def local(self, tokens: Tensor) -> Tensor:
         """As in FullSequences: [B, T] -> [B, T / size]."""
-        return own_columns(tokens, SequenceLayout(tokens.shape[1], self.size, self.rank))
+        return local_chunks(tokens, SequenceLayout(tokens.shape[1], self.size, self.rank))
 
     def context(
         self,
@@ -149,7 +149,7 @@ class SharedSequences(FullSequences):
         layout = SequenceLayout(seq_len, self.size, self.rank)
         starts = None if document_ids is None else document_starts(document_ids)
         rows = torch.zeros(1, seq_len, dtype=torch.int64, device=device) if starts is None else starts
-        positions = own_columns(torch.arange(seq_len, device=device) - rows, layout)
+        positions = local_chunks(torch.arange(seq_len, device=device) - rows, layout)
 
         def of_kind(kind: str) -> AttentionContext:
             request = attention_request(kind, config, seq_len, starts is not None, device, dtype, chunk=layout.chunk)

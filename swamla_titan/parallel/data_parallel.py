@@ -1,8 +1,8 @@
-"""FSDP2, HSDP and DDP: who keeps which part of the weights, and when gradients are summed.
+"""FSDP2, HSDP and DDP: which rank keeps which shard of the weights, and when gradients are reduced.
 
 All three are torch's own (fully_shard, arXiv:2304.11277; replicate). Ranks that share a sequence (context parallel)
-hold shards, or copies, like ranks that read different ones: both compute gradients of the same weights, from different
-tokens.
+hold shards, or copies, like ranks that read different sequences, because both compute gradients of the same weights
+from different tokens.
 """
 
 import functools
@@ -24,13 +24,11 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 
 _KEPT_BYTES = 4 * 2**30
-_KEEPING: WeakSet[nn.Module] = (
-    WeakSet()
-)  # models whose blocks do not free their gathered weights after the forward pass
+_KEEPING: WeakSet[nn.Module] = WeakSet()  # models whose blocks keep gathered weights after the forward pass
 
 
 def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, compute_dtype: torch.dtype) -> None:
-    """Shard or replicate the model's weights in place, as the configuration says; nothing where a rank is alone."""
+    """Shard or replicate the model's weights in place, as the configuration says; does nothing for a single rank."""
     if world.weights is None:
         return
     sizes = world.weights["replicate"].size(), world.weights["shard"].size()
@@ -46,15 +44,15 @@ def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, co
 
 
 def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """FSDP2, HSDP or DDP over `mesh`: each block is one unit of communication, what lies around them another.
+    """Apply FSDP2, HSDP or DDP over `mesh`: each block is one unit of communication, the rest of the model another.
 
-    Weights are gathered in `compute_dtype`; gradients are reduced in float32, and summed: the loss has been divided
-    by the count of the global batch already. A tied embedding and head are one weight, which the whole pass needs:
-    it stays gathered from the first block to the last. Untied, each has a unit of its own, so that the head's gather
-    and the embedding's reduction hide behind the blocks.
+    Weights are gathered in `compute_dtype`; gradients are reduced in float32, and summed, because the loss has been
+    divided by the count of the global batch already. A tied embedding and head are one weight, which is used first and
+    last, so it stays gathered through the pass. Untied, each is a unit of its own, so that the head's all-gather and
+    the embedding's reduction overlap with the blocks.
 
-    Parameters of one axis (`is_kept_whole`) stay as they are, on every rank, for norms compute with their float32
-    values: `sum_whole_gradients` (replicated_grads.py) is due before each optimizer step.
+    Parameters of one axis (`stays_replicated`) stay in float32 on every rank, because norms compute with their float32
+    values: `all_reduce_replicated_grads` (replicated_grads.py) is due before each optimizer step.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
@@ -66,30 +64,30 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     tied = model.config.tie_embeddings and embedding is not None and head is not None
     if not tied:
         units = ([embedding] if embedding is not None else []) + units
-    whole = {weight for weight in model.parameters() if is_kept_whole(weight, parallel)}
+    replicated = {weight for weight in model.parameters() if stays_replicated(weight, parallel)}
     reshard = False
     if parallel.data_parallel == "ddp":
         for unit in units:
-            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
-        replicate(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+        replicate(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
     else:
-        gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in whole)
-        reshard = frees_weights(parallel, compute_dtype.itemsize * gathered)
+        gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in replicated)
+        reshard = reshards_after_forward(parallel, compute_dtype.itemsize * gathered)
         shard = functools.partial(
             fully_shard,
             mesh=mesh,
             mp_policy=policy,
             offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
-            ignored_params=whole,
+            ignored_params=replicated,
         )
         for unit in units:
             shard(unit, reshard_after_forward=reshard)
         if head is not None and not tied:
-            # The backward pass begins with it: what was freed would be gathered again at once.
+            # The backward pass begins with it, so what was freed would be gathered again at once.
             shard([model.norm, head] if parallel.cpu_offload else head, reshard_after_forward=False)
         shard(model)
     for module in _units(model):
-        if mesh.size() > 1:  # alone there is nothing to add up, and torch would divide by 1 in a pass of its own
+        if mesh.size() > 1:  # a single rank has nothing to reduce, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
         if mesh.device_type == "cpu" and isinstance(module, FSDPModule):
@@ -100,7 +98,7 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
 
 
 class _AllGatherOfBytes(AllGather):
-    """gloo sends bytes, but no float8."""
+    """All-gathers any dtype as bytes, because gloo refuses float8."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -109,39 +107,40 @@ class _AllGatherOfBytes(AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         out, mine = output_tensor.view(torch.uint8), input_tensor.view(torch.uint8)
-        # The name since torch 2.13, and the one before.
+        # all_gather_single is its name since torch 2.13.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return gather(out, mine, group=group, async_op=async_op)
 
 
-def is_kept_whole(weight: Tensor, parallel: Parallel) -> bool:
-    """Whether every rank keeps a parameter whole and in float32 under FSDP2, HSDP and DDP, which see nothing of it.
+def stays_replicated(weight: Tensor, parallel: Parallel) -> bool:
+    """Whether every rank keeps a full float32 copy of a parameter, which FSDP2, HSDP and DDP then ignore.
 
     That is every parameter of one axis: norms compute in float32, and gathered in bfloat16 a gain within 1/256 of 1
-    would be 1. They are a few thousand numbers a block. Not with cpu_offload: nobody else would bring them to the GPU.
+    would be 1. They are a few thousand elements a block. Not with cpu_offload, where only FSDP2 would copy them to the
+    GPU.
     """
     return weight.ndim < 2 and not parallel.cpu_offload
 
 
-def frees_weights(parallel: Parallel, gathered_bytes: int) -> bool:
-    """Whether FSDP2 frees a block's gathered weights after its forward pass, to gather them again for the backward.
+def reshards_after_forward(parallel: Parallel, gathered_bytes: int) -> bool:
+    """Whether FSDP2 frees a block's gathered weights after its forward pass, and gathers them again for the backward.
 
-    `gathered_bytes` are those of all weights of this rank's part of the model, in the type they are gathered in. By
-    "auto" up to 4 GiB are kept, for a third less communication, and to gather once for all micro-batches of a step;
-    pipelines, which would gather for every micro-batch, keep them always.
+    `gathered_bytes` are those of all weights of this rank's stages, in the dtype they are gathered in. "auto" keeps up
+    to 4 GiB, which saves a third of the communication and gathers once for all micro-batches of a step; pipelines,
+    which would gather for every micro-batch, always keep them.
     """
     if parallel.reshard_after_forward == "auto":
         return parallel.pipeline == 1 and gathered_bytes > _KEPT_BYTES
     return parallel.reshard_after_forward == "always"
 
 
-def frees_gathered_weights(model: nn.Module) -> bool:
-    """Whether the blocks of a model that went through `apply_data_parallel` do."""
+def model_reshards_after_forward(model: nn.Module) -> bool:
+    """`reshards_after_forward`, as `apply_data_parallel` decided it for a model."""
     return isinstance(model, FSDPModule) and model not in _KEEPING
 
 
 def _prefetch(model: SWAMLAModel) -> None:
-    """Each block's gather is started while the one before computes, also where the host is late to ask for it."""
+    """Start each block's all-gather while the block before computes, also where the host is late to request it."""
     blocks = [block for block in model.blocks.values() if isinstance(block, FSDPModule)]
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
@@ -149,11 +148,11 @@ def _prefetch(model: SWAMLAModel) -> None:
 
 
 def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: bool) -> None:
-    """Say before a micro-batch's passes what becomes of its gradients, and of gathered weights; `last`: of the step.
+    """Set, before a micro-batch's passes, whether gradients are reduced and gathered weights freed after them.
 
-    By default gradients stay on the rank, unsharded in float32, and are reduced after the last micro-batch only. With
-    `every_micro_batch` they are reduced to their shards each time; copies of the weights (HSDP) are still reconciled
-    once. Blocks that keep their gathered weights through a micro-batch keep them through all of a step's.
+    By default gradients stay on the rank, unsharded in float32, and are reduced after the step's last micro-batch only
+    (`last`). With `every_micro_batch` they are reduced to their shards each time; the copies of HSDP are still
+    all-reduced once. Blocks that keep their gathered weights through a micro-batch keep them through the whole step.
     """
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)

@@ -1,4 +1,4 @@
-"""The model as the trainer sees it: the same few calls whatever the plan."""
+"""The model as the trainer sees it: the same few methods under every plan."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.config import Config
 from swamla_titan.data import MicroBatch
-from swamla_titan.distributed.dtensor import free_gathered_weights, local, shards_of, write_whole
+from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weights, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import gradient_norm
@@ -19,28 +19,28 @@ from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.replicated_grads import sum_whole_gradients
+from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from swamla_titan.quantization.native import cast_weights, forget_casts
 
 
 class ParallelModel:
-    """This rank's part of a model, built and laid out as the configuration says.
+    """This rank's part of a model, built and parallelized as the configuration says.
 
-    `parts` are the whole model, or the pipeline stages that this rank holds.
+    `parts` is the full model alone, or the pipeline stages that this rank holds.
     """
 
     def __init__(self, config: Config, world: World) -> None:
-        """Build the parts; their parameters' values are still undefined, see `init_weights`."""
+        """Build the parts; their parameters are uninitialized, see `init_weights`."""
         self.config = config
         self.world = world
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         self._gathers_float8 = gathers_float8(config, world.degrees)
-        self.loss_scale: Tensor | None = None  # float32 scalar where the weights are; set from outside
+        self.loss_scale: Tensor | None = None  # float32 scalar on the weights' device; set by the trainer
         self.pipeline = None
         if world.degrees.pipeline > 1:
-            tokens = config.training.seq_len // world.degrees.context  # of a row, on this rank
+            tokens = config.training.seq_len // world.degrees.context  # of a sequence, on this rank
             self.pipeline = Pipeline(
                 config,
                 world,
@@ -50,15 +50,15 @@ class ParallelModel:
             )
 
     def init_weights(self, seed: int) -> None:
-        """Draw all parameters; every rank draws whole ones and keeps its part, so nothing is communicated."""
+        """Draw all parameters; every rank draws full tensors and keeps its shards, so nothing is communicated."""
         for part in self.parts:
-            part.init_weights(seed, write_whole)
+            part.init_weights(seed, copy_from_full)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
         """Forward and backward passes over this rank's micro-batches; gradients are those of the global batch.
 
-        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. The
-        backward passes are of `loss_scale` times the loss, and the gradients are divided by it after.
+        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. With a
+        `loss_scale` the backward passes are of the scaled loss, and the gradients are divided by it afterwards.
         """
         if self.loss_scale is not None:
             scale = self.loss_scale
@@ -82,12 +82,12 @@ class ParallelModel:
                 part = self._loss(micro_batch, loss_denominator)
                 part.backward()
                 loss += part.detach()
-        sum_whole_gradients((parameter for part in self.parts for parameter in part.parameters()), self.world)
-        return self.world.sum_over_sequences(loss)
+        all_reduce_replicated_grads((parameter for part in self.parts for parameter in part.parameters()), self.world)
+        return self.world.all_reduce_loss(loss)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Sum of the plain cross-entropy over all targets that all ranks hold, float64, on the device."""
+        """Sum of the plain cross-entropy over all targets of all ranks, float64, on the device."""
         for part in self.parts:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -96,20 +96,20 @@ class ParallelModel:
                 total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
         for part in self.parts:
             part.train()
-            if self._gathers_float8:  # float8 weights are for products alone
+            if self._gathers_float8:  # the gathered weights are float8, which only linear layers can use
                 free_gathered_weights(part)
-        return self.world.sum_over_sequences(total)
+        return self.world.all_reduce_loss(total)
 
     def gradient_norm(self) -> Tensor:
-        """The L2 norm of all gradients of the model, a scalar on their device; all ranks come here."""
+        """The L2 norm of all gradients of the model, a scalar on their device. Collective."""
         return gradient_norm(self._gradients(), self._sum_over_ranks if self.world.size > 1 else None)
 
     @contextmanager
     def _prepared_weights(self, micro_batches: int) -> Iterator[None]:
-        """Do what is due once for the weights as they are now, for passes of so many micro-batches."""
+        """Cast and scale the weights once for the passes of a step's micro-batches, instead of in each."""
         once = self.config.float8.recipe == "native" and micro_batches > 1
-        has_whole = self.config.parallel.data_parallel == "ddp"  # others' come and go with their blocks
-        parts = [part for part in self.parts if has_whole or not isinstance(part, FSDPModule)] if once else []
+        holds_full = self.config.parallel.data_parallel == "ddp"  # FSDP2 gathers and frees weights block by block
+        parts = [part for part in self.parts if holds_full or not isinstance(part, FSDPModule)] if once else []
         for part in parts:
             cast_weights(part, part.activation_dtype)
         if self._gathers_float8:
@@ -129,14 +129,14 @@ class ParallelModel:
         return loss
 
     def _gradients(self) -> Iterator[tuple[Tensor, float]]:
-        """This rank's part of each gradient, and what share of it counts: 1 / copies of it among the ranks."""
-        holders = self.world.size / self.world.degrees.pipeline
+        """This rank's shard of each gradient, and its weight in a sum over ranks: 1 / copies of it among them."""
+        ranks = self.world.size / self.world.degrees.pipeline  # that hold shards or copies of it
         copy = self.pipeline.tied_copy if self.pipeline else None
         for part in self.parts:
             for parameter in part.parameters():
                 if parameter.grad is not None:
-                    counts = 0.0 if parameter is copy else shards_of(parameter.grad) / holders
-                    yield local(parameter.grad), counts
+                    weight = 0.0 if parameter is copy else num_shards(parameter.grad) / ranks
+                    yield local(parameter.grad), weight
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
@@ -144,7 +144,7 @@ class ParallelModel:
 
 
 def build_parts(config: Config, world: World) -> list[SWAMLAModel]:
-    """The whole model, or this rank's pipeline stages, laid out as the configuration says; on the meta device."""
+    """The full model, or this rank's pipeline stages, parallelized as the configuration says; on the meta device."""
     with torch.device("meta"):
         pipelined = world.degrees.pipeline > 1
         parts: list[SWAMLAModel] = [*build_stages(config, world)] if pipelined else [SWAMLAModel(config.model)]

@@ -1,4 +1,4 @@
-"""A part of the model that one place of a pipeline holds."""
+"""One stage of a pipeline: the model without the layers of other stages."""
 
 from collections.abc import Sequence
 
@@ -9,29 +9,29 @@ from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.balance import stage_layers
-from swamla_titan.parallel.stages import stage_count, stage_numbers
+from swamla_titan.parallel.schedules import stage_count, stages_of_rank
 
 
 class ModelStage(SWAMLAModel):
-    """The model less what other stages hold; what is left keeps the names it has in the whole model.
+    """The model without what other stages hold; the remaining modules keep their names in the full model.
 
-    The first stage has the embedding, the last the final norm and the head, each some consecutive blocks. Comes on the
-    meta device; `to_empty` and `init_weights(seed)` give it the values that the whole model would have. With tied
-    embeddings the first stage's `embedding.weight` and the last one's `head.weight` start alike; parallel/tied.py
+    The first stage has the embedding, the last the final norm and the head, each some consecutive blocks. Created on
+    the meta device; `to_empty` and `init_weights(seed)` give it the values that the full model would have. With tied
+    embeddings the first stage's `embedding.weight` and the last one's `head.weight` start equal; parallel/pipeline.py
     keeps them so.
     """
 
     def __init__(self, config: ModelConfig, stage: int, layers: Sequence[range], seq_len: int) -> None:
-        """`layers` are those of every stage, `seq_len` the tokens of a row.
+        """`layers` are those of every stage, `seq_len` the tokens of a sequence.
 
-        A row's length is told and not read off the inputs: under context or sequence parallelism a rank's activations
-        hold a part of it, and masks and rotations are made from all of it.
+        The length is an argument and not read off the inputs, because under context or sequence parallelism a rank's
+        activations hold a slice of the sequence, and masks and rotations are computed from all of it.
         """
         with torch.device("meta"):
             super().__init__(config)
         self.stage, self.stages = stage, len(layers)
         self.seq_len = seq_len
-        if not self.is_rank_0:
+        if not self.is_first:
             del self.embedding
         if not self.is_last:
             del self.norm, self.head
@@ -40,7 +40,7 @@ class ModelStage(SWAMLAModel):
                 del self.blocks[name]
 
     @property
-    def is_rank_0(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this stage reads tokens."""
         return self.stage == 0
 
@@ -56,12 +56,12 @@ class ModelStage(SWAMLAModel):
         `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage. Raises ValueError for tensors of a
         wrong shape or dtype.
         """
-        if self.is_rank_0:
+        if self.is_first:
             self._check(inputs, None, document_ids)
             if inputs.shape[1] != self.seq_len:
-                raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for rows of {self.seq_len}")
+                raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for sequences of {self.seq_len}")
         context = self.context(self.seq_len, document_ids, inputs.device)
-        x = self.embed(self.sequences.local(inputs)) if self.is_rank_0 else inputs
+        x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
         for block in self.blocks.values():
             x = block(x, context)
         return self.head(self.norm(x)) if self.is_last else x
@@ -70,5 +70,5 @@ class ModelStage(SWAMLAModel):
 def build_stages(config: Config, world: World) -> list[ModelStage]:
     """The stages that this rank holds, ascending, on the meta device."""
     layers = stage_layers(config.model, config.training.seq_len, stage_count(config.parallel))
-    numbers = stage_numbers(config.parallel, world.coordinate("pipeline"))
-    return [ModelStage(config.model, number, layers, config.training.seq_len) for number in numbers]
+    indices = stages_of_rank(config.parallel, world.coordinate("pipeline"))
+    return [ModelStage(config.model, index, layers, config.training.seq_len) for index in indices]

@@ -1,4 +1,4 @@
-"""Applies the plan of the configuration to a model, from outside, in one fixed order."""
+"""Parallelizes a model as the configuration says, from outside the model, in one fixed order."""
 
 import functools
 from dataclasses import replace
@@ -16,7 +16,7 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
-from swamla_titan.parallel.data_parallel import apply_data_parallel, frees_gathered_weights
+from swamla_titan.parallel.data_parallel import apply_data_parallel, model_reshards_after_forward
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.quantization.coverage import Product, refuse_device, refuse_none, survey
@@ -24,9 +24,9 @@ from swamla_titan.quantization.native import keep_weights
 
 
 def float8_products(config: Config) -> list[Product]:
-    """Which products of the configured model are computed in float8; empty if none are asked for.
+    """The linear layers of the configured model and whether each is computed in float8; empty without float8.
 
-    Neither are they by "auto" before it is resolved (automatic.py).
+    Also empty for "auto" before it is resolved (automatic.py).
     """
     if config.float8.recipe in ("off", "auto"):
         return []
@@ -48,12 +48,12 @@ def refuse_float8(config: Config, device: torch.device, degrees: Degrees | None 
 
 
 def gathers_float8(config: Config, degrees: Degrees) -> bool:
-    """Whether FSDP2 gathers the weights of converted products in float8 (float8.fsdp_all_gather).
+    """Whether FSDP2 gathers the weights of converted linear layers in float8 (float8.fsdp_all_gather).
 
-    Not where ranks share no weights, and not where a rank's part of a weight would be smaller than another's: torchao
-    sends parts as they are, of whatever size. UserError if that stands in the way of "always".
+    Not where weights are not sharded, and not where shards differ in size, because torchao sends them unpadded. Raises
+    UserError if that rules "always" out.
     """
-    wanted, shards = config.float8.fsdp_all_gather, degrees.shard * degrees.context
+    wanted, shards = config.float8.fsdp_all_gather, degrees.weight_shards
     if wanted == "never" or why_not_gathered(config):
         return False
     if shards == 1:
@@ -82,10 +82,10 @@ def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product,
 
 
 def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
-    """Change the model, or a pipeline stage of it, in place; its parameters are still on the meta device.
+    """Parallelize the model, or a pipeline stage of it, in place; its parameters are still on the meta device.
 
-    The order matters: each step sees what those before it made of the blocks. Raises UserError for what this machine
-    cannot do.
+    The order matters, because each step works on the blocks as those before it have changed them. Raises UserError for
+    what this machine cannot do.
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     choose_kernels(model, config, world.device)
@@ -105,4 +105,4 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)
     if config.float8.recipe == "native":
-        keep_weights(model, kept=not frees_gathered_weights(model))
+        keep_weights(model, kept=not model_reshards_after_forward(model))

@@ -1,7 +1,7 @@
-"""Pipeline parallelism: a step's micro-batches through the stages, in the order of a schedule of torch's.
+"""Pipeline parallelism: runs a step's micro-batches through the stages, in the order of a schedule of torch's.
 
-torch.distributed.pipelining orders the passes and sends activations and gradients; what it needs to know of the model
-is said here. All losses are sums over the global batch's count, so gradients add up and are scaled by nothing.
+torch.distributed.pipelining orders the passes and sends activations and gradients; this module gives it the stages,
+their shapes and the loss. All losses are sums over the global batch's count, so gradients add up without scaling.
 """
 
 from typing import Any
@@ -9,23 +9,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
+from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.stages import holder, runnable_count, stage_count
-from swamla_titan.parallel.tied import TiedEmbedding
+from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
 
 
 class Pipeline:
-    """This rank's stages, at work with those of the other pipeline ranks.
+    """This rank's stages, connected to those of the other pipeline ranks.
 
-    All ranks of a pipeline (those that differ in their pipeline coordinate alone) must be given the same micro-batches,
-    and all processes must construct it together.
+    All ranks of a pipeline (those that differ in their pipeline coordinate alone) must be given the same micro-batches.
+    The constructor is collective over all processes.
     """
 
     def __init__(
@@ -37,9 +36,9 @@ class Pipeline:
         activation_len: int | None = None,
         logits_shape: tuple[int, int] | None = None,
     ) -> None:
-        """`stages` from `build_stages`, with values, after all that is applied to them (FSDP2 on each stage itself).
+        """`stages` from `build_stages`, with values, after `parallelize` (FSDP2 wraps each stage by itself).
 
-        `activation_len`: tokens of a row in the activations that a rank sends, None: training.seq_len.
+        `activation_len`: tokens of a sequence in the activations that a rank sends, None: training.seq_len.
         `logits_shape`: (tokens, vocabulary) of a rank's logits, None: (activation_len, padded vocabulary).
         """
         assert world.degrees.pipeline == config.parallel.pipeline > 1
@@ -50,33 +49,33 @@ class Pipeline:
         self._dim = config.model.dim
         self._activation_len = activation_len or config.training.seq_len
         self._logits_shape = logits_shape or (self._activation_len, config.model.padded_vocab_size)
-        self._first = next((stage for stage in stages if stage.is_rank_0), None)
+        self._first = next((stage for stage in stages if stage.is_first), None)
         self._last = next((stage for stage in stages if stage.is_last), None)
         self._dtype = stages[0].activation_dtype
         self._schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         self._loss_denominator: Tensor | float = 1.0
         self._tied: TiedEmbedding | None = None
         if config.model.tie_embeddings:
-            last_holder = holder(config.parallel, stage_count(config.parallel) - 1)
-            self._tied = TiedEmbedding(world, stages, holder(config.parallel, 0), last_holder)
+            last_holder = rank_of_stage(config.parallel, stage_count(config.parallel) - 1)
+            self._tied = TiedEmbedding(world, stages, rank_of_stage(config.parallel, 0), last_holder)
 
     @property
     def tied_copy(self) -> Tensor | None:
-        """A parameter of this rank that is the copy of another (a tied head); its gradient is that one's too.
+        """The parameter of this rank that is a copy of another (a tied head) and has the same gradient, or None.
 
-        A gradient norm over all stages leaves it out. None where there is none.
+        A gradient norm over all stages must leave it out.
         """
         return None if self._tied is None else self._tied.copy
 
     def train_step(self, micro_batches: list[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         """Add the gradients of the micro-batches to every stage's; returns the sum of their losses, on every rank.
 
-        The micro-batches are alike in shape, at least one, on any device. The losses are sums over valid targets
-        divided by `loss_denominator`. Gradients of tied weights are whole when it returns. Where the schedule cannot
+        The micro-batches have one shape, are at least one, and on any device. The losses are sums over valid targets
+        divided by `loss_denominator`. Gradients of tied weights are summed when it returns. Where the schedule cannot
         run that many micro-batches, empty ones follow, which add 0 to the loss and the gradients.
         """
-        rows = len(micro_batches[0].tokens)
-        count = runnable_count(self._parallel, len(micro_batches))
+        size = len(micro_batches[0].tokens)
+        count = runnable_micro_batches(self._parallel, len(micro_batches))
         batches = [batch.to(self._world.device) for batch in micro_batches]
         batches += [_empty(batches[0])] * (count - len(batches))
         self._loss_denominator = loss_denominator
@@ -87,7 +86,7 @@ class Pipeline:
         if batches[0].document_ids is not None:
             options["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
         losses: list[Tensor] = []
-        self.schedule(count, rows).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
+        self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
         if self._tied is not None:
             self._tied.reduce()
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)
@@ -99,77 +98,130 @@ class Pipeline:
         Forward only, one micro-batch at a time through all stages. Weights that FSDP2 gathered are freed again.
         """
         batch = micro_batch.to(self._world.device)
-        rows = len(batch.tokens)
         mine = {stage.stage: stage for stage in self.stages}
         loss, x = None, batch.tokens
         for number, stage in mine.items():
             was_training = stage.training
             stage.eval()
             if number > 0 and number - 1 not in mine:
-                x = torch.empty(rows, self._activation_len, self._dim, dtype=self._dtype, device=self._world.device)
-                dist.recv(x, group=self._group, group_src=holder(self._parallel, number - 1))
+                shape = len(batch.tokens), self._activation_len, self._dim
+                x = torch.empty(shape, dtype=self._dtype, device=self._world.device)
+                dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
             x = stage(x, document_ids=batch.document_ids)
             if stage.is_last:
                 loss = stage.loss(x, batch.targets, loss_denominator)
             elif number + 1 not in mine:
-                dist.send(x.contiguous(), group=self._group, group_dst=holder(self._parallel, number + 1))
+                dist.send(x.contiguous(), group=self._group, group_dst=rank_of_stage(self._parallel, number + 1))
             stage.train(was_training)
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            free_gathered_weights(stage)
         return self._from_last_stage(loss)
 
     def _from_last_stage(self, loss: Tensor | None) -> Tensor:
-        """The loss of the rank that has one, on all; the others are given None."""
+        """Broadcast the loss of the rank that has one; the others are given None."""
         if loss is None:
             dtype = torch.promote_types(self._dtype, torch.float32)
             loss = torch.zeros((), dtype=dtype, device=self._world.device)
         dist.all_reduce(loss, group=self._group)
         return loss
 
-    def schedule(self, count: int, rows: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """Torch's schedule of `count` micro-batches of `rows` rows, kept for the next step that has as many.
+    def schedule(self, count: int, micro_batch_size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        """Torch's schedule of `count` micro-batches of this many sequences, kept for the next step that has as many.
 
         Each has a buffer to receive into for every micro-batch and each neighbour of each stage, and there are two of
         them where the global batch does not divide (`plan` says "8 or 9 micro-batches"). For `base` in bfloat16,
-        pipeline 4, 4 rows of 2048 tokens, a buffer is 24 MiB, and on a rank in the middle 8 micro-batches take 384 MiB
-        by 1F1B, and 768 MiB by schedules of two stages a rank; a second schedule, for 9, as much again and an eighth.
-        That is kept because the other ways cost more: an empty micro-batch in every smaller step takes a ninth of its
-        time, and to make schedules anew is work for the host, and talk between ranks, at each change.
+        pipeline 4, 4 sequences of 2048 tokens, a buffer is 24 MiB, and on a rank in the middle 8 micro-batches take
+        384 MiB by 1F1B, and 768 MiB by schedules of two stages a rank; a second schedule, for 9, as much again and an
+        eighth. That is kept because the alternatives cost more: an empty micro-batch in every smaller step takes a
+        ninth of its time, and to build schedules again costs the host time, and communication, at each change.
         """
-        if (count, rows) not in self._schedules:
+        if (count, micro_batch_size) not in self._schedules:
             kind = get_schedule_class(self._parallel.pipeline_schedule)
-            stages = [self._torch_stage(stage, rows) for stage in self.stages]
+            stages = [self._torch_stage(stage, micro_batch_size) for stage in self.stages]
             what = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
-            self._schedules[count, rows] = kind(what, count, loss_fn=self._loss, scale_grads=False)
-        return self._schedules[count, rows]
+            schedule = kind(what, count, loss_fn=self._loss, scale_grads=False)
+            self._schedules[count, micro_batch_size] = schedule
+        return self._schedules[count, micro_batch_size]
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         assert self._last is not None
         return self._last.loss(logits, targets, self._loss_denominator)
 
-    def _torch_stage(self, stage: ModelStage, rows: int) -> PipelineStage:
-        # Given both, torch learns no shape by a trial run, which would draw random numbers and compile early.
+    def _torch_stage(self, stage: ModelStage, micro_batch_size: int) -> PipelineStage:
+        # Given both shapes, torch needs no trial run to find them, which would draw random numbers and compile early.
         def meta(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-        activations = meta(rows, self._activation_len, self._dim)
+        activations = meta(micro_batch_size, self._activation_len, self._dim)
+        tokens = meta(micro_batch_size, stage.seq_len, dtype=torch.int64)
         return _Stage(
             stage,
             stage.stage,
             stage.stages,
             self._world.device,
-            input_args=meta(rows, stage.seq_len, dtype=torch.int64) if stage.is_rank_0 else activations,
-            output_args=meta(rows, *self._logits_shape) if stage.is_last else activations,
+            input_args=tokens if stage.is_first else activations,
+            output_args=meta(micro_batch_size, *self._logits_shape) if stage.is_last else activations,
             group=self._group,
         )
 
 
+class TiedEmbedding:
+    """Keeps `embedding.weight` of the first stage and `head.weight` of the last equal: two copies of one weight.
+
+    The full model's gradient is the sum of the two. With that sum on both and equal initial values, an optimizer whose
+    update of an element depends on that parameter's own history alone keeps them bit-identical.
+    """
+
+    def __init__(self, world: World, stages: list[ModelStage], first_holder: int, last_holder: int) -> None:
+        """`stages` are this rank's; the holders are pipeline ranks. Collective, because it creates groups."""
+        self._embedding = next((stage for stage in stages if stage.is_first), None)
+        self._head = next((stage for stage in stages if stage.is_last), None)
+        self._group: dist.ProcessGroup | None = None
+        if first_holder != last_holder:
+            assert world.weights is not None
+            pipelines = world.weights.mesh.flatten(1).T.tolist()  # each: the ranks that differ in their stages alone
+            pairs = [[ranks[first_holder], ranks[last_holder]] for ranks in pipelines]
+            self._group, _ = dist.new_subgroups_by_enumeration(pairs)
+        self._compared = False
+
+    @property
+    def copy(self) -> Tensor | None:
+        """The head's weight, where this rank holds it; a sum over all parameters must leave it out."""
+        return None if self._head is None else self._head.head.weight
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """All-reduce the two gradients; after the backward passes, once a step. Waits for the other rank."""
+        ours = [weight.grad for weight in self._weights()]
+        if not ours:
+            return
+        assert all(grad is not None for grad in ours), "both copies have a gradient in every step"
+        held = [local(grad) for grad in ours if grad is not None]
+        if len(held) == 2:
+            held[0] += held[1]
+            held[1].copy_(held[0])
+            return
+        if not self._compared:
+            self._require_same_shards(held[0])
+        dist.all_reduce(held[0], group=self._group)
+
+    def _weights(self) -> list[Tensor]:
+        found = [] if self._embedding is None else [self._embedding.embedding.weight]
+        return found if self._head is None else [*found, self._head.head.weight]
+
+    def _require_same_shards(self, held: Tensor) -> None:
+        # A sum of differently sharded weights would be silently wrong, so the two ranks compare what they hold, once.
+        mine = (tuple(held.shape), str(held.dtype), [getattr(w, "placements", None) for w in self._weights()])
+        both: list[object] = [None, None]
+        dist.all_gather_object(both, mine, group=self._group)
+        assert both[0] == both[1], f"embedding and head are sharded differently: {both[0]}, {both[1]}"
+        self._compared = True
+
+
 class _Stage(PipelineStage):
-    """Stages that follow each other on one rank (the turn of a V) hand tensors over without sending them."""
+    """Consecutive stages of one rank (the turning point of a V schedule) pass tensors on without sending them."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # torch 2.11 opens connections to both neighbours, and gloo has none from a rank to itself.
+        # torch 2.11 opens connections to both neighbours, but gloo has none from a rank to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 

@@ -11,12 +11,12 @@ from swamla_titan.distributed.collectives import OPERATORS, waited
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, chunks_of
 
 
-def own_columns(rows: Tensor, layout: SequenceLayout) -> Tensor:
+def local_chunks(rows: Tensor, layout: SequenceLayout) -> Tensor:
     """The tokens of this rank's two chunks, [B, T, ...] -> [B, 2 * chunk, ...]."""
     return torch.cat([rows[:, start : start + layout.chunk] for start in layout.starts], dim=1)
 
 
-def gather_rows(part: Tensor, layout: SequenceLayout, group: str) -> Tensor:
+def all_gather_sequence(part: Tensor, layout: SequenceLayout, group: str) -> Tensor:
     """Every rank's tokens [B, 2 * chunk, N], put in the order of the row: [B, T, N]. Its gradient is summed."""
     size, chunk = layout.size, layout.chunk
     batch, _, width = part.shape

@@ -55,7 +55,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     must be the same on all ranks (or none, on the meta device). The model may be a pipeline stage; it is converted to
     float8 before, if at all. Tokens, targets and documents go in whole, on every rank alike. Activations between
     blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets whole ones, and the loss is
-    that of all, on every rank. `sum_whole_gradients` (replicated_grads.py) is due before each optimizer step.
+    that of all, on every rank. `all_reduce_replicated_grads` (replicated_grads.py) is due before each optimizer step.
 
     The ranks must divide heads, feed-forward groups and vocabulary: config/parallel_rules.py has refused others. Raises
     TypeError for a kind of linear module that is not known here.

@@ -22,7 +22,7 @@ def local_with_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter, whose gradient becomes that part of the parameter's gradient.
 
     The gradient of a replicated parameter is taken as it is, although it is this rank's summand only; see
-    `sum_whole_gradients`.
+    `all_reduce_replicated_grads`.
     """
     assert isinstance(parameter, DTensor)
     return parameter.to_local(grad_placements=parameter.placements)

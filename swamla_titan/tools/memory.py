@@ -17,7 +17,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
-from swamla_titan.parallel.data_parallel import frees_weights, is_kept_whole
+from swamla_titan.parallel.data_parallel import reshards_after_forward, stays_replicated
 from swamla_titan.parallel.parallelize import gathers_float8
 
 _FLOAT32 = 4
@@ -142,7 +142,7 @@ def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batche
     else:
         units = [embedding, *blocks, head + norm]
     parallel = config.parallel
-    frees = parallel.data_parallel != "ddp" and frees_weights(parallel, always + sum(units))
+    frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(units))
     if gathers_float8(config, world.degrees):
         gathered = [_copied(block, config, width, 1) for block in part.blocks.values()]
         units = gathered if units is blocks else [embedding, *gathered, head + norm]
@@ -158,7 +158,7 @@ def _copied(module: nn.Module | None, config: Config, width: int, of_float8: int
     for each in module.modules() if module is not None else ():
         is_float8 = getattr(type(each), "product", Linear.product) is not Linear.product
         for weight in each.parameters(recurse=False):
-            if not is_kept_whole(weight, config.parallel):
+            if not stays_replicated(weight, config.parallel):
                 of_each = of_float8 if is_float8 and of_float8 is not None else width
                 total += gathered_elements(weight) * of_each
     return total

@@ -6,6 +6,7 @@ cut unevenly, the first one holds the most and the last the least.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,9 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import distinct_steps, rows_at_a_time, sequences_per_rank
-from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.fake import fake_world
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, fake_world
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
@@ -26,9 +26,16 @@ from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.schedule_simulation import Order, bubble_share, most_in_flight, order_of
+from swamla_titan.parallel.schedules import (
+    Order,
+    bubble_share,
+    most_in_flight,
+    order_of,
+    runnable_micro_batches,
+    stage_count,
+    stages_of_rank,
+)
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
-from swamla_titan.parallel.stages import runnable_count, stage_count, stage_numbers
 from swamla_titan.quantization.coverage import Product
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
@@ -90,12 +97,7 @@ class Plan:
 
 def ranks_asked_for(parallel: Parallel) -> int:
     """The product of the degrees given, -1 (the rest) taken as 1."""
-    ddp = parallel.data_parallel == "ddp"  # whose dp_shard may only be 1 or -1
-    degrees = (parallel.pipeline, parallel.context, parallel.tensor, parallel.dp_replicate, parallel.dp_shard)
-    size = 1
-    for degree in degrees[:4] if ddp else degrees:
-        size *= max(degree, 1)
-    return size
+    return math.prod(max(getattr(parallel, each.key), 1) for each in DIMENSIONS)
 
 
 def plan(config: Config, ranks: int) -> Plan:
@@ -184,7 +186,7 @@ def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
 
 def run_count(parallel: Parallel, batch: Batch) -> int:
     """Micro-batches that are run, those included that a pipeline adds."""
-    return runnable_count(parallel, batch.most) if parallel.pipeline > 1 else batch.most
+    return runnable_micro_batches(parallel, batch.most) if parallel.pipeline > 1 else batch.most
 
 
 def folded(name: str) -> str:
@@ -194,15 +196,14 @@ def folded(name: str) -> str:
 
 def _neighbours(world: World) -> Iterator[Neighbours]:
     """Of rank 0, in the dimensions where it has any."""
-    for mesh, dimensions in (
-        (world.activations, ("pipeline", "data", "context", "tensor")),
-        (world.weights, ("replicate", "shard")),
-    ):
-        for dimension in dimensions if mesh is not None else ():
+    shown: set[str] = set()
+    for mesh in (world.activations, world.weights):
+        for dimension in mesh.mesh_dim_names or () if mesh is not None else ():
             assert mesh is not None
             ranks = mesh[dimension].mesh.tolist()
-            if len(ranks) > 1:
+            if len(ranks) > 1 and dimension not in shown:
                 yield Neighbours(dimension, ranks)
+            shown.add(dimension)
 
 
 def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batch: Batch) -> Order:
@@ -222,7 +223,7 @@ def _in_flight(config: Config, degrees: Degrees, place: int, batch: Batch, order
         kept, again = block_bytes(config, degrees, layers), recomputed_bytes(config, degrees, layers)
         return InFlight(batch.rows * kept, batch.rows * again, logits=1)
     stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
-    mine: Mapping[int, range] = {number: stages[number].layers for number in stage_numbers(config.parallel, place)}
+    mine: Mapping[int, range] = {number: stages[number].layers for number in stages_of_rank(config.parallel, place)}
     of_stage = {number: block_bytes(config, degrees, layers) for number, layers in mine.items()}
     again = max(recomputed_bytes(config, degrees, layers) for layers in mine.values())
     last = {number: int(number == len(stages) - 1) for number in mine}

@@ -5,22 +5,16 @@ from collections.abc import Iterable, Iterator
 
 from swamla_titan.config import Config
 from swamla_titan.data import waits_for_streams
+from swamla_titan.distributed.degrees import DIMENSIONS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
-from swamla_titan.parallel.stages import stage_count, stages_per_rank
+from swamla_titan.parallel.schedules import stage_count, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import Plan, Shape, folded, run_count
 
-_MEANING = {
-    "pipeline": "hold different layers",
-    "data": "read different sequences",
-    "context": "share each sequence",
-    "tensor": "share each matrix product",
-    "replicate": "hold copies of the weights",
-    "shard": "hold parts of one copy of the weights",
-}
+_MEANING = {"data": "read different sequences"} | {each.name: each.ranks for each in DIMENSIONS}
 
 
 def report(plan: Plan) -> Iterator[str]:

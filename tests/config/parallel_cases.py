@@ -17,7 +17,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import data_parallel as data_parallel_module
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
-from swamla_titan.parallel.data_parallel import frees_weights
+from swamla_titan.parallel.data_parallel import reshards_after_forward
 from tests.config.runner import Runner
 
 UNITS = 4  # of FSDP2: three blocks, and what lies around them
@@ -97,10 +97,10 @@ def reshard_after_forward(run: Runner) -> None:
         batch = ("--training.global_batch_size", "8", "--training.local_batch_size", rows)
         gathers[rows] = run.on_ranks(2, *batch, "--validation.interval", "0")[0].collectives["allgather"]
     assert gathers["1"] == gathers["4"]  # what is kept is kept for all of a step
-    assert not frees_weights(Parallel(), 2**32)
-    assert frees_weights(Parallel(), 2**32 + 1)
-    assert not frees_weights(Parallel(pipeline=2), 2**32 + 1)
-    assert not frees_weights(Parallel(reshard_after_forward="never"), 2**32 + 1)
+    assert not reshards_after_forward(Parallel(), 2**32)
+    assert reshards_after_forward(Parallel(), 2**32 + 1)
+    assert not reshards_after_forward(Parallel(pipeline=2), 2**32 + 1)
+    assert not reshards_after_forward(Parallel(reshard_after_forward="never"), 2**32 + 1)
     seen = run.on_ranks(4, "--parallel.pipeline", "2", "--training.local_batch_size", "1")
     assert all(rank.gathered and all(rank.gathered) for rank in seen)  # auto, under a pipeline
 

@@ -18,7 +18,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
-from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
+from swamla_titan.parallel.sequence_exchange import all_gather_sequence, exchange_windows, local_chunks, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.model.tiny import TINY
@@ -219,7 +219,7 @@ def more_of_the_model():
     apply_context_parallel(model, world.group("context"))  # the group itself will do
     apply_context_parallel(reference_backend, world.activations["context"])
     reference_backend.attention_backend = "reference"
-    own = own_columns(logits, SequenceLayout(T, size, rank))
+    own = local_chunks(logits, SequenceLayout(T, size, rank))
     errors = {
         "logits of the own tokens": largest_error([model(tokens, document_ids=ids)], [own]),
         "a given denominator": largest_error(summed(loss_and_gradients(model, True, 7.0)), denominated),
@@ -334,7 +334,7 @@ def sections_seen(cases):
         ids = (torch.rand(batch, seq_len, generator=draw) < cut).cumsum(dim=1)
         starts = document_starts(ids)
         number = torch.arange(1, seq_len + 1, dtype=torch.float64).expand(batch, -1)[:, :, None, None]
-        key = own_columns(number, layout).expand(-1, -1, 2, 3).contiguous().requires_grad_()
+        key = local_chunks(number, layout).expand(-1, -1, 2, 3).contiguous().requires_grad_()
         value = (-key.detach()).requires_grad_()
         with Counted(size, rank) as counted:
             keys, values = exchange_windows(key, value, exchange, *sink_sources(starts, exchange), group)
@@ -351,7 +351,7 @@ def sections_seen(cases):
         mask = dense_mask_of(swa_intervals(starts, exchange), 2 * exchange.section)[:, 0].long()  # [B, Q, 2 section]
         seen = torch.zeros(batch, 2 * chunk, seq_len + 1, dtype=torch.int64)
         seen.scatter_add_(2, held[:, None].expand_as(mask), mask)
-        rule = own_columns(dense_mask(starts, window, sink)[:, 0], layout).long()
+        rule = local_chunks(dense_mask(starts, window, sink)[:, 0], layout).long()
         if seen[..., 0].any() or not torch.equal(seen[..., 1:], rule):
             return f"{case}: {(seen[..., 1:] != rule).nonzero()[:5].tolist()}"
     return len(cases)
@@ -367,12 +367,12 @@ def gathered_in_order():
     rank, size = init_gloo()
     layout = SequenceLayout(4 * size, size, rank)
     whole = torch.randn(2, 4 * size, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    part = own_columns(whole, layout).requires_grad_()
-    rows = gather_rows(part, layout, dist.group.WORLD.group_name)
+    part = local_chunks(whole, layout).requires_grad_()
+    rows = all_gather_sequence(part, layout, dist.group.WORLD.group_name)
     upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1 + rank), dtype=torch.float64)
     rows.backward(upstream)
     dist.all_reduce(upstream)
-    return torch.equal(rows, whole) and torch.allclose(part.grad, own_columns(upstream, layout), rtol=1e-14)
+    return torch.equal(rows, whole) and torch.allclose(part.grad, local_chunks(upstream, layout), rtol=1e-14)
 
 
 @pytest.mark.parametrize("size", SIZES)

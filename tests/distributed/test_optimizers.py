@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Optimizer, Parallel
-from swamla_titan.distributed.dtensor import local, part_of
+from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import plain_name
@@ -69,7 +69,7 @@ def sendable(tensor: Tensor) -> Any:
 
 def as_held(parameter: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor's part as this rank would have it, laid out like the parameter."""
-    part = whole[part_of(parameter)].clone().to(local(parameter).device)
+    part = whole[local_slices(parameter)].clone().to(local(parameter).device)
     if not isinstance(parameter, DTensor):
         return part
     return DTensor(part, parameter.detach()._spec, requires_grad=False)

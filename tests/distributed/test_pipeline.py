@@ -186,7 +186,7 @@ def optimizer_steps(schedule, data_parallel, shard, reshard_after_forward):
     for step in range(4):
         everyone = batches(6, True, seed=step)
         mine = everyone[world.data_rank :: 2]
-        loss = world.sum_over_sequences(pipeline.train_step(mine, DENOMINATOR))
+        loss = world.all_reduce_loss(pipeline.train_step(mine, DENOMINATOR))
         torch.testing.assert_close(loss, whole_step(reference, everyone), rtol=1e-10, atol=1e-10)
         compare(pipeline, reference, 1e-9)
         assert_same_norm(pipeline, reference, world)
@@ -198,7 +198,7 @@ def optimizer_steps(schedule, data_parallel, shard, reshard_after_forward):
             assert all(isinstance(parameter, DTensor) for stage in stages for parameter in stage.parameters())
     if data_parallel == "hsdp":
         # Once a step for each block, and for what a stage holds beside: the embedding, or norm and head.
-        assert reductions == 4 * sum(len(stage.blocks) + (stage.is_rank_0 or stage.is_last) for stage in stages)
+        assert reductions == 4 * sum(len(stage.blocks) + (stage.is_first or stage.is_last) for stage in stages)
     weights = {name: whole(weight).detach() for stage in stages for name, weight in stage.named_parameters()}
     for name, weight in reference.named_parameters():
         if name in weights:

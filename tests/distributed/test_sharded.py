@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.distributed.dtensor import local, shards_of, write_whole
+from swamla_titan.distributed.dtensor import copy_from_full, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
@@ -50,9 +50,9 @@ def _written(parallel: dict[str, Any]) -> list[tuple[bool, bool, int]]:
             whole = _whole(shape)
             expected = distribute_tensor(whole, mesh, placements)
             parameter = distribute_tensor(torch.zeros_like(whole), mesh, placements)
-            write_whole(parameter, whole)
+            copy_from_full(parameter, whole)
             same = torch.equal(local(parameter), local(expected))
-            found.append((same, torch.equal(parameter.full_tensor(), whole), shards_of(parameter)))
+            found.append((same, torch.equal(parameter.full_tensor(), whole), num_shards(parameter)))
     return found
 
 
@@ -69,9 +69,9 @@ def test_each_rank_writes_its_part_of_uneven_shards(size, parallel):
 
 def test_a_plain_tensor_is_written_whole():
     parameter = nn.Parameter(torch.zeros(3, 2))
-    write_whole(parameter, torch.arange(6.0).view(3, 2))
+    copy_from_full(parameter, torch.arange(6.0).view(3, 2))
     assert parameter.flatten().tolist() == [0, 1, 2, 3, 4, 5]
-    assert shards_of(parameter) == 1
+    assert num_shards(parameter) == 1
     assert local(parameter) is parameter
 
 
@@ -86,7 +86,7 @@ def _drawn(parallel: dict[str, Any]) -> list[str]:
         config = Config(model=ModelConfig(**SMALL, tie_embeddings=tied), parallel=Parallel(**parallel))
         for part in build_parts(config, world):
             part.to_empty(device="cpu")
-            part.init_weights(7, write_whole)
+            part.init_weights(7, copy_from_full)
             for name, parameter in part.named_parameters():
                 expected = initial_value(name, parameter.shape, 3, 7, tied)
                 found = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()

@@ -22,7 +22,7 @@ from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
-from swamla_titan.parallel.replicated_grads import sum_whole_gradients
+from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from swamla_titan.parallel.tensor import apply_tensor_parallel
 from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
 from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
@@ -90,7 +90,7 @@ def same_gradients(part: nn.Module, whole: nn.Module, tolerance: float) -> None:
 
 
 def reduce(model: nn.Module, world: World) -> None:
-    sum_whole_gradients(model.parameters(), world)
+    all_reduce_replicated_grads(model.parameters(), world)
 
 
 def _model(size: int, cases: list[dict]) -> None:

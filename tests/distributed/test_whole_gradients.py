@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Parallel, Training
 from swamla_titan.data import MicroBatch
-from swamla_titan.distributed.dtensor import local, write_whole
+from swamla_titan.distributed.dtensor import copy_from_full, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, clip_gradients
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.parallel.replicated_grads import sum_whole_gradients
+from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from tests.distributed.ranks import on_ranks
 
 T = 32
@@ -68,7 +68,7 @@ def built(config: Config, world: World) -> ParallelModel:
     """Of large matrices, and norms so near to 1 that bfloat16 would not see it."""
     model = ParallelModel(config, world)
     for part in model.parts:
-        part.init_weights(0, lambda parameter, value: write_whole(parameter, _shifted(value)))
+        part.init_weights(0, lambda parameter, value: copy_from_full(parameter, _shifted(value)))
     return model
 
 
@@ -164,7 +164,7 @@ def _held(parallel: dict[str, Any], shape: ModelConfig) -> Held:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted)
-        sum_whole_gradients((p for part in model.parts for p in part.parameters()), world)
+        all_reduce_replicated_grads((p for part in model.parts for p in part.parameters()), world)
     assert set(seen) == {torch.float32}  # as the forward pass met them
     return wrong, messages, {name: local(p.detach()).tolist() for name, p in norms.items()}
 

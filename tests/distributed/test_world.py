@@ -16,7 +16,7 @@ from tests.distributed.ranks import on_ranks
 
 def _sum(parallel: Parallel) -> float:
     world = init_distributed(parallel)
-    return world.sum_over_sequences(torch.tensor(1.0 + world.rank)).item()
+    return world.all_reduce_loss(torch.tensor(1.0 + world.rank)).item()
 
 
 def test_sums_are_over_the_ranks_that_computed_different_tokens():

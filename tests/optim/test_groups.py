@@ -9,7 +9,7 @@ from torch import nn
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Optimizer, Parallel
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
-from swamla_titan.distributed.fake import fake_world
+from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention

@@ -6,7 +6,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Optimizer
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.distributed.fake import fake_world
+from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.optim import build_optimizer, grouped, muon, set_learning_rate
 from swamla_titan.parallel.model_parts import build_parts
@@ -56,8 +56,8 @@ def test_one_that_is_given_anothers_state_goes_on_as_it_does(name, by_rule, monk
 def test_muons_set_up_looks_at_the_parts_of_owned_matrices_alone(monkeypatch):
     """Of all parts of all matrices it took seconds on a thousand ranks."""
     asked = []
-    real = muon.part_at
-    monkeypatch.setattr(muon, "part_at", lambda tensor, place: asked.append(tensor) or real(tensor, place))
+    real = muon.slices_at
+    monkeypatch.setattr(muon, "slices_at", lambda tensor, place: asked.append(tensor) or real(tensor, place))
     ranks = 40
     config = Config(model=FLAVORS["debug"], optimizer=Optimizer(name="muon"), compile=Compile(enabled=False))
     with fake_world(Degrees(shard=ranks), "fsdp", rank=3) as world:

@@ -11,7 +11,7 @@ from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.flops import training_flops
 from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
-from swamla_titan.parallel.stages import holder, runnable_count, stage_count, stage_numbers
+from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count, stages_of_rank
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 
@@ -95,9 +95,9 @@ def test_more_stages_than_layers_are_no_cut():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_stage_has_one_holder(schedule, ranks):
     parallel = Parallel(pipeline=ranks, pipeline_schedule=schedule)
-    held = [stage_numbers(parallel, rank) for rank in range(ranks)]
+    held = [stages_of_rank(parallel, rank) for rank in range(ranks)]
     assert sorted(itertools.chain(*held)) == list(range(stage_count(parallel)))
-    assert all(stage in held[holder(parallel, stage)] for stage in range(stage_count(parallel)))
+    assert all(stage in held[rank_of_stage(parallel, stage)] for stage in range(stage_count(parallel)))
     if schedule == "ZBVZeroBubble":
         assert held[0] == [0, 2 * ranks - 1]
         assert held[-1] == [ranks - 1, ranks]
@@ -105,13 +105,13 @@ def test_every_stage_has_one_holder(schedule, ranks):
 
 def test_counts_that_schedules_can_run():
     four = Parallel(pipeline=4)
-    assert [runnable_count(four, count) for count in (1, 4, 6)] == [4, 4, 6]
+    assert [runnable_micro_batches(four, count) for count in (1, 4, 6)] == [4, 4, 6]
     interleaved = Parallel(pipeline=4, pipeline_schedule="Interleaved1F1B")
-    assert [runnable_count(interleaved, count) for count in (1, 7, 9, 10, 13)] == [1, 7, 10, 10, 15]
-    assert runnable_count(Parallel(pipeline=4, pipeline_schedule="GPipe"), 3) == 3
+    assert [runnable_micro_batches(interleaved, count) for count in (1, 7, 9, 10, 13)] == [1, 7, 10, 10, 15]
+    assert runnable_micro_batches(Parallel(pipeline=4, pipeline_schedule="GPipe"), 3) == 3
 
 
 def test_judging_a_configuration_does_not_load_distributed_code():
-    code = "import sys, swamla_titan.parallel.stages; print('torch.distributed.pipelining' in sys.modules)"
+    code = "import sys, swamla_titan.parallel.schedules; print('torch.distributed.pipelining' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,7 +9,7 @@ from torchao.float8.float8_linear import Float8Linear
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Parallel, Training
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.distributed.fake import fake_world
+from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.parallelize import float8_products, refuse_float8

@@ -4,10 +4,10 @@ import pytest
 
 from swamla_titan.config import Override, load_config, with_vocabulary
 from swamla_titan.distributed.degrees import fit_degrees
-from swamla_titan.distributed.fake import fake_world
+from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.parallel.model_stage import build_stages
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.schedule_simulation import bubble_share, most_in_flight, order_of
+from swamla_titan.parallel.schedules import bubble_share, most_in_flight, order_of
 
 
 @pytest.mark.parametrize("name", ["1F1B", "GPipe"])

@@ -1,31 +1,74 @@
-"""A pipeline schedule played through in time: how long ranks wait, and how much each has in flight.
+"""Pipeline schedules without processes: which rank holds which stages, how many micro-batches run, and a simulation.
 
-An action begins when its rank is free and what it needs is there; sending takes no time and nothing is recomputed, so
-the share of waiting is a lower bound. With equal stages it is (P - 1) / (m + P - 1) for 1F1B (P ranks, m micro-batches;
-Narayanan et al., arXiv:2104.04473, section 2.2).
+The simulation gives how long ranks wait and how much each has in flight. An action begins when its rank is free and its
+inputs are there; transfers take no time and nothing is recomputed, so the share of waiting is a lower bound. With equal
+stages it is (P - 1) / (m + P - 1) for 1F1B (P ranks, m micro-batches; Narayanan et al., arXiv:2104.04473, section 2.2).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swamla_titan.config.parallel_rules import STAGES_PER_RANK
+from swamla_titan.config.sections import Parallel
 
-# Torch's names of what is computed, with the share of a stage's operations: a backward pass multiplies twice for each
-# time that the forward pass does, for the gradients of inputs and for those of weights.
+# Torch's names of what is computed, with the share of a stage's operations: a backward pass computes two matmuls for each
+# one of the forward pass, for the gradients of inputs and for those of weights.
 _SHARE = {"FORWARD": 1 / 3, "FULL_BACKWARD": 2 / 3, "BACKWARD_INPUT": 1 / 3, "BACKWARD_WEIGHT": 1 / 3}
 
 Order = Mapping[int, Sequence[tuple[int, str, int]]]
-"""Rank -> what it does, in order: (stage, kind of action, micro-batch)."""
+"""Rank -> its actions, in order: (stage, kind of action, micro-batch)."""
+
+
+def stages_per_rank(parallel: Parallel) -> int:
+    """Stages that each pipeline rank holds."""
+    return parallel.pipeline_stages_per_rank or STAGES_PER_RANK[parallel.pipeline_schedule]
+
+
+def stage_count(parallel: Parallel) -> int:
+    """Stages in all."""
+    return parallel.pipeline * stages_per_rank(parallel)
+
+
+def stages_of_rank(parallel: Parallel, rank: int) -> list[int]:
+    """The stages of a pipeline rank, ascending.
+
+    Assigned round-robin, and on ZBVZeroBubble there and back: rank 0 then holds the first and the last stage, and the
+    last rank two consecutive ones.
+    """
+    stages = range(stage_count(parallel))
+    if parallel.pipeline_schedule == "ZBVZeroBubble":
+        return [rank, stages[-1 - rank]]
+    return list(stages[rank :: parallel.pipeline])
+
+
+def rank_of_stage(parallel: Parallel, stage: int) -> int:
+    """The pipeline rank that holds a stage."""
+    return next(rank for rank in range(parallel.pipeline) if stage in stages_of_rank(parallel, rank))
+
+
+def runnable_micro_batches(parallel: Parallel, micro_batches: int) -> int:
+    """The smallest number of micro-batches, at least `micro_batches`, that the schedule can run.
+
+    1F1B needs one for each stage; the interleaved schedules run in equal rounds of about as many as there are ranks.
+    """
+    if parallel.pipeline_schedule == "1F1B":
+        return max(micro_batches, stage_count(parallel))
+    count = micro_batches
+    if parallel.pipeline_schedule.startswith("Interleaved"):
+        while count % max(1, count // parallel.pipeline):
+            count += 1
+    return count
 
 
 def order_of(name: str, ranks: int, micro_batches: int, schedule: Any) -> Order:
-    """What the ranks of a pipeline do. `name` as in parallel.pipeline_schedule, `schedule` torch's object of it.
+    """The actions of a pipeline's ranks. `name` as in parallel.pipeline_schedule, `schedule` torch's object of it.
 
-    Those of several stages a rank run a list of theirs, which is taken; those of one have loops, written down here.
-    (Torch's own `pipeline_order` of 1F1B, which is for pictures alone, numbers the last stage's micro-batches from 1.)
+    Schedules of several stages a rank have a list of actions, which is returned; those of one stage have loops, which
+    are repeated here. (Torch's own `pipeline_order` of 1F1B, which is for pictures alone, numbers the last stage's
+    micro-batches from 1.)
     """
     if STAGES_PER_RANK[name] == 1:
-        # Micro-batches that a rank is ahead by, forward, when it turns to its first backward pass.
+        # Forward passes that a rank computes before its first backward pass.
         ahead = [micro_batches if name == "GPipe" else min(ranks - rank, micro_batches) for rank in range(ranks)]
         return {rank: _one_stage(rank, ahead[rank], micro_batches) for rank in range(ranks)}
     return {
@@ -53,7 +96,7 @@ def bubble_share(order: Order, costs: Sequence[float]) -> float:
     to_inputs: dict[tuple[int, int], float] = {}  # likewise, the gradients that the stage before waits for
 
     def ready(stage: int, kind: str, batch: int) -> float | None:
-        """When what an action needs is there; None: not yet known."""
+        """When the inputs of an action are there; None: not yet known."""
         if kind == "FORWARD":
             return 0.0 if stage == 0 else forward.get((stage - 1, batch))
         if kind == "BACKWARD_WEIGHT":
@@ -61,6 +104,7 @@ def bubble_share(order: Order, costs: Sequence[float]) -> float:
         return forward.get((stage, batch)) if stage == len(costs) - 1 else to_inputs.get((stage + 1, batch))
 
     clock, position, busy = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0), 0.0
+    # Each rank advances as far as its inputs are known; then others have made more of them known.
     while any(position[rank] < len(order[rank]) for rank in order):
         before = dict(position)
         for rank, actions in order.items():
