@@ -1,7 +1,7 @@
 """The parallel dimensions in one ordered table, and how many ranks a run has along each.
 
-The table is the fields of `Degrees`. Meshes, groups, sums of losses and gradients, error messages and `plan` are derived
-from it; docs/extending.md says what else a new dimension needs.
+The table is the fields of `Degrees`. Meshes, groups, sums of losses and gradients, error messages and `plan` derive from
+it; docs/extending.md says what else a new dimension needs.
 """
 
 import math
@@ -26,9 +26,9 @@ class Dimension:
     """One way to divide the work among ranks.
 
     `key`: in [parallel]. `weights` and `activations`: the dimension of the mesh of this name (distributed/mesh.py) that
-    it is part of; neighbours in the table may share one, and are flattened into it. `sums`: what the ranks along it have
-    to add up, "loss" if they compute different tokens, "gradients" if the gradient that each computes of a parameter
-    that all hold in full is a summand. `ranks`: what they do, for `plan`.
+    it is part of; neighbours in the table may share one, and are flattened into it. `sums`: what has to be summed over
+    the ranks along it, "loss" if they compute different tokens, "gradients" if the gradient that each computes of a
+    replicated parameter is a summand. `ranks`: what they do, for `plan`.
     """
 
     name: str
@@ -40,8 +40,11 @@ class Dimension:
 
 
 def _dimension(key: str, weights: str, activations: str, sums: tuple[str, ...], ranks: str) -> Any:
-    traits = dict(key=key, weights=weights, activations=activations, sums=sums, ranks=ranks)
+    traits = {"key": key, "weights": weights, "activations": activations, "sums": sums, "ranks": ranks}
     return field(default=1, metadata=traits)
+
+
+_BOTH = ("loss", "gradients")
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,12 @@ class Degrees:
     The order is that of the ranks: those that differ in the last dimension alone are neighbours.
     """
 
-    # Tensor-parallel ranks each have the loss of all tokens. Context-parallel ranks compute gradients of the same weights
-    # from different tokens, like data-parallel ones, so FSDP2 shards the weights over them too.
+    # Each tensor-parallel rank has the loss of all tokens. Context-parallel ranks compute gradients of the same weights
+    # from different tokens, as data-parallel ones do, so FSDP2 shards the weights over them too.
     pipeline: int = _dimension("pipeline", "pipeline", "pipeline", (), "hold different layers")
-    replicate: int = _dimension(
-        "dp_replicate", "replicate", "data", ("loss", "gradients"), "hold copies of the weights"
-    )
-    shard: int = _dimension(
-        "dp_shard", "shard", "data", ("loss", "gradients"), "hold shards of one copy of the weights"
-    )
-    context: int = _dimension("context", "shard", "context", ("loss", "gradients"), "share each sequence")
+    replicate: int = _dimension("dp_replicate", "replicate", "data", _BOTH, "hold copies of the weights")
+    shard: int = _dimension("dp_shard", "shard", "data", _BOTH, "hold shards of one copy of the weights")
+    context: int = _dimension("context", "shard", "context", _BOTH, "share each sequence")
     tensor: int = _dimension("tensor", "tensor", "tensor", ("gradients",), "share each linear layer")
 
     @property

@@ -50,7 +50,7 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 def slices_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
     """`local_slices` of the rank with this coordinate on the tensor's mesh."""
     begins, ends = [0] * tensor.ndim, list(tensor.shape)
-    # Innermost first, because FSDP2 shards what tensor parallelism has left on the rank. Sizes are those of torch.chunk.
+    # Innermost first, because FSDP2 shards what tensor parallelism has left on the rank. Sizes are torch.chunk's.
     for dimension in reversed(range(tensor.device_mesh.ndim)):
         axis = _sharded_axis(tensor.placements[dimension])
         if axis is not None:

@@ -11,8 +11,8 @@ from typing import Any
 from swamla_titan.config.parallel_rules import STAGES_PER_RANK
 from swamla_titan.config.sections import Parallel
 
-# Torch's names of what is computed, with the share of a stage's operations: a backward pass computes two matmuls for each
-# one of the forward pass, for the gradients of inputs and for those of weights.
+# Torch's names of actions, each with its share of a stage's operations: a backward pass computes two matmuls for each
+# matmul of the forward pass, for the gradients of inputs and for those of weights.
 _SHARE = {"FORWARD": 1 / 3, "FULL_BACKWARD": 2 / 3, "BACKWARD_INPUT": 1 / 3, "BACKWARD_WEIGHT": 1 / 3}
 
 Order = Mapping[int, Sequence[tuple[int, str, int]]]
