@@ -1,7 +1,7 @@
 """The parallel dimensions in one ordered table, and how many ranks a run has along each.
 
-The table is the fields of `Degrees`. Meshes, groups, sums of losses and gradients, error messages and `plan` derive from
-it; docs/extending.md says what else a new dimension needs.
+The table is the fields of `Degrees`. Meshes, groups, sums of losses and gradients, error messages and `plan` derive
+from it; docs/extending.md says what else a new dimension needs.
 """
 
 import math

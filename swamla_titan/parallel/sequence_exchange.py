@@ -1,7 +1,7 @@
-"""What context ranks give each other: latents of all tokens for MLA; windows' halos and sinks for SWA.
+"""Communication of context-parallel ranks: all-gather of latents for MLA, exchange of window halos and sinks for SWA.
 
-The collectives (distributed/collectives.py) start before they are waited for. All tokens here are those of one rank,
-[B, 2 * chunk, ...], or are said to be whole rows.
+Collectives (distributed/collectives.py) are started before they are waited for. Tensors hold the tokens of one rank,
+[B, 2 * chunk, ...], unless they are said to hold full sequences.
 """
 
 import torch
@@ -11,43 +11,43 @@ from swamla_titan.distributed.collectives import OPERATORS, waited
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, chunks_of
 
 
-def local_chunks(rows: Tensor, layout: SequenceLayout) -> Tensor:
+def local_chunks(x: Tensor, layout: SequenceLayout) -> Tensor:
     """The tokens of this rank's two chunks, [B, T, ...] -> [B, 2 * chunk, ...]."""
-    return torch.cat([rows[:, start : start + layout.chunk] for start in layout.starts], dim=1)
+    return torch.cat([x[:, start : start + layout.chunk] for start in layout.starts], dim=1)
 
 
-def all_gather_sequence(part: Tensor, layout: SequenceLayout, group: str) -> Tensor:
-    """Every rank's tokens [B, 2 * chunk, N], put in the order of the row: [B, T, N]. Its gradient is summed."""
+def all_gather_sequence(x: Tensor, layout: SequenceLayout, group: str) -> Tensor:
+    """All ranks' tokens [B, 2 * chunk, N] -> the full sequences in order [B, T, N]. Backward: reduce-scatter."""
     size, chunk = layout.size, layout.chunk
-    batch, _, width = part.shape
-    gathered = waited(OPERATORS.all_gather_into_tensor(part.contiguous(), size, group))
+    batch, _, width = x.shape
+    gathered = waited(OPERATORS.all_gather_into_tensor(x.contiguous(), size, group))
     early, late = gathered.view(size, batch, 2, chunk, width).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
     ordered = torch.cat([early, late.flip(0)])  # [2 size, B, chunk, N]
     return ordered.transpose(0, 1).reshape(batch, layout.seq_len, width)
 
 
 def sink_sources(starts: Tensor, exchange: SwaExchange) -> tuple[Tensor, Tensor]:
-    """Which of its own tokens a rank gives as sinks, for whole rows' document starts [B, T].
+    """Which of its own tokens a rank sends as sinks, for the document starts [B, T] of full sequences.
 
-    For each rank's two chunks, rank by rank, and each place for a sink: the token's index in this rank's part, and
-    whether it is there at all, both [B, 2 * size * sinks].
+    For each rank's two chunks, rank by rank, and each sink slot: the token's index among this rank's tokens, and
+    whether this rank has it at all, both [B, 2 * size * sinks].
 
     A chunk's sinks are the first tokens of the document that the chunk's first token belongs to, d. Where those would
-    run into the halo, which begins at h, or d is in the halo or the chunk itself, the places hold the tokens just
-    before h instead. So a token has one place, and the sinks of any document are neighbours (`swa_intervals`).
+    run into the halo, which begins at h, or d is in the halo or the chunk itself, the slots hold the tokens just
+    before h instead. So a token has one slot, and the sinks of any document are adjacent (`swa_intervals`).
     """
     layout, device = exchange.layout, starts.device
-    # Counted on the device: a list of Python's would be copied there, and the host would wait.
+    # Computed on the device, because a Python list would be copied there, and the host would wait.
     early, late = chunks_of(torch.arange(layout.size, device=device), layout.size)
     firsts = torch.stack([early, late], dim=1).flatten() * layout.chunk  # [2 size]
-    # Where the halo is cut short by the row's beginning it holds all there is, and it does not matter what is here.
+    # Where the beginning of the sequence cuts the halo short it holds all keys, and it does not matter what is here.
     halos = firsts - (exchange.window - 1)
     begin = torch.minimum(starts[:, firsts], halos - exchange.sinks)  # [B, 2 size]
-    places = begin[..., None] + torch.arange(exchange.sinks, device=device)  # [B, 2 size, sinks], indices in the row
-    index, owned = torch.zeros_like(places), torch.zeros_like(places, dtype=torch.bool)
+    slots = begin[..., None] + torch.arange(exchange.sinks, device=device)  # [B, 2 size, sinks], sequence indices
+    index, owned = torch.zeros_like(slots), torch.zeros_like(slots, dtype=torch.bool)
     for j, start in enumerate(layout.starts):
-        here = (places >= start) & (places < start + layout.chunk)
-        index = torch.where(here, places - start + j * layout.chunk, index)
+        here = (slots >= start) & (slots < start + layout.chunk)
+        index = torch.where(here, slots - start + j * layout.chunk, index)
         owned = owned | here
     return index.flatten(1), owned.flatten(1)
 
@@ -57,8 +57,8 @@ def exchange_windows(
 ) -> tuple[Tensor, Tensor]:
     """Keys [B, 2 * chunk, G, D] and values -> those that this rank's two chunks may see, [B, 2 * section, G, D].
 
-    A section is [sinks | halo | the chunk itself]; places that nothing belongs to hold zeros. `sink_index` and
-    `sink_owned` are from `sink_sources`, [B or 1, 2 * size * sinks]. The two collectives are on their way together.
+    A section is [sinks | halo | the chunk itself]; slots that no token belongs to hold zeros. `sink_index` and
+    `sink_owned` are from `sink_sources`, [B or 1, 2 * size * sinks]. The two collectives overlap.
     """
     received = _start_halos(key, value, exchange, group)
     sinks = _start_sinks(key, value, exchange, sink_index, sink_owned, group)
@@ -80,9 +80,9 @@ def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: S
     for j, pieces in enumerate(exchange.halos):
         if sinks is not None:
             parts.append(sinks[j])
-        before_the_row = exchange.halo - sum(piece.length for piece in pieces)
-        if before_the_row:
-            parts.append(own.new_zeros(batch, before_the_row, heads, width))
+        padding = exchange.halo - sum(piece.length for piece in pieces)  # halo before the beginning of the sequence
+        if padding:
+            parts.append(own.new_zeros(batch, padding, heads, width))
         for piece in pieces:
             source = own if piece.own else far
             assert source is not None
@@ -92,12 +92,12 @@ def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: S
 
 
 def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) -> Tensor | None:
-    """Tokens that other ranks' halos need, and those that come for ours: [received, B, G, 2 D]; None: no halos."""
+    """Start to send the tokens of other ranks' halos and receive those of ours, [received, B, G, 2 D]; None: no halos."""
     if exchange.window == 1:
         return None
     slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
     sent = torch.cat([torch.cat([key[:, at], value[:, at]], dim=-1) for at in slices], dim=1)
-    # Tokens first, for that is the axis that the collective splits.
+    # Tokens first, because the collective splits the first axis.
     received: Tensor = OPERATORS.all_to_all_single(
         sent.transpose(0, 1).contiguous(), exchange.receive_splits, exchange.send_splits, group
     )
@@ -107,10 +107,10 @@ def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) 
 def _start_sinks(
     key: Tensor, value: Tensor, exchange: SwaExchange, index: Tensor, owned: Tensor, group: str
 ) -> Tensor | None:
-    """The sinks of this rank's chunks, [2, sinks, B, G, 2 D]; None: halos reach all there are.
+    """Start to collect the sinks of this rank's chunks, [2, sinks, B, G, 2 D]; None: halos reach all keys.
 
-    Every rank writes the sinks it owns among zeros, and a sum brings them together: shapes do not depend on where
-    documents begin, so nothing waits for the device. Each sink has one owner, and x + 0 is exact.
+    Every rank writes the sinks it owns among zeros, and a reduce-scatter combines them: shapes do not depend on where
+    documents begin, so the host need not wait for the device. Each sink has one owner, and x + 0 is exact.
     """
     if exchange.sinks == 0:
         return None

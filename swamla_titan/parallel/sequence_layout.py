@@ -1,9 +1,10 @@
-"""Which tokens of a row each rank of a context group holds, and what sliding windows need from the others.
+"""Which tokens of a sequence each rank of a context group holds, and which of others' tokens sliding windows need.
 
-Numbers only, from (row length, ranks, window, sink); nothing here needs torch.
+Integers only, from (sequence length, ranks, window, sink), without torch.
 
-A row of T tokens is cut in 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r, in this order. A late
-chunk has many keys before it and an early one few, so under a causal mask every rank has the same number of pairs.
+A sequence of T tokens is split into 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r, in this
+order. A late chunk has many keys before it and an early one few, so under a causal mask every rank computes the same
+number of pairs of queries and keys.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
-    """A piece of a halo: `length` tokens from `start` on, of this rank's own tokens, or else of those it received."""
+    """A piece of a halo: `length` tokens from `start` on, of this rank's own tokens, or else of the received ones."""
 
     own: bool
     start: int
@@ -20,15 +21,15 @@ class Piece(NamedTuple):
 
 
 def chunks_of(rank: Any, size: int) -> tuple[Any, Any]:
-    """The numbers of the two chunks that a rank holds, in the order of the row; elementwise for a tensor of ranks."""
+    """The indices of the two chunks that a rank holds, in sequence order; elementwise for a tensor of ranks."""
     return rank, 2 * size - 1 - rank
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Rows of `seq_len` tokens shared by `size` ranks, seen from rank `rank`.
+    """Sequences of `seq_len` tokens shared by `size` ranks, seen from rank `rank`.
 
-    The length divides: config/parallel_rules.py refuses others.
+    config/parallel_rules.py has validated that the length divides.
     """
 
     seq_len: int
@@ -46,23 +47,23 @@ class SequenceLayout:
 
     @property
     def starts(self) -> tuple[int, int]:
-        """Where in the row this rank's two chunks begin."""
+        """Where in the sequence this rank's two chunks begin."""
         first, second = chunks_of(self.rank, self.size)
         return first * self.chunk, second * self.chunk
 
 
 @dataclass(frozen=True)
 class SwaExchange:
-    """What one rank gives and gets so that its two chunks see their windows and sinks.
+    """What one rank sends and receives so that its two chunks see their windows and sinks.
 
-    Tokens before a chunk that its window reaches are its halo. A halo takes from each chunk before it a suffix, so what
-    a rank needs of a chunk is the longest suffix that either of its own chunks wants, and it is sent once.
+    The tokens before a chunk that its window reaches are its halo. A halo takes from each chunk before it a suffix, so
+    what a rank needs of a chunk is the longest suffix that either of its own chunks needs, and it is sent once.
 
-    `sends[d]` holds (start, length) in this rank's own 2 * chunk tokens for each piece that rank d gets, in the order
-    of the row; `receives[s]` is how many tokens come from rank s. Pieces from a rank to itself are not sent.
-    `halos[j]` lists what the halo of this rank's chunk j is put together from. Both halos have `halo` places; those
-    that would lie before the row stand first and are filled with zeros.
-    `sinks` is how many places for sinks each chunk has: `sink`, but never more tokens than a halo can miss.
+    `sends[d]` holds (start, length) in this rank's own 2 * chunk tokens for each piece that rank d receives, in
+    sequence order; `receives[s]` is how many tokens come from rank s. Pieces from a rank to itself are not sent.
+    `halos[j]` lists the pieces of the halo of this rank's chunk j. Both halos have `halo` slots; those that would lie
+    before the sequence come first and are zeros.
+    `sinks` is how many sink slots each chunk has: `sink`, but never more tokens than a halo can miss.
     """
 
     layout: SequenceLayout
@@ -86,7 +87,7 @@ class SwaExchange:
 
     @property
     def section(self) -> int:
-        """Keys laid out for a chunk: sinks, halo, and the chunk itself."""
+        """Keys of a chunk: sinks, halo, and the chunk itself."""
         return self.sinks + self.halo + self.layout.chunk
 
 
@@ -100,25 +101,25 @@ def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExch
         oldest = max(0, k * chunk - (window - 1))
         return max(0, min(chunk, (m + 1) * chunk - oldest)) if m < k else 0
 
-    def wanted(by: int, m: int) -> int:
+    def needed(by: int, m: int) -> int:
         return max(reach(k, m) for k in chunks_of(by, size))
 
     own = chunks_of(rank, size)
     sends = tuple(
         tuple(
-            ((j + 1) * chunk - wanted(other, m), wanted(other, m))
+            ((j + 1) * chunk - needed(other, m), needed(other, m))
             for j, m in enumerate(own)
-            if other != rank and wanted(other, m)
+            if other != rank and needed(other, m)
         )
         for other in range(size)
     )
-    # Where the suffix of each chunk of the others ends in what is received: rank by rank, in the order of the row.
+    # Where the suffix of each of the others' chunks ends in what is received: rank by rank, in sequence order.
     ends, receives, total = {}, [], 0
     for other in range(size):
         before = total
         if other != rank:
             for m in chunks_of(other, size):
-                total += wanted(rank, m)
+                total += needed(rank, m)
                 ends[m] = total
         receives.append(total - before)
 
@@ -152,14 +153,14 @@ class Traffic(NamedTuple):
 
 
 def swa_exchange_bytes(exchange: SwaExchange, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
-    """Bytes that pass through the collectives of one SWA layer on the exchange's rank, forward.
+    """Bytes that the collectives of one SWA layer send and receive on the exchange's rank, forward.
 
-    A token is batch * kv_heads * 2 * head_dim numbers (key and value) of `itemsize` bytes; the rank sends
+    A token is batch * kv_heads * 2 * head_dim elements (key and value) of `itemsize` bytes; the rank sends
 
         sum of the lengths of `sends` (halos)  +  2 * (size - 1) * sinks (its share of the others' sinks)
 
     tokens and receives the sum of `receives` + 2 * (size - 1) * sinks. Halos are at most 2 * (window - 1) tokens a
-    rank, so nothing grows with the row. The backward pass sends what the forward received, and the other way round.
+    rank, independent of the sequence length. The backward pass sends what the forward received, and vice versa.
     """
     token = batch * kv_heads * 2 * head_dim * itemsize
     sinks = 2 * (exchange.layout.size - 1) * exchange.sinks
