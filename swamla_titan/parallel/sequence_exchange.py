@@ -92,7 +92,7 @@ def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: S
 
 
 def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) -> Tensor | None:
-    """Start to send the tokens of other ranks' halos and receive those of ours, [received, B, G, 2 D]; None: no halos."""
+    """Start to exchange the tokens of halos; gives those of this rank, [received, B, G, 2 D], or None without halos."""
     if exchange.window == 1:
         return None
     slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
