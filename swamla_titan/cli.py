@@ -14,7 +14,7 @@ from tyro.conf import Positional, subcommand
 
 from swamla_titan.config import Config, Override, find_config, load_config, split_overrides, to_toml
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
-from swamla_titan.launch.worker import refused_alone, speaks
+from swamla_titan.launch.worker import logs_to_console, report_bad_input
 from swamla_titan.system.console import lost_output, one_line, open_console, several_lines
 from swamla_titan.system.machine import explain
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_console()
     spoken = True
     try:
-        spoken = speaks()
+        spoken = logs_to_console()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         _refuse_numbers(rest)
         command = _parsed(rest)
@@ -157,14 +157,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except MemoryError:  # too little is left for more than this
         print("error: this machine, or a limit set for the process (ulimit -v), has no more memory", file=sys.stderr)
-        refused_alone()
+        report_bad_input()
         return EXIT_BAD_INPUT
     except Exception as error:
         reason = explain(error)
         if reason is None:
             raise
         print(f"error: {one_line(reason)}", file=sys.stderr)
-        refused_alone()
+        report_bad_input()
         return EXIT_BAD_INPUT
 
 
@@ -249,8 +249,8 @@ def _run(command: object, overrides: list[Override]) -> int:
             config = load(name)
             from swamla_titan.train import log_to_console, train
 
-            log_to_console(logging.INFO if speaks() else logging.WARNING)
-            for line in warnings if speaks() else ():
+            log_to_console(logging.INFO if logs_to_console() else logging.WARNING)
+            for line in warnings if logs_to_console() else ():
                 logging.getLogger("swamla_titan.config").warning("%s", line)
             return train(config, _memory_advice)
         case Plan(config=name, gpus=gpus):
@@ -275,6 +275,6 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.configs import copy_config
 
             copy_config(name, destination)
-    for line in warnings if speaks() else ():  # last: a command that is refused says one thing
+    for line in warnings if logs_to_console() else ():  # last: a command that is refused says one thing
         print(f"warning: {one_line(line)}", file=sys.stderr)
     return EXIT_DONE

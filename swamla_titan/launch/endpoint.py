@@ -1,12 +1,12 @@
-"""Where the machines of a run meet, seen from one of them: who holds the meeting point, and how others reach this one.
+"""The rendezvous endpoint, seen from one machine: whether this machine hosts it, and at which address others reach it.
 
-torchrun guesses both from this machine's host name. On rented machines that name often stands for 127.0.1.1, or for
-nothing: then nobody holds the meeting point, or the others are sent to an address of their own. The route to the
-meeting point knows better.
+torchrun guesses both from this machine's host name. On rented machines that name often resolves to 127.0.1.1, or to
+nothing: then nobody hosts the endpoint, or the others are sent to an address of their own. So both are derived from the
+route to the endpoint instead.
 
-Whoever reaches a port at which a run listens can end that run, or have code run in it. So nothing listens at all
-addresses of a machine: a run of one machine at the loopback address, one of several at the address by which the others
-reach this machine. Standard library only.
+Whoever reaches a port at which a run listens can end that run, or have code run in it. So no port is open at all
+addresses of a machine: a run of one machine listens at the loopback address, one of several at the address by which the
+others reach this machine. Standard library only.
 """
 
 import ctypes
@@ -27,12 +27,12 @@ LOOPBACK = "127.0.0.1"
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces
 _IFREQ = 40  # bytes of each: 16 of the name, then a struct sockaddr_in
 _IPV6_ADDRESSES = Path("/proc/net/if_inet6")
-_SOMEWHERE = "192.0.2.1"  # set aside for documentation (RFC 5737): its route is the default one; nothing is sent
+_DOCUMENTATION_ADDRESS = "192.0.2.1"  # RFC 5737: its route is the default one; nothing is sent
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """`here`: on this machine. `address`: a number by which others reach this machine. `interface`: that has it."""
+    """`here`: on this machine. `address`: numeric, by which others reach this machine. `interface`: that has it."""
 
     host: str
     port: int
@@ -42,12 +42,12 @@ class Endpoint:
 
 
 def local_endpoint() -> Endpoint:
-    """The meeting point of a run of this machine alone: out of reach for all others, at any free port."""
+    """The endpoint of a run of this machine alone: out of reach for all others, at any free port."""
     return Endpoint(LOOPBACK, 0, True, LOOPBACK, _interface(LOOPBACK))
 
 
 def resolve_endpoint(endpoint: str) -> Endpoint:
-    """The meeting point `HOST:PORT`. Raises UserError if HOST has no address, or none that there is a route to."""
+    """The endpoint `HOST:PORT`. Raises UserError if HOST has no address, or none that there is a route to."""
     host, port = _split(endpoint)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -65,7 +65,7 @@ def resolve_endpoint(endpoint: str) -> Endpoint:
         return Endpoint(host, port, False, source, _interface(source))
     address = next((each for each in own if not is_loopback(each)), own[0])
     if is_loopback(address) and not is_loopback(host):
-        # The name that the others use stands for 127.0.1.1 here, as Debian has it: they would not get there.
+        # The name that the others use resolves to 127.0.1.1 here, as on Debian, which they could not reach.
         address = _address_for_others(endpoint, host, address)
     return Endpoint(host, port, True, address, _interface(address))
 
@@ -85,26 +85,26 @@ def listen(address: str, port: int) -> socket.socket | None:
     return listener
 
 
-def wait_for_endpoint(point: Endpoint, seconds: float, say: Callable[[str], None]) -> None:
-    """Return once something listens there; `say` a line if it does not yet. UserError after so many seconds."""
+def wait_for_endpoint(endpoint: Endpoint, timeout: float, log: Callable[[str], None]) -> None:
+    """Return once something listens there; `log` a line if it does not yet. UserError after `timeout` seconds."""
     running = RunningTime(10.0)
-    said = False
-    while not answers(point):
-        if running.look() > seconds:
+    logged = False
+    while not answers(endpoint.host, endpoint.port):
+        if running.update() > timeout:
             raise UserError(
-                f"RDZV_ENDPOINT={point.host}:{point.port}: nobody answered there for {seconds:g} s. Start the same "
-                f"command on {point.host} too, and let its firewall pass that port"
+                f"RDZV_ENDPOINT={endpoint.host}:{endpoint.port}: nobody answered there for {timeout:g} s. Start the "
+                f"same command on {endpoint.host} too, and let its firewall pass that port"
             )
-        if not said:
-            say(f"waiting for {point.host}:{point.port}, where the machines of this run meet")
-            said = True
+        if not logged:
+            log(f"waiting for {endpoint.host}:{endpoint.port}, where the machines of this run meet")
+            logged = True
         time.sleep(0.5)
 
 
-def answers(point: Endpoint) -> bool:
-    """Whether something listens at the meeting point."""
+def answers(host: str, port: int, timeout: float = 5.0) -> bool:
+    """Whether something listens at this port; False after `timeout` seconds."""
     try:
-        socket.create_connection((point.host, point.port), timeout=5).close()
+        socket.create_connection((host, port), timeout=timeout).close()
     except OSError:
         return False
     return True
@@ -116,7 +116,7 @@ def _split(endpoint: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name by itself, stands for the machine that uses it."""
+    """Whether an address, or a name by convention, is that of the machine that uses it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -124,7 +124,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether this is a number and not a name."""
+    """Whether this is a numeric address and not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -133,8 +133,8 @@ def is_address(host: str) -> bool:
 
 
 def _address_for_others(endpoint: str, host: str, loopback: str) -> str:
-    """This machine's address for others, where its name gives none. Raises UserError if several could be meant."""
-    if (default := _source(_SOMEWHERE)) and not is_loopback(default):
+    """This machine's address for others, where its name gives none. Raises UserError if there are several."""
+    if (default := _source(_DOCUMENTATION_ADDRESS)) and not is_loopback(default):
         return default
     others = [address for address in _addresses() if not is_loopback(address)]
     if len(others) > 1:
@@ -149,7 +149,7 @@ def _source(target: str) -> str | None:
     """The address of this machine that its packets to `target` carry; None without a route."""
     family = socket.AF_INET6 if ":" in target else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # UDP: to connect is to look the route up
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:  # UDP: connect only looks the route up
             probe.connect((target, 9))
             return str(probe.getsockname()[0])
     except OSError:
@@ -165,7 +165,7 @@ def _interface(address: str) -> str | None:
 
 
 def _addresses() -> dict[str, str]:
-    """This machine's addresses, each with its interface, as far as Linux tells."""
+    """This machine's addresses, each with its interface; empty where that is not known (not Linux)."""
     found = {}
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

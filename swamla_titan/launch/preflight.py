@@ -1,4 +1,4 @@
-"""What run_train.sh asks once, before it starts several processes that would each refuse on their own.
+"""Validates the configuration once, before run_train.sh starts several processes that would each report the same.
 
 usage: python -m swamla_titan.launch.preflight PROCESSES GPUS CONFIG [--section.key value ...]
 
@@ -13,16 +13,16 @@ import torch
 from swamla_titan.config import find_config, load_config, split_overrides
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
-from swamla_titan.launch.process_group import refuse_without_gpus
+from swamla_titan.launch.process_group import validate_cpu_only
 from swamla_titan.system.console import open_console
 from swamla_titan.system.machine import allow_open_files_to_train, needed
 
 
 def preflight(arguments: Sequence[str]) -> None:
-    """Raises UserError if the configuration is wrong, fits none of the numbers of processes, or GPUs are missing.
+    """Raise UserError if the configuration is wrong, fits none of the numbers of processes, or GPUs are missing.
 
-    An elastic run may have several numbers of processes; it is refused only where none would do. OSError if a process
-    may not open as many files as it needs.
+    An elastic run may have several numbers of processes; one that fits is enough. Raises OSError if a process may not
+    open as many files as it needs.
     """
     overrides, rest = split_overrides(arguments)
     if len(rest) != 3:
@@ -30,25 +30,25 @@ def preflight(arguments: Sequence[str]) -> None:
     processes, gpus, name = rest
     config = load_config(find_config(name), overrides)
     allow_open_files_to_train(config.data.num_workers)
-    refusals = []
+    errors = []
     sizes = [int(size) for size in processes.split(",")]
     for size in sizes:
         try:
             fit_degrees(config.parallel, size)
-        except UserError as refusal:
-            refusals.append(refusal)
-    if len(refusals) == len(sizes):
-        raise refusals[-1]
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == len(sizes):
+        raise errors[-1]
     if gpus == "0":
-        refuse_without_gpus(config.parallel)
-    there = torch.cuda.device_count()
-    if there < int(gpus):
-        fewer = f"set NGPU={there}, or " if there else "set "
-        raise UserError(f"NGPU={gpus}: torch sees {there} here; {fewer}NGPU=0 and NPROC for the CPU")
+        validate_cpu_only(config.parallel)
+    available = torch.cuda.device_count()
+    if available < int(gpus):
+        fewer = f"set NGPU={available}, or " if available else "set "
+        raise UserError(f"NGPU={gpus}: torch sees {available} here; {fewer}NGPU=0 and NPROC for the CPU")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`preflight` as a command: exit code 2 and one message, or 0 and silence."""
+    """`preflight` as a command: exit code 2 and one message, or 0 and no output."""
     open_console()
     try:
         with needed("the processes cannot be started"):

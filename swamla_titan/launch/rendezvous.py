@@ -1,13 +1,18 @@
-"""torchrun's rendezvous as this program has it: the store listens at one address, and what is in it runs no code.
+"""The stores at which the agents of a run find each other, and then its workers.
 
-torchrun's own store listens at every address of the machine that holds it, and the state of the rendezvous, which any
-client can set, is unpickled by every agent.
+torchrun's own agent store listens at every address of the machine that hosts it, and the rendezvous state in it, which
+any client can set, is unpickled by every agent. Here a store listens at one address, and the state is validated.
 """
 
 import io
+import logging
+import os
 import pickle
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
@@ -19,77 +24,135 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import Token, create_handler
 
-from swamla_titan.launch.endpoint import Endpoint, listen
+from swamla_titan.errors import RankFailed
+from swamla_titan.launch.endpoint import Endpoint, answers, is_address, listen
+from swamla_titan.launch.worker import RESTART_COUNT, RankInfo
+from swamla_titan.system.running_time import RunningTime
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "swamla-titan"
-TO_MEET = timedelta(minutes=1)
-# Of an answer of the store, later. While the process that holds it is paused there is none; a machine that is lost is
-# noticed sooner, by the vigil of agent.py.
-TO_ANSWER = timedelta(minutes=30)
+AGENT_CONNECT_TIMEOUT = timedelta(minutes=1)
+# For later answers of the agents' store. There are none while the process that hosts it is paused; a lost machine is
+# detected sooner, by the heartbeat of agent.py.
+AGENT_STORE_TIMEOUT = timedelta(minutes=30)
+WORKER_CONNECT_TIMEOUT = 300.0  # seconds; torchrun starts the workers of all machines within seconds of each other
+WARN_AFTER = 20.0  # seconds before a worker reports what it waits for
+POLL_INTERVAL = 0.05
 
 _DYNAMIC = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
-_IN_A_STATE = {
+_STATE_CLASSES = {
     *((_DYNAMIC, name) for name in ("_RendezvousState", "_NodeDesc")),
     *(("datetime", name) for name in ("datetime", "timedelta", "timezone")),
 }
 
 
-class _StateReader(pickle.Unpickler):
-    """Reads what a state of the rendezvous consists of, and nothing else."""
+class _StateUnpickler(pickle.Unpickler):
+    """Unpickles the classes that a rendezvous state consists of, and no others."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _IN_A_STATE:
+        if (module, name) not in _STATE_CLASSES:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of it")
         return super().find_class(module, name)
 
 
 class CheckedBackend(C10dRendezvousBackend):
-    """torchrun's backend, which hands on only what is a state of the rendezvous."""
+    """torchrun's backend, which validates a rendezvous state before it passes it on."""
 
     @property
     def name(self) -> str:
-        """What torchrun asked for."""
+        """The name under which torchrun finds it."""
         return BACKEND
 
     def _decode_state(self, base64_state: bytes) -> tuple[bytes, Token] | None:
         decoded = super()._decode_state(base64_state)
         if decoded is not None:
-            check_state(decoded[0])
+            validate_state(decoded[0])
         return decoded
 
 
-def check_state(state: bytes) -> None:
-    """Raises RendezvousStateError if unpickling these bytes would make or call what no rendezvous has."""
+def validate_state(state: bytes) -> None:
+    """Raise RendezvousStateError if unpickling these bytes would create or call what no rendezvous state contains."""
     try:
-        _StateReader(io.BytesIO(state)).load()
+        _StateUnpickler(io.BytesIO(state)).load()
     except Exception as error:  # of bytes that are no pickle it may be any
-        raise RendezvousStateError(f"what lies at the meeting point is no state of a run: {error}") from None
+        raise RendezvousStateError(f"what lies at the rendezvous endpoint is no state of a run: {error}") from None
 
 
-def open_store(point: Endpoint) -> TCPStore:
-    """The store at the meeting point, held by this process if it is on this machine and nobody holds it yet.
+def open_store(endpoint: Endpoint) -> TCPStore:
+    """The agents' store, hosted by this process if the endpoint is on this machine and nobody listens there yet.
 
     Raises UserError if this machine may not listen there, RendezvousConnectionError if the store does not answer.
     """
-    listener = listen(point.address, point.port) if point.here else None
-    host, port = (point.address if point.here else point.host), point.port
+    listener = listen(endpoint.address, endpoint.port) if endpoint.here else None
+    host, port = (endpoint.address if endpoint.here else endpoint.host), endpoint.port
     if listener:
         port = listener.getsockname()[1]
     try:
         if listener:  # the store closes it
-            store = TCPStore(host, port, is_master=True, timeout=TO_MEET, master_listen_fd=listener.detach())
+            listen_fd = listener.detach()
+            store = TCPStore(host, port, is_master=True, timeout=AGENT_CONNECT_TIMEOUT, master_listen_fd=listen_fd)
         else:
-            store = TCPStore(host, port, timeout=TO_MEET)
-        store.set_timeout(TO_ANSWER)
+            store = TCPStore(host, port, timeout=AGENT_CONNECT_TIMEOUT)
+        store.set_timeout(AGENT_STORE_TIMEOUT)
         return store
     except (ValueError, RuntimeError, TimeoutError) as error:
         raise RendezvousConnectionError(f"{host}:{port}: {error}") from error
 
 
 def use_store(store: TCPStore) -> None:
-    """From here on torchrun's backend `BACKEND` is one on this store."""
+    """Register torchrun's backend `BACKEND` as one on this store."""
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
         return create_handler(store, CheckedBackend(store, parameters.run_id), parameters)
 
     rendezvous_handler_registry.register(BACKEND, create)
+
+
+def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.Store:
+    """The workers' store, once all ranks are connected. `while_waiting` is called at each poll, and may raise.
+
+    Rank 0 hosts it, unless torchrun's agent does. Raises RankFailed after a timeout, which is shorter than that of the
+    slowest collective, because a machine may be lost between torchrun's start and here. No call blocks in C code, where
+    signals are not handled.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    where = f"{address}:{port}"
+    running = RunningTime(5.0)  # a poll takes 2 s where nobody answers
+
+    def wait(what: str, is_there: Callable[[], bool]) -> None:
+        warned = False
+        while not is_there():
+            while_waiting()
+            if running.update() > WORKER_CONNECT_TIMEOUT:
+                raise RankFailed(f"rank {here.rank} waited {WORKER_CONNECT_TIMEOUT:g} s in vain for {what}")
+            if running.seconds > WARN_AFTER and not warned:
+                warned = True
+                logger.warning("waiting for %s; if torchrun did not start this process: unset %s", what, RESTART_COUNT)
+            time.sleep(POLL_INTERVAL)
+
+    timeout = timedelta(seconds=WORKER_CONNECT_TIMEOUT)
+    if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = _host_store(address, port, timeout)
+    else:
+        wait(f"rank 0 at {where}", lambda: answers(address, port, 2.0))
+        try:
+            store = TCPStore(address, port, wait_for_workers=False, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise RankFailed(f"rank {here.rank} found no store of this run at {where}: {error}") from None
+    # torchrun may use one store for all its starts; then this counts too many, and missing ranks are waited for later.
+    connected = f"swamla-titan/came/{os.environ.get(RESTART_COUNT)}/{here.size}"
+    store.add(connected, 1)
+    wait(f"all of {here.size} ranks at {where}", lambda: store.add(connected, 0) >= here.size)
+    return store
+
+
+def _host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """The store in this process. run_train.sh gives a numeric address, the one of this machine to listen at."""
+    if not is_address(address):
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout)
+    listener = listen(address, port)
+    if listener is None:
+        raise RankFailed(f"another program has taken {address}:{port}, which torchrun found free")
+    listen_fd = listener.detach()
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listen_fd)

@@ -1,4 +1,4 @@
-"""Stopping on purpose: the first signal asks for a checkpoint and a clean end, the second ends at once."""
+"""Stopping on purpose: the first signal requests a checkpoint and a clean exit, the second ends at once."""
 
 import logging
 import os
@@ -13,24 +13,24 @@ from swamla_titan.launch.worker import (
     FOLDER,
     NOTHING_TO_SAVE,
     acknowledge_stop,
-    heard_early,
-    is_regrouping,
+    early_handler,
+    early_signal,
+    in_re_rendezvous,
     launched_size,
     machines,
-    stop_asked,
-    stop_early,
+    stop_requested,
 )
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TO_COME = 20.0  # seconds that a rank which was told to stop waits for other machines, to stop together with them
-_NOBODY, _TORCHRUN = 0, 1  # beside the numbers of the signals above, which are larger: the user's wish comes first
+PEERS_TIMEOUT = 20.0  # seconds that a rank with a stop request waits for other machines, to stop together with them
+_NO_STOP, _RE_RENDEZVOUS = 0, 1  # less than the numbers of the signals above: the user's stop has precedence
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why all ranks stop now, what comes then, and the exit code."""
+    """Why all ranks stop now, what follows, and the exit code."""
 
     reason: str
     outlook: str
@@ -38,65 +38,65 @@ class Stop:
 
 
 class StopRequest:
-    """Remembers that SIGTERM (schedulers), SIGUSR1 (SLURM's warning) or SIGINT (Ctrl-C) came.
+    """Remembers that SIGTERM (schedulers), SIGUSR1 (SLURM's warning) or SIGINT (Ctrl-C) arrived.
 
-    Until `finish_step_first` is set there is nothing to save yet. A signal that every rank has then ends the process
-    with SystemExit(75); one that others may not have is remembered, because they would wait for this rank.
+    Until `finish_step_first` is set there is nothing to save. A signal that every rank has then ends the process with
+    SystemExit(75); one that others may not have is remembered, because they would wait for this rank.
 
-    SIGTERM from torchrun, which starts the workers again when machines join, is remembered too, but changes nothing
-    about the signals of the user: the next is still the first.
+    The agent's SIGTERM for a re-rendezvous is remembered too, but does not count as the user's first signal.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.regroup = False
+        self.re_rendezvous = False
         self.finish_step_first = False
         self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         self._since = 0.0
-        asked = stop_asked() or heard_early()
-        if asked:
-            self._remember(asked, None)
+        requested = stop_requested() or early_signal()
+        if requested:
+            self._remember(requested, None)
 
-    def agreed(self, largest: Callable[[float], float]) -> Stop | None:
-        r"""What stops the run, on every rank the same: the signal may have reached one of them only, or some later.
+    def agreed(self, all_reduce_max: Callable[[float], float]) -> Stop | None:
+        """What stops the run, the same on every rank: a signal may have reached only one of them, or some later.
 
-        All ranks come here; `largest` is World.all_reduce_max.
+        Collective; `all_reduce_max` is World's.
         """
-        own = self.received or (_TORCHRUN if self.regroup else _NOBODY)
-        number = int(largest(own))
-        if number == _NOBODY:
+        own = self.received or (_RE_RENDEZVOUS if self.re_rendezvous else _NO_STOP)
+        number = int(all_reduce_max(own))
+        if number == _NO_STOP:
             return None
-        if number == _TORCHRUN:
+        if number == _RE_RENDEZVOUS:
             return Stop("stopped, since the machines of the run change,", "it goes on with them", EXIT_REGROUP)
         return Stop(f"stopped by {signal.Signals(number).name}", "the same command goes on", EXIT_STOPPED)
 
-    def leave_if_others_do_not_come(self) -> None:
-        """Called while this rank waits for the others. Raises SystemExit if it was told to stop, and they do not come.
+    def exit_without_peers(self) -> None:
+        """Called while this rank waits for the others. Raises SystemExit if it has a stop request and times out.
 
-        Under scripts/torchrun.sh the other machines are on their way, as a rule, and would wait for this rank in vain.
+        Under scripts/torchrun.sh the other machines usually connect soon, and would wait for this rank in vain, so it
+        waits for `PEERS_TIMEOUT`.
         """
-        if not self.received and not self.regroup:
+        if not self.received and not self.re_rendezvous:
             return
         self._since = self._since or time.monotonic()
-        if FOLDER not in os.environ or time.monotonic() - self._since > TO_COME:
+        if FOLDER not in os.environ or time.monotonic() - self._since > PEERS_TIMEOUT:
             raise SystemExit(EXIT_STOPPED if self.received else EXIT_REGROUP)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        asked = stop_asked()
-        if number == signal.SIGTERM and is_regrouping() and not asked:
-            self.regroup = True
+        requested = stop_requested()
+        if number == signal.SIGTERM and in_re_rendezvous() and not requested:
+            self.re_rendezvous = True
             if not self.finish_step_first and machines() == 1:
                 raise SystemExit(EXIT_REGROUP)
             return
-        self.received = asked or signal.Signals(number)
+        self.received = requested or signal.Signals(number)
         acknowledge_stop()  # before the second signal becomes deadly
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if not self.finish_step_first and (launched_size() == 1 or (asked and machines() == 1)):
+        if not self.finish_step_first and (launched_size() == 1 or (requested and machines() == 1)):
             logger.info("stopped by %s before training began: %s", self.received.name, NOTHING_TO_SAVE)
             raise SystemExit(EXIT_STOPPED)
 
     def forget(self) -> None:
-        """Put the handlers back that were there before; those of the time before training end the process now."""
+        """Restore the handlers from before; early ones are replaced by the default, which ends the process."""
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is stop_early else handler)
+            signal.signal(number, signal.SIG_DFL if handler is early_handler else handler)

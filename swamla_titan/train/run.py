@@ -43,7 +43,7 @@ def train(config: Config, advise: Advise) -> int:
     with ExitStack() as stack:
         stack.callback(stop.forget)
         stack.push(_leave_together)
-        world = init_distributed(config.parallel, stop.leave_if_others_do_not_come)
+        world = init_distributed(config.parallel, stop.exit_without_peers)
         if asked := stop.agreed(world.all_reduce_max):
             return asked.code
         folder = Path(config.job.dump_folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launched_workers import assert_gone
+from tests.launch.test_launched_workers import assert_gone
 from tests.train.runs import checkpoint, kill_groups, metrics, wait_for
 from tests.waiting import HANG, wait_until
 

@@ -174,7 +174,7 @@ def test_a_signal_while_torchrun_stops_the_workers_for_a_machine_that_joins(
         first = job.start(host)
         job.wait_for_steps(2, first)
         second = job.start(other)
-        job.wait_for(lambda: list((temporary / host.name).glob("swamla-titan.*/regroup")), first, second)
+        job.wait_for(lambda: list((temporary / host.name).glob("swamla-titan.*/re-rendezvous")), first, second)
         os.kill(first.pid, signal.SIGTERM)
         assert [first.wait(HANG), second.wait(HANG)] == [75, 75], job.told()
         assert "stopped" in job.told()

@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_FAILED
-from swamla_titan.launch.worker import workers_of_this_machine
+from swamla_titan.launch.worker import local_worker_pids
 from swamla_titan.system.backstop import Backstop, stopped
 from swamla_titan.system.console import Lines
 from swamla_titan.system.running_time import RunningTime
@@ -166,7 +166,7 @@ class Watchdog:
         told: set[int] = set()
         while True:
             began, ran = before, running.seconds
-            ran = running.look() - ran
+            ran = running.update() - ran
             before = time.monotonic()
             now = self._now
             if now is not last:
@@ -186,7 +186,7 @@ class Watchdog:
 
     def _some_are_stopped(self, told: set[int]) -> bool:
         """Whether a process of this run is stopped on this machine; logged once for each."""
-        found = {pid for pid in workers_of_this_machine() if stopped(pid)}
+        found = {pid for pid in local_worker_pids() if stopped(pid)}
         for pid in sorted(found - told):
             logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d lets it go on)", pid, pid)
         told.clear()

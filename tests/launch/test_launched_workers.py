@@ -19,7 +19,7 @@ import pytest
 from tests.train.runs import kill_groups
 from tests.waiting import HANG, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COPIED = [
     *sorted(path.name for path in (ROOT / "swamla_titan").glob("*.py")),
     *sorted(f"system/{path.name}" for path in (ROOT / "swamla_titan/system").glob("*.py")),
@@ -351,7 +351,7 @@ def test_a_signal_to_one_machine_while_another_joins_ends_all_with_75(
 ) -> None:
     settings, two = two_of_three
     three = [*two, launch.start("grow", 1, **settings)]
-    wait_until(lambda: any(list(folder.glob("regroup")) for folder in launch.left_over()))
+    wait_until(lambda: any(list(folder.glob("re-rendezvous")) for folder in launch.left_over()))
     two[0].send_signal(number)
     codes = [process.wait(timeout=HANG) for process in three]
     assert codes == [75, 75, 75]

@@ -11,7 +11,7 @@ import pytest
 
 from swamla_titan.errors import UserError
 from swamla_titan.launch import agent
-from swamla_titan.launch import endpoint as meeting_point
+from swamla_titan.launch import endpoint as endpoint_module
 from swamla_titan.launch.endpoint import (
     Endpoint,
     answers,
@@ -42,9 +42,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         return {OTHER: OWN, "10.1.0.6": OWN, "192.0.2.1": "203.0.113.7"}.get(target)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(meeting_point, "_source", source)
+    monkeypatch.setattr(endpoint_module, "_source", source)
     addresses = {OWN: "ib0", "10.1.0.6": "ib0", "203.0.113.7": "eth0", "127.0.0.1": "lo"}
-    monkeypatch.setattr(meeting_point, "_addresses", lambda: addresses)
+    monkeypatch.setattr(endpoint_module, "_addresses", lambda: addresses)
 
 
 @pytest.mark.parametrize(
@@ -85,29 +85,29 @@ def test_this_machines_own_routes_and_interfaces() -> None:
 def test_a_name_that_stands_for_the_loopback_address_and_no_default_route(
     machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = meeting_point._source
-    monkeypatch.setattr(meeting_point, "_source", lambda target: None if target == "192.0.2.1" else source(target))
+    source = endpoint_module._source
+    monkeypatch.setattr(endpoint_module, "_source", lambda target: None if target == "192.0.2.1" else source(target))
     with pytest.raises(UserError, match=r"debian stands for 127.0.1.1, .* in its place: 10.1.0.5 or 10.1.0.6 or 203"):
         resolve_endpoint("debian:5")
-    monkeypatch.setattr(meeting_point, "_addresses", lambda: {OWN: "ib0", "127.0.0.1": "lo"})
+    monkeypatch.setattr(endpoint_module, "_addresses", lambda: {OWN: "ib0", "127.0.0.1": "lo"})
     assert resolve_endpoint("debian:5").address == OWN
-    monkeypatch.setattr(meeting_point, "_addresses", lambda: {"127.0.0.1": "lo"})
+    monkeypatch.setattr(endpoint_module, "_addresses", lambda: {"127.0.0.1": "lo"})
     assert resolve_endpoint("debian:5").address == "127.0.1.1"  # then there are no others
 
 
 def test_what_listens_does_so_at_one_address_or_says_why_not() -> None:
-    first = meeting_point.listen("127.0.0.1", 0)
+    first = endpoint_module.listen("127.0.0.1", 0)
     assert first is not None
     with first:
         port = first.getsockname()[1]
-        assert meeting_point.listen("127.0.0.1", port) is None
-        second = meeting_point.listen("127.0.0.2", port)
+        assert endpoint_module.listen("127.0.0.1", port) is None
+        second = endpoint_module.listen("127.0.0.2", port)
         assert second is not None
         second.close()
     with pytest.raises(
         UserError, match=r"no program may listen at 192\.0\.2\.77 port 5 of this machine: Cannot assign"
     ):
-        meeting_point.listen("192.0.2.77", 5)
+        endpoint_module.listen("192.0.2.77", 5)
 
 
 @pytest.fixture
@@ -138,40 +138,40 @@ def test_it_does_not_wait_for_ever(server: socket.socket) -> None:
 
 
 @pytest.fixture
-def vigils(monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
+def heartbeats(monkeypatch: pytest.MonkeyPatch) -> list[Endpoint]:
     """Whose silence would end torchrun; the environment is as it was afterwards."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
         monkeypatch.delenv(name)
     found: list[Endpoint] = []
-    monkeypatch.setattr(agent, "_end_in_silence", found.append)
+    monkeypatch.setattr(agent, "_heartbeat", found.append)
     monkeypatch.setattr(agent, "wait_for_endpoint", lambda point, seconds, say: None)
     return found
 
 
 def met(monkeypatch: pytest.MonkeyPatch, point: Endpoint, **given: object) -> Namespace:
-    """torchrun's arguments after the meeting."""
+    """torchrun's arguments afterwards."""
     monkeypatch.setattr(agent, "resolve_endpoint", lambda endpoint: point)
     args = Namespace(**{"rdzv_endpoint": "node0:5", "rdzv_id": "run", "local_addr": None, "standalone": False} | given)
-    agent._meet(args)
+    agent._configure_rendezvous(args)
     return args
 
 
-def test_torchrun_is_told(vigils: list[Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchruns_arguments_are_set(heartbeats: list[Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     there = Endpoint("node0", 5, False, OWN, "ib0")
     args = met(monkeypatch, there)
     assert (args.rdzv_backend, args.rdzv_endpoint, args.local_addr) == (BACKEND, "node0:5", OWN)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "NCCL_SOCKET_IFNAME" not in os.environ  # it knows faster ones
-    wait_until(lambda: vigils)
+    wait_until(lambda: heartbeats)
 
     args = met(monkeypatch, Endpoint("node0", 5, True, "10.1.0.6", "eth0"), local_addr="given")
     assert (args.rdzv_endpoint, args.local_addr, args.rdzv_id) == ("node0:5", "given", "run")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"  # what is set stays
-    assert vigils == [there]
+    assert heartbeats == [there]
 
 
-@pytest.mark.usefixtures("vigils")
+@pytest.mark.usefixtures("heartbeats")
 def test_a_run_of_one_machine_is_in_reach_of_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # of a cluster's profile
     args = met(monkeypatch, Endpoint("never", 5, True, "never", None), standalone=True, local_addr="127.0.0.1")
@@ -185,12 +185,12 @@ def test_torchruns_settings_of_another_start_are_left_out(
 ) -> None:
     for name in ("PET_STANDALONE", "PET_NO_PYTHON", "PET_RDZV_CONF"):
         monkeypatch.setenv(name, "1")
-    agent._leave_out_foreign_settings()
+    agent._drop_foreign_settings()
     assert [name for name in os.environ if name.startswith("PET_")] == ["PET_RDZV_CONF"]
     assert "PET_STANDALONE='1' is left out" in capsys.readouterr().err
 
 
-def test_a_meeting_point_that_falls_silent_ends_torchrun(
+def test_an_endpoint_that_falls_silent_ends_torchrun(
     server: socket.socket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Ended(Exception):
@@ -201,22 +201,22 @@ def test_a_meeting_point_that_falls_silent_ends_torchrun(
 
     heard: list[float] = []
 
-    def look(point: Endpoint) -> bool:
+    def look(host: str, port: int) -> bool:
         if len(heard) == 30:
             server.close()
-        elif answers(point):
+        elif answers(host, port):
             heard.append(time.monotonic())
             return True
         return False
 
     monkeypatch.setattr(agent.os, "_exit", end)
-    monkeypatch.setattr(agent, "SILENCE", 1.0)
-    monkeypatch.setattr(agent, "LOOK", 0.05)
+    monkeypatch.setattr(agent, "HEARTBEAT_TIMEOUT", 1.0)
+    monkeypatch.setattr(agent, "HEARTBEAT_INTERVAL", 0.05)
     monkeypatch.setattr(agent, "answers", look)
     server.listen(512)  # nobody accepts: the queue must hold them all
     point = point_at(server)
     with pytest.raises(Ended, match="1"):
-        agent._end_in_silence(point)
+        agent._heartbeat(point)
     assert len(heard) == 30  # so often it answered, over more than the silence that is borne
     assert time.monotonic() - heard[-1] >= 1.0
     assert f"127.0.0.1:{point.port}, where the machines meet, does not answer any more" in capsys.readouterr().err

@@ -18,11 +18,11 @@ from torch.distributed.elastic.rendezvous import RendezvousStateError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 from swamla_titan.errors import RankFailed
-from swamla_titan.launch import store as peers
+from swamla_titan.launch import rendezvous
 from swamla_titan.launch.endpoint import Endpoint
 from swamla_titan.launch.rendezvous import CheckedBackend, open_store
 from swamla_titan.launch.signals import StopRequest
-from swamla_titan.launch.worker import FOLDER, MARK, Place
+from swamla_titan.launch.worker import FOLDER, RESTART_COUNT, RankInfo
 from tests.listening import listening
 from tests.waiting import HANG
 
@@ -117,7 +117,7 @@ def test_a_state_of_the_rendezvous_is_read_and_nothing_else() -> None:
     assert pickle.loads(backend.get_state()[0]).participants == {node: 0}
     for harmful in (pickle.dumps(Harmful()), pickle.dumps({"a": [Harmful()]}), b"no pickle", b""):
         store.set("torch.rendezvous.run", base64.b64encode(harmful).decode())
-        with pytest.raises(RendezvousStateError, match="what lies at the meeting point is no state of a run"):
+        with pytest.raises(RendezvousStateError, match="what lies at the rendezvous endpoint is no state of a run"):
             backend.get_state()
         with pytest.raises(RendezvousStateError):
             backend.set_state(pickle.dumps(state), b"another")
@@ -134,7 +134,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
         number = probe.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(number))
-    monkeypatch.setenv(MARK, "0")
+    monkeypatch.setenv(RESTART_COUNT, "0")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.delenv(FOLDER, raising=False)
     return number
@@ -145,12 +145,12 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_ranks_that_do_not_come_are_not_waited_for_long_and_named(
     rank: int, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "TO_MEET", 0.5)
-    monkeypatch.setattr(peers, "PATIENT", 0.1)
+    monkeypatch.setattr(rendezvous, "WORKER_CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(rendezvous, "WARN_AFTER", 0.1)
     with pytest.raises(RankFailed, match=rf"rank {rank} waited 0.5 s in vain for {what}"):
-        peers.meet(Place(rank=rank, size=2), lambda: None)
+        rendezvous.connect_workers(RankInfo(rank=rank, size=2), lambda: None)
     assert f"waiting for {what}" in caplog.text
-    assert f"unset {MARK}" in caplog.text
+    assert f"unset {RESTART_COUNT}" in caplog.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -169,11 +169,11 @@ def test_a_signal_is_heard_while_ranks_are_waited_for(
         looks += 1
         if looks == 3:
             os.kill(os.getpid(), number)
-        stop.leave_if_others_do_not_come()
+        stop.exit_without_peers()
 
     try:
         with pytest.raises(SystemExit, match="75"):
-            peers.meet(Place(rank=rank, size=2), look)
+            rendezvous.connect_workers(RankInfo(rank=rank, size=2), look)
     finally:
         stop.forget()
 
@@ -193,9 +193,9 @@ def test_other_machines_have_some_time_to_come_and_hear_of_the_stop(
         monkeypatch.setenv(name, str(value))
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGTERM)
-    stop.leave_if_others_do_not_come()
+    stop.exit_without_peers()
     now = time.monotonic()
     monkeypatch.setattr("swamla_titan.launch.signals.time.monotonic", lambda: now + 3600)
     with pytest.raises(SystemExit, match="75"):
-        stop.leave_if_others_do_not_come()
+        stop.exit_without_peers()
     stop.forget()

@@ -13,7 +13,7 @@ import pytest
 
 from tests.waiting import HANG
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Calls itself fit if asked (unless STUB_UNFIT is set), else writes down how it was called.
 STUB = """#!/bin/sh

@@ -13,7 +13,7 @@ import pytest
 from tests.train.runs import kill_groups
 from tests.waiting import HANG, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/slurm.sbatch"
 
 # Each command writes down how it was called; srun also what it hands to its tasks, and ends as $SRUN says.

@@ -19,21 +19,21 @@ from swamla_titan.launch.signals import StopRequest
 from swamla_titan.launch.worker import (
     FOLDER,
     FORWARDED,
-    Place,
+    RankInfo,
     acknowledge_stop,
     exit_through_launcher,
     foreign_variables,
-    place,
-    regrouping,
-    speaks,
-    stop_asked,
+    logs_to_console,
+    rank_info,
+    re_rendezvous,
+    stop_requested,
 )
 from tests.train.runs import train
 
 
 def set_place(monkeypatch: pytest.MonkeyPatch, **numbers: object) -> None:
     """What torchrun gives a worker."""
-    given = {launcher.MARK: 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400, "GROUP_WORLD_SIZE": 1}
+    given = {launcher.RESTART_COUNT: 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400, "GROUP_WORLD_SIZE": 1}
     for name, value in (given | numbers).items():
         monkeypatch.setenv(name, str(value))
 
@@ -93,7 +93,7 @@ def test_after_a_signal_to_the_launcher_no_worker_begins(folder: Path) -> None:
 
 def test_signals_work_again_in_the_worker_and_are_acknowledged(folder: Path) -> None:
     def main() -> int:
-        assert all(signal.getsignal(number) == launcher.stop_early for number in FORWARDED)
+        assert all(signal.getsignal(number) == launcher.early_handler for number in FORWARDED)
         assert not (folder / "3.stopping").exists()  # that was the worker's before
         stop = StopRequest()
         stop.finish_step_first = True
@@ -137,7 +137,7 @@ def test_sigterm_while_torchrun_regroups_is_no_stop_and_leaves_the_users_signals
     def main() -> int:
         stop = StopRequest()
         assert stop.agreed(lambda own: own) is None
-        with regrouping():
+        with re_rendezvous():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # no second signal
             asked = stop.agreed(lambda own: own)
@@ -153,7 +153,7 @@ def test_sigterm_while_torchrun_regroups_is_no_stop_and_leaves_the_users_signals
         return 0
 
     assert exit_through_launcher(main) == 0
-    assert not (folder / "regroup").exists()
+    assert not (folder / "re-rendezvous").exists()
 
 
 @pytest.mark.usefixtures("folder", "two_machines")
@@ -174,18 +174,18 @@ def test_a_worker_stopped_for_a_change_ends_when_its_torchrun_is_there_and_leave
     waited: list[float] = []
     monkeypatch.setattr(launcher.time, "sleep", waited.append)
     assert exit_through_launcher(lambda: 76) == 76
-    assert waited == [launcher.AGENT_COMES]
-    with regrouping():
+    assert waited == [launcher.AGENT_STOP_TIMEOUT]
+    with re_rendezvous():
         assert exit_through_launcher(lambda: 76) == 76
-    assert waited == [launcher.AGENT_COMES]
+    assert waited == [launcher.AGENT_STOP_TIMEOUT]
     assert sorted(path.name for path in folder.iterdir()) == ["3.pid"]
 
 
 def test_without_a_launcher_there_is_no_folder_to_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
-    with regrouping():
-        assert stop_asked() is None
+    with re_rendezvous():
+        assert stop_requested() is None
         assert not list(tmp_path.iterdir())
 
 
@@ -198,14 +198,14 @@ def test_log_rank_names_those_who_speak(monkeypatch: pytest.MonkeyPatch, named: 
     if named is not None:
         monkeypatch.setenv("LOG_RANK", named)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert speaks()  # started by hand
+    assert logs_to_console()  # started by hand
     found = []
     for rank in range(3):
         set_place(monkeypatch, RANK=rank, WORLD_SIZE=3, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=3)
         if isinstance(speaking, str):
             with pytest.raises(UserError, match=speaking):
-                speaks()
-        elif speaks():
+                logs_to_console()
+        elif logs_to_console():
             found.append(rank)
     assert isinstance(speaking, str) or found == speaking
 
@@ -264,7 +264,7 @@ GENUINE = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4, "
 
 def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     set_place(monkeypatch, **GENUINE)
-    assert place() == Place(rank=5, size=8, local_rank=1, local_size=4, machines=2)
+    assert rank_info() == RankInfo(rank=5, size=8, local_rank=1, local_size=4, machines=2)
     assert foreign_variables() == []
 
 
@@ -282,12 +282,12 @@ def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_another_launcher_left_counts_for_nothing_and_is_named(
     monkeypatch: pytest.MonkeyPatch, left: dict[str, str], named: list[str]
 ) -> None:
-    for name in (launcher.MARK, *launcher.NUMBERS):
+    for name in (launcher.RESTART_COUNT, *launcher.RANK_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert place() == Place()
-    assert speaks()
+    assert rank_info() == RankInfo()
+    assert logs_to_console()
     assert foreign_variables() == named
 
 
@@ -313,8 +313,10 @@ def test_torchruns_variables_that_make_no_sense_are_refused_with_what_to_unset(
     set_place(monkeypatch, **GENUINE)
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    for asked in (place, speaks, lambda: init_distributed(Parallel())):
-        with pytest.raises(UserError, match=f"{reason}.*take them away with: unset {launcher.MARK} ") as refused:
+    for asked in (rank_info, logs_to_console, lambda: init_distributed(Parallel())):
+        with pytest.raises(
+            UserError, match=f"{reason}.*take them away with: unset {launcher.RESTART_COUNT} "
+        ) as refused:
             asked()
         assert len(str(refused.value)) < 500
 
@@ -347,7 +349,7 @@ def test_files_of_the_current_folder_are_not_imported_for_pythons(tmp_path: Path
         names += ["types", "contextlib", "warnings", "importlib"]
     for name in names:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('imported the {name}.py of the user')")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     safe = [] if protection == "none" else [str(root / "swamla_titan/safe_path")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *safe])
@@ -365,7 +367,7 @@ def test_files_of_the_current_folder_are_not_imported_for_pythons(tmp_path: Path
 
 
 def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     (tmp_path / "gone").mkdir()
     command = f'rmdir "$PWD" && exec "{sys.executable}" -m swamla_titan check'
     ran = subprocess.run(

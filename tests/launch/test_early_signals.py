@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launcher import Repository, write_script
+from tests.launch.test_launcher import Repository, write_script
 from tests.train.runs import kill_groups
 from tests.waiting import HANG
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Python imports this at its start: it stops in the import of $AT, however long that import takes elsewhere.
 SITE = """

@@ -66,7 +66,7 @@ sys.exit(3)
 
 def write(tmp_path: Path, redirection: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
     """Runs WRITER under a shell's redirection."""
-    python_path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    python_path = {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         ["bash", "-c", f'"{sys.executable}" -c "$1" {redirection}', "bash", WRITER],
         cwd=tmp_path,
@@ -107,7 +107,7 @@ def test_characters_that_a_stream_lacks_are_escaped(tmp_path, environment, expec
 def test_a_terminal_that_hung_up(tmp_path):
     near, far = os.openpty()
     command = [sys.executable, "-c", "import os\nos.read(0, 1)\n" + WRITER]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=far, stderr=far, cwd=tmp_path, env=environment, start_new_session=True
     )

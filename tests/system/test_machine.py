@@ -81,7 +81,7 @@ def one_message(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("error", [system_error(errno.EMFILE), MemoryError(), RuntimeError("can't start new thread")])
-def test_a_command_that_meets_it_anywhere_is_refused(monkeypatch, capsys, error):
+def test_a_command_that_meets_it_anywhere_ended_for_bad_input(monkeypatch, capsys, error):
     def fail(*_: object) -> int:
         raise error
 
@@ -150,20 +150,20 @@ def test_while_it_trains_it_is_a_failure_that_another_start_may_mend(tiny, monke
     assert one_message(capsys).startswith("failed: Cannot allocate memory (noticed at ")
 
 
-def test_a_worker_that_alone_is_refused_ends_as_after_a_crash_and_is_not_started_again(tmp_path, monkeypatch):
+def test_a_worker_that_alone_ended_for_bad_input_ends_as_after_a_crash_and_is_not_started_again(tmp_path, monkeypatch):
     monkeypatch.setenv(launcher.FOLDER, str(tmp_path))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(launcher, "_is_refused", False)
+    monkeypatch.setattr(launcher, "_ended_for_bad_input", False)
     monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
-    assert not launcher.any_refused()
+    assert not launcher.any_bad_input()
 
     def refused() -> int:
-        launcher.refused_alone()
+        launcher.report_bad_input()
         return 2
 
     assert launcher.exit_through_launcher(refused) == 1
     assert (tmp_path / "1.code").read_text() == "2"
-    assert launcher.any_refused()
+    assert launcher.any_bad_input()
 
 
 @pytest.mark.parametrize("code, restarts", [("2", 0), ("1", 3)])

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launched_workers import assert_gone
-from tests.test_launcher import write_script
+from tests.launch.test_launched_workers import assert_gone
+from tests.launch.test_launcher import write_script
 from tests.waiting import HANG
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts/torchrun.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/torchrun.sh"
 
 
 def run(folder: Path, body: str) -> int:
