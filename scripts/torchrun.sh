@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run torchrun, deliver signals to its workers, and end with the workers' own exit code.
 # usage: torchrun.sh PYTHON TORCHRUN_ARGUMENT ...   run_train.sh reads it with `.`
-# The other half, and what lies in the folder that both use, is in swamla_titan/launch/worker.py; agent.py beside it
-# is torchrun with a few habits of our own.
+# swamla_titan/launch/__init__.py draws the states of the workers and lists the files of the launch folder; worker.py
+# beside it is the workers' side, agent.py is torchrun adapted to them.
 #
 # SIGTERM, SIGUSR1 and SIGINT: the workers save and end, however long that takes; the exit code is 75. A second one
 # three seconds later, or SIGHUP, ends all at once. torchrun ignores these signals: it would give its workers 30 seconds.
@@ -17,14 +17,14 @@ printf '%s\n' "$$" >"$folder/launcher"
 keep=
 trap '[[ -n $keep ]] || rm -rf "$folder"' EXIT
 
-agent=       # torchrun's process id
+agent=       # process id of torchrun
 asked_at=    # when the first signal came, in seconds
 interrupted= # a signal interrupted the wait
 killed_by=   # the number of the signal that ended all at once
-idle=        # there had been no workers when the signal came
+idle=        # there were no workers when the signal came
 
-# Prints the ids of the workers that run; with `unaware`, only of those that no signal has reached yet; with `unended`,
-# only of those that have not left their code.
+# Prints the process ids of the running workers; with `unaware`, only of those that no signal has reached yet; with
+# `unended`, only of those that have not left their exit code.
 workers() {
   local file pid
   for file in "$folder"/*.pid; do
@@ -36,8 +36,8 @@ workers() {
   done
 }
 
-# said CODE: has a worker ended with this code?
-said() {
+# any_code CODE: has a worker ended with this exit code?
+any_code() {
   local file
   for file in "$folder"/*.code; do
     if [[ -e $file && $(<"$file") == "$1" ]]; then return 0; fi
@@ -45,7 +45,7 @@ said() {
   return 1
 }
 
-# Have all workers of the last start ended with 0 or 75? Then torchrun failed in what it does when they are done.
+# Have all workers of the last start ended with 0 or 75? Then torchrun failed in its own shutdown.
 all_ended_well() {
   local file any=1
   for file in "$folder"/*.pid; do
@@ -69,11 +69,11 @@ stop() {
   if [[ -z $asked_at ]]; then
     asked_at=$SECONDS
     { printf '%s\n' "$1" >"$folder/stop"; } 2>/dev/null || true # on a full disk the signal itself must do
-    # Terminals and schedulers signal the workers as well. Those have a second to say so, and get it only once then.
+    # Terminals and schedulers signal the workers as well. Those have a second to acknowledge it, and then get it once.
     sleep 1 || true
     for pid in $(workers unaware); do kill -s "$1" "$pid" 2>/dev/null || true; done
-    # None has ever started: torchrun waits for other machines, and there is nothing to save. Later, between two starts,
-    # the next one has to come: it tells the other machines.
+    # No worker has ever started: torchrun waits for other machines, and there is nothing to save. Later, between two
+    # starts, the next workers must start, because they tell the other machines.
     if [[ -n $agent ]] && ! compgen -G "$folder/*.pid" >/dev/null; then
       idle=1
       kill_all
@@ -106,19 +106,19 @@ while
   [[ -n $interrupted ]]
 do :; done
 
-# Workers without their torchrun, which was killed or ended itself: they would hold the GPUs and the dump folder.
+# Workers whose torchrun was killed or has ended would keep the GPUs and the dump folder.
 if ((status != 0)); then
   for pid in $(workers unended); do kill -KILL "$pid" 2>/dev/null || true; done
 fi
 
 if [[ -n $killed_by ]]; then
   exit $((128 + killed_by))
-elif said 2; then
-  exit 2 # if other workers crashed, it was for want of this one
+elif any_code 2; then
+  exit 2 # other workers crashed, if at all, because this one had ended
 elif [[ -n $idle ]]; then
   exit 75
 elif ((status == 0)) || all_ended_well; then
-  if said 75; then exit 75; fi
+  if any_code 75; then exit 75; fi
   exit 0
 fi
 for file in "$folder"/logs/*/attempt_*/*/stderr.log; do
