@@ -12,7 +12,7 @@ from typing import Any
 
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.console import one_line as escaped
-from swamla_titan.system.machine import LASTING, WAYS_OUT, chain, lack
+from swamla_titan.system.machine import PERMANENT, REMEDIES, chain, lack
 
 # Answers of an operating system that do not change by asking again: a missing file is reported at once.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -89,8 +89,8 @@ def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | Non
     number = lack(error)
     if number is None:
         return None
-    kind = SetupFault if number in LASTING else MachineFault
-    return kind(path, place, f"cannot be read: {os.strerror(number)}", WAYS_OUT[number], may_pass=True)
+    kind = SetupFault if number in PERMANENT else MachineFault
+    return kind(path, place, f"cannot be read: {os.strerror(number)}", REMEDIES[number], may_pass=True)
 
 
 def cut_short(file: str, place: str) -> DataFault:

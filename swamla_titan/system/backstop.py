@@ -1,10 +1,10 @@
-"""Ends a process whose Python cannot run, because C code keeps Python's lock: a small process watches it.
+"""Ends a process whose Python cannot run, because C code holds the GIL: a small process monitors it.
 
-`faulthandler` has a timer for that, which is not used: it goes by the clock, so that a process that was paused for
-longer than its limit would be ended in the moment in which it goes on. The process here counts the seconds in which it
-runs itself, and leaves out those in which the one that it watches is stopped.
+faulthandler's timer would do the same by the clock, and so end a process that was paused for longer than the timeout in
+the moment it continues. The monitor here counts the seconds in which it runs itself, and leaves out those in which the
+monitored process is stopped.
 
-This file is also the program of that process, which starts in some 20 ms: standard library only, and nothing of ours.
+This file is also the monitor's program, which starts in some 20 ms: standard library only, no import of ours.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-# Nobody else uses it: at its arrival C code writes all stacks.
+# At this signal, which nothing else uses, C code dumps all stacks.
 STACKS = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
-LOOK = 0.25  # seconds
-LONGEST = 0.5  # what lies between two looks counts for so much at most, the rest was a pause
-LAST_CHANCE = 5.0  # seconds in which the process may end by itself, with exit code 1, before it is killed
+POLL_INTERVAL = 0.25  # seconds
+LONGEST = 0.5  # the time between two polls counts for so much at most, the rest was a pause
+GRACE_PERIOD = 5.0  # seconds in which the process may end by itself, with exit code 1, before it is killed
 
 
 class Backstop:
-    """Ends this process if it does not call `arm` again in time. Made by the main thread."""
+    """Ends this process if it does not call `arm` again in time. To be created by the main thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._before = signal.signal(STACKS, _end)  # if the C code ends after all, or lets signals interrupt it
+        self._before = signal.signal(STACKS, _end)  # in case the C code returns after all, or lets signals interrupt it
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(STACKS))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self._process.stdin
@@ -40,18 +40,18 @@ class Backstop:
         self._path = ""
 
     def write_to(self, stacks: TextIO, path: Path | None = None) -> None:
-        """Where the stacks go; with the path of a file they begin with a line that says why."""
+        """Set the file for the stacks; with its path, a line before them gives the reason."""
         faulthandler.register(STACKS, file=stacks, all_threads=True, chain=True)
         self._path = str(path.absolute()) if path else ""
 
     def arm(self, seconds: float) -> None:
-        """End this process in so many seconds in which it runs, and not before."""
+        """Set the timeout: seconds of running time from now."""
         line = f"{max(seconds, 0):.3f} {self._path}".encode(errors="surrogateescape").replace(b"\n", b"?") + b"\n"
-        with self._lock, contextlib.suppress(OSError):  # it was killed: then there is none
+        with self._lock, contextlib.suppress(OSError):  # the monitor was killed
             os.write(self._process.stdin.fileno(), line)  # type: ignore[union-attr]
 
     def close(self) -> None:
-        """Watch no longer."""
+        """End the monitor."""
         with self._lock:
             self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait()
@@ -72,14 +72,14 @@ def stopped(pid: int) -> bool:
 
 
 def watch(pid: int, stacks: int) -> None:
-    """The small process: what it is told on standard input is `SECONDS PATH`, line by line; its end is ours."""
+    """The monitor: reads lines `SECONDS PATH` from standard input, and ends with the process that writes them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # schedulers and terminals send them to all; it ends with the other one
     left, path, unread = float("inf"), "", b""
     limit = left
     last = time.monotonic()
     while left > 0:
-        if select.select([0], [], [], LOOK)[0]:
+        if select.select([0], [], [], POLL_INTERVAL)[0]:
             read = os.read(0, 65536)
             if not read:
                 return
@@ -100,7 +100,7 @@ def watch(pid: int, stacks: int) -> None:
         with contextlib.suppress(OSError), open(path, "a") as file:
             file.write(f"Timeout ({limit:g} s): Python could not run\n")
     os.kill(pid, stacks)
-    end = time.monotonic() + LAST_CHANCE
+    end = time.monotonic() + GRACE_PERIOD
     while time.monotonic() < end and os.getppid() == pid:
         time.sleep(0.05)
     if os.getppid() == pid:

@@ -1,7 +1,7 @@
-"""What a terminal or a log is sent: streams that are always there, and text that cannot drive a terminal.
+"""Standard streams that never fail, and text without control characters for terminals and logs.
 
-Names of files, values of a configuration, texts of libraries may hold anything: line breaks, the escape sequences of
-terminals, characters that the stream's encoding lacks. Standard library only: every process begins with it.
+File names, values of a configuration and messages of libraries may contain anything: line breaks, terminal escape
+sequences, characters that the stream's encoding lacks. Standard library only: every process begins with it.
 """
 
 import io
@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-# Control characters, separators of lines, what turns the direction of writing, and bytes of names that are no text.
+# Control characters, line separators, marks of writing direction, and surrogates (bytes of names that are no text).
 _OF_DIRECTION = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_OF_DIRECTION, *range(0xD800, 0xE000))
 _ONE_LINE = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
@@ -20,21 +20,21 @@ _SEVERAL_LINES = {code: text for code, text in _ONE_LINE.items() if chr(code) no
 
 
 def one_line(text: object) -> str:
-    """`text` with every control character escaped, line breaks included; any stream of UTF-8 takes it."""
+    """`text` with every control character escaped, line breaks included; valid UTF-8."""
     return str(text).translate(_ONE_LINE)
 
 
 def several_lines(text: object) -> str:
-    """`text` with every control character escaped but line breaks and tabulators."""
+    """`text` with every control character escaped but line breaks and tabs."""
     return str(text).translate(_SEVERAL_LINES)
 
 
 class Lines(str):
-    """Text of several lines on purpose: as an argument of a log line it keeps its line breaks."""
+    """Intentionally multi-line text: as an argument of a log message it keeps its line breaks."""
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a record with all that was put into its message escaped: a line of the log stays one line.
+    """Formats a record with its arguments escaped, so that a log line stays one line.
 
     Line breaks of the message's own template, of `Lines` and of tracebacks are kept.
     """
@@ -56,16 +56,16 @@ def _safe_argument(value: Any) -> Any:
 
 
 class Stream(io.FileIO):
-    """The descriptor of standard output or error. What it does not take is dropped, and nothing is raised.
+    """The file descriptor of standard output or error. Drops what cannot be written, and raises nothing.
 
-    A full disk behind it, a reader that has gone, a terminal that hung up are no reason to end a run; `lost` is the
-    first error, for commands whose whole purpose is what they print.
+    A full disk, a closed pipe or a terminal that hung up must not end a run; `lost` is the first error, for commands
+    whose purpose is their output.
     """
 
     lost: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write all of `data`, waiting where somebody made the descriptor non-blocking, or drop the rest."""
+        """Write all of `data`, waiting if the descriptor is non-blocking, or drop the rest."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
@@ -82,11 +82,11 @@ class Stream(io.FileIO):
 
 
 def open_console() -> None:
-    """Make the three standard streams of this process such that nothing printed ends it. Call it first of all.
+    """Replace the three standard streams so that printing cannot end this process. To be called before all else.
 
-    A descriptor that is closed is opened on /dev/null, or the next file that is opened would get its number, and what
-    is printed would land there. Characters that the encoding lacks are escaped. Streams that something else, a test
-    perhaps, has put in place are left alone.
+    A closed descriptor is opened on /dev/null, because the next file to be opened would get its number and what is
+    printed. Characters that the encoding lacks are escaped. Streams that something else has replaced, such as a test,
+    are left alone.
     """
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
@@ -102,7 +102,7 @@ def open_console() -> None:
 
 
 def lost_output() -> OSError | None:
-    """Flush standard output; the error that it met with, if something printed there was dropped."""
+    """Flush standard output; returns the error because of which output was dropped, if any."""
     try:
         sys.stdout.flush()
     except OSError as error:  # not a stream of `open_console`
@@ -129,7 +129,7 @@ def _raw(stream: Any) -> Any:
 
 
 def _replacement(stream: Any, descriptor: int) -> TextIO:
-    if stream is None:  # it was closed when Python began, and what has its number now may be anybody's file
+    if stream is None:  # it was closed when Python started, and its number may be any file's now
         return io.TextIOWrapper(io.BufferedWriter(Stream(os.devnull, "w")), "utf-8", "backslashreplace")
     with suppress(OSError, ValueError):
         stream.flush()
@@ -145,4 +145,4 @@ def _replacement(stream: Any, descriptor: int) -> TextIO:
     )
 
 
-_replaced: list[Any] = []  # kept, for who holds on to the descriptors' own objects
+_replaced: list[Any] = []  # kept alive for code that holds references to them

@@ -1,4 +1,4 @@
-"""A file of lines that only grows, on a disk that may be full for a while."""
+"""An append-only file of lines, on a disk that may be full temporarily."""
 
 import logging
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 class LineFile:
-    """Appends whole lines; what the disk does not take waits in memory and goes first at the next line.
+    """Appends lines; what cannot be written stays in memory and is written first with the next line.
 
-    A process that is killed may leave the last line cut short; it is ended before the next one, which so starts on its
-    own. Raises OSError if the file cannot be opened; later nothing is raised.
+    A process that is killed may leave the last line truncated; the next process ends that line before it appends.
+    Raises OSError if the file cannot be opened; later nothing is raised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,15 +20,15 @@ class LineFile:
         self._open()
 
     def _open(self) -> None:
-        # Not through Python's buffer: after an error nobody could tell how much of it has been written.
+        # Unbuffered, because after an error of a buffered write it is unknown how much has been written.
         self._file = self.path.open("a+b", buffering=0)
-        with suppress(OSError):  # no file that has an end, like a pipe
+        with suppress(OSError):  # not seekable, like a pipe
             if self._file.seek(0, os.SEEK_END) > 0:
                 self._file.seek(-1, os.SEEK_END)
                 self._waiting = b"" if self._file.read(1) == b"\n" else b"\n"
 
     def write(self, line: str) -> str | None:
-        """Append a line. Returns what a user should know, once each time: the disk begins, or ceases, to refuse."""
+        """Append a line. Returns a warning for the user when writes begin to fail, and when they succeed again."""
         self._waiting += line.encode(errors="backslashreplace") + b"\n"
         error = self._write()
         if error and not self._refused:
@@ -40,9 +40,9 @@ class LineFile:
         return None
 
     def follow(self) -> str | None:
-        """Open the file of this name anew, if it was removed or another one put there; returns what a user should know.
+        """Open the file again if its path was removed or replaced; returns a warning for the user.
 
-        Only where its folder is known to be this run's still.
+        Only where its folder is known to be still this run's.
         """
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
@@ -55,23 +55,23 @@ class LineFile:
         try:
             self._open()
         except OSError:
-            return None  # it is tried again at the next line
+            return None  # retried at the next line
         self._waiting += waiting
         before.close()
         return f"{self.path} was removed or replaced; its lines go on in the file of this name, without those before"
 
     def close(self) -> str | None:
-        """Try once more and close; returns what a user should know: lines were lost."""
+        """Write what is in memory and close; returns a warning if lines were lost."""
         error = self._write()
         self._file.close()
         lines = self._waiting.count(b"\n")
         return f"{self.path} lacks the last {lines} lines ({error.strerror})" if error else None
 
     def _write(self) -> OSError | None:
-        """Write what waits, as far as the disk takes it."""
+        """Write what is in memory, as far as possible."""
         try:
             while self._waiting:
-                # A full disk takes a part of it first; the rest follows there when there is room.
+                # On a full disk a write may be partial; the rest follows when there is room.
                 self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
         except OSError as error:
             return error
@@ -79,7 +79,7 @@ class LineFile:
 
 
 class LineFileHandler(logging.Handler):
-    """Sends log lines to a LineFile; that the disk refuses them is itself logged, once."""
+    """Writes log records to a LineFile, and logs its warnings."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if the file cannot be opened."""
@@ -92,14 +92,14 @@ class LineFileHandler(logging.Handler):
             return
         try:
             news = self._file.write(self.format(record))
-        except Exception:  # a message that its arguments do not fit: logging's own way to tell
+        except Exception:  # arguments do not fit the message's format: logging reports it
             self.handleError(record)
             return
         if news:
-            logging.getLogger(__name__).warning("%s", news)  # comes here again, and then is no news
+            logging.getLogger(__name__).warning("%s", news)  # comes here again, and then is no warning any more
 
     def close(self) -> None:
-        """Write what waits, if the disk takes it now, and close."""
+        """Write what is in memory, if that is possible now, and close."""
         if self._file:
             file, self._file = self._file, None
             lost = file.close()

@@ -1,6 +1,6 @@
-"""What this machine lacks, as the operating system says it, and what to do about it.
+"""Explains errors of the operating system: which resource this machine lacks, and what to do about it.
 
-Standard library only, for it explains also why torch cannot be imported.
+Standard library only, because it also explains why torch cannot be imported.
 """
 
 import errno
@@ -13,15 +13,15 @@ from contextlib import contextmanager, suppress
 from swamla_titan.errors import UserError
 
 OPEN_FILES = 65536
-_OF_A_PROCESS, _OF_A_WORKER = 64, 8  # open files; with too few the server that forks the workers just dies
+_FILES_OF_A_PROCESS, _FILES_OF_A_WORKER = 64, 8  # open files; with too few the server that forks the workers dies
 SHARED_MEMORY = "/dev/shm"
-_OF_SHARED_MEMORY = (
+_SHARED_MEMORY_REMEDY = (
     f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host), "
     "or read the data in the training process itself (data.num_workers = 0)"
 )
 
-# No file and no server is at fault where the operating system answers one of these.
-WAYS_OUT = {
+# Error numbers that mean a lack of resources, and not a fault of the file or server.
+REMEDIES = {
     errno.EMFILE: "This process may open no more files: raise the limit (ulimit -n 65536), or lower data.num_workers",
     errno.ENFILE: "All programs of this machine together have too many files open: close some, or raise fs.file-max",
     errno.ENOMEM: "This machine, or the limit set for the process (ulimit -v, a container's), has no more memory: "
@@ -35,29 +35,29 @@ WAYS_OUT = {
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f)",
 }
 
-# What does not pass by waiting, nor by starting again: somebody has to change it.
-LASTING = {errno.EMFILE, errno.EROFS, errno.EFBIG}
+# Those that neither a retry nor a restart resolves.
+PERMANENT = {errno.EMFILE, errno.EROFS, errno.EFBIG}
 
 _NO_TEMPORARY_FOLDER = "No usable temporary directory found"
 
 
 def lack(error: BaseException) -> int | None:
-    """The errno (a key of WAYS_OUT) of what this machine lacked where `error` was raised; None: it is about else."""
+    """The errno (a key of REMEDIES) of the resource that this machine lacked when `error` was raised, or None."""
     for each in chain(error):
         if isinstance(each, MemoryError):
             return errno.ENOMEM
         if isinstance(each, OSError) and each.errno is not None:
-            if each.errno in WAYS_OUT:
+            if each.errno in REMEDIES:
                 return each.errno
         elif isinstance(each, RuntimeError | ImportError | OSError):
-            number = _told_in(str(each))
+            number = _errno_in_text(str(each))
             if number is not None:
                 return number
     return None
 
 
 def explain(error: BaseException) -> str | None:
-    """One line: what this machine lacks, where that was noticed, and the way out; None: `error` is about else."""
+    """One line: the resource that this machine lacks, where that was noticed, and a remedy; None for other errors."""
     if any(_NO_TEMPORARY_FOLDER in str(each) for each in chain(error) if isinstance(each, FileNotFoundError)):
         return "no folder for temporary files can be written. Set TMPDIR to one that can"
     number = lack(error)
@@ -65,21 +65,21 @@ def explain(error: BaseException) -> str | None:
         return None
     names = [str(each.filename) for each in chain(error) if isinstance(each, OSError) and each.filename is not None]
     what = os.strerror(number) + (f": {names[0]}" if names else "")
-    way_out = WAYS_OUT[number]
+    remedy = REMEDIES[number]
     if number in (errno.ENOSPC, errno.EROFS, errno.ENOMEM) and _is_about_shared_memory(error, names):
-        way_out = _OF_SHARED_MEMORY
-    return f"{what} ({_place(error)}). {way_out}"
+        remedy = _SHARED_MEMORY_REMEDY
+    return f"{what} ({_noticed_at(error)}). {remedy}"
 
 
 def allow_open_files_to_train(num_workers: int) -> None:
-    """`allow_open_files` for a training process that so many processes read the data for."""
-    allow_open_files(_OF_A_PROCESS + num_workers * _OF_A_WORKER)
+    """`allow_open_files` for a training process with this many data workers."""
+    allow_open_files(_FILES_OF_A_PROCESS + num_workers * _FILES_OF_A_WORKER)
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files as far as it may; OSError if it may not open `count`.
+    """Raise this process's limit of open files as far as allowed; raises OSError if it is less than `count`.
 
-    The usual limit of 1,024 is for programs of another age that cannot handle more; the hard limit is the system's.
+    The usual soft limit of 1,024 is for programs that use select(); the hard limit is the system's.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES:
@@ -92,14 +92,14 @@ def allow_open_files(count: int) -> None:
 
 
 def limit_of_files() -> str:
-    """Words on the largest file that this process may write; none where nobody has set a limit."""
+    """A clause on the largest file that this process may write; empty without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return "" if limit == resource.RLIM_INFINITY else f", in files of at most {limit:,} bytes (ulimit -f)"
 
 
 @contextmanager
 def needed(what: str) -> Iterator[None]:
-    """Makes a UserError of what this machine lacks inside: to start the run again would not mend it."""
+    """Turns a lack of resources inside into a UserError, because a restart would not resolve it."""
     try:
         yield
     except UserError:
@@ -112,7 +112,7 @@ def needed(what: str) -> Iterator[None]:
 
 
 def chain(error: BaseException | None, contexts: bool = True) -> Iterator[BaseException]:
-    """An error, what it was raised from (`contexts`: or what was being handled meanwhile), and so on."""
+    """An error, its cause (with `contexts` also the error that was being handled), and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -121,29 +121,29 @@ def chain(error: BaseException | None, contexts: bool = True) -> Iterator[BaseEx
         error = cause or (error.__context__ if contexts and not error.__suppress_context__ else None)
 
 
-def _told_in(text: str) -> int | None:
-    """For libraries that pass on no number but the operating system's words."""
+def _errno_in_text(text: str) -> int | None:
+    """The errno in the message of a library that passes on only the operating system's text."""
     if "can't start new thread" in text:
         return errno.EAGAIN
     if "can't allocate memory" in text or "failed to map segment from shared object" in text:
         return errno.ENOMEM
-    return next((number for number in WAYS_OUT if os.strerror(number) in text), None)
+    return next((number for number in REMEDIES if os.strerror(number) in text), None)
 
 
 def _is_about_shared_memory(error: BaseException, names: list[str]) -> bool:
     if any(name.startswith(SHARED_MEMORY) for name in names) or any(SHARED_MEMORY in str(e) for e in chain(error)):
         return True
-    # Semaphores live there; the operating system names no file.
-    places = (place for each in chain(error) for place in _places(each))
-    return any(path.endswith("multiprocessing/synchronize.py") for path, _ in places)
+    # Semaphores are in shared memory, but the operating system names no file.
+    calls = (call for each in chain(error) for call in _calls(each))
+    return any(path.endswith("multiprocessing/synchronize.py") for path, _ in calls)
 
 
-def _place(error: BaseException) -> str:
-    places = _places(error)
-    ours = [each for each in places if "/swamla_titan/" in each[0]] or places
+def _noticed_at(error: BaseException) -> str:
+    calls = _calls(error)
+    ours = [each for each in calls if "/swamla_titan/" in each[0]] or calls
     return f"noticed at {os.path.basename(ours[-1][0])}:{ours[-1][1]}" if ours else type(error).__name__
 
 
-def _places(error: BaseException) -> list[tuple[str, int]]:
-    """File and line of each call, without reading any file: there may be no memory, or too many files may be open."""
+def _calls(error: BaseException) -> list[tuple[str, int]]:
+    """File and line of each call, without opening any file: memory or file descriptors may be exhausted."""
     return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]

@@ -1,5 +1,4 @@
-"""The end of this process, and waiting for that of one that is not a child. Standard library only: workers begin with
-it."""
+"""Ends this process, and waits for the end of one that is not a child. Standard library only: workers begin with it."""
 
 import atexit
 import os
@@ -11,14 +10,14 @@ from typing import NoReturn
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process as Python does, but without taking down what libraries left behind.
+    """Exit as Python does, but without destroying what libraries have left running.
 
-    Threads of torch's process groups may still run then, and now and then abort a process that is done ("terminate
-    called without an active exception"), which torchrun takes for a crash and starts again.
+    Threads of torch's process groups may still run then, and occasionally abort a process that is done ("terminate
+    called without an active exception"), which torchrun takes for a crash and restarts.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or never there
+        with suppress(OSError, ValueError, AttributeError):  # closed, or there was none
             stream.flush()
     os._exit(code)
 
@@ -26,7 +25,7 @@ def end_process(code: int) -> NoReturn:
 def wait_for_end(pid: int) -> None:
     """Returns when the process has ended."""
     try:
-        if hasattr(os, "pidfd_open"):  # Linux; it cannot be taken in by a new process with the same PID
+        if hasattr(os, "pidfd_open"):  # Linux; a new process with the same PID cannot be mistaken for it
             poll = select.poll()
             poll.register(os.pidfd_open(pid), select.POLLIN)
             poll.poll()
@@ -34,7 +33,7 @@ def wait_for_end(pid: int) -> None:
     except ProcessLookupError:
         return
     except OSError:
-        pass  # the kernel, or a container's rules, know no pidfd
+        pass  # the kernel, or a container's seccomp rules, lack pidfd
     while True:
         try:
             os.kill(pid, 0)

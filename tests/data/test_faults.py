@@ -23,7 +23,7 @@ from swamla_titan.data.skips import Skip, added, first_skipped, skips_of, with_s
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.system.machine import LASTING, WAYS_OUT
+from swamla_titan.system.machine import PERMANENT, REMEDIES
 from tests.data.faulty import ALWAYS, Fails, flaky, truncate, write_parquet
 from tests.data.test_loader import all_cursors, global_batch, loaders, read, simulated
 from tests.waiting import HANG, wait_until
@@ -74,11 +74,11 @@ def test_what_the_operating_system_says(number, kind):
     assert fault.value.may_pass == (kind is Unreachable)
 
 
-@pytest.mark.parametrize("number", [*WAYS_OUT])
+@pytest.mark.parametrize("number", [*REMEDIES])
 def test_what_this_machine_lacks_is_told_with_the_way_out(number):
-    with pytest.raises(SetupFault if number in LASTING else MachineFault) as fault, readable("a.txt", "row 3"):
+    with pytest.raises(SetupFault if number in PERMANENT else MachineFault) as fault, readable("a.txt", "row 3"):
         raise OSError(number, os.strerror(number), "a.txt")
-    assert str(fault.value) == f"a.txt, row 3: cannot be read: {os.strerror(number)}. {WAYS_OUT[number]}"
+    assert str(fault.value) == f"a.txt, row 3: cannot be read: {os.strerror(number)}. {REMEDIES[number]}"
     other = pickle.loads(pickle.dumps(fault.value))
     assert (other.of_machine, isinstance(other, DataFault)) == (True, False)
 

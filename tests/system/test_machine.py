@@ -15,7 +15,7 @@ from swamla_titan.cli import main
 from swamla_titan.data import loader
 from swamla_titan.errors import UserError
 from swamla_titan.launch import worker as launcher
-from swamla_titan.system.machine import WAYS_OUT, allow_open_files, explain, lack, needed
+from swamla_titan.system.machine import REMEDIES, allow_open_files, explain, lack, needed
 from swamla_titan.train.trainer import Trainer
 from tests.train.runs import train
 
@@ -34,7 +34,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 @pytest.mark.parametrize(
     "error, number",
     [
-        *((system_error(number), number) for number in WAYS_OUT),
+        *((system_error(number), number) for number in REMEDIES),
         (BlockingIOError(errno.EAGAIN, "fork"), errno.EAGAIN),
         (MemoryError(), errno.ENOMEM),
         (RuntimeError("can't start new thread"), errno.EAGAIN),
