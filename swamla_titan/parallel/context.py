@@ -33,7 +33,7 @@ from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.parallel.sequence_exchange import exchange_windows, gather_rows, own_columns, sink_sources
+from swamla_titan.parallel.sequence_exchange import exchange_windows, all_gather_sequence, local_chunks, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, plan_swa_exchange
 
 
@@ -90,7 +90,7 @@ class LatentGather(InnerAttention):
         """As in InnerAttention, from latents [B, 2 * chunk, R] and rotated keys [B, 2 * chunk, 1, rope]."""
         assert isinstance(context, CausalSlice)
         width = latent.shape[-1]
-        gathered = gather_rows(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
+        gathered = all_gather_sequence(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
         return gathered[..., :width], gathered[..., width:].unsqueeze(2)
 
 
