@@ -33,7 +33,7 @@ from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.parallel.sequence_exchange import exchange_windows, all_gather_sequence, local_chunks, sink_sources
+from swamla_titan.parallel.sequence_exchange import all_gather_sequence, exchange_windows, local_chunks, sink_sources
 from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, plan_swa_exchange
 
 
