@@ -8,7 +8,7 @@ until the time is over. Meanwhile ranks, loaders, torchrun and the launcher are 
 is cut, the disk is full for a moment and the newest checkpoint is damaged; a command that has ended is given again, as
 its user would. Some gradients are no numbers, in the reference as well. Compared with the reference, bit for bit: the
 metrics of each step, and the tensors, counters and data cursors of the last checkpoint. No start may go back further
-than to the newest whole checkpoint. With several numbers of processes each start of the command draws one; sums then
+than to the newest intact checkpoint. With several numbers of processes each start of the command draws one; sums then
 have other roundings, so that numbers must agree within --tolerance, and the order of the data exactly.
 
 Linux. Prints a table last; exit code 1 if anything was lost or differs.

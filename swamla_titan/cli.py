@@ -63,7 +63,7 @@ class Generate:
     """Continue prompts with a trained model."""
 
     checkpoint: Positional[str]
-    """A checkpoint folder, or the dump folder of a run: its newest whole checkpoint."""
+    """A checkpoint folder, or the dump folder of a run: its newest intact checkpoint."""
 
     prompt: tuple[str, ...] = ("The",)
     """Texts to continue; several are computed as one batch."""

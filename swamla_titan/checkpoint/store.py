@@ -107,21 +107,8 @@ class Checkpoints:
         final = self.folder / name_of(state.step)
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
 
-        def write() -> Entries:
-            _write(tensors, temporary, self.world)
-            # Under DCP's names for the files of a rank.
-            return digested(temporary, sorted(temporary.glob(f"__{self.world.rank}_*.distcp")))
-
-        def finish(entries: Entries) -> None:
-            for name, content in {TRAIN_STATE: state.to_json().encode(), **files}.items():
-                (temporary / name).write_bytes(content)
-            self.may_write()
-            commit(temporary, final, entries)
-
         try:
-            broadcast_from_rank_0(self.world, lambda: self._or_failed(lambda: self._make(temporary), final))
-            entries = all_gather_dict(self.world, all_ranks_or_raise(self.world, lambda: self._or_failed(write, final)))
-            broadcast_from_rank_0(self.world, lambda: self._or_failed(lambda: finish(entries), final))
+            self._write(tensors, state, files, temporary, final)
         except RunFailed as error:
             # Only now: while one rank fails, others may still be at work in there.
             if self.world.is_rank_0 and not isinstance(error, FolderLost):
@@ -132,6 +119,30 @@ class Checkpoints:
         self._committed = True
         broadcast_from_rank_0(self.world, lambda: self._retain(final))
         return final
+
+    def _write(
+        self, tensors: Tensors, state: TrainState, files: dict[str, bytes], temporary: Path, final: Path
+    ) -> None:
+        def digest_own() -> Entries:
+            # Under DCP's names for the files of a rank.
+            return digested(temporary, sorted(temporary.glob(f"__{self.world.rank}_*.distcp")))
+
+        def finish(entries: Entries) -> None:
+            for name, content in {TRAIN_STATE: state.to_json().encode(), **files}.items():
+                (temporary / name).write_bytes(content)
+            self.may_write()
+            commit(temporary, final, entries)
+
+        def on_all(work: Callable[[], Result]) -> Result:
+            return all_ranks_or_raise(self.world, lambda: self._or_failed(work, final))
+
+        def on_rank_0(work: Callable[[], None]) -> None:
+            broadcast_from_rank_0(self.world, lambda: self._or_failed(work, final))
+
+        on_rank_0(lambda: self._make(temporary))
+        on_all(lambda: _save_tensors(tensors, temporary, self.world))
+        entries = all_gather_dict(self.world, on_all(digest_own))
+        on_rank_0(lambda: finish(entries))
 
     def _make(self, temporary: Path) -> None:
         """Make the temporary folder, and remove those that earlier attempts left."""
@@ -303,7 +314,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _write(tensors: Tensors, folder: Path, world: World) -> None:
+def _save_tensors(tensors: Tensors, folder: Path, world: World) -> None:
     # From the host DCP must copy nothing ahead, because it would wait for all work of the GPU at every few tensors. And
     # one thread writes, because DCP does not notice the errors of further ones.
     on_gpu = any(local(each).is_cuda for group in tensors.values() for each in group.values())

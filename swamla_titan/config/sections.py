@@ -464,7 +464,7 @@ class Checkpoint:
     allow: str = key(
         "",
         'What of the checkpoint may differ from this run, as in "data,batch": model (what leaves the weights their '
-        "shapes), data and tokenizer (the data begin anew), batch (sequences a step, or their length).",
+        "shapes), data and tokenizer (the data start over), batch (sequences a step, or their length).",
     )
 
 

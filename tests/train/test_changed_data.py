@@ -7,8 +7,8 @@ import pytest
 from swamla_titan.checkpoint.train_state import read_data_record
 from swamla_titan.config import load_config
 from swamla_titan.train.open_data import open_data
+from tests.checkpoint.test_allow import rows_fed
 from tests.train.runs import checkpoint, metrics, train
-from tests.train.test_allow import rows_fed
 
 QUIET = ("--data.num_workers", "0", "--lr_schedule.warmup_steps", "0", "--checkpoint.interval", "1")
 NO_VALIDATION = ("--validation.interval", "0", "--validation.fraction", "0")
