@@ -311,15 +311,15 @@ fi
 find_temporary_folder
 restarts=${MAX_RESTARTS:-3}
 whole "$restarts" 0 1000000 || refuse "MAX_RESTARTS=$(shown "$restarts"): expected a number, at most 1000000"
-speaking=${LOG_RANK:-0}
-matches "$speaking" '^[0-9]+(,[0-9]+)*$' || refuse "LOG_RANK=$(shown "$speaking"): expected numbers of processes, as in 0,3"
-for rank in ${speaking//,/ }; do
+shown_ranks=${LOG_RANK:-0}
+matches "$shown_ranks" '^[0-9]+(,[0-9]+)*$' || refuse "LOG_RANK=$(shown "$shown_ranks"): expected numbers of processes, as in 0,3"
+for rank in ${shown_ranks//,/ }; do
   whole "$rank" 0 $((nproc - 1)) ||
-    refuse "LOG_RANK=$(shown "$speaking"): the processes of this machine are 0 to $((nproc - 1))"
+    refuse "LOG_RANK=$(shown "$shown_ranks"): the processes of this machine are 0 to $((nproc - 1))"
 done
 hidden=
 for ((rank = 0; rank < nproc; rank++)); do
-  [[ ,$speaking, == *,$rank,* ]] || hidden+=,$rank:2
+  [[ ,$shown_ranks, == *,$rank,* ]] || hidden+=,$rank:2
 done
 endpoint=${RDZV_ENDPOINT:-}
 if [[ -n $endpoint ]]; then
@@ -344,7 +344,7 @@ if ((most == 1 && nproc == 1)); then
   exec ${hold:+env --block-signal=INT,TERM,USR1} "$python" -m swamla_titan train "$config" "$@"
 fi
 
-# Several processes: what is wrong with the configuration is said once, before any of them starts.
+# Several processes: an error of the configuration is reported once, before any of them starts.
 processes=
 for ((nodes = fewest; nodes <= most; nodes++)); do processes+=,$((nodes * nproc)); done
 attended "$python" -m swamla_titan.launch.preflight "${processes#,}" "$ngpu" "$config" "$@" || exit
@@ -354,7 +354,7 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   threads=$((cores / nproc))
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$speaking")
+flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" --local-ranks-filter="$shown_ranks")
 # What the hidden processes say on standard error is kept, for the case that they crash.
 [[ -z $hidden ]] || flags+=(--redirects="${hidden#,}")
 # Each start of the processes gets a store of its own. In the one that torchrun shares among all starts, processes that

@@ -14,7 +14,7 @@ from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World, create_stage_group, meshes
 from swamla_titan.errors import UserError
 from swamla_titan.launch.rendezvous import connect_workers
-from swamla_titan.launch.worker import rank_info
+from swamla_titan.launch.worker import RankInfo, rank_info
 
 # The watchdog detects hangs, because it distinguishes them from a pause of the machine, and these timeouts do not.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
@@ -47,43 +47,50 @@ def init_distributed(parallel: Parallel, while_waiting: Callable[[], None] = lam
     device is touched, if the degrees of the configuration do not fit.
     """
     here = rank_info()
-    size, rank = here.size, here.rank
-    degrees = fit_degrees(parallel, size)
-    if torch.cuda.is_available():
-        local, needed = here.local_rank, here.local_size
-        there = torch.cuda.device_count()
-        if needed > there:  # on every process of the machine: one that continued would wait for the others
-            raise UserError(
-                f"{needed} processes on this machine, but {there} GPUs. Start as many processes as there are GPUs, "
-                "NGPU in run_train.sh"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    else:
-        _validate_cpu_is_meant()
-        device = torch.device("cpu")
-        validate_cpu_only(parallel)
-    if size == 1:
+    degrees = fit_degrees(parallel, here.size)
+    device = _device(parallel, here)
+    if here.size == 1:
         return World.alone(device)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = connect_workers(here, while_waiting)
-        # The default of all groups, because the meshes' groups take no argument for it.
-        c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{COLLECTIVE_TIMEOUT.total_seconds():.0f}")
-        # With a device, NCCL connects at once instead of at the first collective.
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
-        store.set_timeout(COLLECTIVE_TIMEOUT)
+        _init_process_group(device, here, while_waiting)
     weights, activations = meshes(degrees, device.type, parallel.data_parallel)
     host_group = dist.new_group(backend="gloo")
-    return World(rank, size, device, degrees, weights, activations, host_group, create_stage_group(weights))
+    stage_group = create_stage_group(weights)
+    return World(here.rank, here.size, device, degrees, weights, activations, host_group, stage_group)
+
+
+def _device(parallel: Parallel, here: RankInfo) -> torch.device:
+    """This rank's device. Raises UserError where it is a CPU and GPUs are asked for, or GPUs are too few."""
+    if not torch.cuda.is_available():
+        _validate_cpu_is_meant()
+        validate_cpu_only(parallel)
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    if here.local_size > available:  # on every process of the machine: one that continued would wait for the others
+        raise UserError(
+            f"{here.local_size} processes on this machine, but {available} GPUs. Start as many processes as there are "
+            "GPUs, NGPU in run_train.sh"
+        )
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_process_group(device: torch.device, here: RankInfo, while_waiting: Callable[[], None]) -> None:
+    store = connect_workers(here, while_waiting)
+    # The default of all groups, because the meshes' groups take no argument for it.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", f"{COLLECTIVE_TIMEOUT.total_seconds():.0f}")
+    # With a device, NCCL connects at once instead of at the first collective.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("default_pg", store),
+        rank=here.rank,
+        world_size=here.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    store.set_timeout(COLLECTIVE_TIMEOUT)
 
 
 def destroy_distributed() -> None:

@@ -13,12 +13,12 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
-from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel, model_reshards_after_forward
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
+from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
 from swamla_titan.quantization.coverage import Product, refuse_device, refuse_none, survey
 from swamla_titan.quantization.native import keep_weights
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.norms import DynamicTanh, RMSNorm
-from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
+from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_last_axis
 from swamla_titan.parallel.tensor_modules import (
     ColumnParallel,
     GatheredColumnParallel,
@@ -77,7 +77,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
             module.register_parameter(key, shared[parameter])
         become(module, style, group)
     model.loss_function = vocabulary_parallel_cross_entropy(group)
-    model.gather_logits = lambda logits: gather_last_axis(logits, group)
+    model.gather_logits = lambda logits: all_gather_last_axis(logits, group)
     for method in ("prefill", "decode"):
         setattr(model, method, _refuse_to_decode)
 

@@ -1,12 +1,13 @@
-"""What the ranks of a tensor-parallel group tell each other, as differentiable functions of plain tensors.
+"""Collectives of a tensor-parallel group, as differentiable functions of plain tensors.
 
-Each of them waits for the result of its collective (distributed/collectives.py) at once. Inside a compiled graph that
-is an operator which the compiler moves as late as it can, so nothing is lost.
+Each waits for the result of its collective (distributed/collectives.py) at once. Inside a compiled graph the wait is an
+operator that the compiler moves as late as it can, so it costs nothing.
 
-Along the sequence (axis 1 of [B, T, ...]), gather and scatter-sum are each other's derivative: with S the sum over
-ranks of what each computed from all tokens, the gradient of a token's shard is the sum of all ranks' gradients of it.
+Along the sequence (axis 1 of [B, T, ...]), all-gather and reduce-scatter are each other's derivative, because every
+rank computes from all tokens, and the gradient of a token is the sum of all ranks' gradients of it.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ _SEQUENCE = 1  # axis of [B, T, ...]
 
 
 class TensorGroup(NamedTuple):
-    """The ranks that share each matrix product: their group's name, this rank's place in it, how many they are."""
+    """The ranks that share each linear layer: their group's name, this process's rank in it, its size."""
 
     name: str
     rank: int
@@ -32,74 +33,74 @@ class TensorGroup(NamedTuple):
         return cls(str(mesh.get_group().group_name), mesh.get_local_rank(), mesh.size())
 
 
-def gather_sequence(x: Tensor, group: TensorGroup) -> Tensor:
-    """[B, T/n, ...] of each rank -> [B, T, ...] on every rank. Backward: the sum over ranks, cut into shards."""
-    gathered: Tensor = _GatherSequence.apply(x, group.name, group.size)
+def all_gather_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """All-gather: [B, T/n, ...] of each rank -> [B, T, ...] on every rank. Backward: reduce-scatter."""
+    gathered: Tensor = _AllGatherSequence.apply(x, group.name, group.size)
     return gathered
 
 
-def scatter_sum_over_sequence(x: Tensor, group: TensorGroup) -> Tensor:
-    """Partial sums [B, T, ...] of each rank -> [B, T/n, ...], this rank's tokens of their sum. Backward: gathered.
+def reduce_scatter_sequence(x: Tensor, group: TensorGroup) -> Tensor:
+    """Reduce-scatter: partial sums [B, T, ...] of each rank -> [B, T/n, ...], this rank's tokens. Backward: all-gather.
 
     T must be a multiple of the number of ranks.
     """
-    scattered: Tensor = _ScatterSum.apply(x, group.name, group.size)
+    scattered: Tensor = _ReduceScatter.apply(x, group.name, group.size)
     return scattered
 
 
-def sum_over_shards(x: Tensor, group: TensorGroup) -> Tensor:
-    """The sum over ranks, the same on every rank. Backward: as it comes.
+def all_reduce_sum(x: Tensor, group: TensorGroup) -> Tensor:
+    """All-reduce: the sum over ranks, on every rank. Backward: identity.
 
-    For what every rank goes on to compute alike (a loss): each then has the gradient of the whole, not a part of it.
+    For sums from which every rank computes the same (a loss): the gradient of each is then that of the full loss.
     """
     total: Tensor = _SumOverShards.apply(x, group.name)
     return total
 
 
-def max_over_shards(x: Tensor, group: TensorGroup) -> Tensor:
-    """The largest over ranks of each element, without a gradient."""
+def all_reduce_max(x: Tensor, group: TensorGroup) -> Tensor:
+    """The maximum over ranks of each element, without a gradient."""
     return waited(OPERATORS.all_reduce(x.detach().contiguous(), "max", group.name))
 
 
-def gather_last_axis(x: Tensor, group: TensorGroup) -> Tensor:
-    """[..., V/n] of each rank -> [..., V]. Backward: this rank's part, for every rank has the gradient of the whole."""
-    gathered: Tensor = _GatherLastAxis.apply(x, group.name, group.rank, group.size)
+def all_gather_last_axis(x: Tensor, group: TensorGroup) -> Tensor:
+    """[..., V/n] of each rank -> [..., V]. Backward: this rank's slice, because every rank has the full gradient."""
+    gathered: Tensor = _AllGatherLastAxis.apply(x, group.name, group.rank, group.size)
     return gathered
 
 
-# The operators work on axis 0. split and cat around them, and not one transposition, are what the compiler's
-# asynchronous tensor-parallel pass recognizes.
-def _gather(x: Tensor, axis: int, name: str, size: int) -> Tensor:
+# The operators work on axis 0. The compiler's asynchronous tensor-parallel pass recognizes split and cat around them,
+# but no transposition.
+def _all_gather(x: Tensor, axis: int, name: str, size: int) -> Tensor:
     gathered = waited(OPERATORS.all_gather_into_tensor(x.contiguous(), size, name))
     return torch.cat(gathered.chunk(size), dim=axis)
 
 
-def _scatter(x: Tensor, axis: int, name: str, size: int) -> Tensor:
+def _reduce_scatter(x: Tensor, axis: int, name: str, size: int) -> Tensor:
     stacked = torch.cat(x.chunk(size, dim=axis))
     return waited(OPERATORS.reduce_scatter_tensor(stacked, "sum", size, name))
 
 
-class _GatherSequence(torch.autograd.Function):
+class _AllGatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
         ctx.name, ctx.size = name, size
-        return _gather(x, _SEQUENCE, name, size)
+        return _all_gather(x, _SEQUENCE, name, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter(gradient, _SEQUENCE, ctx.name, ctx.size), None, None
+        return _reduce_scatter(gradient, _SEQUENCE, ctx.name, ctx.size), None, None
 
 
-class _ScatterSum(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, size: int) -> Tensor:
         assert x.shape[_SEQUENCE] % size == 0, f"{x.shape[_SEQUENCE]} tokens cannot be shared by {size} ranks"
         ctx.name, ctx.size = name, size
-        return _scatter(x, _SEQUENCE, name, size)
+        return _reduce_scatter(x, _SEQUENCE, name, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(gradient, _SEQUENCE, ctx.name, ctx.size), None, None
+        return _all_gather(gradient, _SEQUENCE, ctx.name, ctx.size), None, None
 
 
 class _SumOverShards(torch.autograd.Function):
@@ -112,12 +113,30 @@ class _SumOverShards(torch.autograd.Function):
         return gradient, None
 
 
-class _GatherLastAxis(torch.autograd.Function):
+class _AllGatherLastAxis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, rank: int, size: int) -> Tensor:
         ctx.rank, ctx.size = rank, size
-        return _gather(x, x.dim() - 1, name, size)
+        return _all_gather(x, x.dim() - 1, name, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return gradient.chunk(ctx.size, dim=-1)[ctx.rank], None, None, None
+
+
+def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Have what is compiled from here on overlap the communication of `mesh` (World.weights["tensor"]).
+
+    The compiler's pass splits all-gathers and reduce-scatters into pieces and overlaps each with the matmul of another:
+    fused operators read the other GPUs' memory directly (symmetric memory). The ranks of `mesh` must be GPUs with peer
+    access: of one host, or of one NVLink domain.
+    """
+    assert mesh.device_type == "cuda", "refused in launch/process_group.py"
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # Deprecated as needless, but the pass (torch 2.11 to 2.13) skips groups for which it was not called.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)

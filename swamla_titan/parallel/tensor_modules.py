@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.model.norms import dynamic_tanh, rms_norm
-from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_sequence, scatter_sum_over_sequence
+from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_sequence, reduce_scatter_sequence
 
 
 def local_with_gradient(parameter: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class VocabularyParallelEmbedding(TensorParallelModule):
         mine = (row >= 0) & (row < weight.shape[0])
         # Masked before and after: a clamped id must neither read another row's value nor give it a gradient.
         found = F.embedding(torch.where(mine, row, 0), weight)
-        return scatter_sum_over_sequence(torch.where(mine[..., None], found, 0.0), group)
+        return reduce_scatter_sequence(torch.where(mine[..., None], found, 0.0), group)
 
 
 class ColumnParallel(TensorParallelModule):
@@ -89,7 +89,7 @@ class GatheredColumnParallel(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/n, in] -> [B, T, out/n]."""
-        return self.product(gather_sequence(x, self.tensor_group), local_with_gradient(self.weight))
+        return self.product(all_gather_sequence(x, self.tensor_group), local_with_gradient(self.weight))
 
 
 class RowParallel(TensorParallelModule):
@@ -97,7 +97,7 @@ class RowParallel(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, in/n] -> [B, T/n, out]."""
-        return scatter_sum_over_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
+        return reduce_scatter_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
 
 
 class LocalTokensLinear(TensorParallelModule):
@@ -105,7 +105,7 @@ class LocalTokensLinear(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/n, in] -> [B, T, out]."""
-        return gather_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
+        return all_gather_sequence(self.product(x, local_with_gradient(self.weight)), self.tensor_group)
 
 
 def become(module: nn.Module, style: type[TensorParallelModule], group: TensorGroup) -> None:

@@ -21,10 +21,9 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.parallel.async_tensor import enable_async_tensor_parallel
 from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from swamla_titan.parallel.tensor import apply_tensor_parallel
-from swamla_titan.parallel.tensor_collectives import TensorGroup, gather_last_axis
+from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_last_axis, enable_async_tensor_parallel
 from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
 from tests.distributed.ranks import on_ranks
 
@@ -320,7 +319,7 @@ def _gathered_logits() -> None:
     group = TensorGroup.of(world.weights["tensor"])
     whole = torch.arange(24.0).view(2, 12).requires_grad_()
     mine = whole.detach().chunk(3, dim=1)[group.rank].clone().requires_grad_()
-    gathered = gather_last_axis(mine, group)
+    gathered = all_gather_last_axis(mine, group)
     assert torch.equal(gathered, whole)
     gathered.square().sum().backward()
     assert torch.equal(mine.grad, 2 * mine)
