@@ -13,7 +13,6 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,80 +20,69 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.train_step import configuration
-from swamla_titan.config import Config
-from swamla_titan.data import BatchLoader, MicroBatch, micro_batches
-from swamla_titan.distributed.mesh import World
+from swamla_titan.data import MicroBatch, micro_batches
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
-from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
-from swamla_titan.parallel.compile import warm_compiler
-from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.train.numerics import set_numerics
-from swamla_titan.train.open_data import open_data
+from swamla_titan.train.setup import Setup, set_up
+from swamla_titan.train.step import TrainStep
 
 WARM = 4  # steps before the capture, which compile
 
 
-def batches_of(config: Config, world: World, steps: int) -> tuple[Config, list[MicroBatch]]:
-    config, corpus, _ = open_data(config)
-    size = config.training.global_batch_size
+def batches_of(setup: Setup, steps: int) -> list[MicroBatch]:
+    """The batches of so many steps, on the device."""
     found = []
-    with BatchLoader(
-        corpus, seq_len=config.training.seq_len, global_batch_size=size, rank=world.data_rank, world_size=1
-    ) as loader:
+    with setup.open_loader() as loader:
         for _ in range(steps):
-            [batch] = micro_batches(next(loader), size, 1)
-            found.append(batch.to(world.device))
-    return config, found
+            [batch] = micro_batches(next(loader), setup.config.training.global_batch_size, 1)
+            found.append(batch.to(setup.world.device))
+    return found
 
 
-def parts_of(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
+def tensors_of(batch: MicroBatch) -> tuple[torch.Tensor | None, ...]:
     return batch.tokens, batch.targets, batch.document_ids
 
 
-def measure(config: Config, world: World, batches: list[MicroBatch], is_graph: bool) -> tuple[float, ...]:
-    """Milliseconds a step, the first and the last loss after WARM steps, and GiB."""
-    torch._dynamo.reset()
-    model = ParallelModel(config, world)
-    model.init_weights(config.job.seed)
-    optimizer = build_optimizer(model.parts[0], config.optimizer, compiled=config.compile.enabled)
-    tokens = config.training.global_batch_size * config.training.seq_len
-    place = MicroBatch(*(None if x is None else x.clone() for x in parts_of(batches[0])), rows=batches[0].rows)
+class Passes:
+    """Forward and backward passes over a batch: launched, or once captured replayed from a graph."""
 
-    def passes() -> torch.Tensor:
-        return model.train_step([place], tokens)
+    def __init__(self, take_step: TrainStep, batch: MicroBatch) -> None:
+        self.model, self.targets = take_step.state.model, take_step.targets
+        self.parameters = [parameter for part in self.model.parts for parameter in part.parameters()]
+        self.place = MicroBatch(*(None if x is None else x.clone() for x in tensors_of(batch)), rows=batch.rows)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def step(batch: MicroBatch, passes: Callable[[], torch.Tensor], keep: bool) -> torch.Tensor:
-        for target, source in zip(parts_of(place), parts_of(batch)):
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """The loss of a batch; parameters have its gradients."""
+        for target, source in zip(tensors_of(self.place), tensors_of(batch)):
             if target is not None:
                 target.copy_(source)
-        loss = passes()
-        norm = model.gradient_norm()
-        set_learning_rate(optimizer, 3e-4)
-        clip_gradients(optimizer, norm, config.training.max_grad_norm)
-        optimizer.step()
-        if not keep:
-            optimizer.zero_grad()
-        return loss
+        if self.graph is None:
+            return self.model.train_step([self.place], self.targets)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients):
+            parameter.grad = gradient  # the step has dropped it; each replay overwrites it
+        return self.loss.clone()  # and the loss
 
-    for batch in batches[:WARM]:
-        step(batch, passes, keep=False)
-    torch.cuda.synchronize()
-    run = passes
-    if is_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replayed = passes()  # leaves its gradients where each replay writes them anew
+    def capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self.model.train_step([self.place], self.targets)
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
-        def run() -> torch.Tensor:
-            graph.replay()
-            return replayed
 
+def measure(setup: Setup, batches: list[MicroBatch], is_graph: bool) -> tuple[float, ...]:
+    """Milliseconds a step, the first and the last loss after WARM steps, and GiB."""
+    torch._dynamo.reset()
+    take_step = TrainStep(setup.config, setup.world, setup.build_state(), setup.micro_batch_size)
+    passes = Passes(take_step, batches[0])
     half = (len(batches) + WARM) // 2
-    for number, batch in enumerate(batches[WARM:], WARM):
-        if number == half:
+    for number, batch in enumerate(batches):
+        if number in (WARM, half):
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        loss = step(batch, run, keep=is_graph).clone()  # a graph writes each into the same place
+        if number == WARM and is_graph:
+            passes.capture()
+        loss = take_step.update(passes(batch), number + 1).loss
         if number == WARM:
             first = loss
     torch.cuda.synchronize()
@@ -113,15 +101,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for plan in arguments.runs:
             config = configuration(plan, arguments, Path(folder))
-            world = init_distributed(config.parallel)
-            warm_compiler(config.compile, world.device)
-            set_numerics(config, world.device, world.rank)
-            config, batches = batches_of(config, world, WARM + arguments.steps)
+            setup = set_up(config, init_distributed(config.parallel))
+            batches = batches_of(setup, WARM + arguments.steps)
             for is_graph in (False, True):
                 torch.cuda.reset_peak_memory_stats()
                 kind = "graph" if is_graph else "launches"
                 try:
-                    took, first, last, memory = measure(config, world, batches, is_graph)
+                    took, first, last, memory = measure(setup, batches, is_graph)
                     losses = f"losses {first:.6f} {last:.6f}"
                     print(f"{plan:12} {kind:8} {took:8.2f} ms  {losses}  {memory:6.1f} GiB", flush=True)
                 except RuntimeError as error:  # out of memory, or a call that cannot be captured

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.data import BatchLoader
-from swamla_titan.train.open_data import open_data
+from swamla_titan.train.setup import open_data
 
 WARM_UP = 1.0  # seconds
 

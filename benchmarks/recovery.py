@@ -12,6 +12,7 @@ the log says of the way there. Prints a table last.
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+STEP_LINE = re.compile(r"step +([0-9]+)/[0-9]+ \| loss ")
 AFTER = 3  # steps after a checkpoint that it may slow down
 
 
@@ -57,22 +59,19 @@ progress_bar = false
 """
 
 
-def train_and_time(times: str, command: list[str]) -> int:
-    """The program's own command; writes to the file `times` when each step was logged, in seconds."""
-    from swamla_titan.cli import main as program
-    from swamla_titan.train.metrics import MetricsLogger
-
+def logged_times(command: list[str]) -> dict[int, float]:
+    """Run the program; step -> the time at which the step's line came, in seconds."""
     found: dict[int, float] = {}
-    log = MetricsLogger.log
-
-    def timed(self: MetricsLogger, step: int, *arguments: Any) -> None:
-        log(self, step, *arguments)
-        found[step] = time.monotonic()
-
-    MetricsLogger.log = timed  # type: ignore[method-assign]
-    code = program(command)
-    Path(times).write_text(json.dumps(found))
-    return code
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            now = time.monotonic()
+            print(line, end="", flush=True)
+            if step := STEP_LINE.search(line):
+                found[int(step[1])] = now
+    if process.returncode:
+        sys.exit(f"the run ended with {process.returncode}")
+    return found
 
 
 def cost_of_saving(arguments: argparse.Namespace, folder: Path, mode: str) -> dict[str, float]:
@@ -80,8 +79,7 @@ def cost_of_saving(arguments: argparse.Namespace, folder: Path, mode: str) -> di
     folder.mkdir()
     (folder / "config.toml").write_text(config_of(arguments, folder / "run"))
     command = ["train", str(folder / "config.toml"), "--checkpoint.async_mode", mode, *arguments.overrides]
-    subprocess.run([sys.executable, __file__, "--time", str(folder / "times.json"), *command], check=True)
-    times = {int(step): at for step, at in json.loads((folder / "times.json").read_text()).items()}
+    times = logged_times([sys.executable, "-m", "swamla_titan", *command])
     took = {step: times[step] - times[step - 1] for step in times if step - 1 in times}
     # The first checkpoint makes the memory for the copies, and the last one is waited for.
     saves = range(arguments.interval, arguments.steps - AFTER, arguments.interval)
@@ -159,7 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--time"]:
-        sys.exit(train_and_time(sys.argv[2], sys.argv[3:]))
     os.environ.setdefault("OMP_NUM_THREADS", "8")
     main()

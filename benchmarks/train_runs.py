@@ -8,8 +8,7 @@
 
 A run is FLAVOR:GPUS:SEQUENCES[/ROWS][,PLAN...]: that many sequences of GPT-2 tokens a step over all GPUs, at most ROWS
 of them (default: all) in a micro-batch of a rank. PLAN is fsdp, hsdp, ddp, KEY=VALUE of [parallel], or
-SECTION.KEY=VALUE. `wrapped` puts FSDP2 around the model of a single GPU, to measure what the wrapper costs. Speed is
-the median of the logged intervals after the first third of the run. Prints a table last.
+SECTION.KEY=VALUE. Speed is the median of the logged intervals after the first third of the run. Prints a table last.
 """
 
 import argparse
@@ -61,10 +60,9 @@ tensorboard = false
         key, _, value = part.partition("=")
         if part in ("fsdp", "hsdp", "ddp"):
             overrides += ["--parallel.data_parallel", part]
-        elif part != "wrapped":
+        else:
             overrides += [f"--{key}" if "." in key else f"--parallel.{key}", value]
-    program = [__file__, "--wrapped"] if "wrapped" in plan else ["-m", "swamla_titan"]
-    command = [sys.executable, *program, "train", str(config), *overrides]
+    command = [sys.executable, "-m", "swamla_titan", "train", str(config), *overrides]
     if int(gpus) > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -118,25 +116,5 @@ def main() -> None:
         print(f"{name:<{width}}", " ".join(f"{key}={value:.5g}" for key, value in row.items()))
 
 
-def train_wrapped(command: list[str]) -> int:
-    """The program's own command, with FSDP2 around a model that is alone on its GPU."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from swamla_titan.cli import main as program
-    from swamla_titan.parallel import data_parallel, parallelize
-
-    store = dist.HashStore()
-    dist.init_process_group(store=store, rank=0, world_size=1)
-
-    def wrap_alone(model, parallel, world, dtype):
-        data_parallel.wrap(model, parallel, init_device_mesh(world.device.type, (1,)), dtype)
-
-    parallelize.apply_data_parallel = wrap_alone
-    return program(command)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--wrapped":
-        sys.exit(train_wrapped(sys.argv[2:]))
     main()

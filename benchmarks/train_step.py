@@ -4,17 +4,18 @@
     torchrun --nproc-per-node 2 benchmarks/train_step.py --corpus corpus.jsonl --runs \
         base:32/16 base:32/16,parallel.data_parallel=ddp base:32/16,parallel.tensor=2 base:32/4,parallel.pipeline=2
 
-A run is FLAVOR:SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]: sequences a step over all ranks, at most ROWS of them (default:
-all) in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to measure the wrapper.
-Data, loader, model, losses, clipping and optimizer are the trainer's own. The host does not wait for the GPU between
-the steps that count, which are the second half, as in the trainer between two log lines; data_ms is what it waits for
-the loader in one of them.
+A run is FLAVOR:SEQUENCES[/MICRO_BATCH][,SECTION.KEY=VALUE...]: sequences a step over all ranks, at most MICRO_BATCH of
+them (default: all) in a micro-batch of a rank. `wrapped=true` puts FSDP2 around the model of a single process, to
+measure the wrapper. Setup, loader, model and step are the trainer's own. Bad steps are applied, without the policy that
+judges them, unless fault_tolerance.skip_bad_steps=true. The host does not wait for the GPU between the steps that
+count, which are the second half, as in the trainer between two log lines; data_ms is what it waits for the loader in
+one of them.
 
-With --profile three more steps are taken in a row, and their kernels are summed up by kind, on the first rank, in
-milliseconds a step: "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any
-ran, "idle" the rest. (The first of the three follows a pause, in which a GPU at its power limit rests; its kernels may
-be faster.) --top lists the dearest kernels, the longest times in which none ran, and the products of each shape with
-their TFLOP/s, of all three steps.
+With --profile three more steps follow, and their kernels are summed up by kind, on rank 0, in milliseconds a step:
+"exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran, "idle" the rest.
+(The first of the three follows a pause, in which a GPU at its power limit rests; its kernels may be faster.) --top
+lists the kernels that take longest, the longest times in which none ran, and the matmuls of each shape with their
+TFLOP/s, of all three steps.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,16 +35,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config import Config, Override, load_config
-from swamla_titan.data import BatchLoader, micro_batch_count, micro_batches, rows_at_a_time
+from swamla_titan.data import BatchLoader, StepBatch
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed, launched_rank
-from swamla_titan.optim import build_optimizer, clip_gradients, set_learning_rate
-from swamla_titan.parallel import data_parallel, parallelize
-from swamla_titan.parallel.automatic import choose
-from swamla_titan.parallel.compile import warm_compiler
-from swamla_titan.parallel.model_parts import ParallelModel
+from swamla_titan.optim import build_optimizer
+from swamla_titan.parallel import data_parallel
 from swamla_titan.train.kernels import attention_of
-from swamla_titan.train.numerics import set_numerics
-from swamla_titan.train.open_data import open_data
+from swamla_titan.train.setup import Setup, set_up
+from swamla_titan.train.state import RunState
+from swamla_titan.train.step import TrainStep
 
 PROFILED = 3  # steps
 KINDS = {
@@ -57,11 +57,14 @@ KINDS = {
 
 
 def configuration(plan: str, arguments: argparse.Namespace, folder: Path) -> Config:
+    """The configuration of a run; its learning rate is constant after ten steps."""
     sequences, *overrides = plan.split(",")
     flavor, _, sequences = sequences.partition(":")
-    batch, _, rows = sequences.partition("/")
+    batch, _, micro_batch = sequences.partition("/")
     path = folder / "config.toml"
     path.write_text(f"""
+[job]
+dump_folder = "{folder / "run"}"
 [model]
 flavor = "{flavor}"
 max_seq_len = {arguments.seq_len}
@@ -71,8 +74,16 @@ path = "{arguments.corpus}"
 num_workers = 1
 [training]
 seq_len = {arguments.seq_len}
-local_batch_size = {rows or batch}
+local_batch_size = {micro_batch or batch}
 global_batch_size = {batch}
+steps = 1000
+[optimizer]
+lr = 3e-4
+[lr_schedule]
+warmup_steps = 10
+min_lr_ratio = 1.0
+[fault_tolerance]
+skip_bad_steps = false
 [validation]
 interval = 0
 fraction = 0.0
@@ -86,94 +97,97 @@ fraction = 0.0
     return load_config(path, given)
 
 
-def wrap_alone(model, parallel, world, dtype):
-    data_parallel.wrap(model, parallel, init_device_mesh(world.device.type, (1,)), dtype)
+def wrap_alone(setup: Setup, state: RunState) -> None:
+    """Put FSDP2 around the model of a single process, and build the optimizers of the wrapped weights."""
+    config, world = setup.config, setup.world
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(world.device.type, (1,))
+    for part in state.model.parts:
+        data_parallel.wrap(part, config.parallel, mesh, part.compute_dtype)
+    state.optimizers = [
+        build_optimizer(part, config.optimizer, world.stage_group, config.compile.enabled) for part in state.model.parts
+    ]
+
+
+class Stopwatch:
+    """Times the steps of a run; the host waits for the GPU only where a measurement begins or ends."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.half, self.steps, self.device = steps // 2, steps, device
+        self.waits: list[float] = []
+        self.begun = time.perf_counter()
+
+    def wait_for_gpu(self) -> float:
+        """The time at which the GPU is idle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def next(self, loader: Iterator[StepBatch]) -> StepBatch:
+        """The next batch; remembers how long the host waited for it."""
+        asked = time.perf_counter()
+        batch = next(loader)
+        self.waits.append(time.perf_counter() - asked)
+        return batch
+
+    def before(self, step: int) -> None:
+        """Step number `step` (from 0) is about to be submitted."""
+        if step <= self.half:
+            self.begun_steady = self.wait_for_gpu()
+
+    def after(self, step: int) -> None:
+        """Step number `step` was submitted."""
+        if step == 0:
+            self.first_seconds = self.wait_for_gpu() - self.begun
+        elif step == self.steps - 1:
+            self.step_seconds = (self.wait_for_gpu() - self.begun_steady) / (self.steps - self.half)
 
 
 def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     config = configuration(plan, arguments, folder)
-    parallelize.apply_data_parallel = data_parallel.apply_data_parallel
-    if "wrapped=true" in plan:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallelize.apply_data_parallel = wrap_alone
     world = init_distributed(config.parallel)
-    warm_compiler(config.compile, world.device)
-    set_numerics(config, world.device, world.rank)
-    attention = attention_of(config, world)
-    config, corpus, _ = open_data(config)
-    config, _ = choose(config, world, None)
-    begun = time.perf_counter()
-    model = ParallelModel(config, world)
-    model.init_weights(config.job.seed)
-    optimizers = [
-        build_optimizer(part, config.optimizer, world.stage_group, config.compile.enabled) for part in model.parts
-    ]
-    training = config.training
-    rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, world.degrees.data)
-    losses, kernels = [], {}
-    steps = arguments.steps  # of which those from `half` on are timed
-    half = steps // 2
-    waits = []
-    is_gpu = world.device.type == "cuda"
-    with BatchLoader(
-        corpus,
-        seq_len=training.seq_len,
-        global_batch_size=training.global_batch_size,
-        rank=world.data_rank,
-        world_size=world.degrees.data,
-    ) as loader:
-        for step in range(steps + PROFILED * arguments.profile):
-            asked = time.perf_counter()
-            batch = next(loader)
-            waits.append(time.perf_counter() - asked)
-            if step == steps:
-                kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-                profiler = profile(activities=kinds, record_shapes=arguments.top > 0)
-                profiler.__enter__()
-            if is_gpu and (step <= half or step == steps):
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            if step == half:
-                begun_steady = start
-            count = micro_batch_count(
-                step * training.global_batch_size,
-                training.global_batch_size,
-                config.data.streams,
-                world.degrees.data,
-                rows,
-            )
-            loss = model.train_step(
-                list(micro_batches(batch, rows, count)), training.global_batch_size * training.seq_len
-            )
-            norm = model.gradient_norm()
-            for optimizer in optimizers:
-                set_learning_rate(optimizer, 3e-4 * min(1, (step + 1) / 10))
-                clip_gradients(optimizer, norm, training.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss)
-            if is_gpu and (step in (0, steps - 1, steps + PROFILED - 1)):
-                torch.cuda.synchronize()
-            if step == 0:
-                first = time.perf_counter() - begun
-            if step == steps - 1:
-                step_seconds = (time.perf_counter() - begun_steady) / (steps - half)
-            if step == steps + PROFILED - 1:
-                profiler.__exit__(None, None, None)
-                kernels = summary(profiler, arguments.top) if world.is_rank_0 else {}
-    memory = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else 0.0
+    setup = set_up(config, world)
+    with setup.open_loader() as loader:
+        clock = Stopwatch(arguments.steps, world.device)
+        state = setup.build_state()
+        if "wrapped=true" in plan:
+            wrap_alone(setup, state)
+        take_step = TrainStep(setup.config, world, state, setup.micro_batch_size)
+        losses = []
+        for step in range(arguments.steps):
+            batch = clock.next(loader)
+            clock.before(step)
+            losses.append(take_step(batch, step + 1).loss)
+            clock.after(step)
+        kernels = profile_steps(take_step, loader, arguments, losses) if arguments.profile else {}
+    memory = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
     return {
-        "attention": attention,
-        "seq_len": training.seq_len,
-        "step_ms": 1e3 * step_seconds,
-        "data_ms": 1e3 * statistics.mean(waits[half:steps]),  # of which one may be long
-        "tokens_per_second": training.global_batch_size * training.seq_len / step_seconds,
+        "attention": attention_of(setup.config, world),
+        "seq_len": setup.config.training.seq_len,
+        "step_ms": 1e3 * clock.step_seconds,
+        "data_ms": 1e3 * statistics.mean(clock.waits[clock.half :]),  # of which one may be long
+        "tokens_per_second": take_step.targets / clock.step_seconds,
         "memory_gib": world.all_reduce_max(memory),
-        "first_step_s": first,
+        "first_step_s": clock.first_seconds,
         "losses": [round(loss.item(), 6) for loss in losses],
         **kernels,
     }
+
+
+def profile_steps(
+    take_step: TrainStep, loader: BatchLoader, arguments: argparse.Namespace, losses: list[torch.Tensor]
+) -> dict[str, object]:
+    """Take PROFILED more steps; returns the summary of their kernels, on rank 0."""
+    batch = next(loader)
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=kinds, record_shapes=arguments.top > 0) as profiler:
+        torch.cuda.synchronize()
+        for step in range(arguments.steps, arguments.steps + PROFILED):
+            batch = batch if step == arguments.steps else next(loader)
+            losses.append(take_step(batch, step + 1).loss)
+        torch.cuda.synchronize()
+    return summary(profiler, arguments.top) if take_step.world.is_rank_0 else {}
 
 
 def kind_of(kernel: str) -> str:
@@ -202,7 +216,7 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
     for idle, before, after in sorted(idle_times(named), reverse=True)[: top // 5]:
         print(f"{idle / 1e3:8.2f} ms of nothing between {before[:60]} and {after[:60]}")
     if top:
-        print_products(profiler)
+        print_matmuls(profiler)
     every = spans[True] + spans[False]
     took = max(end for _, end in every) - min(start for start, _ in every) if every else 0.0
     return {
@@ -222,16 +236,16 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def print_products(profiler: profile) -> None:
-    """[M, K] x [K, N] of all matrix products: how often, how long in all, and how fast."""
-    products: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+def print_matmuls(profiler: profile) -> None:
+    """Print [M, K] x [K, N] of all matmuls: how often, how long in all, and how fast."""
+    matmuls: dict[tuple[int, int, int], list[float]] = defaultdict(list)
     for event in profiler.events():
         if event.name in ("aten::mm", "aten::addmm", "aten::_scaled_mm") and event.device_type == DeviceType.CPU:
             (m, k), (_, n) = event.input_shapes[event.name == "aten::addmm" :][:2]
-            # Of its own kernels: the profiler lays to it those of compiled code that are launched after it, too.
+            # Its own kernels only, because the profiler also attributes later launches of compiled code to it.
             own = [each.duration for each in event.kernels if kind_of(each.name) == "products"]
-            products[m, k, n].append(sum(own))
-    for (m, k, n), each in sorted(products.items(), key=lambda item: -sum(item[1])):
+            matmuls[m, k, n].append(sum(own))
+    for (m, k, n), each in sorted(matmuls.items(), key=lambda item: -sum(item[1])):
         rate = 2 * m * k * n * len(each) / sum(each) / 1e6 if sum(each) else 0.0
         print(f"{sum(each) / 1e3:8.2f} ms {len(each):5} x [{m}, {k}] x [{k}, {n}] at {rate:.0f} TFLOP/s")
 
@@ -251,7 +265,9 @@ def idle_times(spans: list[tuple[float, float, str]]) -> list[tuple[float, str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", required=True, type=Path, help="a .jsonl file or a folder of text")
-    parser.add_argument("--runs", nargs="+", required=True, metavar="FLAVOR:SEQUENCES[/ROWS][,SECTION.KEY=VALUE...]")
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="FLAVOR:SEQUENCES[/MICRO_BATCH][,SECTION.KEY=VALUE...]"
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")

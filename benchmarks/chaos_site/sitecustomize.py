@@ -1,8 +1,8 @@
 """Found on PYTHONPATH by every Python of a soak; spoils steps of training.
 
 Gradients are no numbers in the steps that CHAOS_NAN_STEPS names. A process that finds a file of its PID in the folder
-CHAOS_ASLEEP does not come out of its next step. Training itself is left as it is; this module waits until the trainer's
-module has been imported, and wraps its methods.
+CHAOS_ASLEEP does not come out of its next step. Training itself is left as it is; this module waits until the module of
+the step has been imported, and wraps its methods.
 """
 
 import importlib.abc
@@ -17,16 +17,16 @@ from types import ModuleType
 
 _STEPS = {int(step) for step in os.environ.get("CHAOS_NAN_STEPS", "").split(",") if step}
 _ASLEEP = Path(os.environ.get("CHAOS_ASLEEP", os.devnull))
-_TRAINER = "swamla_titan.train.trainer"
+_MODULE = "swamla_titan.train.step"
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the trainer's module as everybody else would, with a loader that spoils it afterwards."""
+    """Finds the module of the step as everybody else would, with a loader that spoils it afterwards."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TRAINER:
+        if name != _MODULE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -46,26 +46,26 @@ def _spoil(module: ModuleType) -> None:
     from swamla_titan.parallel.model_parts import ParallelModel
 
     norm_of = ParallelModel.gradient_norm
-    train_step = module.Trainer.train_step
-    steps = 0
+    take_step = module.TrainStep.__call__
+    current = 0
 
     def gradient_norm(self):  # type: ignore[no-untyped-def]
-        if steps in _STEPS:
+        if current in _STEPS:
             for part in self.parts:
                 for weight in part.parameters():
                     weight.grad.fill_(float("nan"))
         return norm_of(self)
 
-    def count_and_train(self, batch):  # type: ignore[no-untyped-def]
-        nonlocal steps
-        steps = self.step + 1
+    def train_step(self, batch, step):  # type: ignore[no-untyped-def]
+        nonlocal current
+        current = step
         if (asleep := _ASLEEP / str(os.getpid())).exists():
             asleep.unlink()  # the number may be another process's some day
             time.sleep(100_000)
-        return train_step(self, batch)
+        return take_step(self, batch, step)
 
     ParallelModel.gradient_norm = gradient_norm  # type: ignore[method-assign]
-    module.Trainer.train_step = count_and_train  # type: ignore[attr-defined]
+    module.TrainStep.__call__ = train_step  # type: ignore[attr-defined]
 
 
 if _STEPS or "CHAOS_ASLEEP" in os.environ:

@@ -63,8 +63,8 @@ def micro_batch_count(first: int, global_batch_size: int, streams: int, world_si
     return -(-max(sequences_per_rank(first, global_batch_size, streams, world_size)) // local_batch_size)
 
 
-def rows_at_a_time(local_batch_size: int, global_batch_size: int, world_size: int) -> int:
-    """Rows of a micro-batch: no more than a rank's share of the global batch."""
+def micro_batch_size(local_batch_size: int, global_batch_size: int, world_size: int) -> int:
+    """Sequences of a micro-batch: at most a rank's slice of the global batch."""
     return min(local_batch_size, -(-global_batch_size // world_size))
 
 

@@ -36,6 +36,11 @@ class World:
         """The world of a single process."""
         return cls(rank=0, size=1, device=device or torch.device("cpu"), degrees=Degrees())
 
+    @classmethod
+    def planned(cls, degrees: Degrees) -> "World":
+        """Rank 0 of ranks that do not exist: for what follows from the degrees, without communication."""
+        return replace(cls.alone(), degrees=degrees)
+
     def with_group_of_its_own(self) -> "World":
         """The same world with another host group, for a thread that communicates while others do. Collective."""
         return self if self.size == 1 else replace(self, host_group=dist.new_group(backend="gloo"))

@@ -15,7 +15,7 @@ import torch
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import load_tokenizer, rows_at_a_time
+from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
 from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
@@ -36,8 +36,8 @@ from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.system.console import several_lines
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
-from swamla_titan.train.numerics import set_numerics
-from swamla_titan.train.open_data import open_data
+from swamla_titan.train.precision import set_precision_and_determinism
+from swamla_titan.train.setup import open_data
 from swamla_titan.train.throughput import peak_flops
 
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
@@ -83,7 +83,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
             ]
     elif overrides:
         raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
-    set_numerics(config, device)
+    set_precision_and_determinism(config, device)
     disk = _disk if about_input and inputs else _free_disk
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
@@ -307,7 +307,7 @@ def _products(config: Config, device: torch.device) -> Finding:
     refuse_float8(config, device)
     products = float8_products(config)
     text = "\n         ".join(table(products, config.float8.recipe))
-    rows = rows_at_a_time(config.training.local_batch_size, config.training.global_batch_size, 1)
+    rows = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
     doubts = "; ".join(warnings(products, config, rows))
     return Finding("warning" if doubts else "ok", "products", text, doubts)
 

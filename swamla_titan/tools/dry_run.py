@@ -6,28 +6,24 @@ from pathlib import Path
 import torch
 
 from swamla_titan.checkpoint.dump_folder import validate_folder
-from swamla_titan.checkpoint.resume import find_origin, run_fingerprint
-from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
+from swamla_titan.checkpoint.store import DamagedCheckpoints
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
-from swamla_titan.data import BatchLoader, described, load_tokenizer, pinned, uneven
+from swamla_titan.data import described, load_tokenizer, uneven
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import launched_rank
 from swamla_titan.launch.worker import launched_size
-from swamla_titan.parallel.automatic import choose_for
 from swamla_titan.parallel.compile import refuse_cache_folder
 from swamla_titan.parallel.parallelize import refuse_float8
 from swamla_titan.system.console import one_line
-from swamla_titan.tools.plan import batch_of, plan, ranks_asked_for
+from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
-from swamla_titan.train.metrics import require_wandb
-from swamla_titan.train.open_data import open_data
-from swamla_titan.train.state import GROUPS
-from swamla_titan.train.validation import Validator
+from swamla_titan.train.logging import require_wandb
+from swamla_titan.train.setup import Setup, set_up_inputs, set_up_resume
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
@@ -56,53 +52,38 @@ def dry_run(config: Config, gpus: int | None) -> None:
 def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None:
     """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
 
-    In the order of the trainer, and nothing is written: configuration, degrees, data and tokenizer, dump folder,
-    checkpoint, cache folder. GPUs of the run may be elsewhere, so what only they can tell is not asked. Under a
-    launcher the first process prints.
+    Calls the phases of the trainer's setup in their order, and writes nothing. It does not look at what only the run's
+    GPUs can tell, because they may be elsewhere. Under a launcher rank 0 prints.
     """
     ranks = _positive(gpus) or launched_size()
-    degrees = fit_degrees(config.parallel, ranks)  # at once; to open data takes long
+    degrees = fit_degrees(config.parallel, ranks)  # first, because opening data takes long
     refuse_float8(config, torch.device("cpu"), degrees)
-    config = dataclasses.replace(config, data=pinned(config.data))
-    folder = Path(config.job.dump_folder)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep_latest, damaged=damaged, known=GROUPS)
-    origin = find_origin(checkpoints)
-    with checkpoints.loading(origin.path):
-        config, corpus, held_out = open_data(config, origin.data)
     here = torch.device("cuda", 0) if torch.cuda.is_available() else None
-    config, choices = choose_for(config, degrees, here, origin.optimizer)
-    found = dataclasses.replace(plan(config, ranks), choices=choices)
-    rows = batch_of(config, found.degrees).rows
-    if held_out:
-        Validator(held_out, World.alone(), rows)
-    validate_folder(folder)
-    state = origin.resume(run_fingerprint(config, corpus), config.checkpoint.allow, {"source": corpus.change})
-    with checkpoints.loading(origin.path):
-        BatchLoader(
-            corpus,
-            seq_len=config.training.seq_len,
-            global_batch_size=config.training.global_batch_size,
-            world_size=found.degrees.data,
-            num_workers=0,
-            cursors=state.cursors or None,
-            first=state.sequences,
-        ).close()
+    inputs = set_up_inputs(config, World.planned(degrees), here, damaged)
+    found = dataclasses.replace(plan(inputs.config, ranks), choices=inputs.choices)
+    validate_folder(Path(config.job.dump_folder))
+    setup = set_up_resume(inputs)
+    setup.open_loader(num_workers=0).close()
     if config.metrics.wandb:
         require_wandb()
     refuse_cache_folder(config.compile)
-    if launched_rank() > 0:
-        return
-    if origin.path is None:
+    if launched_rank() == 0:
+        _print(setup, found)
+
+
+def _print(setup: Setup, found: Plan) -> None:
+    config, corpus, newest = setup.config, setup.corpus, setup.origin.path
+    if newest is None:
         begin = "begins at step 1"
-    elif state.step < config.training.steps:
-        begin = f"goes on from {origin.path}"
+    elif setup.train_state.step < config.training.steps:
+        begin = f"goes on from {newest}"
     else:
-        begin = f"has taken all {config.training.steps} steps, see {origin.path}"
+        begin = f"has taken all {config.training.steps} steps, see {newest}"
     print("\n".join(report(found)))
     for advice in stability_advice(config):
         print(f"warning: {one_line(advice)}")
     data = f"{corpus.source.describe()}; {described(corpus.segments[-1])}"
-    run = one_line(f"{folder} {begin}")
+    run = one_line(f"{Path(config.job.dump_folder)} {begin}")
     print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
     if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
         print(f"warning: {one_line(warning)}")

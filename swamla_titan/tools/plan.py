@@ -15,7 +15,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import distinct_steps, rows_at_a_time, sequences_per_rank
+from swamla_titan.data import distinct_steps, micro_batch_size, sequences_per_rank
 from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, fake_world
@@ -159,7 +159,7 @@ def _for_any_machine(config: Config) -> Config:
 def batch_of(config: Config, degrees: Degrees) -> Batch:
     """How the trainer cuts a step's batch."""
     training, streams = config.training, config.data.streams
-    rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, degrees.data)
+    rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     size = training.global_batch_size
     read = [
         sequences_per_rank(step * size, size, streams, degrees.data)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import contradictions
-from swamla_titan.data import load_tokenizer, rows_at_a_time
+from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
@@ -140,7 +140,7 @@ def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Itera
 def _of_batch(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any], str]]:
     """Of activations: fewer at a time, or computed again."""
     training, settings = config.training, config.activation_checkpoint
-    rows = rows_at_a_time(training.local_batch_size, training.global_batch_size, degrees.data)
+    rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     if rows > 1:
         note = "the global batch stays what it is, in more micro-batches"
         yield {"training.local_batch_size": rows // 2}, note

@@ -1,6 +1,6 @@
-"""The trainer: the loop, checkpoints, signals, metrics."""
+"""Training: setup, the step, the loop over steps, policies, logging."""
 
-from swamla_titan.train.logs import log_to_console
+from swamla_titan.train.logging import log_to_console
 from swamla_titan.train.run import train
 from swamla_titan.train.trainer import Trainer
 

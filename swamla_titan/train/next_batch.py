@@ -1,4 +1,4 @@
-"""The next step's batch on every rank: waited for together, failing together, with the same parts passed over."""
+"""The next step's batch: all ranks wait for it, fail, and skip unreadable parts of the data together."""
 
 from functools import partial
 
@@ -9,28 +9,28 @@ from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.train.policies.skipped_files import SkippedFiles
 
-LOOK = 1.0  # seconds between two looks at whether a signal came, while a rank waits for its data
+POLL_SECONDS = 1.0  # between two checks for a signal, while a rank waits for its data
 
-_READY, _SKIPPED, _WAITING, _FAILED = range(4)  # what a rank has; the largest decides
+_READY, _SKIPPED, _WAITING, _FAILED = range(4)  # the state of a rank; the maximum over all ranks decides
 
 
 def next_batch(
     world: World, loader: BatchLoader, step: int, first: int, stop: StopRequest, skipped: SkippedFiles
 ) -> StepBatch | Stop:
-    """This rank's part of the batch of step `step` (from 1), from sequence `first` on; all ranks come here.
+    """This rank's slice of the batch of `step` (from 1), which begins with sequence `first`; all ranks call this.
 
-    A Stop, on every rank, if a rank still waits for its data and a signal came to one of them: the loaders then know
-    the cursors of before the step. If the data of one cannot be read, all raise its UserError or RunFailed. Ranks that
-    read the same streams pass over the same: where one of them could not read what the others could, they go back to
-    before the step and do without it as well. Adds to `skipped`.
+    Returns a Stop, on every rank, if a rank still waits for its data and a signal came to one of them; the loaders then
+    still have the cursors of before the step. If one rank cannot read its data, all raise its UserError or RunFailed.
+    Ranks that read the same streams must skip the same: where one of them could not read what the others could, these
+    go back to before the step and skip it too. Adds what is skipped to `skipped`.
     """
     batch: StepBatch | None = None
     error: UserError | RunFailed | None = None
-    found: list[Skip] = []  # in this step, by this rank or those that read the same
+    found: list[Skip] = []  # in this step, by this rank or by others that read the same streams
     while True:
         if batch is None and error is None:
             try:
-                batch = next(loader) if loader.wait(LOOK) else None
+                batch = next(loader) if loader.wait(POLL_SECONDS) else None
             except (UserError, RunFailed) as raised:
                 error = raised
             else:
@@ -47,19 +47,19 @@ def next_batch(
             all_ranks_or_raise(world, partial(_raise, error))
         else:
             every = all_gather_dict(world, {world.rank: (world.data_rank, found)})
-            lacking = _lacking(found, [skips for data_rank, skips in every.values() if data_rank == world.data_rank])
-            if lacking:
-                found += lacking
+            missing = _missing(found, [skips for data_rank, skips in every.values() if data_rank == world.data_rank])
+            if missing:
+                found += missing
                 loader.restart(first, found)
                 batch = None
-            if not world.all_reduce_max(bool(lacking)):
+            if not world.all_reduce_max(bool(missing)):
                 assert batch is not None
                 skipped.add(step, [skip for _, skips in every.values() for skip in skips])
                 return batch
 
 
-def _lacking(own: list[Skip], of_all: list[list[Skip]]) -> list[Skip]:
-    """What others pass over and this rank does not, each once."""
+def _missing(own: list[Skip], of_all: list[list[Skip]]) -> list[Skip]:
+    """What other ranks skip and this one does not, each once."""
     known = {skip.key for skip in own}
     rest = {skip.key: skip for skips in of_all for skip in skips if skip.key not in known}
     return [rest[key] for key in sorted(rest)]

@@ -1,18 +1,26 @@
-"""Speed and memory of a run between two log lines."""
+"""Speed and memory of a run between two log lines, and whether its steps wait for data."""
 
+import os
 import re
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from swamla_titan.train.policies.data_wait import Interval
+from swamla_titan.config.sections import Data
+from swamla_titan.train.policies import Policy
 
-# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. The longest name whose words all occur
-# counts.
+SHARE = 0.05  # of the steps' time; less is not worth a warning
+LEAST_STEPS = 10  # for which a share is computed
+WORSE = 1.5  # times the share of the last warning: warn again
+LONG = 2000  # steps after the last warning: warn again
+
+# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. Of several names whose words all occur in
+# the device's name, the longest one counts.
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
     "H100": 989e12,
@@ -33,8 +41,20 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
 
 
-class Throughput:
-    """Measures the steps since the last `read`, leaving out what `paused` encloses (validation, checkpoints).
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two log lines, in `seconds`, without validation and checkpoints.
+
+    In `waited` of these seconds the device was idle, because the steps' data were not there.
+    """
+
+    steps: int
+    seconds: float
+    waited: float
+
+
+class Throughput(Policy):
+    """Measures the steps since the last `metrics`, without what `paused` encloses (validation, checkpoints).
 
     MFU = training FLOPs a token x tokens/s of one GPU / its dense bf16 peak, where the FLOPs are those of
     `swamla_titan.model.flops`: three forward passes, sliding-window layers counted with window + sink keys and
@@ -58,7 +78,7 @@ class Throughput:
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Encloses waiting for the loader; one step follows."""
+        """Encloses the wait for the loader, before each step."""
         start = time.perf_counter()
         before = self._event()
         yield
@@ -71,7 +91,7 @@ class Throughput:
             self._waits.append((waited, before, after))
 
     def _event(self) -> torch.cuda.Event | None:
-        """A mark in what a GPU is given to do."""
+        """A CUDA event, recorded on the current stream."""
         if self.device.type != "cuda" or not torch.cuda.is_initialized():
             return None
         event = torch.cuda.Event(enable_timing=True)
@@ -79,28 +99,33 @@ class Throughput:
         return event
 
     def _stalled(self) -> float:
-        """Seconds that the device did nothing for want of data. A GPU may still be busy with earlier steps while their
-        successor's data are waited for: between its two marks it was idle, and only that counts."""
+        """Seconds in which the device was idle because data were missing.
+
+        While the host waits for a step's data, a GPU may still be busy with earlier steps. Between the two events it
+        was idle, and only that time counts.
+        """
         if self.device.type != "cuda":
             return self._data
         return sum(min(waited, before.elapsed_time(after) / 1000) for waited, before, after in self._waits)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Encloses work that is no training; what the device still computes is awaited first."""
+        """Encloses work that is not training; waits for the device first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
-    def read(self) -> dict[str, float]:
-        """Values for metrics.jsonl, averaged over the steps since the last call, which `interval` then holds. The
-        device must be idle."""
+    def metrics(self) -> dict[str, float | int]:
+        """Values for metrics.jsonl, averaged over the steps since the last call, which `interval` then holds.
+
+        The device must be idle.
+        """
         step_seconds = (time.perf_counter() - self._start - self._paused) / self._steps
         self.interval = Interval(self._steps, step_seconds * self._steps, self._stalled())
         rate = self.tokens_per_step / step_seconds
-        values = {
+        values: dict[str, float | int] = {
             "tokens_per_second": rate,
             "data_seconds": self._data / self._steps,
             "step_seconds": step_seconds,
@@ -115,10 +140,73 @@ class Throughput:
         return values
 
     def _peak_memory(self) -> float:
-        """Bytes: the device's allocated peak since the last call; on a CPU the process's resident peak so far."""
+        """Peak bytes: allocated on the GPU since the last call; on a CPU the process's resident peak so far."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             return peak
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class DataWait:
+    """Warns where steps wait for data: once, and again where it gets worse or after many steps."""
+
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
+        self._begun = False
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0  # since the last share was computed
+        self._warned_share = 0.0
+        self._since_warning = 0  # steps
+
+    def warning(self, interval: Interval) -> str | None:
+        """The warning that is due after an interval, if any. The first interval does not count: loaders start in it."""
+        if not self._begun:
+            self._begun = True
+            return None
+        self._steps += interval.steps
+        self._seconds += interval.seconds
+        self._waited += interval.waited
+        if self._steps < LEAST_STEPS or self._seconds <= 0:
+            return None
+        share = self._waited / self._seconds
+        self._since_warning += self._steps
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        is_due = not self._warned_share or share > WORSE * self._warned_share or self._since_warning >= LONG
+        if share <= SHARE or not is_due:
+            return None
+        self._warned_share, self._since_warning = share, 0
+        return f"steps wait for data {share:.0%} of their time. {self._advice}"
+
+
+def cores_per_rank() -> int:
+    """Cores of this machine per rank on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
+def data_wait_advice(data: Data, units: int, streams: int, cores: int) -> str:
+    """What helps a rank that waits for data, owns `streams` of the streams and has `cores` cores."""
+    workers, most = data.num_workers, min(streams, cores)
+    if workers == 0:
+        first = "With data.num_workers = 0 data are read between the steps: set it to 1 or more, to read beside them"
+    elif workers < most:
+        which = f"there are {cores} cores per rank" if cores <= streams else f"a rank owns {streams} streams"
+        first = f"Raise data.num_workers from {workers}, up to {most}: {which}"
+    elif workers >= streams:
+        first = f"Each stream of a rank has a loader process already: in a new run, raise data.streams ({data.streams})"
+    else:
+        first = (
+            f"{workers} loader processes share {cores} cores per rank: give the job more cores, or fewer ranks a node"
+        )
+    further = []
+    if units < data.streams:
+        further.append(
+            f"the data lie in {units} units, which {data.streams} streams share: split them into more files, parquet "
+            "into smaller row groups"
+        )
+    if data.source == "huggingface" and not os.path.isdir(os.path.expanduser(data.path)):
+        further.append("a copy on a local disk needs no network")
+    elif data.source != "builtin":
+        further.append("if the cores are idle meanwhile, the storage is slow: copy the data to a local disk")
+    return ". ".join(part[0].upper() + part[1:] for part in (first, *further))

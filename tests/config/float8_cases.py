@@ -70,10 +70,10 @@ def fsdp_all_gather(run: Runner) -> None:
     said = {}
     for name in ("auto", "never"):
         seen = run.on_ranks(2, *tensorwise, "--float8.fsdp_all_gather", name)[0]
-        said[name] = "gathers the weights of products in 8 bits" in (seen.folder / "logs/rank-0.log").read_text()
+        said[name] = "gathers the weights of matmuls in 8 bits" in (seen.folder / "logs/rank-0.log").read_text()
     assert said == {"auto": True, "never": False}  # and tests/distributed/test_float8_gather.py looks
     other = run.on_ranks(2, *tensorwise, "--optimizer.name", "adamw_fp8")[0]
-    assert "gathers the weights of products in 8 bits" in (other.folder / "logs/rank-0.log").read_text()
+    assert "gathers the weights of matmuls in 8 bits" in (other.folder / "logs/rank-0.log").read_text()
     cannot = ("--float8.fsdp_all_gather", "always", "--parallel.data_parallel", "ddp")
     assert '"always" cannot be with parallel.data_parallel as set' in run.refusal(*tensorwise, *cannot)
     assert "every rank has whole weights" in run.refusal(*tensorwise, "--float8.fsdp_all_gather", "always")

@@ -25,7 +25,7 @@ from swamla_titan.config.sections import Config, Job, Training
 from swamla_titan.data import IGNORED
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
-from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.precision import set_precision_and_determinism
 from tests.config.block_cases import BLOCK_CASES
 from tests.config.checkpoint_cases import CHECKPOINT_CASES
 from tests.config.fault_cases import FAULT_CASES
@@ -261,7 +261,7 @@ def fp32_precision(run: Runner) -> None:
         (cuda, "ieee", "highest"),
         (cpu, "tf32", "highest"),
     ):
-        set_numerics(Config(training=Training(fp32_precision=wanted), job=Job(seed=1)), device)
+        set_precision_and_determinism(Config(training=Training(fp32_precision=wanted), job=Job(seed=1)), device)
         assert torch.get_float32_matmul_precision() == expected
 
 

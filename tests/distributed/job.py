@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swamla_titan.cli import main
-from swamla_titan.data import Corpus
-from swamla_titan.train import open_data
+from swamla_titan.data import Corpus, StepBatch
+from swamla_titan.train import setup
+from swamla_titan.train.step import StepOutcome
 from swamla_titan.train.trainer import Trainer
 
 
@@ -41,7 +42,7 @@ def run_and_listen(config: str, *overrides: str) -> Ended:
 
 def run_damaged(path: Path, content: bytes, config: str, *overrides: str) -> Ended:
     """`run_and_listen`, with a file that gets other content as soon as every rank has opened and counted the data."""
-    original, ranks = open_data.open_corpus, int(os.environ["WORLD_SIZE"])
+    original, ranks = setup.open_corpus, int(os.environ["WORLD_SIZE"])
     marks = path.parent.with_name(f"{path.name}-opened")
 
     def open_and_damage(*arguments: Any) -> Corpus:
@@ -54,11 +55,11 @@ def run_damaged(path: Path, content: bytes, config: str, *overrides: str) -> End
         path.write_bytes(content)
         return corpus
 
-    open_data.open_corpus = open_and_damage  # type: ignore[assignment]
+    setup.open_corpus = open_and_damage  # type: ignore[assignment]
     try:
         return run_and_listen(config, *overrides)
     finally:
-        open_data.open_corpus = original
+        setup.open_corpus = original
         (marks / os.environ["RANK"]).unlink()
 
 
@@ -87,14 +88,20 @@ def run_killed(step: int, config: str, *overrides: str) -> int:
 
 def before_step(step: int, action: Callable[[Trainer], object]) -> None:
     """From now on this process calls `action(trainer)` just before the trainer computes step `step`, counted from 1."""
-    original = Trainer.train_step
+    original = Trainer.run
 
-    def train_step(self: Trainer, batch):
-        if self.step + 1 == step:
-            action(self)
-        return original(self, batch)
+    def run(self: Trainer) -> int:
+        take = self.train_step
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+        def train_step(batch: StepBatch, number: int) -> StepOutcome:
+            if number == step:
+                action(self)
+            return take(batch, number)
+
+        self.train_step = train_step  # type: ignore[assignment]
+        return original(self)
+
+    Trainer.run = run  # type: ignore[method-assign]
 
 
 def limit_of_a_second(trainer: Trainer) -> None:

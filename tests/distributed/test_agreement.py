@@ -10,11 +10,12 @@ import torch.distributed.checkpoint as dcp
 from swamla_titan.checkpoint.reader import load_tensors
 from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
+from swamla_titan.data import StepBatch
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.train.trainer import Trainer
+from swamla_titan.train.step import StepOutcome, TrainStep
 from tests.distributed.ranks import on_ranks
 
 ERRORS = {"user": UserError, "run": RunFailed}
@@ -111,15 +112,15 @@ def test_a_process_alone_asks_nobody():
 
 def _crash(config: str, error: type[Exception], rank: int) -> tuple[str, bool]:
     """How training ends on this rank if the second step raises `error` on `rank` (-1: all), and is the group there."""
-    take = Trainer.train_step
+    take = TrainStep.__call__
 
-    def step(self: Trainer, batch: object) -> object:
-        if self.step == 1 and rank in (self.world.rank, -1):
+    def step(self: TrainStep, batch: StepBatch, number: int) -> StepOutcome:
+        if number == 2 and rank in (self.world.rank, -1):
             raise error("no memory is left")
-        return take(self, batch)
+        return take(self, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(TrainStep, "__call__", step)
         try:
             ended = str(main(["train", config, "--data.num_workers", "0"]))
         except Exception as raised:

@@ -60,7 +60,8 @@ def test_a_step_that_goes_wrong_on_one_rank_is_skipped_on_all(tmp_path, plan, ki
     assert [each.code for each in ended] == [0] * ranks, ended[0].err
     for number in range(ranks):
         log = (run / "logs" / f"rank-{number}.log").read_text()
-        assert log.count("WARNING swamla_titan.train.trainer: skipped as bad, changing nothing: step 3 (loss ") == 1
+        warning = "WARNING swamla_titan.train.policies.streaks: skipped as bad, changing nothing: step 3 (loss "
+        assert log.count(warning) == 1
     assert metrics(run, "skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
     # Every rank wrote its own parts of these.
     assert_equal(learnt(checkpoint(run, 2)), learnt(checkpoint(run, 3)))
@@ -83,7 +84,7 @@ def test_many_in_a_row_on_any_rank_end_all_with_1_and_any_number_of_ranks_goes_o
     faults = (Fault(2, "nan gradient", 0), Fault(4, "nan loss", 1), Fault(5, "spike", 0), Fault(6, "nan gradient", 1))
     ended = on_ranks(ranks, run_with_faults, faults, (), config, *settings, *parallel)
     assert [each.code for each in ended] == [1] * ranks, ended[0].out
-    assert ended[0].err.startswith("failed: 3 bad steps in a row, up to step 6 (loss ")
+    assert ended[0].err.startswith("failed: a streak of 3 bad steps, up to step 6 (loss ")
     assert not any(each.err for each in ended[1:])
     dump = dumped(run, 6)
     assert [entry["step"] for entry in dump] == [4, 5, 6]

@@ -12,7 +12,7 @@ import pytest
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import open_corpus
 from swamla_titan.data.streams import DocumentStream
-from swamla_titan.train import open_data
+from swamla_titan.train import setup
 from tests.data.faulty import Fails, flaky, four_files
 from tests.distributed.job import Ended, run, run_and_listen, run_damaged
 from tests.distributed.ranks import on_ranks
@@ -54,15 +54,15 @@ def settings(corpus: Path, folder: Path, steps: int = 20) -> tuple[str, ...]:
 
 def run_flaky(rank: int, fails: list[Fails], counts: Path, delay: float, config: str, *overrides: str) -> Ended:
     """`run_and_listen`, with a source that fails on rank `rank` alone (-1: on all)."""
-    original, own = open_data.open_corpus, int(os.environ["RANK"])
+    original, own = setup.open_corpus, int(os.environ["RANK"])
     if rank in (own, -1):
         mine = counts / str(own)
         counts.mkdir(exist_ok=True)
-        open_data.open_corpus = lambda *arguments: flaky(original(*arguments), fails, mine, delay)  # type: ignore
+        setup.open_corpus = lambda *arguments: flaky(original(*arguments), fails, mine, delay)  # type: ignore
     try:
         return run_and_listen(config, *overrides)
     finally:
-        open_data.open_corpus = original
+        setup.open_corpus = original
 
 
 def cursors(folder: Path, step: int) -> dict[str, object]:
@@ -81,7 +81,7 @@ def test_on_any_number_of_ranks_the_same_is_passed_over_and_they_resume_each_oth
         folder = tmp_path / f"on-{size}"
         ended = on_ranks(size, run_damaged, path, half, config, *settings(corpus, folder), *SKIP)
         assert [each.code for each in ended] == [0] * size, ended[0].err
-        assert ended[0].out.count("the rest of the file is passed over in this run") == 1
+        assert ended[0].out.count("the rest of the file is skipped in this run") == 1
         assert cursors(folder, 20) == cursors(tmp_path / "on-1", 20)
         for step, loss in metrics(tmp_path / "on-1").items():
             assert metrics(folder)[step] == pytest.approx(loss, rel=1e-5)
@@ -120,7 +120,7 @@ def test_ranks_that_read_the_same_pass_over_what_one_of_them_could_not_read(tmp_
     fails = [Fails(4, 3, damaged=True)]
     ended = on_ranks(2, run_flaky, 1, fails, tmp_path / "counts", 0.001, config, *command)
     assert [each.code for each in ended] == [0, 0], ended[0].err
-    assert ended[0].out.count("the rest of the file is passed over in this run") == 1
+    assert ended[0].out.count("the rest of the file is skipped in this run") == 1
     whole = (*settings(corpus, tmp_path / "whole"), *SKIP, *pipeline)
     (alone,) = on_ranks(1, run_flaky, -1, fails, tmp_path / "alone", 0.001, config, *whole)
     assert alone.code == 0, alone.err

@@ -4,9 +4,13 @@ import hashlib
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from swamla_titan.data import StepBatch
+from swamla_titan.train import run as module
+from swamla_titan.train.step import StepOutcome, TrainStep
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import run_and_listen, run_signalled
 from tests.distributed.ranks import on_ranks
@@ -21,19 +25,19 @@ Rows = dict[int, dict[int, str]]
 def run_digested(at: dict[int, int], config: str, *overrides: str) -> tuple[int, Rows]:
     """`run_signalled` with SIGTERM; also step -> number of a sequence -> digest of it, of what this rank trained on."""
     rows: Rows = {}
-    original = Trainer.train_step
+    original = TrainStep.__call__
 
-    def train_step(self: Trainer, batch):
+    def train_step(self: TrainStep, batch: StepBatch, step: int) -> StepOutcome:
         columns = [batch.tokens, batch.targets] + ([] if batch.document_ids is None else [batch.document_ids])
         digests = [hashlib.sha256(b"".join(c[i].numpy().tobytes() for c in columns)) for i in range(len(batch.tokens))]
-        rows[self.step] = {int(n): digest.hexdigest() for n, digest in zip(batch.sequences, digests)}
-        return original(self, batch)
+        rows[step - 1] = {int(n): digest.hexdigest() for n, digest in zip(batch.sequences, digests)}
+        return original(self, batch, step)
 
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    TrainStep.__call__ = train_step  # type: ignore[method-assign]
     try:
         return run_signalled(signal.SIGTERM, at, config, *overrides).code, rows
     finally:
-        Trainer.train_step = original  # type: ignore[method-assign]
+        TrainStep.__call__ = original  # type: ignore[method-assign]
 
 
 def global_batches(ranks: list[Rows], data_ranks: int) -> dict[int, str]:
@@ -100,16 +104,17 @@ def test_stopped_and_resumed_on_other_numbers_of_ranks_it_equals_one_process(tmp
 def _signalled_in(where: str, config: str, *overrides: str):
     """SIGTERM to rank 1 alone as it comes to `where`; the launcher knows nothing of it."""
     if os.environ["RANK"] == "1":
-        original = Trainer.__init__
+        original = module.build_trainer
 
-        def init(self: Trainer, *arguments) -> None:
+        def build(*arguments: Any) -> Trainer:
             if where == "before":
                 os.kill(os.getpid(), signal.SIGTERM)
-            original(self, *arguments)
+            trainer = original(*arguments)
             if where == "after":
                 os.kill(os.getpid(), signal.SIGTERM)
+            return trainer
 
-        Trainer.__init__ = init  # type: ignore[method-assign]
+        module.build_trainer = build
     return run_and_listen(config, *overrides)
 
 

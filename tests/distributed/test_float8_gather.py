@@ -22,7 +22,7 @@ from swamla_titan.parallel import model_parts as parallel_model
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.quantization import native
 from swamla_titan.quantization.native import NativeLinear
-from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.precision import set_precision_and_determinism
 from tests.distributed.job import run_and_listen
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_optimizers import as_held, sendable, whole_gradient
@@ -277,7 +277,7 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: st
         optimizer=Optimizer(optimizer),
     )
     world = init_distributed(config.parallel)
-    set_numerics(config, world.device, world.rank)
+    set_precision_and_determinism(config, world.device, world.rank)
     model = ParallelModel(config, world)
     model.init_weights(0)
     moved_by = build_optimizer(model.parts[0], config.optimizer, compiled=True)

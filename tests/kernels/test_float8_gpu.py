@@ -14,7 +14,7 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import cast_weights, forget_casts, keep_weights
-from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train.precision import set_precision_and_determinism
 
 pytestmark = pytest.mark.gpu
 E4M3 = torch.float8_e4m3fn
@@ -126,7 +126,7 @@ def test_a_compiled_model_is_near_bfloat16_under_tf32(recipe, tmp_path):
     from swamla_titan.config import Config
 
     torch._dynamo.reset()
-    set_numerics(Config(), CUDA)
+    set_precision_and_determinism(Config(), CUDA)
     assert torch.get_float32_matmul_precision() == "high"
     shape = ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256)
     tokens = torch.randint(500, (4, 256), device=CUDA)

@@ -136,7 +136,7 @@ def test_without_auto_nothing_is_chosen_or_said():
 def _on_mixed_machines(bad: int) -> tuple[str, str, list[str]]:
     world = init_distributed(Parallel())
     automatic.why_no_float8 = lambda *_: "an old GPU" if world.rank == bad else None
-    chosen, lines = choose(base(optimizer=Optimizer("auto")), world, None)
+    chosen, lines = choose(base(optimizer=Optimizer("auto")), world, world.device, None)
     return chosen.float8.recipe, chosen.optimizer.name, lines
 
 
@@ -223,7 +223,7 @@ def test_the_start_says_it_and_check_does(tiny, tmp_path, capsys):
     main(["check", str(tiny), "--float8.recipe", "auto", "--optimizer.name", "auto"])
     out = capsys.readouterr().out
     assert 'ok       auto        float8.recipe = "auto" is "off": there is no GPU' in out
-    assert 'ok       auto        optimizer.name = "auto" is "adamw": products are not in float8' in out
+    assert 'ok       auto        optimizer.name = "auto" is "adamw": matmuls are not in float8' in out
 
 
 def test_a_shipped_configuration_has_products_and_moments_in_float8():

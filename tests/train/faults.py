@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swamla_titan.data import StepBatch
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.train.trainer import Trainer
+from swamla_titan.train.step import StepOutcome, TrainStep
 from tests.distributed.job import Ended, before_step, run_and_listen
 
 KINDS = ("nan gradient", "inf gradient", "nan loss", "nan batch", "spike", "ruin")
@@ -36,22 +37,22 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
     mine = {fault.step: fault.kind for fault in faults if fault.rank == rank}
     assert set(mine.values()) <= set(KINDS)
     current = 0
-    trainer_step, model_step, model_loss = Trainer.train_step, ParallelModel.train_step, ParallelModel._loss
+    take_step, model_step, model_loss = TrainStep.__call__, ParallelModel.train_step, ParallelModel._loss
 
-    def train_step(self: Trainer, batch):
+    def train_step(self: TrainStep, batch: StepBatch, step: int) -> StepOutcome:
         nonlocal current
-        current = self.step + 1
+        current = step
         if current in unapplied:
-            for optimizer in self.optimizers:
+            for optimizer in self.state.optimizers:
                 optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
-        outcome = trainer_step(self, batch)
+        outcome = take_step(self, batch, step)
         if current in unapplied:
-            for optimizer in self.optimizers:
+            for optimizer in self.state.optimizers:
                 del optimizer.step
         if mine.get(current) == "ruin":
             with torch.no_grad():
                 torch._foreach_mul_(
-                    [local(weight) for part in self.model.parts for weight in part.parameters()], torch.nan
+                    [local(weight) for part in self.state.model.parts for weight in part.parameters()], torch.nan
                 )
         return outcome
 
@@ -71,7 +72,7 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
         loss = model_loss(self, micro_batch, denominator)
         return loss * torch.nan if mine.get(current) == "nan batch" and loss.requires_grad else loss
 
-    Trainer.train_step, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
+    TrainStep.__call__, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
         train_step,
         spoil,
         loss_of_batch,
@@ -79,8 +80,8 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
     try:
         return run_and_listen(config, *overrides)
     finally:
-        Trainer.train_step, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
-            trainer_step,
+        TrainStep.__call__, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
+            take_step,
             model_step,
             model_loss,
         )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config.sections import Config, FaultTolerance, Float8, Training
-from swamla_titan.train.policies.bad_batches import write_bad_batches
 from swamla_titan.train.policies.bad_steps import BadStep, BadSteps, remedies, warning
-from swamla_titan.train.trainer import Trainer
+from swamla_titan.train.policies.streaks import write_bad_batches
+from swamla_titan.train.step import TrainStep
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train
 
@@ -90,12 +90,12 @@ def test_counts_and_rows():
     policy = BadSteps(FaultTolerance(), CPU)
     judged(policy, [math.nan, 1, math.nan, math.inf, 1])
     assert [bad.step for bad in policy.read()] == [1, 3, 4]
-    assert (policy.skipped, policy.in_row) == (3, 0)
+    assert (policy.skipped, policy.streak) == (3, 0)
     judged(policy, [math.nan, math.nan], first=6)
-    assert [bad.step for bad in policy.row()] == [6, 7]
+    assert [bad.step for bad in policy.newest_streak()] == [6, 7]
     assert [bad.step for bad in policy.read()] == [6, 7]
     assert policy.read() == []
-    assert (policy.skipped, policy.in_row) == (5, 2)
+    assert (policy.skipped, policy.streak) == (5, 2)
 
 
 def test_the_step_that_made_the_weights_is_the_last_good_one_or_that_of_the_checkpoint():
@@ -107,12 +107,12 @@ def test_the_step_that_made_the_weights_is_the_last_good_one_or_that_of_the_chec
         made.append(policy.trained)
         assert policy.too_many(step) == (step == 8)
     assert made == [0, 2, 3, 3, 5, 5, 5, 8]
-    assert policy.trained_before_row == 5  # of the row, not of the good step in which it was noticed
+    assert policy.trained_before_streak == 5  # of the row, not of the good step in which it was noticed
     policy.rewound(8, 3, policy.empty_window())
     policy.read()
-    assert (policy.trained, policy.rewinds, policy.in_row, policy.skipped) == (3, 1, 0, 4)
+    assert (policy.trained, policy.rewinds, policy.streak, policy.skipped) == (3, 1, 0, 4)
     judged(policy, [math.nan] * 2, first=9)
-    assert [bad.step for bad in policy.row()] == [9, 10]
+    assert [bad.step for bad in policy.newest_streak()] == [9, 10]
     # Without a history, as of a run that had no policy, every step has trained.
     other = BadSteps(FaultTolerance(), CPU)
     other.loaded(other.state_dict(), 7)
@@ -202,7 +202,7 @@ def test_messages_of_runs_name_them(tiny, skips):
     faults = (Fault(3, "nan gradient"), Fault(4, "nan loss"))
     ended = run_with_faults(faults, (), str(tiny), *SHORT, *recipe, *policy)
     assert ended.code == 1
-    assert ended.err.startswith("failed: 2 bad steps in a row" if skips else "failed: step 3: loss ")
+    assert ended.err.startswith("failed: a streak of 2 bad steps" if skips else "failed: step 3: loss ")
     for text in (ended.err, ended.out.partition("skipped as bad")[2]) if skips else (ended.err,):
         assert "training.max_grad_norm is 1" in text
         assert 'whether "native" is at fault' in text
@@ -261,7 +261,7 @@ def test_too_many_in_a_row_are_saved_listed_and_end_the_run_which_can_go_on(tiny
     ended = run_with_faults(faults, (), str(tiny), *settings)
     assert ended.code == 1
     stopped = 6 if interval == "1" else 7  # at once where it is logged, else a step later
-    assert ended.err.startswith(f"failed: {stopped - 3} bad steps in a row, up to step {stopped} (loss ")
+    assert ended.err.startswith(f"failed: a streak of {stopped - 3} bad steps, up to step {stopped} (loss ")
     dump = dumped(run, stopped)
     assert [entry["step"] for entry in dump] == list(range(4, stopped + 1))
     for entry in dump:
@@ -323,16 +323,16 @@ def test_a_checkpoint_without_history_or_with_another_window_loads(tiny, tmp_pat
 def test_a_step_does_not_wait_for_the_device(tiny, monkeypatch):
     """Whatever brings a value to the host raises while a step is computed, also a bad one."""
     steps, inside = [], False
-    original = Trainer.train_step
+    original = TrainStep.__call__
 
-    def train_step(self, batch):
+    def train_step(self, batch, number):
         nonlocal inside
         inside = True
         try:
-            return original(self, batch)
+            return original(self, batch, number)
         finally:
             inside = False
-            steps.append(self.step)
+            steps.append(number)
 
     def forbid(name):
         allowed = getattr(Tensor, name)
@@ -344,13 +344,13 @@ def test_a_step_does_not_wait_for_the_device(tiny, monkeypatch):
 
         monkeypatch.setattr(Tensor, name, called)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(TrainStep, "__call__", train_step)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
         forbid(name)
     spikes = ("--fault_tolerance.spike_sigma", "5", "--fault_tolerance.spike_window", "2")
     ended = run_with_faults((Fault(4, "nan loss"), Fault(5, "spike")), (), str(tiny), *SHORT, *spikes)
     assert ended.code == 0, ended.err
-    assert steps == list(range(6))
+    assert steps == list(range(1, 7))
 
 
 @pytest.mark.parametrize("interval", ["1", "100"])

@@ -6,7 +6,7 @@ import pytest
 
 from swamla_titan.checkpoint.train_state import read_data_record
 from swamla_titan.config import load_config
-from swamla_titan.train.open_data import open_data
+from swamla_titan.train.setup import open_data
 from tests.checkpoint.test_allow import rows_fed
 from tests.train.runs import checkpoint, metrics, train
 

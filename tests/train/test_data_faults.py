@@ -12,7 +12,7 @@ import pytest
 
 from swamla_titan.cli import main
 from swamla_titan.data import BatchLoader, patience
-from swamla_titan.train import open_data
+from swamla_titan.train import setup
 from tests.data.faulty import Fails, flaky, four_files, truncate
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 from tests.waiting import HANG
@@ -45,14 +45,14 @@ def settings(folder: Path, *more: str) -> tuple[str, ...]:
 def opened_then(action) -> Iterator[None]:
     """What befalls the data just after the next start has opened and counted them: `action(corpus)` gives the corpus to
     read."""
-    original = open_data.open_corpus
+    original = setup.open_corpus
 
     def open_corpus(*arguments):
         corpus = original(*arguments)
         return action(corpus.with_segments(corpus.segments))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_data, "open_corpus", open_corpus)
+        patch.setattr(setup, "open_corpus", open_corpus)
         yield
 
 
@@ -95,7 +95,7 @@ def test_skip_file_is_told_once_counted_and_on_record_and_a_resumed_run_passes_o
     with opened_then(cut(path)):
         assert train(tiny, *command, "--job.dump_folder", str(whole)) == 0
     output = capsys.readouterr().out
-    assert output.count("the rest of the file is passed over in this run") == 1
+    assert output.count("the rest of the file is skipped in this run") == 1
     assert "2.parquet, row 0 of row group " in output
     counts = metrics(whole, "skipped_files")
     first = min(counts)
@@ -116,7 +116,7 @@ def test_skip_file_is_told_once_counted_and_on_record_and_a_resumed_run_passes_o
     path.write_bytes(intact)
     capsys.readouterr()
     assert train(tiny, *command, "--data.num_workers", "1", "--lr_schedule.name", "linear") == 0
-    assert capsys.readouterr().out.count("the rest of the file is passed over in this run") == 1
+    assert capsys.readouterr().out.count("the rest of the file is skipped in this run") == 1
     resumed = json.loads((checkpoint(run, 24) / "train.json").read_text())
     assert resumed["cursors"] == cursors
     assert resumed["identity"] == json.loads((checkpoint(whole, 24) / "train.json").read_text())["identity"]
@@ -221,7 +221,7 @@ def test_a_file_damaged_from_the_start(tiny, corpus, tmp_path, capsys):
     assert train(tiny, *settings(corpus, *SKIP)) == 0
     output = capsys.readouterr().out
     assert output.count("3.parquet: not a whole parquet file") == 3  # after two looks it is tried again, then:
-    assert output.count("the rest of the file is passed over in this run") == 1
+    assert output.count("the rest of the file is skipped in this run") == 1
     assert set(metrics(tmp_path / "run", "skipped_files").values()) == {1}
     record = json.loads((tmp_path / "run" / "skipped_files.json").read_text())
     assert [(entry["stream"], entry["step"]) for entry in record] == [(None, None)]

@@ -7,8 +7,7 @@ import torch
 
 from swamla_titan.config.sections import Data
 from swamla_titan.train import throughput as module
-from swamla_titan.train.policies.data_wait import DataWait, Interval, what_helps
-from swamla_titan.train.throughput import Throughput
+from swamla_titan.train.throughput import DataWait, Interval, Throughput, data_wait_advice
 from tests.train.runs import train
 
 FIRST = Interval(1, 100.0, 99.0)  # of readers that start up
@@ -62,11 +61,11 @@ LOCAL = Data(source="local", path="x", streams=8)
     ],
 )
 def test_what_helps(data, streams, cores, parts):
-    text = what_helps(dataclasses.replace(LOCAL, **data), 100, streams, cores)
+    text = data_wait_advice(dataclasses.replace(LOCAL, **data), 100, streams, cores)
     for part in parts:
         assert part.lower() in text.lower()
     assert "row groups" not in text
-    assert "2 units, which 8 streams share" in what_helps(dataclasses.replace(LOCAL, **data), 2, streams, cores)
+    assert "2 units, which 8 streams share" in data_wait_advice(dataclasses.replace(LOCAL, **data), 2, streams, cores)
 
 
 def test_a_run_says_it(tiny, tmp_path, monkeypatch):
@@ -109,6 +108,6 @@ def test_a_gpu_that_is_busy_meanwhile_does_not_wait(monkeypatch):
         _Event.done = busy_until
         with clock.data_wait():
             _clock[0] = arrives
-    values = clock.read()
+    values = clock.metrics()
     assert values["data_seconds"] == pytest.approx(7.5 / 3)
     assert clock.interval == Interval(3, 7.5, pytest.approx(1.0 + 0.0 + 1.5))

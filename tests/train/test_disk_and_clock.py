@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 import swamla_titan
+from swamla_titan.data import StepBatch
 from swamla_titan.system.line_file import LineFile
-from swamla_titan.train.trainer import Trainer
+from swamla_titan.train.step import StepOutcome, TrainStep
+from tests.distributed.job import before_step
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 
 FAST = ("--data.num_workers", "0", "--training.steps", "8", "--validation.interval", "0", "--checkpoint.interval", "4")
@@ -65,14 +67,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
 @contextmanager
 def at_steps(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> Iterator[None]:
     """Calls an action as a step (from 1) begins."""
-    original = Trainer.train_step
+    original = TrainStep.__call__
 
-    def train_step(self: Trainer, batch: Any) -> Any:
-        actions.get(self.step + 1, lambda: None)()
-        return original(self, batch)
+    def train_step(self: TrainStep, batch: StepBatch, step: int) -> StepOutcome:
+        actions.get(step, lambda: None)()
+        return original(self, batch, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(TrainStep, "__call__", train_step)
         yield
 
 
@@ -148,14 +150,7 @@ def test_a_metrics_file_cut_by_a_crash_keeps_its_whole_lines_and_gets_whole_ones
 
 def killed_at(step: int) -> None:
     """From now on this process is killed as step `step` begins."""
-    original = Trainer.train_step
-
-    def train_step(self: Trainer, batch: Any) -> Any:
-        if self.step + 1 == step:
-            os.kill(os.getpid(), 9)
-        return original(self, batch)
-
-    Trainer.train_step = train_step  # type: ignore[method-assign]
+    before_step(step, lambda _: os.kill(os.getpid(), 9))
 
 
 # a disk that is full in mid-run

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +18,10 @@ from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.train import throughput
-from swamla_titan.train.metrics import MetricsLogger, step_line
+from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops
 from swamla_titan.train.trainer import Trainer
+from tests.distributed.job import before_step
 from tests.train.runs import checkpoint, metrics, terminal, train
 
 FAST = ("--data.num_workers", "0", "--training.steps", "4", "--validation.interval", "2")
@@ -97,7 +97,7 @@ def test_times_are_means_over_the_steps_since_the_line_before(pass_time):
             with clock.data_wait():
                 pass_time(0.5)
             pass_time(1.5)
-        values = clock.read()
+        values = clock.metrics()
         assert values["data_seconds"] == pytest.approx(0.5)
         assert values["step_seconds"] == pytest.approx(2)
         assert values["tokens_per_second"] == pytest.approx(50)
@@ -109,7 +109,7 @@ def test_validation_and_checkpoints_are_not_counted_as_training(pass_time):
         pass_time(1)
     with clock.paused():
         pass_time(5)
-    assert clock.read()["step_seconds"] == pytest.approx(1)
+    assert clock.metrics()["step_seconds"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_mfu_is_tokens_per_second_of_a_gpu_times_flops_over_its_peak(monkeypatch
     clock = Throughput(gpu, num_devices=4, flops_per_token=flops, tokens_per_step=1_000_000)
     with clock.data_wait():
         pass
-    values = clock.read()
+    values = clock.metrics()
     per_gpu = values["tokens_per_second"] / 4
     assert values["tokens_per_second_per_gpu"] == pytest.approx(per_gpu)
     assert values["tflops_per_gpu"] == pytest.approx(per_gpu * flops / 1e12)
@@ -371,19 +371,17 @@ def test_a_profile_is_dropped_without_waiting_for_the_device_if_a_rank_may_be_al
 ):
     """Where all ranks end together it is written. torch's own profiler waits once more than this program."""
     waited: list[int] = []
-    step = Trainer.train_step
 
-    def fail_on_a_gpu(self: Trainer, batch: Any) -> Any:
-        if self.step < 2:
-            return step(self, batch)
+    def fail_on_a_gpu(trainer: Trainer) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
-        assert self.profiler._profile is not None
-        assert self.profiler._profile.profiler is not None
-        self.profiler._profile.profiler.use_device = "cuda"
+        assert trainer.profiler._profile is not None
+        assert trainer.profiler._profile.profiler is not None
+        trainer.profiler._profile.profiler.use_device = "cuda"
         raise error("no memory is left")
 
-    monkeypatch.setattr(Trainer, "train_step", fail_on_a_gpu)
+    monkeypatch.setattr(Trainer, "run", Trainer.run)  # restored afterwards
+    before_step(3, fail_on_a_gpu)
     asked = ("--profiling.enabled", "true", "--profiling.start_step", "2", "--profiling.num_steps", "9")
     if error is RunFailed:
         assert train(tiny, *FAST, *asked) == 1

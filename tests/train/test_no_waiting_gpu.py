@@ -8,6 +8,7 @@ train/policies/bad_steps.py waits for one of the step before, while the GPU has 
 import pytest
 import torch
 
+from swamla_titan.train.step import TrainStep
 from swamla_titan.train.trainer import Trainer
 from tests.train.runs import train
 
@@ -37,20 +38,20 @@ COMPILED = ("--compile.enabled", "true")
     ids=str,
 )
 def test_steps_do_not_wait_for_the_gpu(tiny, monkeypatch, options):
-    real_step, real_log = Trainer.train_step, Trainer._log_step
+    real_step, real_log = TrainStep.__call__, Trainer._log_step
     forbidden = []
 
-    def step(self, batch):
-        if self.step == 3:  # the first ones compile
+    def step(self, batch, number):
+        if number == 4:  # the first ones compile
             torch.cuda.set_sync_debug_mode("error")
         forbidden.append(torch.cuda.get_sync_debug_mode())
-        return real_step(self, batch)
+        return real_step(self, batch, number)
 
     def log(self):
         torch.cuda.set_sync_debug_mode("default")
         real_log(self)
 
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(TrainStep, "__call__", step)
     monkeypatch.setattr(Trainer, "_log_step", log)
     try:
         assert train(tiny, *SHAPE, *FEW, *options) == 0

@@ -105,7 +105,7 @@ def test_where_the_table_cannot_be_written_the_message_says_so(tmp_path):
 def test_a_run_out_of_memory_ends_with_1_and_a_message(tiny: Path, tmp_path: Path, capsys, monkeypatch):
     from swamla_titan.train.trainer import Trainer
 
-    monkeypatch.setattr(Trainer, "train_step", Trainer.train_step)  # put back afterwards
+    monkeypatch.setattr(Trainer, "run", Trainer.run)  # put back afterwards
 
     def fail(_: object) -> None:
         raise torch.OutOfMemoryError(TORCH_SAYS)

@@ -72,7 +72,7 @@ def test_it_goes_on_with_older_weights_and_the_next_batch_like_a_run_made_by_han
     ended = run_with_faults((*ROW, *after), (), str(tiny), *COMMON, *REWINDS, "--metrics.log_interval", interval)
     assert ended.code == 0, ended.err
     length = 3 + len(after)
-    assert ended.out.count(f"{length} bad steps in a row, up to step {7 + len(after)} (loss ") == 1
+    assert ended.out.count(f"a streak of {length} bad steps, up to step {7 + len(after)} (loss ") == 1
     assert f"rewound to the weights and optimizer of {checkpoint(run, BACK)}; step 9 continues with" in ended.out
     assert f"rewind 1 of 1; {run}/traces/bad-steps-8.json lists their data" in ended.out
     dump = dumped(run, 8)
@@ -160,7 +160,7 @@ def test_each_row_goes_further_back_until_no_rewind_is_left(tiny, tmp_path):
     assert str(checkpoint(run, 6)) in ended.out[first : first + 200]  # of 8, 10 the weights are those that failed
     assert str(checkpoint(run, 4)) in ended.out[second : second + 200]
     assert "rewind 2 of 2" in ended.out[second : second + 300]
-    assert ended.err.startswith("failed: 3 bad steps in a row, up to step 19 (loss ")
+    assert ended.err.startswith("failed: a streak of 3 bad steps, up to step 19 (loss ")
     assert "All 2 rewinds were made. If those are at fault" in ended.err
     assert [entry["step"] for entry in dumped(run, 16)] == [13, 14, 15]
     assert_equal(learnt(checkpoint(run, 19)), learnt(checkpoint(run, 4)))  # 16 was good, and not kept
@@ -173,7 +173,7 @@ def test_without_older_weights_it_stops_as_ever_and_can_go_on(tiny, tmp_path):
     faults = tuple(Fault(step, "nan gradient") for step in (3, 4, 5))
     ended = run_with_faults(faults, (), str(tiny), *COMMON, *REWINDS)
     assert ended.code == 1
-    assert ended.err.startswith("failed: 3 bad steps in a row, up to step 5 (loss ")
+    assert ended.err.startswith("failed: a streak of 3 bad steps, up to step 5 (loss ")
     assert "step 6 is saved" in ended.err
     assert "There is no rewind, because no intact checkpoint holds weights from before those" in ended.err
     ended = run_with_faults(faults, (), str(tiny), *COMMON, *REWINDS)
@@ -186,7 +186,7 @@ def test_there_is_no_rewind_at_the_end_of_a_run(tiny, tmp_path, last):
     """Nothing would be trained any more; whether the row is full in the last step or noticed there."""
     ended = run_with_faults(ROW, (), str(tiny), *COMMON, *REWINDS, "--training.steps", str(last))
     assert ended.code == 1
-    assert ended.err.startswith("failed: 3 bad steps in a row, up to step 7 (loss ")
+    assert ended.err.startswith("failed: a streak of 3 bad steps, up to step 7 (loss ")
     assert {t.item() for n, t in learnt(checkpoint(tmp_path / "run", last)).items() if n.endswith(".step")} == {
         float(last - 3)
     }
@@ -221,7 +221,7 @@ def test_weights_that_are_no_numbers_are_mended(tiny, tmp_path, ruined):
 
 def test_weights_that_are_no_numbers_without_a_bad_step_are_waited_for_once(tiny, tmp_path, monkeypatch):
     """No row will come of them: at the second save the run ends."""
-    monkeypatch.setattr("swamla_titan.train.trainer.are_finite", lambda parts, world: False)
+    monkeypatch.setattr("swamla_titan.train.policies.streaks.are_finite", lambda parts, world: False)
     ended = run_with_faults((), (), str(tiny), *COMMON, *REWINDS)
     assert ended.code == 1
     assert ended.err.startswith("failed: step 4: loss ")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from swamla_titan.errors import UserError
-from swamla_titan.train import trainer
+from swamla_titan.train import setup
 from tests.train.runs import train
 
 SETTINGS = ("--data.num_workers", "1", "--validation.interval", "0", "--training.steps", "1")
@@ -26,7 +26,7 @@ def test_data_is_read_while_the_model_is_made_and_a_refused_start_leaves_no_read
         found.extend(readers())
         raise UserError("no model today")
 
-    monkeypatch.setattr(trainer, "TrainingState", refuse)
+    monkeypatch.setattr(setup, "RunState", refuse)
     before = readers()
     assert train(tiny, *SETTINGS, "--job.dump_folder", str(tmp_path / "run")) == 2
     assert len(found) == len(before) + 1
@@ -37,13 +37,13 @@ def test_data_is_read_while_the_model_is_made_and_a_refused_start_leaves_no_read
 def test_helpers_start_before_the_data_are_opened(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     order: list[str] = []
     for name in ("prepare_workers", "warm_compiler", "open_data"):
-        real = getattr(trainer, name)
+        real = getattr(setup, name)
 
         def listen(*arguments: Any, name: str = name, real: Any = real) -> Any:
             order.append(name)
             return real(*arguments)
 
-        monkeypatch.setattr(trainer, name, listen)
+        monkeypatch.setattr(setup, name, listen)
     assert train(tiny, *SETTINGS, "--job.dump_folder", str(tmp_path / "run")) == 0
     assert order == ["prepare_workers", "warm_compiler", "open_data"]
 
@@ -51,5 +51,5 @@ def test_helpers_start_before_the_data_are_opened(tiny: Path, tmp_path: Path, mo
 def test_a_finished_run_starts_no_reader(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = (*SETTINGS, "--job.dump_folder", str(tmp_path / "run"))
     assert train(tiny, *settings) == 0
-    monkeypatch.setattr(trainer.BatchLoader, "start", lambda _: pytest.fail("reads data that nobody asks for"))
+    monkeypatch.setattr(setup.BatchLoader, "start", lambda _: pytest.fail("reads data that nobody asks for"))
     assert train(tiny, *settings) == 0

@@ -1,4 +1,4 @@
-"""What is written about a process that stands still: where each of its threads is, and NCCL's flight recorder."""
+"""The report of a process that hangs: where each of its threads is, and NCCL's flight recorder."""
 
 import faulthandler
 import logging
@@ -19,8 +19,7 @@ PACKAGE = Path(__file__).parent.parent
 def write_stacks(path: Path, headline: str) -> bool:
     """Write the Python stacks of all threads to `path`, below a headline; to standard error if that is impossible.
 
-    Returns whether the file was written. The stacks are written frame by frame straight to the file: no source is
-    read, which may lie on the disk that hangs.
+    Returns whether the file was written. No source file is read, because it may be on the disk that hangs.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,15 +38,16 @@ def write_stacks(path: Path, headline: str) -> bool:
 def write_nccl_trace(path: Path) -> bool:
     """Write NCCL's last collectives, of which TORCH_FR_BUFFER_SIZE are remembered (torch's default: 2000), to `path`.
 
-    Returns whether there was something to write. `path` should end in the rank: torch.distributed.flight_recorder's
-    fr_trace reads all ranks' files of a folder by their common prefix and tells which collective which rank missed.
+    Returns whether there was something to write. `path` should end in the rank, because fr_trace of
+    torch.distributed.flight_recorder reads the files of all ranks by their common prefix, and reports which rank missed
+    which collective.
     """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None) if dist.is_available() else None
     if dump is None:  # torch without NCCL
         return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without the stacks of the calls: to name their lines torch may wait for Python's lock, which hangs may keep.
+        # Without the stacks of the calls: to resolve them torch may wait for Python's lock, which a hang may hold.
         path.write_bytes(dump(includeCollectives=True, includeStackTraces=False, onlyActive=False))
     except (OSError, RuntimeError) as error:
         logger.warning("no flight recorder of NCCL: %s", error)
@@ -72,10 +72,10 @@ def _words(frame: FrameType) -> str:
 
 
 def where_all_are(steps: dict[int, int], places: dict[int, str], size: int) -> str:
-    """A line for each place, with the ranks that are there, those of the fewest steps first.
+    """A line for each place in the code, with the ranks that are there; those with the fewest steps come first.
 
-    `steps` and `places` say of a rank which step it took last and where it is; a rank that is in neither was silent.
-    Ranks that wait for one another took equally many steps: then the one at a place of its own holds up the others.
+    `steps` and `places` map a rank to the step it took last and to where it is; a rank in neither did not answer. Ranks
+    that wait for each other took the same number of steps; the one that is elsewhere delays the others.
     """
     together: dict[tuple[int, str], list[int]] = {}
     for rank in sorted(places):

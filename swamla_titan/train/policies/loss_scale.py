@@ -1,22 +1,23 @@
-"""Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740), for who asks for it (float8.loss_scaling).
+"""Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740), if float8.loss_scaling asks for it.
 
-The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after. A step
-whose gradient norm is then no finite number halves the scale, and is skipped by the bad-step policy; 2,000 good ones in
-a row double it (the constants of torch.amp.GradScaler). It lives on the device, and the host never waits for it.
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after it. A step
+whose gradient norm is then not finite halves the scale, and the bad-step policy skips it; a streak of 2,000 finite ones
+doubles it (the constants of torch.amp.GradScaler). The scale is on the device, and the host never waits for it.
 """
 
 import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
+from swamla_titan.train.policies import Policy
 
 _FIRST = 2.0**16
-_INTERVAL = 2000  # good steps before it is tried twice as large
+_INTERVAL = 2000  # finite steps before the scale is doubled
 _LEAST, _MOST = 2.0**-60, 2.0**60
 
 
-class LossScale(StateGroup):
-    """One on every rank, alike on all: it follows from the norm of the global gradient."""
+class LossScale(StateGroup, Policy):
+    """The scale, the same on every rank, because it follows from the norm of the global gradient."""
 
     group = "loss_scale"
 
@@ -31,13 +32,17 @@ class LossScale(StateGroup):
 
     @torch.no_grad()
     def update(self, grad_norm: Tensor) -> None:
-        """After a step; `grad_norm` of the gradients divided by `value` already."""
+        """Adapt the scale after a step; `grad_norm` is that of the gradients divided by `value`."""
         finite = grad_norm.detach().to(self.value.device).isfinite()
         self._good.add_(1).mul_(finite)
         grown = self._good >= _INTERVAL
         self._good.mul_(~grown)
         factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
         self.value.mul_(factor).clamp_(_LEAST, _MOST)
+
+    def metrics(self) -> dict[str, float | int]:
+        """The scale; waits for the device."""
+        return {"loss_scale": self.value.item()}
 
     @staticmethod
     def problem(state: dict[str, Tensor], step: int) -> str | None:

@@ -1,4 +1,4 @@
-"""A GPU whose memory is full: what the user reads, and what to change."""
+"""Running out of GPU memory: what happened, and which keys to change."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is torch's allocator, or CUDA beside it, that found no memory on the device."""
+    """Whether torch's allocator, or CUDA itself, found no memory on the device."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "CUDA error: out of memory" in str(error)
 
 
 Advise = Callable[[Config, World], list[str]]
-"""Changes of a configuration that save memory on this rank, those that save most first, with what each saves."""
+"""Changes of a configuration that save memory on this rank, with what each saves; those that save most come first."""
 
-# Where nothing could be counted.
+# Where the savings could not be computed.
 _IN_GENERAL = (
     'a smaller training.local_batch_size, activation_checkpoint.mode = "selective" or "full", a shorter '
     "training.seq_len, more ranks that share weights or sequences, or fewer bytes for moments (optimizer.moments, "
@@ -36,10 +36,10 @@ _LAST = "a smaller model; `swamla-titan plan CONFIG` estimates the memory before
 
 @contextmanager
 def explained_out_of_memory(config: Callable[[], Config], world: World, traces: Path, advise: Advise) -> Iterator[None]:
-    """Makes a RankFailed, with what to change, of running out of the device's memory inside.
+    """Makes a RankFailed, with what to change, of an out-of-memory error inside.
 
-    `config` is asked for then. The allocator's whole table goes to traces/oom-rank-R.txt. The other ranks do not know
-    of it and wait for this one; its end makes the launcher end them.
+    `config()` is called then. The allocator's full table goes to traces/oom-rank-R.txt. The other ranks wait for this
+    one, until the launcher ends them because this one has ended.
     """
     try:
         yield
@@ -62,11 +62,11 @@ def explained_out_of_memory(config: Callable[[], Config], world: World, traces: 
 def message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
     """What happened, how full the device is, and which keys to change."""
     first_line = str(error).strip().splitlines()[0]
-    what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is on torch's environment variables
+    what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is about torch's environment variables
     try:
         lines = advise(config, world)
-    except Exception:  # there may be no memory or process left for it, and the user needs the rest of the message
-        logger.debug("nothing counted", exc_info=True)
+    except Exception:  # no memory may be left to compute it, and the user needs the rest of the message
+        logger.debug("no savings computed", exc_info=True)
         lines = [_IN_GENERAL]
     advice = "\n".join(f"  - {line}" for line in (*lines, _LAST))
     return (
@@ -76,7 +76,7 @@ def message(error: BaseException, config: Config, world: World, advise: Advise) 
 
 
 def _essentials(device: torch.device) -> str:
-    """One line on the device's memory; empty where there is no device to ask."""
+    """One line about the device's memory; empty without a GPU."""
     if device.type != "cuda":
         return ""
     gib = 2**30

@@ -9,14 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config.sections import Profiling
+from swamla_titan.train.policies import Policy
 
 logger = logging.getLogger(__name__)
 
 
-class StepProfiler:
+class StepProfiler(Policy):
     """Records steps start_step .. start_step + num_steps - 1 into traces/steps-A-B.json, once.
 
-    Of a run that ends in between, the steps until then.
+    If the run ends before the last of them, it records the steps until then.
     """
 
     def __init__(self, config: Profiling, folder: Path, rank: int = 0) -> None:
@@ -27,7 +28,7 @@ class StepProfiler:
         self._last_step = 0
 
     def before_step(self, step: int) -> None:
-        """Start recording if this is the first step to record; steps count from 1."""
+        """Start recording if this is the first step to record."""
         if self.config.enabled and step == self.config.start_step:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self._profile = profile(activities=activities, record_shapes=True)
@@ -37,10 +38,16 @@ class StepProfiler:
         """Stop and write after the last step to record."""
         self._last_step = step
         if step == self.config.start_step + self.config.num_steps - 1:
-            self.close()
+            self._write()
 
-    def close(self) -> None:
-        """Stop and write what is being recorded: a profiler left running crashes the interpreter at its end."""
+    def close(self, discard: bool) -> None:
+        """Stop recording, because a running profiler crashes the interpreter at its end; write the trace or drop it."""
+        if discard:
+            self._drop()
+        else:
+            self._write()
+
+    def _write(self) -> None:
         if self._profile is None:
             return
         if torch.cuda.is_available():
@@ -50,20 +57,17 @@ class StepProfiler:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(path))
-            _refuse_half(path)
+            _require_complete(path)
             logger.info("profile written to %s", path)
-        except (OSError, RuntimeError) as error:  # no reason to end a run
+        except (OSError, RuntimeError) as error:  # not a reason to end the run
             logger.warning("the profile %s could not be written (%s); training goes on", path, error)
             with suppress(OSError):
-                for half in self.folder.glob(f"{path.name}*"):  # torch writes to a name of its own first
-                    half.unlink()
+                for part in self.folder.glob(f"{path.name}*"):  # torch writes to a temporary name first
+                    part.unlink()
         self._profile = None
 
-    def discard(self) -> None:
-        """Stop what is being recorded, without waiting for the device and without writing it.
-
-        For a rank that ends alone: its device may be in a collective that the others never come to.
-        """
+    def _drop(self) -> None:
+        """Stop without waiting for the device, which may be in a collective that the other ranks never enter."""
         if self._profile is None:
             return
         assert self._profile.profiler is not None
@@ -72,8 +76,8 @@ class StepProfiler:
         self._profile = None
 
 
-def _refuse_half(path: Path) -> None:
-    """Raise OSError unless a trace has its end: torch writes it without a word about a disk that is full."""
+def _require_complete(path: Path) -> None:
+    """Raise OSError unless a trace has its end, because torch does not report a full disk."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16))
         if not file.read().rstrip().endswith(b"}"):

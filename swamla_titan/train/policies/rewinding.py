@@ -84,7 +84,7 @@ class Rewinding:
         """
         if not self.is_possible(step):
             return False
-        if self._bad_steps.in_row:
+        if self._bad_steps.streak:
             return True
         self._unsaved = step if self._unsaved is None else self._unsaved
         return self._unsaved == step
@@ -95,7 +95,7 @@ class Rewinding:
         All ranks call this. Loads what was learned into `state`. Skips a checkpoint that does not fit, as one of
         another model, like a damaged one.
         """
-        before = self._bad_steps.trained_before_row
+        before = self._bad_steps.trained_before_streak
         targets = broadcast_from_rank_0(
             self._world, lambda: dict(self._older(before, step, self._checkpoints.finished()))
         )

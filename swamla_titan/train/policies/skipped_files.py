@@ -1,4 +1,4 @@
-"""The files, or rests of files, that a run passes over: counted, told once each, and written down."""
+"""Files that a run skips, or whose rest it skips, because they cannot be read: counted, logged, written down."""
 
 import json
 import logging
@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from swamla_titan.data import Corpus, Skip, skips_of
+from swamla_titan.train.policies import Policy
 
 logger = logging.getLogger(__name__)
 
 NAME = "skipped_files.json"
 
 
-class SkippedFiles:
-    """All that is passed over since the run began, on every rank the same.
+class SkippedFiles(Policy):
+    """All that the run has skipped since it began, the same on every rank.
 
-    The first rank writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this
-    start), `place`, `reason`; a file that streams share is there once for each that came upon it. The cursors in the
-    checkpoints say the same, and it is by them that a resumed run goes; so the file may be lost, or not writable.
+    Rank 0 writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this start),
+    `place`, `reason`; a file that streams share has an object for each stream that reached it. A resumed run reads the
+    same from the cursors in its checkpoint, so the file may be lost, or not writable.
     """
 
     def __init__(
         self, folder: Path, corpus: Corpus, cursors: dict[int, dict[str, Any]], writes: Callable[[], bool]
     ) -> None:
-        """`cursors` of all streams, from the checkpoint; files that could not be opened are told of by `corpus`.
+        """`cursors`: of all streams, from the checkpoint; `corpus` knows the files that could not be opened.
 
-        `writes()`: whether this rank is to report and to write.
+        `writes()`: whether this rank logs and writes.
         """
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
@@ -44,13 +45,12 @@ class SkippedFiles:
         if self._entries:
             self._write()
 
-    @property
-    def count(self) -> int:
-        """Files of which something is passed over."""
-        return len(self._files)
+    def metrics(self) -> dict[str, float | int]:
+        """The number of files of which something is skipped, if there are any."""
+        return {"skipped_files": len(self._files)} if self._files else {}
 
     def add(self, step: int, skips: Iterable[Skip]) -> None:
-        """What was found unreadable in the batch of step `step` (from 1); ranks may bring the same ones."""
+        """Add what was unreadable in the batch of `step` (from 1); ranks may have found the same."""
         for skip in sorted({skip.key: skip for skip in skips}.values(), key=lambda skip: skip.key):
             self._note(step, skip.stream, skip.file, skip.place, skip.reason)
         self._write()
@@ -59,7 +59,7 @@ class SkippedFiles:
         self._entries.append({"file": file, "stream": stream, "step": step, "place": place, "reason": reason})
         if self._writes() and file not in self._files:
             where = f"{file}, {place}" if place else file
-            logger.warning("data: %s: %s; the rest of the file is passed over in this run", where, reason)
+            logger.warning("data: %s: %s; the rest of the file is skipped in this run", where, reason)
         self._files.add(file)
 
     def _write(self) -> None:

@@ -1,12 +1,13 @@
-"""The watchdog: a process that makes no progress says where it stands, and ends, so that its launcher starts it again.
+"""The watchdog: a process that makes no progress writes where it is, and ends, so that its launcher restarts it.
 
-Two timers watch the main thread. A thread of Python looks once a second; it can write files, ask the other ranks and
-write to the log. It cannot run while C code keeps Python's lock. For that case there is system/backstop.py: a little
+Two timers watch the main thread. A Python thread checks once a second; it can write files, ask the other ranks and
+write to the log. It cannot run while C code holds Python's lock. For that case there is system/backstop.py: a little
 later than the thread would have, it has C code write all stacks and ends the process.
 
-A pause is no hang. Limits count the time in which this process ran: what it was stopped for is left out (Ctrl-Z and
-`fg`, `scontrol suspend`, a virtual machine that is moved), and so is the time in which another process of the run on
-this machine is stopped, since this one may be waiting for it. What is silent on another machine may as well be lost.
+A suspended process does not hang. Limits count the time in which this process ran, without the time for which it was
+suspended (Ctrl-Z and `fg`, `scontrol suspend`, a virtual machine that is migrated), and without the time for which
+another process of the run on this machine is, because this one may be waiting for it. A process on another machine that
+does not answer counts as lost.
 """
 
 import logging
@@ -35,24 +36,24 @@ from swamla_titan.train.policies.hang_report import place_of_main_thread, where_
 
 logger = logging.getLogger(__name__)
 
-# Seconds. A rank that ends makes the launcher end the others, so each waits until all have written their stacks.
+# Seconds. When a rank ends, the launcher ends the others, so each waits until all have written their stacks.
 BACKSTOP = 10.0  # after the limit, the backstop ends a process whose Python cannot run
 OTHERS = 15.0  # the longest wait for the other ranks
 ANSWER = 5.0  # the longest wait for their store
-REPORT = 30.0  # the longest time for all that is written at the end; the backstop sees to it
-LOOK = 1.0  # between two looks at the main thread, and at whether another rank has stopped
+REPORT = 30.0  # the longest time for the whole report; the backstop enforces it
+POLL = 1.0  # between two checks of the main thread, and of whether another rank hangs
 
 _HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
 
 
 @dataclass(frozen=True)
 class _Progress:
-    """What the main thread did last, and how long the next may take from then on."""
+    """What the main thread does, since when, and how long it may take."""
 
     step: int  # the last one taken
     doing: str
     limit: float  # seconds
-    since: float  # by the clock that nobody can set
+    since: float  # of the monotonic clock
 
     @property
     def deadline(self) -> float:
@@ -62,16 +63,16 @@ class _Progress:
 class Watchdog:
     """Ends this process, with exit code 1, if its trainer makes no progress for too long.
 
-    The trainer says `begin(step)` once, `progress(step)` after each step, and encloses what is no step and lasts (a
-    validation, a checkpoint) in `pause(what)`. Between two steps lie at most `step_timeout` seconds; the start, the
+    The trainer calls `begin(step)` once, `progress(step)` after each step, and encloses what takes long between steps
+    (validation, checkpoint) in `pause(what)`. Between two steps lie at most `step_timeout` seconds; the start, the
     first step and each pause may last `first_step_timeout`. A GPU computes behind its host, which waits for it when it
-    logs, or when some 1000 kernels are queued: a step that never ends there is noticed a few steps later.
+    logs, or when some 1000 kernels are queued, so a step that never ends on the GPU is noticed a few steps later.
 
-    What is then written, by every rank, also by those that merely wait, since the first one asks all: the stacks of
-    all threads to traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N
-    of the rank that noticed first, and a log line that says where the ranks are. Before `begin` no file is made. A
-    process whose Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is made at `begin`, empty, and
-    removed at the end. Where the C code in question lets no signal through, such a process is killed (137).
+    Then every rank writes, also those that only wait, because the first one asks all: the stacks of all threads to
+    traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N of the rank that
+    noticed first, and a log line that says where the ranks are. Before `begin` no file is created. A process whose
+    Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is created at `begin`, empty, and removed at
+    the end. Where the C code in question blocks signals, such a process is killed (137).
     """
 
     def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
@@ -87,7 +88,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         if not config.step_timeout:
             return
-        # A connection of its own: the process group's is taken for as long as one of its calls waits.
+        # A separate connection, because a waiting call blocks the process group's.
         self._store: dist.Store | None = None
         if world.size > 1:
             self._store = dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
@@ -106,7 +107,7 @@ class Watchdog:
     def begin(self, step: int) -> None:
         """The first step begins, after `step` steps of earlier starts; files may be written from here on."""
         if self._thread:
-            with suppress(OSError):  # standard error will do; what else is wrong with the folder, others will say
+            with suppress(OSError):  # standard error remains; others report what is wrong with the folder
                 self._traces.mkdir(parents=True, exist_ok=True)
                 self._file = self._backstop_path.open("a")  # it may hold stacks of an earlier start
                 if self._backstop:
@@ -119,7 +120,7 @@ class Watchdog:
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Encloses work that is no step and may last as long as the first one; what was done before begins anew."""
+        """Encloses work between steps that may last as long as the first one; then the limit before it starts again."""
         before = self._now
         self._expect(_Progress(before.step, doing, self._config.first_step_timeout, time.monotonic()))
         try:
@@ -128,7 +129,7 @@ class Watchdog:
             self._expect(_Progress(before.step, before.doing, before.limit, time.monotonic()))
 
     def close(self) -> None:
-        """Stop watching. If the watchdog is at work, this does not return: the process ends."""
+        """Stop watching. If the watchdog is reporting a hang, this does not return, because the process ends."""
         if self._thread is None:
             return
         self._closed.set()
@@ -147,23 +148,23 @@ class Watchdog:
     def _remove_if_empty(self) -> None:
         with suppress(OSError):
             there = self._backstop_path.stat()
-            # Its own: the folder may be another run's meanwhile.
+            # Only its own file, because the folder may belong to another run by now.
             if self._file and there.st_size == 0 and os.path.samestat(there, os.fstat(self._file.fileno())):
                 self._backstop_path.unlink()
                 self._traces.rmdir()  # unless there is something in it
 
     def _expect(self, progress: _Progress) -> None:
-        """What the main thread does next. It sets the backstop itself only where that would act too late."""
+        """Record what the main thread does next. It arms the backstop itself only if that would act too late."""
         self._now = progress
         if self._thread and progress.deadline + BACKSTOP < self._armed:
             self._arm(progress.limit + BACKSTOP)
 
     def _watch(self) -> None:
-        look = min(LOOK, self._config.step_timeout / 4)
-        before, running = time.monotonic(), RunningTime(look)
+        poll = min(POLL, self._config.step_timeout / 4)
+        before, running = time.monotonic(), RunningTime(poll)
         last: _Progress | None = None
         paused = 0.0  # seconds since `last` that do not count
-        told: set[int] = set()
+        reported: set[int] = set()
         while True:
             began, ran = before, running.seconds
             ran = running.update() - ran
@@ -171,38 +172,38 @@ class Watchdog:
             now = self._now
             if now is not last:
                 last, paused = now, 0.0
-            # A pause may have come after the last progress, or before it: then it has no part in this limit.
+            # Time before the last progress does not count towards this limit.
             waited = before - max(began, now.since)
-            paused += waited - (0.0 if self._some_are_stopped(told) else min(waited, ran))
+            paused += waited - (0.0 if self._some_are_stopped(reported) else min(waited, ran))
             left = now.deadline + paused - before
-            if abs(before + left + BACKSTOP - self._armed) > look / 2:
+            if abs(before + left + BACKSTOP - self._armed) > poll / 2:
                 self._arm(max(left, 0) + BACKSTOP)
             if left < 0:
                 self._end(now, f"no progress for {now.limit:g} s ({now.doing}) after step {now.step}")
             elif self._other_hangs.is_set():
                 self._end(now, f"another rank makes no progress; this one ({now.doing}) is after step {now.step}")
-            if self._closed.wait(look):
+            if self._closed.wait(poll):
                 return
 
-    def _some_are_stopped(self, told: set[int]) -> bool:
-        """Whether a process of this run is stopped on this machine; logged once for each."""
+    def _some_are_stopped(self, reported: set[int]) -> bool:
+        """Whether a process of this run is suspended on this machine; logs each of them once."""
         found = {pid for pid in local_worker_pids() if stopped(pid)}
-        for pid in sorted(found - told):
+        for pid in sorted(found - reported):
             logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d lets it go on)", pid, pid)
-        told.clear()
-        told.update(found)
+        reported.clear()
+        reported.update(found)
         return bool(found)
 
     def _arm(self, seconds: float) -> None:
-        """Let the backstop end the process in so many seconds, and not before."""
-        with self._arming:  # else one thread could read what is expected, and tell it after the other one did
+        """Let the backstop end the process in so many seconds, and not earlier."""
+        with self._arming:  # else the older of two deadlines could be set last
             self._armed = time.monotonic() + seconds
             if self._backstop:
                 self._backstop.arm(seconds)
 
     def _listen(self) -> None:
-        """Asks the others' store, which does not answer while the process that holds it is paused."""
-        while not self._closed.wait(LOOK):
+        """Ask the ranks' store, which does not answer while the process that hosts it is suspended."""
+        while not self._closed.wait(POLL):
             if self._another_stopped():
                 self._other_hangs.set()
                 return
@@ -212,12 +213,12 @@ class Watchdog:
             return False
         try:
             return self._store.check([_HANG])
-        except RuntimeError:  # its host is gone, and soon the launcher will see that this process waits in vain
+        except RuntimeError:  # its host is gone, and the launcher will soon end this process
             self._store = None
             return False
 
     def _end(self, now: _Progress, headline: str) -> None:
-        """Write everything down and end the process. Whatever of it hangs as well, the backstop ends it."""
+        """Write the report and end the process. If writing hangs too, the backstop ends it."""
         self._arm(REPORT)
         try:
             rank = self._world.rank
@@ -227,7 +228,7 @@ class Watchdog:
             written = write_stacks(path, f"rank {rank}: {headline}")
             if self._world.device.type == "cuda" and self._world.size > 1:
                 write_nccl_trace(self._traces / f"{hang}-nccl-rank-{rank}")
-            self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last: it says that all is written
+            self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last, because it means that this rank has written
             steps, places = self._ask_all({rank: f"{now.step} {place}"})
             logger.error(
                 "%s; this process ends, to be started again from the newest checkpoint. If it was only slow, raise "
@@ -239,13 +240,14 @@ class Watchdog:
             )
             self._remove_if_empty()
         finally:
-            # Not sys.exit: that would only end this thread, and the main thread cannot be made to end.
+            # sys.exit would only end this thread, and nothing can end the main thread.
             os._exit(EXIT_FAILED)
 
     def _agree_on_step(self, step: int) -> int:
-        """Tell the others of the hang; the step of the rank that did so first, by which all ranks name their files.
+        """Report the hang to the other ranks; returns the step of the rank that did so first.
 
-        Their own may differ, and NCCL's tools find the files of one hang by their common beginning.
+        All ranks name their files by it, because their own steps may differ, and NCCL's tools find the files of one
+        hang by their common prefix.
         """
         agreed = [step]
 
@@ -269,7 +271,7 @@ class Watchdog:
                 self._store = None
 
     def _ask_all(self, answers: dict[int, str]) -> tuple[dict[int, int], dict[int, str]]:
-        """Every rank's last step and place, as far as they come in time."""
+        """Every rank's last step and place in the code, as far as they arrive in time."""
         end = time.monotonic() + OTHERS
         while self._store is not None and len(answers) < self._world.size and time.monotonic() < end:
             try:

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: one line on the console, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where a run logs: lines on the console, and metrics to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import json
 import logging
@@ -15,21 +15,47 @@ from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
 from swamla_titan.errors import UserError
-from swamla_titan.system.console import one_line
+from swamla_titan.system.console import LogFormatter, one_line
 from swamla_titan.system.line_file import LineFile
+from swamla_titan.train.policies import Policy
 
 logger = logging.getLogger(__name__)
 
 Values = dict[str, float | int]
 
+_FORMAT = LogFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
 
-class MetricsLogger:
-    """Sends the values of a step to every destination that the configuration asks for.
+
+class _Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record above the progress bar.
+
+        What the console does not take is dropped (system/console.py), because the log in the dump folder has it too.
+        """
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def log_to_console(level: int = logging.INFO) -> None:
+    """Send this package's log lines from `level` on to standard output; other handlers get those from INFO on."""
+    package = logging.getLogger("swamla_titan")
+    for handler in list(package.handlers):
+        package.removeHandler(handler)
+        handler.close()
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    console = _Console(level)
+    console.setFormatter(_FORMAT)
+    package.addHandler(console)
+
+
+class MetricsLogger(Policy):
+    """Sends the metrics of a step to every destination that the configuration asks for; exists on rank 0.
 
     metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError
-    where a destination cannot be opened, but for a Weights & Biases that does not answer. Later none ends the run: what
-    a full disk does not take of metrics.jsonl waits in memory, and TensorBoard or Weights & Biases, if they fail, get
-    no more numbers until the next start.
+    where a destination cannot be opened, except a Weights & Biases service that does not answer. Later no destination
+    ends the run: lines of metrics.jsonl that a full disk does not take wait in memory, and TensorBoard or Weights &
+    Biases, if they fail, get no more metrics until the next start.
     """
 
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
@@ -42,14 +68,14 @@ class MetricsLogger:
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
-    def advance(self) -> None:
-        """One more step is done; moves the progress bar only."""
+    def after_step(self, step: int) -> None:
+        """Advance the progress bar."""
         self._bar.update()
 
     def log(self, step: int, values: Values, line: str) -> None:
-        """Write the values of a step everywhere, and `line` to the console and the log.
+        """Write the metrics of a step everywhere, and `line` to the console and the log.
 
-        The folder must be this run's still: what of it was removed is made again.
+        The folder must still be this run's, because files that were removed are created again.
         """
         # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -58,26 +84,26 @@ class MetricsLogger:
                 logger.warning("%s", news)
         if self._tensorboard:
             try:
-                # It would write to a file without a name, and not notice.
+                # TensorBoard would go on writing to a deleted file without noticing.
                 there = os.stat(self._folder / "tensorboard")
                 if self._of_tensorboard and not os.path.samestat(there, self._of_tensorboard):
                     raise FileNotFoundError("its folder was replaced")
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()  # by itself it would do so by a clock that can be set
-            except Exception as error:  # what its thread met with: a full disk, a folder that is gone
+                self._tensorboard.flush()  # its own timer reads a clock that users can set
+            except Exception as error:  # of its thread: a full disk, a removed folder
                 _drop("TensorBoard", self._tensorboard.close, error)
                 self._tensorboard = None
         if self._wandb:
             try:
                 self._wandb.log(values, step=step)
-            except Exception as error:  # whatever a client of a service raises
+            except Exception as error:  # whatever the service's client raises
                 _drop("Weights & Biases", self._wandb.finish, error)
                 self._wandb = None
         logger.info(line)
 
-    def close(self) -> None:
-        """Flush and close every destination. One that cannot be written is named in the log, and the others closed."""
+    def close(self, discard: bool = False) -> None:
+        """Flush and close every destination; log those that cannot be written, and close the others."""
         self._bar.close()
         lost = self._file.close()
         if lost:
@@ -92,7 +118,7 @@ class MetricsLogger:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """What the disk refuses as a UserError: it would refuse it at the next start as well."""
+        """Makes a UserError of what the disk refuses, because it would refuse it at the next start as well."""
         try:
             yield
         except OSError as error:
@@ -130,7 +156,7 @@ def _clock(seconds: float) -> str:
 
 
 def _drop(name: str, close: Callable[[], object], error: Exception) -> None:
-    """Warn that a destination gets no more numbers, and close it, whatever it says."""
+    """Warn that a destination gets no more metrics, and close it, whatever that raises."""
     logger.warning("%s gets no more numbers until the next start (%s); metrics.jsonl has them all", name, error)
     with suppress(Exception):
         close()
@@ -151,8 +177,8 @@ def require_wandb() -> Any:
 
 
 def _start_tensorboard(folder: Path, step: int) -> Any:
-    """A writer of what comes after `step`; None, with a warning, where its folder has a name that it cannot take."""
-    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+    """A writer for steps after `step`; None, with a warning, where TensorBoard cannot use the folder's name."""
+    from torch.utils.tensorboard import SummaryWriter  # imported late because it takes a second
 
     try:
         return SummaryWriter(str(folder), purge_step=step + 1)
@@ -162,10 +188,10 @@ def _start_tensorboard(folder: Path, step: int) -> Any:
 
 
 def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
-    """The run there; None, with a warning, if the service does not answer. Raises UserError without an account.
+    """The W&B run; None, with a warning, if the service does not answer. Raises UserError without an account.
 
-    The id lies in the dump folder, so a resumed run goes on in its own W&B run. The folder's name would not do: it may
-    be that of another run of the same project.
+    The id is stored in the dump folder, so a resumed run continues its own W&B run. The folder's name does not identify
+    it, because another run of the same project may have that name too.
     """
     id_file = folder / "wandb" / "run-id.txt"
     if not id_file.exists():
@@ -173,7 +199,7 @@ def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> A
         id_file.write_text(secrets.token_hex(8))
     wandb = require_wandb()
     try:
-        with _nobody_to_ask():
+        with _without_terminal():
             return wandb.init(
                 project=config.wandb_project,
                 name=one_line(folder.resolve().name),
@@ -186,7 +212,7 @@ def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> A
         if isinstance(error, ConnectionError | TimeoutError):
             return _without_wandb(error)
         raise
-    except Exception as error:  # whatever a client of a service raises
+    except Exception as error:  # whatever the service's client raises
         if {kind.__name__ for kind in type(error).__mro__} & {"UsageError", "AuthenticationError"}:
             raise UserError(
                 f"metrics.wandb = true, but Weights & Biases takes no run from here ({' '.join(str(error).split())}). "
@@ -206,11 +232,11 @@ def _without_wandb(error: Exception) -> None:
 
 
 @contextmanager
-def _nobody_to_ask() -> Iterator[None]:
-    """Without an account wandb asks at the terminal what to do, and a run would wait there for ever."""
+def _without_terminal() -> Iterator[None]:
+    """Replaces standard input, because without an account wandb asks at the terminal, and a run would wait forever."""
     terminal = sys.stdin
-    with open(os.devnull, encoding="utf-8") as nobody:
-        sys.stdin = nobody
+    with open(os.devnull, encoding="utf-8") as empty:
+        sys.stdin = empty
         try:
             yield
         finally:

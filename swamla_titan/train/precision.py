@@ -1,4 +1,4 @@
-"""Process-wide switches of numerics: one place, set before anything compiles."""
+"""Precision, determinism and seeds: process-wide switches in one place, set before anything compiles."""
 
 import os
 import random
@@ -9,12 +9,12 @@ import torch
 from swamla_titan.config import Config
 
 
-def set_numerics(config: Config, device: torch.device, rank: int = 0) -> None:
-    """Precision of float32 products, determinism and seeds.
+def set_precision_and_determinism(config: Config, device: torch.device, rank: int = 0) -> None:
+    """Set the precision of float32 matmuls, determinism (job.deterministic) and the seeds of this rank.
 
-    TF32 goes through `torch.set_float32_matmul_precision` alone: torch refuses a mix with its newer
-    `fp32_precision` attributes, and the compiler reads both but only this call keeps the two in step.
-    On the CPU float32 stays exact, as TF32 there would mean bfloat16 products on some processors.
+    TF32 goes through `torch.set_float32_matmul_precision` alone, because torch raises on a mix with its newer
+    `fp32_precision` attributes, and the compiler reads both, which only this call keeps consistent. On the CPU float32
+    stays exact, because TF32 would mean bfloat16 matmuls there on some processors.
     """
     tf32 = config.training.fp32_precision == "tf32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -29,6 +29,6 @@ def set_numerics(config: Config, device: torch.device, rank: int = 0) -> None:
 
 
 def seed_of(seed: int, rank: int, step: int) -> int:
-    """Seed of torch's generators on a rank, at the start of the run, or at a step that it has no saved state of."""
-    # Ranks hold different tokens, and their dropout must differ. Any odd multipliers would do.
+    """The seed of torch's generators on a rank, for a run that starts at `step` without a saved random state."""
+    # Ranks read different tokens, so their dropout must differ. Any odd multipliers would do.
     return (seed + 0x9E3779B97F4A7C15 * rank + 0xBF58476D1CE4E5B9 * step) % 2**63

@@ -11,8 +11,8 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import Float8, Training
 from swamla_titan.parallel import parallelize
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.train import trainer
-from swamla_titan.train.numerics import set_numerics
+from swamla_titan.train import setup
+from swamla_titan.train.precision import set_precision_and_determinism
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import batch, small_model
 from tests.train.runs import train
@@ -35,18 +35,18 @@ def test_no_other_switch_is_used():
 
 @pytest.mark.parametrize("wanted, allowed", [("tf32", True), ("ieee", False)])
 def test_all_that_asks_agrees(wanted, allowed):
-    set_numerics(precision(wanted), CUDA)
+    set_precision_and_determinism(precision(wanted), CUDA)
     assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
     assert torch.backends.cuda.matmul.allow_tf32 == allowed  # what the compiler asks
     assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if allowed else "ieee")
-    set_numerics(precision("ieee"), CUDA)
+    set_precision_and_determinism(precision("ieee"), CUDA)
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "native"])
 def test_float8_compiles_under_it(recipe):
     torch._dynamo.reset()
-    set_numerics(precision("tf32"), CUDA)
+    set_precision_and_determinism(precision("tf32"), CUDA)
     model = small_model(torch.float32, num_layers=1)
     convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
     for block in model.blocks.values():
@@ -57,14 +57,14 @@ def test_float8_compiles_under_it(recipe):
 
 def _seen_when_compiling(config: str, wanted: str) -> list[str]:
     seen = []
-    real = parallelize.compile_model
+    real, real_set = parallelize.compile_model, setup.set_precision_and_determinism
 
     def watched(*arguments, **options):
         seen.append(torch.get_float32_matmul_precision())
         return real(*arguments, **options)
 
     parallelize.compile_model = watched
-    trainer.set_numerics = lambda config, device, rank: set_numerics(config, CUDA, rank)
+    setup.set_precision_and_determinism = lambda config, device, rank: real_set(config, CUDA, rank)
     assert train(config, "--training.steps", "1", "--training.fp32_precision", wanted) == 0
     return seen
 
@@ -77,5 +77,5 @@ def test_every_rank_sets_it_before_it_compiles(tiny, wanted, expected):
 
 
 def test_on_a_cpu_products_stay_exact():
-    set_numerics(Config(), CPU)
+    set_precision_and_determinism(Config(), CPU)
     assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,204 @@
+"""What a run is made of, resolved once, before its model is built and before anything is written.
+
+All that can be refused without the model is refused here, in the order of `set_up`. Its phases also stand alone:
+
+    set_up_machine  precision and determinism, and whether this device and these ranks can compute what is configured
+    set_up_inputs   the checkpoint to resume from, the data as it recorded them, "auto", the micro-batch, validation
+    set_up_resume   the fingerprint of the run, and the train state that it continues from
+
+What only rank 0 may do, it does and broadcasts. Where any rank can fail, all raise its error.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
+from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
+from swamla_titan.config import Config, to_toml, with_vocabulary
+from swamla_titan.config.rules import retry_seconds
+from swamla_titan.data import (
+    BatchLoader,
+    Corpus,
+    ValidationSet,
+    build_validation_set,
+    load_tokenizer,
+    micro_batch_size,
+    open_corpus,
+    pinned,
+    prepare_workers,
+)
+from swamla_titan.distributed.agreement import all_ranks_or_raise, broadcast_from_rank_0
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import Damaged, UserError
+from swamla_titan.optim import refuse_old_gpu
+from swamla_titan.parallel.activation_checkpoint import refuse_recomputation
+from swamla_titan.parallel.automatic import choose
+from swamla_titan.parallel.compile import warm_compiler
+from swamla_titan.parallel.parallelize import refuse_float8
+from swamla_titan.train.kernels import attention_of, pointwise_of
+from swamla_titan.train.precision import set_precision_and_determinism
+from swamla_titan.train.state import GROUPS, RunState
+from swamla_titan.train.validation import Validator
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: a checkpoint and data, both opened."""
+
+    config: Config  # with the tokenizer's vocabulary, and without "auto"
+    choices: list[str]  # what "auto" was resolved to, and why
+    world: World
+    checkpoints: Checkpoints
+    origin: Origin  # the checkpoint to resume from, if there is one
+    corpus: Corpus
+    validator: Validator | None
+    validation: dict[str, Any] | None  # see validation_record
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class Setup(Inputs):
+    """All that a run is made of, but for its model, and for what it writes."""
+
+    fingerprint: dict[str, Any]  # what must be equal for a checkpoint to be resumed
+    files: dict[str, bytes]  # of each checkpoint, by name: with them it can be used elsewhere
+    train_state: TrainState  # where the run stands
+
+    def open_loader(self, num_workers: int | None = None) -> BatchLoader:
+        """The batches of this rank, from where the run stands; `num_workers` None: as configured."""
+        training = self.config.training
+        with self.checkpoints.loading(self.origin.path):
+            return all_ranks_or_raise(
+                self.world,
+                lambda: BatchLoader(
+                    self.corpus,
+                    seq_len=training.seq_len,
+                    global_batch_size=training.global_batch_size,
+                    rank=self.world.data_rank,
+                    world_size=self.world.degrees.data,
+                    num_workers=num_workers,
+                    cursors=self.train_state.cursors or None,
+                    first=self.train_state.sequences,
+                ),
+            )
+
+    def build_state(self) -> RunState:
+        """Model, optimizers and all else that training changes, filled from the checkpoint if there is one."""
+        with self.checkpoints.loading(self.origin.path):
+            return RunState(self.config, self.world, self.origin.path, self.train_state.step)
+
+
+def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Setup:
+    """All phases, for a run; all ranks call this.
+
+    `damaged`: of a DamagedCheckpoints raised before. Raises UserError, on every rank, for anything wrong with
+    configuration, machine, tokenizer, data or checkpoint, and DamagedCheckpoints where an older one may be intact.
+    """
+    set_up_machine(config, world)
+    return set_up_resume(set_up_inputs(config, world, world.device, damaged))
+
+
+def set_up_machine(config: Config, world: World) -> None:
+    """Set precision and determinism, refuse what this machine cannot compute, and start helper processes."""
+    set_precision_and_determinism(config, world.device, world.rank)
+    all_ranks_or_raise(world, lambda: _validate_machine(config, world))
+    all_ranks_or_raise(world, lambda: _start_helpers(config, world))
+
+
+def set_up_inputs(
+    config: Config, world: World, device: torch.device | None, damaged: dict[Path, str] | None = None
+) -> Inputs:
+    """Find the checkpoint to resume from, open the data as it recorded them, and resolve "auto".
+
+    `device` is the one that "auto" is resolved for; None: a GPU that has float8.
+    """
+    config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
+    checkpoints = Checkpoints(
+        Path(config.job.dump_folder) / "checkpoints",
+        config.checkpoint.keep_latest,
+        world.with_group_of_its_own(),
+        config.checkpoint.keep_every,
+        damaged,
+        GROUPS,
+    )
+    origin = find_origin(checkpoints)
+    with checkpoints.loading(origin.path):
+        config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
+    require_same_data(world, corpus)
+    corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
+    # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
+    config, choices = choose(config, world, device, origin.optimizer)
+    all_ranks_or_raise(world, lambda: refuse_old_gpu(config.optimizer, world.device))
+    training = config.training
+    size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
+    validator = all_ranks_or_raise(world, lambda: Validator(held_out, world, size) if held_out else None)
+    validation = validation_record(origin.data, held_out)
+    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size)
+
+
+def set_up_resume(inputs: Inputs) -> Setup:
+    """Compare the run with the checkpoint to resume from; raises UserError if it belongs to another run."""
+    config, world, corpus = inputs.config, inputs.world, inputs.corpus
+    files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
+    fingerprint, details = run_fingerprint(config, corpus), {"source": corpus.change}
+    train_state = broadcast_from_rank_0(
+        world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
+    )
+    return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state)
+
+
+def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
+    """Open the training data and the validation text; also returns the configuration with the tokenizer's vocabulary.
+
+    `recorded`: the data record of the checkpoint to resume from. Raises Damaged where this program would not write such
+    a record.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
+    try:
+        corpus = open_corpus(data, config.validation, config.job.seed, tokenizer, recorded)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if recorded is None:
+            raise
+        # JSON within bounds, but not in the shape that this program writes.
+        raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
+    if not config.validation.interval:
+        return config, corpus, None
+    return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
+
+
+def _validate_machine(config: Config, world: World) -> None:
+    """Raise UserError for what this device, or this number of ranks, cannot compute."""
+    attention_of(config, world)
+    pointwise_of(config, world)
+    refuse_float8(config, world.device, world.degrees)
+    refuse_recomputation(config, world.device)
+    refuse_old_gpu(config.optimizer, world.device)
+
+
+def _start_helpers(config: Config, world: World) -> None:
+    """Start the processes that read data and compile, so that they come up while the data are opened."""
+    prepare_workers(config.data.num_workers)
+    warm_compiler(config.compile, world.device)
+
+
+def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:
+    """The resolved configuration, the data record, and a vocabulary that was read from a file.
+
+    Read once, because the file may be gone when a checkpoint is written.
+    """
+    files = {CONFIG: to_toml(config).encode(), DATA: data_record(corpus, validation)}
+    vocabulary = Path(config.data.tokenizer)
+    if vocabulary.suffix == ".tiktoken":
+        try:
+            files[VOCABULARY] = vocabulary.read_bytes()
+        except OSError as error:
+            raise UserError(f"data.tokenizer: {vocabulary} cannot be read ({error.strerror})") from None
+    return files

@@ -1,0 +1,158 @@
+"""The log lines that open a run: what is trained, on what, and from where."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from swamla_titan.checkpoint.manifest import CONFIG
+from swamla_titan.config import Config
+from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.sections import LRSchedule, Optimizer
+from swamla_titan.config.stability import stability_advice
+from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
+from swamla_titan.distributed.mesh import World
+from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.optim import group_table
+from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
+from swamla_titan.parallel.kernels import is_loss_fused
+from swamla_titan.parallel.parallelize import float8_products, gathers_float8
+from swamla_titan.quantization.coverage import warnings
+from swamla_titan.train.kernels import attention_of, pointwise_of
+from swamla_titan.train.setup import Setup
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger(__name__)
+
+# Values that held before there was a key for them.
+_BEFORE_THE_KEY = {("optimizer", "decay_embeddings"): True}
+
+
+def log_startup_summary(setup: Setup, parts: Sequence[nn.Module]) -> None:
+    """Log what a run is made of; `parts` are those of the model on this rank. All ranks call this."""
+    config, world = setup.config, setup.world
+    _log_model(config)
+    _log_data(setup.corpus, config.training.seq_len)
+    _log_batch(setup)
+    _log_kernels(config, world)
+    for choice in setup.choices:
+        logger.info(choice)
+    _log_float8(config, world, setup.micro_batch_size)
+    for row in group_table(config.model, config.optimizer):
+        logger.info(f"optimizer: {row}")
+    for advice in stability_advice(config) if world.is_rank_0 else ():
+        logger.warning(advice)
+    if config.ema.decay:
+        logger.info(f"average of the weights: decay {config.ema.decay:g}")
+    _log_resume(setup)
+    saved = world.all_reduce_max(saved_by_float8_moments(parts, config))
+    if saved > 0 and world.is_rank_0:
+        logger.info(f"float8: {float8_moments_advice(int(saved))}; a run keeps the optimizer that it began with")
+
+
+def _log_model(config: Config) -> None:
+    kinds = config.model.block_kinds
+    total, without_embeddings = parameter_counts(config.model)
+    logger.info(
+        f"model: {total:,} parameters ({without_embeddings:,} without embeddings), "
+        f"{kinds.count('swa')} SWA + {kinds.count('mla')} MLA layers, {config.training.compute_dtype}"
+    )
+
+
+def _log_data(corpus: Corpus, seq_len: int) -> None:
+    segments = corpus.segments[-1]
+    logger.info(f"data: {corpus.source.describe()}; {described(segments)}")
+    if corpus.added_files:
+        names = ", ".join(corpus.added_files[:3]) + (", ..." if len(corpus.added_files) > 3 else "")
+        logger.warning(
+            f"data: {len(corpus.added_files)} new in this run ({names}): each stream finishes its epoch of the earlier "
+            "files, then reads the new ones once, and from then on all of them"
+        )
+    if warning := uneven(corpus.source, segments, seq_len):
+        logger.warning(f"data: {warning}")
+    if corpus.validates_on_training_text:
+        logger.warning(
+            "validation: this run began without holding out what validation reads now; where that stands in the "
+            "training data too, it is trained on"
+        )
+
+
+def _log_batch(setup: Setup) -> None:
+    config, world, size = setup.config, setup.world, setup.micro_batch_size
+    training = config.training
+    is_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if world.size > 1:
+        name = f"{world.size} x {name} ({config.parallel.data_parallel}: {world.degrees})"
+    logger.info(
+        f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
+        f"{setup.corpus.tokenizer.name} tokens, {size} at a time"
+    )
+    first, streams, ranks = setup.train_state.sequences, config.data.streams, world.degrees.data
+    micro_batches = micro_batch_count(first, training.global_batch_size, streams, ranks, size)
+    if config.parallel.pipeline > micro_batches:
+        logger.warning(
+            f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
+            f"stages wait for each other; lower training.local_batch_size, or raise training.global_batch_size"
+        )
+    if waits := waits_for_streams(training.global_batch_size, streams, ranks, size):
+        logger.warning(waits)
+
+
+def _log_kernels(config: Config, world: World) -> None:
+    logger.info(f"attention: {attention_of(config, world)}")
+    if is_loss_fused(config, world.device):
+        logger.info("loss: as one with the output head")
+    if pointwise := pointwise_of(config, world):
+        logger.info(f"pointwise: {pointwise}")
+
+
+def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
+    degrees = world.degrees
+    is_sharded = config.parallel.data_parallel != "ddp" and degrees.shard * degrees.context > 1
+    if gathers_float8(config, degrees):
+        logger.info("float8: FSDP2 gathers the weights of matmuls in 8 bits")
+    elif config.float8.fsdp_all_gather == "auto" and config.float8.recipe == "tensorwise" and is_sharded:
+        why = why_not_gathered(config) or ["rows that ranks cannot share evenly"]
+        logger.info(f"float8: FSDP2 gathers weights in {config.training.compute_dtype}, because of {' and '.join(why)}")
+    if world.is_rank_0:
+        for warning in warnings(float8_products(config), config, micro_batch_size):
+            logger.warning(warning)
+
+
+def _log_resume(setup: Setup) -> None:
+    newest, steps = setup.origin.path, setup.config.training.steps
+    logger.info(f"resumed from {newest}" if newest else "a new run")
+    for change in changed_settings(newest / CONFIG, setup.config) if newest and setup.world.is_rank_0 else ():
+        logger.warning(f"resumed with another setting: {change}")
+    if setup.train_state.step >= steps:
+        logger.info(f"all {steps} steps were taken; raise training.steps, or choose another job.dump_folder")
+
+
+def changed_settings(checkpoint_config: Path, config: Config) -> list[str]:
+    """A line for each key of [optimizer] and [lr_schedule] with another value in the checkpoint's config.toml.
+
+    These keys may change when a run is resumed.
+    """
+    try:
+        stored = tomllib.loads(checkpoint_config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # removed since the checkpoint was verified; nothing else depends on it here
+        return []
+    lines = []
+    for section, cls in (("optimizer", Optimizer), ("lr_schedule", LRSchedule)):
+        table = stored.get(section)
+        for field in fields(cls) if isinstance(table, dict) else ():
+            now = getattr(getattr(config, section), field.name)
+            before = table.get(field.name, _BEFORE_THE_KEY.get((section, field.name), now))
+            if before != now and not (field.name == "decay_embeddings" and not config.optimizer.weight_decay):
+                lines.append(f"{section}.{field.name} was {json.dumps(before)} and is {json.dumps(now)}")
+    return lines
