@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy
+from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.model.init import initial_value
 from swamla_titan.model.linear import Embedding, Head
+from swamla_titan.model.loss_head import LossHead
 from swamla_titan.model.norms import build_norm
 from swamla_titan.model.sequences import FullSequences
 
@@ -21,12 +22,10 @@ from swamla_titan.model.sequences import FullSequences
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Six attributes may be set from outside:
+    Four attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: one of ATTENTION_BACKENDS in kernels/attention/dispatch.py.
-    `loss_function`: kernels.cross_entropy, a compiled version of it, or one for logits that ranks share.
-    `linear_loss`: kernels.linear_cross_entropy, to compute head and loss as one, without `loss_function`; None: apart.
-    `gather_logits`: makes logits that ranks share whole, when they and not the loss are asked for; None: they are.
+    `loss_head`: what computes the loss, or logits, from the last activations and the head.
     `sequences`: which tokens this process computes of each sequence, and their context; all of them.
     """
 
@@ -41,9 +40,6 @@ class SWAMLAModel(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.attention_backend = "auto"
-        self.loss_function: Callable[..., Tensor] = cross_entropy
-        self.linear_loss: Callable[..., Tensor] | None = None
-        self.gather_logits: Callable[[Tensor], Tensor] | None = None
         self.sequences = FullSequences()
 
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
@@ -51,6 +47,7 @@ class SWAMLAModel(nn.Module):
         self.blocks = nn.ModuleDict({str(i): Block(config, kind) for i, kind in enumerate(config.block_kinds)})
         self.norm = build_norm(config)
         self.head = Head(config.dim, config.padded_vocab_size)
+        self.loss_head = LossHead(config)
         self.tie_weights()
         self.register_load_state_dict_post_hook(_tie_again)
         if not self.embedding.weight.is_meta:
@@ -125,10 +122,9 @@ class SWAMLAModel(nn.Module):
             x = block(x, context)
         x = self.norm(x)
         if targets is None:
-            return self._real_vocabulary(self.head(x))
-        if self.linear_loss is None:
-            return self.loss(self.head(x), targets, loss_denominator)
-        loss: Tensor = self.head(x, lambda x, weight: self._linear_loss(x, weight, targets, loss_denominator))
+            return self.loss_head.logits(self.head, x)
+        own, denominator = self.sequences.local(targets), _denominator(targets, loss_denominator)
+        loss: Tensor = self.loss_head(self.head, x, own, denominator)
         return loss
 
     def context(
@@ -147,23 +143,7 @@ class SWAMLAModel(nn.Module):
 
     def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
         """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T] of whole rows."""
-        own = self.sequences.local(targets).flatten()
-        total = self.loss_function(logits.flatten(0, 1), own, self.config.vocab_size, **self._loss_options)
-        return total / _denominator(targets, loss_denominator)
-
-    def _linear_loss(
-        self, x: Tensor, weight: Tensor, targets: Tensor, loss_denominator: Tensor | float | None
-    ) -> Tensor:
-        assert self.linear_loss is not None
-        own = self.sequences.local(targets).flatten()
-        denominator = _denominator(targets, loss_denominator)
-        return self.linear_loss(x.flatten(0, 1), weight, own, self.config.vocab_size, denominator, **self._loss_options)
-
-    @property
-    def _loss_options(self) -> dict[str, float]:
-        if not self.training:
-            return {"z_loss": 0.0, "label_smoothing": 0.0}
-        return {"z_loss": self.config.z_loss, "label_smoothing": self.config.label_smoothing}
+        return self.loss_head.loss(logits, self.sequences.local(targets), _denominator(targets, loss_denominator))
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: DecodeCache, lengths: Tensor | None = None) -> Tensor:
@@ -182,7 +162,7 @@ class SWAMLAModel(nn.Module):
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
             x = block.prefill(x, context, cache.layers[name])
-        return self._real_vocabulary(self.head(self.norm(x[:, -1])))
+        return self.loss_head.logits(self.head, self.norm(x[:, -1]))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
@@ -198,12 +178,7 @@ class SWAMLAModel(nn.Module):
             assert isinstance(block, Block)
             x = block.decode(x, context, cache.layers[name])
         cache.clock.length += 1
-        return self._real_vocabulary(self.head(self.norm(x[:, 0])))
-
-    def _real_vocabulary(self, logits: Tensor) -> Tensor:
-        if self.gather_logits is not None:
-            logits = self.gather_logits(logits)
-        return logits[..., : self.config.vocab_size]
+        return self.loss_head.logits(self.head, self.norm(x[:, 0]))
 
     def _check(self, tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:

@@ -12,12 +12,12 @@ from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import DocumentRule, WindowRule
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.device import has_triton, is_tuned_for
-from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.inner_attention import FusedAttention
+from swamla_titan.model.loss_head import FusedLossHead
 from swamla_titan.model.sequences import attention_request
 
 
@@ -28,7 +28,8 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
     and found faster than what torch.compile makes, on H100 and H200.
     """
     model.attention_backend = config.kernels.attention
-    model.linear_loss = linear_cross_entropy if is_loss_fused(config, device) else None
+    if is_loss_fused(config, device):
+        model.loss_head = FusedLossHead(model.config)
     if are_pointwise_ours(config, device):
         choices = attention_choices(config, device)
         use_pointwise_kernels(model, {kind for kind, choice in choices.items() if choice.fused})

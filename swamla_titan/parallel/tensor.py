@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.norms import DynamicTanh, RMSNorm
-from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_last_axis
+from swamla_titan.parallel.tensor_collectives import TensorGroup
 from swamla_titan.parallel.tensor_modules import (
     ColumnParallel,
     GatheredColumnParallel,
@@ -30,7 +30,7 @@ from swamla_titan.parallel.tensor_modules import (
     VocabularyParallelEmbedding,
     become,
 )
-from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
+from swamla_titan.parallel.vocabulary_loss import VocabularyParallelLossHead
 
 _Style = tuple[type[TensorParallelModule], Placement]
 _BY_NAME: dict[str, _Style] = {
@@ -76,8 +76,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
                 shared[parameter] = _distribute(parameter, mesh, placement)
             module.register_parameter(key, shared[parameter])
         become(module, style, group)
-    model.loss_function = vocabulary_parallel_cross_entropy(group)
-    model.gather_logits = lambda logits: all_gather_last_axis(logits, group)
+    model.loss_head = VocabularyParallelLossHead(shape, group)
     for method in ("prefill", "decode"):
         setattr(model, method, _refuse_to_decode)
 

@@ -24,7 +24,7 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from swamla_titan.parallel.tensor import apply_tensor_parallel
 from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_last_axis, enable_async_tensor_parallel
-from swamla_titan.parallel.vocabulary_loss import vocabulary_parallel_cross_entropy
+from swamla_titan.parallel.vocabulary_loss import VocabularyParallelCrossEntropy
 from tests.distributed.ranks import on_ranks
 
 T = 24
@@ -192,7 +192,7 @@ def _compiled() -> None:
     with torch._inductor.config.patch(post_grad_custom_post_pass=_Graphs(graphs)):
         for block in part.blocks.values():
             block.compile(fullgraph=True, dynamic=False)
-        part.loss_function = torch.compile(part.loss_function, fullgraph=True, dynamic=False)
+        part.loss_head.cross_entropy.compile(fullgraph=True, dynamic=False)
         tokens, targets, ids = batch()
         losses = [model(tokens, targets, ids) for model in (whole, part)]
         close(losses[1], losses[0], 1e-5, "loss")
@@ -280,7 +280,7 @@ def test_fsdp2_over_tensor_parallel_equals_one_process(compiled):
 def _loss(size: int, vocab_size: int, padded: int, compiled: bool) -> None:
     world = init_distributed(Parallel(tensor=size))
     group = TensorGroup.of(world.weights["tensor"])
-    shared = vocabulary_parallel_cross_entropy(group)
+    shared = VocabularyParallelCrossEntropy(group)
     if compiled:
         shared = torch.compile(shared, fullgraph=True, dynamic=False)
     torch.manual_seed(0)

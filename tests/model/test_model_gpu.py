@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from swamla_titan.kernels.attention.masks import WindowRule
-from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.loss_head import FusedLossHead
 from swamla_titan.parallel.kernels import use_pointwise_kernels
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,7 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
     if backend == "triton":  # all of our kernels
         assert isinstance(fast.context(512)["swa"].mask, WindowRule)
         use_pointwise_kernels(fast, ("swa",) if compute_dtype == torch.float32 else ("swa", "mla"))  # cuDNN: 16 bits
-        fast.linear_loss = linear_cross_entropy
+        fast.loss_head = FusedLossHead(fast.config)
     for seq_len in (512, 300):
         tokens = torch.randint(0, 1000, (2, seq_len + 1), device="cuda")
         tokens, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -11,9 +11,9 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
-from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.kernels.swiglu import swiglu, triton_swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.train.kernels import pointwise_of
@@ -51,12 +51,13 @@ def chosen(
     assert len(activations) == 1
     assert activations <= {swiglu, triton_swiglu}
     ours = {
-        "loss": model.linear_loss is linear_cross_entropy,
+        "loss": isinstance(model.loss_head, FusedLossHead),
         "swiglu": activations == {triton_swiglu},
         "swa": isinstance(first, kernels.RotaryWindowAttention),
         "mla": isinstance(mla, kernels.RotaryLatentAttention),
     }
-    assert [model.linear_loss, first, mla].count(None) == [ours[part] for part in ("loss", "swa", "mla")].count(False)
+    assert ours["loss"] or type(model.loss_head) is LossHead
+    assert [first, mla].count(None) == [ours[part] for part in ("swa", "mla")].count(False)
     return " ".join(part for part, is_ours in ours.items() if is_ours)
 
 
