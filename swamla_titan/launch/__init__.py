@@ -15,28 +15,30 @@ That goes through the launch folder, which scripts/torchrun.sh creates and names
     N.stopping     a signal of the user arrived         worker
     N.code         exit code for run_train.sh           worker
 
-A worker's states; beside each arrow its cause, and in brackets what the worker writes:
+A worker's states. Beside each arrow stands its cause; brackets hold what the worker writes into the folder.
 
         agent starts it
               |
-              v       `stop` exists, one machine
-          STARTING --------------------------------------------+
-          [N.pid]                                              |
-              | all ranks connected                            |
-              v       user's signal [N.stopping]               v
-          TRAINING ------------------------------------> STOPPING: saves ---> [N.code = 75], exit 0
+              v
+          STARTING ------ `stop` is there already -----------> nothing to save   [N.code = 75]     exit 0
+           [N.pid]
+              | all ranks are connected
+              v
+          TRAINING ------ user's signal [N.stopping] --------> STOPPING: saves   [N.code = 75]     exit 0
+              |                                                    | second signal: SIGKILL
               |
-              +------ last step, or bad input ---------> [N.code = 0 or 2], exit 0
+              |---------- last step, or bad input ---------------------------->  [N.code = 0 or 2] exit 0
               |
-              +------ SIGTERM while `re-rendezvous` ---> LEAVING: saves -----> exit 76, no N.code
-              |       exists, or on another machine                               |
-              |                                            agents meet again, STARTING with other ranks
+              |---------- SIGTERM of an agent, with ---------> LEAVING: saves    [no N.code]       exit 76
+              |           `re-rendezvous`, here or on another machine; the agents then form a
+              |           new group and start its workers, whose ranks may differ
               |
-              +------ crash ---------------------------> exit 1, no N.code: the agent restarts all workers,
-              |                                          MAX_RESTARTS times; then it ends
-              +------ torchrun.sh has ended -----------> kills the agent, exit 1
+              |---------- crash ---------------------------------------------->  [no N.code]       exit 1
+              |           the agent restarts all workers, at most MAX_RESTARTS times
+              |
+              |---------- torchrun.sh has ended -------------> kills the agent   [no N.code]       exit 1
 
-A signal between STARTING and TRAINING is remembered, and acted on once all ranks are connected, because they would wait
-for this one. When the agent has ended, torchrun.sh exits with 2 if any N.code is 2, else with 75 if any is 75, else
-with 0 if all are 0, else with 1.
+With several machines a signal that arrives while STARTING is remembered, and all ranks stop together once they are
+connected, because the others would wait for this one. When the agent has ended, torchrun.sh exits with 2 if any N.code
+is 2, else with 75 if any is 75, else with 0 if all are 0, else with 1.
 """
