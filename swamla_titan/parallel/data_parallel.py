@@ -59,33 +59,14 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the embedding's output sets the dtype of what follows
     )
-    units: list[nn.Module | list[nn.Module]] = list(model.blocks.values())
-    embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
-    tied = model.config.tie_embeddings and embedding is not None and head is not None
-    if not tied:
-        units = ([embedding] if embedding is not None else []) + units
     replicated = {weight for weight in model.parameters() if stays_replicated(weight, parallel)}
-    reshard = False
+    gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in replicated)
+    reshard = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, compute_dtype.itemsize * gathered)
     if parallel.data_parallel == "ddp":
-        for unit in units:
+        for unit in (*_inner_units(model), model):
             replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=replicated)
-        replicate(model, mesh=mesh, mp_policy=policy, ignored_params=replicated)
     else:
-        gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in replicated)
-        reshard = reshards_after_forward(parallel, compute_dtype.itemsize * gathered)
-        shard = functools.partial(
-            fully_shard,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
-            ignored_params=replicated,
-        )
-        for unit in units:
-            shard(unit, reshard_after_forward=reshard)
-        if head is not None and not tied:
-            # The backward pass begins with it, so what was freed would be gathered again at once.
-            shard([model.norm, head] if parallel.cpu_offload else head, reshard_after_forward=False)
-        shard(model)
+        _shard(model, parallel, mesh, policy, replicated, reshard)
     for module in _units(model):
         if mesh.size() > 1:  # a single rank has nothing to reduce, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
@@ -95,6 +76,43 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     if not reshard:
         _KEEPING.add(model)
     _prefetch(model)
+
+
+def _shard(
+    model: SWAMLAModel,
+    parallel: Parallel,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    replicated: set[nn.Parameter],
+    reshard: bool,
+) -> None:
+    """FSDP2 or HSDP on each unit; `reshard`: free a block's gathered weights after its forward pass."""
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=policy,
+        offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
+        ignored_params=replicated,
+    )
+    for unit in _inner_units(model):
+        shard(unit, reshard_after_forward=reshard)
+    head = getattr(model, "head", None)
+    if head is not None and not _is_tied(model):
+        # The backward pass begins with it, so what was freed would be gathered again at once.
+        shard([model.norm, head] if parallel.cpu_offload else head, reshard_after_forward=False)
+    shard(model)
+
+
+def _inner_units(model: SWAMLAModel) -> list[nn.Module]:
+    """The modules that are units of communication by themselves: an untied embedding, and each block."""
+    embedding = getattr(model, "embedding", None)
+    first = [embedding] if embedding is not None and not _is_tied(model) else []
+    return [*first, *model.blocks.values()]
+
+
+def _is_tied(model: SWAMLAModel) -> bool:
+    """Whether embedding and head are one weight here; on different pipeline stages they are two copies."""
+    return model.config.tie_embeddings and hasattr(model, "embedding") and hasattr(model, "head")
 
 
 class _AllGatherOfBytes(AllGather):
