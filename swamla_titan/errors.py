@@ -6,7 +6,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command again to go on
-EXIT_REGROUP = 76  # of a worker that torchrun stops to start it again in another group; no user sees it
+EXIT_RE_RENDEZVOUS = 76  # of a worker stopped for a re-rendezvous; the agent starts it again
 
 
 _LONGEST_LINE = 3000  # characters

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from swamla_titan.errors import EXIT_REGROUP, EXIT_STOPPED
+from swamla_titan.errors import EXIT_RE_RENDEZVOUS, EXIT_STOPPED
 from swamla_titan.launch.worker import (
     FOLDER,
     NOTHING_TO_SAVE,
@@ -66,7 +66,7 @@ class StopRequest:
         if number == _NO_STOP:
             return None
         if number == _RE_RENDEZVOUS:
-            return Stop("stopped, since the machines of the run change,", "it goes on with them", EXIT_REGROUP)
+            return Stop("stopped, since the machines of the run change,", "it goes on with them", EXIT_RE_RENDEZVOUS)
         return Stop(f"stopped by {signal.Signals(number).name}", "the same command goes on", EXIT_STOPPED)
 
     def exit_without_peers(self) -> None:
@@ -79,14 +79,14 @@ class StopRequest:
             return
         self._since = self._since or time.monotonic()
         if FOLDER not in os.environ or time.monotonic() - self._since > PEERS_TIMEOUT:
-            raise SystemExit(EXIT_STOPPED if self.received else EXIT_REGROUP)
+            raise SystemExit(EXIT_STOPPED if self.received else EXIT_RE_RENDEZVOUS)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         requested = stop_requested()
         if number == signal.SIGTERM and in_re_rendezvous() and not requested:
             self.re_rendezvous = True
             if not self.finish_step_first and machines() == 1:
-                raise SystemExit(EXIT_REGROUP)
+                raise SystemExit(EXIT_RE_RENDEZVOUS)
             return
         self.received = requested or signal.Signals(number)
         acknowledge_stop()  # before the second signal becomes deadly

@@ -6,7 +6,7 @@ launch/__init__.py draws a worker's states and lists the files of the launch fol
 - The folder has each worker's process id, so that signals reach the workers themselves and not torchrun, which would
   give them only 30 seconds.
 - During a re-rendezvous torchrun stops healthy workers with SIGTERM, which is not the user's stop and must not end the
-  run: EXIT_REGROUP is never left for run_train.sh. The agents of the other machines begin theirs within a second, so
+  run: EXIT_RE_RENDEZVOUS is never left for run_train.sh. The agents of the other machines begin theirs within a second, so
   workers that know of it from other ranks alone wait to be stopped by their own agent: if they ended first, it would
   look like a crash.
 - A worker whose launcher has ended kills its torchrun and ends, because nothing would forward signals to it any more,
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REGROUP, EXIT_STOPPED, UserError
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RE_RENDEZVOUS, EXIT_STOPPED, UserError
 from swamla_titan.system.console import one_line
 from swamla_titan.system.process_end import wait_for_end
 
@@ -154,12 +154,12 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
             code = _recorded(main)
         except SystemExit as ended:
             code = EXIT_DONE if ended.code is None else ended.code
-            if code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_REGROUP):
+            if code not in (EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_RE_RENDEZVOUS):
                 raise
     assert isinstance(code, int)
     if _ended_for_bad_input:
         return EXIT_FAILED
-    if code == EXIT_REGROUP:
+    if code == EXIT_RE_RENDEZVOUS:
         if not in_re_rendezvous():
             time.sleep(AGENT_STOP_TIMEOUT)  # until the agent's SIGTERM, which nothing handles any more
         return code

@@ -34,7 +34,7 @@ def float8_products(config: Config) -> list[Product]:
     return list(_products(model, config.float8, config.parallel.tensor))
 
 
-def refuse_float8(config: Config, device: torch.device, degrees: Degrees | None = None) -> None:
+def validate_float8(config: Config, device: torch.device, degrees: Degrees | None = None) -> None:
     """Raise UserError where `device` cannot compute what [float8] asks for, or nothing would be converted.
 
     Or where FSDP2 on ranks of these `degrees` (None: not known) cannot gather weights as "always" would have it.

@@ -18,7 +18,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import launched_rank
 from swamla_titan.launch.worker import launched_size
 from swamla_titan.parallel.compile import refuse_cache_folder
-from swamla_titan.parallel.parallelize import refuse_float8
+from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
@@ -57,7 +57,7 @@ def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None
     """
     ranks = _positive(gpus) or launched_size()
     degrees = fit_degrees(config.parallel, ranks)  # first, because opening data takes long
-    refuse_float8(config, torch.device("cpu"), degrees)
+    validate_float8(config, torch.device("cpu"), degrees)
     here = torch.device("cuda", 0) if torch.cuda.is_available() else None
     inputs = set_up_inputs(config, World.planned(degrees), here, damaged)
     found = dataclasses.replace(plan(inputs.config, ranks), choices=inputs.choices)

@@ -24,7 +24,7 @@ from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.parallelize import float8_products, refuse_float8
+from swamla_titan.parallel.parallelize import float8_products, validate_float8
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.schedules import (
     Order,
@@ -108,7 +108,7 @@ def plan(config: Config, ranks: int) -> Plan:
     """
     degrees = fit_degrees(config.parallel, ranks)
     config, choices = choose_for(config, degrees, device=None)
-    refuse_float8(config, torch.device("cpu"), degrees)
+    validate_float8(config, torch.device("cpu"), degrees)
     batch = batch_of(config, degrees)
     laid_out = _for_any_machine(config)
     mesh: list[Neighbours] = []
@@ -137,7 +137,7 @@ def plan(config: Config, ranks: int) -> Plan:
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:
     """The memory of one rank of a configuration without "auto"; else as `plan`."""
     degrees = fit_degrees(config.parallel, ranks)
-    refuse_float8(config, torch.device("cpu"), degrees)
+    validate_float8(config, torch.device("cpu"), degrees)
     batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
     with fake_world(degrees, config.parallel.data_parallel, rank) as world:
         parts = build_parts(laid_out, world)

@@ -144,7 +144,7 @@ def _of_batch(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any]
     if rows > 1:
         note = "the global batch stays what it is, in more micro-batches"
         yield {"training.local_batch_size": rows // 2}, note
-        if training.global_batch_size <= rows * degrees.data and degrees.shard * degrees.context > 1:
+        if training.global_batch_size <= rows * degrees.data and degrees.weight_shards > 1:
             # Else the gradients of the first of several micro-batches wait unsharded.
             in_shards = {"parallel.reduce_every_micro_batch": True}
             yield {"training.local_batch_size": rows // 2} | in_shards, f"{note}, whose gradients wait in shards"

@@ -40,7 +40,7 @@ from swamla_titan.optim import refuse_old_gpu
 from swamla_titan.parallel.activation_checkpoint import refuse_recomputation
 from swamla_titan.parallel.automatic import choose
 from swamla_titan.parallel.compile import warm_compiler
-from swamla_titan.parallel.parallelize import refuse_float8
+from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.state import GROUPS, RunState
@@ -178,7 +178,7 @@ def _validate_machine(config: Config, world: World) -> None:
     """Raise UserError for what this device, or this number of ranks, cannot compute."""
     attention_of(config, world)
     pointwise_of(config, world)
-    refuse_float8(config, world.device, world.degrees)
+    validate_float8(config, world.device, world.degrees)
     refuse_recomputation(config, world.device)
     refuse_old_gpu(config.optimizer, world.device)
 

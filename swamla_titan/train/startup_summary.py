@@ -118,7 +118,7 @@ def _log_kernels(config: Config, world: World) -> None:
 
 def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
     degrees = world.degrees
-    is_sharded = config.parallel.data_parallel != "ddp" and degrees.shard * degrees.context > 1
+    is_sharded = config.parallel.data_parallel != "ddp" and degrees.weight_shards > 1
     if gathers_float8(config, degrees):
         logger.info("float8: FSDP2 gathers the weights of matmuls in 8 bits")
     elif config.float8.fsdp_all_gather == "auto" and config.float8.recipe == "tensorwise" and is_sharded:

@@ -12,7 +12,7 @@ from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config import to_toml
 from swamla_titan.data import StepBatch
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
-from swamla_titan.errors import EXIT_DONE, EXIT_REGROUP, RunFailed, UserError
+from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
@@ -131,7 +131,7 @@ class Trainer:
             if save:
                 self._save(last=finished or stop is not None)
             # Before a re-rendezvous a finished run returns too, so that the new machines see that it is finished.
-            if stop and (not finished or stop.code == EXIT_REGROUP):
+            if stop and (not finished or stop.code == EXIT_RE_RENDEZVOUS):
                 logger.info("%s after step %d; %s", stop.reason, self.step, stop.outlook)
                 return stop.code
         logger.info('done; let it write: swamla-titan generate %s --prompt "The"', self.folder)

@@ -12,7 +12,7 @@ from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.parallelize import float8_products, refuse_float8
+from swamla_titan.parallel.parallelize import float8_products, validate_float8
 from swamla_titan.quantization.coverage import gain, table, warnings
 from swamla_titan.quantization.native import NativeLinear
 
@@ -178,7 +178,7 @@ def test_a_stage_without_any_is_no_error():
     odd = {"kv_lora_rank": 34, "qk_nope_head_dim": 22, "qk_rope_head_dim": 8, "v_head_dim": 33, "ffn_hidden_dim": 68}
     model = ModelConfig(num_layers=3, dim=64, num_heads=2, vocab_size=50, max_seq_len=64, **odd)
     config = Config(model=model, float8=Float8(recipe="rowwise", products="all"), parallel=Parallel(pipeline=3))
-    refuse_float8(config, torch.device("cpu"))
+    validate_float8(config, torch.device("cpu"))
     found = []
     for rank in range(3):
         with fake_world(Degrees(pipeline=3), "fsdp", rank) as world:
