@@ -6,8 +6,8 @@ launch/__init__.py draws a worker's states and lists the files of the launch fol
 - The folder has each worker's process id, so that signals reach the workers themselves and not torchrun, which would
   give them only 30 seconds.
 - During a re-rendezvous torchrun stops healthy workers with SIGTERM, which is not the user's stop and must not end the
-  run: EXIT_RE_RENDEZVOUS is never left for run_train.sh. The agents of the other machines begin theirs within a second, so
-  workers that know of it from other ranks alone wait to be stopped by their own agent: if they ended first, it would
+  run: EXIT_RE_RENDEZVOUS is never left for run_train.sh. The agents of the other machines begin theirs within a second,
+  so workers that know of it from other ranks alone wait to be stopped by their own agent: if they ended first, it would
   look like a crash.
 - A worker whose launcher has ended kills its torchrun and ends, because nothing would forward signals to it any more,
   and whoever gives the command again needs the GPUs and the dump folder.
