@@ -44,6 +44,8 @@ def test_what_a_page_names_exists(page):
     assert f"docs/{page.name}" in README, "a page that nobody finds"
     for name in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (page.parent / name).exists(), name
+    for name in re.findall(r"`((?:swamla_titan|train_configs|tests)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
     for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b", text):
         if section in SECTIONS and key != "jsonl":
             assert key in {"flavor", *field_types(SECTIONS[section])}, f"{section}.{key}"
