@@ -49,7 +49,7 @@ _BOTH = ("loss", "gradients")
 
 @dataclass(frozen=True)
 class Degrees:
-    """Ranks along each dimension, at least 1. Their product is the number of processes.
+    """Ranks along each dimension, at least 1, which multiply to the number of processes.
 
     The order is that of the ranks: those that differ in the last dimension alone are neighbours.
     """
@@ -113,7 +113,7 @@ GRADIENT_DIMENSIONS = tuple(dict.fromkeys(each.weights for each in DIMENSIONS if
 def fit_degrees(parallel: Parallel, world_size: int) -> Degrees:
     """The degrees of a configuration on `world_size` processes, with -1 (as many as there are left) resolved.
 
-    Raises UserError with the numbers and a suggestion if their product cannot be `world_size`. What does not depend
+    Raises UserError with the numbers and a suggestion if they cannot multiply to `world_size`. What does not depend
     on the number of processes is refused earlier, by config/rules.py.
     """
     asked = {each: getattr(parallel, each.key) for each in DIMENSIONS}

@@ -55,7 +55,7 @@ class ParallelModel:
             part.init_weights(seed, copy_from_full)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
-        """Forward and backward passes over this rank's micro-batches; gradients are those of the global batch.
+        """Run forward and backward for this rank's micro-batches; gradients become those of the global batch.
 
         Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. With a
         `loss_scale` the backward passes are of the scaled loss, and the gradients are divided by it afterwards.
