@@ -1,9 +1,12 @@
 """The degrees of a configuration on so many processes."""
 
+import itertools
+import math
+
 import pytest
 
 from swamla_titan.config.sections import Parallel
-from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.errors import UserError
 
 HSDP = {"data_parallel": "hsdp"}
@@ -94,3 +97,27 @@ def test_degrees_are_said_by_their_keys():
     assert str(Degrees()) == "one process"
     assert str(Degrees(pipeline=2, shard=3)) == "pipeline 2 x dp_shard 3"
     assert str(Degrees(replicate=2, context=4, tensor=8)) == "dp_replicate 2 x context 4 x tensor 8"
+
+
+@pytest.mark.parametrize(
+    "degrees, plan, weights, activations",
+    [
+        (Degrees(pipeline=3, shard=2, context=2, tensor=2), "fsdp", (3, 1, 4, 2), (3, 2, 2, 2)),
+        (Degrees(replicate=2, shard=4, context=2), "hsdp", (1, 2, 8, 1), (1, 8, 2, 1)),
+        (Degrees(replicate=4, context=2, tensor=2), "ddp", (1, 8, 1, 2), (1, 4, 2, 2)),
+    ],
+)
+def test_both_meshes_lay_out_the_same_ranks(degrees, plan, weights, activations):
+    found = degrees.weights_mesh(plan)
+    assert list(found.items()) == list(zip(("pipeline", "replicate", "shard", "tensor"), weights))
+    found = degrees.activations_mesh()
+    assert list(found.items()) == list(zip(("pipeline", "data", "context", "tensor"), activations))
+    assert math.prod(weights) == math.prod(activations) == degrees.size
+
+
+def test_neighbours_in_the_table_alone_share_a_dimension_of_a_mesh():
+    """Flattened into one, they are laid out in a row of ranks."""
+    for mesh in ("weights", "activations"):
+        names = [name for name, _ in itertools.groupby(getattr(each, mesh) for each in DIMENSIONS)]
+        assert len(names) == len(set(names))
+    assert DIMENSIONS[0].name == "pipeline", "a pipeline's groups are taken from the first dimension"
