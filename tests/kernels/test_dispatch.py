@@ -1,0 +1,91 @@
+"""The choice of an implementation: one is taken, and each other one has a reason."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swamla_titan.kernels import device as kernel_device
+from swamla_titan.kernels.attention import dispatch
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FUSED, IMPLEMENTATIONS, Request, choose
+from swamla_titan.kernels.attention.masks import MaskSpec
+
+WINDOW = Request(torch.device("cuda"), torch.bfloat16, 96, 96, MaskSpec(256, 4), 2048, False, rotary_width=96)
+CAUSAL = replace(WINDOW, qk_width=192, v_width=128, mask=MaskSpec(), rotary_width=64)
+H100, A100 = (9, 0), (8, 0)
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch):
+    """Nothing here touches a GPU: what is asked of one is answered."""
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+
+
+@pytest.mark.parametrize("asked", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("request_", [WINDOW, CAUSAL], ids=["window", "causal"])
+@pytest.mark.parametrize("changes", [{}, {"has_documents": True}, {"chunk": 256}, {"device": torch.device("cpu")}])
+def test_one_is_taken_and_every_other_one_has_a_reason(request_, changes, asked):
+    choice = choose(replace(request_, **changes), asked)
+    names = {each.name for each in IMPLEMENTATIONS}
+    assert choice.why_not.keys() == names - {choice.implementation.name}
+    assert all(choice.why_not.values())
+    assert asked in choice.implementation.asked_by
+
+
+@pytest.mark.parametrize(
+    "request_, taken, name, why",
+    [
+        (WINDOW, "triton, windows", "flex", "comes after triton, windows"),
+        (WINDOW, "triton, windows", "sdpa, causal", "a window of 256 tokens"),
+        (replace(WINDOW, chunk=256), "flex", "triton, windows", "parallel.context"),
+        (replace(WINDOW, dtype=torch.float32), "flex", "triton, windows", "not timed on such a device"),
+        (replace(WINDOW, qk_width=80, v_width=80), "flex", "triton, windows", "takes no heads as wide as these in b"),
+        (replace(WINDOW, mask=MaskSpec(256, 65)), "flex", "triton, windows", "takes no more than 64 sinks"),
+        (replace(WINDOW, device=torch.device("cpu")), "sdpa, masked", "triton, windows", "needs a GPU"),
+        (CAUSAL, "sdpa, causal", "triton, documents", "comes after sdpa, causal"),
+        (replace(CAUSAL, has_documents=True), "triton, documents", "sdpa, causal", "data.document_mask"),
+        (replace(CAUSAL, chunk=256), "cudnn, causal by chunks", "sdpa, causal", "parallel.context"),
+        (replace(CAUSAL, chunk=256, has_documents=True), "flex", "cudnn, causal by chunks", "data.document_mask"),
+    ],
+)
+def test_why_not(request_, taken, name, why):
+    choice = choose(request_, "auto")
+    assert choice.implementation.name == taken
+    assert choice.why_not[name].startswith(why)
+    assert f"{name}: {choice.why_not[name]}" in choice.refusals
+
+
+@pytest.mark.parametrize(
+    "request_, asked, fused, why",
+    [
+        (replace(WINDOW, projections="qkv"), "auto", "triton, windows with their rotation", None),
+        (replace(WINDOW, projections="qkv"), "flex", "triton, windows with their rotation", "attention by flex"),
+        (replace(WINDOW, projections="qkv", has_qk_norm=True), "auto", None, "model.qk_norm"),
+        (replace(WINDOW, projections="qkv", keeps_operators=True), "auto", None, "activation_checkpoint"),
+        (replace(CAUSAL, projections="latent"), "auto", "cudnn, causal with its rotation", None),
+        (replace(CAUSAL, projections="latent", has_qk_norm=True), "auto", "cudnn, causal with its rotation", None),
+        (replace(CAUSAL, projections="latent"), "sdpa", None, "attention by sdpa"),
+        (replace(CAUSAL, projections="latent", chunk=256), "auto", None, "parallel.context"),
+        (
+            replace(CAUSAL, projections="latent", has_documents=True),
+            "auto",
+            "triton, documents with their rotation",
+            None,
+        ),
+        (replace(CAUSAL, projections="latent", has_documents=True), "flex", None, "data.document_mask"),
+    ],
+)
+def test_the_rotation_is_fused_where_an_implementation_takes_it(request_, asked, fused, why):
+    choice = choose(request_, asked)
+    assert (choice.fused and choice.fused.name) == fused
+    assert choice.why_not_fused == why
+    fusable = {each.name for each in FUSED if each.projections == request_.projections}
+    assert fusable - {fused} <= choice.why_not.keys()
+
+
+def test_what_is_not_timed_on_a_device_is_taken_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: A100)
+    assert choose(WINDOW, "auto").implementation is dispatch.FLEX
+    assert choose(WINDOW, "triton").implementation is dispatch.WINDOW
