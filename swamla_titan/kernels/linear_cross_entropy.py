@@ -9,7 +9,7 @@ from swamla_titan.kernels.cross_entropy import IGNORE
 
 # Of logits at a time. With fewer, adding to the weight's gradient, which reads and writes all of it, would cost more.
 _CHUNK_BYTES = 2**30
-_ROWS = 256  # a part is a multiple of, as products like it
+_ROWS = 256  # a slice is a multiple of, as matmuls like it
 
 
 def linear_cross_entropy(
@@ -71,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(cross_entropy_rows(logits, their_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
             if wanted:  # the logits are their gradient now
                 torch.mm(logits, matrix, out=their_grad)
-                grad_weight = _add_product(grad_weight, logits.T, some)
+                grad_weight = _add_matmul(grad_weight, logits.T, some)
             del logits  # or the next stretch would be made beside this one
         ctx.gradients = (grad_x, grad_weight) if wanted else None
         ctx.weight_dtype = weight.dtype
@@ -85,13 +85,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.weight_dtype), *[None] * 6
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def _add_matmul(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b in float32 or wider, in place or not; total None: 0."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b if total is None else total.addmm_(a, b)
-    if not a.is_cuda:  # where products of 16-bit numbers come in 16 bits only
-        product = (a @ b).float()
-        return product if total is None else total.add_(product)
+    if not a.is_cuda:  # where matmuls of 16-bit values come in 16 bits only
+        added = (a @ b).float()
+        return added if total is None else total.add_(added)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.addmm(total, a, b, out_dtype=torch.float32)

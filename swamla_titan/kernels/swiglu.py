@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer, arXiv:2002.05202) of gates and ups that come from one product: plain, and by a Triton kernel."""
+"""SwiGLU (Shazeer, arXiv:2002.05202) of gate and up projections from one matmul: plain, and by a Triton kernel."""
 
 from typing import Any
 

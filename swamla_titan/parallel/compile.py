@@ -99,7 +99,7 @@ def set_cache_folder(config: Compile) -> Path | None:
     were made of in their names. Must come before anything is compiled; TRITON_CACHE_DIR is left alone if set.
 
     Raises UserError for a named folder that cannot be written, or of whose name torch would make several; the default
-    is then passed over with a warning.
+    is then skipped with a warning.
     """
     folder = _cache_folder(config)
     problem = _misnamed(folder) or _unwritable(folder)

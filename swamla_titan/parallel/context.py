@@ -1,10 +1,10 @@
-"""Context parallelism: several ranks share each row, so that rows may be longer than one GPU has memory for.
+"""Context parallelism: several ranks share each sequence, which may be longer than one GPU has memory for.
 
-All ranks of a context group are given the same whole rows, and each computes its own chunks of them
+All ranks of a context group are given the same full sequences, and each computes its own chunks of them
 (sequence_layout.py). Blocks work on single tokens but for attention, where
 - MLA gathers what decoding would keep, the latent and the rotary key of each token, and not keys and values: with the
-  default sizes 320 numbers a token instead of 5120 for 16 heads. Each rank expands them for the whole row.
-- SWA exchanges the windows' halos and the sinks (sequence_exchange.py), however long the row is.
+  default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence.
+- SWA exchanges the windows' halos and the sinks (sequence_exchange.py), however long the sequence is.
 Gradients of parameters are then sums over the rank's own tokens; whoever averages gradients adds them up over the
 group.
 """
@@ -26,7 +26,7 @@ from swamla_titan.kernels.attention.masks import (
     block_mask_of,
     dense_mask_of,
     document_starts,
-    intervals_in_the_row,
+    intervals_in_sequence,
 )
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS, Block
@@ -56,11 +56,11 @@ class CausalSlice(AttentionContext):
 
 
 def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | DeviceMesh) -> None:
-    """Make `model` compute this rank's part of each row, in place; `group` is the context group or its mesh.
+    """Make `model` compute this rank's slice of each sequence, in place; `group` is the context group or its mesh.
 
-    Called before blocks are compiled and parameters sharded. The model (or a pipeline stage of one) then takes whole
-    rows, whose length must be divisible by twice the group's size (config/parallel_rules.py). Decoding (`prefill`,
-    `decode`) is not shared; it goes on as on one process. A group of one changes nothing.
+    Called before blocks are compiled and parameters sharded. The model (or a pipeline stage of one) then takes full
+    sequences, whose length must be divisible by twice the group's size (config/parallel_rules.py). Decoding (`prefill`,
+    `decode`) is not shared; it continues as on one process. A group of one changes nothing.
     """
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     size, rank = group.size(), group.rank()
@@ -100,7 +100,7 @@ _INNER = {"qkv": WindowExchange, "latent": LatentGather}  # by what the linear l
 def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
     """What this rank's queries see of the sections that `exchange_windows` lays out, for document starts [B, T].
 
-    Within a section tokens are neighbours as they are in the row, so the intervals are those of the row, moved; but for
+    Within a section tokens are neighbours as in the sequence, so the intervals are those of it, moved, but for
     sinks that begin before what stands next to the halo: those are the section's first places (`sink_sources`).
     """
     layout = exchange.layout
@@ -109,21 +109,21 @@ def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
         return torch.cat([torch.full((layout.chunk,), value, device=starts.device) for value in values])  # [2 chunk]
 
     base = [j * exchange.section for j in range(2)]
-    # From an index in the row to the one in the sections.
+    # From an index in the sequence to the one in the sections.
     move = for_each_chunk([b + exchange.sinks + exchange.halo - start for b, start in zip(base, layout.starts)])
     queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    row = intervals_in_the_row(local_chunks(starts, layout), queries, exchange.window, exchange.sink)
-    first, last = row.first + move, row.last + move
-    if row.sink_first is None:
+    full = intervals_in_sequence(local_chunks(starts, layout), queries, exchange.window, exchange.sink)
+    first, last = full.first + move, full.last + move
+    if full.sink_first is None:
         return KeyIntervals(first, last)
-    sink_first = torch.maximum(row.sink_first + move, for_each_chunk(base))
+    sink_first = torch.maximum(full.sink_first + move, for_each_chunk(base))
     return KeyIntervals(first, last, sink_first, torch.minimum(sink_first + exchange.sink - 1, last))
 
 
 def mla_intervals(starts: Tensor, layout: SequenceLayout) -> KeyIntervals:
-    """What this rank's queries see of the whole row, for document starts [B, T]."""
+    """What this rank's queries see of the full sequence, for document starts [B, T]."""
     queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    return intervals_in_the_row(local_chunks(starts, layout), queries, None, 0)
+    return intervals_in_sequence(local_chunks(starts, layout), queries, None, 0)
 
 
 class SharedSequences(FullSequences):
@@ -148,8 +148,8 @@ class SharedSequences(FullSequences):
         """As in FullSequences, of this rank's tokens."""
         layout = SequenceLayout(seq_len, self.size, self.rank)
         starts = None if document_ids is None else document_starts(document_ids)
-        rows = torch.zeros(1, seq_len, dtype=torch.int64, device=device) if starts is None else starts
-        positions = local_chunks(torch.arange(seq_len, device=device) - rows, layout)
+        all_starts = torch.zeros(1, seq_len, dtype=torch.int64, device=device) if starts is None else starts
+        positions = local_chunks(torch.arange(seq_len, device=device) - all_starts, layout)
 
         def of_kind(kind: str) -> AttentionContext:
             request = attention_request(kind, config, seq_len, starts is not None, device, dtype, chunk=layout.chunk)
@@ -160,7 +160,7 @@ class SharedSequences(FullSequences):
                 return CausalSlice(positions, rotation, mask, taken, self.group, layout)
             exchange = plan_swa_exchange(layout, request.mask.window, request.mask.sink)
             mask = _mask(taken.form, exchange, starts, device)
-            sinks = sink_sources(rows, exchange)
+            sinks = sink_sources(all_starts, exchange)
             return WindowSlice(positions, rotation, mask, taken, self.group, exchange, *sinks)
 
         return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})

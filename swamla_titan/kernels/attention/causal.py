@@ -88,7 +88,7 @@ def _plain_backward(
     dtype, wide = query.dtype, _wide(query.dtype)
     grad_out, query, key, value, out = (x.to(wide) for x in (grad_out, query, key, value, out))
     weights = (_scores(query, key, scale, causal) - lse[..., None]).exp()
-    from_all_keys = (grad_out * out).sum(dim=-1, keepdim=True)  # sum over the row of weight * its gradient
+    from_all_keys = (grad_out * out).sum(dim=-1, keepdim=True)  # sum over the keys of weight * its gradient
     grad_scores = weights * (grad_out @ value.transpose(-2, -1) - from_all_keys) * scale
     gradients = grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out
     grad_query, grad_key, grad_value = (x.to(dtype) for x in gradients)

@@ -1,4 +1,4 @@
-"""Causal attention of some chunks of a row over all its keys, from kernels that know only "causal" and "everything".
+"""Causal attention of chunks of a sequence over all its keys, from kernels that know only "causal" and "everything".
 
 A chunk at [a, a + c) sees the keys before it all, and its own as a causal square. Those are two calls of a fast kernel,
 and their results are merged exactly: with the log-sum-exp of each call's scores, the softmax over both is
@@ -23,11 +23,11 @@ from swamla_titan.kernels.flops import attention_flops, causal_pairs
 def chunked_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], scale: float, kernel: str
 ) -> Tensor:
-    """softmax(scale * query key^T, causal) value for queries that are chunks of the row.
+    """softmax(scale * query key^T, causal) value for queries that are chunks of the sequence.
 
     query [B, Q, H, D] holds len(starts) chunks of equal length; chunk j's tokens are at starts[j], starts[j] + 1, ...
-    of the row, whose keys [B, T, H, D] and values [B, T, H, E] are all there -> [B, Q, H, E]. `kernel` is a name in
-    KERNELS.
+    of the sequence, whose keys [B, T, H, D] and values [B, T, H, E] are all there -> [B, Q, H, E]. `kernel` is a name
+    in KERNELS.
     """
     out: Tensor = _chunked(query, key, value, list(starts), scale, kernel)[0]
     return out

@@ -16,7 +16,7 @@ from swamla_titan.kernels.attention.tiles_triton import (
     load_part,
     load_parts,
     load_parts_at,
-    product_of_parts,
+    matmul_of_parts,
     store_part,
 )
 
@@ -55,7 +55,7 @@ def document_forward(
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
         # Scaled before they are masked: of NEVER * scale - NEVER * scale a compiler makes one operation that rounds
         # once and is not 0, in rows whose document begins behind the first tiles.
-        scores = product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2
+        scores = matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2
         if (begin + BN - 1 > first) | (begin < newest):
             key = begin + tl.arange(0, BN)
             scores = _masked(scores, query[:, None], key[None, :], start[:, None])
@@ -96,7 +96,7 @@ def document_grad_query(
     for begin in range(document // BN * BN, last, BN):
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
-        scores = product_of_parts(q1, q2, k1, k2, D2 > 0)
+        scores = matmul_of_parts(q1, q2, k1, k2, D2 > 0)
         if (begin + BN - 1 > first) | (begin < newest):
             key = begin + tl.arange(0, BN)
             scores = _masked(scores, query[:, None], key[None, :], start[:, None])
@@ -141,7 +141,7 @@ def document_grad_key_value(
         do = do_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BM, DV)
         lse_log2 = tl.load(lse_ptr + row + query, mask=query < seq_len, other=0.0) * LOG2_E
         delta = tl.load(delta_ptr + row + query, mask=query < seq_len, other=0.0)
-        scores = product_of_parts(k1, k2, q1, q2, D2 > 0)  # [BN, BM]
+        scores = matmul_of_parts(k1, k2, q1, q2, D2 > 0)  # [BN, BM]
         newest = tl.load(starts_ptr + tl.minimum(begin + BM, seq_len) - 1)
         if (first + BN - 1 > begin) | (first < newest):
             start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)

@@ -1,4 +1,4 @@
-"""What lies between the products of an MLA block, as one operator: rotate, expand the rotary key, attend (CUDA).
+"""What lies between the linear layers of an MLA block, as one operator: rotate, expand the rotary key, attend (CUDA).
 
 Left to torch.compile, the backward pass copies the gradients of queries and of values, and sums the rotary key's in a
 pass of its own. Here the queries' are rotated back where the attention wrote them, and one pass reads the others.
@@ -33,9 +33,9 @@ def latent_attention(
     query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, rope_key [B, T, rope], a head's part
     without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
     [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
-    KERNELS (causal.py), for rows of one document; `starts` and `ends` are document_attention.py's, which
-    computes the others -> [B, T, H, v] in query's dtype. Rows of one token, which cuDNN does not take, are computed by
-    "plain".
+    KERNELS (causal.py), for sequences of one document; `starts` and `ends` are document_attention.py's, which
+    computes the others -> [B, T, H, v] in query's dtype. Sequences of one token, which cuDNN does not take, are
+    computed by "plain".
     """
     if query.shape[1] == 1:
         kernel = "plain"

@@ -1,4 +1,4 @@
-"""Triton kernels around MLA's attention: from products to the queries and keys that it takes, and back."""
+"""Triton kernels around MLA's attention: from linear layers to the queries and keys that it takes, and back."""
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """Which keys a query sees: the rule, once, and the two forms in which attention takes it.
 
-Documents are maximal runs of equal ids along a row. Everything about them follows from one tensor, the index at which
-each token's own document starts: the mask, the positions and the sink all read it, so they cannot disagree.
+Documents are maximal runs of equal ids along a sequence. Everything about them follows from one tensor, the index at
+which each token's own document starts: the mask, the positions and the sink all read it, so they cannot disagree.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def sees(query: Any, key: Any, start: Any, window: int | None, sink: int) -> Any
 def document_starts(document_ids: Tensor) -> Tensor:
     """[B, T] ids -> [B, T] int64 index of the first token of each token's document.
 
-    A document ends where the id changes; an id that comes back later in the row is a new document.
+    A document ends where the id changes; an id that comes back later in the sequence is a new document.
     """
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
     first = torch.ones_like(document_ids, dtype=torch.bool)
@@ -63,12 +63,12 @@ def block_mask(starts: Tensor, window: int | None, sink: int) -> BlockMask:
         seen: Tensor = sees(query, key, starts[batch, query], window, sink)
         return seen
 
-    return _tiles_of_rows(starts, window, sink, mask_mod)
+    return _tiles_of_sequences(starts, window, sink, mask_mod)
 
 
 @lru_cache(maxsize=32)
 def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, device: torch.device) -> BlockMask:
-    """`block_mask` for rows that are one document each; made once per shape, broadcast over the batch."""
+    """`block_mask` for sequences that are one document each; made once per shape, broadcast over the batch."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = sees(query, key, 0, window, sink)
@@ -77,7 +77,7 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
     # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
     with torch.inference_mode(False):
         starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
-        return _tiles_of_rows(starts, window, sink, mask_mod)
+        return _tiles_of_sequences(starts, window, sink, mask_mod)
 
 
 class MaskSpec(NamedTuple):
@@ -91,7 +91,7 @@ class MaskSpec(NamedTuple):
 class WindowRule:
     """The same mask for our own kernel, which applies the rule itself."""
 
-    starts: Tensor | None  # [B, T] int32, contiguous; None: one document a row
+    starts: Tensor | None  # [B, T] int32, contiguous; None: one document a sequence
     window: int
     sink: int
 
@@ -139,7 +139,7 @@ class KeyIntervals(NamedTuple):
     """The keys each query sees, as two intervals of indices into the keys, ends included: [B, Q] integers each.
 
     The first interval is never empty. The second (the sink) may overlap it, and is empty where its end is before its
-    start; None: no query has one. For queries that are a part of a row, or keys that are laid out in another order.
+    start; None: no query has one. For queries that are a slice of a sequence, or keys in another order.
     """
 
     first: Tensor
@@ -148,8 +148,8 @@ class KeyIntervals(NamedTuple):
     sink_last: Tensor | None = None
 
 
-def intervals_in_the_row(starts: Tensor, queries: Tensor, window: int | None, sink: int) -> KeyIntervals:
-    """The rule of `sees` for the queries at indices `queries` [Q] of rows whose keys are all there, in order.
+def intervals_in_sequence(starts: Tensor, queries: Tensor, window: int | None, sink: int) -> KeyIntervals:
+    """The rule of `sees` for the queries at indices `queries` [Q] of sequences whose keys are all there, in order.
 
     `starts` [B, Q] is where each query's document begins.
     """
@@ -172,7 +172,7 @@ def dense_mask_of(intervals: KeyIntervals, keys: int) -> Tensor:
 def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
     """`dense_mask_of` for FlexAttention, without ever making Q x keys entries. B = 1 serves a batch of any size."""
     intervals = KeyIntervals(*(None if bound is None else bound.to(torch.int32) for bound in intervals))  # type: ignore[arg-type]
-    # Asked about a row that is not there, a mask made for one row answers for that one.
+    # Asked about a sequence that is not there, a mask made for one answers for that one.
     one = intervals.first.shape[0] == 1
     first, last, sink_first, sink_last = (
         None if bound is None else bound[0].contiguous() if one else bound.contiguous() for bound in intervals
@@ -190,9 +190,9 @@ def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
     return _tiles(intervals, keys, mask_mod)
 
 
-def _tiles_of_rows(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
+def _tiles_of_sequences(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
     index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32)
-    return _tiles(intervals_in_the_row(starts, index, window, sink), starts.shape[1], mask_mod)
+    return _tiles(intervals_in_sequence(starts, index, window, sink), starts.shape[1], mask_mod)
 
 
 def _tiles(intervals: KeyIntervals, keys: int, mask_mod: Callable[..., Tensor]) -> BlockMask:

@@ -1,8 +1,8 @@
-"""What lies between the products of a sliding-window block, as one operator: split, rotate, attend (CUDA).
+"""What lies between the linear layers of a sliding-window block, as one operator: split, rotate, attend (CUDA).
 
 Left to torch.compile, the backward pass writes the gradients of queries, keys and values, reads and rotates them,
-writes them, and reads and joins them. Here values' gradients are written where the product's gradient has them, and
-the others on their way through the rotation.
+writes them, and reads and joins them. Here values' gradients are written where the linear layer's gradient has them,
+and the others on their way through the rotation.
 """
 
 from typing import Any

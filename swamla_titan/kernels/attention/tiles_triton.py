@@ -49,9 +49,9 @@ def store_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def product_of_parts(a1, a2, b1, b2, SPLIT: tl.constexpr):
+def matmul_of_parts(a1, a2, b1, b2, SPLIT: tl.constexpr):
     """a b^T over both parts of the head's width, in float32."""
-    product = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+    out = tl.dot(a1, tl.trans(b1), input_precision="ieee")
     if SPLIT:
-        product = tl.dot(a2, tl.trans(b2), product, input_precision="ieee")
-    return product
+        out = tl.dot(a2, tl.trans(b2), out, input_precision="ieee")
+    return out

@@ -30,8 +30,8 @@ def window_attention(
 
     query [B, T, H, D], key and value [B, T, G, D] with H a multiple of G, D one of WINDOW_WIDTHS and its elements
     adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, D], contiguous, in query's dtype;
-    products of float32 are exact, never TF32. At most WINDOW_SINKS sinks.
-    `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a row.
+    matmuls of float32 are exact, never TF32. At most WINDOW_SINKS sinks.
+    `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document a sequence.
     """
     out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
     return out

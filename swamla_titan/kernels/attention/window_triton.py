@@ -22,13 +22,13 @@ from swamla_titan.kernels.attention.tiles_triton import (
     load_part,
     load_parts,
     load_parts_at,
-    product_of_parts,
+    matmul_of_parts,
     store_part,
 )
 
 AT_ONCE = tl.constexpr(16)  # tiles of queries, and
 PART = tl.constexpr(256)  # numbers of each, that are read together to be summed
-FAR = tl.constexpr(16)  # far keys at a time, the least that a tensor core's product takes
+FAR = tl.constexpr(16)  # far keys at a time, the least that a tensor core takes
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _attend(
 
     A row that has not seen any key yet collects nonsense, which its first one multiplies by zero.
     """
-    scores = tl.where(seen, product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2, NEVER)
+    scores = tl.where(seen, matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2, NEVER)
     new_highest = tl.maximum(highest, tl.max(scores, 1))
     shrink = tl.exp2(highest - new_highest)
     weights = tl.exp2(scores - new_highest[:, None])
@@ -156,9 +156,9 @@ def window_forward(
 @triton.jit
 def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr):
     """What the keys add to the queries' gradients; also the weights and the scores' gradients."""
-    weights = tl.exp2(product_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
+    weights = tl.exp2(matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
     weights = tl.where(seen, weights, 0.0)
-    grad = (weights * (product_of_parts(do1, do2, v1, v2, D2 > 0) - delta[:, None])).to(k1.dtype)
+    grad = (weights * (matmul_of_parts(do1, do2, v1, v2, D2 > 0) - delta[:, None])).to(k1.dtype)
     dq1 = tl.dot(grad, k1, dq1, input_precision="ieee")
     if D2 > 0:
         dq2 = tl.dot(grad, k2, dq2, input_precision="ieee")
@@ -282,9 +282,9 @@ def _grad_key_value(
         if DOCUMENTS:
             document = tl.load(starts_ptr + tile, mask=tile < seq_len, other=0)
         seen = seen & (key[:, None] >= _near(tile, document, WINDOW, STEP)[None, :])
-    weights = tl.exp2(product_of_parts(k1, k2, q1, q2, D2 > 0) * scale_log2 - lse_log2[None, :])  # [BN, BM]
+    weights = tl.exp2(matmul_of_parts(k1, k2, q1, q2, D2 > 0) * scale_log2 - lse_log2[None, :])  # [BN, BM]
     weights = tl.where(seen, weights, 0.0)
-    grad = weights * (product_of_parts(v1, v2, do1, do2, D2 > 0) - delta[None, :])
+    grad = weights * (matmul_of_parts(v1, v2, do1, do2, D2 > 0) - delta[None, :])
     weights, grad = weights.to(do1.dtype), grad.to(q1.dtype)
     dv1 = tl.dot(weights, do1, dv1, input_precision="ieee")
     dk1 = tl.dot(grad, q1, dk1, input_precision="ieee")
