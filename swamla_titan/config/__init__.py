@@ -1,9 +1,9 @@
 """Configuration: one dataclass per TOML section, and the way from a file to a checked `Config`."""
 
 from swamla_titan.config.load import Override, load_config, split_overrides, to_toml
+from swamla_titan.config.rules import with_vocabulary
 from swamla_titan.config.sections import Config
 from swamla_titan.config.shipped import find_config, shipped_configs
-from swamla_titan.config.vocabulary import with_vocabulary
 
 __all__ = [
     "Config",

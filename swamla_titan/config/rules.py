@@ -1,5 +1,6 @@
 """Rules that tie keys together."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from swamla_titan.config.contradiction import Contradiction
@@ -7,9 +8,10 @@ from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.parallel_rules import parallel_contradictions
 from swamla_titan.config.paths import is_no_place_of_its_own
-from swamla_titan.config.sections import Config
-from swamla_titan.config.size_rules import size_contradictions
+from swamla_titan.config.sections import MOST_RANKS, Config
 from swamla_titan.config.toml import shown
+from swamla_titan.distributed.degrees import DIMENSIONS
+from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import (
     DOCUMENT_V_WIDTHS,
     DOCUMENT_WIDTHS,
@@ -19,6 +21,10 @@ from swamla_titan.kernels.limits import (
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
+_MOST_TOKENS = 1 << 36  # of a step: 69 billion
+_MOST_PARAMETERS = 1 << 47  # 140 trillion
+_MOST_ACTIONS = 1 << 18  # of a pipeline's schedule
+_MOST_CUTS = 1 << 26  # that cutting the layers in stages looks at
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
@@ -30,7 +36,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
             f"{shown(config.job.dump_folder)} is the current folder, one above it or the root, and a run would write "
             'among what is there: give it a folder of its own, as in "outputs/run"',
         )
-    yield from size_contradictions(config)
+    yield from _sizes(config)
     yield from _attention(config)
     yield from _loss(config)
     if training.seq_len > model.max_seq_len:
@@ -162,3 +168,69 @@ def retry_seconds(config: Config) -> float:
     half = config.fault_tolerance.step_timeout / 2  # the last try, and the step itself, take time as well
     wanted = RETRY_SECONDS if wanted < 0 else wanted
     return min(wanted, half) if half else wanted
+
+
+def _sizes(config: Config) -> Iterator[Contradiction]:
+    """Keys, each within its own bounds, whose product would keep `plan` and the start of a run busy for hours."""
+    training, model, parallel = config.training, config.model, config.parallel
+    tokens = training.global_batch_size * training.seq_len
+    if tokens > _MOST_TOKENS:
+        yield Contradiction(
+            ("training.global_batch_size", "training.seq_len"),
+            f"{training.global_batch_size} sequences of {training.seq_len} tokens are more than the {_MOST_TOKENS} "
+            "tokens that a step may have: lower one of them",
+        )
+    heads = model.num_heads * (model.qk_nope_head_dim + model.qk_rope_head_dim + 2 * model.v_head_dim)
+    layer = model.dim * (3 * model.ffn_width + heads + model.q_lora_rank + model.kv_lora_rank)
+    if model.num_layers * layer > _MOST_PARAMETERS:
+        yield Contradiction(
+            ("model.num_layers", "model.dim", "model.ffn_hidden_dim", "model.num_heads"),
+            f"{model.num_layers} layers of width {model.dim} have more than {_MOST_PARAMETERS} parameters: lower one "
+            "of model.num_layers, model.dim, model.ffn_hidden_dim, model.num_heads and the widths of heads",
+        )
+    keys = {dimension.key for dimension in DIMENSIONS}
+    degrees = {each.name: getattr(parallel, each.name) for each in dataclasses.fields(parallel) if each.name in keys}
+    ranks = 1
+    for degree in degrees.values():
+        ranks *= max(degree, 1)
+    if ranks > MOST_RANKS:
+        named = {name: degree for name, degree in degrees.items() if degree > 1}
+        yield Contradiction(
+            tuple(f"parallel.{name}" for name in named),
+            f"{' x '.join(f'{name} {degree}' for name, degree in named.items())} are more than {MOST_RANKS} ranks: "
+            "lower one of them",
+        )
+    if parallel.pipeline == 1:
+        return
+    stages = parallel.pipeline * max(parallel.pipeline_stages_per_rank, 1)
+    at_a_time = training.local_batch_size * max(parallel.dp_shard, 1) * max(parallel.dp_replicate, 1)
+    micro_batches = -(-training.global_batch_size // at_a_time)
+    if stages * micro_batches > _MOST_ACTIONS:
+        yield Contradiction(
+            ("training.global_batch_size", "training.local_batch_size", "parallel.pipeline"),
+            f"{micro_batches} micro-batches through {stages} stages are more than a schedule of {_MOST_ACTIONS} steps: "
+            "raise training.local_batch_size, or lower this",
+        )
+    if stages * model.num_layers**2 > _MOST_CUTS:
+        yield Contradiction(
+            ("parallel.pipeline", "model.num_layers"),
+            f"{model.num_layers} layers cannot be cut in {stages} stages within a reasonable time: lower one of them",
+        )
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """The configuration with the tokenizer's vocabulary in the model, unless a larger one was asked for.
+
+    Raises UserError if the model's vocabulary is too small for the tokenizer, or if the ranks of parallel.tensor cannot
+    share it.
+    """
+    given = config.model.vocab_size
+    if 0 < given < vocab_size:
+        raise UserError(
+            f"model.vocab_size = {given} is smaller than the {vocab_size} tokens of "
+            f'data.tokenizer = "{config.data.tokenizer}"; leave it out to use the tokenizer\'s'
+        )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
+    for (section_key, *_), problem, _ in parallel_contradictions(config):
+        raise UserError(f"{section_key}: {problem}")
+    return config

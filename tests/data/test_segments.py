@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import open_corpus, token_count
+from swamla_titan.data import division, open_corpus
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.reading import documents_by_unit
@@ -201,7 +201,7 @@ def test_after_n_epochs_every_token_was_read_n_times(tmp_path, fraction):
 
 
 def test_a_large_corpus_is_divided_by_estimate_and_the_error_does_not_grow(tmp_path, maker, monkeypatch):
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 1000)
     rng = random.Random(9)
     for name, keys in uneven_corpora(tmp_path, rng).items():
         if name in ("tiny", "hugging face", "gpt2", "mixed"):  # less than a range for each stream is not a large corpus
@@ -219,7 +219,7 @@ def test_a_large_corpus_is_divided_by_estimate_and_the_error_does_not_grow(tmp_p
 
 def test_tokens_in_a_byte_are_looked_at_where_a_corpus_is_not_counted(tmp_path, monkeypatch):
     """Two files of equal size, one with three times as many tokens of GPT-2 as the other."""
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 1000)
     (tmp_path / "words.txt").write_text("because " * 20_000)
     (tmp_path / "marks.txt").write_text("#a" * 80_000)
     data = Data(source="local", path=str(tmp_path), tokenizer="gpt2", streams=10, shuffle_documents=1)
@@ -235,7 +235,7 @@ def test_tokens_in_a_byte_are_looked_at_where_a_corpus_is_not_counted(tmp_path, 
 
 def test_a_data_set_that_proves_too_large_to_be_counted_is_not_tokenized(maker, monkeypatch):
     maker.write(["x" * 100] * 50, files=2)
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 4000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 4000)
     monkeypatch.setattr(ByteTokenizer, "encode_array", lambda *args: pytest.fail("tokenized"))
     corpus = maker.open(source="huggingface", streams=2)
     assert corpus.segments[0].tokens is None
@@ -243,7 +243,7 @@ def test_a_data_set_that_proves_too_large_to_be_counted_is_not_tokenized(maker, 
 
 def test_what_else_stands_in_a_line_is_no_text_where_a_corpus_is_not_counted(tmp_path, monkeypatch):
     """Two files of equal size: in one of them nine of ten bytes are of another field."""
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 1000)
     rows = {"a": {"text": "t" * 1000}, "b": {"text": "t" * 80, "other": "o" * 909}}
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 1000)
@@ -256,7 +256,7 @@ def test_what_else_stands_in_a_line_is_no_text_where_a_corpus_is_not_counted(tmp
 
 @pytest.mark.parametrize("streams", [3, 16])
 def test_large_files_of_many_documents_are_divided_finely(tmp_path, monkeypatch, streams):
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 1000)
     rng = random.Random(1)
     for number in range(12):
         size = rng.randint(20_000, 900_000)
@@ -284,7 +284,7 @@ def test_ranges_inside_one_long_document_do_not_read_it(tmp_path, monkeypatch):
 
 def test_files_of_other_kinds_of_text_are_no_reason_for_a_warning(tmp_path, monkeypatch):
     """A file that has more tokens in a byte is divided among more streams."""
-    monkeypatch.setattr(token_count, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(division, "COUNTED_BYTES", 1000)
     for name, text in (("words", "because "), ("marks", "#a&b(c)d")):
         rows = pa.table({"text": [text * 250] * 40})
         pq.write_table(rows, tmp_path / f"{name}.parquet", compression="none", use_dictionary=False)
@@ -324,7 +324,7 @@ def test_what_cannot_be_even_is_said_with_the_number_of_streams_that_would_be(tm
     assert "data.streams = 4 reads it evenly" in message
     assert described(segments) == "1,001 tokens to train on, 125 for each of 8 streams"
     # shards of unknown size: 3 over 4 streams
-    monkeypatch.setattr(token_count, "COUNTED_UNITS", 0)
+    monkeypatch.setattr(division, "COUNTED_UNITS", 0)
     maker.write([f"{number} " * 50 for number in range(90)], files=3)
     corpus = maker.open(source="huggingface", streams=4)
     (segments,) = corpus.segments

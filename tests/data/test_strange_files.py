@@ -15,11 +15,11 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import text_units
 from swamla_titan.data.content import other_than_text
 from swamla_titan.data.corpus import all_documents, open_corpus
+from swamla_titan.data.division import estimated_sizes
 from swamla_titan.data.document import MIB
 from swamla_titan.data.patience import Patience
 from swamla_titan.data.sources import open_local, open_source
 from swamla_titan.data.text_units import FileRange
-from swamla_titan.data.token_count import estimated_sizes
 from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.errors import UserError
 
