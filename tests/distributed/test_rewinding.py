@@ -30,7 +30,7 @@ def test_a_job_rewinds_as_one_and_goes_on_like_one_restarted_from_there(tmp_path
     assert [each.code for each in ended] == [0] * ranks, ended[0].err
     for number in range(ranks):
         log = (run / "logs" / f"rank-{number}.log").read_text()
-        assert log.count(f"rewound to the weights and optimizer of {checkpoint(run, 2)}; step 9 goes on") == 1
+        assert log.count(f"rewound to the weights and optimizer of {checkpoint(run, 2)}; step 9 continues") == 1
     assert [entry["step"] for entry in dumped(run, 8)] == [5, 6, 7]
     assert metrics(run, "rewinds") == {9: 1, 10: 1}
     assert_equal(learnt(checkpoint(run, 8)), learnt(checkpoint(run, 2)))
