@@ -6,10 +6,10 @@ from swamla_titan.optim.groups import group_table
 from swamla_titan.optim.optimizers import (
     build_optimizer,
     clip_gradients,
-    refuse_old_gpu,
     set_learning_rate,
     skip_where,
     state_bytes,
+    validate_optimizer_device,
 )
 from swamla_titan.optim.schedules import lr_factor
 
@@ -20,8 +20,8 @@ __all__ = [
     "gradient_norm",
     "group_table",
     "lr_factor",
-    "refuse_old_gpu",
     "set_learning_rate",
     "skip_where",
     "state_bytes",
+    "validate_optimizer_device",
 ]

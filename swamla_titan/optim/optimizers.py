@@ -24,11 +24,11 @@ def build_optimizer(
     whole. `compiled`: fuse what is done to a parameter into one kernel, unless torch's own does it faster. Raises
     UserError where the GPU is too old for the optimizer.
     """
-    refuse_old_gpu(config, local(next(model.parameters())).device)
+    validate_optimizer_device(config, local(next(model.parameters())).device)
     return GroupedOptimizer(model, config, group, compiled)
 
 
-def refuse_old_gpu(config: Optimizer, device: torch.device) -> None:
+def validate_optimizer_device(config: Optimizer, device: torch.device) -> None:
     """Raise UserError where the GPU lacks what the optimizer needs."""
     if config.name != "adamw_fp8" or device.type != "cuda":
         return

@@ -130,7 +130,7 @@ def keeps_operators(config: ActivationCheckpoint) -> bool:
     return config.mode == "selective" and config.selective == "operators"
 
 
-def refuse_recomputation(config: Config, device: torch.device) -> None:
+def validate_recomputation(config: Config, device: torch.device) -> None:
     """Raise UserError where compiled blocks cannot recompute what is asked for.
 
     That is on CPUs under tensor parallelism: of an operator that may draw random numbers, as attention and dropout may,

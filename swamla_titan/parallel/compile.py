@@ -142,7 +142,7 @@ def _tag_of_operators() -> str:
     return digest.hexdigest()
 
 
-def refuse_cache_folder(config: Compile) -> None:
+def validate_cache_folder(config: Compile) -> None:
     """Raise UserError where `set_cache_folder` would, as far as that can be seen without making the folder."""
     folder = _cache_folder(config)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

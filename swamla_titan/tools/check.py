@@ -22,7 +22,7 @@ from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.sizes import parameter_counts
-from swamla_titan.optim import group_table, refuse_old_gpu, state_bytes
+from swamla_titan.optim import group_table, state_bytes, validate_optimizer_device
 from swamla_titan.parallel.automatic import (
     Choice,
     choose_for,
@@ -313,7 +313,7 @@ def _products(config: Config, device: torch.device) -> Finding:
 
 
 def _optimizer(config: Config, device: torch.device) -> Finding:
-    refuse_old_gpu(config.optimizer, device)
+    validate_optimizer_device(config.optimizer, device)
     resolved = _resolved(config)
     rows = group_table(resolved.model, config.optimizer)
     of_groups = "; ".join(f"{row.kind}: {row.elements:,} parameters" for row in rows)

@@ -17,7 +17,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import launched_rank
 from swamla_titan.launch.worker import launched_size
-from swamla_titan.parallel.compile import refuse_cache_folder
+from swamla_titan.parallel.compile import validate_cache_folder
 from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
@@ -66,7 +66,7 @@ def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None
     setup.open_loader(num_workers=0).close()
     if config.metrics.wandb:
         require_wandb()
-    refuse_cache_folder(config.compile)
+    validate_cache_folder(config.compile)
     if launched_rank() == 0:
         _print(setup, found)
 

@@ -36,8 +36,8 @@ from swamla_titan.data import (
 from swamla_titan.distributed.agreement import all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import Damaged, UserError
-from swamla_titan.optim import refuse_old_gpu
-from swamla_titan.parallel.activation_checkpoint import refuse_recomputation
+from swamla_titan.optim import validate_optimizer_device
+from swamla_titan.parallel.activation_checkpoint import validate_recomputation
 from swamla_titan.parallel.automatic import choose
 from swamla_titan.parallel.compile import warm_compiler
 from swamla_titan.parallel.parallelize import validate_float8
@@ -134,7 +134,7 @@ def set_up_inputs(
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
     # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
     config, choices = choose(config, world, device, origin.optimizer)
-    all_ranks_or_raise(world, lambda: refuse_old_gpu(config.optimizer, world.device))
+    all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
     validator = all_ranks_or_raise(world, lambda: Validator(held_out, world, size) if held_out else None)
@@ -179,8 +179,8 @@ def _validate_machine(config: Config, world: World) -> None:
     attention_of(config, world)
     pointwise_of(config, world)
     validate_float8(config, world.device, world.degrees)
-    refuse_recomputation(config, world.device)
-    refuse_old_gpu(config.optimizer, world.device)
+    validate_recomputation(config, world.device)
+    validate_optimizer_device(config.optimizer, world.device)
 
 
 def _start_helpers(config: Config, world: World) -> None:

@@ -202,7 +202,7 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan,
     ranks, overrides = PLANS[plan]
     memory = ("--activation_checkpoint.mode", mode, "--activation_checkpoint.modules", modules)
     memory += ("--compile.enabled", "true")
-    if mode == "full" and "tp-2" in plan:  # see refuse_recomputation
+    if mode == "full" and "tp-2" in plan:  # see validate_recomputation
         memory += ("--kernels.attention", "reference")
     assert on_ranks(ranks, run, written(tmp_path), *BATCHES["divides"], *overrides, *memory) == [0] * ranks
     assert_same_curves(tmp_path, BATCHES["divides"])

@@ -23,7 +23,7 @@ from swamla_titan.parallel import activation_checkpoint
 from swamla_titan.parallel.activation_checkpoint import (
     apply_activation_checkpointing,
     checkpointed_regions,
-    refuse_recomputation,
+    validate_recomputation,
 )
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.tools.activations import recomputed_operations
@@ -311,12 +311,12 @@ def test_each_nth_layer_is_counted_over_the_whole_model_of_which_a_stage_holds_a
 def test_what_a_compiler_cannot_repeat_on_a_cpu_is_refused(mode, changes, culprit):
     config = Config(activation_checkpoint=MODES[mode], parallel=Parallel(tensor=2))
     config = dataclasses.replace(config, **changes)
-    refuse_recomputation(config, torch.device("cuda"))
+    validate_recomputation(config, torch.device("cuda"))
     if culprit is None:
-        refuse_recomputation(config, torch.device("cpu"))
+        validate_recomputation(config, torch.device("cpu"))
     else:
         with pytest.raises(UserError, match=f"{culprit} cannot be recomputed .* parallel.tensor = 2: set compile.ena"):
-            refuse_recomputation(config, torch.device("cpu"))
+            validate_recomputation(config, torch.device("cpu"))
 
 
 def test_twice_is_refused():
