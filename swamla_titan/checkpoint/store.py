@@ -62,7 +62,7 @@ _NAMED = re.compile("step-[0-9]+")
 
 
 class DamagedCheckpoints(Exception):
-    """The newest checkpoint turned out damaged while it was loaded: begin again, without the `damaged` ones."""
+    """The newest checkpoint was found damaged while it was loaded: begin again, without the `damaged` ones."""
 
     def __init__(self, damaged: dict[Path, str]) -> None:
         super().__init__()
