@@ -1,6 +1,7 @@
 """What tests take from the machine that they run on: nothing of its user's settings."""
 
 import os
+import signal
 import time
 
 # Other launchers, schedulers, terminals and this program's own: each would change what a test sees. Where torch, the
@@ -24,5 +25,8 @@ def pin() -> None:
     os.environ |= {"LANG": "C.UTF-8", "TZ": "UTC"}
     time.tzset()
     os.umask(0o022)
+    # A shell without job control starts what is in the background deaf to Ctrl-C, and children would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Models this small are fastest on one thread, and threads that wait for a busy core make them ten times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
