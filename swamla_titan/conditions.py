@@ -4,6 +4,7 @@ A field made by `key(..., needs=...)` is refused where it was set and its condit
 expects an effect. Conditions look at a whole configuration, by names like "data.source".
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,14 @@ def when_both(*parts: Condition) -> Condition:
 
 def when_either(*parts: Condition) -> Condition:
     return Several(parts, all_wanted=False)
+
+
+def has_effect(config: Any, name: str) -> bool:
+    """Whether the key `section.key` has an effect, by the condition that is declared beside it."""
+    section, _, key = name.partition(".")
+    fields = {field.name: field for field in dataclasses.fields(getattr(config, section))}
+    needs = fields[key].metadata["needs"]
+    return needs is None or not needs.obstacles(config)
 
 
 def value_at(config: Any, name: str) -> Any:

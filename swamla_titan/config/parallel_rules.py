@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from swamla_titan.conditions import has_effect
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.sections import Config
 
@@ -74,7 +75,7 @@ def _tensor(config: Config) -> Iterator[Contradiction]:
             groups,
         ),
     ]
-    if model.kv_heads != model.num_heads and "swa" in model.block_kinds:
+    if model.kv_heads != model.num_heads and has_effect(config, "model.num_kv_heads"):
         shared.append(("num_kv_heads", f"model.num_kv_heads = {model.kv_heads}", model.kv_heads))
     if model.vocab_size:  # else the tokenizer's, which is not known here
         padded = model.padded_vocab_size

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+from swamla_titan.conditions import has_effect
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
@@ -91,7 +92,7 @@ def _attention(config: Config) -> Iterator[Contradiction]:
     if asked not in ("triton", "flex"):
         return
     at = "kernels.attention"
-    has_windows = "swa" in model.block_kinds
+    has_windows, has_latents = has_effect(config, "model.swa_window"), has_effect(config, "model.kv_lora_rank")
     length = config.training.seq_len
     has_masks = length > 1 and (config.data.document_mask or (has_windows and model.swa_window < length))
     if asked == "triton" and not has_windows and not config.data.document_mask:
@@ -108,7 +109,7 @@ def _attention(config: Config) -> Iterator[Contradiction]:
         return
     if has_windows:
         yield from _window_kernel(config)
-    elif config.data.document_mask:
+    elif config.data.document_mask and has_latents:
         yield from _document_kernel(config)
     if config.parallel.context > 1:
         yield Contradiction(

@@ -1,22 +1,40 @@
 """The pre-norm residual block, and the attention of each kind of block."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swamla_titan.model.cache import MLACache, SWACache
+from swamla_titan.model.branch import Attention, Mixer
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import AttentionContext, SequenceContext
+from swamla_titan.model.context import SequenceContext, TokenContext
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.norms import build_norm
 from swamla_titan.model.swa import SlidingWindowAttention
 
-BLOCKS: dict[str, type[SlidingWindowAttention] | type[LatentAttention]] = {
-    "swa": SlidingWindowAttention,
-    "mla": LatentAttention,
-}
+
+def registered(blocks: dict[str, type[Mixer]]) -> dict[str, type[Mixer]]:
+    """`blocks`; TypeError unless exactly these kinds have a key for their layers in ModelConfig."""
+    if set(blocks) != set(ModelConfig.kinds()):
+        known = ModelConfig.kinds()
+        raise TypeError(f"each of {list(blocks)} needs a key model.KIND_layers_per_cycle, which {known} have")
+    return blocks
+
+
+BLOCKS = registered(
+    {
+        "swa": SlidingWindowAttention,
+        "mla": LatentAttention,
+    }
+)
+
+
+def attention_kinds(config: ModelConfig) -> dict[str, type[Attention]]:
+    """The model's kinds of block whose mixer is attention."""
+    kinds = {kind: mixer for kind, mixer in BLOCKS.items() if kind in config.block_kinds}
+    return {kind: mixer for kind, mixer in kinds.items() if issubclass(mixer, Attention)}
 
 
 class Regions:
@@ -26,7 +44,7 @@ class Regions:
     Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
     """
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | AttentionContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | TokenContext) -> Tensor:
         """forward(*inputs)."""
         return forward(*inputs)
 
@@ -41,7 +59,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind = kind
         self.attention_norm = build_norm(config)
-        self.attention = BLOCKS[kind](config)
+        self.attention: Mixer = BLOCKS[kind](config)
         self.ffn_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = config.dropout
@@ -51,15 +69,15 @@ class Block(nn.Module):
         """[B, T, dim] -> [B, T, dim]."""
         return self.regions.run("block", self._forward, x, context[self.kind])
 
-    def prefill(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
+    def prefill(self, x: Tensor, context: SequenceContext, cache: Any) -> Tensor:
         """`forward` that also fills this layer's cache."""
-        return self._add(x, self.attention.prefill(self.attention_norm(x), context[self.kind], cache))  # type: ignore[arg-type]
+        return self._add(x, self.attention.prefill(self.attention_norm(x), context[self.kind], cache))
 
-    def decode(self, x: Tensor, context: SequenceContext, cache: "SWACache | MLACache") -> Tensor:
+    def decode(self, x: Tensor, context: SequenceContext, cache: Any) -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
-        return self._add(x, self.attention.decode(self.attention_norm(x), context[self.kind], cache))  # type: ignore[arg-type]
+        return self._add(x, self.attention.decode(self.attention_norm(x), context[self.kind], cache))
 
-    def _forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def _forward(self, x: Tensor, context: TokenContext) -> Tensor:
         return self._add(x, self.regions.run("attention", self._attention_branch, x, context))
 
     def _add(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -67,7 +85,7 @@ class Block(nn.Module):
         out = self.regions.run("feed_forward", self._feed_forward_branch, x)
         return x + F.dropout(out, self.dropout, self.training)
 
-    def _attention_branch(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def _attention_branch(self, x: Tensor, context: TokenContext) -> Tensor:
         out: Tensor = self.attention(self.attention_norm(x), context)
         return out
 

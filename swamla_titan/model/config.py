@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from swamla_titan.conditions import One
 from swamla_titan.fields import HUGE, field_types, key, value_problem
@@ -18,9 +18,13 @@ _WIDEST = 1 << 17
 _LEAST_THETA = 1e-6  # below it angles overflow, with positions of a long sequence
 
 
+# Every kind of block has a key of its layers in a cycle, named KIND_..., and may have a rotary base of its own.
+_LAYERS, _THETA = "_layers_per_cycle", "_rope_theta"
+
+
 def _shares_theta(config: Any) -> bool:
-    own = {"swa": config.model.swa_rope_theta, "mla": config.model.mla_rope_theta}
-    return not all(own[kind] for kind in config.model.block_kinds)
+    """Whether blocks of a kind that has a rotary base take the common one."""
+    return not all(getattr(config.model, f"{kind}{_THETA}", True) for kind in config.model.block_kinds)
 
 
 # When keys have an effect, see conditions.py: `config` is the whole configuration, of which this one is `model`.
@@ -164,11 +168,17 @@ class ModelConfig:
         eighth, rest = divmod(self.ffn_width, 8)
         return math.gcd(self.ffn_width if rest else eighth, 128)
 
+    @classmethod
+    def kinds(cls) -> list[str]:
+        """The kinds of block, in the order of a cycle of layers, which is that of their keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return [name.removesuffix(_LAYERS) for name in names if name.endswith(_LAYERS)]
+
     @property
-    def block_kinds(self) -> list[Literal["swa", "mla"]]:
+    def block_kinds(self) -> list[str]:
         """Kind of each layer, first to last."""
-        cycle = self.swa_layers_per_cycle + self.mla_layers_per_cycle
-        return ["swa" if i % cycle < self.swa_layers_per_cycle else "mla" for i in range(self.num_layers)]
+        cycle = [kind for kind in self.kinds() for _ in range(getattr(self, f"{kind}{_LAYERS}"))]
+        return [cycle[i % len(cycle)] for i in range(self.num_layers)]
 
 
 def _brief(value: object) -> str:
@@ -182,8 +192,8 @@ def _contradictions(values: dict[str, object]) -> list[tuple[str, str]]:
     number = {name: value for name, value in values.items() if isinstance(value, (int, float))}
     found = [
         (name, f"{number[name]}: expected 0, or a number >= {_LEAST_THETA}")
-        for name in ("swa_rope_theta", "mla_rope_theta")
-        if 0 < number[name] < _LEAST_THETA
+        for name in number
+        if name.endswith(_THETA) and 0 < number[name] < _LEAST_THETA
     ]
     if number["dim"] % number["num_heads"]:
         found.append(("num_heads", f"{number['num_heads']} does not divide dim = {number['dim']}"))
@@ -195,6 +205,7 @@ def _contradictions(values: dict[str, object]) -> list[tuple[str, str]]:
         found.append(("num_kv_heads", f"{number['num_kv_heads']} does not divide num_heads = {number['num_heads']}"))
     if number["qk_rope_head_dim"] % 2:
         found.append(("qk_rope_head_dim", f"{number['qk_rope_head_dim']} must be even to be rotated"))
-    if number["swa_layers_per_cycle"] + number["mla_layers_per_cycle"] == 0:
-        found.append(("swa_layers_per_cycle", "a cycle needs at least one layer of either kind"))
+    layers = [name for name in number if name.endswith(_LAYERS)]
+    if not any(number[name] for name in layers):
+        found.append((layers[0], "a cycle needs at least one layer of either kind"))
     return found

@@ -1,5 +1,6 @@
 """What all blocks of a kind share in one forward pass beside the activations: positions, rotation and mask."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,15 +8,22 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import Implementation
 from swamla_titan.kernels.attention.masks import Mask
+from swamla_titan.model.branch import Rotary
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotation, rotation
 
 
 @dataclass(frozen=True)
-class AttentionContext:
-    """Passed to the blocks of one kind. `mask` has the form that `implementation` wants."""
+class TokenContext:
+    """Passed to the blocks of one kind."""
 
     positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
+
+
+@dataclass(frozen=True)
+class AttentionContext(TokenContext):
+    """Passed to blocks with attention. `mask` has the form that `implementation` wants."""
+
     rotation: Rotation
     mask: Mask
     implementation: Implementation
@@ -29,13 +37,12 @@ class AttentionContext:
 class SequenceContext:
     """The context of every kind of block in a model; no dict, which would be flattened on the way through hooks."""
 
-    by_kind: dict[str, AttentionContext]
+    by_kind: Mapping[str, TokenContext]
 
-    def __getitem__(self, kind: str) -> AttentionContext:
+    def __getitem__(self, kind: str) -> TokenContext:
         return self.by_kind[kind]
 
 
-def rotation_at(positions: Tensor, rotary: tuple[int, float], config: ModelConfig, dtype: torch.dtype) -> Rotation:
-    """The rotation of heads with `rotary` (width, theta) at `positions` [B or 1, T], in float32 or wider."""
-    width, theta = rotary
-    return rotation(positions, width, theta, config.rope_scaling, torch.promote_types(dtype, torch.float32))
+def rotation_at(positions: Tensor, rotary: Rotary, config: ModelConfig, dtype: torch.dtype) -> Rotation:
+    """The `rotary` rotation of heads at `positions` [B or 1, T], in float32 or wider."""
+    return rotation(positions, *rotary, config.rope_scaling, torch.promote_types(dtype, torch.float32))

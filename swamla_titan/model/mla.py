@@ -3,19 +3,46 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model.cache import MLACache
+from swamla_titan.model.branch import Attention, Clock, Heads, Rotary, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.linear import Linear, Role
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
-class LatentAttention(nn.Module):
+class MLACache:
+    """The latent and the rotary key of every token: kv_lora_rank + rope elements each, for all heads together."""
+
+    def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
+        self.clock = clock
+        batch, device = clock.starts.shape[0], clock.starts.device
+        self.latents = torch.zeros(batch, max_tokens, config.kv_lora_rank, dtype=dtype, device=device)
+        self.rope_keys = torch.zeros(batch, max_tokens, config.qk_rope_head_dim, dtype=dtype, device=device)
+
+    def fill(self, latents: Tensor, rope_keys: Tensor) -> None:
+        """Store the prompts' latents [B, T, R] and rotated keys [B, T, rope]."""
+        self.latents[:, : latents.shape[1]] = latents
+        self.rope_keys[:, : rope_keys.shape[1]] = rope_keys
+
+    def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token a sequence, [B, 1, R] and [B, 1, rope]; all stored so far: [B, S, R] and [B, S, rope]."""
+        end = self.clock.length + 1
+        self.latents[:, end - 1] = latents[:, 0]
+        self.rope_keys[:, end - 1] = rope_keys[:, 0]
+        return self.latents[:, :end], self.rope_keys[:, :end]
+
+    def next_mask(self) -> Tensor:
+        """Which tokens the next one sees, boolean [B, 1, 1, tokens so far]."""
+        starts = self.clock.starts
+        return (torch.arange(self.clock.length + 1, device=starts.device) >= starts[:, None])[:, None, None]
+
+
+class LatentAttention(Attention):
     """Causal attention whose keys are [part from the latent, one rotary key shared by all heads].
 
     Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
@@ -26,21 +53,6 @@ class LatentAttention(nn.Module):
 
     projections: ClassVar[str] = "latent"  # what the linear layers before attention give (dispatch.py)
 
-    @classmethod
-    def mask(cls, config: ModelConfig) -> MaskSpec:
-        """Which keys a query sees."""
-        return MaskSpec()
-
-    @classmethod
-    def head_widths(cls, config: ModelConfig) -> tuple[int, int]:
-        """Of queries and keys, and of values."""
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-
-    @classmethod
-    def rotary(cls, config: ModelConfig) -> tuple[int, float]:
-        """How much of a head is rotated, and theta."""
-        return config.qk_rope_head_dim, config.mla_rope_theta or config.rope_theta
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.nope_dim = config.qk_nope_head_dim
@@ -49,19 +61,56 @@ class LatentAttention(nn.Module):
         self.latent_dim = config.kv_lora_rank
         self.qk_dim = self.nope_dim + self.rope_dim
         self.scale = self.qk_dim**-0.5
-        self.q_lora_rank = config.q_lora_rank
+        self.q_lora_rank, heads = config.q_lora_rank, config.num_heads
         if self.q_lora_rank:
-            self.wq_a = Linear(config.dim, self.q_lora_rank)
+            self.wq_a = Linear(config.dim, self.q_lora_rank, Role.REPLICATED)
             self.q_norm = RMSNorm(self.q_lora_rank)
-            self.wq_b = Linear(self.q_lora_rank, config.num_heads * self.qk_dim)
+            self.wq_b = Linear(self.q_lora_rank, heads * self.qk_dim, Role.LATENT_COLUMN, (self.qk_dim,))
         else:
-            self.wq = Linear(config.dim, config.num_heads * self.qk_dim)
-        self.wkv_a = Linear(config.dim, self.latent_dim + self.rope_dim)
+            self.wq = Linear(config.dim, heads * self.qk_dim, Role.COLUMN, (self.qk_dim,))
+        parts = (self.latent_dim, self.rope_dim)
+        self.wkv_a = Linear(config.dim, sum(parts), Role.REPLICATED, parts)
         self.kv_norm = RMSNorm(self.latent_dim)
-        self.wkv_b = Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.v_dim))
-        self.wo = Linear(config.num_heads * self.v_dim, config.dim)
+        # Not kept: the latent is far narrower than other layers' inputs, and this output is the widest of a block.
+        parts = (self.nope_dim, self.v_dim)
+        self.wkv_b = Linear(self.latent_dim, heads * sum(parts), Role.LATENT_COLUMN, parts, recomputed=True)
+        self.wo = Linear(heads * self.v_dim, config.dim, Role.RESIDUAL_OUTPUT, (self.v_dim,))
         self.inner_attention = InnerAttention()
         self.fused_attention: FusedAttention | None = None
+
+    @classmethod
+    def mask(cls, config: ModelConfig) -> MaskSpec:
+        """As in Attention."""
+        return MaskSpec()
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> Rotary:
+        """As in Attention: of the heads' rotary parts alone."""
+        return Rotary(config.qk_rope_head_dim, config.mla_rope_theta or config.rope_theta)
+
+    @classmethod
+    def heads(cls, config: ModelConfig) -> Heads:
+        """As in Attention: of the keys and values that the latent is expanded to."""
+        qk_width = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return Heads(config.num_heads, config.num_heads, qk_width, config.v_head_dim)
+
+    @classmethod
+    def saved(cls, config: ModelConfig, tensor: int) -> Saved:
+        """As in Branch.
+
+        Of own tokens the normed latent (and with a query rank the query's, twice), queries and attention's result. Of
+        every token the gathered latent, keys, and the latent's expansion, in which the values lie.
+        """
+        heads = cls.heads(config)
+        narrow = config.kv_lora_rank + config.qk_rope_head_dim + 2 * config.q_lora_rank
+        own = narrow + heads.queries * (heads.qk_width + heads.v_width) / tensor
+        expanded = heads.qk_width + config.qk_nope_head_dim + heads.v_width
+        return Saved(own, config.kv_lora_rank + heads.keys * expanded / tensor, saves_result=True)
+
+    @classmethod
+    def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> MLACache:
+        """As in Attention."""
+        return MLACache(config, clock, max_tokens, dtype)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
@@ -137,16 +186,6 @@ class LatentAttention(nn.Module):
         query = torch.cat([q_nope, q_rope], dim=-1)
         key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         return query, key, value
-
-    def split_kv_a(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`wkv_a.weight` -> weights of the latent [R, dim] and of the rotary key [rope, dim]."""
-        latent, rope_key = weight.split([self.latent_dim, self.rope_dim])
-        return latent, rope_key
-
-    def split_kv_b(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`wkv_b.weight` -> key [H nope, R] and value [H v, R] weights, head by head."""
-        key, value = weight.unflatten(0, (-1, self.nope_dim + self.v_dim)).split([self.nope_dim, self.v_dim], dim=1)
-        return key.flatten(0, 1), value.flatten(0, 1)
 
     def _output(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, v]

@@ -4,6 +4,8 @@ The formulas are functions of their own, so that who holds the parameters in ano
 apply them too.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,26 +28,36 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return (squashed * weight.to(wide) + bias.to(wide)).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
+    """A norm over the last axis."""
+
+    initial: ClassVar[dict[str, float]]  # of each parameter, by its name
+
+
+class RMSNorm(Norm):
     """`rms_norm` with its weight."""
+
+    initial: ClassVar[dict[str, float]] = {"weight": 1.0}
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         return rms_norm(x, self.weight)
 
 
-class DynamicTanh(nn.Module):
+class DynamicTanh(Norm):
     """`dynamic_tanh`, a normalisation without statistics, with its parameters."""
+
+    initial: ClassVar[dict[str, float]] = {"alpha": 0.5, "weight": 1.0, "bias": 0.0}
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), 0.5))  # one element, not zero axes: FSDP2 shards no scalars
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.alpha = nn.Parameter(torch.full((1,), self.initial["alpha"]))  # FSDP2 shards no tensors without an axis
+        self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
+        self.bias = nn.Parameter(torch.full((dim,), self.initial["bias"]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import Request, choose
 from swamla_titan.kernels.attention.masks import document_starts, mask_of_sequences
-from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.blocks import attention_kinds
+from swamla_titan.model.branch import Attention
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
+from swamla_titan.model.context import AttentionContext, SequenceContext, TokenContext, rotation_at
 
 
 class FullSequences:
@@ -37,20 +38,24 @@ class FullSequences:
         else:
             starts = document_starts(document_ids)
         positions = torch.arange(seq_len, device=device) - starts
+        attentions = attention_kinds(config)
 
-        def of_kind(kind: str) -> AttentionContext:
-            request = attention_request(kind, config, seq_len, document_ids is not None, device, dtype)
+        def of_kind(kind: str) -> TokenContext:
+            attention = attentions.get(kind)
+            if attention is None:
+                return TokenContext(positions)
+            request = attention_request(attention, config, seq_len, document_ids is not None, device, dtype)
             taken = choose(request, asked).implementation
             form = "none" if request.is_plainly_causal else taken.form
             mask = mask_of_sequences(form, starts, request.has_documents, request.mask)
-            rotation = rotation_at(positions, BLOCKS[kind].rotary(config), config, dtype)
+            rotation = rotation_at(positions, attention.rotary(config), config, dtype)
             return AttentionContext(positions, rotation, mask, taken)
 
         return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
 
 
 def attention_request(
-    kind: str,
+    attention: type[Attention],
     config: ModelConfig,
     seq_len: int,
     has_documents: bool,
@@ -58,18 +63,17 @@ def attention_request(
     dtype: torch.dtype,
     **plan: Any,
 ) -> Request:
-    """What blocks of `kind` ask of attention over sequences of `seq_len` tokens; `plan`: the rest of Request."""
-    attention = BLOCKS[kind]
-    qk_width, v_width = attention.head_widths(config)
+    """What a kind of attention asks of its kernels over sequences of `seq_len` tokens; `plan`: the rest of Request."""
+    heads = attention.heads(config)
     return Request(
         device=device,
         dtype=dtype,
-        qk_width=qk_width,
-        v_width=v_width,
+        qk_width=heads.qk_width,
+        v_width=heads.v_width,
         mask=attention.mask(config),
         seq_len=seq_len,
         has_documents=has_documents,
-        rotary_width=attention.rotary(config)[0],
+        rotary_width=attention.rotary(config).width,
         has_qk_norm=config.qk_norm,
         **plan,
     )

@@ -2,55 +2,118 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model.cache import SWACache
+from swamla_titan.model.branch import Attention, Clock, Heads, Rotary, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.linear import Linear, Role
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import rotate
 
 
-class SlidingWindowAttention(nn.Module):
+class SWACache:
+    """Rotated keys and values of a document's first `sink` tokens and of the newest `window` ones.
+
+    keys and values are [B, sink + window, G, D]. The token at index t goes to slot sink + t % window; a token at
+    position p < sink goes to slot p as well. A key that is in both is seen through the window only (`next_mask`).
+    """
+
+    def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
+        self.clock = clock
+        # Never more slots than there are tokens.
+        self.sink, self.window = min(config.swa_sink_size, max_tokens), min(config.swa_window, max_tokens)
+        # Zeros and not empty: a slot that is masked still meets a weight of 0, and 0 * NaN is NaN.
+        shape = (clock.starts.shape[0], self.sink + self.window, config.kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=clock.starts.device)
+        self.values = torch.zeros(shape, dtype=dtype, device=clock.starts.device)
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Store the prompts' keys and values [B, T, G, D]."""
+        length = keys.shape[1]
+        times = torch.arange(max(0, length - self.window), length, device=keys.device)
+        ring = self.sink + times % self.window
+        # Past a short prompt's end this stores a key that is not the position's own; it is masked until `append`
+        # writes that position.
+        sinks = torch.arange(self.sink, device=keys.device)
+        at = (self.clock.starts[:, None] + sinks).clamp(max=length - 1)[:, :, None, None]  # [B, sink, 1, 1]
+        at = at.expand(-1, -1, *keys.shape[2:])
+        for slots, new in ((self.keys, keys), (self.values, values)):
+            slots[:, ring] = new[:, times]
+            slots[:, : self.sink] = new.gather(1, at)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Store one token a sequence: keys and values [B, 1, G, D] at positions [B, 1]."""
+        ring = self.sink + self.clock.length % self.window
+        own = (positions == torch.arange(self.sink, device=keys.device))[:, :, None, None]  # [B, sink, 1, 1]
+        for slots, new in ((self.keys, keys), (self.values, values)):
+            slots[:, ring] = new[:, 0]
+            slots[:, : self.sink] = torch.where(own, new, slots[:, : self.sink])
+
+    def next_mask(self) -> Tensor:
+        """Which slots the next token sees, boolean [B, 1, 1, sink + window]."""
+        time, starts = self.clock.length, self.clock.starts[:, None]  # starts: [B, 1]
+        slots = torch.arange(self.window, device=starts.device)
+        times = time - (time - slots) % self.window  # the newest index that each slot can hold; negative: none yet
+        in_window = times >= starts  # [B, window]
+        # Only once a sink key has left the window, else its weight would count twice.
+        in_sink = time - starts - torch.arange(self.sink, device=starts.device) >= self.window  # [B, sink]
+        return torch.cat([in_sink, in_window], dim=1)[:, None, None]
+
+
+class SlidingWindowAttention(Attention):
     """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
 
     `inner_attention` may be replaced. `fused_attention(qkv, context, scale)`, if there is one, does the rotation too.
 
     Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
-    tensor-parallel rank that owns a stretch of rows owns whole groups. `split_qkv` gives them in the usual order.
+    tensor-parallel rank that owns consecutive rows owns whole groups.
     """
 
     projections: ClassVar[str] = "qkv"  # what the linear layer before attention gives (dispatch.py)
-
-    @classmethod
-    def mask(cls, config: ModelConfig) -> MaskSpec:
-        """Which keys a query sees."""
-        return MaskSpec(config.swa_window, config.swa_sink_size)
-
-    @classmethod
-    def head_widths(cls, config: ModelConfig) -> tuple[int, int]:
-        """Of queries and keys, and of values."""
-        return config.head_dim, config.head_dim
-
-    @classmethod
-    def rotary(cls, config: ModelConfig) -> tuple[int, float]:
-        """How much of a head is rotated, and theta."""
-        return config.head_dim, config.swa_rope_theta or config.rope_theta
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.queries_per_key = config.num_heads // config.kv_heads
         self.scale = config.head_dim**-0.5
-        self.wqkv = Linear(config.dim, (config.num_heads + 2 * config.kv_heads) * config.head_dim)
-        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
+        # of a key/value head: queries, key, value
+        parts = (self.queries_per_key * self.head_dim, self.head_dim, self.head_dim)
+        self.wqkv = Linear(config.dim, config.kv_heads * sum(parts), Role.COLUMN, parts)
+        self.wo = Linear(config.num_heads * config.head_dim, config.dim, Role.RESIDUAL_OUTPUT, (self.head_dim,))
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.inner_attention = InnerAttention()
         self.fused_attention: FusedAttention | None = None
+
+    @classmethod
+    def mask(cls, config: ModelConfig) -> MaskSpec:
+        """As in Attention."""
+        return MaskSpec(config.swa_window, config.swa_sink_size)
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> Rotary:
+        """As in Attention: of heads in full."""
+        return Rotary(config.head_dim, config.swa_rope_theta or config.rope_theta)
+
+    @classmethod
+    def heads(cls, config: ModelConfig) -> Heads:
+        """As in Attention."""
+        return Heads(config.num_heads, config.kv_heads, config.head_dim, config.head_dim)
+
+    @classmethod
+    def saved(cls, config: ModelConfig, tensor: int) -> Saved:
+        """As in Branch: rotated queries and keys, the projection, in which the values lie, and attention's result."""
+        elements = (3 * config.num_heads + 3 * config.kv_heads) * config.head_dim
+        return Saved(elements / tensor, saves_result=True)
+
+    @classmethod
+    def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> SWACache:
+        """As in Attention."""
+        return SWACache(config, clock, max_tokens, dtype)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
@@ -82,12 +145,6 @@ class SlidingWindowAttention(nn.Module):
         query = rotate(self.q_norm(query.flatten(2, 3)), context.rotation)  # [B, T, H, D]
         key = rotate(self.k_norm(key.squeeze(-2)), context.rotation)  # [B, T, G, D]
         return query, key, value.squeeze(-2)
-
-    def split_qkv(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`wqkv.weight` -> query [H D, dim], key [G D, dim] and value [G D, dim] weights, head by head."""
-        groups = weight.unflatten(0, (-1, self.queries_per_key + 2, self.head_dim))
-        query, key, value = groups.split([self.queries_per_key, 1, 1], dim=1)
-        return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
     def _output(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, D]

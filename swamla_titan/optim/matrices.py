@@ -7,43 +7,31 @@ parts with and without position make up one score, and output projections are ta
 (arXiv:2502.16982).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.model.feed_forward import FeedForward
-from swamla_titan.model.mla import LatentAttention
-from swamla_titan.model.swa import SlidingWindowAttention
+from swamla_titan.model.linear import LinearSpec, Role
 
 
 def separate_rows(model: nn.Module) -> dict[Tensor, list[Tensor]]:
     """The rows, int64, of each matrix within a fused weight; a weight that is a single matrix is not among them."""
-    found = {}
-    for module in model.modules():
-        for weight, split in _fused(module):
-            found[weight] = [rows.flatten() for rows in split(torch.arange(weight.shape[0]).unsqueeze(1))]
-    return found
+    return {
+        weight: [rows.flatten() for rows in spec.split(torch.arange(weight.shape[0]).unsqueeze(1))]
+        for weight, spec in _weights(model)
+        if spec.is_fused
+    }
 
 
 def column_units(model: nn.Module) -> dict[Tensor, int]:
-    """Of weights whose columns tensor parallelism shares: how many consecutive ones always stay on one rank."""
-    found = {}
+    """Of weights whose columns tensor parallelism shards: how many consecutive ones always stay on one rank."""
+    return {weight: spec.unit for weight, spec in _weights(model) if spec.role is Role.RESIDUAL_OUTPUT}
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[Tensor, LinearSpec]]:
     for module in model.modules():
-        if isinstance(module, SlidingWindowAttention):
-            found[module.wo.weight] = module.head_dim
-        elif isinstance(module, LatentAttention):
-            found[module.wo.weight] = module.v_dim
-        elif isinstance(module, FeedForward):
-            found[module.down.weight] = module.group
-    return found
-
-
-def _fused(module: nn.Module) -> Iterator[tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]]:
-    if isinstance(module, SlidingWindowAttention):
-        yield module.wqkv.weight, module.split_qkv
-    elif isinstance(module, LatentAttention):
-        yield module.wkv_a.weight, module.split_kv_a
-        yield module.wkv_b.weight, module.split_kv_b
-    elif isinstance(module, FeedForward):
-        yield module.gate_up.weight, module.split_gate_up
+        spec = getattr(module, "spec", None)  # a float8 linear layer of torchao has one too
+        if isinstance(spec, LinearSpec):
+            assert isinstance(module.weight, Tensor)
+            yield module.weight, spec

@@ -28,7 +28,8 @@ from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, Regions
-from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.context import TokenContext
+from swamla_titan.model.linear import spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +66,10 @@ _PRODUCTS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.defau
 _float8_product = torch.ops.swamla_titan.float8_product.default
 _WEIGHT = 4  # the place of its weight, [out, in]
 
-# A product of [N, K] and [K, M] costs 2 N K M operations and its result holds N M numbers: dropping it frees memory at
-# 2 K operations a number. These go first:
-_NOT_KEPT = (
-    "wkv_b",  # K is the latent's width, far below the others', and the result is the widest of an MLA block
-    "gate_up",  # K as elsewhere, but a third of all that a block would keep (5.3 dim of 16) for one product
-    "down",  # its result is added to the residual stream, and nothing in the backward pass asks for it
-)
-# Kept are so: wqkv or wq, wkv_a and wo. In a SWA block that leaves 6 dim of 16 numbers a token, for 44% of the forward
-# operations of its products again; `full` leaves 1 dim, for 78%.
+# A matmul of [N, K] and [K, M] costs 2 N K M operations and its result holds N M elements: dropping it frees memory at
+# 2 K operations an element. So linear layers declare whether theirs is recomputed (LinearSpec). In a SWA block that
+# keeps 6 dim of 16 elements a token, for 44% of the forward operations of its linear layers again; `full` keeps 1 dim,
+# for 78%.
 
 
 def _keep_all() -> Any:
@@ -91,7 +87,7 @@ class _CheckpointedRegions(Regions):
     names: frozenset[str]
     contexts: Callable[[], Any] | None
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | AttentionContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | TokenContext) -> Tensor:
         """As in Regions."""
         options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
         if name == "residual" and "attention" in self.names and torch.compiler.is_compiling():
@@ -153,11 +149,6 @@ def validate_recomputation(config: Config, device: torch.device) -> None:
         )
 
 
-def is_kept(name: str) -> bool:
-    """Whether `selective` by operators keeps the result of the linear layer of this name."""
-    return name.rpartition(".")[2] not in _NOT_KEPT
-
-
 def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpoint) -> None:
     """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
 
@@ -196,7 +187,7 @@ def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
     shapes = set()
     for block in blocks:
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and not is_kept(name):
+            if isinstance(module, nn.Linear) and spec_of(name, module).recomputed:
                 weight = module.weight
                 shapes.add((weight.shape[1], weight.shape[0]))
                 if isinstance(weight, DTensor):

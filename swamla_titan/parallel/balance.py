@@ -9,12 +9,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
-from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.flops import block_flops
 
 # The loss is bound by memory, not by arithmetic: forward and backward move each logit three times, two bytes each, and
 # in the time of a byte a GPU multiplies some 250 numbers (H100: 0.8e15 operations a second, 3.3e12 bytes).
@@ -35,16 +31,7 @@ def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
 
     The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/flops.py.
     """
-    with torch.device("meta"):
-        weights = {kind: _matmul_weights(Block(config, kind)) for kind in BLOCKS}
-    widths = {
-        "swa": 2 * config.head_dim,
-        "mla": config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim,
-    }
-    pairs = {"swa": swa_pairs(seq_len, config.swa_window, config.swa_sink_size), "mla": causal_pairs(seq_len)}
-    layer = {
-        kind: 6 * (seq_len * weights[kind] + config.num_heads * pairs[kind] * widths[kind]) for kind in ("swa", "mla")
-    }
+    layer = {kind: block_flops(config, kind, seq_len) for kind in set(config.block_kinds)}
     logits = seq_len * config.padded_vocab_size
     head = logits * (6 * config.dim + _LOSS_OPERATIONS_PER_LOGIT)
     return [0, *(layer[kind] for kind in config.block_kinds), head]
@@ -121,7 +108,3 @@ def stage_table(config: ModelConfig, seq_len: int, stages: int) -> list[str]:
     slowest = max(stage.share for stage in costs) * stages
     lines.append(f"slowest stage: {slowest:.2f} of the mean")
     return lines
-
-
-def _matmul_weights(block: nn.Module) -> int:
-    return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
+from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import choose
 from swamla_titan.kernels.attention.masks import (
     Chunks,
@@ -29,7 +30,8 @@ from swamla_titan.kernels.attention.masks import (
     intervals_in_sequence,
 )
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS, Block
+from swamla_titan.model.blocks import Block, attention_kinds
+from swamla_titan.model.branch import Attention
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
@@ -61,6 +63,8 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     Called before blocks are compiled and parameters sharded. The model (or a pipeline stage of one) then takes full
     sequences, whose length must be divisible by twice the group's size (config/parallel_rules.py). Decoding (`prefill`,
     `decode`) is not shared; it continues as on one process. A group of one changes nothing.
+
+    Raises UserError for a kind of block that cannot share sequences.
     """
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     size, rank = group.size(), group.rank()
@@ -69,7 +73,10 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     model.sequences = SharedSequences(size, rank, group.group_name)
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        block.attention.inner_attention = _INNER[block.attention.projections]()
+        mixer = block.attention
+        if not isinstance(mixer, Attention) or mixer.projections not in _INNER:
+            raise UserError(f"parallel.context = {size}: {block.kind} blocks cannot share sequences; use 1")
+        mixer.inner_attention = _INNER[mixer.projections]()
 
 
 class WindowExchange(InnerAttention):
@@ -151,10 +158,11 @@ class SharedSequences(FullSequences):
         all_starts = torch.zeros(1, seq_len, dtype=torch.int64, device=device) if starts is None else starts
         positions = local_chunks(torch.arange(seq_len, device=device) - all_starts, layout)
 
-        def of_kind(kind: str) -> AttentionContext:
-            request = attention_request(kind, config, seq_len, starts is not None, device, dtype, chunk=layout.chunk)
+        def of_kind(attention: type[Attention]) -> AttentionContext:
+            shape = config, seq_len, starts is not None
+            request = attention_request(attention, *shape, device, dtype, chunk=layout.chunk)
             taken = choose(request, asked).implementation
-            rotation = rotation_at(positions, BLOCKS[kind].rotary(config), config, dtype)
+            rotation = rotation_at(positions, attention.rotary(config), config, dtype)
             if request.mask.window is None:
                 mask = _mask(taken.form, layout, starts, device)
                 return CausalSlice(positions, rotation, mask, taken, self.group, layout)
@@ -163,7 +171,7 @@ class SharedSequences(FullSequences):
             sinks = sink_sources(all_starts, exchange)
             return WindowSlice(positions, rotation, mask, taken, self.group, exchange, *sinks)
 
-        return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
+        return SequenceContext({kind: of_kind(attention) for kind, attention in attention_kinds(config).items()})
 
 
 def _mask(form: str, over: SwaExchange | SequenceLayout, starts: Tensor | None, device: torch.device) -> Mask:

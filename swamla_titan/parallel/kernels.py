@@ -14,7 +14,8 @@ from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS, Block
+from swamla_titan.model.blocks import Block, attention_kinds
+from swamla_titan.model.branch import Attention
 from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.loss_head import FusedLossHead
@@ -40,21 +41,21 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
     length, degree, checkpointing = config.training.seq_len, config.parallel.context, config.activation_checkpoint
     keeps_operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"
 
-    def of_kind(kind: str) -> Choice:
+    def of_kind(attention: type[Attention]) -> Choice:
         request = attention_request(
-            kind,
+            attention,
             config.model,
             length,
             config.data.document_mask,
             device,
             getattr(torch, config.training.compute_dtype),
             chunk=length // (2 * degree) if degree > 1 else None,
-            projections=BLOCKS[kind].projections,
+            projections=attention.projections,
             keeps_operators=keeps_operators and checkpointing.modules != "feed_forward",
         )
         return choose(request, config.kernels.attention)
 
-    return {kind: of_kind(kind) for kind in BLOCKS if kind in config.model.block_kinds}
+    return {kind: of_kind(attention) for kind, attention in attention_kinds(config.model).items()}
 
 
 def is_loss_fused(config: Config, device: torch.device) -> bool:
@@ -78,17 +79,20 @@ def is_gpu_with_triton(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
-def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] = ("swa", "mla")) -> None:
-    """SwiGLU by our kernels, and in blocks of `kinds` what lies between the linear layers of attention in one operator.
+def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] | None = None) -> None:
+    """SwiGLU by our kernels, and what lies between the linear layers of attention in one operator.
 
-    Not in SWA blocks with norms of queries and keys, which come before the rotation.
+    The latter in blocks of `kinds` (None: all) whose `projections` an operator takes. Not in SWA blocks with norms of
+    queries and keys, which come before the rotation.
     """
     for block in model.blocks.values():
         assert isinstance(block, Block)
         block.feed_forward.activate = triton_swiglu
-        attention = block.attention
-        if block.kind in kinds and not (attention.projections == "qkv" and model.config.qk_norm):
-            attention.fused_attention = _FUSED[attention.projections]()
+        mixer = block.attention
+        if not isinstance(mixer, Attention) or mixer.projections not in _FUSED:
+            continue
+        if (kinds is None or block.kind in kinds) and not (mixer.projections == "qkv" and model.config.qk_norm):
+            mixer.fused_attention = _FUSED[mixer.projections]()
 
 
 class RotaryWindowAttention(FusedAttention):

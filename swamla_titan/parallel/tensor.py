@@ -1,15 +1,16 @@
 """Tensor parallelism with sequence parallelism: ranks share each matrix product, and the tokens between them.
 
-Megatron's division (Shoeybi et al., arXiv:1909.08053; Korthikanti et al., arXiv:2205.05198) of this model:
+Megatron's plan (Shoeybi et al., arXiv:1909.08053; Korthikanti et al., arXiv:2205.05198), by the role that each linear
+layer declares (model/linear.py):
 
-| parameter                                | held as    | what its module does                                     |
-|------------------------------------------|------------|----------------------------------------------------------|
-| embedding                                | Shard(0)   | own ids of all tokens, then scatter-sum over the sequence |
-| wqkv, wq, gate_up, head                  | Shard(0)   | gather the sequence, then own heads, units or ids        |
-| wq_b, wkv_b                              | Shard(0)   | own heads, of a latent that is whole already             |
-| attention's wo, down                     | Shard(1)   | own heads or units, then scatter-sum over the sequence   |
-| wkv_a, wq_a                              | Replicate  | own tokens, then gather the narrow result                |
-| norms                                    | Replicate  | own tokens, own heads, or the whole latent               |
+| parameter                    | placement  | what its module does                                            |
+|------------------------------|------------|-----------------------------------------------------------------|
+| embedding                    | Shard(0)   | own ids of all tokens, then reduce-scatter over the sequence     |
+| COLUMN, the head among them  | Shard(0)   | all-gather the sequence, then own heads, hidden units or ids    |
+| LATENT_COLUMN                | Shard(0)   | own heads, of a latent that every rank has                      |
+| RESIDUAL_OUTPUT              | Shard(1)   | own heads or units, then reduce-scatter over the sequence       |
+| REPLICATED                   | Replicate  | own tokens, then all-gather the latent                          |
+| norms                        | Replicate  | own tokens, own heads, or the full latent                       |
 """
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
 from swamla_titan.model.norms import DynamicTanh, RMSNorm
 from swamla_titan.parallel.tensor_collectives import TensorGroup
 from swamla_titan.parallel.tensor_modules import (
@@ -33,18 +35,16 @@ from swamla_titan.parallel.tensor_modules import (
 from swamla_titan.parallel.vocabulary_loss import VocabularyParallelLossHead
 
 _Style = tuple[type[TensorParallelModule], Placement]
-_BY_NAME: dict[str, _Style] = {
-    "embedding": (VocabularyParallelEmbedding, Shard(0)),
-    "head": (GatheredColumnParallel, Shard(0)),
-    "wqkv": (GatheredColumnParallel, Shard(0)),
-    "wq": (GatheredColumnParallel, Shard(0)),
-    "gate_up": (GatheredColumnParallel, Shard(0)),
-    "wq_b": (ColumnParallel, Shard(0)),
-    "wkv_b": (ColumnParallel, Shard(0)),
-    "wo": (RowParallel, Shard(1)),
-    "down": (RowParallel, Shard(1)),
-    "wq_a": (LocalTokensLinear, Replicate()),
-    "wkv_a": (LocalTokensLinear, Replicate()),
+_BY_TYPE: dict[type[nn.Module], _Style] = {
+    RMSNorm: (LocalTokensRMSNorm, Replicate()),
+    DynamicTanh: (LocalTokensDynamicTanh, Replicate()),
+    Embedding: (VocabularyParallelEmbedding, Shard(0)),
+}
+_BY_ROLE: dict[Role, _Style] = {
+    Role.COLUMN: (GatheredColumnParallel, Shard(0)),
+    Role.LATENT_COLUMN: (ColumnParallel, Shard(0)),
+    Role.RESIDUAL_OUTPUT: (RowParallel, Shard(1)),
+    Role.REPLICATED: (LocalTokensLinear, Replicate()),
 }
 
 
@@ -61,10 +61,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     TypeError for a kind of linear module that is not known here.
     """
     group = TensorGroup.of(mesh)
-    shape = model.config
-    own_heads = shape.kv_heads if "swa" in shape.block_kinds else shape.num_heads
-    for count in (shape.num_heads, own_heads, shape.ffn_width // shape.ffn_group):
-        assert count % group.size == 0, f"{group.size} ranks cannot share {count} heads or feed-forward groups"
+    _require_even_shards(model, group.size)
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
@@ -76,7 +73,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
                 shared[parameter] = _distribute(parameter, mesh, placement)
             module.register_parameter(key, shared[parameter])
         become(module, style, group)
-    model.loss_head = VocabularyParallelLossHead(shape, group)
+    model.loss_head = VocabularyParallelLossHead(model.config, group)
     for method in ("prefill", "decode"):
         setattr(model, method, _refuse_to_decode)
 
@@ -91,13 +88,21 @@ def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]
 
 
 def _style(name: str, module: nn.Module) -> _Style:
-    if isinstance(module, RMSNorm):
-        return LocalTokensRMSNorm, Replicate()
-    if isinstance(module, DynamicTanh):
-        return LocalTokensDynamicTanh, Replicate()
-    style = _BY_NAME.get(name.rpartition(".")[2])
+    if isinstance(spec := getattr(module, "spec", None), LinearSpec):
+        return _BY_ROLE[spec.role]
+    style = next((style for kind, style in _BY_TYPE.items() if isinstance(module, kind)), None)
     assert style is not None, f"tensor parallelism has no rule for {name} ({type(module).__name__})"
     return style
+
+
+def _require_even_shards(model: nn.Module, ranks: int) -> None:
+    """No head, and no group of hidden units, is cut in two."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            _, placement = _style(name, module)
+            if isinstance(placement, Shard):
+                count = module.weight.shape[placement.dim] // spec_of(name, module).unit
+                assert count % ranks == 0, f"{ranks} ranks cannot share {count} heads or groups of {name}"
 
 
 def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """Which products of a model are computed in float8, which are not, and why: for the conversion, `plan` and `check`."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.linear import spec_of
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, product) -> [out, in] of the weight that a rank multiplies with."""
@@ -25,7 +26,6 @@ _CAST_BYTES = {"native": (7, 7), "tensorwise": (9, 9), "rowwise": (28, 12), "row
 # In float8 of the three of a weight; in the last recipe, its gradient is not.
 _PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
 _WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
-_OF_ONE_NORM = ("wq", "wq_a", "wkv_a")  # which gives them one float8 result, if all of a block are converted
 
 # The share of a model's operations in float8, of those that a recipe can take, below which a warning is due.
 _LITTLE = 0.6
@@ -38,6 +38,7 @@ class Product:
     name: str
     out: int
     inner: int
+    reads_norm: bool  # of the residual stream
     why_not: str | None
 
     @property
@@ -71,12 +72,15 @@ def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms
 
     `norms_cast`: no tensor parallelism keeps norms from giving their result in float8, by "native".
     """
-    shapes = {name: sides(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: sides(name, linear) for name, linear in linears.items()}
+    readers = {name for name, linear in linears.items() if spec_of(name, linear).role.reads_residual_stream}
     reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
     if config.products == "auto":
         possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
-        reasons |= dict.fromkeys(_too_small(possible, config.recipe, norms_cast), "too small to pay")
-    return [Product(name, *shape, reasons[name]) for name, shape in shapes.items()]
+        small = _too_small(possible, readers if norms_cast else set(), config.recipe)
+        reasons |= dict.fromkeys(small, "too small to pay")
+    return [Product(name, *shape, name in readers, reasons[name]) for name, shape in shapes.items()]
 
 
 def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
@@ -86,25 +90,24 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
     return None if odd is None else f"{odd} is no multiple of {MULTIPLE}"
 
 
-def _too_small(shapes: Mapping[str, tuple[int, int]], recipe: str, norms_cast: bool) -> set[str]:
-    """Those of the products, by name with [out, in], that would not pay.
+def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], recipe: str) -> set[str]:
+    """Those of the products, by name with [out, in], that would not pay; `readers` are given what a norm can cast.
 
     Readers of one norm all pay or each for itself: only together do they share the cast of their input.
     """
     small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
-    if recipe != "native" or not norms_cast:
+    if recipe != "native":
         return small
     of_norm: dict[str, list[str]] = {}
     for name in shapes:
-        module, _, kind = name.rpartition(".")
-        if kind in _OF_ONE_NORM:
-            of_norm.setdefault(module, []).append(name)
-    for readers in of_norm.values():
-        own_cast = [gain(recipe, *shapes[name]) for name in readers]
+        if name in readers:
+            of_norm.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in of_norm.values():
+        own_cast = [gain(recipe, *shapes[name]) for name in names]
         # One of them casts the input, the rest are given it.
-        together = own_cast[0] + sum(gain(recipe, *shapes[name], given=True) for name in readers[1:])
-        if len(readers) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
-            small -= set(readers)
+        together = own_cast[0] + sum(gain(recipe, *shapes[name], given=True) for name in names[1:])
+        if len(names) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
+            small -= set(names)
     return small
 
 
@@ -153,7 +156,8 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
     yield from little_gained(products, config, rows)
     recipe = config.float8.recipe
     inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
-    small = _too_small(inside, recipe, norms_cast=config.parallel.tensor == 1)
+    readers = {each.name for each in products if each.reads_norm and config.parallel.tensor == 1}
+    small = _too_small(inside, readers, recipe)
     if small:
         kinds = ", ".join(
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)

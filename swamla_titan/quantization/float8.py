@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.linear import spec_of
 from swamla_titan.quantization.coverage import Product, Sides, refuse_device, survey, table, whole_sides
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quiet_torchao import quiet_torchao
@@ -83,6 +84,7 @@ def convert_to_float8(
 
 
 def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device: torch.device, gathered: bool) -> None:
+    specs = {name: spec_of(name, model.get_submodule(name)) for name in names}
     plan = Float8LinearConfig.from_recipe_name(recipe)
     plan = dataclasses.replace(plan, emulate=device.type != "cuda")
     # A tied head's weight is the embedding's, which looks its rows up in full precision.
@@ -92,9 +94,11 @@ def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device
             module_filter_fn=lambda module, name, mine=mine: name in mine,
             config=dataclasses.replace(plan, enable_fsdp_float8_all_gather=gathered and not apart),
         )
-    for module in model.modules():
-        if type(module) is Float8Linear:
-            module.__class__ = Float8MasterLinear
+    for name, spec in specs.items():
+        module = model.get_submodule(name)
+        assert type(module) is Float8Linear
+        module.__class__ = Float8MasterLinear
+        module.spec = spec  # type: ignore[assignment]
 
 
 def compute_scales(model: nn.Module) -> None:

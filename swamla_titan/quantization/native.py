@@ -24,7 +24,7 @@ from swamla_titan.kernels.float8.linear import (
 )
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.linear import Linear, spec_of
 from swamla_titan.model.norms import EPS, DynamicTanh, RMSNorm
 
 _APART = 4  # float32 numbers from one weight's scale to the next: cuBLASLt reads a scale at multiples of 16 bytes
@@ -106,10 +106,9 @@ def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Setti
         module.settings, module.keeps_columns, module.cast = settings, True, None  # type: ignore[assignment]
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        readers = [getattr(block.attention, name, None) for name in ("wqkv", "wq", "wq_a", "wkv_a")]
-        _fuse_norm(block.attention_norm, [reader for reader in readers if reader is not None])
         forward = block.feed_forward
-        _fuse_norm(block.ffn_norm, [forward.gate_up])
+        _fuse_norm(block.attention_norm, block.attention)
+        _fuse_norm(block.ffn_norm, forward)
         if isinstance(forward.gate_up, NativeLinear) and isinstance(forward.down, NativeLinear):
             forward.gate_up.__class__ = NativeGateUp
             forward.gate_up.group = forward.group  # type: ignore[assignment]
@@ -153,8 +152,10 @@ def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:
     return Settings(gradients, fast_accumulation)
 
 
-def _fuse_norm(norm: nn.Module, readers: list[nn.Module]) -> None:
-    if not all(isinstance(reader, NativeLinear) for reader in readers):
+def _fuse_norm(norm: nn.Module, branch: nn.Module) -> None:
+    linears = ((name, module) for name, module in branch.named_modules() if isinstance(module, nn.Linear))
+    readers = [linear for name, linear in linears if spec_of(name, linear).role.reads_residual_stream]
+    if not readers or not all(isinstance(reader, NativeLinear) for reader in readers):
         return
     if type(norm) is RMSNorm:
         norm.__class__ = NativeRMSNorm

@@ -1,34 +1,28 @@
 """What the blocks keep between a forward and a backward pass: an estimate from their shapes.
 
-A compiled block keeps, for each token (inputs of products and of attention, and what a product gave where arithmetic
-on it is repeated; widths of H heads and G key/value heads, F hidden units of the feed-forward network):
+A compiled block keeps, for each token, inputs of linear layers and of attention, and what a linear layer gave where
+arithmetic on it is repeated: 4 dim of the residual stream and both norms' results, and what each branch declares as
+`saved` (model/branch.py). With float8.recipe = "native" the inputs of converted linear layers are kept as float8
+(`native_savings`).
 
-| block | kept                                                                                                     |
-|-------|----------------------------------------------------------------------------------------------------------|
-| both  | 4 dim: the residual stream twice, both norms' results; 3 F: gates, ups, their product                    |
-| SWA   | H D + G D: rotated queries, keys; (H + 2 G) D: the projection, which the values lie in; H D: the result  |
-| MLA   | the latent and rotary key, the normed latent (and with a query rank the query's, twice); 2 H (nope +     |
-|       | rope): queries, keys; H (nope + v): the latent's expansion, which the values lie in; H v: the result     |
-
-With float8.recipe = "native" the inputs of converted products are kept as float8 (`native_savings`).
-
-Left out are masks and what is one number a head and token. Eager blocks keep more: each float32 intermediate of norms
+Left out are masks and what is one element a head and token. Eager blocks keep more: each float32 intermediate of norms
 and rotations; not where native float8 has operators for all of those. Blocks checkpointed by operators keep results of
-products, which float8 gives in the type that they have without it.
+linear layers, which float8 gives in the dtype that they have without it.
 """
 
 import functools
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import nn
 
 from swamla_titan.config import Config
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import Block, ModelConfig
+from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.branch import Branch
 from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_kept, keeps_operators
+from swamla_titan.model.linear import Linear, Role
+from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, keeps_operators
 from swamla_titan.parallel.parallelize import float8_products
 
 BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by the names of their modules
@@ -38,72 +32,61 @@ EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
 
 
 def kept_numbers(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
-    """Numbers that a compiled block of `kind`, swa or mla, keeps on a rank for each token of a row.
+    """Elements that a compiled block of `kind` keeps on a rank for each token of a sequence.
 
-    The ranks of `context` share the tokens, but each has the keys and values of MLA for whole rows. The ranks of
-    `tensor` share heads and hidden units, and the residual stream's tokens; the norms' results they have gathered.
+    The ranks of `context` shard the tokens, but some kinds gather the keys and values of full sequences. The ranks of
+    `tensor` shard heads and hidden units, and the residual stream's tokens; the norms' results they have gathered.
     """
-    branches = (kept_by_branch(model, kind, branch, context, tensor) for branch in BRANCHES)
-    return sum(branches)
+    return sum(kept_by_branch(model, kind, branch, context, tensor) for branch in BRANCHES)
 
 
 def kept_by_branch(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
-    """The part of it that one residual branch keeps: its input, the norm's result and what comes of that."""
-    heads, dim = model.num_heads, model.dim
-    own_tokens = dim / tensor + dim
-    if branch == "feed_forward":
-        return (own_tokens + 3 * model.ffn_width / tensor) / context
-    whole_rows = 0.0
-    if kind == "swa":
-        own_tokens += (3 * heads + 3 * model.kv_heads) * model.head_dim / tensor
-    else:
-        qk = model.qk_nope_head_dim + model.qk_rope_head_dim
-        own_tokens += model.kv_lora_rank + model.qk_rope_head_dim + 2 * model.q_lora_rank
-        own_tokens += heads * (qk + model.v_head_dim) / tensor
-        whole_rows += model.kv_lora_rank + heads * (qk + model.qk_nope_head_dim + model.v_head_dim) / tensor
-    return own_tokens / context + whole_rows
+    """What one residual branch keeps of it: its input, the norm's result and what comes of that."""
+    saved = _branch(model, kind, branch).saved(model, tensor)
+    return (model.dim / tensor + model.dim + saved.local) / context + saved.sequence
 
 
-def native_savings(model: ModelConfig, kind: str, products: Collection[str], itemsize: int, tensor: int = 1) -> float:
-    """Numbers of `itemsize` bytes that a block of `kind` keeps less, or more, by native float8, for each own token.
+def native_savings(model: ModelConfig, kind: str, converted: Collection[str], itemsize: int, tensor: int = 1) -> float:
+    """Elements of `itemsize` bytes that a block of `kind` keeps less by native float8 for each own token, or more.
 
-    `products` are the converted ones, by their names in a block. Inputs are kept in one byte instead; but attention
-    keeps its result for itself as well, so the input of `wo` comes on top.
+    `converted` are linear layers by their names in a block. Their inputs are kept in one byte instead, what one norm
+    gives to several once; but an operator that saves its result for itself, as attention, keeps that beside the input
+    of the next layer.
     """
-    width = model.head_dim if kind == "swa" else model.v_head_dim
-    inputs = {
-        "attention.wqkv": model.dim if kind == "swa" else 0,
-        "attention.wq": model.dim if kind == "mla" else 0,
-        "attention.wq_a": model.dim if kind == "mla" else 0,
-        "feed_forward.gate_up": model.dim,
-        "feed_forward.down": model.ffn_width / tensor,
-    }
-    saved = sum(numbers for name, numbers in inputs.items() if name in products) * (1 - 1 / itemsize)
-    return saved - ("attention.wo" in products) * model.num_heads * width / tensor / itemsize
+    total = 0.0
+    for branch in BRANCHES:
+        linears = _linears(model, kind, branch)
+        reader = next(name for name, linear in linears.items() if linear.spec.role.reads_residual_stream)
+        if reader in converted:
+            total += linears[reader].in_features * (1 - 1 / itemsize)
+        for name, linear in linears.items():
+            if name in converted and linear.spec.role is Role.RESIDUAL_OUTPUT:
+                saved_twice = _branch(model, kind, branch).saved(model, tensor).saves_result
+                total += linear.in_features / tensor * ((0 if saved_twice else 1) - 1 / itemsize)
+    return total
 
 
-def has_operators(model: ModelConfig, kind: str, products: Collection[str]) -> bool:
-    """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these products converted."""
+def has_operators(model: ModelConfig, kind: str, converted: Collection[str]) -> bool:
+    """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these layers converted."""
     if model.norm != "rmsnorm":  # the other is cast, but computed as ever
         return False
-    readers = {"wqkv"} if kind == "swa" else {"wkv_a", "wq_a" if model.q_lora_rank else "wq"}
-    return {*(f"attention.{each}" for each in readers), "feed_forward.gate_up", "feed_forward.down"} <= set(products)
+    attention, feed_forward = (_linears(model, kind, branch) for branch in BRANCHES)
+    readers = {name for name, linear in attention.items() if linear.spec.role.reads_residual_stream}
+    return readers | feed_forward.keys() <= set(converted)
 
 
-def kept_products(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
-    """What a block that is checkpointed by operators (parallel/activation_checkpoint.py) keeps beside its input.
+def kept_products(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
+    """What a branch that is checkpointed by operators (parallel/activation_checkpoint.py) keeps beside its input.
 
-    Those are the results of attention, of the projection before it (queries, in SWA also keys and values; the latent)
-    and of the one after it. All are its attention's: the feed-forward network keeps none.
+    Those are the results of its linear layers but for the recomputed ones, and of attention.
     """
-    heads, dim = model.num_heads, model.dim
-    if kind == "swa":
-        products = (2 * heads + 2 * model.kv_heads) * model.head_dim / tensor
-    else:
-        qk = model.qk_nope_head_dim + model.qk_rope_head_dim
-        products = model.kv_lora_rank + model.qk_rope_head_dim + model.q_lora_rank
-        products += heads * (qk + model.v_head_dim) / tensor
-    return (dim / tensor + products) / context
+    kept = 0.0
+    for linear in _linears(model, kind, branch).values():
+        if not linear.spec.recomputed:
+            kept += linear.out_features / (1 if linear.spec.role is Role.REPLICATED else tensor)
+        if linear.spec.role is Role.RESIDUAL_OUTPUT and _branch(model, kind, branch).saved(model, tensor).saves_result:
+            kept += linear.in_features / tensor
+    return kept / context
 
 
 def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
@@ -132,8 +115,8 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, floa
     for region in regions.values():
         whole = sum(branches[branch] for branch in region)
         of_region = its_input
-        if keeps_operators(settings) and "attention" in region:
-            of_region += kept_products(model, kind, degrees.context, degrees.tensor)
+        if keeps_operators(settings):
+            of_region += sum(kept_products(model, kind, each, degrees.context, degrees.tensor) for each in region)
         again = max(again, whole - of_region)
         kept += of_region - whole
     if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
@@ -171,10 +154,11 @@ def recomputed_operations(config: Config, layer: int) -> int:
     kind = model.block_kinds[layer]
     operators, total = keeps_operators(settings), 0
     for region in regions.values():
-        linears = [linear for branch in region for linear in _linear_sizes(model, kind, branch)][:-1]
-        total += 2 * length * sum(size for name, size in linears if not (operators and is_kept(name)))
+        linears = [linear for branch in region for linear in _linears(model, kind, branch).values()][:-1]
+        again = [linear.weight.numel() for linear in linears if linear.spec.recomputed or not operators]
+        total += 2 * length * sum(again)
         if "attention" in region and not operators:
-            total += _attention_operations(model, kind, length)
+            total += BLOCKS[kind].flops(model, BLOCKS[kind].pairs(model, length))
     return total
 
 
@@ -185,21 +169,20 @@ def recomputed_share(config: Config) -> float:
     return again / (length * training_flops_per_token(model, length))
 
 
+def _branch(model: ModelConfig, kind: str, branch: str) -> Branch:
+    found = _block(model, kind).get_submodule(branch)
+    assert isinstance(found, Branch)
+    return found
+
+
 @functools.cache
-def _linear_sizes(model: ModelConfig, kind: str, branch: str) -> list[tuple[str, int]]:
-    """Name and elements of the weights of a residual branch, in the order of the forward pass."""
+def _linears(model: ModelConfig, kind: str, branch: str) -> dict[str, Linear]:
+    """The linear layers of a residual branch by their names in the block, in the order of the forward pass."""
+    modules = _branch(model, kind, branch).named_modules(prefix=branch)
+    return {name: module for name, module in modules if isinstance(module, Linear)}
+
+
+@functools.cache
+def _block(model: ModelConfig, kind: str) -> Block:
     with torch.device("meta"):
-        block = Block(model, kind)
-    linears = block.get_submodule(branch).named_modules()
-    return [(name, linear.weight.numel()) for name, linear in linears if isinstance(linear, nn.Linear)]
-
-
-@functools.cache
-def _attention_operations(model: ModelConfig, kind: str, length: int) -> int:
-    """Scores, and the average of the values."""
-    if kind == "swa":
-        pairs, widths = swa_pairs(length, model.swa_window, model.swa_sink_size), 2 * model.head_dim
-    else:
-        pairs = causal_pairs(length)
-        widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
-    return 2 * model.num_heads * pairs * widths
+        return Block(model, kind)

@@ -42,7 +42,15 @@ from swamla_titan.train.throughput import peak_flops
 
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
 
-SMALL = ModelConfig(num_layers=2, swa_layers_per_cycle=1, dim=192, num_heads=2, vocab_size=256, max_seq_len=512)
+# One block of each kind.
+SMALL = ModelConfig(
+    num_layers=len(ModelConfig.kinds()),
+    dim=192,
+    num_heads=2,
+    vocab_size=256,
+    max_seq_len=512,
+    **{f"{kind}_layers_per_cycle": 1 for kind in ModelConfig.kinds()},  # type: ignore[arg-type]
+)
 
 
 class Finding(NamedTuple):
@@ -196,7 +204,8 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
     choices = attention_choices(tried, device)
     others = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
-    fused = {block.kind for block in model.modules() if isinstance(block, Block) and block.attention.fused_attention}
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    fused = {block.kind for block in blocks if getattr(block.attention, "fused_attention", None)}
     taken = ", ".join(_computed_by(kind, choice, kind in fused) for kind, choice in choices.items())
     text = f"{taken}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.

@@ -20,6 +20,7 @@ from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, fake_world
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.model_parts import build_parts
@@ -170,17 +171,20 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
 
 
 def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
-    """The most that a context-parallel rank sends, and receives, so that its SWA layer sees windows and sinks."""
-    model = config.model
-    if degrees.context == 1 or model.swa_layers_per_cycle == 0:
+    """The most that a context-parallel rank sends, and receives, so that a layer of it sees windows and sinks."""
+    if degrees.context == 1:
         return None
-    heads = model.kv_heads // degrees.tensor
     itemsize = getattr(torch, config.training.compute_dtype).itemsize
+    layouts = [SequenceLayout(config.training.seq_len, degrees.context, rank) for rank in range(degrees.context)]
     of_ranks = []
-    for rank in range(degrees.context):
-        layout = SequenceLayout(config.training.seq_len, degrees.context, rank)
-        exchange = plan_swa_exchange(layout, model.swa_window, model.swa_sink_size)
-        of_ranks.append(swa_exchange_bytes(exchange, rows, heads, model.head_dim, itemsize))
+    for attention in attention_kinds(config.model).values():
+        rule, heads = attention.mask(config.model), attention.heads(config.model)
+        if rule.window is not None:
+            sizes = rows, heads.keys // degrees.tensor, heads.v_width, itemsize
+            exchanges = [plan_swa_exchange(layout, rule.window, rule.sink) for layout in layouts]
+            of_ranks += [swa_exchange_bytes(exchange, *sizes) for exchange in exchanges]
+    if not of_ranks:
+        return None
     return Traffic(max(each.sent for each in of_ranks), max(each.received for each in of_ranks))
 
 

@@ -17,6 +17,7 @@ from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
 from swamla_titan.distributed.mesh import World
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
@@ -61,10 +62,11 @@ def log_startup_summary(setup: Setup, parts: Sequence[nn.Module]) -> None:
 
 def _log_model(config: Config) -> None:
     kinds = config.model.block_kinds
+    layers = " + ".join(f"{kinds.count(kind)} {kind.upper()}" for kind in BLOCKS)
     total, without_embeddings = parameter_counts(config.model)
     logger.info(
         f"model: {total:,} parameters ({without_embeddings:,} without embeddings), "
-        f"{kinds.count('swa')} SWA + {kinds.count('mla')} MLA layers, {config.training.compute_dtype}"
+        f"{layers} layers, {config.training.compute_dtype}"
     )
 
 

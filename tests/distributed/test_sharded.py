@@ -12,8 +12,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.dtensor import copy_from_full, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.model import ModelConfig
-from swamla_titan.model.init import initial_value
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim.gradients import clip_divisor
 from swamla_titan.parallel.model_parts import ParallelModel, build_parts
 from tests.distributed.ranks import on_ranks
@@ -84,13 +83,15 @@ def _drawn(parallel: dict[str, Any]) -> list[str]:
     wrong = []
     for tied in (True, False):
         config = Config(model=ModelConfig(**SMALL, tie_embeddings=tied), parallel=Parallel(**parallel))
+        whole = SWAMLAModel(config.model)
+        whole.init_weights(7)
+        expected = dict(whole.named_parameters(remove_duplicate=False))
         for part in build_parts(config, world):
             part.to_empty(device="cpu")
             part.init_weights(7, copy_from_full)
             for name, parameter in part.named_parameters():
-                expected = initial_value(name, parameter.shape, 3, 7, tied)
                 found = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
-                if not torch.equal(found, expected):
+                if not torch.equal(found, expected[name]):
                     wrong.append(f"{name}, {tied=}")
     return wrong
 

@@ -391,7 +391,9 @@ def _refusals() -> None:
     with pytest.raises(AssertionError, match="2 ranks cannot share 1 heads"):
         apply_tensor_parallel(SWAMLAModel(config(2, num_heads=1)), world.weights["tensor"])
     strange = SWAMLAModel(config(2))
-    strange.blocks["0"].feed_forward.down = nn.Linear(256, 32, bias=False)
+    forward = strange.blocks["0"].feed_forward
+    spec, forward.down = forward.down.spec, nn.Linear(256, 32, bias=False)
+    forward.down.spec = spec
     unknown = SWAMLAModel(config(2))
     unknown.extra = nn.Linear(4, 4)
     with pytest.raises(AssertionError, match="no rule for extra"):

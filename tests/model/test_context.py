@@ -9,6 +9,7 @@ from swamla_titan.kernels.attention import dispatch, masks
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX, Request, choose
 from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.model import ModelConfig, sequences
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.sequences import FullSequences, attention_request
 from swamla_titan.parallel import kernels
@@ -79,7 +80,7 @@ def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capab
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(dim=1536, num_heads=16, swa_window=8), torch.device("cuda")
-    request = attention_request("swa", config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    request = attention_request(BLOCKS["swa"], config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
     assert choose(request, backend).implementation.label == path
 
 
@@ -102,7 +103,7 @@ def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, ro
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(v_head_dim=v_width), torch.device("cuda")
-    request = attention_request("mla", config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    request = attention_request(BLOCKS["mla"], config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
     assert choose(request, backend).implementation.label == path
 
 

@@ -68,12 +68,12 @@ def test_formula_with_dense_pairs_equals_torchs_count(changes):
     tokens = random_tokens(3, 24)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
-    assert counter.get_total_flops() == 3 * training_flops(model.config, 24, 24 * 24, 24 * 24)
+    assert counter.get_total_flops() == 3 * training_flops(model.config, 24, {"swa": 24 * 24, "mla": 24 * 24})
 
 
 def test_per_token_figure_uses_the_visible_pairs():
-    pairs = swa_pairs(30, TINY.swa_window, TINY.swa_sink_size), 30 * 31 // 2
-    assert training_flops_per_token(TINY, 30) == training_flops(TINY, 30, *pairs) / 30
+    pairs = {"swa": swa_pairs(30, TINY.swa_window, TINY.swa_sink_size), "mla": 30 * 31 // 2}
+    assert training_flops_per_token(TINY, 30) == training_flops(TINY, 30, pairs) / 30
     # Six per parameter is the rule of thumb; attention comes on top.
     config = FLAVORS["base"]
     with torch.device("meta"):

@@ -110,7 +110,7 @@ def deepseek_of(model):
             other = theirs.model.layers[int(name)]
             for ours, module in weights(block, other):
                 module.weight.copy_(ours)
-            gate, up = block.feed_forward.split_gate_up(block.feed_forward.gate_up.weight)
+            gate, up = block.feed_forward.gate_up.spec.split(block.feed_forward.gate_up.weight)
             other.mlp.gate_proj.weight.copy_(gate)
             other.mlp.up_proj.weight.copy_(up)
     return theirs

@@ -190,7 +190,7 @@ def test_grouped_gate_up_is_swiglu():
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
     x = torch.randn(3, 64, dtype=torch.float64)
-    gate, up = layer.split_gate_up(layer.gate_up.weight)
+    gate, up = layer.gate_up.spec.split(layer.gate_up.weight)
     torch.testing.assert_close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ layer.down.weight.T)
     # Half of gate_up's rows with half of down's columns is half of the hidden units: what tensor parallelism does.
     halves = []

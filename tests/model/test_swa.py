@@ -86,14 +86,18 @@ def mistral_of(model):
             other = theirs.model.layers[int(name)]
             other.input_layernorm.weight.copy_(block.attention_norm.weight)
             other.post_attention_layernorm.weight.copy_(block.ffn_norm.weight)
-            for ours, linear in zip(block.attention.split_qkv(block.attention.wqkv.weight), projections(other)):
+            for ours, linear in zip(matrices(block.attention.wqkv), projections(other)):
                 linear.weight.copy_(ours)
             other.self_attn.o_proj.weight.copy_(block.attention.wo.weight)
-            gate, up = block.feed_forward.split_gate_up(block.feed_forward.gate_up.weight)
+            gate, up = matrices(block.feed_forward.gate_up)
             other.mlp.gate_proj.weight.copy_(gate)
             other.mlp.up_proj.weight.copy_(up)
             other.mlp.down_proj.weight.copy_(block.feed_forward.down.weight)
     return theirs
+
+
+def matrices(linear):
+    return linear.spec.split(linear.weight)
 
 
 def projections(layer):
@@ -101,8 +105,8 @@ def projections(layer):
 
 
 def gradient_pairs(block, layer):
-    q, k, v = block.attention.split_qkv(block.attention.wqkv.weight.grad)
-    gate, up = block.feed_forward.split_gate_up(block.feed_forward.gate_up.weight.grad)
+    q, k, v = block.attention.wqkv.spec.split(block.attention.wqkv.weight.grad)
+    gate, up = block.feed_forward.gate_up.spec.split(block.feed_forward.gate_up.weight.grad)
     attention, mlp = layer.self_attn, layer.mlp
     return {
         "q": (q, attention.q_proj.weight.grad),

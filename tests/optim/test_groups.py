@@ -11,9 +11,6 @@ from swamla_titan.config.sections import Compile, Optimizer, Parallel
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
-from swamla_titan.model.feed_forward import FeedForward
-from swamla_titan.model.mla import LatentAttention
-from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
 from swamla_titan.optim.groups import block_of, groups, multiplier, named
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -196,17 +193,13 @@ def test_columns_that_ranks_may_part_come_in_units():
 
 def split(module: nn.Module) -> list[nn.Parameter]:
     """The matrices of a block's part by its own words, as parameters of their own with gradients."""
-    fused = {
-        SlidingWindowAttention: {"wqkv": "split_qkv"},
-        LatentAttention: {"wkv_a": "split_kv_a", "wkv_b": "split_kv_b"},
-        FeedForward: {"gate_up": "split_gate_up"},
-    }[type(module)]
+    fused = {"wqkv", "wkv_a", "wkv_b", "gate_up"}
     found = []
     for name, child in module.named_children():
         weight = getattr(child, "weight", None)
         if weight is None or weight.ndim < 2:
             continue
-        apart = getattr(module, fused[name]) if name in fused else lambda whole: (whole,)
+        apart = child.spec.split if name in fused else lambda whole: (whole,)
         for part, gradient in zip(apart(weight.detach()), apart(weight.grad)):
             found.append(nn.Parameter(part.clone()))
             found[-1].grad = gradient.clone()

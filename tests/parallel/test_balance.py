@@ -20,9 +20,9 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZe
 @pytest.mark.parametrize("name", FLAVORS)
 def test_pieces_are_the_flops_of_the_model_and_the_loss(name, seq_len):
     config = FLAVORS[name]
-    pairs = swa_pairs(seq_len, config.swa_window, config.swa_sink_size), causal_pairs(seq_len)
+    pairs = {"swa": swa_pairs(seq_len, config.swa_window, config.swa_sink_size), "mla": causal_pairs(seq_len)}
     loss = 1500 * seq_len * config.padded_vocab_size
-    assert sum(piece_costs(config, seq_len)) == training_flops(config, seq_len, *pairs) + loss
+    assert sum(piece_costs(config, seq_len)) == training_flops(config, seq_len, pairs) + loss
 
 
 def test_layers_of_each_kind_cost_their_own():

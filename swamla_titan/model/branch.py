@@ -1,0 +1,146 @@
+"""The residual branches of a block, and what each declares of itself for the rest of the program.
+
+Initialization, tensor parallelism, activation checkpointing, float8, Muon, FLOPs, `plan`, pipeline balance and `check`
+iterate over these declarations and over the roles of linear layers (model/linear.py). So a new kind of block is a
+subclass of Mixer in a file of its own and a line of BLOCKS (model/blocks.py).
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.kernels.attention.masks import MaskSpec
+from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.model.config import ModelConfig
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding: the width of the part of a head that is rotated, and the base of the frequencies."""
+
+    width: int
+    theta: float
+
+
+class Heads(NamedTuple):
+    """Numbers of query heads and of key/value heads, and the widths of queries and keys, and of values."""
+
+    queries: int
+    keys: int
+    qk_width: int
+    v_width: int
+
+
+class Saved(NamedTuple):
+    """Elements a token that a branch saves for its backward pass, beside the residual stream and its norm's output."""
+
+    local: float  # for each token of this rank
+    sequence: float = 0.0  # for each token of the sequence, also where the ranks of context parallelism shard that
+    saves_result: bool = False  # an operator, as of attention, saves what it gives to the residual output for itself
+
+
+@dataclass
+class Clock:
+    """Where in time the sequences of a batch are; one object, shared by the caches of all layers."""
+
+    starts: Tensor  # [B] int64, index of each sequence's first real token
+    length: int = 0  # tokens stored for each sequence, padding included: the index of the next one
+
+
+class AttentionCache(Protocol):
+    """What a layer of attention remembers while decoding: memory of a fixed size for a batch, allocated once."""
+
+    def next_mask(self) -> Tensor:
+        """Which slots the next token of each sequence sees, boolean [B, 1, 1, slots]."""
+
+
+class Branch(nn.Module):
+    """What a block adds to the residual stream [B, T, dim], made from that stream behind a norm.
+
+    A subclass that leaves a declaration out is refused with a TypeError when it is defined.
+    """
+
+    def __init_subclass__(cls, is_abstract: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        missing = [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
+        if missing and not is_abstract:
+            raise TypeError(f"{cls.__name__} must define {', '.join(missing)}: see {__name__}")
+
+    @classmethod
+    @abstractmethod
+    def saved(cls, config: ModelConfig, tensor: int) -> Saved:
+        """What each of `tensor` tensor-parallel ranks saves when the branch is compiled."""
+
+
+class Mixer(Branch, is_abstract=True):
+    """The branch that mixes tokens; its subclasses make the kinds of block.
+
+    `forward(x, context)`: [B, T, dim] -> [B, T, dim], with the context of its kind (model/context.py).
+    """
+
+    @classmethod
+    @abstractmethod
+    def pairs(cls, config: ModelConfig, seq_len: int) -> int:
+        """Pairs of a query and a key that see each other, in a document of `seq_len` tokens.
+
+        Those of a sequence of several documents are their sum.
+        """
+
+    @classmethod
+    @abstractmethod
+    def flops(cls, config: ModelConfig, pairs: int) -> int:
+        """Operations of a forward pass beside its linear layers'."""
+
+    @classmethod
+    @abstractmethod
+    def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> Any:
+        """The memory of a layer for as many sequences as the clock has, of up to `max_tokens` tokens.
+
+        That of Attention is an AttentionCache.
+        """
+
+    @abstractmethod
+    def prefill(self, x: Tensor, context: Any, cache: Any) -> Tensor:
+        """`forward` that also fills the cache of its kind."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, context: Any, cache: Any) -> Tensor:
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
+
+
+class Attention(Mixer, is_abstract=True):
+    """Softmax attention: what kernels/attention/dispatch.py can compute.
+
+    `projections`: what its linear layers give, as dispatch.Request has it.
+    """
+
+    projections: ClassVar[str | None] = None
+
+    @classmethod
+    @abstractmethod
+    def mask(cls, config: ModelConfig) -> MaskSpec:
+        """Which keys a query sees."""
+
+    @classmethod
+    @abstractmethod
+    def rotary(cls, config: ModelConfig) -> Rotary:
+        """The rotation of queries and keys; of a width of 0 where positions play no part."""
+
+    @classmethod
+    @abstractmethod
+    def heads(cls, config: ModelConfig) -> Heads:
+        """The heads that attention computes with."""
+
+    @classmethod
+    def pairs(cls, config: ModelConfig, seq_len: int) -> int:
+        """As in Mixer."""
+        window, sink = cls.mask(config)
+        return causal_pairs(seq_len) if window is None else swa_pairs(seq_len, window, sink)
+
+    @classmethod
+    def flops(cls, config: ModelConfig, pairs: int) -> int:
+        """As in Mixer: scores, and the average of the values."""
+        heads = cls.heads(config)
+        return 2 * heads.queries * pairs * (heads.qk_width + heads.v_width)

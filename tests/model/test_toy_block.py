@@ -1,0 +1,78 @@
+"""A kind of block is one file and one line of the registry: a toy is added to a copy of the package, and trained."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from swamla_titan.model import Block, ModelConfig, SWAMLAModel
+from swamla_titan.model.blocks import registered
+from swamla_titan.model.branch import Attention
+from swamla_titan.model.linear import Linear
+from swamla_titan.model.swa import SlidingWindowAttention
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def apply(patch: str, root: Path) -> list[str]:
+    """Apply a unified diff, each hunk where its old lines stand; returns the files that it touches."""
+    touched = []
+    for part in patch.split("diff --git ")[1:]:
+        head, *hunks = part.split("\n@@ ")
+        name = head.splitlines()[0].rpartition(" b/")[2]
+        path = root / name
+        text = path.read_text() if path.exists() else ""
+        for hunk in hunks:
+            lines = hunk.splitlines()[1:]
+            old, new = ("".join(f"{line[1:]}\n" for line in lines if line[0] in f" {sign}") for sign in "-+")
+            assert not old or text.count(old) == 1, f"{name} has changed: adapt toy.patch where it has\n{old}"
+            text = text.replace(old, new) if old else new
+        path.write_text(text)
+        touched.append(name)
+    return touched
+
+
+def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path):
+    for name in ("swamla_titan", "tests", "train_configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    touched = apply((HERE / "toy_block" / "toy.patch").read_text(), tmp_path)
+    assert len(touched) <= 3, touched
+    checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/model/toy_block/checks.py"]
+    ran = subprocess.run(checks, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_a_kind_that_leaves_a_declaration_out_is_refused_when_it_is_defined():
+    with pytest.raises(TypeError, match=r"Half must define .*\bheads, mask\b.*\bsaved\b"):
+        type("Half", (Attention,), {})
+
+    class Wider(SlidingWindowAttention):  # what it inherits is declared
+        pass
+
+    assert Wider.heads(ModelConfig()) == SlidingWindowAttention.heads(ModelConfig())
+
+
+def test_a_kind_without_a_key_for_its_layers_is_refused_by_the_registry():
+    with pytest.raises(TypeError, match=r"toy.*model\.KIND_layers_per_cycle"):
+        registered({"swa": SlidingWindowAttention, "mla": SlidingWindowAttention, "toy": SlidingWindowAttention})
+    with pytest.raises(TypeError, match=r"model\.KIND_layers_per_cycle"):
+        registered({"swa": SlidingWindowAttention})
+
+
+def test_a_linear_layer_without_a_role_is_refused():
+    with pytest.raises(TypeError, match="role"):
+        Linear(4, 4)
+    model = SWAMLAModel(ModelConfig(num_layers=1, dim=64, num_heads=2, vocab_size=50))
+    block = model.blocks["0"]
+    assert isinstance(block, Block)
+    block.attention.extra = nn.Linear(4, 4, bias=False)
+    with pytest.raises(TypeError, match=r"blocks\.0\.attention\.extra .*declares no role"):
+        model.init_weights(0)
+    block.attention.extra = nn.PReLU()
+    with pytest.raises(TypeError, match=r"blocks\.0\.attention\.extra\.weight: .*PReLU"):
+        model.init_weights(0)
