@@ -1,1 +1,1 @@
-"""Processes, devices, and the plan that is applied to a model from outside."""
+"""Parallelism and compilation, applied to a model from outside; model_parts.py is what training sees of it."""
