@@ -466,7 +466,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], with_summary: bool) -
         one, other = before.get(name, {}), after.get(name, {})
         lines = list(_differences(one, other))
         different += bool(lines)
-        if with_summary and one.get("summary") != other.get("summary"):
+        if with_summary and one and other and one.get("summary") != other.get("summary"):
             old, new = one.get("summary", []), other.get("summary", [])
             lines += [f"- {line}" for line in old if line not in new] + [f"+ {line}" for line in new if line not in old]
         if lines:
