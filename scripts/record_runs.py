@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LIMIT = 300.0  # seconds that one run may take
+LIMIT = 900.0  # seconds that one run may take
 # Of metrics.jsonl: what depends on the machine's speed or memory.
 MEASURED = re.compile("tokens_per_second|tflops|mfu|_gib$|_seconds$")
 
@@ -479,7 +479,10 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[str]:
     if not one or not other:
         yield f"only in the {'first' if one else 'second'} record"
         return
-    for key in ("exit codes", "checkpoints", "train.json"):
+    if one["exit codes"] != other["exit codes"]:
+        yield f"exit codes: {one['exit codes']} | {other['exit codes']}"
+        return
+    for key in ("checkpoints", "train.json"):
         if one.get(key) != other.get(key):
             yield f"{key}: {_brief(one.get(key))} | {_brief(other.get(key))}"
     for key in ("metrics", "tensors"):
