@@ -46,9 +46,7 @@ def converted(inner: int, out: int, recipe: str) -> One:
     if recipe == "bfloat16":
         return model
     if recipe.startswith("native"):
-        model.product.__class__ = NativeLinear
-        settings = settings_of("e5m2", False)
-        model.product.settings, model.product.keeps_columns, model.product.cast = settings, True, None
+        model.product = NativeLinear.of(model.product, settings_of("e5m2", False))
         return model
     convert_to_float8(model, Float8(recipe=recipe, products="all"), torch.device("cuda"))
     return model

@@ -1,13 +1,23 @@
 """SwiGLU (Shazeer, arXiv:2002.05202)."""
 
-from collections.abc import Callable
-
-from torch import Tensor
+from torch import Tensor, nn
 
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model.branch import Branch, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.linear import Linear, Role
+
+
+class SwiGLU(nn.Module):
+    """silu(gate x) * up x, of gates and ups in groups of `group` columns each."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2 hidden] -> [..., hidden]."""
+        return swiglu(x, self.group)
 
 
 class FeedForward(Branch):
@@ -17,13 +27,13 @@ class FeedForward(Branch):
     consecutive rows owns gates and ups of the same hidden units, at any degree that divides the number of groups. The
     formula's two weights are `gate_up.spec.split(gate_up.weight)`.
 
-    `activate` may be set from outside, to a faster function like kernels/swiglu.py's `swiglu`.
+    `activation` may be replaced.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.group = config.ffn_group  # columns of gate, then as many of up, and so on
-        self.activate: Callable[[Tensor, int], Tensor] = swiglu
+        self.activation: nn.Module = SwiGLU(self.group)
         # Not kept: a matmul as wide as the others, whose output is a third of what a block would keep (5.3 dim of 16).
         self.gate_up = Linear(
             config.dim, 2 * config.ffn_width, Role.COLUMN, parts=(self.group, self.group), recomputed=True
@@ -38,5 +48,5 @@ class FeedForward(Branch):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        out: Tensor = self.down(self.activate(self.gate_up(x), self.group))
+        out: Tensor = self.down(self.activation(self.gate_up(x)))
         return out

@@ -7,6 +7,8 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swamla_titan.model.sharding import FULL
+
 
 class Role(Enum):
     """What a linear layer reads and writes. How ranks shard it, its first values and its float8 input follow from it.
@@ -70,16 +72,17 @@ class Linear(nn.Linear):
         """Arguments behind the widths are as in LinearSpec."""
         super().__init__(in_features, out_features, bias=False)
         self.spec = LinearSpec(role, parts, recomputed)
+        self.sharding = FULL
 
     def reset_parameters(self) -> None:
         """Nothing: torch's own first values would be drawn and thrown away."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self.product(x, self.weight)
+        return self.sharding.output(self.product(self.sharding.input(x), self.sharding.parameter(self.weight)))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with another weight in the place of the module's own: tensor parallelism passes its shard."""
+        """x W^T with the weight, or the shard of it, that is given."""
         return F.linear(x, weight.to(x.dtype))
 
 

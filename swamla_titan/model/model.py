@@ -22,10 +22,11 @@ from swamla_titan.model.sequences import FullSequences
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Four attributes may be set from outside:
+    Five attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: one of ATTENTION_BACKENDS in kernels/attention/dispatch.py.
     `loss_head`: what computes the loss, or logits, from the last activations and the head.
+    `why_not_decode`: what `prefill` and `decode` raise as a ValueError; None: nothing.
     `sequences`: which tokens this process computes of each sequence, and their context; all of them.
     """
 
@@ -41,6 +42,7 @@ class SWAMLAModel(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.attention_backend = "auto"
         self.sequences = FullSequences()
+        self.why_not_decode: str | None = None
 
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
@@ -149,6 +151,7 @@ class SWAMLAModel(nn.Module):
 
         `lengths` [B] are the prompts' own lengths, None: all T. What stands in the padding does not matter.
         """
+        self._require_decoding()
         self._check(tokens, None, None)
         cache.start(tokens, lengths)
         # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel.
@@ -165,6 +168,7 @@ class SWAMLAModel(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """Append one token a row, tokens [B, 1] -> logits of the next, [B, vocab_size]."""
+        self._require_decoding()
         self._check(tokens, None, None)
         if tokens.shape != (cache.clock.starts.shape[0], 1):
             raise ValueError(
@@ -177,6 +181,10 @@ class SWAMLAModel(nn.Module):
             x = block.decode(x, context, cache.layers[name])
         cache.clock.length += 1
         return self.loss_head.logits(self.head, self.norm(x[:, 0]))
+
+    def _require_decoding(self) -> None:
+        if self.why_not_decode is not None:
+            raise ValueError(self.why_not_decode)
 
     def _check(self, tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.sharding import FULL
 
 EPS = 1e-6
 
@@ -32,6 +33,11 @@ class Norm(nn.Module):
     """A norm over the last axis."""
 
     initial: ClassVar[dict[str, float]]  # of each parameter, by its name
+    weight: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.sharding = FULL
 
 
 class RMSNorm(Norm):
@@ -40,12 +46,12 @@ class RMSNorm(Norm):
     initial: ClassVar[dict[str, float]] = {"weight": 1.0}
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return rms_norm(x, self.weight)
+        return rms_norm(x, self.sharding.parameter(self.weight))
 
 
 class DynamicTanh(Norm):
@@ -54,16 +60,17 @@ class DynamicTanh(Norm):
     initial: ClassVar[dict[str, float]] = {"alpha": 0.5, "weight": 1.0, "bias": 0.0}
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.alpha = nn.Parameter(torch.full((1,), self.initial["alpha"]))  # FSDP2 shards no tensors without an axis
         self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
         self.bias = nn.Parameter(torch.full((dim,), self.initial["bias"]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return dynamic_tanh(x, self.alpha, self.weight, self.bias)
+        own = self.sharding.parameter
+        return dynamic_tanh(x, own(self.alpha), own(self.weight), own(self.bias))
 
 
-def build_norm(config: ModelConfig) -> RMSNorm | DynamicTanh:
+def build_norm(config: ModelConfig) -> Norm:
     """The norm that the config asks for, over the residual stream."""
     return DynamicTanh(config.dim) if config.norm == "dynamic_tanh" else RMSNorm(config.dim)

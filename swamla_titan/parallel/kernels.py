@@ -17,6 +17,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
 from swamla_titan.model.branch import Attention
 from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.loss_head import FusedLossHead
 from swamla_titan.model.sequences import attention_request
@@ -87,12 +88,20 @@ def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] | None = No
     """
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        block.feed_forward.activate = triton_swiglu
+        block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
         mixer = block.attention
         if not isinstance(mixer, Attention) or mixer.projections not in _FUSED:
             continue
         if (kinds is None or block.kind in kinds) and not (mixer.projections == "qkv" and model.config.qk_norm):
             mixer.fused_attention = _FUSED[mixer.projections]()
+
+
+class TritonSwiGLU(SwiGLU):
+    """SwiGLU by our kernel (kernels/swiglu.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in SwiGLU."""
+        return triton_swiglu(x, self.group)
 
 
 class RotaryWindowAttention(FusedAttention):

@@ -19,32 +19,27 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
-from swamla_titan.model.norms import DynamicTanh, RMSNorm
+from swamla_titan.model.norms import Norm
 from swamla_titan.parallel.tensor_collectives import TensorGroup
 from swamla_titan.parallel.tensor_modules import (
-    ColumnParallel,
     GatheredColumnParallel,
-    LocalTokensDynamicTanh,
-    LocalTokensLinear,
-    LocalTokensRMSNorm,
+    LocalParameters,
+    LocalTokens,
     RowParallel,
-    TensorParallelModule,
     VocabularyParallelEmbedding,
-    become,
 )
 from swamla_titan.parallel.vocabulary_loss import VocabularyParallelLossHead
 
-_Style = tuple[type[TensorParallelModule], Placement]
+_Style = tuple[type[LocalParameters], Placement]
 _BY_TYPE: dict[type[nn.Module], _Style] = {
-    RMSNorm: (LocalTokensRMSNorm, Replicate()),
-    DynamicTanh: (LocalTokensDynamicTanh, Replicate()),
-    Embedding: (VocabularyParallelEmbedding, Shard(0)),
+    Norm: (LocalParameters, Replicate()),
+    Embedding: (LocalParameters, Shard(0)),
 }
 _BY_ROLE: dict[Role, _Style] = {
     Role.COLUMN: (GatheredColumnParallel, Shard(0)),
-    Role.LATENT_COLUMN: (ColumnParallel, Shard(0)),
+    Role.LATENT_COLUMN: (LocalParameters, Shard(0)),
     Role.RESIDUAL_OUTPUT: (RowParallel, Shard(1)),
-    Role.REPLICATED: (LocalTokensLinear, Replicate()),
+    Role.REPLICATED: (LocalTokens, Replicate()),
 }
 
 
@@ -72,10 +67,14 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
             if parameter not in shared:
                 shared[parameter] = _distribute(parameter, mesh, placement)
             module.register_parameter(key, shared[parameter])
-        become(module, style, group)
+        if isinstance(module, Embedding):
+            model.set_submodule(name, VocabularyParallelEmbedding(module, group))
+        elif hasattr(module, "sharding"):
+            module.sharding = style(group)
+        else:
+            raise TypeError(f"no tensor-parallel form of {type(module).__module__}.{type(module).__qualname__}")
     model.loss_head = VocabularyParallelLossHead(model.config, group)
-    for method in ("prefill", "decode"):
-        setattr(model, method, _refuse_to_decode)
+    model.why_not_decode = "a tensor-parallel model does not decode: generate from its checkpoint in one process"
 
 
 def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]:
@@ -114,7 +113,3 @@ def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement)
         part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
     return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
-
-
-def _refuse_to_decode(*_: object, **__: object) -> Tensor:
-    raise ValueError("a tensor-parallel model does not decode: generate from its checkpoint in one process")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.linear import spec_of
+from swamla_titan.model.linear import LinearSpec, spec_of
+from swamla_titan.model.sharding import FULL, Sharding
 from swamla_titan.quantization.coverage import Product, Sides, refuse_device, survey, table, whole_sides
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quiet_torchao import quiet_torchao
@@ -39,12 +40,23 @@ class Float8MasterLinear(Float8Linear):
     does nothing where the weight has the dtype already, or was gathered in float8.
     """
 
+    sharding: Sharding = FULL
+    spec: LinearSpec
+
+    @classmethod
+    def of(cls, linear: Float8Linear, spec: LinearSpec) -> "Float8MasterLinear":
+        """What takes the place of torchao's, with its weight."""
+        with torch.device("meta"):
+            master = cls(linear.in_features, linear.out_features, bias=False, config=linear.config)
+        master.weight, master.spec = linear.weight, spec
+        return master
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in input's dtype."""
-        return self.product(input, self.weight)
+        return self.sharding.output(self.product(self.sharding.input(input), self.sharding.parameter(self.weight)))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`forward` with another weight in the place of the module's own, as in model/linear.py."""
+        """As in model/linear.py."""
         if not isinstance(weight, Float8TrainingTensor):
             weight = weight.to(x.dtype)
         out: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)
@@ -95,10 +107,9 @@ def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device
             config=dataclasses.replace(plan, enable_fsdp_float8_all_gather=gathered and not apart),
         )
     for name, spec in specs.items():
-        module = model.get_submodule(name)
-        assert type(module) is Float8Linear
-        module.__class__ = Float8MasterLinear
-        module.spec = spec  # type: ignore[assignment]
+        linear = model.get_submodule(name)
+        assert type(linear) is Float8Linear
+        model.set_submodule(name, Float8MasterLinear.of(linear, spec))
 
 
 def compute_scales(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from swamla_titan.kernels.float8.linear import (
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear, spec_of
-from swamla_titan.model.norms import EPS, DynamicTanh, RMSNorm
+from swamla_titan.model.norms import EPS, DynamicTanh, Norm, RMSNorm
 
 _APART = 4  # float32 numbers from one weight's scale to the next: cuBLASLt reads a scale at multiples of 16 bytes
 
@@ -41,12 +41,17 @@ class NativeLinear(Linear):
     keeps_columns: bool
     cast: tuple[Tensor, Tensor, Tensor] | None  # W's rows, columns and scale, for the micro-batches of a step
 
-    def forward(self, x: Tensor | Operand) -> Tensor:
-        """[..., in_features] -> [..., out_features] in x's dtype."""
-        return self.product(x, self.weight)
+    @classmethod
+    def of(cls, linear: Linear, settings: Settings) -> "NativeLinear":
+        """What takes the place of a linear layer, with its weight."""
+        with torch.device("meta"):
+            native = cls(linear.in_features, linear.out_features, **vars(linear.spec))
+        native.weight = linear.weight
+        native.settings, native.keeps_columns, native.cast = settings, True, None
+        return native
 
     def product(self, x: Tensor | Operand, weight: Tensor) -> Tensor:
-        """`forward` with another weight in the place of the module's own, as in model/linear.py."""
+        """As in model/linear.py."""
         return product(*self._operands(x, weight), self.settings)
 
     def _operands(self, x: Tensor | Operand, weight: Tensor) -> tuple[Operand, Operand]:
@@ -63,7 +68,7 @@ class NativeHead(NativeLinear):
     def forward(self, x: Tensor | Operand, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype."""
         assert loss is None, 'kernels.loss = "fused" and float8.output_head contradict each other'
-        return self.product(x, self.weight)
+        return super().forward(x)  # type: ignore[arg-type]
 
 
 class NativeGateUp(NativeLinear):
@@ -72,47 +77,45 @@ class NativeGateUp(NativeLinear):
     group: int
 
     def product(self, x: Tensor | Operand, weight: Tensor) -> Operand:  # type: ignore[override]
-        """`forward` with another weight in the place of the module's own."""
+        """As in model/linear.py."""
         return gate_up_product(*self._operands(x, weight), self.group, self.settings)
 
 
 class NativeRMSNorm(RMSNorm):
-    """RMSNorm in float8."""
+    """RMSNorm in float8; under tensor parallelism as ever."""
 
-    def forward(self, x: Tensor) -> Operand:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
+        if not self.sharding.is_full:
+            return super().forward(x)
         return normalize(x, self.weight, EPS)
 
 
 class NativeDynamicTanh(DynamicTanh):
-    """DynamicTanh cast to float8, once for all products that follow."""
+    """DynamicTanh cast to float8, once for all linear layers that follow; under tensor parallelism as ever."""
 
-    def forward(self, x: Tensor) -> Operand:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
-        return quantize(super().forward(x))
-
-
-def activated_already(out: Tensor, group: int) -> Tensor:
-    """In the place of SwiGLU behind a NativeGateUp."""
-    return out
+        squashed = super().forward(x)
+        return quantize(squashed) if self.sharding.is_full else squashed
 
 
 def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Settings) -> None:
     """Make the products of these names native, in place, and the norms before them where all their readers are."""
     for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, Linear)
-        module.__class__ = NativeHead if name == "head" else NativeLinear
-        module.settings, module.keeps_columns, module.cast = settings, True, None  # type: ignore[assignment]
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        model.set_submodule(name, (NativeHead if name == "head" else NativeLinear).of(linear, settings))
     for block in model.blocks.values():
         assert isinstance(block, Block)
         forward = block.feed_forward
-        _fuse_norm(block.attention_norm, block.attention)
-        _fuse_norm(block.ffn_norm, forward)
+        block.attention_norm = _fused_norm(block.attention_norm, block.attention)
+        block.ffn_norm = _fused_norm(block.ffn_norm, forward)
         if isinstance(forward.gate_up, NativeLinear) and isinstance(forward.down, NativeLinear):
-            forward.gate_up.__class__ = NativeGateUp
-            forward.gate_up.group = forward.group  # type: ignore[assignment]
-            forward.activate = activated_already
+            gate_up = NativeGateUp.of(forward.gate_up, settings)
+            gate_up.group = forward.group  # type: ignore[assignment]
+            forward.gate_up = gate_up
+            forward.activation = nn.Identity()  # gate_up does it
 
 
 def keep_weights(model: nn.Module, kept: bool) -> None:
@@ -152,12 +155,18 @@ def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:
     return Settings(gradients, fast_accumulation)
 
 
-def _fuse_norm(norm: nn.Module, branch: nn.Module) -> None:
+def _fused_norm(norm: Norm, branch: nn.Module) -> Norm:
+    """A norm that casts to float8 if all that reads it is native, else the norm given."""
     linears = ((name, module) for name, module in branch.named_modules() if isinstance(module, nn.Linear))
     readers = [linear for name, linear in linears if spec_of(name, linear).role.reads_residual_stream]
-    if not readers or not all(isinstance(reader, NativeLinear) for reader in readers):
-        return
-    if type(norm) is RMSNorm:
-        norm.__class__ = NativeRMSNorm
-    elif type(norm) is DynamicTanh:
-        norm.__class__ = NativeDynamicTanh
+    kind = _NATIVE_NORMS.get(type(norm))
+    if kind is None or not readers or not all(isinstance(reader, NativeLinear) for reader in readers):
+        return norm
+    with torch.device("meta"):
+        native = kind(len(norm.weight))
+    for name, parameter in norm.named_parameters():
+        setattr(native, name, parameter)
+    return native
+
+
+_NATIVE_NORMS: dict[type[Norm], type[Norm]] = {RMSNorm: NativeRMSNorm, DynamicTanh: NativeDynamicTanh}

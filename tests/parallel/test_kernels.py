@@ -11,8 +11,8 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
-from swamla_titan.kernels.swiglu import swiglu, triton_swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
@@ -47,12 +47,12 @@ def chosen(
     choose_kernels(model, replace(choices, **(others or {})), device)
     first, second, mla = (block.attention.fused_attention for block in model.blocks.values())
     assert type(first) is type(second)
-    activations = {block.feed_forward.activate for block in model.blocks.values()}
+    activations = {type(block.feed_forward.activation) for block in model.blocks.values()}
     assert len(activations) == 1
-    assert activations <= {swiglu, triton_swiglu}
+    assert activations <= {SwiGLU, kernels.TritonSwiGLU}
     ours = {
         "loss": isinstance(model.loss_head, FusedLossHead),
-        "swiglu": activations == {triton_swiglu},
+        "swiglu": activations == {kernels.TritonSwiGLU},
         "swa": isinstance(first, kernels.RotaryWindowAttention),
         "mla": isinstance(mla, kernels.RotaryLatentAttention),
     }
