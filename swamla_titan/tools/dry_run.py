@@ -76,7 +76,7 @@ def _print(setup: Setup, found: Plan) -> None:
     if newest is None:
         begin = "begins at step 1"
     elif setup.train_state.step < config.training.steps:
-        begin = f"goes on from {newest}"
+        begin = f"continues from {newest}"
     else:
         begin = f"has taken all {config.training.steps} steps, see {newest}"
     print("\n".join(report(found)))

@@ -84,7 +84,7 @@ class MetricsLogger(Policy):
                 logger.warning("%s", news)
         if self._tensorboard:
             try:
-                # TensorBoard would go on writing to a deleted file without noticing.
+                # TensorBoard would continue to write to a deleted file without noticing.
                 there = os.stat(self._folder / "tensorboard")
                 if self._of_tensorboard and not os.path.samestat(there, self._of_tensorboard):
                     raise FileNotFoundError("its folder was replaced")
@@ -124,7 +124,7 @@ class MetricsLogger(Policy):
         except OSError as error:
             raise UserError(
                 f"job.dump_folder = {self._folder}: the numbers of the run cannot be written there ({error}). Make "
-                "room or allow it, and start the same command again: it goes on from the newest checkpoint"
+                "room or allow it, and start the same command again: it continues from the newest checkpoint"
             ) from error
 
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_by_the_name_of_another_step_is_named_and_neither_used_nor_
         shutil.copytree(checkpoint(two, 4), other)
     settings = (str(saved / "tiny.toml"), *FAST, "--job.dump_folder", str(two), "--checkpoint.keep_latest", "1")
     assert main(["train", *settings, "--training.steps", "6", "--dry-run"]) == 0
-    assert f"goes on from {checkpoint(two, 4)}" in capsys.readouterr().out
+    assert f"continues from {checkpoint(two, 4)}" in capsys.readouterr().out
     assert main(["generate", str(two), "--max-new-tokens", "1"]) == 0
     assert main(["train", *settings, "--training.steps", "8"]) == 0
     out = capsys.readouterr().out
@@ -557,7 +557,7 @@ def test_each_command_passes_over_what_is_damaged_and_refuses_it_if_it_is_asked_
     (_index(INDICES[case][0]) if case in INDICES else CONTENTS[case])(newest)
     settings = (str(saved / "tiny.toml"), *FAST, "--job.dump_folder", str(two), "--training.steps", "6")
     assert main(["train", *settings, "--dry-run"]) == 0
-    assert f"goes on from {checkpoint(two, 2)}" in capsys.readouterr().out
+    assert f"continues from {checkpoint(two, 2)}" in capsys.readouterr().out
     assert main(["generate", str(two), "--max-new-tokens", "1"]) == 0
     capsys.readouterr()
     assert main(["generate", str(newest)]) == 2

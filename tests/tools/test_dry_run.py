@@ -54,7 +54,7 @@ def test_the_number_of_ranks_is_given_or_the_launchers(dry_run, monkeypatch):
 def test_a_run_that_goes_on_and_one_that_is_finished(dry_run, tiny, tmp_path):
     assert train(tiny, "--training.steps", "2", "--validation.interval", "0", "--data.num_workers", "0") == 0
     code, said = dry_run("--validation.interval", "0", "--gpus", "2")
-    assert (code, f"goes on from {tmp_path / 'run/checkpoints/step-00000002'}" in said) == (0, True)
+    assert (code, f"continues from {tmp_path / 'run/checkpoints/step-00000002'}" in said) == (0, True)
     code, said = dry_run("--validation.interval", "0", "--training.steps", "2", "--lr_schedule.warmup_steps", "1")
     assert (code, "has taken all 2 steps" in said) == (0, True)
     code, said = dry_run("--model.dim", "96")

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from swamla_titan.config import load_config
+from swamla_titan.config import load_config, split_overrides
 from swamla_titan.config.sections import LRSchedule
 from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import lr_factor
+from swamla_titan.train.setup import set_up
+from swamla_titan.train.step import TrainStep
 from tests.train.runs import checkpoint, metrics, tensors, train
 
 SHORT = ("--data.num_workers", "0", "--validation.interval", "0", "--model.dropout", "0", "--training.steps", "4")
@@ -129,3 +132,20 @@ def test_a_step_starts_from_gradients_of_its_own(tiny, tmp_path):
     norms = list(metrics(tmp_path / "run", "grad_norm").values())
     assert max(norms) < 1.5 * min(norms)
     assert math.isfinite(max(norms))
+
+
+def test_setup_and_step_take_the_trainers_steps_without_it(tiny, tmp_path):
+    """As benchmarks do, with dropout, and nothing is written meanwhile."""
+    settings = ("--data.num_workers", "0", "--validation.interval", "0", "--training.steps", "4")
+    config = load_config(tiny, split_overrides(settings)[0])
+    before = {path.name for path in tmp_path.iterdir()}
+    setup = set_up(config, World.alone())
+    with setup.open_loader() as loader:
+        take_step = TrainStep(setup.config, setup.world, setup.build_state(), setup.micro_batch_size)
+        outcomes = [take_step(next(loader), step) for step in range(1, 5)]
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+    assert train(tiny, *settings) == 0
+    for name in ("loss", "grad_norm", "lr"):
+        taken = {step: float(getattr(outcome, name)) for step, outcome in enumerate(outcomes, 1)}
+        assert metrics(tmp_path / "run", name) == taken

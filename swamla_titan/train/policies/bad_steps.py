@@ -235,8 +235,8 @@ def remedies(config: Config) -> str:
         less_exact = [f"float8.{key}" for key in ("fast_accumulation", "output_head") if getattr(float8, key)]
         first = f", or {' and '.join(less_exact)} = false," if less_exact else ""
         tries.append(
-            f'go on with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
-            "goes on under any recipe)"
+            f'continue with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
+            "continues under any recipe)"
         )
     return f"If this goes on: {'; '.join(tries)}"
 

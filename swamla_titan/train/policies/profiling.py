@@ -60,7 +60,7 @@ class StepProfiler(Policy):
             _require_complete(path)
             logger.info("profile written to %s", path)
         except (OSError, RuntimeError) as error:  # not a reason to end the run
-            logger.warning("the profile %s could not be written (%s); training goes on", path, error)
+            logger.warning("the profile %s could not be written (%s); training continues", path, error)
             with suppress(OSError):
                 for part in self.folder.glob(f"{path.name}*"):  # torch writes to a temporary name first
                     part.unlink()

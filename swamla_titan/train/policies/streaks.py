@@ -116,7 +116,7 @@ class BadStepPolicy(Policy):
         return RunFailed(
             f"{what}. They changed nothing; step {step} is saved, "
             f"and {path} says which data they read. {self._rewinding.why_not()}If those are at fault, start the same "
-            f"command again: it goes on after them. {remedies(self._config)}. If the loss had risen before, move the "
+            f"command again: it continues after them. {remedies(self._config)}. If the loss had risen before, move the "
             "newest checkpoints away first. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
         )
 

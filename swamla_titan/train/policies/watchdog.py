@@ -189,7 +189,7 @@ class Watchdog:
         """Whether a process of this run is suspended on this machine; logs each of them once."""
         found = {pid for pid in local_worker_pids() if stopped(pid)}
         for pid in sorted(found - reported):
-            logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d lets it go on)", pid, pid)
+            logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d continues it)", pid, pid)
         reported.clear()
         reported.update(found)
         return bool(found)
