@@ -28,7 +28,7 @@ def test_no_other_switch_is_used():
     """torch refuses a mix of the old and the new ones, and torch.compile asks the old."""
     sources = {path.name: path.read_text() for path in Path(swamla_titan.__file__).parent.rglob("*.py")}
     calls = {name for name, text in sources.items() if "torch.set_float32_matmul_precision(" in text}
-    assert calls == {"numerics.py"}
+    assert calls == {"precision.py"}
     others = re.compile(r"allow_tf32|backends\.\S*fp32_precision|cudnn\.\S*fp32_precision|TF32_CUBLAS")
     assert not [name for name, text in sources.items() if others.search(text)]
 

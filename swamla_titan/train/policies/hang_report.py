@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parents[2]
 
 
 def write_stacks(path: Path, headline: str) -> bool:
