@@ -13,34 +13,17 @@ from swamla_titan.model.blocks import registered
 from swamla_titan.model.branch import Attention
 from swamla_titan.model.linear import Linear
 from swamla_titan.model.swa import SlidingWindowAttention
+from tests.patches import apply_patch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-
-
-def apply(patch: str, root: Path) -> list[str]:
-    """Apply a unified diff, each hunk where its old lines stand; returns the files that it touches."""
-    touched = []
-    for part in patch.split("diff --git ")[1:]:
-        head, *hunks = part.split("\n@@ ")
-        name = head.splitlines()[0].rpartition(" b/")[2]
-        path = root / name
-        text = path.read_text() if path.exists() else ""
-        for hunk in hunks:
-            lines = hunk.splitlines()[1:]
-            old, new = ("".join(f"{line[1:]}\n" for line in lines if line[0] in f" {sign}") for sign in "-+")
-            assert not old or text.count(old) == 1, f"{name} has changed: adapt toy.patch where it has\n{old}"
-            text = text.replace(old, new) if old else new
-        path.write_text(text)
-        touched.append(name)
-    return touched
 
 
 def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path):
     for name in ("swamla_titan", "tests", "train_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    touched = apply((HERE / "toy_block" / "toy.patch").read_text(), tmp_path)
+    touched = apply_patch(HERE / "toy_block" / "toy.patch", tmp_path)
     assert len(touched) <= 3, touched
     checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/model/toy_block/checks.py"]
     ran = subprocess.run(checks, cwd=tmp_path, capture_output=True, text=True)
