@@ -6,12 +6,12 @@ from swamla_titan.optim.groups import group_table
 from swamla_titan.optim.optimizers import (
     build_optimizer,
     clip_gradients,
+    lr_factor,
     set_learning_rate,
     skip_where,
     state_bytes,
     validate_optimizer_device,
 )
-from swamla_titan.optim.schedules import lr_factor
 
 __all__ = [
     "AveragedWeights",

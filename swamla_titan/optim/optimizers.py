@@ -1,10 +1,13 @@
-"""Optimizers as the trainer uses them: built from the configuration, told the learning rate and what is no step."""
+"""Optimizers as the trainer uses them: built from the configuration, with learning rate, clipping and skipped steps."""
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swamla_titan.config.sections import Optimizer
+from swamla_titan.config.sections import LRSchedule, Optimizer
+from swamla_titan.config.stability import warmup_steps
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
@@ -48,6 +51,31 @@ def state_bytes(model: nn.Module, config: Optimizer) -> int:
         for kind, parameters in groups(model, config).items()
         for parameter in parameters
     )
+
+
+def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step; a pure function, so that a checkpoint need not hold it.
+
+    Linear warm-up over `warmup_steps` (the first step already moves: it has 1/warmup_steps), then
+    cosine: half a cosine from 1 to `min_lr_ratio` at the last step;
+    linear: a straight line likewise;
+    wsd: 1 until the last `decay_steps`, then a straight line to `min_lr_ratio`
+    (warmup-stable-decay, arXiv 2404.06395).
+
+    `step` counts from 0; `steps` is the length of the run.
+    """
+    warmup = warmup_steps(schedule, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.name == "wsd":
+        decay = schedule.decay_steps or max(1, steps // 10)
+        start = max(steps - decay, warmup)
+    else:
+        start = warmup
+    # The step before `start` still has the full peak, the last one has min_lr_ratio.
+    progress = min(1.0, max(0.0, (step + 1 - start) / max(1, steps - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape
 
 
 def set_learning_rate(optimizer: GroupedOptimizer, lr: float) -> None:

@@ -15,7 +15,7 @@ from swamla_titan.config.toml import toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import field_types, value_problem
 from swamla_titan.model import FLAVORS
-from swamla_titan.optim.schedules import lr_factor
+from swamla_titan.optim import lr_factor
 from tests.config.test_every_key_reaches_its_consumer import CASES
 
 FIELDS = {
