@@ -69,7 +69,7 @@ class SWAMLAModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Draw all parameters anew; each from its own generator, see model/init.py.
+        """Draw all parameters; each from its own generator, see model/init.py.
 
         `write(parameter, value)` puts a whole value, float32 on the CPU, into a parameter that may hold a part of it.
         """
@@ -103,17 +103,17 @@ class SWAMLAModel(nn.Module):
     ) -> Tensor:
         """Logits [B, T, vocab_size] of tokens [B, T] int64, or with `targets` [B, T] the loss, a float32 scalar.
 
-        `document_ids` [B, T]: a row is cut wherever the id changes, tokens see their own document only, and positions
+        `document_ids` [B, T]: a document ends wherever the id changes, tokens see their own only, and positions
         restart in each. The loss is the mean cross-entropy over targets that are not -100 (0 if there are none), or
         their sum over `loss_denominator`: with the global batch's number of valid targets there, the losses of its
         micro-batches add up to the batch's mean, whatever each holds. z_loss and label_smoothing of the config apply in
         training mode only; eval() gives the plain cross-entropy.
 
-        Where several processes share each row (`sequences`), all are given the whole rows: each gives the logits of
-        its own columns, or its own share of the loss, and the shares add up to the loss.
+        Where several processes share each sequence (`sequences`), all are given full ones: each gives the logits of
+        its own tokens, or its own share of the loss, and the shares add up to the loss.
 
         Token ids must be below vocab_size; that is not checked, for it would wait for the GPU. Raises ValueError for
-        tensors of a wrong shape or dtype and for rows longer than max_seq_len.
+        tensors of a wrong shape or dtype and for sequences longer than max_seq_len.
         """
         self._check(tokens, targets, document_ids)
         context = self.context(tokens.shape[1], document_ids, tokens.device)
@@ -130,7 +130,7 @@ class SWAMLAModel(nn.Module):
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
     ) -> SequenceContext:
-        """What the blocks share in a forward pass over rows of `seq_len` tokens, on `device` (None: the weights')."""
+        """What blocks share in a forward pass over sequences of `seq_len` tokens, on `device` (None: the weights')."""
         device = device or self.device
         return self.sequences.context(
             self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend
@@ -142,7 +142,7 @@ class SWAMLAModel(nn.Module):
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
-        """The loss of `forward` from the head's output [B, T, padded vocabulary] and targets [B, T] of whole rows."""
+        """The loss of `forward` from the head's output [B, T, padded vocabulary]; targets are of full sequences."""
         return self.loss_head.loss(logits, self.sequences.local(targets), _denominator(targets, loss_denominator))
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ class SWAMLAModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
-        """Append one token a row, tokens [B, 1] -> logits of the next, [B, vocab_size]."""
+        """Append one token to each sequence, tokens [B, 1] -> logits of the next, [B, vocab_size]."""
         self._require_decoding()
         self._check(tokens, None, None)
         if tokens.shape != (cache.clock.starts.shape[0], 1):

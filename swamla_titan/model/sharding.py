@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 class Sharding:
-    """Full parameters and activations. Tensor parallelism gives modules another (parallel/tensor_modules.py)."""
+    """Full parameters and activations. Tensor parallelism gives modules another (parallel/tensor.py)."""
 
     is_full = True
 

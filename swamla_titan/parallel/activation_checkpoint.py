@@ -153,7 +153,7 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
     """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
 
     `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer. `selective`
-    by operators: each block keeps what attention, collectives and most matrix products gave. With `modules` the same
+    by operators: each block keeps what attention, collectives and most matmuls gave. With `modules` the same
     holds for a block's residual branches: of one, and the other keeps all, or of each by itself. Comes after tensor
     parallelism, which may change weights' shapes, and before compilation and FSDP2. `memory_budget` is the compiler's,
     see parallel/compile.py.
@@ -175,14 +175,14 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
             block.regions = _CheckpointedRegions(frozenset(regions[name]), contexts)
     what = {"block": "", "both": "attention and feed-forward, each by itself, of "}
     of = what.get(config.modules, f"{config.modules.replace('_', '-')} of ")
-    how = "but for attention and narrow products" if contexts else "wholly"
+    how = "but for attention and narrow matmuls" if contexts else "wholly"
     logger.info("activation checkpointing: %s%d of %d blocks recomputed, %s", of, len(chosen), len(blocks), how)
 
 
 def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
-    """[in, out] of the weights whose products are computed again, whole and as this rank's part of them.
+    """[in, out] of the weights whose matmuls are recomputed, in full and as this rank's shard of them.
 
-    Operators know no names. Where a kept product has the same shape, it is computed again as well.
+    Operators know no names. Where a kept matmul has the same shape, it is recomputed as well.
     """
     shapes = set()
     for block in blocks:
