@@ -148,15 +148,15 @@ def _gpu(config: Config, device: torch.device) -> Finding:
 
 
 def _tf32(config: Config, device: torch.device) -> Finding:
-    """Measured, not only read from the switch: TF32 keeps 10 bits of mantissa, so products show it."""
+    """Measured, not only read from the switch: TF32 keeps 10 bits of mantissa, so matmuls show it."""
     switch = f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()}"
     if device.type == "cpu":
-        return Finding("ok", "tf32", f"float32 products are exact on the CPU; {switch}")
+        return Finding("ok", "tf32", f"float32 matmuls are exact on the CPU; {switch}")
     matrix = torch.randn(512, 512, device=device)
     exact = matrix.double() @ matrix.double()
     error = ((matrix @ matrix).double() - exact).norm() / exact.norm()
     found = "tf32" if error > 1e-5 else "ieee"
-    text = f"float32 products are {found} (relative error {error:.0e}); {switch}"
+    text = f"float32 matmuls are {found} (relative error {error:.0e}); {switch}"
     wanted = config.training.fp32_precision
     if found != wanted:
         remedy = f'training.fp32_precision = "{wanted}" has no effect: an old GPU, or NVIDIA_TF32_OVERRIDE is set'
@@ -316,8 +316,8 @@ def _products(config: Config, device: torch.device) -> Finding:
     validate_float8(config, device)
     products = float8_products(config)
     text = "\n         ".join(table(products, config.float8.recipe))
-    rows = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
-    doubts = "; ".join(warnings(products, config, rows))
+    sequences = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
+    doubts = "; ".join(warnings(products, config, sequences))
     return Finding("warning" if doubts else "ok", "products", text, doubts)
 
 

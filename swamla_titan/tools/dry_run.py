@@ -1,4 +1,4 @@
-"""`plan` and `train --dry-run` as commands: what would be trained, and whether it can begin."""
+"""The commands `plan` and `train --dry-run`: what would be trained, and whether the run can begin."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from swamla_titan.checkpoint.dump_folder import validate_folder
-from swamla_titan.checkpoint.store import DamagedCheckpoints
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
@@ -23,7 +22,7 @@ from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
 from swamla_titan.train.logging import require_wandb
-from swamla_titan.train.setup import Setup, set_up_inputs, set_up_resume
+from swamla_titan.train.setup import Setup, from_newest_intact, set_up_inputs, set_up_resume
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
@@ -41,12 +40,7 @@ def print_plan(config: Config, gpus: int | None) -> None:
 
 def dry_run(config: Config, gpus: int | None) -> None:
     """`_dry_run`, from the newest checkpoint that can be used."""
-    damaged: dict[Path, str] = {}
-    while True:
-        try:
-            return _dry_run(config, gpus, damaged)
-        except DamagedCheckpoints as found:
-            damaged = found.damaged
+    from_newest_intact(lambda damaged: _dry_run(config, gpus, damaged))
 
 
 def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None:

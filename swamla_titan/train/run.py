@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from swamla_titan.checkpoint.dump_folder import FolderLost, Hold, exclusive
-from swamla_titan.checkpoint.store import DamagedCheckpoints
 from swamla_titan.config import Config
 from swamla_titan.distributed.agreement import broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
@@ -19,7 +18,7 @@ from swamla_titan.launch.worker import foreign_variables
 from swamla_titan.system.machine import allow_open_files_to_train, explain, needed
 from swamla_titan.train.policies.out_of_memory import Advise, explained_out_of_memory
 from swamla_titan.train.policies.watchdog import Watchdog
-from swamla_titan.train.setup import set_up
+from swamla_titan.train.setup import from_newest_intact, set_up
 from swamla_titan.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -67,12 +66,7 @@ def train(config: Config, advise: Advise) -> int:
 
 def build_trainer(config: Config, world: World, stop: StopRequest, watchdog: Watchdog, hold: Hold | None) -> Trainer:
     """A trainer that continues from the newest checkpoint that can be loaded; `hold`: of the dump folder."""
-    damaged: dict[Path, str] = {}
-    while True:
-        try:
-            return Trainer(set_up(config, world, damaged), stop, watchdog, hold)
-        except DamagedCheckpoints as found:
-            damaged = found.damaged
+    return from_newest_intact(lambda damaged: Trainer(set_up(config, world, damaged), stop, watchdog, hold))
 
 
 @contextmanager

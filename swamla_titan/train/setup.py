@@ -10,15 +10,16 @@ What only rank 0 may do, it does and broadcasts. Where any rank can fail, all ra
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
-from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
 from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.config.rules import retry_seconds
@@ -45,6 +46,8 @@ from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.state import GROUPS, RunState
 from swamla_titan.train.validation import Validator
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class Setup(Inputs):
 def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Setup:
     """All phases, for a run; all ranks call this.
 
-    `damaged`: of a DamagedCheckpoints raised before. Raises UserError, on every rank, for anything wrong with
-    configuration, machine, tokenizer, data or checkpoint, and DamagedCheckpoints where an older one may be intact.
+    `damaged`: see `from_newest_intact`. Raises UserError, on every rank, for anything wrong with configuration,
+    machine, tokenizer, data or checkpoint, and DamagedCheckpoints where an older one may be intact.
     """
     set_up_machine(config, world)
     return set_up_resume(set_up_inputs(config, world, world.device, damaged))
@@ -151,6 +154,19 @@ def set_up_resume(inputs: Inputs) -> Setup:
         world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
     )
     return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state)
+
+
+def from_newest_intact(build: Callable[[dict[Path, str]], Result]) -> Result:
+    """The result of `build(damaged)`, which is called again whenever a checkpoint turns out damaged as it is loaded.
+
+    `damaged` maps the checkpoints that were found damaged to what is wrong with them.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        try:
+            return build(damaged)
+        except DamagedCheckpoints as found:
+            damaged = found.damaged
 
 
 def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
