@@ -85,6 +85,23 @@ def test_a_group_is_saved_checked_and_loaded_without_a_word_about_it_elsewhere(t
     assert state(table, scores, streak).size() == 3 * 64
 
 
+class Tied(Scores):
+    """A weight whose two ends are on different stages of one rank."""
+
+    def __init__(self, first: float, last: float) -> None:
+        self.ends = torch.full((2,), first), torch.full((2,), last)
+
+    def parts(self) -> list[dict[str, Tensor]]:
+        return [{"rows": end} for end in self.ends]
+
+
+def test_of_a_tied_weight_the_first_end_is_saved_and_both_are_loaded(tmp_path):
+    path = saved(tmp_path, 7, Tied(3.0, 4.0))
+    tied = Tied(0.0, 0.0)
+    state(tied).load(path, 7)
+    assert [end.tolist() for end in tied.ends] == [[3, 3], [3, 3]]
+
+
 def test_what_its_check_finds_is_damage(tmp_path):
     saved(tmp_path, 3, Scores(0.0), Streak(4))
     with pytest.raises(UserError, match=r"step-00000003: streak\.length is longer than the run"):
