@@ -132,6 +132,7 @@ def _plans() -> dict[str, Run]:
         "fsdp-2-pp-2": Run(PIPELINE, 4),
         "tp-2-pp-2-untied": Run(f"{PIPELINE} parallel.tensor=2 {UNTIED}", 4),
         "cp-2-pp-2": Run(f"{PIPELINE} parallel.context=2", 4),
+        "hsdp-2x2-tp-2": Run(f"{HSDP} parallel.dp_shard=2 parallel.tensor=2", 8),
         "fsdp-2-tp-2-pp-2": Run(f"{PIPELINE} parallel.tensor=2", 8),
         **{
             f"pp-2-{schedule}": Run(f"{PIPELINE} parallel.pipeline_schedule={schedule} {FOUR_LAYERS}", 2)
@@ -153,6 +154,10 @@ def _float8() -> dict[str, Run]:
         **{recipe: Run(FLOAT8 + recipe) for recipe in ("native", "tensorwise", "rowwise", "rowwise_with_gw_hp")},
         "rowwise-head": Run(f"{FLOAT8}rowwise float8.output_head=true"),
         "fsdp-2-native": Run(f"{FLOAT8}native", 2),
+        "fsdp-2-rowwise": Run(f"{FLOAT8}rowwise", 2),
+        "hsdp-2x2-native": Run(f"{FLOAT8}native {HSDP}", 4),
+        "ddp-3-native": Run(f"{FLOAT8}native {DDP} {ONE_BY_ONE}", 3),
+        "fsdp-2-tp-2-native": Run(f"{FLOAT8}native parallel.tensor=2", 4),
         "fsdp-2-tensorwise": Run(f"{FLOAT8}tensorwise", 2),
         "hsdp-2x2-tensorwise": Run(f"{FLOAT8}tensorwise {HSDP}", 4),
         "tp-2-native": Run(f"{FLOAT8}native parallel.tensor=2", 2),
@@ -212,6 +217,7 @@ def _recomputation() -> dict[str, Run]:
         "fsdp-2-recomputed": Run(f"{RECOMPUTED}full", 2),
         "tp-2-recomputed-operators": Run(f"{RECOMPUTED}selective parallel.tensor=2", 2),
         "tp-2-recomputed": Run(f"{RECOMPUTED}full parallel.tensor=2 kernels.attention=reference", 2),
+        "pp-2-recomputed-operators": Run(f"{RECOMPUTED}selective {PIPELINE}", 2),
         "cp-2-recomputed": Run(f"{RECOMPUTED}full parallel.context=2", 2),
     }
 
@@ -235,6 +241,10 @@ CPU: dict[str, Run | tuple[Run, ...]] = {
     **_recomputation(),
     "compiled": Run(f"{COMPILED} data.document_mask=true"),
     "fsdp-2-compiled": Run(COMPILED, 2),
+    "tp-2-compiled": Run(f"{COMPILED} parallel.tensor=2", 2),
+    "cp-2-compiled": Run(f"{COMPILED} parallel.context=2", 2),
+    "pp-2-compiled-recomputed": Run(f"{COMPILED} {PIPELINE} {RECOMPUTED}full activation_checkpoint.modules=both", 2),
+    "compiled-native-recomputed-operators": Run(f"{COMPILED} {FLOAT8}native {RECOMPUTED}selective"),
     "spikes": Run(SPIKES),
     "rewinds": Run(REWINDS),
     "fsdp-2-rewinds": Run(REWINDS, 2),
