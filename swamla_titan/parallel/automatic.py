@@ -18,7 +18,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
 from swamla_titan.optim import state_bytes
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import little_gained, share_of
 
 
@@ -69,9 +69,9 @@ def why_no_float8(config: Config, degrees: Degrees, device: torch.device | None)
     if odd or tokens % FLOAT8_MULTIPLE:
         return f"tokens of a sequence on a rank are no multiple of {FLOAT8_MULTIPLE}"
     native = replace(config, float8=replace(config.float8, recipe="native", products="auto"))
-    products = float8_products(native)
+    coverage = float8_coverage(native)
     sequences = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
-    return next(little_gained(products, native, sequences), None)
+    return next(little_gained(coverage, native, sequences), None)
 
 
 def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None) -> Choice:
@@ -83,7 +83,7 @@ def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None
             lines.append(f'float8.recipe = "auto" is "off": {why_not}')
         else:
             config = _with_recipe(config, "native")
-            share = share_of(float8_products(config), "native")
+            share = share_of(float8_coverage(config), "native")
             lines.append(f'float8.recipe = "auto" is "native": it takes {share:.0%} of the operations of matmuls{on}')
     if config.optimizer.name == "auto":
         name, why = _optimizer(config, begun_with)

@@ -19,11 +19,11 @@ from swamla_titan.parallel.data_parallel import apply_data_parallel, model_resha
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
-from swamla_titan.quantization.coverage import Product, refuse_device, refuse_none, survey
+from swamla_titan.quantization.coverage import LinearCoverage, survey, validate_coverage, validate_device
 from swamla_titan.quantization.native import keep_weights
 
 
-def float8_products(config: Config) -> list[Product]:
+def float8_coverage(config: Config) -> list[LinearCoverage]:
     """The linear layers of the configured model and whether each is computed in float8; empty without float8.
 
     Also empty for "auto" before it is resolved (automatic.py).
@@ -41,8 +41,8 @@ def validate_float8(config: Config, device: torch.device, degrees: Degrees | Non
     """
     if config.float8.recipe == "auto":  # which takes what is not refused
         return
-    refuse_device(config.float8.recipe, device)
-    refuse_none(float8_products(config), config.float8)
+    validate_device(config.float8.recipe, device)
+    validate_coverage(float8_coverage(config), config.float8)
     if degrees:
         gathers_float8(config, degrees)
 
@@ -64,7 +64,7 @@ def gathers_float8(config: Config, degrees: Degrees) -> bool:
             )
         return False
     uneven = [
-        each for each in float8_products(config) if not each.why_not and each.name != "head" and each.out % shards
+        each for each in float8_coverage(config) if not each.why_not and each.name != "head" and each.out % shards
     ]
     if uneven and wanted == "always":
         raise UserError(
@@ -75,7 +75,7 @@ def gathers_float8(config: Config, degrees: Degrees) -> bool:
 
 
 @functools.lru_cache  # for `plan`, which asks for every layer
-def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[Product, ...]:
+def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[LinearCoverage, ...]:
     with torch.device("meta"):
         model = SWAMLAModel(shape)
     return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor), norms_cast=tensor == 1))

@@ -121,12 +121,12 @@ _BY_ROLE: dict[Role, _Style] = {
 
 
 def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
-    """Make the model one rank's part of it, in place; `mesh` has one dimension, World.weights["tensor"].
+    """Make the model one rank's shard of it, in place; `mesh` has one dimension, World.weights["tensor"].
 
-    Parameters become DTensors on `mesh`, without communication: a rank takes its part of the values that it has, which
+    Parameters become DTensors on `mesh`, without communication: a rank takes its shard of the values that it has, which
     must be the same on all ranks (or none, on the meta device). The model may be a pipeline stage; it is converted to
     float8 before, if at all. Tokens, targets and documents go in whole, on every rank alike. Activations between
-    blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets whole ones, and the loss is
+    blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets full ones, and the loss is
     that of all, on every rank. `all_reduce_replicated_grads` (replicated_grads.py) is due before each optimizer step.
 
     The ranks must divide heads, feed-forward groups and vocabulary: config/parallel_rules.py has refused others. Raises

@@ -1,1 +1,1 @@
-"""Float8 converters: they exchange the matrix products of a model's blocks, before anything else is done to it."""
+"""Float8 converters: they exchange the linear layers of a model's blocks, before anything else is done to it."""

@@ -1,4 +1,4 @@
-"""Which products of a model are computed in float8, which are not, and why: for the conversion, `plan` and `check`."""
+"""Which linear layers of a model compute in float8, which do not, and why: for the conversion, `plan` and `check`."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,23 +17,23 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import spec_of
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
-"""(name, product) -> [out, in] of the weight that a rank multiplies with."""
+"""(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""
 
-# What an H100 reached in products of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes of memory a
-# second; and what a number of the input, and one of the gradient, costs that a recipe casts, in bytes at that speed.
+# What an H100 reached in matmuls with sides of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes
+# of memory a second; and what an element of the input, and one of the gradient, costs that a recipe casts, in bytes.
 _BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
 _CAST_BYTES = {"native": (7, 7), "tensorwise": (9, 9), "rowwise": (28, 12), "rowwise_with_gw_hp": (12, 6)}
-# In float8 of the three of a weight; in the last recipe, its gradient is not.
-_PRODUCTS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
-_WEIGHT_BYTES = 10  # of a float32 number: read for the largest, read again, written twice
+# Matmuls in float8, of the three of a weight; in the last recipe, its gradient is not.
+_MATMULS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
+_WEIGHT_BYTES = 10  # of a float32 element: read for its amax, read again, written twice
 
 # The share of a model's operations in float8, of those that a recipe can take, below which a warning is due.
 _LITTLE = 0.6
 
 
 @dataclass(frozen=True)
-class Product:
-    """A product by its module's name, with the sides of the weight on a rank; `why_not` None: in float8."""
+class LinearCoverage:
+    """A linear layer by its name, with the sides of its weight on a rank; `why_not` None: in float8."""
 
     name: str
     out: int
@@ -48,7 +48,7 @@ class Product:
 
 
 def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
-    """Seconds a token that products in float8 save, less those that the casts of input and gradient take.
+    """Seconds a token that matmuls in float8 save, less those that the casts of input and gradient take.
 
     `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
     benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
@@ -58,17 +58,19 @@ def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
 
 
 def _saved(recipe: str) -> float:
-    """Seconds for each number of a weight and token, by the forward product and those of the gradients."""
-    return 2 * _PRODUCTS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
+    """Seconds for each element of a weight and token, by the forward matmul and those of the gradients."""
+    return 2 * _MATMULS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
 
 
 def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
-    """Of a product that is not shared by ranks."""
+    """Of a linear layer that ranks do not shard."""
     return linear.out_features, linear.in_features
 
 
-def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms_cast: bool = True) -> list[Product]:
-    """Every product of a model, or of a stage of it, in order; `config.recipe` is not "off".
+def survey(
+    model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms_cast: bool = True
+) -> list[LinearCoverage]:
+    """Every linear layer of a model, or of a stage of it, in order; `config.recipe` is not "off".
 
     `norms_cast`: no tensor parallelism keeps norms from giving their result in float8, by "native".
     """
@@ -80,7 +82,7 @@ def survey(model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms
         possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
         small = _too_small(possible, readers if norms_cast else set(), config.recipe)
         reasons |= dict.fromkeys(small, "too small to pay")
-    return [Product(name, *shape, name in readers, reasons[name]) for name, shape in shapes.items()]
+    return [LinearCoverage(name, *shape, name in readers, reasons[name]) for name, shape in shapes.items()]
 
 
 def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
@@ -91,7 +93,7 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
 
 
 def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], recipe: str) -> set[str]:
-    """Those of the products, by name with [out, in], that would not pay; `readers` are given what a norm can cast.
+    """Linear layers, by name with [out, in], that would not pay; `readers` are given what a norm can cast.
 
     Readers of one norm all pay or each for itself: only together do they share the cast of their input.
     """
@@ -111,7 +113,7 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], 
     return small
 
 
-def refuse_device(recipe: str, device: torch.device) -> None:
+def validate_device(recipe: str, device: torch.device) -> None:
     """Raise UserError for a GPU without float8 units, and for "native" without Triton. A CPU emulates them."""
     if recipe == "off" or device.type != "cuda":
         return
@@ -125,42 +127,42 @@ def refuse_device(recipe: str, device: torch.device) -> None:
         raise UserError('float8.recipe = "native" needs the package triton, which comes with PyTorch for CUDA')
 
 
-def refuse_none(products: Sequence[Product], config: Float8) -> None:
+def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> None:
     """Raise UserError where a recipe would convert nothing in the blocks of a whole model."""
-    blocks = [product for product in products if product.name != "head"]
-    if not blocks or any(product.why_not is None for product in blocks):
+    blocks = [each for each in coverage if each.name != "head"]
+    if not blocks or any(each.why_not is None for each in blocks):
         return
     reasons = "; ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}: {each.why_not}" for each in blocks))
-    small = any(product.why_not == "too small to pay" for product in blocks)
+    small = any(each.why_not == "too small to pay" for each in blocks)
     hint = ', or float8.products = "all" to convert them nevertheless' if small else ""
     raise UserError(
-        f'float8.recipe = "{config.recipe}" would convert none of {len(blocks)} products ({reasons}). Choose other '
-        f"widths{hint}, or set it to off"
+        f'float8.recipe = "{config.recipe}" would convert none of {len(blocks)} linear layers ({reasons}). Choose '
+        f"other widths{hint}, or set it to off"
     )
 
 
-def table(products: Sequence[Product], recipe: str, emulated: bool = False) -> Iterator[str]:
-    """Kinds of products, how many there are of each, and what becomes of them."""
-    inside = sum(product.why_not is None for product in products)
-    how, share = recipe + (", emulated" if emulated else ""), share_of(products, recipe)
-    yield f"float8 ({how}): {inside} of {len(products)} products, {share:.0%} of their operations"
-    kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in products)
+def table(coverage: Sequence[LinearCoverage], recipe: str, emulated: bool = False) -> Iterator[str]:
+    """Kinds of linear layers, how many there are of each, and what becomes of them."""
+    inside = sum(each.why_not is None for each in coverage)
+    how, share = recipe + (", emulated" if emulated else ""), share_of(coverage, recipe)
+    yield f"float8 ({how}): {inside} of {len(coverage)} linear layers, {share:.0%} of their operations"
+    kinds = Counter((each.kind, f"{each.inner} -> {each.out}", each.why_not) for each in coverage)
     for (kind, sides, why_not), count in kinds.items():
         yield f"  {kind:<22} {count:>3} x {sides:<15} {'float8' if why_not is None else f'as it was: {why_not}'}"
 
 
-def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
-    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without products."""
-    if not products:
+def warnings(coverage: Sequence[LinearCoverage], config: Config, rows: int) -> Iterator[str]:
+    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without linear layers."""
+    if not coverage:
         return
-    yield from little_gained(products, config, rows)
+    yield from little_gained(coverage, config, rows)
     recipe = config.float8.recipe
-    inside = {each.name: (each.out, each.inner) for each in products if each.why_not is None}
-    readers = {each.name for each in products if each.reads_norm and config.parallel.tensor == 1}
+    inside = {each.name: (each.out, each.inner) for each in coverage if each.why_not is None}
+    readers = {each.name for each in coverage if each.reads_norm and config.parallel.tensor == 1}
     small = _too_small(inside, readers, recipe)
     if small:
         kinds = ", ".join(
-            dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in products if each.name in small)
+            dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in coverage if each.name in small)
         )
         yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
     if config.float8.output_head and wants_fused_loss(
@@ -169,13 +171,13 @@ def warnings(products: Sequence[Product], config: Config, rows: int) -> Iterator
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
 
 
-def little_gained(products: Sequence[Product], config: Config, rows: int) -> Iterator[str]:
+def little_gained(coverage: Sequence[LinearCoverage], config: Config, rows: int) -> Iterator[str]:
     """Why the recipe as a whole gains little or nothing, on a rank that computes `rows` sequences at a time."""
     recipe = config.float8.recipe
-    share = share_of(products, recipe)
-    if share < _LITTLE * _PRODUCTS[recipe] / 3:
+    share = share_of(coverage, recipe)
+    if share < _LITTLE * _MATMULS[recipe] / 3:
         yield (
-            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of products at these shapes '
+            f'float8.recipe = "{recipe}" takes {share:.0%} of the operations of linear layers at these shapes '
             "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
         )
     if not config.compile.enabled:
@@ -189,8 +191,8 @@ def little_gained(products: Sequence[Product], config: Config, rows: int) -> Ite
         )
 
 
-def share_of(products: Sequence[Product], recipe: str) -> float:
-    """Of the operations of all products, forward and backward, that are in float8."""
-    total = sum(each.out * each.inner for each in products)
-    inside = sum(each.out * each.inner for each in products if each.why_not is None)
-    return inside / total * _PRODUCTS[recipe] / 3 if total else 0.0
+def share_of(coverage: Sequence[LinearCoverage], recipe: str) -> float:
+    """Of the operations of all linear layers, forward and backward, that are in float8."""
+    total = sum(each.out * each.inner for each in coverage)
+    inside = sum(each.out * each.inner for each in coverage if each.why_not is None)
+    return inside / total * _MATMULS[recipe] / 3 if total else 0.0

@@ -1,4 +1,4 @@
-"""float8 training: the products of the blocks in 8 bits, everything else as it was.
+"""float8 training: the matmuls of the blocks in 8 bits, everything else as it was.
 
 By torchao (tensorwise, rowwise, rowwise_with_gw_hp; see torchao.float8.config) or by our own kernels (native.py).
 Weights stay what they were, float32 parameters of the same names and shapes, so checkpoints of runs with and without
@@ -15,7 +15,7 @@ from swamla_titan.config.sections import Float8
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import LinearSpec, spec_of
 from swamla_titan.model.sharding import FULL, Sharding
-from swamla_titan.quantization.coverage import Product, Sides, refuse_device, survey, table, whole_sides
+from swamla_titan.quantization.coverage import LinearCoverage, Sides, survey, table, validate_device, whole_sides
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quiet_torchao import quiet_torchao
 
@@ -70,29 +70,29 @@ def convert_to_float8(
     sides: Sides = whole_sides,
     norms_cast: bool = True,
     gathered: bool = False,
-) -> list[Product]:
-    """Exchange products of the model for float8 ones, in place; nothing if the recipe is "off".
+) -> list[LinearCoverage]:
+    """Exchange linear layers of the model for float8 ones, in place; nothing if the recipe is "off".
 
-    Which, and why not the others, is in what it returns and in the log: see products.py. `sides` are those of the
+    Which, and why not the others, is in what it returns and in the log: see coverage.py. `sides` are those of the
     weights that a rank will have when tensor parallelism has divided them; without it `norms_cast`. `gathered`: FSDP2
     is to gather the weights in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the
-    meta device, before tensor parallelism. On a CPU the products are emulated: quantized and multiplied in float32.
+    meta device, before tensor parallelism. On a CPU the matmuls are emulated: quantized and multiplied in float32.
 
-    Raises UserError as `refuse_device` does. That a stage of a pipeline has nothing to convert is no error; whether the
-    whole model has is for `refuse_none`, before any rank begins.
+    Raises UserError as `validate_device` does. That a stage of a pipeline has nothing to convert is no error; whether
+    the full model has is for `validate_coverage`, before any rank begins.
     """
     if config.recipe == "off":
         return []
-    refuse_device(config.recipe, device)
-    products = survey(model, config, sides, norms_cast)
-    names = {product.name for product in products if product.why_not is None}
+    validate_device(config.recipe, device)
+    coverage = survey(model, config, sides, norms_cast)
+    names = {each.name for each in coverage if each.why_not is None}
     if config.recipe == "native":
         convert_natively(model, names, settings_of(config.gradient_dtype, config.fast_accumulation))
     else:
         _convert_by_torchao(model, names, config.recipe, device, gathered)
-    for line in table(products, config.recipe, emulated=device.type != "cuda"):
+    for line in table(coverage, config.recipe, emulated=device.type != "cuda"):
         logger.info("%s", line)
-    return products
+    return coverage
 
 
 def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device: torch.device, gathered: bool) -> None:

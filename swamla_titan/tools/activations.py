@@ -23,7 +23,7 @@ from swamla_titan.model.branch import Branch
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.model.linear import Linear, Role
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, keeps_operators
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_coverage
 
 BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by the names of their modules
 
@@ -31,7 +31,7 @@ BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by
 EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
 
 
-def kept_numbers(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
+def kept_elements(model: ModelConfig, kind: str, context: int = 1, tensor: int = 1) -> float:
     """Elements that a compiled block of `kind` keeps on a rank for each token of a sequence.
 
     The ranks of `context` shard the tokens, but some kinds gather the keys and values of full sequences. The ranks of
@@ -75,7 +75,7 @@ def has_operators(model: ModelConfig, kind: str, converted: Collection[str]) -> 
     return readers | feed_forward.keys() <= set(converted)
 
 
-def kept_products(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
+def kept_by_operators(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
     """What a branch that is checkpointed by operators (parallel/activation_checkpoint.py) keeps beside its input.
 
     Those are the results of its linear layers but for the recomputed ones, and of attention.
@@ -116,7 +116,7 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, floa
         whole = sum(branches[branch] for branch in region)
         of_region = its_input
         if keeps_operators(settings):
-            of_region += sum(kept_products(model, kind, each, degrees.context, degrees.tensor) for each in region)
+            of_region += sum(kept_by_operators(model, kind, each, degrees.context, degrees.tensor) for each in region)
         again = max(again, whole - of_region)
         kept += of_region - whole
     if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
@@ -130,13 +130,13 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
     """What a residual branch keeps for each token if nothing of it is recomputed, as this run computes it."""
     model, dtype = config.model, config.training.compute_dtype
     elements = kept_by_branch(model, kind, branch, degrees.context, degrees.tensor)
-    products = set[str]()
+    converted = set[str]()
     if config.float8.recipe == "native":
-        products = {each.kind for each in float8_products(config) if each.why_not is None}
-        own = {each for each in products if each.startswith(f"{branch}.")}
+        converted = {each.kind for each in float8_coverage(config) if each.why_not is None}
+        own = {each for each in converted if each.startswith(f"{branch}.")}
         itemsize = getattr(torch, dtype).itemsize
         elements -= native_savings(model, kind, own, itemsize, degrees.tensor) / degrees.context
-    if not config.compile.enabled and not (degrees.tensor == 1 and has_operators(model, kind, products)):
+    if not config.compile.enabled and not (degrees.tensor == 1 and has_operators(model, kind, converted)):
         elements *= EAGER_FACTOR[dtype]
     return elements
 

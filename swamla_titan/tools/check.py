@@ -30,7 +30,7 @@ from swamla_titan.parallel.automatic import (
     may_save_by_float8_moments,
 )
 from swamla_titan.parallel.kernels import attention_choices, choose_kernels
-from swamla_titan.parallel.parallelize import float8_products, validate_float8
+from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.system.console import several_lines
@@ -314,10 +314,10 @@ def _products(config: Config, device: torch.device) -> Finding:
     """What float8 takes, and whether it will pay."""
     config = _resolved(config)
     validate_float8(config, device)
-    products = float8_products(config)
-    text = "\n         ".join(table(products, config.float8.recipe))
+    coverage = float8_coverage(config)
+    text = "\n         ".join(table(coverage, config.float8.recipe))
     sequences = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
-    doubts = "; ".join(warnings(products, config, sequences))
+    doubts = "; ".join(warnings(coverage, config, sequences))
     return Finding("warning" if doubts else "ok", "products", text, doubts)
 
 

@@ -25,7 +25,7 @@ from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.parallelize import float8_products, validate_float8
+from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
 from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.schedules import (
     Order,
@@ -37,7 +37,7 @@ from swamla_titan.parallel.schedules import (
     stages_of_rank,
 )
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
-from swamla_titan.quantization.coverage import Product
+from swamla_titan.quantization.coverage import LinearCoverage
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
 
@@ -87,7 +87,7 @@ class Plan:
     swa_exchange: Traffic | None  # of one SWA layer's forward pass over a micro-batch; None where rows are not shared
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline place
-    products: list[Product]  # by float8.recipe
+    coverage: list[LinearCoverage]  # by float8.recipe
     choices: list[str]  # what "auto" was taken to be
 
     @property
@@ -132,7 +132,7 @@ def plan(config: Config, ranks: int) -> Plan:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
     exchange = swa_exchange(config, degrees, batch.rows)
-    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_products(config), choices)
+    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_coverage(config), choices)
 
 
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:

@@ -103,10 +103,10 @@ def _float8(plan: Plan) -> Iterator[str]:
     if plan.choices:
         yield ""
         yield from plan.choices
-    if plan.products:
+    if plan.coverage:
         yield ""
-        yield from table(plan.products, plan.config.float8.recipe)
-        yield from (f"  warning: {text}" for text in warnings(plan.products, plan.config, plan.batch.rows))
+        yield from table(plan.coverage, plan.config.float8.recipe)
+        yield from (f"  warning: {text}" for text in warnings(plan.coverage, plan.config, plan.batch.rows))
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -5,7 +5,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice
 from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices, is_gpu_with_triton
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_coverage
 
 
 def attention_of(config: Config, world: World) -> str:
@@ -26,7 +26,7 @@ def pointwise_of(config: Config, world: World) -> str | None:
         return None
     if not is_gpu_with_triton(world.device):
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
-    float8 = {each.kind for each in float8_products(config) if each.why_not is None}
+    float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}
     native = config.float8.recipe == "native" and {"feed_forward.gate_up", "feed_forward.down"} <= float8
     swiglu = "SwiGLU with its cast to float8" if native else "SwiGLU by triton"
     words = []

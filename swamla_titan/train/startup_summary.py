@@ -22,7 +22,7 @@ from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.kernels import is_loss_fused
-from swamla_titan.parallel.parallelize import float8_products, gathers_float8
+from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.quantization.coverage import warnings
 from swamla_titan.train.kernels import attention_of, pointwise_of
 from swamla_titan.train.setup import Setup
@@ -127,7 +127,7 @@ def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
         why = why_not_gathered(config) or ["rows that ranks cannot share evenly"]
         logger.info(f"float8: FSDP2 gathers weights in {config.training.compute_dtype}, because of {' and '.join(why)}")
     if world.is_rank_0:
-        for warning in warnings(float8_products(config), config, micro_batch_size):
+        for warning in warnings(float8_coverage(config), config, micro_batch_size):
             logger.warning(warning)
 
 

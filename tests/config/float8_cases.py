@@ -41,7 +41,7 @@ def recipe(run: Runner) -> None:
 def products(run: Runner) -> None:
     nowhere = ("--data.source", "local", "--data.path", "nowhere")  # it is not looked at
     refused = run.refusal(*ONE_CALL, "--float8.recipe", "native", *nowhere)
-    assert "would convert none of 14 products" in refused
+    assert "would convert none of 14 linear layers" in refused
     assert 'float8.products = "all"' in refused
     done = run(*ONE_CALL, "--float8.recipe", "native", *ALL)
     assert "in float8 will cost more than they gain" in (done.folder / "logs/rank-0.log").read_text()

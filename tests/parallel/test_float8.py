@@ -11,7 +11,7 @@ from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
 from swamla_titan.model.linear import Head, Linear
 from swamla_titan.parallel.tensor import sides_on_a_rank
-from swamla_titan.quantization.coverage import refuse_none
+from swamla_titan.quantization.coverage import validate_coverage
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import batch, gradients, small_model
 
@@ -27,7 +27,7 @@ def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: st
     assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 4 + 4 + 6
     assert type(model.head) is Head
     assert model.head.weight is model.embedding.weight
-    assert f"float8 ({recipe}, emulated): 14 of 15 products" in caplog.text
+    assert f"float8 ({recipe}, emulated): 14 of 15 linear layers" in caplog.text
     assert caplog.text.count("as it was") == 1  # the head
 
 
@@ -37,7 +37,7 @@ def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCapture
         convert_to_float8(model, Float8(recipe="rowwise", products="all"), CPU)
     assert type(model.blocks["2"].attention.wkv_a) is Linear
     assert isinstance(model.blocks["2"].attention.wq, Float8Linear)
-    assert "13 of 15 products" in caplog.text
+    assert "13 of 15 linear layers" in caplog.text
     assert "attention.wkv_a          1 x 64 -> 24        as it was: 24 is no multiple of 16" in caplog.text
 
 
@@ -66,8 +66,8 @@ def test_a_recipe_that_converts_nothing_is_refused():
     model = small_model(torch.float32, num_layers=2, dim=72)
     config = Float8(recipe="rowwise", products="all")
     products = convert_to_float8(model, config, CPU)  # which may be a stage of a pipeline
-    with pytest.raises(UserError, match="would convert none of 8 products"):
-        refuse_none(products, config)
+    with pytest.raises(UserError, match="would convert none of 8 linear layers"):
+        validate_coverage(products, config)
 
 
 def test_off_changes_nothing():

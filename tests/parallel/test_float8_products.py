@@ -12,14 +12,14 @@ from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.parallelize import float8_products, validate_float8
+from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
 from swamla_titan.quantization.coverage import gain, table, warnings
 from swamla_titan.quantization.native import NativeLinear
 
 
 def products_of(flavor: str, **float8):
     config = Config(model=FLAVORS[flavor], float8=Float8(**float8))
-    return config, float8_products(config)
+    return config, float8_coverage(config)
 
 
 def converted(flavor: str, **float8) -> set[str]:
@@ -79,7 +79,7 @@ def test_readers_of_one_norm_share_its_cast_or_none_counts_on_it(query_rank, tog
     model = replace(FLAVORS["base"], q_lora_rank=query_rank)
     kinds = {
         each.kind.rpartition(".")[2]: each
-        for each in float8_products(Config(model=model, float8=Float8(recipe="native")))
+        for each in float8_coverage(Config(model=model, float8=Float8(recipe="native")))
     }
     assert {name for name in ("wq", "wq_a", "wkv_a") if name in kinds and kinds[name].why_not is None} == together
 
@@ -95,14 +95,14 @@ def test_what_is_listed_is_what_is_converted(tensor):
     with fake_world(Degrees(tensor=tensor), "fsdp", rank=0) as world:
         [part] = build_parts(config, world)
         found = {name for name, module in part.named_modules() if isinstance(module, NativeLinear)}
-    listed = {each.name for each in float8_products(config) if each.why_not is None}
+    listed = {each.name for each in float8_coverage(config) if each.why_not is None}
     assert found == listed
     assert any(name.endswith("wkv_a") for name in found) == (tensor == 1)
 
 
 def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_casting():
     config, _ = products_of("base", recipe="native")
-    shared = float8_products(replace(config, parallel=replace(config.parallel, tensor=2)))
+    shared = float8_coverage(replace(config, parallel=replace(config.parallel, tensor=2)))
     found = {each.kind for each in shared if each.why_not is None}
     assert "attention.wq" in found
     assert "attention.wkv_a" not in found
@@ -116,7 +116,7 @@ def test_the_head_is_converted_where_it_is_asked_for():
 
 def test_sides_on_a_tensor_parallel_rank_count():
     config, whole = products_of("base", recipe="tensorwise")
-    shared = float8_products(replace(config, parallel=replace(config.parallel, tensor=2)))
+    shared = float8_coverage(replace(config, parallel=replace(config.parallel, tensor=2)))
     assert next(each.out for each in whole if each.kind == "feed_forward.gate_up") == 8192
     assert next(each.out for each in shared if each.kind == "feed_forward.gate_up") == 4096
 
@@ -124,7 +124,7 @@ def test_sides_on_a_tensor_parallel_rank_count():
 def test_the_table_counts_kinds_and_operations():
     _, products = products_of("base", recipe="native")
     lines = list(table(products, "native"))
-    assert lines[0] == "float8 (native): 104 of 113 products, 89% of their operations"
+    assert lines[0] == "float8 (native): 104 of 113 linear layers, 89% of their operations"
     assert "  feed_forward.down       24 x 4096 -> 1536    float8" in lines
     assert "  attention.wkv_b          8 x 256 -> 4096     as it was: too small to pay" in lines
     assert len(lines) == 10
@@ -147,7 +147,7 @@ def test_warnings_come_where_little_is_gained():
     config, products = products_of("base", recipe="native", products="all")
     assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(warnings(products, config, rows=8))
     config = replace(config, training=Training(seq_len=512), float8=Float8(recipe="native"))
-    assert "512 tokens on a rank at a time" in next(warnings(float8_products(config), config, rows=1))
+    assert "512 tokens on a rank at a time" in next(warnings(float8_coverage(config), config, rows=1))
     config, products = products_of("base", recipe="native")
     (eager,) = warnings(products, replace(config, compile=Compile(enabled=False)), rows=8)
     assert eager.startswith("compile.enabled = false")

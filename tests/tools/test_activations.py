@@ -19,7 +19,7 @@ from swamla_titan.tools.activations import (
     EAGER_FACTOR,
     block_bytes,
     has_operators,
-    kept_numbers,
+    kept_elements,
     native_savings,
     recomputed_bytes,
 )
@@ -81,13 +81,13 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_a_compiled_block_keeps(shape, kind):
     measured = kept(SHAPES[shape], kind, torch.bfloat16, "aot_eager_decomp_partition")
-    assert kept_numbers(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
+    assert kept_elements(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_what_a_compiled_block_keeps_in_native_float8(kind):
     measured = kept(SHAPE, kind, torch.bfloat16, "aot_eager_decomp_partition", native=True)
-    expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
+    expected = kept_elements(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
     assert expected == pytest.approx(measured, rel=0.05)
 
 
@@ -99,7 +99,7 @@ def _has(block: torch.nn.Module, name: str) -> bool:
 @pytest.mark.parametrize("dtype", EAGER_FACTOR)
 def test_what_an_eager_block_keeps(dtype, kind):
     measured = kept(SHAPE, kind, getattr(torch, dtype), None)
-    assert kept_numbers(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
+    assert kept_elements(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -109,7 +109,7 @@ def test_what_an_eager_block_keeps_in_native_float8(dtype, kind):
     measured = kept(SHAPE, kind, dtype, None, native=True)
     assert has_operators(SHAPE, kind, NATIVE)
     assert not has_operators(dataclasses.replace(SHAPE, norm="dynamic_tanh"), kind, NATIVE)
-    expected = kept_numbers(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, dtype.itemsize)
+    expected = kept_elements(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, dtype.itemsize)
     assert expected == pytest.approx(measured, rel=0.1)
 
 
@@ -172,7 +172,7 @@ def test_a_memory_budget_lies_between_all_and_the_inputs():
 
 def test_ranks_share_what_they_share():
     for kind in BLOCKS:
-        whole = kept_numbers(SHAPE, kind)
-        assert whole / 4 < kept_numbers(SHAPE, kind, tensor=4) < whole / 1.5
-        assert whole / 4 <= kept_numbers(SHAPE, kind, context=4) < whole
-    assert kept_numbers(SHAPE, "swa", context=4) == kept_numbers(SHAPE, "swa") / 4
+        whole = kept_elements(SHAPE, kind)
+        assert whole / 4 < kept_elements(SHAPE, kind, tensor=4) < whole / 1.5
+        assert whole / 4 <= kept_elements(SHAPE, kind, context=4) < whole
+    assert kept_elements(SHAPE, "swa", context=4) == kept_elements(SHAPE, "swa") / 4

@@ -218,10 +218,10 @@ def test_float8_that_is_asked_for_is_told_and_what_converts_nothing_is_a_failure
     code, lines = report(str(tiny), "--float8.recipe", "native")
     assert code == 2
     assert lines["products"].startswith("failure  products")
-    assert "would convert none of 14 products" in lines["products"]
+    assert "would convert none of 14 linear layers" in lines["products"]
     code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
     assert code == 0
-    assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 products")
+    assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 linear layers")
 
 
 def _transposed_wrongly(real, quantized, rows, columns):

@@ -468,7 +468,7 @@ def test_recomputing_branches_apart_is_in_the_estimate_and_in_the_report(capsys)
 def test_float8_is_told_with_what_it_leaves_and_a_warning_where_it_will_not_pay(tiny, capsys):
     assert main(["plan", str(tiny), "--float8.recipe", "native", "--float8.products", "all"]) == 0
     said = capsys.readouterr().out
-    assert "float8 (native): 14 of 15 products" in said
+    assert "float8 (native): 14 of 15 linear layers" in said
     assert "attention.wqkv           2 x 64 -> 192       float8\n" in said
     assert "head                     1 x 64 -> 384       as it was: float8.output_head = false\n" in said
     assert "warning: attention.wqkv 64 -> 192" in said

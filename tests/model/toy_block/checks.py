@@ -13,6 +13,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
@@ -22,11 +23,11 @@ from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.parallel.parallelize import float8_products
+from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeRMSNorm
 from swamla_titan.tools import check
-from swamla_titan.tools.activations import block_bytes, kept_numbers, recomputed_operations
+from swamla_titan.tools.activations import block_bytes, kept_elements, recomputed_operations
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.ranks import on_ranks
@@ -158,7 +159,7 @@ def test_flops_memory_and_the_cut_of_a_pipeline_count_it():
     costs = stage_costs(HYBRID, 24, 2)
     assert sum(cost.operations for cost in costs) > training_flops(HYBRID, 24)
     planned = plan(replace(CONFIG, parallel=Parallel(tensor=2)), 2)
-    kept = 1.3 * kept_numbers(HYBRID, "toy", 1, 2) * 24 * 4  # eager blocks keep more
+    kept = 1.3 * kept_elements(HYBRID, "toy", 1, 2) * 24 * 4  # eager blocks keep more
     assert block_bytes(planned.config, planned.degrees, [TOY]) == round(kept)
     shapes = {name: shape for name, shape in planned.worst.shapes.items() if f".{TOY}.attention." in name}
     names = {name.rpartition("attention.")[2] for name in shapes}
@@ -176,10 +177,15 @@ def test_optimizers_and_float8_know_its_weights():
     assert column_units(made)[attention.wo.weight] == 32
     assert any("attention.wgv" in row.names for row in group_table(HYBRID, CONFIG.optimizer) if row.kind.rule == "muon")
     float8 = Float8(recipe="native", products="all")
-    converted = {each.name for each in float8_products(replace(CONFIG, float8=float8)) if each.why_not is None}
+    converted = {each.name for each in float8_coverage(replace(CONFIG, float8=float8)) if each.why_not is None}
     assert {f"blocks.{TOY}.attention.{name}" for name in ("wgv", "wo")} <= converted
     convert_to_float8(made, float8, CPU)
     assert isinstance(made.blocks[str(TOY)].attention_norm, NativeRMSNorm)
+
+
+def test_what_it_cannot_do_is_refused():
+    with pytest.raises(UserError, match="toy blocks cannot share sequences"):
+        plan(replace(CONFIG, parallel=Parallel(context=2)), 2)
 
 
 def test_check_tries_it():
