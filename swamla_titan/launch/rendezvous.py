@@ -132,7 +132,8 @@ def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.S
             time.sleep(POLL_INTERVAL)
 
     timeout = timedelta(seconds=WORKER_CONNECT_TIMEOUT)
-    if here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if here.rank == 0 and not is_shared:
         store = _host_store(address, port, timeout)
     else:
         wait(f"rank 0 at {where}", lambda: answers(address, port, 2.0))
@@ -140,8 +141,10 @@ def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.S
             store = TCPStore(address, port, wait_for_workers=False, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise RankFailed(f"rank {here.rank} found no store of this run at {where}: {error}") from None
-    # torchrun may use one store for all its starts; then this counts too many, and missing ranks are waited for later.
-    connected = f"swamla-titan/came/{os.environ.get(RESTART_COUNT)}/{here.size}"
+    # Each agent counts its own restarts, so they are no part of the key unless torchrun shares one store among all starts
+    # (not under run_train.sh). That may then count too many, and missing ranks are waited for later.
+    start = f"{os.environ.get(RESTART_COUNT)}/" if is_shared else ""
+    connected = f"swamla-titan/came/{start}{here.size}"
     store.add(connected, 1)
     wait(f"all of {here.size} ranks at {where}", lambda: store.add(connected, 0) >= here.size)
     return store

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -151,6 +153,21 @@ def test_ranks_that_do_not_come_are_not_waited_for_long_and_named(
         rendezvous.connect_workers(RankInfo(rank=rank, size=2), lambda: None)
     assert f"waiting for {what}" in caplog.text
     assert f"unset {RESTART_COUNT}" in caplog.text
+
+
+@pytest.mark.usefixtures("port")
+def test_ranks_connect_whose_agents_have_restarted_them_unequally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine joined after a crash: torchrun counts each machine's restarts by themselves."""
+    waits = threading.Event()
+    monkeypatch.setattr(rendezvous, "WORKER_CONNECT_TIMEOUT", HANG)
+    monkeypatch.setenv(RESTART_COUNT, "1")
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(rendezvous.connect_workers, RankInfo(rank=0, size=2), waits.set)
+        assert waits.wait(HANG)
+        monkeypatch.setenv(RESTART_COUNT, "0")
+        second = rendezvous.connect_workers(RankInfo(rank=1, size=2), lambda: None)
+        first.result(HANG).set("key", "value")
+        assert second.get("key") == b"value"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
