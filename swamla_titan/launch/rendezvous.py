@@ -141,8 +141,8 @@ def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.S
             store = TCPStore(address, port, wait_for_workers=False, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise RankFailed(f"rank {here.rank} found no store of this run at {where}: {error}") from None
-    # Each agent counts its own restarts, so they are no part of the key unless torchrun shares one store among all starts
-    # (not under run_train.sh). That may then count too many, and missing ranks are waited for later.
+    # Each agent counts its own restarts, so they are no part of the key, unless torchrun shares one store among all its
+    # starts (not under run_train.sh). That may then count too many, and missing ranks are waited for later.
     start = f"{os.environ.get(RESTART_COUNT)}/" if is_shared else ""
     connected = f"swamla-titan/came/{start}{here.size}"
     store.add(connected, 1)
