@@ -266,13 +266,13 @@ def _run(command: object, overrides: list[Override]) -> int:
 
             generate_from_checkpoint(**vars(command))
         case ConfigList():
-            from swamla_titan.tools.configs import list_configs
+            from swamla_titan.config.shipped import list_configs
 
             list_configs()
         case ConfigShow(config=name):
             print(to_toml(load(name), comments=True))
         case ConfigCopy(config=name, destination=destination):
-            from swamla_titan.tools.configs import copy_config
+            from swamla_titan.config.shipped import copy_config
 
             copy_config(name, destination)
     for line in warnings if logs_to_console() else ():  # last: a command that is refused says one thing

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from swamla_titan.data.background import Background
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.packing import document_ids, initial_cursor, is_cursor
 from swamla_titan.data.skips import Skip, skips_of, with_skips
-from swamla_titan.data.worker import CURSORS, Portion, StepDataset, settle_worker
+from swamla_titan.data.worker import CURSORS, Background, Portion, StepDataset, settle_worker
 from swamla_titan.errors import Damaged, RunFailed, UserError
 from swamla_titan.system.machine import needed
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import free_gathered_weights, local, zeros_sharded_like
 from swamla_titan.optim.groups import named
-from swamla_titan.optim.pointwise import pointwise, put
+from swamla_titan.optim.updates import pointwise, put
 
 
 class AveragedWeights:

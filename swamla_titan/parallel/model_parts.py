@@ -15,11 +15,10 @@ from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weigh
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import gradient_norm
-from swamla_titan.parallel.data_parallel import reduce_after_this_backward
+from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
 from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from swamla_titan.quantization.native import cast_weights, forget_casts
 
 

@@ -1,1 +1,1 @@
-"""Commands around a run: check, generate, configurations."""
+"""Commands around a run: plan, check, dry run, generate."""

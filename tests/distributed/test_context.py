@@ -17,8 +17,15 @@ from swamla_titan.launch.worker import launched_size
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext
-from swamla_titan.parallel.context import _mask, apply_context_parallel, swa_intervals
-from swamla_titan.parallel.sequence_exchange import all_gather_sequence, exchange_windows, local_chunks, sink_sources
+from swamla_titan.parallel.context import (
+    _mask,
+    all_gather_sequence,
+    apply_context_parallel,
+    exchange_windows,
+    local_chunks,
+    sink_sources,
+    swa_intervals,
+)
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.model.tiny import TINY

@@ -17,8 +17,8 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, clip_gradients
+from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.parallel.replicated_grads import all_reduce_replicated_grads
 from tests.distributed.ranks import on_ranks
 
 T = 32

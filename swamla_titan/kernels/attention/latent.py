@@ -152,7 +152,7 @@ def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:
 def _make_heads(
     query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, rotated: Tensor, key: Tensor
 ) -> None:
-    from swamla_titan.kernels.attention import latent_triton as kernels
+    from swamla_titan.kernels.attention import rotary_triton as kernels
 
     tokens, sizes = _sizes(query, keys_values, cos, sin)
     if rope_key.stride(-1) != 1 or rope_key.stride(0) != rope_key.shape[1] * rope_key.stride(1):
@@ -173,7 +173,7 @@ def _gradients_of_heads(
     grad_keys_values: Tensor,
     grad_rope_key: Tensor,
 ) -> None:
-    from swamla_titan.kernels.attention import latent_triton as kernels
+    from swamla_titan.kernels.attention import rotary_triton as kernels
 
     tokens, sizes = _sizes(grad_query, grad_keys_values, cos, sin)
     kernels.gradients_of_heads[(tokens,)](

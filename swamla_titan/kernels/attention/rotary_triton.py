@@ -1,4 +1,4 @@
-"""Triton kernel that rotates queries and keys on their way out of the tensor they come in with the values, and back."""
+"""Triton kernels that rotate queries and keys on their way from linear layers to attention, and back."""
 
 import triton
 import triton.language as tl
@@ -44,3 +44,97 @@ def rotate_heads(
     kind = together_ptr.dtype.element_ty
     tl.store(to, (first * cos - second * sin).to(kind), mask=mask)
     tl.store(to + HALF, (second * cos + first * sin).to(kind), mask=mask)
+
+
+@triton.jit
+def make_heads(
+    query_ptr, keys_values_ptr, rope_key_ptr, cos_ptr, sin_ptr, to_query_ptr, to_key_ptr,
+    rope_key_stride, angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """Rotated queries and keys of one token, [HEADS, NOPE + 2 HALF].
+
+    From query [HEADS, NOPE + 2 HALF], keys_values [HEADS, NOPE + VALUE] and the rotary key [2 HALF] of all heads,
+    whose tokens are `rope_key_stride` apart. cos and sin [angles, HALF]: token t has row t % angles.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, PADDED_HALF)
+    in_half = half < HALF
+    cos = tl.load(cos_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    rope_key_ptr += token * rope_key_stride + half
+    shared_first = tl.load(rope_key_ptr, mask=in_half, other=0.0).to(tl.float32)
+    shared_second = tl.load(rope_key_ptr + HALF, mask=in_half, other=0.0).to(tl.float32)
+    kind = to_key_ptr.dtype.element_ty
+    key_first = (shared_first * cos - shared_second * sin).to(kind)
+    key_second = (shared_second * cos + shared_first * sin).to(kind)
+
+    nope = tl.arange(0, PADDED_NOPE)[None, :]
+    query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    to_query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    to_key_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    keys_values_ptr += token * (HEADS * (NOPE + VALUE))
+    for start in range(0, HEADS, TILE):
+        head = start + tl.arange(0, TILE)[:, None]
+        in_nope = (head < HEADS) & (nope < NOPE)
+        in_rope = (head < HEADS) & in_half[None, :]
+        at = head * (NOPE + 2 * HALF) + nope
+        tl.store(to_query_ptr + at, tl.load(query_ptr + at, mask=in_nope), mask=in_nope)
+        key = tl.load(keys_values_ptr + head * (NOPE + VALUE) + nope, mask=in_nope)
+        tl.store(to_key_ptr + at, key, mask=in_nope)
+
+        rope = head * (NOPE + 2 * HALF) + NOPE + half[None, :]
+        first = tl.load(query_ptr + rope, mask=in_rope, other=0.0).to(tl.float32)
+        second = tl.load(query_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32)
+        tl.store(to_query_ptr + rope, (first * cos - second * sin).to(kind), mask=in_rope)
+        tl.store(to_query_ptr + rope + HALF, (second * cos + first * sin).to(kind), mask=in_rope)
+        tl.store(to_key_ptr + rope, tl.broadcast_to(key_first[None, :], (TILE, PADDED_HALF)), mask=in_rope)
+        tl.store(to_key_ptr + rope + HALF, tl.broadcast_to(key_second[None, :], (TILE, PADDED_HALF)), mask=in_rope)
+
+
+@triton.jit
+def gradients_of_heads(
+    grad_query_ptr, grad_key_ptr, grad_value_ptr, cos_ptr, sin_ptr, grad_keys_values_ptr, grad_rope_key_ptr,
+    angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr, PADDED_VALUE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one token from those of its queries and keys [HEADS, NOPE + 2 HALF], values [HEADS, VALUE].
+
+    That of the query is rotated back where it lies; those of keys and values go into [HEADS, NOPE + VALUE], and the
+    rotary key's [2 HALF] is the sum over heads, added up in float32.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, PADDED_HALF)
+    in_half = half < HALF
+    cos = tl.load(cos_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    kind = grad_keys_values_ptr.dtype.element_ty
+
+    nope = tl.arange(0, PADDED_NOPE)[None, :]
+    column = tl.arange(0, PADDED_VALUE)[None, :]
+    grad_query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    grad_key_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    grad_value_ptr += token * (HEADS * VALUE)
+    grad_keys_values_ptr += token * (HEADS * (NOPE + VALUE))
+    sum_first = tl.zeros((PADDED_HALF,), tl.float32)
+    sum_second = tl.zeros((PADDED_HALF,), tl.float32)
+    for start in range(0, HEADS, TILE):
+        head = start + tl.arange(0, TILE)[:, None]
+        in_nope = (head < HEADS) & (nope < NOPE)
+        in_rope = (head < HEADS) & in_half[None, :]
+        in_value = (head < HEADS) & (column < VALUE)
+        grad_key = tl.load(grad_key_ptr + head * (NOPE + 2 * HALF) + nope, mask=in_nope)
+        tl.store(grad_keys_values_ptr + head * (NOPE + VALUE) + nope, grad_key, mask=in_nope)
+        grad_value = tl.load(grad_value_ptr + head * VALUE + column, mask=in_value)
+        tl.store(grad_keys_values_ptr + head * (NOPE + VALUE) + NOPE + column, grad_value, mask=in_value)
+
+        rope = head * (NOPE + 2 * HALF) + NOPE + half[None, :]
+        sum_first += tl.sum(tl.load(grad_key_ptr + rope, mask=in_rope, other=0.0).to(tl.float32), axis=0)
+        sum_second += tl.sum(tl.load(grad_key_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32), axis=0)
+        first = tl.load(grad_query_ptr + rope, mask=in_rope, other=0.0).to(tl.float32)
+        second = tl.load(grad_query_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32)
+        tl.store(grad_query_ptr + rope, (first * cos + second * sin).to(kind), mask=in_rope)
+        tl.store(grad_query_ptr + rope + HALF, (second * cos - first * sin).to(kind), mask=in_rope)
+    grad_rope_key_ptr += token * (2 * HALF) + half
+    tl.store(grad_rope_key_ptr, (sum_first * cos + sum_second * sin).to(kind), mask=in_half)
+    tl.store(grad_rope_key_ptr + HALF, (sum_second * cos - sum_first * sin).to(kind), mask=in_half)
