@@ -79,9 +79,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self.sharding.output(self.product(self.sharding.input(x), self.sharding.parameter(self.weight)))
+        return self.sharding.output(self.matmul(self.sharding.input(x), self.sharding.parameter(self.weight)))
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T with the weight, or the shard of it, that is given."""
         return F.linear(x, weight.to(x.dtype))
 

@@ -53,9 +53,9 @@ class Float8MasterLinear(Float8Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in input's dtype."""
-        return self.sharding.output(self.product(self.sharding.input(input), self.sharding.parameter(self.weight)))
+        return self.sharding.output(self.matmul(self.sharding.input(input), self.sharding.parameter(self.weight)))
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """As in model/linear.py."""
         if not isinstance(weight, Float8TrainingTensor):
             weight = weight.to(x.dtype)

@@ -50,7 +50,7 @@ class NativeLinear(Linear):
         native.settings, native.keeps_columns, native.cast = settings, True, None
         return native
 
-    def product(self, x: Tensor | Operand, weight: Tensor) -> Tensor:
+    def matmul(self, x: Tensor | Operand, weight: Tensor) -> Tensor:
         """As in model/linear.py."""
         return product(*self._operands(x, weight), self.settings)
 
@@ -76,7 +76,7 @@ class NativeGateUp(NativeLinear):
 
     group: int
 
-    def product(self, x: Tensor | Operand, weight: Tensor) -> Operand:  # type: ignore[override]
+    def matmul(self, x: Tensor | Operand, weight: Tensor) -> Operand:  # type: ignore[override]
         """As in model/linear.py."""
         return gate_up_product(*self._operands(x, weight), self.group, self.settings)
 

@@ -156,7 +156,7 @@ def _copied(module: nn.Module | None, config: Config, width: int, of_float8: int
     """Bytes of copies of a module's weights, `width` of a number, but `of_float8` of one of a converted product."""
     total = 0
     for each in module.modules() if module is not None else ():
-        is_float8 = getattr(type(each), "product", Linear.product) is not Linear.product
+        is_float8 = getattr(type(each), "matmul", Linear.matmul) is not Linear.matmul
         for weight in each.parameters(recurse=False):
             if not stays_replicated(weight, config.parallel):
                 of_each = of_float8 if is_float8 and of_float8 is not None else width

@@ -74,7 +74,7 @@ def test_a_product_is_near_torchaos():
         convert_to_float8(model, replace(NATIVE, recipe=recipe), CPU)
         linear = model.blocks["0"].attention.wo
         x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-        results.append(passes(lambda x, w, linear=linear: linear.product(x, w), x, plain.weight.detach()))
+        results.append(passes(lambda x, w, linear=linear: linear.matmul(x, w), x, plain.weight.detach()))
     assert all(error(ours, theirs) < 0.1 for ours, theirs in zip(*results))
 
 
