@@ -130,7 +130,7 @@ class SWAMLAModel(nn.Module):
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
     ) -> SequenceContext:
-        """Make what the blocks share in a forward pass over sequences of `seq_len` tokens, on `device` (None: the weights')."""
+        """Make what the blocks share in a forward pass over `seq_len` tokens, on `device` (None: the weights')."""
         device = device or self.device
         return self.sequences.context(
             self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend
