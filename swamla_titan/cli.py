@@ -4,15 +4,18 @@ import contextlib
 import errno
 import io
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import Positional, subcommand
 
-from swamla_titan.config import Config, Override, find_config, load_config, split_overrides, to_toml
+from swamla_titan.config import Config, Override, find_config, load_config, shipped_configs, split_overrides, to_toml
+from swamla_titan.config.shipped import checkout
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.launch.worker import logs_to_console, report_bad_input
 from swamla_titan.system.console import lost_output, one_line, open_console, several_lines
@@ -266,15 +269,38 @@ def _run(command: object, overrides: list[Override]) -> int:
 
             generate_from_checkpoint(**vars(command))
         case ConfigList():
-            from swamla_titan.config.shipped import list_configs
-
-            list_configs()
+            _list_configs()
         case ConfigShow(config=name):
             print(to_toml(load(name), comments=True))
         case ConfigCopy(config=name, destination=destination):
-            from swamla_titan.config.shipped import copy_config
-
-            copy_config(name, destination)
+            _copy_config(name, destination)
     for line in warnings if logs_to_console() else ():  # last: a command that is refused says one thing
         print(f"warning: {one_line(line)}", file=sys.stderr)
     return EXIT_DONE
+
+
+def _list_configs() -> None:
+    """Print each shipped configuration with its first comment line, and the flavors with their parameter counts."""
+    from swamla_titan.model.sizes import flavor_table
+
+    print("Configurations (use a name or a path):")
+    for name, path in shipped_configs().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").removeprefix(f" {name}:").strip()
+        print(f"  {name:<16} {first}")
+    print("\nModel flavors (parameters with the GPT-2 vocabulary, `debug` with bytes):")
+    print("\n".join(flavor_table()))
+
+
+def _copy_config(name: str, destination: str) -> None:
+    """Copy a configuration; raises UserError if the destination exists or cannot be written."""
+    source, target = find_config(name), Path(destination)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; choose another name or remove it")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    command = "./run_train.sh" if checkout() else "swamla-titan train"
+    print(one_line(f"{target} written; train with: {command} {target}"))

@@ -38,6 +38,10 @@ class Damaged(UserError):
     """A checkpoint is not what this program wrote. The message says what of it; an older one may do."""
 
 
+class UnknownGroup(UserError):
+    """A checkpoint holds tensors that this version of the program does not know. No older one may take its place."""
+
+
 class RunFailed(Message):
     """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1.
 

@@ -46,7 +46,7 @@ from swamla_titan.config import Config, load_config
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.errors import Damaged, RunFailed, UserError
+from swamla_titan.errors import Damaged, RunFailed, UnknownGroup, UserError
 from swamla_titan.system.machine import limit_of_files
 
 Result = TypeVar("Result")
@@ -201,10 +201,10 @@ class Checkpoints:
         All ranks call it; the others are skipped with a warning.
         """
         for path in paths:
-            if problem := self._problem(path):
-                self._skip(path, problem)
-                continue
             try:
+                if problem := self._problem(path):
+                    self._skip(path, problem)
+                    continue
                 load(path)
                 return path
             except UserError as error:
@@ -212,10 +212,12 @@ class Checkpoints:
         return None
 
     def _problem(self, path: Path, usable: Callable[[Path], object] = lambda path: None) -> str | None:
-        """What is wrong with a checkpoint; all ranks share the reading."""
+        """What is wrong with a checkpoint; all ranks share the reading. Raises UnknownGroup: it is not damaged."""
         try:
             require_intact(path, self.world, self._known)
             broadcast_from_rank_0(self.world, lambda: (usable(path), None)[1])
+        except UnknownGroup:
+            raise
         except UserError as error:
             problem = "; ".join(str(line).strip() for line in error.args)
             return problem if len(problem) < _LONGEST else problem[:_LONGEST] + "..."

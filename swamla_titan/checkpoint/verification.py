@@ -21,7 +21,7 @@ from swamla_titan.checkpoint.train_state import TrainState, read_data_record, re
 from swamla_titan.config import Config, load_config
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
-from swamla_titan.errors import Damaged, UserError
+from swamla_titan.errors import Damaged, UnknownGroup, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.system.bounded import fit, read_regular
@@ -120,12 +120,15 @@ def _expected(config: Config) -> dict[str, torch.Tensor]:
 
 
 def _require_states(path: Path, index: metadata.Metadata, step: int, known: Declared) -> None:
-    """Raise Damaged for a group that is not `known`, and for one of which its class finds the content invalid."""
+    """Raise UnknownGroup for a group that is not `known`, and Damaged where its class finds the content invalid."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, entry in index.state_dict_metadata.items():
         group, _, rest = name.partition(".")
         if group not in known:
-            raise Damaged(f"{name[:200]} is of no group of tensors that this version of the program knows")
+            raise UnknownGroup(
+                f"{path}: {name[:200]} is of no group of tensors that this version of the program knows. A newer "
+                "version wrote it: use that one, or move the checkpoint away to continue from the one before"
+            )
         if issubclass(known[group], Learned) or not isinstance(entry, metadata.TensorStorageMetadata):
             continue
         if math.prod(entry.size) > _MOST_STATE:

@@ -41,7 +41,7 @@ class World:
         """Rank 0 of ranks that do not exist: for what follows from the degrees, without communication."""
         return replace(cls.alone(), degrees=degrees)
 
-    def with_group_of_its_own(self) -> "World":
+    def with_new_host_group(self) -> "World":
         """The same world with another host group, for a thread that communicates while others do. Collective."""
         return self if self.size == 1 else replace(self, host_group=dist.new_group(backend="gloo"))
 
@@ -61,7 +61,7 @@ class World:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this is the rank that writes what there is one of."""
+        """Whether this rank writes the files that all ranks share."""
         return self.rank == 0
 
     def all_reduce_loss(self, values: Tensor) -> Tensor:

@@ -36,9 +36,15 @@ A worker's states. Beside each arrow stands its cause; brackets hold what the wo
               |---------- crash ---------------------------------------------->  [no N.code]       exit 1
               |           the agent restarts all workers, at most MAX_RESTARTS times
               |
+              |---------- bad input that this rank alone finds --------------->  [N.code = 2]      exit 1
+              |           (`report_bad_input`); the agent restarts nobody, because the input stays bad
+              |
               |---------- torchrun.sh has ended -------------> kills the agent   [no N.code]       exit 1
 
 With several machines a signal that arrives while STARTING is remembered, and all ranks stop together once they are
-connected, because the others would wait for this one. When the agent has ended, torchrun.sh exits with 2 if any N.code
-is 2, else with 75 if any is 75, else with 0 if all are 0, else with 1.
+connected, because the others would wait for this one. Bad input and crashes end a worker that is STARTING likewise.
+
+When the agent has ended, torchrun.sh exits with the first of these that holds: 128 + the signal's number after a second
+signal; 2 if any N.code is 2; 75 if a signal came before any worker had started; if the agent exited with 0 or every
+worker left 0 or 75, 75 if one is 75 and else 0; 1.
 """

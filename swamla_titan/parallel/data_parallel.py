@@ -209,8 +209,9 @@ def all_reduce_replicated_grads(parameters: Iterable[nn.Parameter], world: World
     over tensor-parallel ranks alone, which hold the same shard of them.
 
     In place, in the gradients' own dtype, one message per dtype and group of ranks: all ranks of this pipeline stage,
-    or those of its tensor-parallel group. Skips what FSDP2 or DDP has summed and tensor parallelism has sharded, and
-    parameters without a gradient. Collective over the ranks of a pipeline stage, with the same parameters on each.
+    or those along each dimension that is left to sum, as tensor parallelism's beside FSDP2. Skips what FSDP2 or DDP has
+    summed and tensor parallelism has sharded, and parameters without a gradient. Collective over the ranks of a
+    pipeline stage, with the same parameters on each.
     """
     if world.weights is None:
         return
@@ -225,8 +226,8 @@ def all_reduce_replicated_grads(parameters: Iterable[nn.Parameter], world: World
             if over:
                 messages[over, gradient.dtype].append(gradient)
     for (over, _), gradients in messages.items():
-        assert over in (wide, ("tensor",)), f"no plan leaves a gradient to be summed over {over} alone"
-        _sum(gradients, world.stage_group if over == wide else world.weights.get_group("tensor"))
+        for group in [world.stage_group] if over == wide else map(world.weights.get_group, over):
+            _sum(gradients, group)
 
 
 def _dimensions_to_sum(parameter: nn.Parameter) -> set[str]:

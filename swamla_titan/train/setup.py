@@ -1,6 +1,7 @@
 """What a run is made of, resolved once, before its model is built and before anything is written.
 
-All that can be refused without the model is refused here, in the order of `set_up`. Its phases also stand alone:
+What the configuration, this machine, the data and the checkpoint make impossible is refused here, in the order of
+`set_up`; the dump folder and W&B are the trainer's. The phases also stand alone:
 
     set_up_machine  precision and determinism, and whether this device and these ranks can compute what is configured
     set_up_inputs   the checkpoint to resume from, the data as it recorded them, "auto", the micro-batch, validation
@@ -125,7 +126,7 @@ def set_up_inputs(
     checkpoints = Checkpoints(
         Path(config.job.dump_folder) / "checkpoints",
         config.checkpoint.keep_latest,
-        world.with_group_of_its_own(),
+        world.with_new_host_group(),
         config.checkpoint.keep_every,
         damaged,
         GROUPS,

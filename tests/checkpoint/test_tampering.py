@@ -509,10 +509,15 @@ def test_states_that_no_run_has_are_damage(two, caplog, case):
 
 
 @pytest.mark.parametrize("name", ["table.of.something", "nothing"])
-def test_a_group_that_nobody_declares_is_refused_and_named(two, caplog, name):
-    """Nobody would check it, and a run that continued would silently lose it."""
+def test_a_group_that_nobody_declares_is_refused_and_named(saved, two, capsys, name):
+    """Nobody would check it. A run from the checkpoint before would lose it, and write another one in its place."""
     put(checkpoint(two, 4), **{name: torch.zeros(3)})
-    assert f"{name} is of no group of tensors that this version of the program knows" in passed_over(two, caplog)
+    settings = (str(saved / "tiny.toml"), *FAST, "--job.dump_folder", str(two), "--training.steps", "6")
+    assert main(["train", *settings]) == 2
+    assert f"{name} is of no group of tensors that this version of the program knows" in capsys.readouterr().err
+    assert main(["generate", str(two), "--max-new-tokens", "1"]) == 2
+    assert f"{name} is of no group of tensors" in capsys.readouterr().err
+    assert name in tensors(checkpoint(two, 4))
 
 
 class Unchecked(StateGroup):

@@ -308,13 +308,14 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: st
 def test_on_gpus_float8_trains_as_on_one(recipe: str, tolerance: float, plan: dict[str, Any], tmp_path: Path):
     """Every rank has the same sequences. Under tensor parallelism the shards of a weight have scales of their own.
 
-    After the first step three times as far: AdamW's first steps move a weight by its gradient's sign, so that a
-    gradient whose rounding changes the sign moves it the other way.
+    Native float8 there is compared three times as widely after the first step: AdamW's first steps move a weight by its
+    gradient's sign, so that a gradient whose rounding changes the sign moves it the other way.
     """
+    later = 3 * tolerance if recipe == "native" and "tensor" in plan else tolerance
     [expected] = on_ranks(1, _trained_on_gpus, recipe, Parallel(), str(tmp_path))
     for found in on_ranks(2, _trained_on_gpus, recipe, Parallel(**plan), str(tmp_path)):
         assert found[:2] == pytest.approx(expected[:2], rel=tolerance)
-        assert found[2:] == pytest.approx(expected[2:], rel=3 * tolerance)
+        assert found[2:] == pytest.approx(expected[2:], rel=later)
 
 
 @pytest.mark.gpu

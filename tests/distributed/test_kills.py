@@ -71,7 +71,11 @@ def kill_ranks(job: Job, moments: list[str], draw: random.Random, enough: int | 
 
 @pytest.mark.parametrize(
     "processes, moments",
-    [pytest.param(1, ["first_step", "saving", "starting"], marks=pytest.mark.slow), (2, ["saving"] * 2)],
+    [
+        pytest.param(1, ["first_step", "saving", "starting"], marks=pytest.mark.slow),
+        (2, ["saving"] * 2),
+        pytest.param(2, ["saving"] * 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_few_kills_around_a_save_leave_no_trace(
     tmp_path: Path, config: Path, temporary: Path, processes: int, moments: list[str]

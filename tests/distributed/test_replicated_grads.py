@@ -7,19 +7,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Parallel, Training
 from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.dtensor import copy_from_full, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, clip_gradients
+from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads
 from swamla_titan.parallel.model_parts import ParallelModel
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import init_gloo, on_ranks
 
 T = 32
 ROWS = 12  # of a global batch; 2, 3 and 4 ranks divide them
@@ -208,3 +211,26 @@ def test_a_plan_computes_what_one_process_does_and_each_rank_keeps_norms_in_floa
     with torch.device("meta"):
         of_all = {name for name, weight in SWAMLAModel(shape_of(plan)).named_parameters() if weight.ndim < 2}
     assert norms.keys() == of_all
+
+
+def _summed_over_a_further_dimension() -> list[list[float]]:
+    """Gradients of a norm, and of a matrix that FSDP2 would shard, where ranks along "expert" hold summands too."""
+    init_gloo()
+    rank = dist.get_rank()
+    names = ("pipeline", "replicate", "shard", "expert", "tensor")
+    weights = init_device_mesh("cpu", (1, 1, 2, 2, 1), mesh_dim_names=names)
+    world = World(rank, 4, torch.device("cpu"), Degrees(), weights=weights, stage_group=dist.group.WORLD)
+    norm = torch.nn.Parameter(torch.zeros(1))
+    mesh = weights["shard"]
+    matrix = torch.nn.Parameter(DTensor.from_local(torch.zeros(1, 1), mesh, [Shard(0)], run_check=False))
+    norm.grad = torch.tensor([10.0**rank])
+    matrix.grad = DTensor.from_local(torch.tensor([[10.0**rank]]), mesh, [Shard(0)], run_check=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_parallel, "GRADIENT_DIMENSIONS", frozenset({"replicate", "shard", "expert", "tensor"}))
+        all_reduce_replicated_grads([norm, matrix], world)
+    return [norm.grad.tolist(), local(matrix.grad).flatten().tolist()]
+
+
+def test_a_further_dimension_is_summed_over_its_own_group():
+    found = on_ranks(4, _summed_over_a_further_dimension)
+    assert found == [[[1111.0], [sum]] for sum in (11.0, 11.0, 1100.0, 1100.0)]

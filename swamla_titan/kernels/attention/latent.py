@@ -33,7 +33,7 @@ def latent_attention(
     query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, rope_key [B, T, rope], a head's part
     without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
     [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
-    KERNELS (causal.py), for sequences of one document; `starts` and `ends` are document_attention.py's, which
+    KERNELS (causal.py), for sequences of one document; `starts` and `ends` are document.py's, which
     computes the others -> [B, T, H, v] in query's dtype. Sequences of one token, which cuDNN does not take, are
     computed by "plain".
     """

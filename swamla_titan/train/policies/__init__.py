@@ -5,7 +5,11 @@ The trainer calls the hooks of its policies in the order of one list, `Trainer.p
 
 
 class Policy:
-    """The hooks that the trainer calls. A policy overrides those that it needs; all ranks have the same policies."""
+    """The hooks that the trainer calls. A policy overrides those that it needs.
+
+    All ranks have the same policies but for the metrics logger, which rank 0 has; so only hooks of the others may
+    communicate.
+    """
 
     def before_step(self, step: int) -> None:
         """The batch of `step` (from 1) is about to be taken from the loader."""
