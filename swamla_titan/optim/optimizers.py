@@ -98,6 +98,6 @@ def skip_where(optimizer: GroupedOptimizer, bad: Tensor | None) -> None:
 
     Weights, moments, step counts and weight decay all stay, bit for bit, whatever the gradients hold, and the host
     learns nothing of it: fused kernels read the flag on the device and return (it is the one that torch's GradScaler
-    gives them), the others choose by it between the old and the new . None: every step counts.
+    gives them), the others choose by it between the old and the new. None: every step counts.
     """
     optimizer.found_inf = bad

@@ -23,7 +23,7 @@ from swamla_titan.model import SWAMLAModel
 logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("~/.cache/swamla-titan")
-_RECOMPILATIONS = 8  # of a kind of block; torch's own limit of a function
+_RECOMPILATIONS = 8  # of a variant of Block.forward; torch's own limit of a function
 _INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
@@ -48,8 +48,9 @@ def compile_model(
         return
     set_cache_folder(config)
     torch.compiler.config.cache_key_tag = _tag_of_operators()
-    # torch counts recompilations per function, and all kinds of block share Block.forward.
-    torch._dynamo.config.recompile_limit = _RECOMPILATIONS * len(set(model.config.block_kinds))
+    # torch counts recompilations per function, and all kinds of block, checkpointed or not, share Block.forward.
+    variants = len(set(model.config.block_kinds)) * len({type(block.regions) for block in model.blocks.values()})
+    torch._dynamo.config.recompile_limit = _RECOMPILATIONS * max(1, variants)
     # One object for all blocks: torch compiles again for another backend.
     of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     blocks = model.blocks

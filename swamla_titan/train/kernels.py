@@ -29,14 +29,16 @@ def pointwise_of(config: Config, world: World) -> str | None:
     float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}
     native = config.float8.recipe == "native" and {"feed_forward.gate_up", "feed_forward.down"} <= float8
     swiglu = "SwiGLU with its cast to float8" if native else "SwiGLU by triton"
-    words = []
+    words: list[str] = []
     for kind, choice in attention_choices(config, world.device).items():
         why = choice.why_not_fused
         words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
-    return f"{swiglu}, rotation of {' and '.join(words)}"
+    return f"{swiglu}, rotation of {' and '.join(words)}" if words else swiglu
 
 
 def _why_not(asked: str, choices: dict[str, Choice]) -> str:
+    if not choices:
+        return "has no block with attention to compute"
     names = [each.name for each in IMPLEMENTATIONS if each.label == asked]
     reasons = [choice.why_not[name] for choice in choices.values() for name in names if name in choice.why_not]
     # What a device or heads want tells more than that an implementation is for other masks.
