@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import async_compile
 
-from swamla_titan.config.sections import Compile, Float8
+from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import compile as compile_file
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -84,6 +84,14 @@ def test_each_kind_of_block_adds_to_the_limit_and_further_shapes_are_an_error(mo
         assert compilation().graphs == 4
         with pytest.raises(FailOnRecompileLimitHit):
             model(batch()[:, :48])
+
+
+def test_checkpointed_blocks_add_to_the_limit_as_well():
+    model = small_model(num_layers=4)
+    apply_activation_checkpointing(model, ActivationCheckpoint(mode="selective", selective="blocks", every_n_blocks=2))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compile_model(model, Compile(), backend="eager")
+        assert torch._dynamo.config.recompile_limit == 4 * compile_file._RECOMPILATIONS
 
 
 def test_disabled_compiles_nothing():
