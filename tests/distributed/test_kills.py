@@ -73,7 +73,7 @@ def kill_ranks(job: Job, moments: list[str], draw: random.Random, enough: int | 
     "processes, moments",
     [
         pytest.param(1, ["first_step", "saving", "starting"], marks=pytest.mark.slow),
-        (2, ["saving"] * 2),
+        (2, ["saving"]),
         pytest.param(2, ["saving"] * 4, marks=pytest.mark.slow),
     ],
 )

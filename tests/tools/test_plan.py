@@ -29,7 +29,7 @@ from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import listed, report, size
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import Witness
-from tests.tools.test_configs import stated_processes
+from tests.config.test_shipped import stated_processes
 
 VOCABULARY = 257
 

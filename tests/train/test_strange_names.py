@@ -51,7 +51,7 @@ def test_names_are_told_escaped_and_written_as_utf8(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("\\udcff漢")
 
 
-@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full 2>&1"])
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", pytest.param(">/dev/full 2>&1", marks=pytest.mark.slow)])
 def test_a_run_that_nobody_can_hear_is_done(tiny, tmp_path, streams):
     """With a loader process, to which the streams are passed on."""
     command = f'unset PYTHONUNBUFFERED; exec "$0" -m swamla_titan train "$@" {streams}'
