@@ -27,9 +27,9 @@ from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.tools.memory import EAGER_LOSS_BYTES, Memory
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import listed, report, size
+from tests.config.test_shipped import stated_processes
 from tests.distributed.ranks import on_ranks
 from tests.parallel.plan import Witness
-from tests.config.test_shipped import stated_processes
 
 VOCABULARY = 257
 
