@@ -15,6 +15,7 @@ cores=(-n auto --maxprocesses 16 --dist worksteal)
 for argument in "$@"; do
   case $argument in
     -n | -n[0-9a]* | --numprocesses* | --dist* | --pdb* | --trace | --co | --collect-only | no:xdist | -pno:xdist) cores=() ;;
+    *"not gpu"*) ;;
     *::* | gpu | "gpu "* | *" gpu" | *" gpu "*) cores=() ;;
   esac
 done

@@ -569,6 +569,7 @@ def test_help(repository: Repository) -> None:
         (("tests/test_x.py::test_y",), False),
         (("-m", "gpu"), False),
         (("-m", "gpu and not slow"), False),
+        (("-m", "slow and not gpu"), True),
     ],
 )
 def test_tests_run_in_the_repository_with_the_arguments_given(
