@@ -21,6 +21,7 @@ from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.loss_head import FusedLossHead
 from swamla_titan.model.sequences import attention_request
+from swamla_titan.parallel.activation_checkpoint import keeps_operators
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
@@ -40,7 +41,6 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
 def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]:
     """What computes attention in a run on `device`, for each kind of block, and why not each other implementation."""
     length, degree, checkpointing = config.training.seq_len, config.parallel.context, config.activation_checkpoint
-    keeps_operators = checkpointing.mode == "selective" and checkpointing.selective == "operators"
 
     def of_kind(attention: type[Attention]) -> Choice:
         request = attention_request(
@@ -52,7 +52,7 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
             getattr(torch, config.training.compute_dtype),
             chunk=length // (2 * degree) if degree > 1 else None,
             projections=attention.projections,
-            keeps_operators=keeps_operators and checkpointing.modules != "feed_forward",
+            keeps_operators=keeps_operators(checkpointing) and checkpointing.modules != "feed_forward",
         )
         return choose(request, config.kernels.attention)
 
