@@ -65,9 +65,9 @@ def reductions(tokens: int, hidden: int, group: int):
     """(name, call, bytes that must be read) of the largest numbers that SwiGLU's casts ask for first."""
     gate_up = torch.randn(tokens, 2 * hidden, device="cuda", dtype=BF16)
     grad = torch.randn(tokens, hidden, device="cuda", dtype=BF16)
-    yield "swiglu, largest", lambda: float8.swiglu_largest(gate_up, group), 4 * grad.numel()
-    yield "backward, largest", lambda: float8.swiglu_gradient_largest(grad, gate_up, group), 6 * grad.numel()
-    yield "largest", lambda: float8.largest_of(grad), 2 * grad.numel()
+    yield "swiglu, amax", lambda: float8.swiglu_amax(gate_up, group), 4 * grad.numel()
+    yield "backward, amax", lambda: float8.swiglu_gradient_amax(grad, gate_up, group), 6 * grad.numel()
+    yield "amax", lambda: float8.tensor_amax(grad), 2 * grad.numel()
 
 
 def main() -> None:

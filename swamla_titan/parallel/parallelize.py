@@ -20,7 +20,7 @@ from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
 from swamla_titan.quantization.coverage import LinearCoverage, survey, validate_coverage, validate_device
-from swamla_titan.quantization.native import keep_weights
+from swamla_titan.quantization.native import save_transposed_weights
 
 
 def float8_coverage(config: Config) -> list[LinearCoverage]:
@@ -105,4 +105,4 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)
     if config.float8.recipe == "native":
-        keep_weights(model, kept=not model_reshards_after_forward(model))
+        save_transposed_weights(model, saved=not model_reshards_after_forward(model))

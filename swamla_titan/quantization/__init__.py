@@ -1,1 +1,1 @@
-"""Float8 converters: they exchange the linear layers of a model's blocks, before anything else is done to it."""
+"""Float8 converters: they replace linear layers of a model by float8 ones, before any parallelism is applied."""

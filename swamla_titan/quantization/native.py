@@ -1,9 +1,10 @@
-"""float8 by our own kernels: modules that hand each other float8 numbers instead of casting for themselves.
+"""Native float8: modules, computed by our own kernels, that pass float8 values to each other.
 
-Parameters keep their names, shapes and float32 values, so a checkpoint does not know the recipe. A norm whose result
-goes to converted products alone gives it as float8, once for all of them; `gate_up` gives SwiGLU's result to `down`
-likewise, and makes the gradients of its own product as float8. What else reaches a product (attention's result, any
-gradient) is cast by itself. Under tensor parallelism norms give what they always gave, as it is sent before it is used.
+Parameters keep their names, shapes and float32 values, so a checkpoint does not depend on the recipe. A norm that feeds
+native linear layers only casts its output once for all of them; `gate_up` passes SwiGLU's output to `down` in float8,
+and has its own output's gradients in float8 too. Other inputs of linear layers (attention's output, any gradient) are
+cast by the layer itself. Under tensor parallelism norms give what they give without float8, because ranks exchange
+their output before it is used.
 """
 
 from collections.abc import Callable, Collection
@@ -17,53 +18,53 @@ from swamla_titan.kernels.float8.linear import (
     VALUES,
     Operand,
     Settings,
-    gate_up_product,
-    normalize,
-    product,
+    float8_linear,
+    float8_linear_swiglu,
     quantize,
+    rms_norm,
 )
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear, spec_of
 from swamla_titan.model.norms import EPS, DynamicTanh, Norm, RMSNorm
 
-_APART = 4  # float32 numbers from one weight's scale to the next: cuBLASLt reads a scale at multiples of 16 bytes
+_STRIDE = 4  # elements from one weight's scale to the next: cuBLASLt reads scales at multiples of 16 bytes
 
 
 class NativeLinear(Linear):
-    """x W^T in float8, of x that is cast already or will be here.
+    """x W^T in float8; casts x if it is not an Operand.
 
-    `keeps_columns`: W's float8 numbers wait for the backward pass; else W itself does, to be cast anew, where FSDP2
+    `saves_transposed`: W^T is saved in float8 for the backward pass; otherwise W is cast again there, because FSDP2
     frees it and gathers it again.
     """
 
     settings: Settings
-    keeps_columns: bool
-    cast: tuple[Tensor, Tensor, Tensor] | None  # W's rows, columns and scale, for the micro-batches of a step
+    saves_transposed: bool
+    cast: tuple[Tensor, Tensor, Tensor] | None  # W and W^T in float8 and their scale, for the micro-batches of a step
 
     @classmethod
     def of(cls, linear: Linear, settings: Settings) -> "NativeLinear":
-        """What takes the place of a linear layer, with its weight."""
+        """A native layer with the weight and spec of `linear`, to replace it."""
         with torch.device("meta"):
             native = cls(linear.in_features, linear.out_features, **vars(linear.spec))
         native.weight = linear.weight
-        native.settings, native.keeps_columns, native.cast = settings, True, None
+        native.settings, native.saves_transposed, native.cast = settings, True, None
         return native
 
     def matmul(self, x: Tensor | Operand, weight: Tensor) -> Tensor:
         """As in model/linear.py."""
-        return product(*self._operands(x, weight), self.settings)
+        return float8_linear(*self._operands(x, weight), self.settings)
 
     def _operands(self, x: Tensor | Operand, weight: Tensor) -> tuple[Operand, Operand]:
         x = x if isinstance(x, Operand) else quantize(x)
         if self.cast is not None:
             return x, Operand(weight, *self.cast)
-        # Through the activations' dtype, in which FSDP2 gathers weights: so one process and many cast the same.
-        return x, quantize(weight, x.carrier.dtype, self.keeps_columns)
+        # Rounded to the activations' dtype first, because FSDP2 gathers weights in it: one process and many agree.
+        return x, quantize(weight, x.placeholder.dtype, self.saves_transposed)
 
 
 class NativeHead(NativeLinear):
-    """The output head; the loss that is one with it is computed in full precision and excluded."""
+    """The output head, without the fused loss, which would compute it in full precision."""
 
     def forward(self, x: Tensor | Operand, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype."""
@@ -72,27 +73,27 @@ class NativeHead(NativeLinear):
 
 
 class NativeGateUp(NativeLinear):
-    """The product before SwiGLU, with it: what comes out is [..., hidden units] in float8."""
+    """The linear layer before SwiGLU, and SwiGLU: the output is [..., hidden units] in float8."""
 
     group: int
 
     def matmul(self, x: Tensor | Operand, weight: Tensor) -> Operand:  # type: ignore[override]
         """As in model/linear.py."""
-        return gate_up_product(*self._operands(x, weight), self.group, self.settings)
+        return float8_linear_swiglu(*self._operands(x, weight), self.group, self.settings)
 
 
 class NativeRMSNorm(RMSNorm):
-    """RMSNorm in float8; under tensor parallelism as ever."""
+    """RMSNorm with float8 output, cast once for all linear layers that read it; not under tensor parallelism."""
 
     def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
         if not self.sharding.is_full:
             return super().forward(x)
-        return normalize(x, self.weight, EPS)
+        return rms_norm(x, self.weight, EPS)
 
 
 class NativeDynamicTanh(DynamicTanh):
-    """DynamicTanh cast to float8, once for all linear layers that follow; under tensor parallelism as ever."""
+    """DynamicTanh with float8 output, as NativeRMSNorm."""
 
     def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
@@ -101,7 +102,7 @@ class NativeDynamicTanh(DynamicTanh):
 
 
 def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Settings) -> None:
-    """Make the products of these names native, in place, and the norms before them where all their readers are."""
+    """Replace the linear layers of these names by native ones, and each norm whose readers are all native."""
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear)
@@ -115,48 +116,48 @@ def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Setti
             gate_up = NativeGateUp.of(forward.gate_up, settings)
             gate_up.group = forward.group  # type: ignore[assignment]
             forward.gate_up = gate_up
-            forward.activation = nn.Identity()  # gate_up does it
+            forward.activation = nn.Identity()  # gate_up applies it
 
 
-def keep_weights(model: nn.Module, kept: bool) -> None:
-    """Whether float8 weights wait for the backward pass; not where the weights that they are made of are freed."""
+def save_transposed_weights(model: nn.Module, saved: bool) -> None:
+    """Whether float8 weights are saved for the backward pass: not where FSDP2 frees the weights they are cast from."""
     for module in model.modules():
         if isinstance(module, NativeLinear):
-            module.keeps_columns = kept
+            module.saves_transposed = saved
 
 
 @torch.no_grad()
 def cast_weights(model: nn.Module, through: torch.dtype) -> None:
-    """Cast all weights once, for passes in which they do not change; until `forget_casts`.
+    """Cast all weights once for the micro-batches of a step, until `forget_casts`.
 
-    For weights that a process holds itself, in whole, under DDP too, or by tensor parallelism; FSDP2's come and go with
-    their blocks.
+    For weights that stay in a rank's memory: full ones, under DDP too, or shards of tensor parallelism. FSDP2 gathers
+    and frees those that it shards.
     """
     linears = [module for module in model.modules() if isinstance(module, NativeLinear)]
     if not linears:
         return
     weights = [local(each.weight) for each in linears]
-    largest = torch.stack(torch._foreach_norm(weights, ord=torch.inf))
-    scales = scale_for(largest.to(through), VALUES)[:, None].repeat(1, _APART)[:, 0]
+    amax = torch.stack(torch._foreach_norm(weights, ord=torch.inf))
+    scales = scale_for(amax.to(through), VALUES)[:, None].repeat(1, _STRIDE)[:, 0]
     for linear, weight, scale in zip(linears, weights, scales.unbind()):
         linear.cast = *float8_cast(weight.detach(), scale, VALUES, through), scale
 
 
 def forget_casts(model: nn.Module) -> None:
-    """Of `cast_weights`: the weights are about to change."""
+    """Drop what `cast_weights` made, because the weights are about to change."""
     for module in model.modules():
         if isinstance(module, NativeLinear):
             module.cast = None
 
 
 def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:
-    """From the configuration's words."""
+    """The kernels' settings from the configuration's choices."""
     gradients = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}[gradient_dtype]
     return Settings(gradients, fast_accumulation)
 
 
 def _fused_norm(norm: Norm, branch: nn.Module) -> Norm:
-    """A norm that casts to float8 if all that reads it is native, else the norm given."""
+    """A norm that casts its output to float8 if all its readers in `branch` are native, else `norm`."""
     linears = ((name, module) for name, module in branch.named_modules() if isinstance(module, nn.Linear))
     readers = [linear for name, linear in linears if spec_of(name, linear).role.reads_residual_stream]
     kind = _NATIVE_NORMS.get(type(norm))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from swamla_titan.kernels.float8 import linear as float8_product
+from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.quantization.native import NativeHead, NativeLinear
 from tests.config.runner import Runner, before_every_call_of
@@ -83,14 +83,14 @@ def fsdp_all_gather(run: Runner) -> None:
 def watched(run: Runner, *overrides: str) -> set[tuple[torch.dtype, bool]]:
     """(first factor's type, fast) of the products of a step."""
     seen = set()
-    real = float8_product.scaled_product
+    real = float8_linears.scaled_matmul
 
     def look(a: Any, a_scale: Any, b: Any, b_scale: Any, dtype: torch.dtype, fast: bool = False) -> Any:
         seen.add((a.dtype, fast))
         return real(a, a_scale, b, b_scale, dtype, fast)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float8_product, "scaled_product", look)
+        patch.setattr(float8_linears, "scaled_matmul", look)
         run(*ONE_CALL, "--float8.recipe", "native", *ALL, *overrides)
     return seen
 

@@ -13,7 +13,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.kernels.float8 import linear as float8_product
+from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
@@ -157,7 +157,7 @@ def test_weights_that_ranks_cannot_share_evenly_are_not(tiny: Path):
 
 @pytest.mark.parametrize("reshard, kept", [("always", False), ("never", True)])
 def test_native_weights_in_float8_wait_for_the_backward_pass_where_weights_do(reshard: str, kept: bool):
-    assert on_ranks(2, _keeps_columns, reshard) == [{kept}] * 2
+    assert on_ranks(2, _saves_transposed, reshard) == [{kept}] * 2
 
 
 def _native(parallel: Parallel) -> Config:
@@ -170,17 +170,17 @@ def _native(parallel: Parallel) -> Config:
     )
 
 
-def _keeps_columns(reshard: str) -> set[bool]:
+def _saves_transposed(reshard: str) -> set[bool]:
     config = _native(Parallel(reshard_after_forward=reshard))
     model = ParallelModel(config, init_distributed(config.parallel))
-    return {module.keeps_columns for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
+    return {module.saves_transposed for module in model.parts[0].modules() if isinstance(module, NativeLinear)}
 
 
 def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float], list[float]]:
     """How often a step of three micro-batches casts weights of one shape; then losses and norms of two steps."""
     config = _native(Parallel(data_parallel=data_parallel))
     casts = []
-    for file in (float8_product, native):
+    for file in (float8_linears, native):
         real = file.float8_cast
 
         def watched(x, *arguments, real=real, **options):

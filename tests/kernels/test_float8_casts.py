@@ -14,13 +14,13 @@ from swamla_titan.kernels.float8.casts import (
     cast_swiglu,
     float8_cast,
     float8_swiglu_backward,
-    largest_of,
     plain_cast,
     scale_for,
+    swiglu_amax,
     swiglu_gradient,
-    swiglu_gradient_bound,
-    swiglu_gradient_largest,
-    swiglu_largest,
+    swiglu_gradient_amax,
+    swiglu_gradient_amax_bound,
+    tensor_amax,
 )
 from swamla_titan.kernels.swiglu import swiglu
 
@@ -43,13 +43,13 @@ def scale_of(x, dtype):
 
 def same(found, expected, dtype):
     """Equal, but where what is rounded lay near the middle between two numbers: there the next one."""
-    rows, columns = found
-    assert rows.dtype == columns.dtype == dtype
-    assert torch.equal(columns.float(), rows.float().T)
+    data, transposed = found
+    assert data.dtype == transposed.dtype == dtype
+    assert torch.equal(transposed.float(), data.float().T)
     if dtype == torch.float32:
-        torch.testing.assert_close(rows, expected, rtol=2e-6, atol=1e-4)
+        torch.testing.assert_close(data, expected, rtol=2e-6, atol=1e-4)
         return
-    steps = rows.view(torch.uint8).int() - expected.view(torch.uint8).int()
+    steps = data.view(torch.uint8).int() - expected.view(torch.uint8).int()
     assert (steps.abs() <= 1).all()
     assert (steps != 0).float().mean() < 2e-3
 
@@ -93,17 +93,17 @@ def test_a_gradient_of_tiny_numbers_keeps_its_relative_error():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", WRITTEN)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_cast_in_both_layouts(shape, dtype, kind, by_kernels):
+def test_a_cast_with_its_transpose(shape, dtype, kind, by_kernels):
     if INTERPRETED and kind == torch.bfloat16:
         pytest.skip("not in Triton's interpreter")
     x = torch.randn(shape, device=DEVICE).to(kind)
     scale = scale_of(x, dtype)
     found = float8_cast(x, scale, dtype, kind)
     same(found, plain_cast(x, scale, dtype), dtype)
-    rows, nothing = float8_cast(x, scale, dtype, kind, columns=False)
-    assert torch.equal(rows.float(), found[0].float())
+    data, nothing = float8_cast(x, scale, dtype, kind, transposed=False)
+    assert torch.equal(data.float(), found[0].float())
     assert nothing.numel() == 0
-    assert torch.equal(float8_cast(x, scale, dtype, kind, rows=False)[1].float(), found[1].float())
+    assert torch.equal(float8_cast(x, scale, dtype, kind, untransposed=False)[1].float(), found[1].float())
 
 
 @pytest.mark.gpu
@@ -111,9 +111,9 @@ def test_a_cast_in_both_layouts(shape, dtype, kind, by_kernels):
 def test_what_is_not_finite_is_seen(wrong, by_kernels):
     x = torch.ones(32, 32, device=DEVICE)
     x[3, 4] = wrong
-    rows, columns = float8_cast(x, scale_of(x, E4M3), WRITTEN[0], torch.float32)
-    assert rows.float()[3, 4].isnan()
-    assert columns.float()[4, 3].isnan()
+    data, transposed = float8_cast(x, scale_of(x, E4M3), WRITTEN[0], torch.float32)
+    assert data.float()[3, 4].isnan()
+    assert transposed.float()[4, 3].isnan()
 
 
 @pytest.mark.gpu
@@ -151,24 +151,24 @@ def test_swiglu_and_cast_at_once_and_backward(rows, hidden, group, kind, by_kern
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows, hidden, group", [(64, 256, 128), (48, 96, 32), (130, 128, 16)])
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf")])
-def test_the_largest_number_of_swiglu_and_of_its_gradient(rows, hidden, group, wrong, by_kernels):
+def test_the_amax_of_swiglu_and_of_its_gradient(rows, hidden, group, wrong, by_kernels):
     gate_up, grad = torch.randn(rows, 2 * hidden, device=DEVICE), torch.randn(rows, hidden, device=DEVICE)
     if wrong is not None:
         gate_up[rows - 1, 5 + group] = wrong  # an up
-    found = [*swiglu_largest(gate_up, group), swiglu_gradient_largest(grad, gate_up, group), largest_of(grad)]
+    found = [*swiglu_amax(gate_up, group), swiglu_gradient_amax(grad, gate_up, group), tensor_amax(grad)]
     expected = [x.abs().amax() for x in (swiglu(gate_up, group), gate_up, swiglu_gradient(grad, gate_up, group), grad)]
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("numbers", [1, 8192, 8193, 100_000])
+@pytest.mark.parametrize("elements", [1, 8192, 8193, 100_000])
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("-inf")])
-def test_the_largest_of_any_number_of_numbers(numbers, wrong, by_kernels):
-    x = torch.randn(numbers, device=DEVICE)
+def test_the_amax_of_any_number_of_elements(elements, wrong, by_kernels):
+    x = torch.randn(elements, device=DEVICE)
     x[-1] = -50.0 if wrong is None else wrong
-    assert largest_of(x).dtype == torch.float32
-    torch.testing.assert_close(largest_of(x), x.abs().amax(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(largest_of(x[::2]), x[::2].abs().amax(), rtol=0, atol=0, equal_nan=True)
+    assert tensor_amax(x).dtype == torch.float32
+    torch.testing.assert_close(tensor_amax(x), x.abs().amax(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(tensor_amax(x[::2]), x[::2].abs().amax(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 3.0, 100.0])
@@ -176,8 +176,8 @@ def test_the_bound_of_swiglu_s_gradient_holds_and_is_no_more_than_too_large(size
     gate_up, grad = size * torch.randn(64, 256), torch.randn(64, 128)
     gate_up[3, 5], gate_up[3, 64 + 5], grad[3, 5] = 2.4, 5 * size, 5.0  # the steepest place of silu: a slope of 1.0998
     for dtype in (torch.float32, torch.bfloat16):
-        exact = swiglu_gradient_largest(grad, gate_up, 64).to(dtype)
-        bound = swiglu_gradient_bound(grad, largest_of(gate_up))
+        exact = swiglu_gradient_amax(grad, gate_up, 64).to(dtype)
+        bound = swiglu_gradient_amax_bound(grad, tensor_amax(gate_up))
         assert exact <= bound < 1000 * exact
 
 

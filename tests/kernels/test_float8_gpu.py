@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8
-from swamla_titan.kernels.float8.linear import Settings, gate_up_product, normalize, product, quantize
+from swamla_titan.kernels.float8.linear import Settings, float8_linear, float8_linear_swiglu, quantize, rms_norm
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.native import cast_weights, forget_casts, keep_weights
+from swamla_titan.quantization.native import cast_weights, forget_casts, save_transposed_weights
 from swamla_titan.train.precision import set_precision_and_determinism
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +33,8 @@ def error(found, exact):
 
 def layer(x, gain, weight, down, settings):
     """Norm, product with SwiGLU, product."""
-    hidden = gate_up_product(normalize(x, gain, 1e-6), quantize(weight, x.dtype), 64, settings)
-    return product(hidden, quantize(down, x.dtype), settings)
+    hidden = float8_linear_swiglu(rms_norm(x, gain, 1e-6), quantize(weight, x.dtype), 64, settings)
+    return float8_linear(hidden, quantize(down, x.dtype), settings)
 
 
 def plain_layer(x, gain, weight, down):
@@ -221,7 +221,7 @@ def test_weights_that_are_freed_are_cast_again_and_not_kept(compiled, tmp_path):
         model.to_empty(device=CUDA)
         model.init_weights(0)
         model.compute_dtype = torch.bfloat16
-        keep_weights(model, keeps)
+        save_transposed_weights(model, keeps)
         if compiled:
             compile_model(model, Compile(cache_folder=str(tmp_path)))
         model(tokens, tokens).backward()

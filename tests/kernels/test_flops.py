@@ -14,7 +14,7 @@ from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import dense_mask
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.attention.window import window_attention
-from swamla_titan.kernels.float8.linear import Settings, gate_up_product, product, quantize
+from swamla_titan.kernels.float8.linear import Settings, float8_linear, float8_linear_swiglu, quantize
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH, VALUE, ROPE = 2, 40, 4, 2, 64, 32, 16
 
@@ -89,7 +89,11 @@ def test_chunked_attention_counts_the_causal_pairs_of_its_chunks():
 def test_float8_products_count_as_others_do(made_by_swiglu):
     def in_float8(x: Tensor, weight: Tensor) -> Tensor:
         factors = quantize(x), quantize(weight)
-        return gate_up_product(*factors, 32, Settings()).carrier if made_by_swiglu else product(*factors, Settings())
+        return (
+            float8_linear_swiglu(*factors, 32, Settings()).placeholder
+            if made_by_swiglu
+            else float8_linear(*factors, Settings())
+        )
 
     x, weight = torch.randn(3, 32, 64), torch.randn(128, 64)
     assert counted(in_float8, x, weight) == counted(lambda x, weight: x @ weight.T, x, weight)

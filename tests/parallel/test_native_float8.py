@@ -9,8 +9,8 @@ from torch import nn
 
 from swamla_titan.config.sections import Compile, Float8
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.float8 import linear as float8_product
-from swamla_titan.kernels.float8.linear import Settings, gate_up_product, normalize, product, quantize
+from swamla_titan.kernels.float8 import linear as float8_linears
+from swamla_titan.kernels.float8.linear import Settings, float8_linear, float8_linear_swiglu, quantize, rms_norm
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.linear import Linear
@@ -25,7 +25,7 @@ from swamla_titan.quantization.native import (
     NativeRMSNorm,
     cast_weights,
     forget_casts,
-    keep_weights,
+    save_transposed_weights,
 )
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch
 
@@ -58,7 +58,7 @@ def error(found, exact):
 def test_a_product_is_as_exact_as_its_types(dtype, settings, of_gradients):
     """Of a random number, e4m3 with 3 bits behind the first is off by 2.6% (rms), e5m2 with 2 by 5.3%; two factors."""
     x, weight = torch.randn(3, 32, 64).to(dtype), torch.randn(48, 64)
-    found = passes(lambda x, w: product(quantize(x), quantize(w, x.dtype), settings), x, weight)
+    found = passes(lambda x, w: float8_linear(quantize(x), quantize(w, x.dtype), settings), x, weight)
     exact = passes(F.linear, x.double(), weight.double())
     assert [each.dtype for each in found] == [dtype, dtype, torch.float32]
     errors = [error(*pair) for pair in zip(found, exact)]
@@ -81,9 +81,9 @@ def test_a_product_is_near_torchaos():
 def test_norm_and_cast_at_once_change_no_bit():
     x, gain = torch.randn(2, 16, 64, dtype=torch.bfloat16), torch.rand(64)
     exact = F.rms_norm(x.float(), (64,), gain, 1e-6).bfloat16()
-    fused, apart = normalize(x, gain, 1e-6), quantize(exact)
-    assert torch.equal(fused.rows.float(), apart.rows.float())
-    assert torch.equal(fused.columns.float(), apart.columns.float())
+    fused, apart = rms_norm(x, gain, 1e-6), quantize(exact)
+    assert torch.equal(fused.data.float(), apart.data.float())
+    assert torch.equal(fused.transposed.float(), apart.transposed.float())
     assert fused.scale == apart.scale
 
 
@@ -92,11 +92,13 @@ def test_gradients_pass_through_norm_and_swiglu_as_if_nothing_were_fused():
     x, gain = torch.randn(2, 16, 64), torch.rand(64)
 
     def fused(x, gain, weight, down):
-        return product(gate_up_product(normalize(x, gain, 1e-6), quantize(weight), 16, E4M3), quantize(down), E4M3)
+        return float8_linear(
+            float8_linear_swiglu(rms_norm(x, gain, 1e-6), quantize(weight), 16, E4M3), quantize(down), E4M3
+        )
 
     def apart(x, gain, weight, down):
         normed = quantize(F.rms_norm(x, (64,), gain, 1e-6))
-        return product(quantize(swiglu(product(normed, quantize(weight), E4M3), 16)), quantize(down), E4M3)
+        return float8_linear(quantize(swiglu(float8_linear(normed, quantize(weight), E4M3), 16)), quantize(down), E4M3)
 
     for ours, theirs in zip(passes(fused, x, gain, weight, down), passes(apart, x, gain, weight, down)):
         assert error(ours, theirs) < 1e-6
@@ -104,14 +106,14 @@ def test_gradients_pass_through_norm_and_swiglu_as_if_nothing_were_fused():
 
 def test_a_tensor_of_zeros_is_right():
     out, of_x, of_weight = passes(
-        lambda x, w: product(quantize(x), quantize(w), Settings()), torch.zeros(16, 32), torch.randn(48, 32)
+        lambda x, w: float8_linear(quantize(x), quantize(w), Settings()), torch.zeros(16, 32), torch.randn(48, 32)
     )
     assert not out.any()
     assert not of_weight.any()
     assert of_x.isfinite().all()
     assert of_x.any()
     x, weight = torch.randn(16, 32).requires_grad_(), torch.randn(48, 32).requires_grad_()
-    (0 * product(quantize(x), quantize(weight), Settings())).sum().backward()
+    (0 * float8_linear(quantize(x), quantize(weight), Settings())).sum().backward()
     assert not x.grad.any()
     assert not weight.grad.any()
 
@@ -122,7 +124,7 @@ def test_what_is_not_finite_reaches_the_bad_step_policy(where, wrong):
     tensors = {"x": torch.randn(16, 32), "weight": torch.randn(48, 32), "gradient": torch.randn(16, 48)}
     tensors[where][3, 5] = wrong
     x, weight = tensors["x"].requires_grad_(), tensors["weight"].requires_grad_()
-    out = product(quantize(x), quantize(weight), Settings())
+    out = float8_linear(quantize(x), quantize(weight), Settings())
     out.backward(tensors["gradient"])
     assert out.isfinite().all() == (where == "gradient")
     assert not torch.cat([x.grad.flatten(), weight.grad.flatten()]).norm().isfinite()
@@ -131,7 +133,7 @@ def test_what_is_not_finite_reaches_the_bad_step_policy(where, wrong):
 def test_tiny_gradients_are_not_flushed():
     x, weight, grad = torch.randn(64, 32), torch.randn(48, 32), 1e-7 * torch.randn(64, 48)
     x.requires_grad_()
-    product(quantize(x), quantize(weight), Settings()).backward(grad)
+    float8_linear(quantize(x), quantize(weight), Settings()).backward(grad)
     assert error(x.grad, grad @ weight) < 0.08
 
 
@@ -166,9 +168,9 @@ def test_a_norm_with_a_reader_in_full_precision_stays_as_it_is():
 
 def test_one_cast_of_an_input_serves_all_its_products(monkeypatch):
     casts = []
-    real = float8_product.float8_cast
+    real = float8_linears.float8_cast
     monkeypatch.setattr(
-        float8_product, "float8_cast", lambda x, *a, **k: casts.append(tuple(x.shape)) or real(x, *a, **k)
+        float8_linears, "float8_cast", lambda x, *a, **k: casts.append(tuple(x.shape)) or real(x, *a, **k)
     )
     model = native_model(norm="dynamic_tanh")
     tokens = batch()
@@ -199,8 +201,8 @@ def test_loss_and_gradients_are_near_those_of_the_plain_model(dtype, norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_cast_once_for_all_micro_batches_are_cast_alike(dtype, monkeypatch):
     casts = []
-    real = float8_product.float8_cast
-    monkeypatch.setattr(float8_product, "float8_cast", lambda x, *a, **k: casts.append(x.shape) or real(x, *a, **k))
+    real = float8_linears.float8_cast
+    monkeypatch.setattr(float8_linears, "float8_cast", lambda x, *a, **k: casts.append(x.shape) or real(x, *a, **k))
     model = native_model(NATIVE, dtype)
     tokens = batch(5)  # 320 rows: no weight has as many
     results = []
@@ -270,7 +272,7 @@ def test_weights_that_are_freed_are_not_kept_in_float8(compiled, tmp_path):
     results, kept = [], []
     for keeps in (True, False):
         model = native_model()
-        keep_weights(model, keeps)
+        save_transposed_weights(model, keeps)
         compile_model(model, Compile(enabled=compiled, cache_folder=str(tmp_path)), backend="aot_eager")
         saved = set()
         weights = {tuple(w.shape) for w in model.parameters()} | {tuple(w.shape)[::-1] for w in model.parameters()}
@@ -309,13 +311,13 @@ def test_compiled_by_inductor_without_a_break(tmp_path):
 @pytest.mark.parametrize("key, value", [("gradient_dtype", "e4m3"), ("fast_accumulation", True)])
 def test_keys_reach_the_products(monkeypatch, key, value):
     seen = []
-    real = float8_product.scaled_product
+    real = float8_linears.scaled_matmul
 
     def watched(a, a_scale, b, b_scale, dtype, fast=False):
         seen.append((a.dtype, fast))
         return real(a, a_scale, b, b_scale, dtype, fast)
 
-    monkeypatch.setattr(float8_product, "scaled_product", watched)
+    monkeypatch.setattr(float8_linears, "scaled_matmul", watched)
     model = native_model(replace(NATIVE, **{key: value}))
     model(batch(), batch()).backward()
     forward, backward = seen[:14], seen[14:]
@@ -332,7 +334,7 @@ def test_the_operators_declare_what_they_do():
     scale = torch.ones(())
     gate_up = torch.randn(16, 64)
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
-    parts = (x, a.columns, a.scale, weight, b.columns, b.scale)
+    parts = (x, a.transposed, a.scale, weight, b.transposed, b.scale)
     checks = ["test_faketensor"]  # the others subtract float8 numbers, which cannot be
     for operator, arguments in (
         (ops.float8_cast, (gate_up, scale, e4m3, torch.bfloat16)),
@@ -356,8 +358,8 @@ def test_a_loss_that_is_one_with_a_converted_head_is_no_silent_matter():
 
 @pytest.mark.parametrize("settings", [Settings(), E4M3], ids=["e5m2", "e4m3"])
 def test_only_gradients_of_few_exponents_are_read_with_gate_up_for_their_largest(settings, monkeypatch):
-    real, reads = float8_product.swiglu_gradient_largest, []
-    monkeypatch.setattr(float8_product, "swiglu_gradient_largest", lambda *inputs: reads.append(1) or real(*inputs))
+    real, reads = float8_linears.swiglu_gradient_amax, []
+    monkeypatch.setattr(float8_linears, "swiglu_gradient_amax", lambda *inputs: reads.append(1) or real(*inputs))
     x, weight = torch.randn(32, 64), torch.randn(128, 64)
-    passes(lambda x, w: gate_up_product(quantize(x), quantize(w), 32, settings).carrier, x, weight)
+    passes(lambda x, w: float8_linear_swiglu(quantize(x), quantize(w), 32, settings).placeholder, x, weight)
     assert len(reads) == (settings is E4M3)

@@ -14,7 +14,7 @@ from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sequences import FullSequences
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.quantization.native import convert_natively, keep_weights
+from swamla_titan.quantization.native import convert_natively, save_transposed_weights
 from swamla_titan.tools.activations import (
     EAGER_FACTOR,
     block_bytes,
@@ -57,7 +57,7 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
         model = SWAMLAModel(dataclasses.replace(shape, num_layers=1))
         model.blocks["0"] = block
         convert_natively(model, [f"blocks.0.{name}" for name in NATIVE if _has(block, name)], Settings())
-        keep_weights(model, False)
+        save_transposed_weights(model, False)
     assert isinstance(context["swa"].mask, torch.Tensor)
     rotations = *context["swa"].rotation, *context["mla"].rotation
     shared = (*rotations, context["swa"].mask, *block.parameters())
@@ -138,7 +138,7 @@ def test_what_checkpointed_blocks_keep(mode, recipe):
     def held(layers: int) -> int:
         model = small_model(torch.float32, num_layers=layers)
         convert_to_float8(model, float8, torch.device("cpu"))
-        keep_weights(model, False)
+        save_transposed_weights(model, False)
         apply_activation_checkpointing(model, settings)
         tokens = torch.randint(0, 50, (ROWS, 64))
         with Witness() as witness:

@@ -1,9 +1,16 @@
-"""Triton kernels that cast to float8 what they compute, in both layouts that products need, in one pass over memory.
+"""Triton kernels that compute a matrix and write it as float8, untransposed and transposed, in one pass over memory.
 
-A product in float8 reads both its factors along the axis that is summed over, so what takes part in two products is
-needed row by row and column by column. Each program computes a tile, and writes it once as it is and once transposed
-(through shared memory, so that both are written in whole sectors). `scale_ptr` holds one float32, a power of two: what
-a quantized 1 stands for. float8 conversions of a GPU saturate, but nothing here is larger than the largest number.
+A float8 matmul reads both operands along the axis that it sums over, so an operand of two matmuls (forward and
+backward) is needed both ways. A program computes one tile and transposes it through shared memory, so that both copies
+are written in full sectors. All kernels but the plain amax have the grid (tiles of columns, tiles of rows):
+
+                  c                             c                                r
+        x [   .   .   .   ]         out [   .   .   .   ]       out_t    [   .   .   ]
+      r   [   .   #   .   ]   ->  r     [   .   #   .   ]    and       c [   .   #   ]
+          [   .   .   .   ]             [   .   .   .   ]                [   .   .   ]
+
+`scale_ptr` holds one float32, a power of two: the value that a quantized 1 stands for. A GPU's float8 conversions
+saturate, but because the scale follows from amax nothing here is out of range.
 """
 
 import triton
@@ -12,37 +19,40 @@ import triton.language as tl
 
 @triton.jit
 def _quantized(values, scale_ptr, out_ptr):
-    # Volatile, so that the two layouts share no conversion: ptxas 12.8 loses half of those that are stored both as they
-    # are and, byte by byte, transposed, as those of float32 are. It reads registers that nothing has written instead.
-    # 0 of what holds an infinity, so that infinity becomes NaN and is seen in whatever is computed of it.
+    # The load is volatile so that the two copies share no conversion: if ptxas 12.8 stores the same converted float32
+    # values both untransposed and, byte by byte, transposed, it loses half of the conversions and reads registers that
+    # nothing has written.
+    # The scale of a tensor that holds an infinity is infinity, so its finite values become 0 and infinity becomes NaN,
+    # which shows in all that is computed from it.
     return (values * (1.0 / tl.load(scale_ptr, volatile=True))).to(out_ptr.dtype.element_ty)
 
 
 @triton.jit
-def _store_both(
-    values, scale_ptr, rows_ptr, columns_ptr, row, column, rows, columns,
-    ROWS_WANTED: tl.constexpr, COLUMNS_WANTED: tl.constexpr,
+def _store_with_transposed(
+    values, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns,
+    UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """values [R, C] in float32 to [rows, columns] and [columns, rows], at `row` [R] and `column` [C]."""
+    """Quantize values [R, C], float32, into out [rows, columns] and out_t [columns, rows], at `row` and `column`."""
     far_row, far_column = row.to(tl.int64), column.to(tl.int64)
-    if ROWS_WANTED:
+    if UNTRANSPOSED:
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         at = far_row[:, None] * columns + column[None, :]
-        tl.store(rows_ptr + at, _quantized(values, scale_ptr, rows_ptr), mask=inside)
-    if COLUMNS_WANTED:
+        tl.store(out_ptr + at, _quantized(values, scale_ptr, out_ptr), mask=inside)
+    if TRANSPOSED:
         inside = (column < columns)[:, None] & (row < rows)[None, :]
         at = far_column[:, None] * rows + row[None, :]
-        tl.store(columns_ptr + at, tl.trans(_quantized(values, scale_ptr, columns_ptr)), mask=inside)
+        tl.store(out_t_ptr + at, tl.trans(_quantized(values, scale_ptr, out_t_ptr)), mask=inside)
 
 
 @triton.jit
-def _place(R: tl.constexpr, C: tl.constexpr):
+def _rows_and_columns(R: tl.constexpr, C: tl.constexpr):
+    """The indices [R] and [C] of this program's tile."""
     return tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
 
 
 @triton.jit
 def _gate_column(GROUP: tl.constexpr, C: tl.constexpr):
-    """Where the gates of this program's hidden units lie; their ups follow GROUP later."""
+    """The columns in gate_up of this program's gates; the up projections of the same units are GROUP further right."""
     parts: tl.constexpr = GROUP // C
     tile = tl.program_id(0)
     # Written so that the compiler sees the multiples of C in it: it then reads 16 bytes at a time.
@@ -50,8 +60,8 @@ def _gate_column(GROUP: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _tile(x_ptr, row, column, rows, stride, end):
-    """[R, C] of a matrix whose rows are `stride` apart, zeros from row `rows` and column `end` on, in float32."""
+def _load_tile(x_ptr, row, column, rows, stride, end):
+    """[R, C] of a matrix whose rows are `stride` apart, in float32; zeros from row `rows` and column `end` on."""
     at = row.to(tl.int64)[:, None] * stride + column[None, :]
     inside = (row < rows)[:, None] & (column < end)[None, :]
     return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -59,7 +69,7 @@ def _tile(x_ptr, row, column, rows, stride, end):
 
 @triton.jit
 def _rounded(x, TO_BFLOAT16: tl.constexpr):
-    """As bfloat16 would hold it."""
+    """x in float32, rounded to bfloat16 if asked."""
     if TO_BFLOAT16:
         x = x.to(tl.bfloat16).to(tl.float32)
     return x
@@ -67,102 +77,128 @@ def _rounded(x, TO_BFLOAT16: tl.constexpr):
 
 @triton.jit
 def float8_cast(
-    x_ptr, scale_ptr, rows_ptr, columns_ptr, after_ptr, rows, columns,
-    TO_BFLOAT16: tl.constexpr, ROWS_WANTED: tl.constexpr, COLUMNS_WANTED: tl.constexpr,
+    x_ptr, scale_ptr, out_ptr, out_t_ptr, after_ptr, rows, columns,
+    TO_BFLOAT16: tl.constexpr, UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, columns]; grid (tiles of columns, tiles of rows). Nothing is read at `after_ptr`."""
-    row, column = _place(R, C)
-    x = _rounded(_tile(x_ptr, row, column, rows, columns, columns), TO_BFLOAT16)
-    _store_both(
-        x, scale_ptr, rows_ptr, columns_ptr, row, column, rows, columns, ROWS_WANTED, COLUMNS_WANTED
+    """Cast x [rows, columns]. Nothing is read at `after_ptr`.
+
+    x [r, c]  ->  out [r, c], out_t [c, r]
+    """
+    row, column = _rows_and_columns(R, C)
+    x = _rounded(_load_tile(x_ptr, row, column, rows, columns, columns), TO_BFLOAT16)
+    _store_with_transposed(
+        x, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns, UNTRANSPOSED, TRANSPOSED
     )  # fmt: skip
 
 
 @triton.jit
 def float8_rms_norm(
-    x_ptr, weight_ptr, rstd_ptr, scale_ptr, rows_ptr, columns_ptr, rows, columns,
-    TO_BFLOAT16: tl.constexpr, COLUMNS_WANTED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    x_ptr, weight_ptr, rstd_ptr, scale_ptr, out_ptr, out_t_ptr, rows, columns,
+    TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, columns] * rstd [rows] * weight [columns]."""
-    row, column = _place(R, C)
-    x = _tile(x_ptr, row, column, rows, columns, columns)
+    """Cast x [rows, columns] * rstd [rows] * weight [columns].
+
+    weight          [c]
+    rstd [r]   x [r, c]  ->  out [r, c], out_t [c, r]
+    """
+    row, column = _rows_and_columns(R, C)
+    x = _load_tile(x_ptr, row, column, rows, columns, columns)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     x = _rounded(x * rstd[:, None] * weight[None, :], TO_BFLOAT16)
-    _store_both(x, scale_ptr, rows_ptr, columns_ptr, row, column, rows, columns, True, COLUMNS_WANTED)
+    _store_with_transposed(x, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns, True, TRANSPOSED)
 
 
 @triton.jit
 def float8_swiglu(
-    gate_up_ptr, scale_ptr, rows_ptr, columns_ptr, rows, hidden,
-    GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, COLUMNS_WANTED: tl.constexpr,
+    gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
+    GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """gate_up [rows, hidden / GROUP, 2, GROUP] -> silu(gate) * up [rows, hidden]; C divides GROUP."""
-    row, column = _place(R, C)
+    """Cast silu(gate) * up [rows, hidden] of gate_up [rows, hidden / GROUP, 2, GROUP]; C divides GROUP.
+
+           |--- GROUP ---|--- GROUP ---|
+    gate_up [ .  gate  .  |  .   up   . | next group ... ]  ->  out [r, c], out_t [c, r]
+                  ^ _gate_column  ^ GROUP further right
+    """
+    row, column = _rows_and_columns(R, C)
     gate_column = _gate_column(GROUP, C)
-    gate = _tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
-    up = _tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
     out = _rounded(gate * tl.sigmoid(gate) * up, TO_BFLOAT16)
-    _store_both(out, scale_ptr, rows_ptr, columns_ptr, row, column, rows, hidden, True, COLUMNS_WANTED)
+    _store_with_transposed(out, scale_ptr, out_ptr, out_t_ptr, row, column, rows, hidden, True, TRANSPOSED)
 
 
 @triton.jit
 def float8_swiglu_backward(
-    grad_ptr, gate_up_ptr, scale_ptr, rows_ptr, columns_ptr, rows, hidden,
+    grad_ptr, gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
     GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """grad [rows, hidden] and gate_up [rows, hidden / GROUP, 2, GROUP] -> gradients of gate_up; C divides GROUP."""
-    row, column = _place(R, C)
+    """Cast the gradient of gate_up [rows, hidden / GROUP, 2, GROUP] from grad [rows, hidden]; C divides GROUP.
+
+    grad [r, c]
+    gate_up [ .  gate  .  |  .   up   . ]  ->  the same two tiles of out, and of out_t
+                  ^ _gate_column  ^ GROUP further right
+    """
+    row, column = _rows_and_columns(R, C)
     gate_column = _gate_column(GROUP, C)
     up_column = gate_column + GROUP
-    gate = _tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
-    up = _tile(gate_up_ptr, row, up_column, rows, 2 * hidden, 2 * hidden)
-    grad = _tile(grad_ptr, row, column, rows, hidden, hidden)
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, up_column, rows, 2 * hidden, 2 * hidden)
+    grad = _load_tile(grad_ptr, row, column, rows, hidden, hidden)
     sigmoid = tl.sigmoid(gate)
-    of_gate = _rounded(grad * up * sigmoid * (1 + gate * (1 - sigmoid)), TO_BFLOAT16)
-    of_up = _rounded(grad * gate * sigmoid, TO_BFLOAT16)
-    _store_both(of_gate, scale_ptr, rows_ptr, columns_ptr, row, gate_column, rows, 2 * hidden, True, True)
-    _store_both(of_up, scale_ptr, rows_ptr, columns_ptr, row, up_column, rows, 2 * hidden, True, True)
+    grad_gate = _rounded(grad * up * sigmoid * (1 + gate * (1 - sigmoid)), TO_BFLOAT16)
+    grad_up = _rounded(grad * gate * sigmoid, TO_BFLOAT16)
+    _store_with_transposed(grad_gate, scale_ptr, out_ptr, out_t_ptr, row, gate_column, rows, 2 * hidden, True, True)
+    _store_with_transposed(grad_up, scale_ptr, out_ptr, out_t_ptr, row, up_column, rows, 2 * hidden, True, True)
 
 
 @triton.jit
-def _bits(x):
-    """Of float32 without the sign, as int32, whose order is that of the absolute values, with NaN above infinity."""
+def _abs_bits(x):
+    """The bits of |x|, float32, as int32: ordered as the absolute values are, with NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def float8_largest(x_ptr, largest_ptr, numbers, BLOCK: tl.constexpr):
-    """The bits of the largest absolute value in each program's BLOCK of x [numbers]: int32 [programs]."""
+def float8_amax(x_ptr, amax_ptr, elements, BLOCK: tl.constexpr):
+    """The bits of the amax of each BLOCK of x [elements]: int32 [programs].
+
+    x [ BLOCK | BLOCK | BLOCK | ... ]
+          v       v       v
+    amax  0       1       2
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < numbers, other=0.0).to(tl.float32)
-    tl.store(largest_ptr + tl.program_id(0), tl.max(_bits(x), 0))
+    x = tl.load(x_ptr + at, mask=at < elements, other=0.0).to(tl.float32)
+    tl.store(amax_ptr + tl.program_id(0), tl.max(_abs_bits(x), 0))
 
 
 @triton.jit
-def float8_swiglu_largest(
-    gate_up_ptr, grad_ptr, largest_ptr, rows, hidden,
+def float8_swiglu_amax(
+    gate_up_ptr, grad_ptr, amax_ptr, rows, hidden,
     GROUP: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The bits of the largest absolute value in each program's tile of gate_up's gradient: int32 [programs];
+    """The bits of each tile's amax. Forward: of SwiGLU's output and of gate_up, int32 [2, programs].
 
-    or forward of SwiGLU's result and of gate_up: [2, programs].
+    BACKWARD: of gate_up's gradient, int32 [programs].
+
+        grad [r, c]   (BACKWARD)
+        gate_up [ .  gate  .  |  .   up   . ]  ->  amax [program], amax [programs + program]
+                      ^ _gate_column  ^ GROUP further right
     """
-    row, column = _place(R, C)
+    row, column = _rows_and_columns(R, C)
     gate_column = _gate_column(GROUP, C)
-    gate = _tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
-    up = _tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
     sigmoid = tl.sigmoid(gate)
     if BACKWARD:
-        grad = _tile(grad_ptr, row, column, rows, hidden, hidden)
-        bits = tl.maximum(_bits(grad * up * sigmoid * (1 + gate * (1 - sigmoid))), _bits(grad * gate * sigmoid))
+        grad = _load_tile(grad_ptr, row, column, rows, hidden, hidden)
+        bits = tl.maximum(_abs_bits(grad * up * sigmoid * (1 + gate * (1 - sigmoid))), _abs_bits(grad * gate * sigmoid))
     else:
-        bits = _bits(gate * sigmoid * up)
+        bits = _abs_bits(gate * sigmoid * up)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(largest_ptr + program, tl.max(tl.max(bits, 1), 0))
+    tl.store(amax_ptr + program, tl.max(tl.max(bits, 1), 0))
     if not BACKWARD:
-        both = tl.maximum(_bits(gate), _bits(up))
+        both = tl.maximum(_abs_bits(gate), _abs_bits(up))
         programs = tl.num_programs(0) * tl.num_programs(1)
-        tl.store(largest_ptr + programs + program, tl.max(tl.max(both, 1), 0))
+        tl.store(amax_ptr + programs + program, tl.max(tl.max(both, 1), 0))
