@@ -17,7 +17,7 @@ from swamla_titan.config.sections import Metrics
 from swamla_titan.errors import UserError
 from swamla_titan.system.console import LogFormatter, one_line
 from swamla_titan.system.line_file import LineFile
-from swamla_titan.train.policies import Policy
+from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_rai
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
-from swamla_titan.train.policies.skipped_files import SkippedFiles
+from swamla_titan.train.policies.unreadable_data import UnreadableData
 
 POLL_SECONDS = 1.0  # between two checks for a signal, while a rank waits for its data
 
@@ -15,14 +15,14 @@ _READY, _SKIPPED, _WAITING, _FAILED = range(4)  # the state of a rank; the maxim
 
 
 def next_batch(
-    world: World, loader: BatchLoader, step: int, first: int, stop: StopRequest, skipped: SkippedFiles
+    world: World, loader: BatchLoader, step: int, first: int, stop: StopRequest, unreadable: UnreadableData
 ) -> StepBatch | Stop:
     """This rank's slice of the batch of `step` (from 1), which begins with sequence `first`; all ranks call this.
 
     Returns a Stop, on every rank, if a rank still waits for its data and a signal came to one of them; the loaders then
     still have the cursors of before the step. If one rank cannot read its data, all raise its UserError or RunFailed.
     Ranks that read the same streams must skip the same: where one of them could not read what the others could, these
-    go back to before the step and skip it too. Adds what is skipped to `skipped`.
+    go back to before the step and skip it too. Adds what is skipped to `unreadable`.
     """
     batch: StepBatch | None = None
     error: UserError | RunFailed | None = None
@@ -54,7 +54,7 @@ def next_batch(
                 batch = None
             if not world.all_reduce_max(bool(missing)):
                 assert batch is not None
-                skipped.add(step, [skip for _, skips in every.values() for skip in skips])
+                unreadable.add_skips(step, [skip for _, skips in every.values() for skip in skips])
                 return batch
 
 

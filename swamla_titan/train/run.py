@@ -16,7 +16,7 @@ from swamla_titan.launch.process_group import destroy_distributed, init_distribu
 from swamla_titan.launch.signals import StopRequest
 from swamla_titan.launch.worker import foreign_variables
 from swamla_titan.system.machine import allow_open_files_to_train, explain, needed
-from swamla_titan.train.policies.out_of_memory import Advise, explained_out_of_memory
+from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
 from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.setup import from_newest_intact, set_up
 from swamla_titan.train.trainer import Trainer
@@ -51,7 +51,7 @@ def train(config: Config, advise: Advise) -> int:
         held: list[Hold] = []
         broadcast_from_rank_0(world, lambda: held.append(stack.enter_context(exclusive(folder))))
         watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
-        stack.callback(watchdog.close)
+        stack.callback(watchdog.stop)
         resolved = [config]
         stack.enter_context(explained_out_of_memory(lambda: resolved[-1], world, folder / "traces", advise))
         trainer = build_trainer(config, world, stop, watchdog, held[0] if held else None)

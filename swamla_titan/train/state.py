@@ -9,8 +9,8 @@ from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.train.policies.bad_steps import BadSteps
-from swamla_titan.train.policies.loss_scale import LossScale
+from swamla_titan.train.bad_steps import BadSteps
+from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.precision import seed_of
 
 GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints may hold

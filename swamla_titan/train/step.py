@@ -27,7 +27,7 @@ class TrainStep:
     """Takes a step: updates the weights of `state` by one global batch, of which this rank reads its slice.
 
     The host does not wait for the device. A step that is bad by its loss or gradient norm changes neither weights nor
-    optimizer states, see policies/bad_steps.py.
+    optimizer states, see bad_steps.py.
     """
 
     def __init__(

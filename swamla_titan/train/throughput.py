@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from swamla_titan.config.sections import Data
-from swamla_titan.train.policies import Policy
+from swamla_titan.train.policy import Policy
 
 SHARE = 0.05  # of the steps' time; less is not worth a warning
 LEAST_STEPS = 10  # for which a share is computed
@@ -54,7 +54,7 @@ class Interval:
 
 
 class Throughput(Policy):
-    """Measures the steps since the last `metrics`, without what `paused` encloses (validation, checkpoints).
+    """Measures the steps since the last `metrics`, without what `pause` encloses (validation, checkpoints).
 
     MFU = training FLOPs a token x tokens/s of one GPU / its dense bf16 peak, where the FLOPs are those of
     `swamla_titan.model.flops`: three forward passes, sliding-window layers counted with window + sink keys and
@@ -109,10 +109,8 @@ class Throughput(Policy):
         return sum(min(waited, before.elapsed_time(after) / 1000) for waited, before, after in self._waits)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Encloses work that is not training; waits for the device first."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def pause(self, doing: str) -> Iterator[None]:
+        """Leave out what this encloses. The device is idle before it, because the step was logged or is being saved."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from swamla_titan.checkpoint.async_save import Saver
@@ -18,12 +19,12 @@ from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.logging import MetricsLogger, Values, require_wandb, step_line
 from swamla_titan.train.next_batch import next_batch
-from swamla_titan.train.policies import Policy
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.profiling import StepProfiler
-from swamla_titan.train.policies.skipped_files import SkippedFiles
 from swamla_titan.train.policies.streaks import BadStepPolicy
+from swamla_titan.train.policies.unreadable_data import UnreadableData
 from swamla_titan.train.policies.watchdog import Watchdog
+from swamla_titan.train.policy import Policy
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.startup_summary import log_startup_summary
 from swamla_titan.train.step import TrainStep
@@ -43,24 +44,23 @@ class Trainer:
         out damaged and an older one may be intact.
         """
         self.setup, self.config, self.world = setup, setup.config, setup.world
-        self.stop, self.watchdog, self.hold = stop, watchdog, hold
+        self.stop, self.hold = stop, hold
         self.folder = Path(self.config.job.dump_folder)
         if hold:
             setup.checkpoints.may_write = hold.require
         start = setup.train_state
         self.step, self.tokens, self.sequences = start.step, start.tokens, start.sequences
         self.tokens_per_step = self.config.training.global_batch_size * self.config.training.seq_len
-        self.replaced = 0  # stretches of bytes that were not UTF-8, read by this rank since this start
         self.loader = setup.open_loader()
         try:
             if self.step < self.config.training.steps:
                 all_ranks_or_raise(self.world, self.loader.start)  # it reads ahead while the model is built
-            self._build()
+            self._build(watchdog)
         except BaseException:
             self.loader.close()
             raise
 
-    def _build(self) -> None:
+    def _build(self, watchdog: Watchdog) -> None:
         setup, config, world = self.setup, self.config, self.world
         self.state = setup.build_state()
         if config.metrics.wandb:
@@ -70,8 +70,9 @@ class Trainer:
         if unfinished:
             broadcast_from_rank_0(world, lambda: prepare_folder(self.folder, to_toml(config)))
         all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
-        self.skipped_files = SkippedFiles(self.folder, setup.corpus, setup.train_state.cursors, writes=self._may_write)
-        self.metrics = all_ranks_or_raise(world, self._open_metrics)
+        self.unreadable = UnreadableData(self.folder, setup.corpus, setup.train_state, writes=self._may_write)
+        metrics = partial(MetricsLogger, config.metrics, self.folder, asdict(config), self.step, config.training.steps)
+        self.metrics = all_ranks_or_raise(world, lambda: metrics() if world.is_rank_0 else None)
         expected = self.state.size() if unfinished else 0
         self.saver = Saver(config.checkpoint, setup.checkpoints, world.device, self.step, expected)
         self.train_step = TrainStep(config, world, self.state, setup.micro_batch_size, self.saver.before_update)
@@ -84,12 +85,13 @@ class Trainer:
         self.bad_steps = BadStepPolicy(setup, self.state, self.loader)
         # Each hook is called in this order.
         self.policies: list[Policy] = [
+            watchdog,  # after a step: first, because what other policies then do counts towards the next step
             GarbageCollection(config, self.step + 1),  # before a step: collects what the step before it left
             self.profiler,  # then begins its trace, which shows the wait for data
             self.throughput,  # in a log line: reads the clock before the others wait for the device
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
             *([self.state.loss_scale] if self.state.loss_scale else []),
-            self.skipped_files,
+            self.unreadable,
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more
         ]
         log_startup_summary(setup, self.state.model.parts)
@@ -98,7 +100,8 @@ class Trainer:
         """Train to the last step; returns the exit code. A signal ends the run early, with a checkpoint."""
         config = self.config
         first_step = self.step + 1
-        self.watchdog.begin(self.step)
+        for policy in self.policies:
+            policy.begin(self.step)
         while self.step < config.training.steps:
             for policy in self.policies:
                 policy.before_step(self.step + 1)
@@ -110,7 +113,6 @@ class Trainer:
             self.step += 1
             self.tokens += self.tokens_per_step
             self.sequences += config.training.global_batch_size
-            self.watchdog.progress(self.step)
             for policy in self.policies:
                 policy.after_step(self.step)
 
@@ -144,7 +146,7 @@ class Trainer:
         folder is not this run's any more.
         """
         self.loader.close()
-        with self.watchdog.pause("checkpoint"):
+        with self._pause("checkpoint"):
             self.saver.close(alone)
         for policy in self.policies:
             policy.close(discard=alone or folder_lost)
@@ -155,7 +157,7 @@ class Trainer:
         Where the data cannot be read, the steps so far are saved before the run ends.
         """
         try:
-            batch = next_batch(self.world, self.loader, self.step + 1, self.sequences, self.stop, self.skipped_files)
+            batch = next_batch(self.world, self.loader, self.step + 1, self.sequences, self.stop, self.unreadable)
         except (UserError, RunFailed) as error:
             try:
                 self._save_if_new()
@@ -163,11 +165,8 @@ class Trainer:
                 logger.error("%s", error)  # the cause, which the raised error would hide
                 raise
             raise
-        if isinstance(batch, Stop):
-            return batch
-        if batch.replaced and not self.replaced + self.setup.train_state.replaced_bytes:
-            logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
-        self.replaced += batch.replaced
+        if not isinstance(batch, Stop):
+            self.unreadable.add_replaced(batch.replaced)
         return batch
 
     def _stopped_while_waiting(self, stop: Stop) -> int:
@@ -195,20 +194,28 @@ class Trainer:
 
     def _end_streak(self, too_many_bad: bool) -> None:
         """Where too many bad steps followed each other, rewind, or save and raise RunFailed, on every rank."""
-        if failure := self.bad_steps.end_streak(self.step, self.sequences, too_many_bad, self._paused_to_rewind()):
+        if failure := self.bad_steps.end_streak(self.step, self.sequences, too_many_bad, self._pause_to_rewind()):
             self._save(last=True)
             raise failure
 
     @contextmanager
-    def _paused_to_rewind(self) -> Iterator[None]:
-        with self.throughput.paused(), self.watchdog.pause("rewind"):
+    def _pause(self, doing: str) -> Iterator[None]:
+        """Encloses work between steps: no policy takes it for a part of one."""
+        with ExitStack() as stack:
+            for policy in self.policies:
+                stack.enter_context(policy.pause(doing))
+            yield
+
+    @contextmanager
+    def _pause_to_rewind(self) -> Iterator[None]:
+        with self._pause("rewind"):
             self.saver.settle()
             yield
 
     def _validate(self) -> None:
         assert self.setup.validator is not None
         average = self.state.ema if self.config.validation.use_ema else None
-        with self.throughput.paused(), self.watchdog.pause("validation"):
+        with self._pause("validation"):
             self.saver.before_update()  # weights and their average are swapped
             values = self.setup.validator(self.state.model, average)
         number = self.setup.validation["set"] if self.setup.validation else 1
@@ -216,7 +223,7 @@ class Trainer:
 
     def _save_if_new(self) -> None:
         """Save before the run ends, unless this step is saved already."""
-        with self.watchdog.pause("checkpoint"):
+        with self._pause("checkpoint"):
             saved = self.saver.saved_step
         if self.step > saved:
             self._save(last=True)
@@ -227,19 +234,12 @@ class Trainer:
         if not self.bad_steps.require_finite(self.step, self.outcome, to_save=True):
             logger.warning("step %d is not saved: its weights are no finite numbers; a rewind is due", self.step)
             return
-        with self.throughput.paused(), self.watchdog.pause("checkpoint"):
+        with self._pause("checkpoint"):
             # By the sequence, because the loaders of other ranks may be ahead of one that failed to read a batch.
             cursors = all_gather_dict(self.world, self.loader.state_dict(self.sequences))
-            replaced = sum(all_gather_dict(self.world, {self.world.data_rank: self.replaced}).values())
-            replaced += self.setup.train_state.replaced_bytes
+            replaced = self.unreadable.replaced_bytes(self.world)
             state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, replaced)
             self.saver.save(self.state.tensors(), state, self.setup.files, last)
-
-    def _open_metrics(self) -> MetricsLogger | None:
-        if not self.world.is_rank_0:
-            return None
-        config = self.config
-        return MetricsLogger(config.metrics, self.folder, asdict(config), self.step, config.training.steps)
 
     def _may_write(self) -> bool:
         """Whether this rank writes the run's shared files in the dump folder, and may still do so."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from swamla_titan.cli import main
 from swamla_titan.data import Corpus, StepBatch
 from swamla_titan.train import setup
+from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.step import StepOutcome
 from swamla_titan.train.trainer import Trainer
 
@@ -106,9 +107,9 @@ def before_step(step: int, action: Callable[[Trainer], object]) -> None:
 
 def limit_of_a_second(trainer: Trainer) -> None:
     """Called by `before_step`: this step, and those after it, may take a second."""
-    watchdog = trainer.watchdog
+    [watchdog] = [policy for policy in trainer.policies if isinstance(policy, Watchdog)]
     watchdog._config = dataclasses.replace(watchdog._config, step_timeout=1.0)
-    watchdog.progress(trainer.step)
+    watchdog.after_step(trainer.step)
 
 
 def run_killed_loader(rank: int, step: int, config: str, *overrides: str) -> Ended:

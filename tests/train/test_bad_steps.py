@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config.sections import Config, FaultTolerance, Float8, Training
-from swamla_titan.train.policies.bad_steps import BadStep, BadSteps, remedies, warning
-from swamla_titan.train.policies.streaks import write_bad_batches
+from swamla_titan.train.bad_steps import BadStep, BadSteps
+from swamla_titan.train.policies.streaks import remedies, warning, write_bad_batches
 from swamla_titan.train.step import TrainStep
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train

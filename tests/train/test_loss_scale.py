@@ -9,8 +9,8 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.train.policies import loss_scale as module
-from swamla_titan.train.policies.loss_scale import LossScale
+from swamla_titan.train import loss_scale as module
+from swamla_titan.train.loss_scale import LossScale
 from tests.parallel.plan import SMALL, batch
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train

@@ -107,7 +107,7 @@ def test_validation_and_checkpoints_are_not_counted_as_training(pass_time):
     clock = Throughput(torch.device("cpu"), 1, flops_per_token=1.0, tokens_per_step=100)
     with clock.data_wait():
         pass_time(1)
-    with clock.paused():
+    with clock.pause("validation"):
         pass_time(5)
     assert clock.metrics()["step_seconds"] == pytest.approx(1)
 

@@ -2,7 +2,7 @@
 
 Of heads as wide as `base` has them, so that our own kernels compute them, and of as many tokens in a micro-batch that
 torch chooses the kernels of large ones. What torch does not forbid is waiting for events: once in max_bad_steps steps
-train/policies/bad_steps.py waits for one of the step before, while the GPU has a whole step to compute.
+train/bad_steps.py waits for one of the step before, while the GPU has a whole step to compute.
 """
 
 import pytest

@@ -54,18 +54,18 @@ def test_the_start_the_first_step_and_pauses_have_the_long_limit_and_steps_the_s
     time.sleep(0.8)
     watchdog.begin(7)
     time.sleep(0.8)
-    watchdog.progress(8)
+    watchdog.after_step(8)
     slowest = 0.0  # on a busy machine a step may take too long indeed
     for step in range(9, 12):
         begin = time.monotonic()
         time.sleep(0.2)
-        watchdog.progress(step)
+        watchdog.after_step(step)
         slowest = max(slowest, time.monotonic() - begin)
     with watchdog.pause("validation"):
         time.sleep(0.8)
         said_so_far = list(ends)
     wait_until(lambda: "no progress for 0.4 s (step) after step 11" in ends)
-    watchdog.close()
+    watchdog.stop()
     assert slowest > 0.3 or said_so_far == []
     assert all("(step)" in headline for headline in ends)
 
@@ -84,7 +84,7 @@ def test_the_long_limit_is_a_limit_too(tmp_path, ends, enter, doing, step):
     with ExitStack() as stack:
         enter(watchdog, stack)
         wait_until(lambda: f"no progress for 0.3 s ({doing}) after step {step}" in ends)
-        watchdog.close()
+        watchdog.stop()
 
 
 def test_with_0_nothing_is_watched_and_nothing_written(tmp_path, ends):
@@ -92,7 +92,7 @@ def test_with_0_nothing_is_watched_and_nothing_written(tmp_path, ends):
     watchdog.begin(0)
     assert not any(thread.name == "watchdog" for thread in threading.enumerate())
     time.sleep(0.3)
-    watchdog.close()
+    watchdog.stop()
     assert ends == []
     assert not (tmp_path / "traces").exists()
 
@@ -105,7 +105,7 @@ def test_closed_it_leaves_neither_thread_nor_process_nor_handler_nor_file(tmp_pa
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["hang-rank-0.txt"]
     backstop = watchdog._backstop._process
     assert backstop.poll() is None
-    watchdog.close()
+    watchdog.stop()
     assert backstop.returncode == 0
     assert threading.active_count() == threads
     assert signal.getsignal(STACKS) == handler
@@ -116,7 +116,7 @@ def test_stacks_of_an_earlier_start_are_kept(tmp_path, ends):
     (tmp_path / "hang-rank-0.txt").write_text("stacks\n")
     watchdog = watch(tmp_path)
     watchdog.begin(0)
-    watchdog.close()
+    watchdog.stop()
     assert (tmp_path / "hang-rank-0.txt").read_text() == "stacks\n"
 
 
@@ -136,19 +136,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_pause_is_no_hang_in_the_moment_it_ends_and_a_hang_after_it_is_one(tmp_path, ends, clock, progress):
     watchdog = watch(tmp_path, step_timeout=2)
     watchdog.begin(0)
-    watchdog.progress(1)
+    watchdog.after_step(1)
     for pause in (1000, 5):
         time.sleep(0.7)
         clock[0] += pause
         if progress == "after":
-            watchdog.progress(2)
+            watchdog.after_step(2)
         time.sleep(0.7)
-        watchdog.progress(3)
+        watchdog.after_step(3)
     assert ends == []
     clock[0] += 1000
     before = time.monotonic()
     wait_until(lambda: ends)
-    watchdog.close()
+    watchdog.stop()
     assert ends[0] == "no progress for 2 s (step) after step 3"
     assert time.monotonic() - before < 20  # and not as much later as the pause was long
 
@@ -158,11 +158,11 @@ def test_a_pause_just_after_a_step_is_none_either(tmp_path, ends, clock):
     watchdog = watch(tmp_path, step_timeout=4)  # it looks every second
     watchdog.begin(0)
     for step in range(1, 5):
-        watchdog.progress(step)
+        watchdog.after_step(step)
         clock[0] += 100
         time.sleep(1.2)
     assert ends == []
-    watchdog.close()
+    watchdog.stop()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
@@ -176,12 +176,12 @@ def test_a_process_of_the_run_that_is_stopped_is_waited_for_and_named_once(tmp_p
             wait_until(lambda: stopped(other.pid))
             watchdog = watch(tmp_path / "traces", step_timeout=1)
             watchdog.begin(0)
-            watchdog.progress(1)
+            watchdog.after_step(1)
             time.sleep(2.5)
             assert ends == []
             other.send_signal(signal.SIGCONT)
             wait_until(lambda: ends)
-            watchdog.close()
+            watchdog.stop()
         finally:
             other.kill()
     assert caplog.text.count(f"process {other.pid} of this run is stopped, and waited for") == 1

@@ -7,7 +7,7 @@ through, and neither is compiled code, so that even a full collection takes mill
 import gc
 
 from swamla_titan.config import Config
-from swamla_titan.train.policies import Policy
+from swamla_titan.train.policy import Policy
 
 
 class GarbageCollection(Policy):

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config.sections import Profiling
-from swamla_titan.train.policies import Policy
+from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
 from swamla_titan.distributed.agreement import broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
-from swamla_titan.train.policies.bad_steps import BadSteps
+from swamla_titan.train.bad_steps import BadSteps
 
 
 class _Saved(NamedTuple):

@@ -8,17 +8,23 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from swamla_titan.config import Config
 from swamla_titan.data import BatchLoader
 from swamla_titan.distributed.agreement import all_gather_dict
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed
-from swamla_titan.train.policies import Policy
-from swamla_titan.train.policies.bad_steps import BadStep, are_finite, remedies, warning
+from swamla_titan.train.bad_steps import BadStep
 from swamla_titan.train.policies.rewinding import Rewinding
+from swamla_titan.train.policy import Policy
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.state import RunState
 from swamla_titan.train.step import StepOutcome
@@ -26,6 +32,8 @@ from swamla_titan.train.step import StepOutcome
 logger = logging.getLogger(__name__)
 
 Cursor = dict[str, Any]
+
+_NAMED = 8  # in a warning
 
 
 class BadStepPolicy(Policy):
@@ -169,3 +177,35 @@ def write_bad_batches(
 
 def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+def warning(news: Sequence[BadStep], in_all: int) -> str:
+    """The warning for the steps skipped since the last one."""
+    shown = ", ".join(map(str, news[:_NAMED]))
+    more = f" and {len(news) - _NAMED} more" if len(news) > _NAMED else ""
+    return f"skipped as bad, changing nothing: step{'s' * (len(news) > 1)} {shown}{more}; {in_all} in all"
+
+
+def remedies(config: Config) -> str:
+    """What to try where losses or gradients are not finite or spike: a sentence that depends on the configuration."""
+    clip, float8 = config.training.max_grad_norm, config.float8
+    tries = ["lower optimizer.lr or lengthen lr_schedule.warmup_steps"]
+    if clip == 0:
+        tries.append("clip gradients (training.max_grad_norm is 0: 1.0 is usual)")
+    else:
+        tries.append(f"clip gradients more (training.max_grad_norm is {clip:g})")
+    if float8.recipe != "off":
+        less_exact = [f"float8.{key}" for key in ("fast_accumulation", "output_head") if getattr(float8, key)]
+        first = f", or {' and '.join(less_exact)} = false," if less_exact else ""
+        tries.append(
+            f'continue with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
+            "continues under any recipe)"
+        )
+    return f"If this goes on: {'; '.join(tries)}"
+
+
+def are_finite(parts: Iterable[nn.Module], world: World) -> bool:
+    """Whether every weight on every rank is finite; all ranks call this, and wait for their devices."""
+    weights = [local(weight.detach()) for part in parts for weight in part.parameters()]
+    mine = torch.stack([weight.isfinite().all() for weight in weights]).all().item()
+    return world.all_reduce_max(float(not mine)) == 0

@@ -33,6 +33,7 @@ from swamla_titan.system.backstop import Backstop, stopped
 from swamla_titan.system.console import Lines
 from swamla_titan.system.running_time import RunningTime
 from swamla_titan.train.policies.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
+from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +61,13 @@ class _Progress:
         return self.since + self.limit
 
 
-class Watchdog:
+class Watchdog(Policy):
     """Ends this process, with exit code 1, if its trainer makes no progress for too long.
 
-    The trainer calls `begin(step)` once, `progress(step)` after each step, and encloses what takes long between steps
-    (validation, checkpoint) in `pause(what)`. Between two steps lie at most `step_timeout` seconds; the start, the
-    first step and each pause may last `first_step_timeout`. A GPU computes behind its host, which waits for it when it
-    logs, or when some 1000 kernels are queued, so a step that never ends on the GPU is noticed a few steps later.
+    Between two calls of `after_step` lie at most `step_timeout` seconds; the start, the first step and each `pause` may
+    last `first_step_timeout`. A GPU computes behind its host, which waits for it when it logs, or when some 1000
+    kernels are queued, so a step that never ends on the GPU is noticed a few steps later. It watches from its creation,
+    before there is a trainer, to `stop`, after the trainer has closed its policies.
 
     Then every rank writes, also those that only wait, because the first one asks all: the stacks of all threads to
     traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N of the rank that
@@ -105,7 +106,7 @@ class Watchdog:
         self._thread.start()
 
     def begin(self, step: int) -> None:
-        """The first step begins, after `step` steps of earlier starts; files may be written from here on."""
+        """Expect the first step; files may be written from here on."""
         if self._thread:
             with suppress(OSError):  # standard error remains; others report what is wrong with the folder
                 self._traces.mkdir(parents=True, exist_ok=True)
@@ -114,13 +115,13 @@ class Watchdog:
                     self._backstop.write_to(self._file, self._backstop_path)
         self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
 
-    def progress(self, step: int) -> None:
-        """Step number `step` was taken."""
+    def after_step(self, step: int) -> None:
+        """Expect the next step."""
         self._expect(_Progress(step, "step", self._config.step_timeout, time.monotonic()))
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Encloses work between steps that may last as long as the first one; then the limit before it starts again."""
+        """Let this work last as long as the first step; then the limit before it starts again."""
         before = self._now
         self._expect(_Progress(before.step, doing, self._config.first_step_timeout, time.monotonic()))
         try:
@@ -128,7 +129,7 @@ class Watchdog:
         finally:
             self._expect(_Progress(before.step, before.doing, before.limit, time.monotonic()))
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Stop watching. If the watchdog is reporting a hang, this does not return, because the process ends."""
         if self._thread is None:
             return

@@ -1,4 +1,4 @@
-"""Files that a run skips, or whose rest it skips, because they cannot be read: counted, logged, written down."""
+"""Data that a run cannot read: files, or the rest of files, that it skips, and bytes that it replaces."""
 
 import json
 import logging
@@ -7,29 +7,31 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.data import Corpus, Skip, skips_of
-from swamla_titan.train.policies import Policy
+from swamla_titan.distributed.agreement import all_gather_dict
+from swamla_titan.distributed.mesh import World
+from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 NAME = "skipped_files.json"
 
 
-class SkippedFiles(Policy):
-    """All that the run has skipped since it began, the same on every rank.
+class UnreadableData(Policy):
+    """Counts and logs what the run could not read since it began; what is skipped, the same on every rank.
 
     Rank 0 writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this start),
     `place`, `reason`; a file that streams share has an object for each stream that reached it. A resumed run reads the
     same from the cursors in its checkpoint, so the file may be lost, or not writable.
     """
 
-    def __init__(
-        self, folder: Path, corpus: Corpus, cursors: dict[int, dict[str, Any]], writes: Callable[[], bool]
-    ) -> None:
-        """`cursors`: of all streams, from the checkpoint; `corpus` knows the files that could not be opened.
+    def __init__(self, folder: Path, corpus: Corpus, start: TrainState, writes: Callable[[], bool]) -> None:
+        """Take what was skipped from `start`; `corpus` knows the files that could not be opened.
 
         `writes()`: whether this rank logs and writes.
         """
+        self._replaced_before, self._replaced = start.replaced_bytes, 0  # of all ranks; by this one since this start
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
         self._entries: list[dict[str, Any]] = []
@@ -39,7 +41,7 @@ class SkippedFiles(Policy):
         for fault in corpus.faults:
             if writes() and fault.file not in opened:
                 logger.warning("data: %s; held-out text is taken from the rest", fault)
-        for stream, cursor in sorted(cursors.items()):
+        for stream, cursor in sorted(start.cursors.items()):
             for skip in skips_of(stream, cursor):
                 self._note(None, skip.stream, skip.file, skip.place, skip.reason)
         if self._entries:
@@ -49,8 +51,18 @@ class SkippedFiles(Policy):
         """The number of files of which something is skipped, if there are any."""
         return {"skipped_files": len(self._files)} if self._files else {}
 
-    def add(self, step: int, skips: Iterable[Skip]) -> None:
-        """Add what was unreadable in the batch of `step` (from 1); ranks may have found the same."""
+    def replaced_bytes(self, world: World) -> int:
+        """Stretches of bytes that were not UTF-8, read by all ranks since the run began. Collective."""
+        return self._replaced_before + sum(all_gather_dict(world, {world.data_rank: self._replaced}).values())
+
+    def add_replaced(self, count: int) -> None:
+        """Count stretches of bytes that this rank has read as U+FFFD in a batch; warn of the first."""
+        if count and not self._replaced_before + self._replaced:
+            logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
+        self._replaced += count
+
+    def add_skips(self, step: int, skips: Iterable[Skip]) -> None:
+        """Add what is skipped in the batch of `step` (from 1); ranks may have found the same."""
         for skip in sorted({skip.key: skip for skip in skips}.values(), key=lambda skip: skip.key):
             self._note(step, skip.stream, skip.file, skip.place, skip.reason)
         self._write()

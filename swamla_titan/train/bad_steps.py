@@ -16,22 +16,19 @@ All of this is in tensors on the device. The host waits for them only where it l
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
-from swamla_titan.config.sections import Config, FaultTolerance
-from swamla_titan.distributed.dtensor import local
+from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 
 _SKIPPED, _STREAK, _TRAINED, _REWINDS = range(4)  # indices of the counts
 _EMPTY = -1.0  # an entry of the window that holds no norm yet; norms are not negative
 _REMEMBERED = 64  # bad steps whose loss and norm are kept; more if a streak may be longer
-_NAMED = 8  # in a warning
 
 
 class BadStep(NamedTuple):
@@ -214,35 +211,3 @@ class BadSteps(StateGroup):
 
     def _remembered(self) -> list[BadStep]:
         return [BadStep(int(step), *numbers) for step, *numbers in self._recent.tolist() if step]
-
-
-def warning(news: Sequence[BadStep], in_all: int) -> str:
-    """The warning for the steps skipped since the last one."""
-    shown = ", ".join(map(str, news[:_NAMED]))
-    more = f" and {len(news) - _NAMED} more" if len(news) > _NAMED else ""
-    return f"skipped as bad, changing nothing: step{'s' * (len(news) > 1)} {shown}{more}; {in_all} in all"
-
-
-def remedies(config: Config) -> str:
-    """What to try where losses or gradients are not finite or spike: a sentence that depends on the configuration."""
-    clip, float8 = config.training.max_grad_norm, config.float8
-    tries = ["lower optimizer.lr or lengthen lr_schedule.warmup_steps"]
-    if clip == 0:
-        tries.append("clip gradients (training.max_grad_norm is 0: 1.0 is usual)")
-    else:
-        tries.append(f"clip gradients more (training.max_grad_norm is {clip:g})")
-    if float8.recipe != "off":
-        less_exact = [f"float8.{key}" for key in ("fast_accumulation", "output_head") if getattr(float8, key)]
-        first = f", or {' and '.join(less_exact)} = false," if less_exact else ""
-        tries.append(
-            f'continue with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
-            "continues under any recipe)"
-        )
-    return f"If this goes on: {'; '.join(tries)}"
-
-
-def are_finite(parts: Iterable[nn.Module], world: World) -> bool:
-    """Whether every weight on every rank is finite; all ranks call this, and wait for their devices."""
-    weights = [local(weight.detach()) for part in parts for weight in part.parameters()]
-    mine = torch.stack([weight.isfinite().all() for weight in weights]).all().item()
-    return world.all_reduce_max(float(not mine)) == 0

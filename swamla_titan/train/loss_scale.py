@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
-from swamla_titan.train.policies import Policy
+from swamla_titan.train.policy import Policy
 
 _FIRST = 2.0**16
 _INTERVAL = 2000  # finite steps before the scale is doubled

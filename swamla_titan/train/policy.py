@@ -1,0 +1,33 @@
+"""What the trainer calls beside its steps: the hooks of a policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Policy:
+    """Something that a run does beside its steps; it overrides the hooks that it needs.
+
+    `Trainer.policies` lists those of a run, and the trainer calls each hook in the order of this list. All ranks have
+    the same policies but for the metrics logger, which rank 0 has; so only hooks of the others may communicate.
+    """
+
+    def begin(self, step: int) -> None:
+        """The first step of this start begins, after `step` steps of earlier starts."""
+
+    def before_step(self, step: int) -> None:
+        """The batch of `step` (from 1) is about to be taken from the loader."""
+
+    def after_step(self, step: int) -> None:
+        """`step` was submitted to the device, which may still compute it."""
+
+    def metrics(self) -> dict[str, float | int]:
+        """This policy's values for the line of a step that is logged. The device is idle."""
+        return {}
+
+    @contextmanager
+    def pause(self, doing: str) -> Iterator[None]:
+        """Encloses work between steps, `doing` "validation", "checkpoint" or "rewind"; does not wait for the device."""
+        yield
+
+    def close(self, discard: bool) -> None:
+        """The run ends. `discard`: without waiting for the device and without writing to the dump folder."""
