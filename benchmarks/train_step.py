@@ -11,6 +11,12 @@ judges them, unless fault_tolerance.skip_bad_steps=true. The host does not wait 
 count, which are the second half, as in the trainer between two log lines; data_ms is what it waits for the loader in
 one of them.
 
+first_step_s is the time from before the loader is opened, with data and configuration resolved, to the end of the first
+step: build_state_s (model and optimizers), first_batch_s (the loader's processes start with it) and step_1_s, which
+mostly compiles; before it lies set_up_s. `compilation` is what the process has compiled up to then, so first steps are
+compared with one run a launch. Compiled code is kept in compile.cache_folder, or where TORCHINDUCTOR_CACHE_DIR says: a
+new folder makes the start a cold one.
+
 With --profile three more steps follow, and their kernels are summed up by kind, on rank 0, in milliseconds a step:
 "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran, "idle" the rest.
 (The first of the three follows a pause, in which a GPU at its power limit rests; its kernels may be faster.) --top
@@ -39,6 +45,7 @@ from swamla_titan.data import BatchLoader, StepBatch
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed, launched_rank
 from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel import data_parallel
+from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.kernels import attention_of
 from swamla_titan.train.setup import Setup, set_up
 from swamla_titan.train.state import RunState
@@ -100,29 +107,36 @@ fraction = 0.0
 def wrap_alone(setup: Setup, state: RunState) -> None:
     """Put FSDP2 around the model of a single process, and build the optimizers of the wrapped weights."""
     config, world = setup.config, setup.world
+    assert not state.ema, "wrapped=true: the average of the weights is one of those before they are wrapped"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (1,))
     for part in state.model.parts:
         data_parallel.wrap(part, config.parallel, mesh, part.compute_dtype)
-    state.optimizers = [
+    # In place, because the groups of the state hold this list.
+    state.optimizers[:] = [
         build_optimizer(part, config.optimizer, world.stage_group, config.compile.enabled) for part in state.model.parts
     ]
 
 
 class Stopwatch:
-    """Times the steps of a run; the host waits for the GPU only where a measurement begins or ends."""
+    """Times the start and the steps of a run; the host waits for the GPU only where a measurement begins or ends."""
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self.half, self.steps, self.device = steps // 2, steps, device
         self.waits: list[float] = []
         self.begun = time.perf_counter()
+        self.built = self.begun
 
     def wait_for_gpu(self) -> float:
         """The time at which the GPU is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def after_build(self) -> None:
+        """Model and optimizers are built."""
+        self.built = self.wait_for_gpu()
 
     def next(self, loader: Iterator[StepBatch]) -> StepBatch:
         """The next batch; remembers how long the host waited for it."""
@@ -139,7 +153,14 @@ class Stopwatch:
     def after(self, step: int) -> None:
         """Step number `step` was submitted."""
         if step == 0:
-            self.first_seconds = self.wait_for_gpu() - self.begun
+            now = self.wait_for_gpu()
+            self.start = {
+                "first_step_s": now - self.begun,
+                "build_state_s": self.built - self.begun,
+                "first_batch_s": self.waits[0],
+                "step_1_s": now - self.begun_steady,
+                "compilation": str(compilation()),
+            }
         elif step == self.steps - 1:
             self.step_seconds = (self.wait_for_gpu() - self.begun_steady) / (self.steps - self.half)
 
@@ -147,12 +168,14 @@ class Stopwatch:
 def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     config = configuration(plan, arguments, folder)
     world = init_distributed(config.parallel)
+    launched = time.perf_counter()
     setup = set_up(config, world)
+    clock = Stopwatch(arguments.steps, world.device)
     with setup.open_loader() as loader:
-        clock = Stopwatch(arguments.steps, world.device)
         state = setup.build_state()
         if "wrapped=true" in plan:
             wrap_alone(setup, state)
+        clock.after_build()
         take_step = TrainStep(setup.config, world, state, setup.micro_batch_size)
         losses = []
         for step in range(arguments.steps):
@@ -169,7 +192,8 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "data_ms": 1e3 * statistics.mean(clock.waits[clock.half :]),  # of which one may be long
         "tokens_per_second": take_step.targets / clock.step_seconds,
         "memory_gib": world.all_reduce_max(memory),
-        "first_step_s": clock.first_seconds,
+        "set_up_s": clock.begun - launched,
+        **clock.start,
         "losses": [round(loss.item(), 6) for loss in losses],
         **kernels,
     }

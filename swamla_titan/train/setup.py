@@ -111,8 +111,10 @@ def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None)
 def set_up_machine(config: Config, world: World) -> None:
     """Set precision and determinism, refuse what this machine cannot compute, and start helper processes."""
     set_precision_and_determinism(config, world.device, world.rank)
+    # The compiler's helpers are waited for first, so they start first; they end with this process, refused or not.
+    all_ranks_or_raise(world, lambda: warm_compiler(config.compile, world.device))
     all_ranks_or_raise(world, lambda: _validate_machine(config, world))
-    all_ranks_or_raise(world, lambda: _start_helpers(config, world))
+    all_ranks_or_raise(world, lambda: prepare_workers(config.data.num_workers))
 
 
 def set_up_inputs(
@@ -198,12 +200,6 @@ def _validate_machine(config: Config, world: World) -> None:
     validate_float8(config, world.device, world.degrees)
     validate_recomputation(config, world.device)
     validate_optimizer_device(config.optimizer, world.device)
-
-
-def _start_helpers(config: Config, world: World) -> None:
-    """Start the processes that read data and compile, so that they come up while the data are opened."""
-    prepare_workers(config.data.num_workers)
-    warm_compiler(config.compile, world.device)
 
 
 def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:
