@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, the average of weights, and learning-rate schedules."""
+"""Parameter groups, optimizers, the moving average of the weights, and learning-rate schedules."""
 
 from swamla_titan.optim.ema import AveragedWeights
 from swamla_titan.optim.gradients import gradient_norm

@@ -1,8 +1,8 @@
-"""The exponential moving average of the weights, which often generalises better than the last of them.
+"""The exponential moving average of the weights, which often generalises better than the last weights.
 
     mean <- mean + (1 - d) (weight - mean),    d = min(decay, (1 + t) / (10 + t)) after step t,
 
-so that the average forgets the random weights of the beginning at any decay (as in TensorFlow's and others' averages).
+so that the average forgets the random initial weights at any decay (as TensorFlow's ExponentialMovingAverage does).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,35 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import free_gathered_weights, local, zeros_sharded_like
-from swamla_titan.optim.groups import named
-from swamla_titan.optim.updates import pointwise, put
+from swamla_titan.optim.groups import trained_parameters
+from swamla_titan.optim.updates import fuse_elementwise, write_unless_bad
 
 
 class AveragedWeights:
-    """A float32 average of the parameters of a model, or of the pipeline stages that a rank holds, cut like these."""
+    """A float32 average of the parameters of a model, or of a rank's pipeline stages, sharded as they are."""
 
     def __init__(self, parts: Sequence[nn.Module], decay: float, compiled: bool = False) -> None:
-        """Call `restart` or load `of_part` once the weights have values."""
+        """Call `restart`, or load into `of_part`, once the weights have values."""
         self._decay = decay
         self._parts = parts
         self._means: dict[nn.Parameter, Tensor] = {}
         for parameter in (parameter for part in parts for parameter in part.parameters()):
             self._means[parameter] = zeros_sharded_like(parameter, parameter.shape[-1], torch.float32)
-        self._move = pointwise(_move, compiled)
+        self._move = fuse_elementwise(_move_towards, compiled)
 
     def of_part(self, part: nn.Module) -> dict[str, Tensor]:
-        """The live averages by their weights' names in the whole model: to save, or to load into."""
-        return {name: self._means[parameter] for name, parameter in named(part)}
+        """The averages themselves by their weights' names in the full model: to save, or to load into."""
+        return {name: self._means[parameter] for name, parameter in trained_parameters(part)}
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin with the weights as they are."""
+        """Set the average to the current weights."""
         for parameter, mean in self._means.items():
             local(mean).copy_(local(parameter))
 
     @torch.no_grad()
     def update(self, step: int, bad: Tensor | None) -> None:
-        """After step `step`, counted from 1: move towards the weights; not where the scalar `bad` is 1."""
+        """After step `step`, counted from 1, move the average towards the weights; not if the scalar `bad` is 1."""
         share = torch.tensor(1 - min(self._decay, (1 + step) / (10 + step)), dtype=torch.float32)
         for parameter, mean in self._means.items():
             if local(mean).numel():
@@ -48,7 +48,7 @@ class AveragedWeights:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Within, the model computes with the averages. Nothing may be reading weights or averages meanwhile."""
+        """Exchange weights and averages within the context; nothing else may read either meanwhile, not even a save."""
         self._swap()
         try:
             yield
@@ -63,8 +63,8 @@ class AveragedWeights:
             weight.copy_(average)
             average.copy_(kept)
         for part in self._parts:
-            free_gathered_weights(part)  # which may have been kept, of the others
+            free_gathered_weights(part)  # FSDP2 may have kept them, and they are those from before the exchange
 
 
-def _move(mean: Tensor, weight: Tensor, share: Tensor, bad: Tensor | None) -> None:
-    put(mean, mean + share * (weight - mean), bad)
+def _move_towards(mean: Tensor, weight: Tensor, share: Tensor, bad: Tensor | None) -> None:
+    write_unless_bad(mean, mean + share * (weight - mean), bad)

@@ -1,4 +1,4 @@
-"""An optimizer whose groups move by different rules, all of which obey the flag of bad steps."""
+"""An optimizer whose parameter groups have different update rules, all of which obey the flag of bad steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,27 +13,27 @@ from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
-from swamla_titan.optim.moments import maps_of, moments_in, new_state
+from swamla_titan.optim.moments import code_tables, moments_in, new_state
 from swamla_titan.optim.muon import Orthogonalizer, step_sizes
-from swamla_titan.optim.updates import pointwise
+from swamla_titan.optim.updates import fuse_elementwise
 
-# Elements from which compiled AdamW is worth a launch of its own: a call takes 0.2 ms of the host, and saves an H100 a
-# fifth of its time (16M elements: 161 instead of 206 us).
+# From this many elements on, compiled AdamW is worth a launch of its own: a call takes 0.2 ms of host time, and saves a
+# fifth of an H100's time (16M elements: 161 instead of 206 us).
 _LARGE = 1 << 22
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """AdamW with moments of any width, Lion, Muon; what Muon is not meant for moves by AdamW.
+    """AdamW with moments of any format, Lion, and Muon, which leaves all but hidden matrices to AdamW.
 
-    States are there from the start, plain tensors or DTensors cut like their parameters. Set `found_inf` through
-    `skip_where`, `grad_scale` through `clip_gradients`.
+    States exist from the start, as plain tensors or as DTensors sharded as their parameters. `skip_where` sets
+    `found_inf`, `clip_gradients` sets `grad_scale`.
     """
 
     def __init__(
         self, model: nn.Module, config: Optimizer, group: dist.ProcessGroup | None = None, compiled: bool = False
     ) -> None:
-        """`group`: the ranks that hold parts of the same weights, all of which must call `step`. `compiled`: fuse what
-        a rule does to a parameter into one kernel, unless torch's own does it faster.
+        """`group`: the ranks that hold shards of the same weights, all of which must call `step`. `compiled`: fuse the
+        update of a parameter into one kernel, unless torch's own is faster.
         """
         of_kind = groups(model, config)
         of_groups = [
@@ -48,10 +48,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for kind, parameters in of_kind.items():
             for parameter in parameters:
                 self.state[parameter] = new_state(parameter, kind, units.get(parameter, 0))
-        # If AdamW with float32 moments is to move them; every other rule moves all that it is given.
+        # Those of AdamW with float32 moments that are worth it; other rules always use our formulas.
         self._by_rule = {each for each in self.state if compiled and _pays(local(each))}
         names = ("adamw", "lion", "muon_momentum", "muon_weight")
-        self._updates = {name: pointwise(getattr(updates, name), compiled) for name in names}
+        self._updates = {name: fuse_elementwise(getattr(updates, name), compiled) for name in names}
         self._orthogonalizer, self._sizes = None, dict[nn.Parameter, Tensor]()
         matrices = [parameter for kind, each in of_kind.items() if kind.rule == "muon" for parameter in each]
         if matrices:
@@ -64,7 +64,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter; all have gradients, or those of a group none."""
+        """Update every parameter; either all parameters of a group have gradients, or none."""
         for group in self.param_groups:
             if group["params"][0].grad is None:
                 continue
@@ -80,7 +80,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._muon(self._orthogonalizer)
 
     def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
-        """All of them in few launches, which move 32 bytes an element where gradients are divided, compiled code 28."""
+        """torch's kernel: few launches for all, and 32 bytes per element when it clips, where ours has 28."""
         states = [self.state[parameter] for parameter in parameters]
         fused_adamw(
             [local(parameter).detach() for parameter in parameters],
@@ -109,7 +109,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1)
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
-        maps = maps_of(kind, steps[0].device)
+        tables = code_tables(kind, steps[0].device)
         factors = self.grad_scale, self.found_inf, lr, kind.moments
         constants = config.beta1, config.beta2, config.eps, _scalar(group["weight_decay"])
         for parameter, step in zip(parameters, steps):
@@ -117,7 +117,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             if weight.numel():
                 shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
                 blocks = weight.view(shape), _gradient(parameter).reshape(shape)
-                self._updates["adamw"](*blocks, step, moments, maps, *factors, *constants)
+                self._updates["adamw"](*blocks, step, moments, tables, *factors, *constants)
 
     def _lion(self, group: dict[str, Any]) -> None:
         lr, decay = _scalars(group)
@@ -154,7 +154,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 
 def _pays(weight: Tensor) -> bool:
-    """Whether compiled AdamW is faster than torch's fused kernel, which a CPU need not compile first."""
+    """Whether compiled AdamW is faster than torch's fused kernel; not on a CPU, which would compile it first."""
     return weight.is_cuda and weight.numel() >= _LARGE
 
 
@@ -164,15 +164,15 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _rate(group: dict[str, Any]) -> float:
-    """The learning rate, which others may have made a tensor of one number, as torch's optimizers allow."""
+    """The learning rate as a float, because torch's optimizers allow a tensor of one element too."""
     return float(group["lr"])
 
 
 def _scalars(group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The learning rate, and what a step leaves of a weight by decay."""
+    """The learning rate, and the factor that weight decay multiplies a weight by."""
     return _scalar(_rate(group)), _scalar(1 - _rate(group) * group["weight_decay"])
 
 
 def _scalar(value: float) -> Tensor:
-    """Not a number, so that compiled code is the same for all."""
+    """A tensor and not a number, so that compiled code does not depend on the value."""
     return torch.tensor(value, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Parameter groups: by which rule a parameter moves, how its moments are kept, whether it decays, its learning rate."""
+"""Parameter groups: each parameter's update rule, format of moments, weight decay and learning-rate multiplier."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,19 +13,20 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.init import plain_name
 from swamla_titan.optim.matrices import column_units
 
-# optimizer.name -> most elements that share a scale, for those that keep moments of matrices in few bits. The sizes are
-# torchao's.
+# optimizer.name -> the largest block of elements with one scale, for optimizers with quantized moments; torchao's
+# sizes.
 BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
-_SMALLEST_BLOCK = 32  # below, scales of both moments take more than a quarter of a byte an element
-# Looked up or as wide as the vocabulary: no hidden layer's matrices. Muon leaves them to AdamW, and by default they do
-# not decay: the norms behind an embedding make up for any size of its rows, and those of rare tokens would fade.
+_SMALLEST_BLOCK = 32  # in smaller ones the scales of both moments take more than a quarter of a byte per element
+# Matrices with one row per token of the vocabulary are no hidden layers' matrices: Muon leaves them to AdamW, and by
+# default they do not decay, because the norm after an embedding makes up for any scale of its rows, and the rows of
+# rare tokens would fade.
 _VOCABULARY = ("embedding.weight", "head.weight")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the parameters of a group have in common.
+    """The settings that the parameters of a group share.
 
     `rule`: adamw, lion or muon. `moments`: float32, bfloat16, or the name of the optimizer that quantizes them.
     """
@@ -42,24 +43,24 @@ class Kind:
 
 
 def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]]:
-    """The trained parameters of a model or a part of it, each once; groups with matrices come first.
+    """The trained parameters of a model or a pipeline stage by their settings, each once; matrices come first.
 
-    A tied weight is one, and both ends of it, on different stages of a pipeline, are of the same kind.
+    A tied weight is one parameter; where its two ends are on different pipeline stages, both have the same settings.
     """
     units = column_units(model)
     untied = isinstance(model, SWAMLAModel) and not model.config.tie_embeddings
     found: dict[Kind, list[nn.Parameter]] = {}
-    for name, parameter in sorted(named(model), key=lambda pair: pair[1].ndim < 2):
-        # Rows of absent tokens have no gradient: a second moment that fades to the code of 0 before the first one does
-        # would make steps of first / eps (hundreds of learning rates were seen). bitsandbytes advises the same.
+    for name, parameter in sorted(trained_parameters(model), key=lambda pair: pair[1].ndim < 2):
+        # The rows of absent tokens have no gradient: if their second moment decays to the code of 0 before the first
+        # one does, a step becomes first / eps (hundreds of learning rates were seen). bitsandbytes advises the same.
         quantized = not (untied and name == "embedding.weight")
         kind = _kind(name, parameter, units.get(parameter, 0), config, quantized)
         found.setdefault(kind, []).append(parameter)
     return found
 
 
-class Row(NamedTuple):
-    """Of a group: its kind, how many elements it has, and its parameters' names without layers and `.weight`."""
+class GroupSummary(NamedTuple):
+    """A group for the startup summary: kind, elements, and parameters' names without layer numbers and `.weight`."""
 
     kind: Kind
     elements: int
@@ -69,30 +70,32 @@ class Row(NamedTuple):
         return f"{self.kind}: {self.elements:,} parameters ({', '.join(self.names)})"
 
 
-def group_table(config: ModelConfig, optimizer: Optimizer) -> list[Row]:
-    """The groups of a whole model."""
+def group_table(config: ModelConfig, optimizer: Optimizer) -> list[GroupSummary]:
+    """The parameter groups of a full model."""
     with torch.device("meta"):
         model = SWAMLAModel(config)
-    names = {parameter: _folded(name) for name, parameter in named(model)}
+    names = {parameter: _without_layer(name) for name, parameter in trained_parameters(model)}
     return [
-        Row(kind, sum(each.numel() for each in parameters), list(dict.fromkeys(names[each] for each in parameters)))
+        GroupSummary(
+            kind, sum(each.numel() for each in parameters), list(dict.fromkeys(names[each] for each in parameters))
+        )
         for kind, parameters in groups(model, optimizer).items()
     ]
 
 
-def block_of(name: str, columns: int, unit: int) -> int:
-    """How many consecutive elements of a row of a matrix share a scale under optimizer `name`; 0: it is not quantized.
+def block_size(name: str, columns: int, unit: int) -> int:
+    """How many consecutive elements of a matrix row share a scale under optimizer `name`; 0: it is not quantized.
 
-    As many as the optimizer takes at most, and so that they divide the row; or `unit`, if ranks may cut rows into such.
-    So no rank ever holds a part of a block, and the numbers are the same under every plan.
+    The largest size up to the optimizer's own that divides the row, or `unit`, if ranks may split rows at its
+    multiples. So no block is split between ranks, and the quantized values are the same under every plan.
     """
-    whole = unit or columns
-    fitting = [size for size in range(_SMALLEST_BLOCK, BLOCKS[name] + 1, 2) if whole % size == 0]
+    unsplit = unit or columns
+    fitting = [size for size in range(_SMALLEST_BLOCK, BLOCKS[name] + 1, 2) if unsplit % size == 0]
     return max(fitting, default=0)
 
 
 def multiplier(name: str, patterns: Mapping[str, float]) -> float:
-    """The factor of the last of the patterns (fnmatch) that fit the name; 1 where none does."""
+    """The value of the last pattern (fnmatch) that matches the name; 1 if none does."""
     return next((factor for pattern, factor in reversed(list(patterns.items())) if fnmatchcase(name, pattern)), 1.0)
 
 
@@ -103,19 +106,19 @@ def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quan
         rule = "adamw"
     moments = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
-        moments = config.name if block_of(config.name, parameter.shape[-1], unit) else "float32"
+        moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
     decays = is_matrix and (name not in _VOCABULARY or config.decay_embeddings)
     decay = config.weight_decay if decays else 0.0
     return Kind(rule, moments, decay, multiplier(name, config.lr_multipliers))
 
 
-def named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trained parameters of a model or a part of it, by their names in a model to which nothing was applied."""
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters of a model or a pipeline stage, by their names before any parallelism was applied."""
     tied = isinstance(model, SWAMLAModel) and model.config.tie_embeddings
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield plain_name(name, tied), parameter
 
 
-def _folded(name: str) -> str:
+def _without_layer(name: str) -> str:
     return ".".join(part for part in name.removesuffix(".weight").split(".") if part != "blocks" and not part.isdigit())

@@ -1,10 +1,10 @@
-"""How the moments of a parameter are kept between steps, and how many bytes that takes.
+"""The formats in which a parameter's moments are kept between steps, and how many bytes they take.
 
-float32 and bfloat16 are one tensor of the parameter's shape. Quantized moments (torchao's: dynamic 8 bits of
-arXiv:2110.02861, 4 bits of arXiv:2309.01507, float8 e4m3fn) are two plain tensors, codes [rows, columns] or, two of 4
-bits in a byte, [rows, columns / 2], and float32 scales [rows, columns / block]. torchao's own tensor class holds the
-same numbers; but plain tensors, cut like the parameter, are what checkpoints can store without pickled classes and hand
-to any number of ranks, for no rank ever holds a part of a block (groups.block_of).
+In float32 and bfloat16 a moment is one tensor of the parameter's shape. Quantized moments (torchao's: dynamic 8 bits,
+arXiv:2110.02861; 4 bits, arXiv:2309.01507; float8 e4m3fn) are two tensors: codes [rows, columns], or [rows, columns /
+2] with two codes of 4 bits in a byte, and float32 scales [rows, columns / block]. torchao's tensor class holds the same
+values; but tensors without a class of their own, sharded as the parameter is, can be stored in a checkpoint without
+pickled classes and resharded to any number of ranks, because no block is split between ranks (groups.block_size).
 """
 
 import functools
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
-from swamla_titan.optim.groups import Kind, block_of
+from swamla_titan.optim.groups import Kind, block_size
 from swamla_titan.quiet_torchao import quiet_torchao
 
 _ADAMW = ("exp_avg", "exp_avg_sq")
@@ -22,9 +22,9 @@ _NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)}  
 
 
 def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tensor]:
-    """Zeros: moments on the parameter's device, cut like the parameter, and AdamW's count of steps."""
+    """Zeroed moments on the parameter's device, sharded as the parameter is, and AdamW's step count."""
     if _is_quantized(kind):
-        quiet_torchao()  # which is imported below, and there within compiled code
+        quiet_torchao()  # before it is imported, which happens below and within compiled code
     state = {
         name: zeros_sharded_like(parameter, parameter.shape[-1] // divisor, dtype)
         for name, (dtype, divisor) in _layout(parameter, kind, unit).items()
@@ -35,14 +35,14 @@ def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tenso
 
 
 def bytes_of_state(parameter: nn.Parameter, kind: Kind, unit: int) -> int:
-    """Bytes of `new_state` on this rank, whose parameter may have no values."""
+    """Bytes of `new_state` on this rank; the parameter may be on the meta device."""
     held = local(parameter).numel()
     moments = sum(held // divisor * dtype.itemsize for dtype, divisor in _layout(parameter, kind, unit).values())
     return moments + (4 if kind.rule == "adamw" else 0)
 
 
 def moments_in(state: Mapping[str, Tensor], kind: Kind) -> list[list[Tensor]]:
-    """Views of each moment's part on this rank: [moment], flat, or [codes [blocks, their codes], scales [blocks]]."""
+    """Views of each moment's local shard: [values], flat, or [codes [blocks, codes of one], scales [blocks]]."""
     if not _is_quantized(kind):
         return [[local(state[name]).view(-1)] for name in _NAMES[kind.rule]]
     found = []
@@ -52,14 +52,14 @@ def moments_in(state: Mapping[str, Tensor], kind: Kind) -> list[list[Tensor]]:
     return found
 
 
-def maps_of(kind: Kind, device: torch.device) -> tuple[Tensor | None, ...]:
-    """What the codes of each moment stand for, float32; None where they are numbers themselves."""
+def code_tables(kind: Kind, device: torch.device) -> tuple[Tensor | None, ...]:
+    """The value of each code, float32, for each moment; None where the moments have no codes, or float8 ones."""
     signed = (True, False)  # the second moment is a mean of squares
-    return tuple(_map(kind.moments, each, device) for each, _ in zip(signed, _NAMES[kind.rule]))
+    return tuple(_code_table(kind.moments, each, device) for each, _ in zip(signed, _NAMES[kind.rule]))
 
 
-def restored(kept: list[Tensor], name: str, table: Tensor | None) -> Tensor:
-    """A moment in float32, [blocks, block] or of the shape it is kept in."""
+def dequantize(kept: list[Tensor], name: str, table: Tensor | None) -> Tensor:
+    """A moment in float32: [blocks, block], or in the kept shape if it is not quantized."""
     if len(kept) == 1:
         return kept[0].float()
     codes, scale = kept
@@ -71,8 +71,8 @@ def restored(kept: list[Tensor], name: str, table: Tensor | None) -> Tensor:
     return table[codes.int()] * scale.view(-1, 1)
 
 
-def condensed(moment: Tensor, name: str, table: Tensor | None) -> list[Tensor]:
-    """The tensors in which a moment [blocks, block], float32, is kept; like `restored` for those of 16 or 32 bits."""
+def quantize(moment: Tensor, name: str, table: Tensor | None) -> list[Tensor]:
+    """The inverse of `dequantize`: the tensors in which a float32 moment is kept."""
     if name == "float32":
         return [moment]
     if name == "bfloat16":
@@ -90,13 +90,13 @@ def condensed(moment: Tensor, name: str, table: Tensor | None) -> list[Tensor]:
 
 
 def _layout(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, tuple[torch.dtype, int]]:
-    """Name of a tensor -> its type, and how many of the parameter's columns one of its own stands for."""
+    """For each tensor of the state by name, its dtype, and how many of the parameter's columns one of its has."""
     names = _NAMES[kind.rule]
     if not _is_quantized(kind):
         return {name: (getattr(torch, kind.moments), 1) for name in names}
     codes = {f"{name}_codes": (torch.uint8, 2 if kind.moments == "adamw4bit" else 1) for name in names}
     return codes | {
-        f"{name}_scale": (torch.float32, block_of(kind.moments, parameter.shape[-1], unit)) for name in names
+        f"{name}_scale": (torch.float32, block_size(kind.moments, parameter.shape[-1], unit)) for name in names
     }
 
 
@@ -105,7 +105,7 @@ def _is_quantized(kind: Kind) -> bool:
 
 
 @functools.cache
-def _map(name: str, signed: bool, device: torch.device) -> Tensor | None:
+def _code_table(name: str, signed: bool, device: torch.device) -> Tensor | None:
     if name not in ("adamw8bit", "adamw4bit"):
         return None
     from torchao.optim import subclass_4bit, subclass_8bit

@@ -1,4 +1,4 @@
-"""Optimizers as the trainer uses them: built from the configuration, with learning rate, clipping and skipped steps."""
+"""The trainer's interface to optimizers: built from the configuration; learning rate, clipping, skipped steps."""
 
 import math
 
@@ -21,18 +21,18 @@ from swamla_titan.optim.moments import bytes_of_state
 def build_optimizer(
     model: nn.Module, config: Optimizer, group: dist.ProcessGroup | None = None, compiled: bool = False
 ) -> GroupedOptimizer:
-    """The optimizer of a model's float32 weights, or of those of a pipeline stage.
+    """Build the optimizer of the float32 weights of a model or a pipeline stage.
 
-    `group`: the ranks that hold parts of the same weights, which must all take each step; None: this process has them
-    whole. `compiled`: fuse what is done to a parameter into one kernel, unless torch's own does it faster. Raises
-    UserError where the GPU is too old for the optimizer.
+    `group`: the ranks that hold shards of the same weights, which must all take each step; None: this process holds the
+    full weights. `compiled`: fuse the update of a parameter into one kernel, unless torch's own is faster. Raises
+    UserError if the GPU is too old for the optimizer.
     """
     validate_optimizer_device(config, local(next(model.parameters())).device)
     return GroupedOptimizer(model, config, group, compiled)
 
 
 def validate_optimizer_device(config: Optimizer, device: torch.device) -> None:
-    """Raise UserError where the GPU lacks what the optimizer needs."""
+    """Raise UserError if the optimizer needs float8 conversions and the GPU has none."""
     if config.name != "adamw_fp8" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -44,7 +44,7 @@ def validate_optimizer_device(config: Optimizer, device: torch.device) -> None:
 
 
 def state_bytes(model: nn.Module, config: Optimizer) -> int:
-    """Bytes of an optimizer's state on this rank; the model's parameters may be on the meta device."""
+    """Bytes of the optimizer's state on this rank; the model's parameters may be on the meta device."""
     units = column_units(model)
     return sum(
         bytes_of_state(parameter, kind, units.get(parameter, 0))
@@ -54,9 +54,9 @@ def state_bytes(model: nn.Module, config: Optimizer) -> int:
 
 
 def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step; a pure function, so that a checkpoint need not hold it.
+    """The learning rate at a step as a share of its peak; a pure function, so that a checkpoint need not hold it.
 
-    Linear warm-up over `warmup_steps` (the first step already moves: it has 1/warmup_steps), then
+    Linear warm-up over `warmup_steps` (the first step has 1/warmup_steps, not 0), then
     cosine: half a cosine from 1 to `min_lr_ratio` at the last step;
     linear: a straight line likewise;
     wsd: 1 until the last `decay_steps`, then a straight line to `min_lr_ratio`
@@ -79,25 +79,26 @@ def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: GroupedOptimizer, lr: float) -> None:
-    """The learning rate, times each group's own factor (optimizer.lr_multipliers)."""
+    """Set each group's learning rate: `lr` times its multiplier (optimizer.lr_multipliers)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["kind"].lr_multiplier
 
 
 def clip_gradients(optimizer: GroupedOptimizer, norm: Tensor, max_norm: float) -> None:
-    """Make the optimizer's next step divide its gradients so that they have a norm of at most `max_norm` (0: of any).
+    """Make the optimizer's next step clip its gradients to a norm of at most `max_norm` (0: no clipping).
 
-    `norm`: of all gradients of the model, a float32 scalar. Kernels divide as they read (as torch's GradScaler has them
-    do): a pass over all gradients less than to scale them before. torch's kernel leaves the quotients in their place.
+    `norm`: of all gradients of the model, a float32 scalar. The optimizer's kernels divide as they read (by the
+    argument that torch's GradScaler uses), which saves a pass over all gradients. torch's kernel writes the quotients
+    back.
     """
     optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None
 
 
 def skip_where(optimizer: GroupedOptimizer, bad: Tensor | None) -> None:
-    """Make the optimizer's next steps change nothing where `bad` is 1: float32 scalar on the weights' device, 0 or 1.
+    """Make the optimizer's next steps change nothing if `bad` is 1: a float32 scalar on the weights' device, 0 or 1.
 
-    Weights, moments, step counts and weight decay all stay, bit for bit, whatever the gradients hold, and the host
-    learns nothing of it: fused kernels read the flag on the device and return (it is the one that torch's GradScaler
-    gives them), the others choose by it between the old and the new. None: every step counts.
+    Weights, moments and step counts stay bit for bit, whatever the gradients hold, without a host sync: torch's fused
+    kernels read the flag on the device and return (it is the argument that torch's GradScaler uses), ours choose by it
+    between old and new values. None: no step is skipped.
     """
     optimizer.found_inf = bad

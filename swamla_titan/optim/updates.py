@@ -1,8 +1,8 @@
-"""What a step does to one parameter's local shard, as formulas on plain tensors, one kernel each if compiled.
+"""The update rules of one parameter's local shard, as formulas on plain tensors; compiled, each is one fused kernel.
 
-Where the scalar `bad` is 1 everything stays as it is, bit for bit. `divisor`: of gradients, None: 1. A division before
-the rule would read and write them all once more. Learning rates and weight decay are scalar tensors on the host, so
-that groups share compiled code.
+If the scalar `bad` is 1, weight and moments stay as they are, bit for bit. Gradients are divided by `divisor` (None: 1)
+within the rule, because a division before it would read and write them once more. Learning rates and weight decay are
+scalar tensors on the host, so that parameter groups share compiled code.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla_titan.optim.moments import condensed, restored
+from swamla_titan.optim.moments import dequantize, quantize
 
 
 def adamw(
@@ -19,7 +19,7 @@ def adamw(
     gradient: Tensor,
     step: Tensor,
     kept: Sequence[list[Tensor]],
-    maps: Sequence[Tensor | None],
+    tables: Sequence[Tensor | None],
     divisor: Tensor | None,
     bad: Tensor | None,
     lr: Tensor,
@@ -29,21 +29,21 @@ def adamw(
     eps: float,
     weight_decay: Tensor,
 ) -> None:
-    """AdamW (arXiv:1711.05101) with moments kept as `moments` says; in the order of torchao's formulas.
+    """AdamW (arXiv:1711.05101) with moments in the format `moments`; operations in the order of torchao's.
 
-    `weight` and `gradient` are float32 [blocks, block], `step` counts from 1. The update is made of the moments before
-    they are rounded.
+    `weight` and `gradient` are float32 [blocks, block], `step` counts from 1. The update uses the new moments before
+    they are quantized.
     """
-    gradient = _over(gradient, divisor)
-    first, second = (restored(each, moments, table) for each, table in zip(kept, maps))
+    gradient = _divided(gradient, divisor)
+    first, second = (dequantize(each, moments, table) for each, table in zip(kept, tables))
     first = first.lerp(gradient, 1 - beta1)
     second = second.lerp(gradient.square(), 1 - beta2)
     decayed = weight - lr * weight_decay * weight
     denominator = second.sqrt() / (1 - beta2**step).sqrt() + eps
-    put(weight, decayed - lr * (first / (1 - beta1**step)) / denominator, bad)
-    for each, moment, table in zip(kept, (first, second), maps):
-        for target, value in zip(each, condensed(moment, moments, table)):
-            put(target, value, bad)
+    write_unless_bad(weight, decayed - lr * (first / (1 - beta1**step)) / denominator, bad)
+    for each, moment, table in zip(kept, (first, second), tables):
+        for target, value in zip(each, quantize(moment, moments, table)):
+            write_unless_bad(target, value, bad)
 
 
 def lion(
@@ -58,15 +58,15 @@ def lion(
     beta1: float,
     beta2: float,
 ) -> None:
-    """Lion (arXiv:2302.06675): steps of one size, by the sign of a mix of momentum and gradient.
+    """Lion (arXiv:2302.06675): a step of the learning rate in the sign of a mix of momentum and gradient.
 
     `decay` is 1 - lr * weight_decay.
     """
-    momentum, gradient = restored(kept, moments, None), _over(gradient, divisor)
+    momentum, gradient = dequantize(kept, moments, None), _divided(gradient, divisor)
     direction = (momentum * beta1).add(gradient, alpha=1 - beta1).sign()
-    put(weight, weight * decay - lr * direction, bad)
-    [target], [value] = kept, condensed((momentum * beta2).add(gradient, alpha=1 - beta2), moments, None)
-    put(target, value, bad)
+    write_unless_bad(weight, weight * decay - lr * direction, bad)
+    [target], [value] = kept, quantize((momentum * beta2).add(gradient, alpha=1 - beta2), moments, None)
+    write_unless_bad(target, value, bad)
 
 
 def muon_momentum(
@@ -78,42 +78,43 @@ def muon_momentum(
     momentum: float,
     nesterov: bool,
 ) -> Tensor:
-    """What Muon orthogonalizes, bfloat16, as torch.optim.Muon makes it of gradient and momentum."""
-    gradient = _over(gradient, divisor)
-    average = restored(kept, moments, None).lerp(gradient, 1 - momentum)
+    """Update the momentum and return the matrix, bfloat16, that Muon orthogonalizes; formulas of torch.optim.Muon."""
+    gradient = _divided(gradient, divisor)
+    average = dequantize(kept, moments, None).lerp(gradient, 1 - momentum)
     update = gradient.lerp(average, momentum) if nesterov else average
-    [target], [value] = kept, condensed(average, moments, None)
-    put(target, value, bad)
+    [target], [value] = kept, quantize(average, moments, None)
+    write_unless_bad(target, value, bad)
     return update.bfloat16()
 
 
 def muon_weight(weight: Tensor, direction: Tensor, size: Tensor, bad: Tensor | None, lr: Tensor, decay: Tensor) -> None:
-    """Take an orthogonalized `direction` [r, c] off a weight; `size` [r, 1] is each row's factor of lr (`step_sizes`).
+    """Subtract an orthogonalized `direction` [r, c] from a weight; `size` [r, 1] has each row's factor of lr.
 
     `decay` is 1 - lr * weight_decay.
     """
-    put(weight, weight * decay - (lr * size) * direction, bad)
+    write_unless_bad(weight, weight * decay - (lr * size) * direction, bad)
 
 
-def _over(gradient: Tensor, divisor: Tensor | None) -> Tensor:
+def _divided(gradient: Tensor, divisor: Tensor | None) -> Tensor:
     return gradient if divisor is None else gradient / divisor
 
 
-def put(target: Tensor, value: Tensor, bad: Tensor | None) -> None:
-    """Write `value` into `target`; where the scalar `bad` is 1, leave it as it is, bit for bit. None: it is 0."""
+def write_unless_bad(target: Tensor, value: Tensor, bad: Tensor | None) -> None:
+    """Write `value` into `target`, or leave it as it is, bit for bit, if the scalar `bad` is 1; None: never bad."""
     target.copy_(value if bad is None else torch.where(bad > 0, target, value.to(target.dtype)))
 
 
-def pointwise(update: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """The update, compiled if wanted: once for any number of rows of its tensors, and for each width of them.
+def fuse_elementwise(update: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """The update, if `compiled` as one fused kernel: compiled once per number of columns, for any number of rows.
 
-    What differs from step to step must come as scalar tensors on the host: a Python number would be compiled in.
-    Tensors that have rows come by themselves or in lists; those in tuples are of one size for ever.
+    Values that change from step to step must be scalar tensors on the host, because a Python number would be compiled
+    in. Tensors with a variable number of rows are arguments themselves or stand in lists; those in tuples never change
+    their size.
     """
     if not compiled:
         return update
-    # Not all parameters in one call: Lion for `base` would compile for 26 s instead of 7 (a CPU; same bits), to save
-    # 2 ms of host time a step while the device computes. torch._foreach passes over memory for each operation.
+    # Not all parameters in one call: Lion for `base` would compile for 26 s instead of 7 (on a CPU; same bits), to save
+    # 2 ms of host time a step while the device computes. torch._foreach would read and write memory for each operation.
     fused = torch.compile(update, fullgraph=True)
 
     def call(*arguments: Any) -> Any:

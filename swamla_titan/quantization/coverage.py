@@ -19,60 +19,61 @@ from swamla_titan.model.linear import spec_of
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""
 
-# What an H100 reached in matmuls with sides of one to eight thousand (LOG.md, 2026-11-23): operations a second, bytes
-# of memory a second; and what an element of the input, and one of the gradient, costs that a recipe casts, in bytes.
+# Measured on an H100 in matmuls with sides of one to eight thousand (LOG.md, 2026-11-23): FLOP/s in both dtypes, and
+# memory bandwidth in bytes per second. By recipe, the bytes that casting an element of the input, and one of the
+# gradient, reads and writes.
 _BFLOAT16, _FLOAT8, _BYTES = 720e12, 1310e12, 3.0e12
 _CAST_BYTES = {"native": (7, 7), "tensorwise": (9, 9), "rowwise": (28, 12), "rowwise_with_gw_hp": (12, 6)}
-# Matmuls in float8, of the three of a weight; in the last recipe, its gradient is not.
+# Of a weight's three matmuls, how many are in float8: in the last recipe, not that of the weight's gradient.
 _MATMULS = {"native": 3, "tensorwise": 3, "rowwise": 3, "rowwise_with_gw_hp": 2}
-_WEIGHT_BYTES = 10  # of a float32 element: read for its amax, read again, written twice
+_WEIGHT_BYTES = 10  # to cast a float32 element: read for amax, read again, written twice
 
-# The share of a model's operations in float8, of those that a recipe can take, below which a warning is due.
+# A warning is due where a smaller share of the operations that a recipe can take is in float8.
 _LITTLE = 0.6
 
 
 @dataclass(frozen=True)
 class LinearCoverage:
-    """A linear layer by its name, with the sides of its weight on a rank; `why_not` None: in float8."""
+    """Whether a linear layer computes in float8 (`why_not` is None), with the sides of its weight on a rank."""
 
     name: str
     out: int
     inner: int
-    reads_norm: bool  # of the residual stream
+    reads_norm: bool  # its input is the residual stream after a norm
     why_not: str | None
 
     @property
     def kind(self) -> str:
-        """The name without the number of its block."""
+        """The layer's name without the number of its block."""
         return self.name.split(".", 2)[2] if self.name.startswith("blocks.") else self.name
 
 
-def gain(recipe: str, out: int, inner: int, given: bool = False) -> float:
-    """Seconds a token that matmuls in float8 save, less those that the casts of input and gradient take.
+def gain(recipe: str, out: int, inner: int, is_cast: bool = False) -> float:
+    """Seconds per token that a layer's matmuls in float8 save, minus those that casts of input and gradient take.
 
-    `given`: its input is cast already, as a norm's result is by "native". The constants are fitted to what
-    benchmarks/float8_products.py measured on an H100: with them this is positive where float8 paid.
+    `is_cast`: the input comes in float8, as a norm's output does in "native". The constants are fitted to
+    benchmarks/float8_products.py on an H100, so that this is positive where float8 was faster.
     """
     of_input, of_gradient = _CAST_BYTES[recipe]
-    return _saved(recipe) * out * inner - (of_gradient * out + (0 if given else of_input * inner)) / _BYTES
+    return _saved(recipe) * out * inner - (of_gradient * out + (0 if is_cast else of_input * inner)) / _BYTES
 
 
 def _saved(recipe: str) -> float:
-    """Seconds for each element of a weight and token, by the forward matmul and those of the gradients."""
+    """Seconds that float8 matmuls save for each element of a weight and each token, forward and backward."""
     return 2 * _MATMULS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
 
 
-def whole_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
-    """Of a linear layer that ranks do not shard."""
+def full_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
+    """`Sides` without tensor parallelism: those of the full weight."""
     return linear.out_features, linear.in_features
 
 
 def survey(
-    model: SWAMLAModel, config: Float8, sides: Sides = whole_sides, norms_cast: bool = True
+    model: SWAMLAModel, config: Float8, sides: Sides = full_sides, norms_cast: bool = True
 ) -> list[LinearCoverage]:
-    """Every linear layer of a model, or of a stage of it, in order; `config.recipe` is not "off".
+    """The coverage of every linear layer of a model or a pipeline stage, in order; `config.recipe` is not "off".
 
-    `norms_cast`: no tensor parallelism keeps norms from giving their result in float8, by "native".
+    `norms_cast`: with "native", norms give their output in float8, which they do not under tensor parallelism.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: sides(name, linear) for name, linear in linears.items()}
@@ -93,9 +94,10 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
 
 
 def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], recipe: str) -> set[str]:
-    """Linear layers, by name with [out, in], that would not pay; `readers` are given what a norm can cast.
+    """The names of layers, of `shapes` [out, in] by name, that would be slower in float8; `readers` read a norm.
 
-    Readers of one norm all pay or each for itself: only together do they share the cast of their input.
+    With "native" the readers of one norm share the cast of their input if all are in float8; so they are judged both
+    each by itself and together.
     """
     small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
     if recipe != "native":
@@ -106,15 +108,15 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], 
             of_norm.setdefault(name.rpartition(".")[0], []).append(name)
     for names in of_norm.values():
         own_cast = [gain(recipe, *shapes[name]) for name in names]
-        # One of them casts the input, the rest are given it.
-        together = own_cast[0] + sum(gain(recipe, *shapes[name], given=True) for name in names[1:])
-        if len(names) > 1 and together >= sum(max(gain, 0) for gain in own_cast):
+        # The first one bears the cast of the input, the rest get it for nothing.
+        together = own_cast[0] + sum(gain(recipe, *shapes[name], is_cast=True) for name in names[1:])
+        if len(names) > 1 and together >= sum(max(own, 0) for own in own_cast):
             small -= set(names)
     return small
 
 
 def validate_device(recipe: str, device: torch.device) -> None:
-    """Raise UserError for a GPU without float8 units, and for "native" without Triton. A CPU emulates them."""
+    """Raise UserError for a GPU without float8 tensor cores, and for "native" without Triton; a CPU emulates float8."""
     if recipe == "off" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -128,7 +130,7 @@ def validate_device(recipe: str, device: torch.device) -> None:
 
 
 def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> None:
-    """Raise UserError where a recipe would convert nothing in the blocks of a whole model."""
+    """Raise UserError if a recipe would convert no linear layer in the blocks of a full model."""
     blocks = [each for each in coverage if each.name != "head"]
     if not blocks or any(each.why_not is None for each in blocks):
         return
@@ -142,7 +144,7 @@ def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> Non
 
 
 def table(coverage: Sequence[LinearCoverage], recipe: str, emulated: bool = False) -> Iterator[str]:
-    """Kinds of linear layers, how many there are of each, and what becomes of them."""
+    """Lines for the log: each kind of linear layer, its number, and whether it is in float8 or why not."""
     inside = sum(each.why_not is None for each in coverage)
     how, share = recipe + (", emulated" if emulated else ""), share_of(coverage, recipe)
     yield f"float8 ({how}): {inside} of {len(coverage)} linear layers, {share:.0%} of their operations"
@@ -151,11 +153,11 @@ def table(coverage: Sequence[LinearCoverage], recipe: str, emulated: bool = Fals
         yield f"  {kind:<22} {count:>3} x {sides:<15} {'float8' if why_not is None else f'as it was: {why_not}'}"
 
 
-def warnings(coverage: Sequence[LinearCoverage], config: Config, rows: int) -> Iterator[str]:
-    """Where float8 will not pay, on a rank that computes `rows` sequences at a time; nothing without linear layers."""
+def warnings(coverage: Sequence[LinearCoverage], config: Config, micro_batch_size: int) -> Iterator[str]:
+    """Why float8 will not pay off on a rank with micro-batches of this many sequences; none without linear layers."""
     if not coverage:
         return
-    yield from little_gained(coverage, config, rows)
+    yield from little_gained(coverage, config, micro_batch_size)
     recipe = config.float8.recipe
     inside = {each.name: (each.out, each.inner) for each in coverage if each.why_not is None}
     readers = {each.name for each in coverage if each.reads_norm and config.parallel.tensor == 1}
@@ -171,8 +173,8 @@ def warnings(coverage: Sequence[LinearCoverage], config: Config, rows: int) -> I
         yield "float8.output_head = true: head and loss are not computed as one then, and all logits are held in memory"
 
 
-def little_gained(coverage: Sequence[LinearCoverage], config: Config, rows: int) -> Iterator[str]:
-    """Why the recipe as a whole gains little or nothing, on a rank that computes `rows` sequences at a time."""
+def little_gained(coverage: Sequence[LinearCoverage], config: Config, micro_batch_size: int) -> Iterator[str]:
+    """Why the recipe gains little or nothing at all, on a rank with micro-batches of this many sequences."""
     recipe = config.float8.recipe
     share = share_of(coverage, recipe)
     if share < _LITTLE * _MATMULS[recipe] / 3:
@@ -181,8 +183,9 @@ def little_gained(coverage: Sequence[LinearCoverage], config: Config, rows: int)
             "(as an H100 was measured): little will be gained, and casts cost; wider models gain"
         )
     if not config.compile.enabled:
-        yield "compile.enabled = false: casts are joined with nothing then, and cost more than float8 gains"
-    tokens = rows * config.training.seq_len // config.parallel.context  # ranks of tensor parallelism share the sides
+        yield "compile.enabled = false: casts are fused with nothing then, and cost more than float8 gains"
+    tokens = micro_batch_size * config.training.seq_len // config.parallel.context
+    # Not divided by tensor parallelism, because it divides the weights, and so the time to cast them, as well.
     fewest = int(_WEIGHT_BYTES / _BYTES / _saved(recipe))
     if tokens < fewest:
         yield (
@@ -192,7 +195,7 @@ def little_gained(coverage: Sequence[LinearCoverage], config: Config, rows: int)
 
 
 def share_of(coverage: Sequence[LinearCoverage], recipe: str) -> float:
-    """Of the operations of all linear layers, forward and backward, that are in float8."""
+    """The share of all linear layers' operations, forward and backward, that is in float8."""
     total = sum(each.out * each.inner for each in coverage)
     inside = sum(each.out * each.inner for each in coverage if each.why_not is None)
     return inside / total * _MATMULS[recipe] / 3 if total else 0.0

@@ -1,8 +1,8 @@
-"""float8 training: the matmuls of the blocks in 8 bits, everything else as it was.
+"""Float8 training: converts linear layers of the blocks to compute their matmuls in 8 bits.
 
 By torchao (tensorwise, rowwise, rowwise_with_gw_hp; see torchao.float8.config) or by our own kernels (native.py).
-Weights stay what they were, float32 parameters of the same names and shapes, so checkpoints of runs with and without
-float8 are interchangeable.
+Weights remain float32 parameters of the same names and shapes, so checkpoints of runs with and without float8 are
+interchangeable.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from swamla_titan.config.sections import Float8
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import LinearSpec, spec_of
 from swamla_titan.model.sharding import FULL, Sharding
-from swamla_titan.quantization.coverage import LinearCoverage, Sides, survey, table, validate_device, whole_sides
+from swamla_titan.quantization.coverage import LinearCoverage, Sides, full_sides, survey, table, validate_device
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quiet_torchao import quiet_torchao
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class Float8MasterLinear(Float8Linear):
-    """x W^T in float8, from activations in their dtype and W cast to that same dtype first.
+    """x W^T in float8, where W is cast to the activations' dtype before it is quantized.
 
-    Float8Linear by itself would quantize float32 master weights directly and so round differently from FSDP2 with
-    bfloat16 parameters, which quantizes what it gathered. As in model/linear.py, the cast makes both the same, and it
-    does nothing where the weight has the dtype already, or was gathered in float8.
+    torchao's Float8Linear would quantize float32 master weights directly and so round differently from FSDP2 with
+    bfloat16 parameters, which quantizes the gathered weights. As in model/linear.py, the cast makes both agree; it does
+    nothing where the weight has that dtype already, or was gathered in float8.
     """
 
     sharding: Sharding = FULL
@@ -45,7 +45,7 @@ class Float8MasterLinear(Float8Linear):
 
     @classmethod
     def of(cls, linear: Float8Linear, spec: LinearSpec) -> "Float8MasterLinear":
-        """What takes the place of torchao's, with its weight."""
+        """A layer with the weight of torchao's `linear`, to replace it."""
         with torch.device("meta"):
             master = cls(linear.in_features, linear.out_features, bias=False, config=linear.config)
         master.weight, master.spec = linear.weight, spec
@@ -67,19 +67,19 @@ def convert_to_float8(
     model: SWAMLAModel,
     config: Float8,
     device: torch.device,
-    sides: Sides = whole_sides,
+    sides: Sides = full_sides,
     norms_cast: bool = True,
     gathered: bool = False,
 ) -> list[LinearCoverage]:
-    """Exchange linear layers of the model for float8 ones, in place; nothing if the recipe is "off".
+    """Replace linear layers of the model by float8 ones, in place; none if the recipe is "off".
 
-    Which, and why not the others, is in what it returns and in the log: see coverage.py. `sides` are those of the
-    weights that a rank will have when tensor parallelism has divided them; without it `norms_cast`. `gathered`: FSDP2
-    is to gather the weights in float8, by a subclass of Tensor that the parameters become. Comes first of all, on the
-    meta device, before tensor parallelism. On a CPU the matmuls are emulated: quantized and multiplied in float32.
+    Returns and logs which ones, and why not the others (coverage.py). `sides` gives a weight's sides after tensor
+    parallelism has sharded it; `norms_cast` is as in `survey`. `gathered`: FSDP2 is to gather the weights in float8, so
+    the parameters become a subclass of Tensor. Call it on the meta device, before tensor parallelism. A CPU emulates
+    the matmuls: it quantizes the operands and multiplies in float32.
 
-    Raises UserError as `validate_device` does. That a stage of a pipeline has nothing to convert is no error; whether
-    the full model has is for `validate_coverage`, before any rank begins.
+    Raises UserError as `validate_device` does. A pipeline stage without layers to convert is no error: for the full
+    model `validate_coverage` checks that before any rank begins.
     """
     if config.recipe == "off":
         return []
@@ -99,7 +99,7 @@ def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device
     specs = {name: spec_of(name, model.get_submodule(name)) for name in names}
     plan = Float8LinearConfig.from_recipe_name(recipe)
     plan = dataclasses.replace(plan, emulate=device.type != "cuda")
-    # A tied head's weight is the embedding's, which looks its rows up in full precision.
+    # A tied head's weight is the embedding's, which is read in full precision: FSDP2 must not gather it in float8.
     for apart, mine in ((False, names - {"head"}), (True, names & {"head"})):
         convert_to_float8_training(
             model,
@@ -113,8 +113,9 @@ def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device
 
 
 def compute_scales(model: nn.Module) -> None:
-    """Compute the scales of all weights that FSDP2 gathers in float8, with one reduction over the ranks.
+    """Compute the scales of all weights that FSDP2 gathers in float8, with one all-reduce.
 
-    Due after each change of the weights; without it each gather would compute and reduce its own. All ranks call it.
+    All ranks call it after each change of the weights, because otherwise each all-gather would compute and all-reduce a
+    scale of its own.
     """
     precompute_float8_dynamic_scale_for_fsdp(model)

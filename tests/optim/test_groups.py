@@ -12,7 +12,7 @@ from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
-from swamla_titan.optim.groups import block_of, groups, multiplier, named
+from swamla_titan.optim.groups import block_size, groups, multiplier, trained_parameters
 from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.parallel.model_parts import build_parts
 
@@ -37,7 +37,7 @@ GROUPED_QUERIES = ModelConfig(
     ],
 )
 def test_blocks_divide_rows_and_what_ranks_make_of_them(name, columns, unit, block):
-    assert block_of(name, columns, unit) == block
+    assert block_size(name, columns, unit) == block
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
@@ -158,7 +158,7 @@ def test_every_plan_decays_the_same_parameters(parallel, tied):
     for rank in range(ranks):
         with fake_world(fit_degrees(config.parallel, ranks), config.parallel.data_parallel, rank) as world:
             for part in build_parts(config, world):
-                of = {p: name for name, p in named(part)}
+                of = {p: name for name, p in trained_parameters(part)}
                 for kind, each in groups(part, config.optimizer).items():
                     decaying |= {of[p] for p in each if kind.weight_decay}
     assert decaying == names
