@@ -141,29 +141,31 @@ def test_warnings_come_where_little_is_gained():
         ("rowwise_with_gw_hp", "small", ["takes 0% of the operations"]),
     ):
         config, products = products_of(flavor, recipe=recipe)
-        found = list(warnings(products, config, rows=8))
+        found = list(warnings(products, config, micro_batch_size=8))
         assert len(found) == len(expected), found
         assert all(part in text for part, text in zip(expected, found))
     config, products = products_of("base", recipe="native", products="all")
-    assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(warnings(products, config, rows=8))
+    assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(
+        warnings(products, config, micro_batch_size=8)
+    )
     config = replace(config, training=Training(seq_len=512), float8=Float8(recipe="native"))
-    assert "512 tokens on a rank at a time" in next(warnings(float8_coverage(config), config, rows=1))
+    assert "512 tokens on a rank at a time" in next(warnings(float8_coverage(config), config, micro_batch_size=1))
     config, products = products_of("base", recipe="native")
-    (eager,) = warnings(products, replace(config, compile=Compile(enabled=False)), rows=8)
+    (eager,) = warnings(products, replace(config, compile=Compile(enabled=False)), micro_batch_size=8)
     assert eager.startswith("compile.enabled = false")
     config, products = products_of("base", recipe="native", output_head=True)
-    (head,) = warnings(products, config, rows=8)
+    (head,) = warnings(products, config, micro_batch_size=8)
     assert head.startswith("float8.output_head = true")
-    assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), rows=8))
+    assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), micro_batch_size=8))
     config, products = products_of("150m", recipe="native", products="all")
-    assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, rows=32))
+    assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, micro_batch_size=32))
 
 
 def test_table_and_warning_tell_the_same_share(monkeypatch):
     monkeypatch.setattr("swamla_titan.quantization.coverage._LITTLE", 1.0)
     config, products = products_of("base", recipe="rowwise_with_gw_hp")
     assert next(table(products, "rowwise_with_gw_hp")).endswith(" 37% of their operations")  # two thirds of 56%
-    assert "takes 37% of the operations" in next(warnings(products, config, rows=8))
+    assert "takes 37% of the operations" in next(warnings(products, config, micro_batch_size=8))
 
 
 def test_no_product_of_a_model_is_forgotten():
