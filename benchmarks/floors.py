@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
+from swamla_titan.model.blocks import attention_kinds
+from swamla_titan.model.branch import Attention
 
 FLOPS, BYTES = 793e12, 3.0e12  # a second
 
@@ -31,7 +32,8 @@ def floors(config: ModelConfig, sequences: int, seq_len: int) -> dict[str, float
         model = SWAMLAModel(config)
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    tokens, kinds = sequences * seq_len, config.block_kinds
+    tokens, attentions = sequences * seq_len, attention_kinds(config)
+    kinds = [attentions[kind] for kind in config.block_kinds]
     products = sum(seconds(6 * tokens * each.weight.numel(), 0) for each in linears)
     attention = sum(_attention(config, kind, sequences, seq_len) for kind in kinds)
     between = sum(_between(config, kind, tokens) for kind in kinds)
@@ -45,28 +47,25 @@ def floors(config: ModelConfig, sequences: int, seq_len: int) -> dict[str, float
     return {f"{kind}_ms": 1e3 * value for kind, value in found.items()}
 
 
-def _attention(config: ModelConfig, kind: str, sequences: int, seq_len: int) -> float:
+def _attention(config: ModelConfig, kind: type[Attention], sequences: int, seq_len: int) -> float:
     """Forward and backward: two products and five."""
-    heads, tokens = config.num_heads, sequences * seq_len
-    width, v_width, key_heads = config.head_dim, config.head_dim, config.kv_heads
-    pairs = swa_pairs(seq_len, config.swa_window, config.swa_sink_size)
-    if kind == "mla":
-        width, v_width, key_heads = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, heads
-        pairs = causal_pairs(seq_len)
+    tokens, pairs = sequences * seq_len, kind.pairs(config, seq_len)
+    heads, key_heads, width, v_width = kind.heads(config)
     flops = 2 * sequences * heads * pairs * ((width + v_width) + (3 * width + 2 * v_width))
     forward = heads * (width + v_width) + key_heads * (width + v_width)  # queries and result, keys and values
     backward = heads * (2 * width + 2 * v_width) + 2 * key_heads * (width + v_width)
     return seconds(flops, 2 * tokens * (forward + backward))
 
 
-def _between(config: ModelConfig, kind: str, tokens: int) -> float:
+def _between(config: ModelConfig, kind: type[Attention], tokens: int) -> float:
     """What lies between the products of a block, forward and backward, each tensor once."""
     dim, hidden = config.dim, config.ffn_width
     forward = 2 * dim + 4 * dim + 3 * dim + 3 * hidden  # norm; sum and norm; sum; SwiGLU
     backward = 4 * dim + 4 * dim + 5 * hidden  # norm and sum of gradients, twice; SwiGLU
-    rotated = config.num_heads * config.head_dim + config.kv_heads * config.head_dim
-    if kind == "mla":  # rotary parts of queries; keys are put together from their parts
-        rotated = config.num_heads * (config.qk_rope_head_dim + config.qk_nope_head_dim + config.qk_rope_head_dim // 2)
+    heads, rotary = kind.heads(config), kind.rotary(config).width
+    # Rotary parts of queries. Keys with other parts are put together from these and a rotary part that heads share.
+    of_key = heads.qk_width if rotary == heads.qk_width else heads.qk_width - rotary + rotary // 2
+    rotated = heads.queries * rotary + heads.keys * of_key
     return seconds(0, 2 * tokens * (forward + backward + 2 * 2 * rotated))
 
 

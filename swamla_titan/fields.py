@@ -6,11 +6,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from swamla_titan.conditions import Condition
 
 TABLE = dict[str, float]
+Rule = Callable[[Any, Mapping[str, Any]], "str | None"]
+"""(value, all values of the section by name) -> what is wrong with the value beside the others, None: nothing."""
 
 # For a number without a natural bound, such as a factor: beyond it float32 overflows, and nobody means it.
 HUGE = 1e30
@@ -28,6 +31,8 @@ def key(
     above: float | None = None,
     below: float | None = None,
     needs: Condition | None = None,
+    rule: Rule | None = None,
+    quantity: str | None = None,
     path: bool = False,
     any_text: bool = False,
 ) -> Any:
@@ -35,11 +40,13 @@ def key(
 
     `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. `choices`
     lists every allowed value. The numbers of a table (`dict[str, float]`) are each checked like a number. `needs` says
-    when the setting has an effect, None: always. `path`: a string that names a file or folder. `any_text`: a string
-    that may hold control characters.
+    when the setting has an effect, None: always. `rule` holds it against other values. `quantity` says what a number
+    is, for rules that know no key by its name. `path`: a string that names a file or folder. `any_text`: a string that
+    may hold control characters.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata: dict[str, Any] = {"doc": doc, "needs": needs, "path": path, "any_text": any_text}
+    metadata |= {"rule": rule, "quantity": quantity}
     metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)

@@ -66,27 +66,27 @@ def _tensor(config: Config) -> Iterator[Contradiction]:
     if tensor == 1:
         return
     groups = model.ffn_width // model.ffn_group
-    shared = [
-        ("num_heads", f"model.num_heads = {model.num_heads}", model.num_heads),
-        (
-            "ffn_hidden_dim",
-            f"the {groups} groups of {model.ffn_width // groups} hidden units of the feed-forward network "
-            f"(model.ffn_hidden_dim = {model.ffn_width})",
-            groups,
-        ),
-    ]
-    if model.kv_heads != model.num_heads and has_effect(config, "model.num_kv_heads"):
-        shared.append(("num_kv_heads", f"model.num_kv_heads = {model.kv_heads}", model.kv_heads))
+    units = f"the {groups} groups of {model.ffn_width // groups} hidden units of the feed-forward network"
+    shared = [("ffn_hidden_dim", f"{units} (model.ffn_hidden_dim = {model.ffn_width})", groups)]
+    heads: dict[int, str] = {}
+    for key, number in model.quantities("heads").items():
+        if number and has_effect(config, f"model.{key}"):
+            heads.setdefault(number, key)  # said once of a number that several kinds have
+    shared = [*((key, f"model.{key} = {number}", number) for number, key in heads.items()), *shared]
     if model.vocab_size:  # else the tokenizer's, which is not known here
         padded = model.padded_vocab_size
         shared.append(("vocab_size", f"the {padded} rows of the padded vocabulary", padded))
     for key, what, number in shared:
-        if number % tensor:
-            divisors = [degree for degree in range(1, tensor) if number % degree == 0]
-            yield Contradiction(
-                ("parallel.tensor", f"model.{key}", "model.flavor"),
-                f"{tensor} ranks cannot share {what} equally: use tensor = {divisors[-1]}, or change the model",
-            )
+        if problem := why_not_shared(tensor, what, number):
+            yield Contradiction(("parallel.tensor", f"model.{key}", "model.flavor"), problem)
+
+
+def why_not_shared(tensor: int, what: str, number: int) -> str | None:
+    """Why so many tensor-parallel ranks cannot share `what`, of which there are `number`; None: they can."""
+    if number % tensor == 0:
+        return None
+    divisor = next(degree for degree in range(tensor - 1, 0, -1) if number % degree == 0)
+    return f"{tensor} ranks cannot share {what} equally: use tensor = {divisor}, or change the model"
 
 
 def _sequence_length(config: Config) -> Iterator[Contradiction]:

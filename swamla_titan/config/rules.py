@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-from swamla_titan.conditions import has_effect
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.float8_rules import float8_contradictions
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
@@ -19,6 +18,8 @@ from swamla_titan.kernels.limits import (
     WINDOW_SINKS,
     WINDOW_WIDTHS,
 )
+from swamla_titan.model import ModelConfig
+from swamla_titan.model.config import Quantity
 
 ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
@@ -26,6 +27,7 @@ _MOST_TOKENS = 1 << 36  # of a step: 69 billion
 _MOST_PARAMETERS = 1 << 47  # 140 trillion
 _MOST_ACTIONS = 1 << 18  # of a pipeline's schedule
 _MOST_CUTS = 1 << 26  # that cutting the layers in stages looks at
+_WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 
 
 def contradictions(config: Config) -> Iterator[Contradiction]:
@@ -88,29 +90,30 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
 
 def _attention(config: Config) -> Iterator[Contradiction]:
     """A way to compute attention that no block could take; what needs a GPU is told where there is none."""
-    asked, model = config.kernels.attention, config.model
+    asked, model, length = config.kernels.attention, config.model, config.training.seq_len
     if asked not in ("triton", "flex"):
         return
-    at = "kernels.attention"
-    has_windows, has_latents = has_effect(config, "model.swa_window"), has_effect(config, "model.kv_lora_rank")
-    length = config.training.seq_len
-    has_masks = length > 1 and (config.data.document_mask or (has_windows and model.swa_window < length))
-    if asked == "triton" and not has_windows and not config.data.document_mask:
+    at, has_documents = "kernels.attention", config.data.document_mask
+    kinds = dict.fromkeys(model.block_kinds)
+    windows = {kind: min(found.values()) for kind in kinds if (found := model.quantities("window", kind))}
+    is_cut = any(window < length for window in windows.values())
+    if asked == "triton" and not windows and not has_documents:
         yield Contradiction(
             (at, "data.document_mask"),
             '"triton" is for sliding-window blocks, of which this model has none, and for documents: use "auto"',
         )
-    elif not has_masks:
+    elif length == 1 or not (has_documents or is_cut):
         yield Contradiction(
-            (at, "model.swa_window", "training.seq_len", "data.document_mask"),
+            (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
         )
     if asked != "triton":
         return
-    if has_windows:
-        yield from _window_kernel(config)
-    elif config.data.document_mask and has_latents:
-        yield from _document_kernel(config)
+    for kind in windows:
+        yield from _window_kernel(model, kind)
+    if has_documents and not windows:
+        for kind in kinds:
+            yield from _document_kernel(config, kind)
     if config.parallel.context > 1:
         yield Contradiction(
             (at, "parallel.context"),
@@ -118,38 +121,40 @@ def _attention(config: Config) -> Iterator[Contradiction]:
         )
 
 
-def _window_kernel(config: Config) -> Iterator[Contradiction]:
-    """What our kernel for sliding windows does not take."""
-    at, model = "kernels.attention", config.model
-    if model.head_dim not in WINDOW_WIDTHS:
+def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Contradiction]:
+    """What our kernel for sliding windows does not take of a kind of block."""
+    at, widths = "kernels.attention", model.quantities("qk_width", kind)
+    keys, width = (tuple(widths), sum(widths.values())) if widths else (("dim", "num_heads"), model.head_dim)
+    if width not in WINDOW_WIDTHS:
         yield Contradiction(
-            (at, "model.dim", "model.num_heads"),
-            f'"triton" takes heads of {", ".join(map(str, WINDOW_WIDTHS))}, not of {model.head_dim}: '
-            'use "flex" or "auto"',
+            (at, *(f"model.{key}" for key in keys)),
+            f'"triton" takes heads of {", ".join(map(str, WINDOW_WIDTHS))}, not of {width}: use "flex" or "auto"',
         )
-    if model.swa_sink_size > WINDOW_SINKS:
-        yield Contradiction(
-            (at, "model.swa_sink_size"),
-            f'"triton" takes at most {WINDOW_SINKS} sinks, not {model.swa_sink_size}: use "flex" or "auto"',
-        )
+    for key, sinks in model.quantities("sink", kind).items():
+        if sinks > WINDOW_SINKS:
+            yield Contradiction(
+                (at, f"model.{key}"),
+                f'"triton" takes at most {WINDOW_SINKS} sinks, not {sinks}: use "flex" or "auto"',
+            )
 
 
-def _document_kernel(config: Config) -> Iterator[Contradiction]:
-    """What our kernel for documents in MLA does not take."""
+def _document_kernel(config: Config, kind: str) -> Iterator[Contradiction]:
+    """What our kernel for documents does not take of a kind of block with widths of its own, as latents have."""
     at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
-    if dtype == "float32":
-        yield Contradiction(
-            (at, "training.compute_dtype"), f'"triton" takes MLA in 16 bits, not in {dtype}: use "auto"'
-        )
     sides = (
-        (("qk_nope_head_dim", "qk_rope_head_dim"), model.qk_nope_head_dim + model.qk_rope_head_dim, DOCUMENT_WIDTHS),
-        (("v_head_dim",), model.v_head_dim, DOCUMENT_V_WIDTHS),
+        (model.quantities("qk_width", kind), DOCUMENT_WIDTHS),
+        (model.quantities("v_width", kind), DOCUMENT_V_WIDTHS),
     )
-    for keys, width, widths in sides:
-        if width not in widths:
+    if dtype == "float32" and any(keys for keys, _ in sides):
+        yield Contradiction(
+            (at, "training.compute_dtype"), f'"triton" takes {kind.upper()} in 16 bits, not in {dtype}: use "auto"'
+        )
+    for keys, taken in sides:
+        width = sum(keys.values())
+        if keys and width not in taken:
             yield Contradiction(
                 (at, *(f"model.{key}" for key in keys)),
-                f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, widths))}, not of {width}: use "flex" or '
+                f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, taken))}, not of {width}: use "flex" or '
                 '"auto"',
             )
 
@@ -181,8 +186,9 @@ def _sizes(config: Config) -> Iterator[Contradiction]:
             f"{training.global_batch_size} sequences of {training.seq_len} tokens are more than the {_MOST_TOKENS} "
             "tokens that a step may have: lower one of them",
         )
-    heads = model.num_heads * (model.qk_nope_head_dim + model.qk_rope_head_dim + 2 * model.v_head_dim)
-    layer = model.dim * (3 * model.ffn_width + heads + model.q_lora_rank + model.kv_lora_rank)
+    qk_width, v_width, latents = (sum(model.quantities(each).values()) for each in _WIDTHS)
+    heads = model.num_heads * (qk_width + 2 * v_width)
+    layer = model.dim * (3 * model.ffn_width + heads + latents)
     if model.num_layers * layer > _MOST_PARAMETERS:
         yield Contradiction(
             ("model.num_layers", "model.dim", "model.ffn_hidden_dim", "model.num_heads"),

@@ -1,6 +1,5 @@
 """What makes a run less likely to diverge: the default warm-up, and advice where a configuration does without."""
 
-from swamla_titan.conditions import has_effect
 from swamla_titan.config.sections import Config, LRSchedule
 
 WARMUP = 400  # steps: by then Adam's second moments, with beta2 = 0.95 to 0.99, have long forgotten their start
@@ -25,11 +24,14 @@ def stability_advice(config: Config) -> list[str]:
             f"lr_schedule.warmup_steps = {warmup} is short for a run of {training.steps:,} steps, whose first are "
             f"likeliest to diverge: {usual} or more, or leave it out"
         )
-    if has_effect(config, "model.swa_sink_size") and model.swa_sink_size == 0 and model.swa_window < training.seq_len:
-        lines.append(
-            "model.swa_sink_size = 0: past the first window no query sees a sink token, on which softmax puts the "
-            "attention that it does not need; 4 is usual"
-        )
+    for kind in dict.fromkeys(model.block_kinds):
+        is_cut = any(window < training.seq_len for window in model.quantities("window", kind).values())
+        lines += [
+            f"model.{key} = 0: past the first window no query sees a sink token, on which softmax puts the attention "
+            "that it does not need; 4 is usual"
+            for key, sink in model.quantities("sink", kind).items()
+            if is_cut and sink == 0
+        ]
     if training.max_grad_norm == 0:
         lines.append(
             "training.max_grad_norm = 0 clips no gradients, so one bad batch can throw the weights off; 1.0 is usual"

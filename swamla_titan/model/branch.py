@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.kernels.flops import causal_pairs, swa_pairs
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.linear import spec_of
 
 
 class Rotary(NamedTuple):
@@ -60,7 +61,11 @@ class Branch(nn.Module):
     """What a block adds to the residual stream [B, T, dim], made from that stream behind a norm.
 
     A subclass that leaves a declaration out is refused with a TypeError when it is defined.
+
+    `linear_input`: nothing but its linear layers reads its input, which may then be no tensor but a float8 operand.
     """
+
+    linear_input: ClassVar[bool] = False
 
     def __init_subclass__(cls, is_abstract: bool = False, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -72,6 +77,16 @@ class Branch(nn.Module):
     @abstractmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
         """What each of `tensor` tensor-parallel ranks saves when the branch is compiled."""
+
+    def input_readers(self) -> dict[str, nn.Linear]:
+        """The linear layers to which the norm before may give float8, by their names in the branch.
+
+        All that read the input; none where something else reads it as well.
+        """
+        if not self.linear_input:
+            return {}
+        linears = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        return {name: each for name, each in linears.items() if spec_of(name, each).role.reads_residual_stream}
 
 
 class Mixer(Branch, is_abstract=True):

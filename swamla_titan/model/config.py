@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from swamla_titan.conditions import One
-from swamla_titan.fields import HUGE, field_types, key, value_problem
+from swamla_titan.fields import HUGE, Rule, field_types, key, value_problem
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
 FFN_MULTIPLE = 256
@@ -27,12 +28,51 @@ def _shares_theta(config: Any) -> bool:
     return not all(getattr(config.model, f"{kind}{_THETA}", True) for kind in config.model.block_kinds)
 
 
+# What a number of a kind of block is. Tensor-parallel ranks must divide "heads", of which "qk_width" and "v_width" are
+# widths (several keys: of parts that lie side by side; none: dim / num_heads); a window sees "sink" first tokens too.
+Quantity = Literal["heads", "qk_width", "v_width", "latent_width", "window", "sink"]
+
+
+@dataclass(frozen=True)
+class HasLayers(One):
+    """Of the keys of one kind of block: the model has layers of this kind."""
+
+    kind: str = ""
+
+
+def has_layers(kind: str, *others: str) -> HasLayers:
+    """The condition of a kind's keys; `others` are keys, beside the number of its layers, that can leave it none."""
+    keys = f"model.{kind}{_LAYERS}", *others
+    remedy = f"{keys[0]} to 1 or more" + (", within the layers" if others else "")
+    return HasLayers(keys, lambda config: kind in config.model.block_kinds, remedy, kind=kind)
+
+
+def divides(other: str) -> Rule:
+    """The rule that a number, unless it is 0, divides the one of the key `other`."""
+
+    def rule(value: int, values: Mapping[str, Any]) -> str | None:
+        return f"{value} does not divide {other} = {values[other]}" if value and values[other] % value else None
+
+    return rule
+
+
+def _heads_fit(heads: int, values: Mapping[str, Any]) -> str | None:
+    width = values["dim"] // heads
+    odd = f"dim / num_heads = {width} must be even to be rotated" if width % 2 else None
+    return divides("dim")(heads, values) or odd
+
+
+def _is_even(value: int, _: Mapping[str, Any]) -> str | None:
+    return f"{value} must be even to be rotated" if value % 2 else None
+
+
+def _is_theta(value: float, _: Mapping[str, Any]) -> str | None:
+    return f"{value}: expected 0, or a number >= {_LEAST_THETA}" if 0 < value < _LEAST_THETA else None
+
+
 # When keys have an effect, see conditions.py: `config` is the whole configuration, of which this one is `model`.
 _CYCLE = ("model.swa_layers_per_cycle", "model.mla_layers_per_cycle", "model.num_layers")
-_HAS_SWA = One(_CYCLE[:1], lambda config: "swa" in config.model.block_kinds, f"{_CYCLE[0]} to 1 or more")
-_HAS_MLA = One(
-    _CYCLE[1:], lambda config: "mla" in config.model.block_kinds, f"{_CYCLE[1]} to 1 or more, within the layers"
-)
+_HAS_SWA, _HAS_MLA = has_layers("swa"), has_layers("mla", "model.num_layers")
 _ROOM_FOR_MLA = One(
     (_CYCLE[0], _CYCLE[2]),
     lambda config: config.model.mla_layers_per_cycle == 0 or "mla" in config.model.block_kinds,
@@ -52,13 +92,17 @@ class ModelConfig:
 
     num_layers: int = key(12, "Number of blocks.", minimum=1, maximum=MOST_LAYERS)
     dim: int = key(1024, "Width of the residual stream.", minimum=2, maximum=_WIDEST)
-    num_heads: int = key(16, "Query heads, in both kinds of block.", minimum=1, maximum=_WIDEST)
+    num_heads: int = key(
+        16, "Query heads, in both kinds of block.", minimum=1, maximum=_WIDEST, rule=_heads_fit, quantity="heads"
+    )
     num_kv_heads: int = key(
         0,
         "Key/value heads of SWA blocks (grouped-query attention); 0: num_heads.",
         minimum=0,
         maximum=_WIDEST,
         needs=_HAS_SWA,
+        rule=divides("num_heads"),
+        quantity="heads",
     )
     vocab_size: int = key(50257, "Real token ids; in a TOML file 0 means the tokenizer's.", minimum=0, maximum=1 << 24)
     max_seq_len: int = key(2048, "Longest sequence the model accepts, in tokens.", minimum=1, maximum=LONGEST_SEQUENCE)
@@ -80,7 +124,12 @@ class ModelConfig:
         needs=_ROOM_FOR_MLA,
     )
     swa_window: int = key(
-        256, "Keys a query sees in SWA blocks, itself counted.", minimum=1, maximum=LONGEST_SEQUENCE, needs=_HAS_SWA
+        256,
+        "Keys a query sees in SWA blocks, itself counted.",
+        minimum=1,
+        maximum=LONGEST_SEQUENCE,
+        needs=_HAS_SWA,
+        quantity="window",
     )
     swa_sink_size: int = key(
         4,
@@ -88,23 +137,47 @@ class ModelConfig:
         minimum=0,
         maximum=LONGEST_SEQUENCE,
         needs=_HAS_SWA,
+        quantity="sink",
     )
     qk_norm: bool = key(
         False, "RMSNorm over each query and key head of SWA blocks, before the rotation.", needs=_HAS_SWA
     )
     q_lora_rank: int = key(
-        0, "MLA: rank of the query projection; 0: one full matrix.", minimum=0, maximum=_WIDEST, needs=_HAS_MLA
+        0,
+        "MLA: rank of the query projection; 0: one full matrix.",
+        minimum=0,
+        maximum=_WIDEST,
+        needs=_HAS_MLA,
+        quantity="latent_width",
     )
     kv_lora_rank: int = key(
-        256, "MLA: width of the latent that keys and values are made from.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA
+        256,
+        "MLA: width of the latent that keys and values are made from.",
+        minimum=1,
+        maximum=_WIDEST,
+        needs=_HAS_MLA,
+        quantity="latent_width",
     )
     qk_nope_head_dim: int = key(
-        128, "MLA: width of a head's query/key part without position.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA
+        128,
+        "MLA: width of a head's query/key part without position.",
+        minimum=1,
+        maximum=_WIDEST,
+        needs=_HAS_MLA,
+        quantity="qk_width",
     )
     qk_rope_head_dim: int = key(
-        64, "MLA: width of the rotary part; its key is shared by all heads.", minimum=2, maximum=_WIDEST, needs=_HAS_MLA
+        64,
+        "MLA: width of the rotary part; its key is shared by all heads.",
+        minimum=2,
+        maximum=_WIDEST,
+        needs=_HAS_MLA,
+        rule=_is_even,
+        quantity="qk_width",
     )
-    v_head_dim: int = key(128, "MLA: width of a head's value.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA)
+    v_head_dim: int = key(
+        128, "MLA: width of a head's value.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA, quantity="v_width"
+    )
     rope_theta: float = key(
         10000.0,
         "Base of the rotary frequencies, in both kinds of block.",
@@ -113,10 +186,10 @@ class ModelConfig:
         needs=_SHARES_THETA,
     )
     swa_rope_theta: float = key(
-        0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_SWA
+        0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_SWA, rule=_is_theta
     )
     mla_rope_theta: float = key(
-        0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_MLA
+        0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_MLA, rule=_is_theta
     )
     rope_scaling: float = key(
         1.0, "Linear position scaling: positions are divided by this factor.", minimum=1e-6, maximum=1e6
@@ -139,7 +212,7 @@ class ModelConfig:
             problem = value_problem(field, types[field.name], values[field.name])
             if problem:
                 found.append((field.name, f"{_brief(values[field.name])}: {problem}"))
-        return found or _contradictions(values)
+        return found or list(_conflicts(dataclasses.fields(cls), values))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -174,6 +247,13 @@ class ModelConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         return [name.removesuffix(_LAYERS) for name in names if name.endswith(_LAYERS)]
 
+    def quantities(self, quantity: Quantity, kind: str | None = None) -> dict[str, int]:
+        """The keys whose numbers are such a quantity, of every kind of block or one, with their values."""
+        fields = [field for field in dataclasses.fields(self) if field.metadata["quantity"] == quantity]
+        if kind is not None:
+            fields = [field for field in fields if getattr(field.metadata["needs"], "kind", None) == kind]
+        return {field.name: getattr(self, field.name) for field in fields}
+
     @property
     def block_kinds(self) -> list[str]:
         """Kind of each layer, first to last."""
@@ -188,24 +268,12 @@ def _brief(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def _contradictions(values: dict[str, object]) -> list[tuple[str, str]]:
-    number = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-    found = [
-        (name, f"{number[name]}: expected 0, or a number >= {_LEAST_THETA}")
-        for name in number
-        if name.endswith(_THETA) and 0 < number[name] < _LEAST_THETA
-    ]
-    if number["dim"] % number["num_heads"]:
-        found.append(("num_heads", f"{number['num_heads']} does not divide dim = {number['dim']}"))
-    elif (number["dim"] // number["num_heads"]) % 2:
-        found.append(
-            ("num_heads", f"dim / num_heads = {number['dim'] // number['num_heads']} must be even to be rotated")
-        )
-    if number["num_kv_heads"] and number["num_heads"] % number["num_kv_heads"]:
-        found.append(("num_kv_heads", f"{number['num_kv_heads']} does not divide num_heads = {number['num_heads']}"))
-    if number["qk_rope_head_dim"] % 2:
-        found.append(("qk_rope_head_dim", f"{number['qk_rope_head_dim']} must be even to be rotated"))
-    layers = [name for name in number if name.endswith(_LAYERS)]
-    if not any(number[name] for name in layers):
-        found.append((layers[0], "a cycle needs at least one layer of either kind"))
-    return found
+def _conflicts(fields: "tuple[dataclasses.Field[Any], ...]", values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong) for values that are each in range, and do not fit together."""
+    for field in fields:
+        rule: Rule | None = field.metadata["rule"]
+        if rule is not None and (problem := rule(values[field.name], values)):
+            yield field.name, problem
+    layers = [field.name for field in fields if field.name.endswith(_LAYERS)]
+    if not any(values[name] for name in layers):
+        yield layers[0], "a cycle needs at least one layer of either kind"

@@ -1,5 +1,7 @@
 """SwiGLU (Shazeer, arXiv:2002.05202)."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from swamla_titan.kernels.swiglu import swiglu
@@ -29,6 +31,8 @@ class FeedForward(Branch):
 
     `activation` may be replaced.
     """
+
+    linear_input: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

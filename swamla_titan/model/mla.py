@@ -51,6 +51,7 @@ class LatentAttention(Attention):
     one, does the rotation too.
     """
 
+    linear_input: ClassVar[bool] = True
     projections: ClassVar[str] = "latent"  # what the linear layers before attention give (dispatch.py)
 
     def __init__(self, config: ModelConfig) -> None:

@@ -73,6 +73,7 @@ class SlidingWindowAttention(Attention):
     tensor-parallel rank that owns consecutive rows owns whole groups.
     """
 
+    linear_input: ClassVar[bool] = True
     projections: ClassVar[str] = "qkv"  # what the linear layer before attention gives (dispatch.py)
 
     def __init__(self, config: ModelConfig) -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from swamla_titan.config.parallel_rules import why_not_shared
+from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
@@ -137,8 +139,8 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets full ones, and the loss is
     that of all, on every rank. `all_reduce_replicated_grads` (data_parallel.py) is due before each optimizer step.
 
-    The ranks must divide heads, feed-forward groups and vocabulary: config/parallel_rules.py has refused others. Raises
-    TypeError for a kind of linear module that is not known here.
+    Raises UserError with the numbers if the ranks do not divide the heads or groups of a layer, as far as
+    config/parallel_rules.py does not know them; TypeError for a module with parameters that is not known here.
     """
     group = TensorGroup.of(mesh)
     _require_even_shards(model, group.size)
@@ -157,7 +159,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
         elif hasattr(module, "sharding"):
             module.sharding = style(group)
         else:
-            raise TypeError(f"no tensor-parallel form of {type(module).__module__}.{type(module).__qualname__}")
+            raise _unknown(name, module)
     model.loss_head = VocabularyParallelLossHead(model.config, group)
     model.why_not_decode = "a tensor-parallel model does not decode: generate from its checkpoint in one process"
 
@@ -175,24 +177,31 @@ def _style(name: str, module: nn.Module) -> _Style:
     if isinstance(spec := getattr(module, "spec", None), LinearSpec):
         return _BY_ROLE[spec.role]
     style = next((style for kind, style in _BY_TYPE.items() if isinstance(module, kind)), None)
-    assert style is not None, f"tensor parallelism has no rule for {name} ({type(module).__name__})"
+    if style is None:
+        raise _unknown(name, module)
     return style
 
 
+def _unknown(name: str, module: nn.Module) -> TypeError:
+    return TypeError(f"no tensor-parallel form of {name}, a {type(module).__module__}.{type(module).__qualname__}")
+
+
 def _require_even_shards(model: nn.Module, ranks: int) -> None:
-    """No head, and no group of hidden units, is cut in two."""
+    """No head, and no group of hidden units, is cut in two, and no rank has fewer than the others."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        for key, parameter in module.named_parameters(recurse=False):
             _, placement = _style(name, module)
             if isinstance(placement, Shard):
-                count = module.weight.shape[placement.dim] // spec_of(name, module).unit
-                assert count % ranks == 0, f"{ranks} ranks cannot share {count} heads or groups of {name}"
+                unit = spec_of(name, module).unit if isinstance(module, nn.Linear) else 1
+                count, shape = parameter.shape[placement.dim] // unit, tuple(parameter.shape)
+                what = f"the {count} heads or groups of {unit} in {name}.{key} {shape}"
+                if problem := why_not_shared(ranks, what, count):
+                    raise UserError(f"parallel.tensor: {problem}")
 
 
 def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     part = parameter.detach()
     if isinstance(placement, Shard):
-        assert part.shape[placement.dim] % mesh.size() == 0, f"{mesh.size()} ranks cannot share {tuple(part.shape)}"
         part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone().contiguous()
     distributed = DTensor.from_local(
         part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()

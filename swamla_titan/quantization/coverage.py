@@ -1,7 +1,7 @@
 """Which linear layers of a model compute in float8, which do not, and why: for the conversion, `plan` and `check`."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.linear import spec_of
+from swamla_titan.model.branch import Branch
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""
@@ -39,7 +39,7 @@ class LinearCoverage:
     name: str
     out: int
     inner: int
-    reads_norm: bool  # its input is the residual stream after a norm
+    branch: str | None  # in which it reads what a norm gives, with others or alone; such readers can share a cast
     why_not: str | None
 
     @property
@@ -77,13 +77,14 @@ def survey(
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: sides(name, linear) for name, linear in linears.items()}
-    readers = {name for name, linear in linears.items() if spec_of(name, linear).role.reads_residual_stream}
+    branches = {name: module for name, module in model.named_modules() if isinstance(module, Branch)}
+    readers = {f"{name}.{each}": name for name, branch in branches.items() for each in branch.input_readers()}
     reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
     if config.products == "auto":
         possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
-        small = _too_small(possible, readers if norms_cast else set(), config.recipe)
+        small = _too_small(possible, readers if norms_cast else {}, config.recipe)
         reasons |= dict.fromkeys(small, "too small to pay")
-    return [LinearCoverage(name, *shape, name in readers, reasons[name]) for name, shape in shapes.items()]
+    return [LinearCoverage(name, *shape, readers.get(name), reasons[name]) for name, shape in shapes.items()]
 
 
 def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
@@ -93,11 +94,11 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
     return None if odd is None else f"{odd} is no multiple of {MULTIPLE}"
 
 
-def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], recipe: str) -> set[str]:
+def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str], recipe: str) -> set[str]:
     """The names of layers, of `shapes` [out, in] by name, that would be slower in float8; `readers` read a norm.
 
-    With "native" the readers of one norm share the cast of their input if all are in float8; so they are judged both
-    each by itself and together.
+    `readers` are by name, with the branch that they read it in. With "native" the readers of one norm share the cast of
+    their input if all are in float8; so they are judged both each by itself and together.
     """
     small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
     if recipe != "native":
@@ -105,7 +106,7 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Collection[str], 
     of_norm: dict[str, list[str]] = {}
     for name in shapes:
         if name in readers:
-            of_norm.setdefault(name.rpartition(".")[0], []).append(name)
+            of_norm.setdefault(readers[name], []).append(name)
     for names in of_norm.values():
         own_cast = [gain(recipe, *shapes[name]) for name in names]
         # The first one bears the cast of the input, the rest get it for nothing.
@@ -160,8 +161,8 @@ def warnings(coverage: Sequence[LinearCoverage], config: Config, micro_batch_siz
     yield from little_gained(coverage, config, micro_batch_size)
     recipe = config.float8.recipe
     inside = {each.name: (each.out, each.inner) for each in coverage if each.why_not is None}
-    readers = {each.name for each in coverage if each.reads_norm and config.parallel.tensor == 1}
-    small = _too_small(inside, readers, recipe)
+    readers = {each.name: each.branch for each in coverage if each.branch is not None}
+    small = _too_small(inside, readers if config.parallel.tensor == 1 else {}, recipe)
     if small:
         kinds = ", ".join(
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in coverage if each.name in small)

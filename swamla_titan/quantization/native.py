@@ -25,7 +25,8 @@ from swamla_titan.kernels.float8.linear import (
 )
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
-from swamla_titan.model.linear import Linear, spec_of
+from swamla_titan.model.branch import Branch
+from swamla_titan.model.linear import Linear
 from swamla_titan.model.norms import EPS, DynamicTanh, Norm, RMSNorm
 
 _STRIDE = 4  # elements from one weight's scale to the next: cuBLASLt reads scales at multiples of 16 bytes
@@ -156,10 +157,9 @@ def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:
     return Settings(gradients, fast_accumulation)
 
 
-def _fused_norm(norm: Norm, branch: nn.Module) -> Norm:
+def _fused_norm(norm: Norm, branch: Branch) -> Norm:
     """A norm that casts its output to float8 if all its readers in `branch` are native, else `norm`."""
-    linears = ((name, module) for name, module in branch.named_modules() if isinstance(module, nn.Linear))
-    readers = [linear for name, linear in linears if spec_of(name, linear).role.reads_residual_stream]
+    readers = branch.input_readers().values()
     kind = _NATIVE_NORMS.get(type(norm))
     if kind is None or not readers or not all(isinstance(reader, NativeLinear) for reader in readers):
         return norm

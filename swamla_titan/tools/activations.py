@@ -50,15 +50,17 @@ def native_savings(model: ModelConfig, kind: str, converted: Collection[str], it
     """Elements of `itemsize` bytes that a block of `kind` keeps less by native float8 for each own token, or more.
 
     `converted` are linear layers by their names in a block. Their inputs are kept in one byte instead, what one norm
-    gives to several once; but an operator that saves its result for itself, as attention, keeps that beside the input
-    of the next layer.
+    gives to several once; but what reads the norm's result beside them keeps that, and an operator that saves its
+    result for itself, as attention, keeps that beside the input of the next layer.
     """
     total = 0.0
     for branch in BRANCHES:
         linears = _linears(model, kind, branch)
-        reader = next(name for name, linear in linears.items() if linear.spec.role.reads_residual_stream)
-        if reader in converted:
-            total += linears[reader].in_features * (1 - 1 / itemsize)
+        readers = [name for name, linear in linears.items() if linear.spec.role.reads_residual_stream]
+        if _branch(model, kind, branch).linear_input:
+            total += linears[readers[0]].in_features * (1 - 1 / itemsize) if readers[0] in converted else 0
+        else:
+            total -= sum(linears[name].in_features / itemsize for name in readers if name in converted)
         for name, linear in linears.items():
             if name in converted and linear.spec.role is Role.RESIDUAL_OUTPUT:
                 saved_twice = _branch(model, kind, branch).saved(model, tensor).saves_result
@@ -70,9 +72,9 @@ def has_operators(model: ModelConfig, kind: str, converted: Collection[str]) -> 
     """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these layers converted."""
     if model.norm != "rmsnorm":  # the other is cast, but computed as ever
         return False
-    attention, feed_forward = (_linears(model, kind, branch) for branch in BRANCHES)
-    readers = {name for name, linear in attention.items() if linear.spec.role.reads_residual_stream}
-    return readers | feed_forward.keys() <= set(converted)
+    readers = _branch(model, kind, "attention").input_readers()
+    names = {f"attention.{name}" for name in readers} | _linears(model, kind, "feed_forward").keys()
+    return bool(readers) and names <= set(converted)
 
 
 def kept_by_operators(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
@@ -144,8 +146,8 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
 def recomputed_operations(config: Config, layer: int) -> int:
     """Operations of a layer's forward pass over one row that its backward pass repeats, as model/flops.py counts them.
 
-    The last linear layer of a region is not repeated: nothing in the backward pass asks for its result. What the
-    compiler repeats by `memory_budget` is its own choice, and not counted.
+    The output layer of a region's last branch is not repeated: nothing in the backward pass asks for its result. What
+    the compiler repeats by `memory_budget` is its own choice, and not counted.
     """
     model, settings, length = config.model, config.activation_checkpoint, config.training.seq_len
     regions = checkpointed_regions(settings, layer)
@@ -154,8 +156,13 @@ def recomputed_operations(config: Config, layer: int) -> int:
     kind = model.block_kinds[layer]
     operators, total = keeps_operators(settings), 0
     for region in regions.values():
-        linears = [linear for branch in region for linear in _linears(model, kind, branch).values()][:-1]
-        again = [linear.weight.numel() for linear in linears if linear.spec.recomputed or not operators]
+        linears = [(branch, linear) for branch in region for linear in _linears(model, kind, branch).values()]
+        again = [
+            linear.weight.numel()
+            for branch, linear in linears
+            if (linear.spec.recomputed or not operators)
+            and not (branch == region[-1] and linear.spec.role is Role.RESIDUAL_OUTPUT)
+        ]
         total += 2 * length * sum(again)
         if "attention" in region and not operators:
             total += BLOCKS[kind].flops(model, BLOCKS[kind].pairs(model, length))
@@ -177,7 +184,7 @@ def _branch(model: ModelConfig, kind: str, branch: str) -> Branch:
 
 @functools.cache
 def _linears(model: ModelConfig, kind: str, branch: str) -> dict[str, Linear]:
-    """The linear layers of a residual branch by their names in the block, in the order of the forward pass."""
+    """The linear layers of a residual branch by their names in the block."""
     modules = _branch(model, kind, branch).named_modules(prefix=branch)
     return {name: module for name, module in modules if isinstance(module, Linear)}
 

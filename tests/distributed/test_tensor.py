@@ -387,7 +387,7 @@ def _refusals() -> None:
         part(torch.zeros(1, 23, dtype=torch.int64))
     with pytest.raises(ValueError, match="does not decode"):
         part.prefill(torch.zeros(1, 4, dtype=torch.int64), None)
-    with pytest.raises(AssertionError, match="2 ranks cannot share 1 heads"):
+    with pytest.raises(UserError, match=r"^parallel\.tensor: 2 ranks cannot share the 1 heads or groups .*tensor = 1"):
         apply_tensor_parallel(SWAMLAModel(config(2, num_heads=1)), world.weights["tensor"])
     strange = SWAMLAModel(config(2))
     forward = strange.blocks["0"].feed_forward
@@ -395,7 +395,7 @@ def _refusals() -> None:
     forward.down.spec = spec
     unknown = SWAMLAModel(config(2))
     unknown.extra = nn.Linear(4, 4)
-    with pytest.raises(AssertionError, match="no rule for extra"):
+    with pytest.raises(TypeError, match="no tensor-parallel form of extra"):
         apply_tensor_parallel(unknown, world.weights["tensor"])
     with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear"):
         apply_tensor_parallel(strange, world.weights["tensor"])

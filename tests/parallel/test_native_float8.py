@@ -12,8 +12,9 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.kernels.float8.linear import Settings, float8_linear, float8_linear_swiglu, quantize, rms_norm
 from swamla_titan.kernels.swiglu import swiglu
-from swamla_titan.model.blocks import Block
+from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.linear import Linear
+from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.quantization import coverage as products
@@ -142,6 +143,31 @@ def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(products, "has_triton", lambda: False)
     with pytest.raises(UserError, match="needs the package triton"):
         convert_to_float8(small_model(torch.float32), NATIVE, torch.device("cuda", 0))
+
+
+class Skipping(SlidingWindowAttention):
+    """Reads its input beside its linear layers."""
+
+    linear_input = False
+
+    def forward(self, x, context):
+        return super().forward(x, context) + x
+
+
+def test_a_branch_that_reads_its_input_itself_is_given_a_tensor(monkeypatch):
+    monkeypatch.setitem(BLOCKS, "swa", Skipping)
+    model, plain = native_model(), small_model(torch.float32)
+    for block in model.blocks.values():
+        assert isinstance(block.attention.wo, NativeLinear)
+        assert isinstance(block.attention_norm, NativeRMSNorm) == (block.kind != "swa")
+        assert isinstance(block.ffn_norm, NativeRMSNorm)
+    losses = [each(batch(), batch()) for each in (model, plain)]
+    losses[0].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    branches = {each.name: each.branch for each in products.survey(plain, NATIVE)}
+    assert branches["blocks.0.attention.wqkv"] is None
+    assert branches["blocks.0.feed_forward.gate_up"] == "blocks.0.feed_forward"
 
 
 def test_which_modules_are_native():

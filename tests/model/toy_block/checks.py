@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swamla_titan.config import Config
+from swamla_titan.config import Config, with_vocabulary
+from swamla_titan.config.effects import without_effect
+from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.mesh import World
@@ -102,8 +104,11 @@ def test_decoding_equals_the_full_forward_pass():
         logits = made.decode(torch.stack([text[n + step] for n, text in zip(lengths, texts)])[:, None], cache)
 
 
-def _steps(config: Config, world: World) -> tuple[list[float], dict[str, torch.Tensor]]:
+def _steps(
+    config: Config, world: World, given: MicroBatch | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses, and the first step's gradients by name, whole."""
+    given = given or batch()
     parallel_model = ParallelModel(config, world)
     parallel_model.init_weights(0)
     (part,) = parallel_model.parts
@@ -111,7 +116,7 @@ def _steps(config: Config, world: World) -> tuple[list[float], dict[str, torch.T
     set_learning_rate(optimizer, 0.01)
     losses, gradients = [], {}
     for step in range(4):
-        losses.append(parallel_model.train_step([batch()], 48.0).item())
+        losses.append(parallel_model.train_step([given], float(given.targets.numel())).item())
         for name, parameter in part.named_parameters() if step == 0 else ():
             gradients[name] = getattr(parameter.grad, "full_tensor", parameter.grad.clone)()
         optimizer.step()
@@ -152,6 +157,12 @@ def test_checkpointing_recomputes_it(settings):
     assert recomputed_operations(config, TOY) > 0
 
 
+def test_of_a_region_only_the_layer_that_ends_it_is_not_recomputed():
+    config = replace(CONFIG, activation_checkpoint=ActivationCheckpoint(mode="full", modules="attention"))
+    gates_and_values, states = 2 * 24 * 128 * 64, 4 * 24 * 64
+    assert recomputed_operations(config, TOY) == gates_and_values + states
+
+
 def test_flops_memory_and_the_cut_of_a_pipeline_count_it():
     of_kind = {kind: block_flops(HYBRID, kind, 24) for kind in HYBRID.kinds()}
     head = 6 * 24 * HYBRID.padded_vocab_size * HYBRID.dim
@@ -183,9 +194,39 @@ def test_optimizers_and_float8_know_its_weights():
     assert isinstance(made.blocks[str(TOY)].attention_norm, NativeRMSNorm)
 
 
+def test_it_trains_in_native_float8():
+    config = replace(
+        CONFIG,
+        training=replace(CONFIG.training, seq_len=32),
+        float8=Float8(recipe="native", products="all"),
+    )
+    tokens = torch.randint(0, 50, (2, 32), generator=torch.Generator().manual_seed(1))
+    given = MicroBatch(tokens, tokens.roll(-1, 1), None, 2)
+    losses = {}
+    for name, each in {"float8": config, "plain": replace(config, float8=Float8())}.items():
+        losses[name], gradients = _steps(each, World.alone(CPU), given)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
+    assert losses["float8"] == pytest.approx(losses["plain"], rel=0.02)
+    assert losses["float8"] != losses["plain"]
+    assert losses["float8"][-1] < losses["float8"][0] - 0.1
+
+
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(UserError, match="toy blocks cannot share sequences"):
         plan(replace(CONFIG, parallel=Parallel(context=2)), 2)
+
+
+def test_its_own_keys_are_held_against_others():
+    with pytest.raises(ValueError, match=r"^toy_heads: 3 does not divide dim = 64$"):
+        replace(HYBRID, toy_heads=3)
+    four = replace(CONFIG, model=replace(HYBRID, num_heads=4), parallel=Parallel(tensor=4))
+    (found,) = (each for each in contradictions(four) if "model.toy_heads" in each.keys)
+    assert found.keys[0] == "parallel.tensor"
+    assert "4 ranks cannot share model.toy_heads = 2 equally: use tensor = 2" in found.problem
+    with pytest.raises(UserError, match="toy_heads = 2 equally"):
+        with_vocabulary(four, 50)
+    absent = replace(four, model=replace(HYBRID, num_heads=4, toy_layers_per_cycle=0, toy_heads=4))
+    assert [each.keys[0] for each in without_effect(absent)] == ["model.toy_heads"]
 
 
 def test_check_tries_it():
