@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.model.linear import Role, spec_of
-from swamla_titan.model.norms import Norm
 
 STD = 0.02
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing and torch.compile rename modules
@@ -37,8 +36,8 @@ def distributions(model: nn.Module, num_layers: int) -> Iterator[tuple[str, nn.P
     """Each parameter of a model or a part of it, by its name, with the distribution of its initial value.
 
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 num_layers)), so that the stream's
-    variance does not grow with the `num_layers` of the full model; norms as they declare. Raises TypeError for the
-    parameter of a module that declares nothing.
+    variance does not grow with the `num_layers` of the full model; those of a module with a table `initial`, as norms
+    have, the number that stands there. Raises TypeError for the parameter of a module that declares nothing.
     """
     seen = set()
     for module_name, module in model.named_modules():
@@ -50,8 +49,8 @@ def distributions(model: nn.Module, num_layers: int) -> Iterator[tuple[str, nn.P
 
 
 def _distribution(name: str, module: nn.Module, key: str, num_layers: int) -> Normal:
-    if isinstance(module, Norm):
-        return Normal(module.initial[key], 0.0)
+    if key in (initial := getattr(module, "initial", {})):
+        return Normal(initial[key], 0.0)
     if isinstance(module, nn.Embedding):
         return Normal(0.0, STD)
     if isinstance(module, nn.Linear):

@@ -123,28 +123,37 @@ def test_it_notices_a_rank_whose_gradients_differ(tmp_path):
     assert "ranks computed different gradients of the same sequences" in ended[0][2]
 
 
-@pytest.mark.parametrize(
-    "ranks, weights",
-    [
-        (2, "shared_backward"),  # every rank has all weights, and this plan's own sum is the only one
-        (2, "shard"),  # FSDP2 shards the weights over these ranks too, and sums the gradients of matrices
-        pytest.param(4, "shared_backward", marks=pytest.mark.slow),  # FSDP2 over pairs, and the sum beside it
-    ],
-)
-def test_gradients_of_ranks_that_share_the_same_tokens_are_summed(ranks, weights, tmp_path):
-    config, patched = str(tiny_config(tmp_path)), _patched(tmp_path, "shared_backward")
-    degrees = patched / "swamla_titan" / "distributed" / "degrees.py"
+def _with_weights(root: Path, weights: str) -> Path:
+    """`root`, where the ranks of `shared_backward` are part of this dimension of World.weights."""
+    degrees = root / "swamla_titan" / "distributed" / "degrees.py"
     text, line = degrees.read_text(), '"shared_backward", "{}", "shared_backward"'
     assert text.count(line.format("shared_backward")) == 1
     degrees.write_text(text.replace(line.format("shared_backward"), line.format(weights)))
-    folders = [tmp_path / "one", tmp_path / "several"]
-    at = [(*SHORT, "--job.dump_folder", str(folder)) for folder in folders]
-    assert on_ranks(1, _run, PACKAGE.parent, None, config, *at[0])[0][0] == 0
-    ended = on_ranks(ranks, _run, patched, None, config, *at[1], "--parallel.shared_backward", "2")
-    assert [code for code, *_ in ended] == [0] * ranks, ended
-    for name in ("loss", "grad_norm", "val_loss"):
-        assert metrics(folders[1], name) == pytest.approx(metrics(folders[0], name), rel=1e-5), name
-    one, several = (tensors(checkpoint(folder, 4)) for folder in folders)
-    for name, value in one.items():
-        if name.startswith("model."):
-            torch.testing.assert_close(several[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [
+        # Every rank has all weights, and this dimension's own sum is the only one; or FSDP2 shards the weights over
+        # these ranks too, and sums the gradients of matrices.
+        [(2, "shared_backward"), (2, "shard")],
+        # FSDP2 over pairs, and the sum beside it.
+        pytest.param([(4, "shared_backward")], marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_ranks_that_share_the_same_tokens_are_summed(plans, tmp_path):
+    config, alone = str(tiny_config(tmp_path)), tmp_path / "one"
+    assert on_ranks(1, _run, PACKAGE.parent, None, config, *SHORT, "--job.dump_folder", str(alone))[0][0] == 0
+    for ranks, weights in plans:
+        folder = tmp_path / weights
+        patched = _with_weights(_patched(folder, "shared_backward"), weights)
+        plan = ("--parallel.shared_backward", "2", "--job.dump_folder", str(folder / "run"))
+        ended = on_ranks(ranks, _run, patched, None, config, *SHORT, *plan)
+        assert [code for code, *_ in ended] == [0] * ranks, ended
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert metrics(folder / "run", name) == pytest.approx(metrics(alone, name), rel=1e-5), (name, weights)
+        one, several = (tensors(checkpoint(each, 4)) for each in (alone, folder / "run"))
+        for name, value in one.items():
+            if name.startswith("model."):
+                torch.testing.assert_close(several[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}, {weights}")

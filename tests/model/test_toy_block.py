@@ -59,3 +59,6 @@ def test_a_linear_layer_without_a_role_is_refused():
     block.attention.extra = nn.PReLU()
     with pytest.raises(TypeError, match=r"blocks\.0\.attention\.extra\.weight: .*PReLU"):
         model.init_weights(0)
+    block.attention.extra.initial = {"weight": 0.5}
+    model.init_weights(0)
+    assert block.attention.extra.weight.tolist() == [0.5]
