@@ -10,12 +10,12 @@ from torch import Size
 
 
 def causal_pairs(seq_len: int) -> int:
-    """Visible (query, key) pairs of a row in MLA layers."""
+    """Pairs of a query and a key that see each other in a sequence, by a causal mask alone."""
     return seq_len * (seq_len + 1) // 2
 
 
-def swa_pairs(seq_len: int, window: int, sink: int) -> int:
-    """Visible (query, key) pairs of a row in SWA layers; a key that is in window and sink counts once."""
+def window_pairs(seq_len: int, window: int, sink: int) -> int:
+    """Pairs of a query and a key that see each other under a window with sinks; a key in both counts once."""
     window = min(window, seq_len)
     in_window = causal_pairs(window) + (seq_len - window) * window
     late = seq_len - window  # queries whose window no longer reaches the first key: they miss 1, 2, ..., `late` keys

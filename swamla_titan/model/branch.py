@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.linear import spec_of
 
@@ -152,7 +152,7 @@ class Attention(Mixer, is_abstract=True):
     def pairs(cls, config: ModelConfig, seq_len: int) -> int:
         """As in Mixer."""
         window, sink = cls.mask(config)
-        return causal_pairs(seq_len) if window is None else swa_pairs(seq_len, window, sink)
+        return causal_pairs(seq_len) if window is None else window_pairs(seq_len, window, sink)
 
     @classmethod
     def flops(cls, config: ModelConfig, pairs: int) -> int:

@@ -2,7 +2,7 @@
 
 Per token, forward: 2 * (weights of all linear layers), and for each layer what its attention declares
 (model/branch.py): 2 * pairs/T * heads * (qk width + v width), where `pairs` counts the (query, key) pairs that see each
-other in a sequence of T tokens: with window and sink in SWA layers, T (T+1) / 2 in MLA layers. Backward costs twice the
+other in a sequence of T tokens: T (T+1) / 2 under a causal mask, fewer under a window. Backward costs twice the
 forward (gradients of input and of weight), so training is 3 times it. The head counts as the linear layer that it is,
 tied or not, with its padding columns; the embedding is a look-up and counts nothing, as do norms, rotations, softmax
 and recomputation. Documents would shorten the pairs; they are not subtracted, so that the figure does not depend on the

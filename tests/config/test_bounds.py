@@ -13,7 +13,7 @@ from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.toml import LARGEST_FILE, shown, toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import LONGEST_STRING, TABLE, field_types
-from swamla_titan.kernels.flops import swa_pairs
+from swamla_titan.kernels.flops import window_pairs
 
 BUILTIN = 'data.source = "builtin"\n'
 NUMBERS = [
@@ -241,5 +241,5 @@ def test_what_is_shown_is_short_and_in_one_line():
 )
 def test_pairs_are_counted_without_looking_at_each_token(seq_len: int, window: int, sink: int):
     seen = sum(t - s < window or s < sink for t in range(seq_len) for s in range(t + 1))
-    assert swa_pairs(seq_len, window, sink) == seen
-    assert swa_pairs(1 << 24, 256, 4) == 256 * 257 // 2 + ((1 << 24) - 256) * 256 + 10 + ((1 << 24) - 256 - 4) * 4
+    assert window_pairs(seq_len, window, sink) == seen
+    assert window_pairs(1 << 24, 256, 4) == 256 * 257 // 2 + ((1 << 24) - 256) * 256 + 10 + ((1 << 24) - 256 - 4) * 4

@@ -6,7 +6,7 @@ from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamla_titan.kernels.attention.masks import dense_mask
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.flops import training_flops, training_flops_per_token
 from swamla_titan.model.sizes import flavor_table, parameter_counts
@@ -55,7 +55,7 @@ def test_counts_are_those_of_a_real_model(tied):
 @pytest.mark.parametrize("seq_len, window, sink", [(1, 4, 2), (20, 4, 2), (20, 2, 6), (20, 1, 0), (20, 40, 3)])
 def test_pairs_are_the_sums_of_the_masks(seq_len, window, sink):
     starts = torch.zeros(1, seq_len, dtype=torch.int64)
-    assert swa_pairs(seq_len, window, sink) == dense_mask(starts, window, sink).sum()
+    assert window_pairs(seq_len, window, sink) == dense_mask(starts, window, sink).sum()
     assert causal_pairs(seq_len) == dense_mask(starts, None, 0).sum()
 
 
@@ -72,7 +72,7 @@ def test_formula_with_dense_pairs_equals_torchs_count(changes):
 
 
 def test_per_token_figure_uses_the_visible_pairs():
-    pairs = {"swa": swa_pairs(30, TINY.swa_window, TINY.swa_sink_size), "mla": 30 * 31 // 2}
+    pairs = {"swa": window_pairs(30, TINY.swa_window, TINY.swa_sink_size), "mla": 30 * 31 // 2}
     assert training_flops_per_token(TINY, 30) == training_flops(TINY, 30, pairs) / 30
     # Six per parameter is the rule of thumb; attention comes on top.
     config = FLAVORS["base"]

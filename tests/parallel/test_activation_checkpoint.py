@@ -15,7 +15,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Kernels, Parallel, Training
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import BLOCKS, Block, Regions
 from swamla_titan.model.flops import matmul_weights
@@ -202,7 +202,7 @@ def test_plan_counts_the_operations_that_are_repeated(mode: str):
     both_factors = 2 * 2 * 2 * 64 * matmul_weights(model.config)
     again = sum(recomputed_operations(config, layer) for layer in range(LAYERS))
     attention = {"full": 3, "attention": 3, "both": 3, "blocks": "mla", "attention of one": "swa"}.get(mode, 0)
-    swa, mla = 2 * 2 * swa_pairs(64, 16, 4) * 2 * 32, 2 * 2 * causal_pairs(64) * (48 + 48)
+    swa, mla = 2 * 2 * window_pairs(64, 16, 4) * 2 * 32, 2 * 2 * causal_pairs(64) * (48 + 48)
     scores = {0: 0, 3: 2 * swa + mla, "swa": swa, "mla": mla}[attention]
     assert linear - both_factors == 2 * (again - scores)  # two sequences
 

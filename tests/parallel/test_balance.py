@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from swamla_titan.config.sections import Parallel
-from swamla_titan.kernels.flops import causal_pairs, swa_pairs
+from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.flops import training_flops
 from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
@@ -20,7 +20,7 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZe
 @pytest.mark.parametrize("name", FLAVORS)
 def test_pieces_are_the_flops_of_the_model_and_the_loss(name, seq_len):
     config = FLAVORS[name]
-    pairs = {"swa": swa_pairs(seq_len, config.swa_window, config.swa_sink_size), "mla": causal_pairs(seq_len)}
+    pairs = {"swa": window_pairs(seq_len, config.swa_window, config.swa_sink_size), "mla": causal_pairs(seq_len)}
     loss = 1500 * seq_len * config.padded_vocab_size
     assert sum(piece_costs(config, seq_len)) == training_flops(config, seq_len, pairs) + loss
 

@@ -12,7 +12,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention.window import run_backward, run_forward
-from swamla_titan.kernels.flops import attention_flops, swa_pairs
+from swamla_titan.kernels.flops import attention_flops, window_pairs
 
 
 def rotary_window_attention(
@@ -101,13 +101,13 @@ def _forward_flops(qkv: Size, *rest: Any, **out: Any) -> int:
     *_, window, sink, _scale = rest
     batch, length, groups, members, width = qkv
     query = Size((batch, length, groups * (members - 2), width))
-    return attention_flops(query, width, swa_pairs(length, window, sink))
+    return attention_flops(query, width, window_pairs(length, window, sink))
 
 
 @register_flop_formula(torch.ops.swamla_titan.rotary_window_attention_backward)
 def _backward_flops(grad_out: Size, qkv: Size, query: Size, *rest: Any, **out: Any) -> int:
     *_, window, sink, _scale = rest
-    return 2 * attention_flops(query, query[3], swa_pairs(query[1], window, sink))
+    return 2 * attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
 
 def _empty_parts(qkv: Tensor) -> tuple[Tensor, Tensor]:

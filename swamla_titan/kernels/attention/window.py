@@ -10,7 +10,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.device import Parts, Tiles, descriptors, named, readable, strides, why_no_kernels
-from swamla_titan.kernels.flops import attention_flops, swa_pairs
+from swamla_titan.kernels.flops import attention_flops, window_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 
 
@@ -99,13 +99,13 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 @register_flop_formula(torch.ops.swamla_titan.window_attention)
 def _forward_flops(query: Size, *rest: Any, **out: Any) -> int:
     *_, window, sink, _scale = rest
-    return attention_flops(query, query[3], swa_pairs(query[1], window, sink))
+    return attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
 
 @register_flop_formula(torch.ops.swamla_titan.window_attention_backward)
 def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
     *_, window, sink, _scale = rest
-    return 2 * attention_flops(query, query[3], swa_pairs(query[1], window, sink))
+    return 2 * attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
 
 def run_forward(
