@@ -8,6 +8,7 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 from swamla_titan.model import ModelConfig
+from swamla_titan.model.blocks import attention_kinds
 
 # field -> (another value, what it must change). "shapes": names or shapes of the parameters; "logits": the output of
 # the same weights; "loss": the training loss of the same weights and logits; "accepts": which lengths are taken.
@@ -90,6 +91,20 @@ def test_theta_and_scaling_reach_each_kind(kind, own, other):
         assert (logits(**change) - plain).abs().max() > 1e-3, change
     assert torch.equal(logits(**{f"{other}_rope_theta": 50.0}), plain)
     assert torch.equal(logits(rope_theta=50.0), logits(**{f"{own}_rope_theta": 50.0}))
+
+
+def test_what_keys_say_of_a_kind_is_what_its_class_declares():
+    """Rules of the configuration go by the keys, the dispatcher and the tensor plan by the class."""
+    attentions = attention_kinds(TINY)
+    assert attentions.keys() == {"swa", "mla"}
+    for kind, attention in attentions.items():
+        (window, sink), heads = attention.mask(TINY), attention.heads(TINY)
+        assert [*TINY.quantities("window", kind).values()] == ([] if window is None else [window])
+        assert [*TINY.quantities("sink", kind).values()] == ([] if window is None else [sink])
+        for quantity, width in (("qk_width", heads.qk_width), ("v_width", heads.v_width)):
+            widths = TINY.quantities(quantity, kind)
+            assert (sum(widths.values()) if widths else TINY.head_dim) == width
+        assert {heads.queries, heads.keys} <= {*TINY.quantities("heads").values(), TINY.num_heads}
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
