@@ -1,1 +1,1 @@
-"""Fast paths, each beside the plain PyTorch it is tested against."""
+"""Kernels, each beside the plain PyTorch that it is tested against."""

@@ -1,4 +1,4 @@
-"""The training loss over the vocabulary, in float32 whatever the logits' type."""
+"""The cross-entropy loss over the vocabulary, computed in float32 or wider whatever the logits' dtype."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ def cross_entropy(
 ) -> Tensor:
     """Sum over the targets that are not -100 of -log softmax(logits)[target], plus z-loss; a float32 scalar.
 
-    logits [N, V] with V >= vocab_size (columns from vocab_size on are padding and take no part), targets [N] int64.
+    logits [N, V] with V >= vocab_size (columns from vocab_size on are padding and ignored), targets [N] int64.
     `label_smoothing` spreads that share of the target evenly over the vocabulary, as torch's cross_entropy does;
     `z_loss` adds weight * log(sum exp logits)^2 per target, which keeps the logits' scale from drifting
     (PaLM, arXiv:2204.02311, section 5). A target outside [0, vocab_size) that is not -100 is the caller's error and is
     not detected.
 
-    Compiled, the float32 logits exist only inside fused loops: the target's logit is taken by comparison and not by
-    `gather`, whose backward would write an [N, V] float32 buffer of zeros first.
+    Compiled, the float32 logits exist only inside fused loops, because the target's logit is selected by a comparison:
+    the backward pass of `gather` would first write an [N, V] float32 buffer of zeros.
     """
     logits = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     log_partition = logits.logsumexp(dim=-1)  # [N]

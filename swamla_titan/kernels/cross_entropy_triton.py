@@ -1,4 +1,4 @@
-"""Triton kernel of the cross-entropy of one row of logits, and of its gradient in the logits' place."""
+"""Triton kernel of the cross-entropy of one row of logits, whose gradient overwrites the logits."""
 
 import triton
 import triton.language as tl
@@ -7,8 +7,8 @@ IGNORE = tl.constexpr(-100)
 
 
 @triton.jit
-def _numbers(row_ptr, column, real, width):
-    """Minus infinity in padding. It is read nevertheless: rows end at a multiple of 16 bytes, vocabularies anywhere."""
+def _load_logits(row_ptr, column, real, width):
+    """Logits in float32, minus infinity in padding, which is loaded too so that loads are 16 bytes and aligned."""
     x = tl.load(row_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     return tl.where(real, x, -float("inf"))
 
@@ -18,9 +18,13 @@ def cross_entropy_rows(
     logits_ptr, targets_ptr, scale_ptr, losses_ptr, width, vocab_size, z_loss, label_smoothing,
     SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row program_id(0) of logits [N, width], of which the columns from vocab_size on are padding.
+    """Loss, and with GRADIENT the gradient, of one row of logits [N, width]; columns from vocab_size on are padding.
 
-    Reads it twice for the gradient, the second time from the cache: some 100 KB that this processor has just read.
+                        0      BLOCK   ...       vocab_size   width
+        program 0  row [ ..... | ..... | ..... | ..... : padding ]   pass 1: maximum and sum -> losses [row]
+        program 1  row [ ..... | ..... | ..... | ..... : padding ]   pass 2: gradient -> the same row of logits
+
+    The second pass reads from the cache: the row is some 100 KB that this multiprocessor has just read.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * width
@@ -34,16 +38,17 @@ def cross_entropy_rows(
                 tl.store(logits_ptr + column, zeros, mask=column < width)
         return
 
-    of_target = tl.load(logits_ptr + target).to(tl.float32)  # before any thread may write there
+    target_logit = tl.load(logits_ptr + target).to(tl.float32)  # before any thread may overwrite it
 
-    # A running maximum and sum for each of BLOCK columns apart, put together at the end.
+    # Each of BLOCK lanes has a running maximum and sum of its own, so that lanes are reduced once and not per block.
     highest = tl.full([BLOCK], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         real = column < vocab_size
-        x = _numbers(logits_ptr, column, real, width)
+        x = _load_logits(logits_ptr, column, real, width)
+        # Rescale the sum where the maximum has grown, so that no exponential overflows (arXiv:1805.02867).
         above = tl.maximum(highest, x)
         total = total * tl.exp(highest - above) + tl.exp(x - above)
         highest = above
@@ -52,7 +57,7 @@ def cross_entropy_rows(
     largest = tl.max(highest, 0)
     partition = largest + tl.log(tl.sum(total * tl.exp(highest - largest), 0))
     scale = tl.load(scale_ptr)
-    loss = partition - (1 - label_smoothing) * of_target + z_loss * partition * partition
+    loss = partition - (1 - label_smoothing) * target_logit + z_loss * partition * partition
     if SMOOTHED:
         loss -= label_smoothing * tl.sum(plain, 0) / vocab_size
     tl.store(losses_ptr + row, loss * scale)
@@ -62,7 +67,8 @@ def cross_entropy_rows(
         for first in range(0, width, BLOCK):
             column = first + tl.arange(0, BLOCK)
             real = column < vocab_size
-            x = _numbers(logits_ptr, column, real, width)
+            x = _load_logits(logits_ptr, column, real, width)
+            # softmax - target, where z-loss scales the softmax and label smoothing spreads the target.
             grad = tl.exp(x - partition) * slope
             if SMOOTHED:
                 grad -= tl.where(real, label_smoothing / vocab_size * scale, 0.0)

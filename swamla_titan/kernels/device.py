@@ -1,4 +1,4 @@
-"""Where our kernels are launched, and with what: tiles, and views of tensors as they read them."""
+"""What kernels need to be launched: whether they can run, tile sizes, descriptors and strides of tensors."""
 
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,69 +15,69 @@ def has_triton() -> bool:
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """What keeps our kernels from this device, or None."""
+    """Why our kernels cannot run on this device, or None."""
     if device.type != "cuda":
         return "needs a GPU"
     return None if has_triton() else "needs the package triton, which comes with PyTorch for CUDA"
 
 
 def named(dtype: torch.dtype) -> str:
-    """As in the configuration: "bfloat16"."""
+    """The dtype's name as in the configuration: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_tuned_for(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our kernels were timed there and found faster than what PyTorch has: in 16 bits on H100 and H200.
+    """Whether our kernels were timed there and were faster than PyTorch's: in 16 bits on H100 and H200.
 
-    On GPUs before them (A100, L40) their code would keep much of its work in memory instead of registers.
+    On earlier GPUs (A100, L40) they would spill registers to memory.
     """
     return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class Tiles(NamedTuple):
-    """Rows of queries and of keys that meet at a time, and what runs one such program."""
+    """Sizes of a program's tiles of queries and of keys, and its launch options."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None  # of a thread at most, so that more programs share a processor
+    registers: int | None = None  # at most so many per thread, so that more programs share a multiprocessor
 
     def constants(self) -> dict[str, int]:
-        """As the kernels' arguments."""
-        rows = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-        return rows if self.registers is None else rows | {"maxnreg": self.registers}
+        """The kernels' constexpr arguments and launch options."""
+        constants = {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        return constants if self.registers is None else constants | {"maxnreg": self.registers}
 
 
-class Parts(NamedTuple):
-    """Powers of two that a head is cut into, since Triton's tiles are such; the second may be 0."""
+class SplitWidth(NamedTuple):
+    """A head's width as a sum of powers of two, because Triton's tiles are powers of two; the second may be 0."""
 
     D1: int
     D2: int
 
     @classmethod
-    def of(cls, width: int) -> "Parts":
-        """As few as can be."""
+    def of(cls, width: int) -> "SplitWidth":
+        """The largest power of two in `width`, and the rest."""
         wide = 1 << (width.bit_length() - 1)
         return cls(wide, width - wide)
 
 
-def descriptors(x: Tensor, rows: int, parts: tuple[int, ...]) -> list[Any]:
-    """By which the tensor memory accelerator reads `rows` rows of each part of a head; None for a part of 0."""
+def tma_descriptors(x: Tensor, tokens: int, widths: tuple[int, ...]) -> list[Any]:
+    """Descriptors of x [B, T, H, D] for the tensor memory accelerator: tiles of `tokens` by each width; None for 0."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     shape, strides = list(x.shape), list(x.stride())
-    return [TensorDescriptor(x, shape, strides, [1, rows, 1, n]) if n else None for n in parts]
+    return [TensorDescriptor(x, shape, strides, [1, tokens, 1, width]) if width else None for width in widths]
 
 
-def readable(x: Tensor) -> Tensor:
-    """x, or a copy of it where the tensor memory accelerator could not read it: addresses in multiples of 16 bytes."""
+def tma_readable(x: Tensor) -> Tensor:
+    """x, or a copy if the tensor memory accelerator cannot read it, because addresses are no multiples of 16 bytes."""
     unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
     fits = x.stride(-1) == 1 and not unaligned and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, token and head."""
+    """The strides of batch, token and head."""
     assert x.stride(-1) == 1, "the elements of a head must be adjacent"
     return x.stride(0), x.stride(1), x.stride(2)

@@ -1,21 +1,21 @@
-"""How many operations our attention operators count as, for torch's FlopCounterMode.
+"""Operation counts of our attention operators, for torch's FlopCounterMode.
 
-The compiler asks it what it costs to recompute an operator, and an operator without a formula costs nothing. The
-formulas stand beside the operators and count as model/flops.py does: pairs that see each other, as if each row were one
-document, and in the backward pass twice the forward's. (torch counts whole squares, and that backward passes of
-attention make the scores again.)
+The compiler uses it to estimate what recomputing an operator costs, and an operator without a formula costs nothing.
+The formulas stand beside the operators and count as model/flops.py does: visible pairs, as if each sequence were one
+document, and twice the forward's operations in the backward pass. (torch counts all pairs, and in the backward pass of
+attention the recomputed scores too.)
 """
 
 from torch import Size
 
 
 def causal_pairs(seq_len: int) -> int:
-    """Pairs of a query and a key that see each other in a sequence, by a causal mask alone."""
+    """Visible (query, key) pairs of a sequence under a causal mask."""
     return seq_len * (seq_len + 1) // 2
 
 
 def window_pairs(seq_len: int, window: int, sink: int) -> int:
-    """Pairs of a query and a key that see each other under a window with sinks; a key in both counts once."""
+    """Visible (query, key) pairs of a sequence under a window with sinks; a key in both counts once."""
     window = min(window, seq_len)
     in_window = causal_pairs(window) + (seq_len - window) * window
     late = seq_len - window  # queries whose window no longer reaches the first key: they miss 1, 2, ..., `late` keys
@@ -24,6 +24,6 @@ def window_pairs(seq_len: int, window: int, sink: int) -> int:
 
 
 def attention_flops(query: Size, value_dim: int, pairs: int) -> int:
-    """Of a forward pass of queries [B, T, H, D] over so many pairs a row: scores, and the average of the values."""
+    """Operations of a forward pass, with queries [B, T, H, D] and `pairs` per sequence: scores, and sums of values."""
     batch, _, heads, width = query
     return 2 * batch * heads * pairs * (width + value_dim)

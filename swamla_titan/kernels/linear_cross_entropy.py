@@ -1,4 +1,4 @@
-"""The output head and the loss as one operation, which never holds the logits of all tokens (any device)."""
+"""Output head and loss as one operation, which never materializes the logits of all tokens (any device)."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from swamla_titan.kernels.cross_entropy import IGNORE
 
-# Of logits at a time. With fewer, adding to the weight's gradient, which reads and writes all of it, would cost more.
+# Bytes of a chunk of logits. Smaller chunks would accumulate the weight's gradient more often, and each accumulation
+# reads and writes all of it.
 _CHUNK_BYTES = 2**30
-_ROWS = 256  # a slice is a multiple of, as matmuls like it
+_ROUND_TO = 256  # a chunk has a multiple of so many tokens, for the tiles of its matmuls
 
 
 def linear_cross_entropy(
@@ -25,28 +26,28 @@ def linear_cross_entropy(
     """cross_entropy(x weight^T, targets, ...) / denominator, a float32 scalar (float64 for float64 x).
 
     x [N, D], weight [V, D] in any dtype (computed in x's), V >= vocab_size, targets [N] int64; the rest is as in
-    kernels/cross_entropy.py. `denominator` is a number or a tensor of one, which gets no gradient.
+    kernels/cross_entropy.py. `denominator` is a number or a tensor of one element, and gets no gradient.
 
-    Logits are made for a stretch of tokens at a time and overwritten by their gradient at once, from which the
-    gradients of x and weight follow (as in Liger Kernel, arXiv:2410.10989), the latter added up in float32. So the
-    backward pass has nothing left to do, can be taken once, and nothing is computed twice; without gradients (eval)
-    only the loss is computed.
+    Logits are computed for a chunk of tokens and immediately overwritten by their gradient, from which the gradients of
+    x and weight follow (as in Liger Kernel, arXiv:2410.10989); the weight's is accumulated in float32. So nothing is
+    computed twice, and the backward pass only scales the gradients, once. Without gradients (evaluation) only the loss
+    is computed. Raises RuntimeError at a second backward pass.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(denominator, Tensor):
         scale = denominator.detach().reshape(()).to(x.device, wide).reciprocal()
-    else:  # filled on the device: a tensor made of a Python number is copied there, and the copy waits
+    else:  # filled on the device, because a copy of a host tensor would wait for it
         scale = torch.full((), 1 / denominator, dtype=wide, device=x.device)
     total: Tensor = _LinearCrossEntropy.apply(x, weight, targets, scale, vocab_size, z_loss, label_smoothing, wanted)
     return total
 
 
-def tokens_at_a_time(tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Rows of logits over so many columns, of so many bytes a number, that are held at a time: tokens in even parts."""
-    most = max(_CHUNK_BYTES // (itemsize * vocabulary), _ROWS) // _ROWS * _ROWS
+def tokens_per_chunk(tokens: int, vocabulary: int, itemsize: int) -> int:
+    """How many tokens have their logits in memory at once: even chunks of `tokens`, at most _CHUNK_BYTES each."""
+    most = max(_CHUNK_BYTES // (itemsize * vocabulary), _ROUND_TO) // _ROUND_TO * _ROUND_TO
     even = -(-tokens // max(-(-tokens // most), 1))
-    return min(tokens, -(-even // _ROWS) * _ROWS)
+    return min(tokens, -(-even // _ROUND_TO) * _ROUND_TO)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,16 +64,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted: bool,
     ) -> Tensor:
         matrix = weight.to(x.dtype)
-        rows = tokens_at_a_time(x.shape[0], weight.shape[0], x.element_size())
+        size = tokens_per_chunk(x.shape[0], weight.shape[0], x.element_size())
         losses, grad_weight = [], None
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x
-        for some, their_targets, their_grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            logits = some @ matrix.T
-            losses.append(cross_entropy_rows(logits, their_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
-            if wanted:  # the logits are their gradient now
-                torch.mm(logits, matrix, out=their_grad)
-                grad_weight = _add_matmul(grad_weight, logits.T, some)
-            del logits  # or the next stretch would be made beside this one
+        for chunk, its_targets, its_grad in zip(x.split(size), targets.split(size), grad_x.split(size)):
+            logits = chunk @ matrix.T
+            losses.append(cross_entropy_rows(logits, its_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
+            if wanted:  # `logits` now holds their gradient
+                torch.mm(logits, matrix, out=its_grad)
+                grad_weight = _add_matmul(grad_weight, logits.T, chunk)
+            del logits  # so that the next chunk is not allocated beside this one
         ctx.gradients = (grad_x, grad_weight) if wanted else None
         ctx.weight_dtype = weight.dtype
         return torch.cat(losses).sum()
@@ -86,10 +87,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_matmul(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b in float32 or wider, in place or not; total None: 0."""
+    """total + a b in float32 or wider, in place where it can be; total None: 0."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b if total is None else total.addmm_(a, b)
-    if not a.is_cuda:  # where matmuls of 16-bit values come in 16 bits only
+    if not a.is_cuda:  # a CPU multiplies 16-bit values to 16-bit results only
         added = (a @ b).float()
         return added if total is None else total.add_(added)
     if total is None:
@@ -106,10 +107,10 @@ def cross_entropy_rows(
     label_smoothing: float,
     gradient: bool,
 ) -> Tensor:
-    """Each row's share of kernels/cross_entropy.py's loss, times `scale`: [N] in float32 (float64 for float64 logits).
+    """Each token's term of the loss of kernels/cross_entropy.py, times `scale`: [N] in float32 (float64 for float64).
 
     logits [N, V] contiguous, targets [N], scale [] in the result's dtype. With `gradient`, logits are overwritten by
-    the gradient of the sum of the shares. On CUDA by a Triton kernel, which reads each row from memory once.
+    the gradient of the sum of the terms. CUDA uses a Triton kernel, which reads each row from memory once.
     """
     if logits.is_cuda:
         return _triton_rows(logits, targets, scale, vocab_size, z_loss, label_smoothing, gradient)

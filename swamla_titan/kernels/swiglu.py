@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer, arXiv:2002.05202) of gate and up projections from one matmul: plain, and by a Triton kernel."""
+"""SwiGLU (Shazeer, arXiv:2002.05202) of fused gate and up projections: in plain PyTorch, and by Triton kernels."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swamla_titan.kernels.operator import operator, seen_through
+from swamla_titan.kernels.operator import inlined, operator
 
-_ELEMENTS = 4096  # that a program computes
+_ELEMENTS = 4096  # of the output, per program
 
 
 def swiglu(gate_up: Tensor, group: int) -> Tensor:
-    """silu(gate) * up: gate_up [..., n * (gate, up) * group], in whole groups -> [..., n * group], in its dtype.
+    """silu(gate) * up: gate_up [..., n * 2 * group], in turn a group of gates and one of ups -> [..., n * group].
 
-    torch.compile fuses it into one loop forward. Backward it makes a loop that reads everything twice.
+    torch.compile fuses the forward pass into one loop, but its loop of the backward pass reads everything twice.
     """
     gate, up = gate_up.unflatten(-1, (-1, 2, group)).unbind(dim=-2)  # [..., n, group] each
     return (F.silu(gate) * up).flatten(-2)
 
 
 def triton_swiglu(gate_up: Tensor, group: int) -> Tensor:
-    """`swiglu` by our kernels (CUDA), computed in float32; `group` is a power of two."""
+    """`swiglu` by Triton kernels (CUDA), computed in float32; `group` is a power of two."""
     out: Tensor = _forward(gate_up, group)
     return out
 
@@ -36,7 +36,7 @@ def _forward(gate_up: Tensor, group: int) -> Tensor:
     each = max(_ELEMENTS // group, 1)
     with torch.cuda.device_of(gate_up):  # Triton launches on the current one
         grid = (-(-rows // each),)
-        seen_through(kernels.swiglu_forward)[grid](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
+        inlined(kernels.swiglu_forward)[grid](gate_up, out, rows, GROUP=group, ROWS=each, num_warps=8)
     return out
 
 
@@ -54,7 +54,7 @@ def _backward(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     rows = grad.numel() // group
     each = max(_ELEMENTS // group, 1)
     with torch.cuda.device_of(gate_up):
-        seen_through(kernels.swiglu_backward)[(-(-rows // each),)](
+        inlined(kernels.swiglu_backward)[(-(-rows // each),)](
             *(grad, gate_up, grad_gate_up, rows), GROUP=group, ROWS=each, num_warps=8
         )
     return grad_gate_up

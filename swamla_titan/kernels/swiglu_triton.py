@@ -1,4 +1,4 @@
-"""Triton kernels of SwiGLU, forward and backward, over rows of [gate, up], each GROUP wide."""
+"""Triton kernels of SwiGLU, forward and backward, over rows of GROUP gates and GROUP up projections."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,12 @@ import triton.language as tl
 
 @triton.jit
 def swiglu_forward(gate_up_ptr, out_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """gate_up [rows, 2, GROUP] -> out [rows, GROUP]; ROWS rows a program."""
+    """gate_up [rows, 2, GROUP] -> out [rows, GROUP].
+
+    program 0   ROWS  [ gate | up ]  ->  ROWS  [ out ]
+    program 1   ROWS  [ gate | up ]  ->  ROWS  [ out ]
+                       GROUP  GROUP             GROUP
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, GROUP)[None, :]
     inside = row < rows
@@ -19,7 +24,12 @@ def swiglu_forward(gate_up_ptr, out_ptr, rows, GROUP: tl.constexpr, ROWS: tl.con
 
 @triton.jit
 def swiglu_backward(grad_ptr, gate_up_ptr, grad_gate_up_ptr, rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """grad [rows, GROUP] and gate_up [rows, 2, GROUP] -> grad_gate_up [rows, 2, GROUP]; ROWS rows a program."""
+    """grad [rows, GROUP] and gate_up [rows, 2, GROUP] -> grad_gate_up [rows, 2, GROUP].
+
+    program 0   ROWS  [ grad ]  [ gate | up ]  ->  ROWS  [ grad_gate | grad_up ]
+    program 1   ROWS  [ grad ]  [ gate | up ]  ->  ROWS  [ grad_gate | grad_up ]
+                       GROUP     GROUP  GROUP               GROUP       GROUP
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, GROUP)[None, :]
     inside = row < rows

@@ -1,4 +1,4 @@
-"""What one rank holds in the memory of its GPU, counted on the parts of the model as they were laid out for it."""
+"""The memory that one rank needs on its GPU, counted on the model parts that it would hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
+from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
 from swamla_titan.optim import state_bytes
@@ -22,13 +22,13 @@ from swamla_titan.parallel.parallelize import gathers_float8
 
 _FLOAT32 = 4
 
-# Bytes a logit at the peak of a loss that is not compiled, gradient included: float32 in several forms, measured.
+# Peak bytes per logit of a loss that is not compiled, measured: float32 intermediates and the gradient.
 EAGER_LOSS_BYTES = 20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `parameters`, `optimizer` and `average` are exact; see `memory_of` for the rest."""
+    """Bytes by purpose: `parameters`, `optimizer` and `average` are exact; `memory_of` defines the others."""
 
     parameters: int
     optimizer: int
@@ -37,64 +37,67 @@ class Memory:
     weights_in_use: int
     logits: int
     activations: int
-    in_turn: int  # of gradients and activations, what is never there with the rest of them
-    offloaded: int  # of the first four, what parallel.cpu_offload keeps on the host
+    in_turn: int  # of gradients and activations, the part that never exists beside the rest of them
+    offloaded: int  # of the first four, the part that parallel.cpu_offload keeps on the host
 
     @property
     def total(self) -> int:
-        """Of all that is counted, on the GPU."""
+        """All bytes on the GPU."""
         training = self.parameters + self.optimizer + self.average + self.gradients
         return training + self.weights_in_use + self.logits + self.activations - self.in_turn - self.offloaded
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """What a rank keeps between forward and backward passes when that is most."""
+    """The most that a rank keeps between forward and backward passes."""
 
     activations: int  # bytes
-    again: int  # bytes of activations that one block at a time computes again in its backward pass
+    recomputed: int  # bytes of activations that one block at a time recomputes in its backward pass
     logits: int  # micro-batches whose logits are kept
 
 
 def memory_of(
-    parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, micro_batches: int, in_flight: InFlight
+    parts: Sequence[SWAMLAModel],
+    config: Config,
+    world: World,
+    micro_batch_size: int,
+    micro_batches: int,
+    in_flight: InFlight,
 ) -> Memory:
-    """The memory of the rank whose place `world` is and whose laid-out model are `parts`.
+    """The memory of the rank of `world`, which holds `parts` and runs `micro_batches` per step.
 
-    `micro_batches` of `rows` sequences a step.
-
-    gradients: float32, like the parameters; until the last micro-batch of several reduces them, unsharded.
-    weights_in_use: copies in the compute dtype that passes multiply with, beside the parameters.
-    logits: of the micro-batches between forward and backward, and one gradient of them.
-    activations: those of the blocks, with what one of them computes again.
-    in_turn: with one micro-batch a block's gradients come when the activations that it kept have gone, so the larger of
-    both counts; the gradients of several wait beside the activations of the next.
-    Not counted are buffers of communication, float8 numbers that wait for nothing, workspaces and fragmentation.
+    gradients: float32, sharded as the parameters; with several micro-batches unsharded, until the last one reduces
+    them. weights_in_use: copies in the compute dtype, with which forward and backward passes multiply. logits: of the
+    micro-batches between forward and backward pass, and the gradient of one. activations: those that blocks save, and
+    those that one block at a time recomputes. in_turn: with one micro-batch a block's gradients come when its
+    activations are freed, so only the larger of both counts; with several, gradients stay beside the activations of the
+    next micro-batch. Not counted: communication buffers, float8 values that are not saved, workspaces and
+    fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]
     state = sum(state_bytes(part, config.optimizer) for part in parts)
     average = _FLOAT32 * sum(held) if config.ema.decay else 0
-    waiting = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
-    gradients = sum(gathered_elements(p) for p in parameters) if waiting else sum(held)
+    unreduced = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
+    gradients = sum(gathered_elements(p) for p in parameters) if unreduced else sum(held)
     gradients *= _FLOAT32
-    offload = config.parallel.cpu_offload  # of gradients too, as soon as they are there
-    offloaded = _FLOAT32 * sum(held) * (1 if waiting else 2) + state + average
+    offload = config.parallel.cpu_offload  # of gradients too, as soon as they are reduced
+    offloaded = _FLOAT32 * sum(held) * (1 if unreduced else 2) + state + average
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
         average=average,
         gradients=gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
-        logits=_logits(parts, config, world, rows, in_flight.logits),
-        activations=in_flight.activations + in_flight.again,
+        logits=_logits(parts, config, world, micro_batch_size, in_flight.logits),
+        activations=in_flight.activations + in_flight.recomputed,
         in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
         offloaded=offloaded if offload else 0,
     )
 
 
 def gathered_elements(parameter: Tensor) -> int:
-    """Elements of what a product is given: FSDP's shards put together, tensor parallelism's not."""
+    """Elements of a weight as a matmul reads it: gathered over FSDP's ranks, sharded by tensor parallelism."""
     elements = parameter.numel()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()
@@ -105,79 +108,98 @@ def gathered_elements(parameter: Tensor) -> int:
 
 
 def weights_in_use(part: SWAMLAModel, config: Config, world: World, micro_batches: int = 1) -> int:
-    """Most bytes of a part's weights that exist at a time as copies of the parameters.
+    """The most bytes of copies of a part's weights that exist at once, beside the parameters.
 
-    Under FSDP and HSDP that frees weights: each unit of communication (parallel/data_parallel.py) while it computes,
-    beside the one that is fetched meanwhile, and a tied embedding all the time. Else, and under DDP, all.
-
-    Without data parallelism a product casts its weight, and keeps that for its backward pass, unless it is
-    recomputed; in float32 there is nothing to cast. What each rank keeps whole (norms) is never copied.
-
-    Of native float8 products W^T is kept, in one byte a number, and W too if both are cast for all micro-batches (not
-    by FSDP2); beside what was gathered, where that is kept. Torchao's are gathered in one byte where FSDP2 gathers
-    float8.
+    Weights that are replicated in float32 (norms) are never copied.
     """
-    width = getattr(torch, config.training.compute_dtype).itemsize
-    native = config.float8.recipe == "native"
-    around = ("embedding", "head", "norm")
-    embedding, head, norm = (_copied(getattr(part, name, None), config, width) for name in around)
     if world.weights is None or world.weights["replicate"].size() * world.weights["shard"].size() == 1:
-        cast = 0 if width == _FLOAT32 else width
-        of_float8 = 1 + (micro_batches > 1) if native else cast
+        return _cast_weights(part, config, micro_batches)
+    return _gathered_weights(part, config, world, micro_batches)
 
-        def copied(module: nn.Module) -> int:
-            return _copied(module, config, cast, of_float8)
 
-        kept, again = sum(map(copied, part.blocks.values())), 0
-        if not (native and micro_batches > 1):
-            for name, block in part.blocks.items():
-                for region in checkpointed_regions(config.activation_checkpoint, int(name)).values():
-                    freed = sum(copied(block.get_submodule(branch)) for branch in region)
-                    kept, again = kept - freed, max(again, freed)
-        return kept + again + (head if cast else 0)
+def _cast_weights(part: SWAMLAModel, config: Config, micro_batches: int) -> int:
+    """Without data parallelism each linear layer casts its weight, and saves the copy for its backward pass.
+
+    A recomputed block saves none, and float32 needs none. Native float8 saves W^T, one byte per element, and with
+    several micro-batches W too, because both are then cast once for all of them.
+    """
+    width = _itemsize(config)
+    cast = 0 if width == _FLOAT32 else width
+    native = config.float8.recipe == "native"
+    float8_width = 1 + (micro_batches > 1) if native else cast
+
+    def copied(module: nn.Module) -> int:
+        return _copied(module, config, cast, float8_width)
+
+    saved, recomputed = sum(map(copied, part.blocks.values())), 0
+    if not (native and micro_batches > 1):
+        for name, block in part.blocks.items():
+            for region in checkpointed_regions(config.activation_checkpoint, int(name)).values():
+                freed = sum(copied(block.get_submodule(branch)) for branch in region)
+                saved, recomputed = saved - freed, max(recomputed, freed)
+    return saved + recomputed + _copied(getattr(part, "head", None), config, cast)
+
+
+def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_batches: int) -> int:
+    """With data parallelism: the gathered weights, all of them under DDP or if FSDP2 does not reshard.
+
+    FSDP2 that reshards holds each communication unit (parallel/data_parallel.py) while it computes, the next one, which
+    is gathered meanwhile, and a tied embedding always. Torchao's float8 weights take one byte per element if FSDP2
+    gathers float8. Where gathered weights stay, native float8 saves W^T beside them, one byte per element, and W too
+    under DDP with several micro-batches.
+    """
+    width, parallel = _itemsize(config), config.parallel
+    embedding, head, norm = (
+        _copied(getattr(part, name, None), config, width) for name in ("embedding", "head", "norm")
+    )
     blocks = [_copied(block, config, width) for block in part.blocks.values()]
-    always = 0
-    if part.config.tie_embeddings and embedding and head:
-        units, always = blocks, embedding + norm
-    else:
-        units = [embedding, *blocks, head + norm]
-    parallel = config.parallel
-    frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(units))
+    ends_are_tied = bool(part.config.tie_embeddings and embedding and head)
+
+    def units(blocks: list[int]) -> list[int]:
+        return blocks if ends_are_tied else [embedding, *blocks, head + norm]
+
+    always = embedding + norm if ends_are_tied else 0
+    frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(units(blocks)))
     if gathers_float8(config, world.degrees):
-        gathered = [_copied(block, config, width, 1) for block in part.blocks.values()]
-        units = gathered if units is blocks else [embedding, *gathered, head + norm]
-    most = max(one + following for one, following in pairwise([*units, 0])) if frees else sum(units)
+        blocks = [_copied(block, config, width, 1) for block in part.blocks.values()]
+    gathered = units(blocks)
+    most = max(one + following for one, following in pairwise([*gathered, 0])) if frees else sum(gathered)
     both = micro_batches > 1 and parallel.data_parallel == "ddp"
-    kept = 0 if frees or not native else sum(_copied(block, config, 0, 1 + both) for block in part.blocks.values())
-    return always + most + kept
+    saves_float8 = config.float8.recipe == "native" and not frees
+    float8 = sum(_copied(block, config, 0, 1 + both) for block in part.blocks.values()) if saves_float8 else 0
+    return always + most + float8
 
 
-def _copied(module: nn.Module | None, config: Config, width: int, of_float8: int | None = None) -> int:
-    """Bytes of copies of a module's weights, `width` of a number, but `of_float8` of one of a converted product."""
+def _itemsize(config: Config) -> int:
+    dtype: torch.dtype = getattr(torch, config.training.compute_dtype)
+    return dtype.itemsize
+
+
+def _copied(module: nn.Module | None, config: Config, width: int, float8_width: int | None = None) -> int:
+    """Bytes of copies of a module's weights, `width` per element, or `float8_width` in float8 linear layers."""
     total = 0
     for each in module.modules() if module is not None else ():
         is_float8 = getattr(type(each), "matmul", Linear.matmul) is not Linear.matmul
         for weight in each.parameters(recurse=False):
             if not stays_replicated(weight, config.parallel):
-                of_each = of_float8 if is_float8 and of_float8 is not None else width
-                total += gathered_elements(weight) * of_each
+                per_element = float8_width if is_float8 and float8_width is not None else width
+                total += gathered_elements(weight) * per_element
     return total
 
 
-def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, rows: int, in_flight: int) -> int:
+def _logits(parts: Sequence[SWAMLAModel], config: Config, world: World, micro_batch_size: int, in_flight: int) -> int:
     if not any(hasattr(part, "head") for part in parts):
         return 0
-    tokens = rows * config.training.seq_len // world.degrees.context
+    tokens = micro_batch_size * config.training.seq_len // world.degrees.context
     logits = tokens * config.model.padded_vocab_size // world.degrees.tensor
-    dtype = config.training.compute_dtype
-    width = getattr(torch, dtype).itemsize
+    width = _itemsize(config)
     if wants_fused_loss(config):
         vocabulary, dim = config.model.padded_vocab_size, config.model.dim
-        stretch = tokens_at_a_time(tokens, vocabulary, width)
-        # Beside the weight's gradient in float32 there is the sum before, where 16-bit products are added to it.
-        sums = 2 if stretch < tokens and width < _FLOAT32 else 1
-        return stretch * vocabulary * width + tokens * dim * width + sums * vocabulary * dim * _FLOAT32
+        chunk = tokens_per_chunk(tokens, vocabulary, width)
+        # The weight's gradient is accumulated in float32, in 16 bits out of place: so twice, if there are more chunks.
+        sums = 2 if chunk < tokens and width < _FLOAT32 else 1
+        return chunk * vocabulary * width + tokens * dim * width + sums * vocabulary * dim * _FLOAT32
     if config.compile.enabled:
         return logits * width * (in_flight + 1)
-    # What waits keeps its float32 form and a mask beside it; the last one is at its peak.
+    # Micro-batches in flight keep the float32 logits and a mask beside them; the last one is at its peak.
     return logits * ((width + _FLOAT32 + 1) * (in_flight - 1) + EAGER_LOSS_BYTES)

@@ -68,7 +68,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     "tokens, rows", [(0, 0), (1, 1), (100, 100), (10240, 10240), (10600, 5376), (32768, 8192), (65536, 9472)]
 )
 def test_parts_are_even_and_no_more_than_fit(tokens, rows):
-    assert fused.tokens_at_a_time(tokens, 50304, 2) == rows  # 10,496 fit
+    assert fused.tokens_per_chunk(tokens, 50304, 2) == rows  # 10,496 fit
 
 
 def test_no_tokens_have_no_loss():

@@ -18,7 +18,7 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.cross_entropy import cross_entropy
-from swamla_titan.kernels.linear_cross_entropy import tokens_at_a_time
+from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights, build_optimizer
@@ -383,9 +383,9 @@ def test_the_fused_loss_holds_one_stretch_of_logits_and_both_gradients(rows):
     batch = [("training", key, str(rows)) for key in ("local_batch_size", "global_batch_size")]
     config = resolved(shipped_configs()["base"], *batch, ("kernels", "loss", "fused"), vocabulary=50257)
     dim, padded, tokens = config.model.dim, config.model.padded_vocab_size, rows * config.model.max_seq_len
-    stretch = tokens_at_a_time(tokens, padded, 2)
-    assert stretch < tokens
-    assert plan(config, 1).worst.memory.logits == 2 * stretch * padded + 2 * tokens * dim + 2 * 4 * padded * dim
+    chunk = tokens_per_chunk(tokens, padded, 2)
+    assert chunk < tokens
+    assert plan(config, 1).worst.memory.logits == 2 * chunk * padded + 2 * tokens * dim + 2 * 4 * padded * dim
 
 
 @pytest.mark.parametrize(

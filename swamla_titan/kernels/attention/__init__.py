@@ -1,1 +1,1 @@
-"""Attention: masks, the implementations, and the choice between them."""
+"""Attention: masks, implementations, and the dispatcher that chooses one."""

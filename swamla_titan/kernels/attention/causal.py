@@ -1,7 +1,7 @@
-"""Attention kernels that know only "causal" and "everything", and give the log-sum-exp of scores: cuDNN's, and plain.
+"""Attention kernels, causal or without a mask, that also return the log-sum-exp of the scores: cuDNN's, and plain.
 
-"cudnn" is the fastest there is on an H100 for MLA's heads, 192 wide beside values of 128. "plain" is the same
-arithmetic written down, for any device and dtype.
+"cudnn" is the fastest kernel on an H100 for MLA's heads: queries and keys of width 192, values of 128. "plain" computes
+the same in plain PyTorch, for any device and dtype.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ CUDNN_DETERMINISTIC_MAX_LEN = 16384
 
 
 class Kernel(NamedTuple):
-    """Attention over all keys, or causal on a square, forward and backward; all tensors are [B, H, length, width].
+    """Forward and backward pass of attention, causal or over all keys; all tensors are [B, H, length, width].
 
     forward(query, key, value, scale, causal) -> out [B, H, Q, E] and lse [B, H, Q], the logarithm of the sum of
-    exp(scale query key^T) over the keys seen, in float32 (float64 for float64).
-    backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out` and `lse`
-    may be those over more keys than `key` holds.
+    exp(scale query key^T) over the visible keys, in float32 (float64 for float64). Causal needs as many keys as
+    queries. backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out`
+    and `lse` may come from more keys than `key` holds.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
@@ -31,12 +31,13 @@ class Kernel(NamedTuple):
 
 
 def why_not_cudnn(queries: int, keys: int, is_masked: bool = False) -> str | None:
-    """What keeps cuDNN's attention from these lengths, or None; what of widths and dtypes, torch tells by itself.
+    """Why cuDNN's attention cannot take these lengths, or None; torch itself checks widths and dtypes.
 
-    Where torch would let it try and it fails, it ends the run with an error of its own instead of the next backend.
+    These are cases that torch does not rule out: cuDNN would end the run with an error instead of torch falling back to
+    the next backend.
     """
     if is_masked:
-        return "a mask"  # fails for some shapes ("no execution plans support the graph")
+        return "a mask"  # cuDNN fails for some shapes ("no execution plans support the graph")
     if min(queries, keys) < 2:
         return "a sequence of one token"
     if queries >= CUDNN_DETERMINISTIC_MAX_LEN and torch.are_deterministic_algorithms_enabled():
@@ -47,9 +48,9 @@ def why_not_cudnn(queries: int, keys: int, is_masked: bool = False) -> str | Non
 def why_not_cudnn_heads(
     device: torch.device, dtype: torch.dtype, seq_len: int, chunk: int, qk_width: int, v_width: int
 ) -> str | None:
-    """What keeps cuDNN's attention from chunks of sequences and heads of these sizes, forward and backward, or None.
+    """Why cuDNN's attention cannot take chunks and heads of these sizes, forward and backward, or None.
 
-    Under torch's current settings: switched off or deterministic, it may not.
+    Depends on torch's current settings, which may switch cuDNN off or ask for deterministic algorithms.
     """
     if device.type != "cuda":
         return "needs a GPU"
@@ -70,8 +71,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     scores = query @ key.transpose(-2, -1) * scale
     if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, float("-inf"))
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, float("-inf"))
     return scores
 
 
@@ -88,8 +89,8 @@ def _plain_backward(
     dtype, wide = query.dtype, _wide(query.dtype)
     grad_out, query, key, value, out = (x.to(wide) for x in (grad_out, query, key, value, out))
     weights = (_scores(query, key, scale, causal) - lse[..., None]).exp()
-    from_all_keys = (grad_out * out).sum(dim=-1, keepdim=True)  # sum over the keys of weight * its gradient
-    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - from_all_keys) * scale
+    delta = (grad_out * out).sum(dim=-1, keepdim=True)  # the sum over all keys of weight * its gradient
+    grad_scores = weights * (grad_out @ value.transpose(-2, -1) - delta) * scale
     gradients = grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_out
     grad_query, grad_key, grad_value = (x.to(dtype) for x in gradients)
     return grad_query, grad_key, grad_value
@@ -105,7 +106,7 @@ def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, caus
 def _cudnn_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # random state of a dropout that there is not
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # the random state of dropout, which is off
     results: Any = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad_out,
         query,

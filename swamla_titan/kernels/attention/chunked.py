@@ -1,12 +1,12 @@
-"""Causal attention of chunks of a sequence over all its keys, from kernels that know only "causal" and "everything".
+"""Causal attention of chunks of a sequence over all its keys, by kernels that are causal or have no mask.
 
-A chunk at [a, a + c) sees the keys before it all, and its own as a causal square. Those are two calls of a fast kernel,
-and their results are merged exactly: with the log-sum-exp of each call's scores, the softmax over both is
+A chunk at [a, a + c) sees all keys before it, and its own keys causally. Those are two calls of a fast kernel, whose
+results are merged exactly: with the log-sum-exp of each call's scores, the softmax over both is
 
     out = out_own + w (out_past - out_own),   w = sigmoid(lse_past - lse_own),   lse = log(e^lse_own + e^lse_past)
 
-The gradient needs no merging: given the merged out and lse, the backward pass of attention is a sum over keys, so each
-call gives its share. The whole is one custom operator, which torch.compile takes into a graph as it is.
+Gradients need no merging: given the merged out and lse, the backward pass of attention is a sum over keys, to which
+each call adds its own keys. All of it is one custom operator, which torch.compile keeps in its graph as it is.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def chunked_causal_attention(
     """softmax(scale * query key^T, causal) value for queries that are chunks of the sequence.
 
     query [B, Q, H, D] holds len(starts) chunks of equal length; chunk j's tokens are at starts[j], starts[j] + 1, ...
-    of the sequence, whose keys [B, T, H, D] and values [B, T, H, E] are all there -> [B, Q, H, E]. `kernel` is a name
-    in KERNELS.
+    of the sequence; key [B, T, H, D] and value [B, T, H, E] hold all of it -> [B, Q, H, E]. `kernel` is a name in
+    KERNELS.
     """
     out: Tensor = _chunked(query, key, value, list(starts), scale, kernel)[0]
     return out
@@ -52,6 +52,7 @@ def _chunked(
         def over(first: int, end: int, causal: bool, chunk: Tensor = chunk) -> tuple[Tensor, Tensor]:
             return forward(chunk, _heads_first(key, first, end), _heads_first(value, first, end), scale, causal)
 
+        # Causal over the chunk's own keys, then merged with the keys before, all of which it sees.
         out, lse = over(start, start + length, True)
         if start > 0:
             past_out, past_lse = over(0, start, False)
@@ -91,14 +92,15 @@ def _chunked_backward(
         upstream, chunk, chunk_out = (_heads_first(x, *own) for x in (grad_out, query, out))
         chunk_lse = lse[:, :, own[0] : own[1]]
         grad_chunk = None
+        # The chunk's own keys, and those before it: with the merged out and lse each call's gradients are summands.
         for first, end, causal in ((start, start + length, True), (0, start, False)):
             if first == end:
                 continue
             keys, values = _heads_first(key, first, end), _heads_first(value, first, end)
-            share = backward(upstream, chunk, keys, values, chunk_out, chunk_lse, scale, causal)
-            grad_chunk = share[0] if grad_chunk is None else grad_chunk + share[0]
-            grad_key[:, first:end] += share[1].transpose(1, 2)
-            grad_value[:, first:end] += share[2].transpose(1, 2)
+            gradients = backward(upstream, chunk, keys, values, chunk_out, chunk_lse, scale, causal)
+            grad_chunk = gradients[0] if grad_chunk is None else grad_chunk + gradients[0]
+            grad_key[:, first:end] += gradients[1].transpose(1, 2)
+            grad_value[:, first:end] += gradients[2].transpose(1, 2)
         assert grad_chunk is not None
         grad_queries.append(grad_chunk.transpose(1, 2))
     return torch.cat(grad_queries, dim=1), grad_key, grad_value
@@ -125,7 +127,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    # lse is for the backward pass only and is not returned to callers, so its gradient is none or zeros.
     gradients = torch.ops.swamla_titan.chunked_causal_attention_backward(
         grad_out.contiguous(), *ctx.saved_tensors, ctx.starts, ctx.scale, ctx.kernel
     )

@@ -1,6 +1,6 @@
-"""Causal attention inside documents as one operator, by the Triton kernels beside it (CUDA): MLA's, under documents.
+"""Causal attention within documents as one operator of Triton kernels (CUDA): for MLA with a document mask.
 
-torch.compile takes it into a graph as it is. Value and gradients are the same in every run.
+torch.compile keeps the operator in its graph as it is. Output and gradients are deterministic.
 """
 
 from typing import Any
@@ -9,15 +9,15 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swamla_titan.kernels.device import Parts, Tiles, descriptors, named, readable, strides, why_no_kernels
+from swamla_titan.kernels.device import SplitWidth, Tiles, named, strides, tma_descriptors, tma_readable, why_no_kernels
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 
-TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it is known to be fast: with documents of 500
+TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it was timed (documents of 500 tokens)
 
 
 def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> str | None:
-    """What keeps `document_attention` from heads of these widths in this dtype on this device, or None."""
+    """Why `document_attention` cannot take heads of these widths in this dtype on this device, or None."""
     if why := why_no_kernels(device):
         return why
     fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS and dtype in (torch.bfloat16, torch.float16)
@@ -25,11 +25,12 @@ def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query key^T) value over the keys of a query's own document, up to its own.
+    """softmax(scale * query key^T) value over the keys of the query's document up to the query itself.
 
     query and key [B, T, H, D] with D one of DOCUMENT_WIDTHS, value [B, T, H, E] with E one of DOCUMENT_V_WIDTHS, in 16
     bits, elements adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, E], contiguous.
-    starts and ends [B, T] int32, contiguous: the index at which each token's document begins, and that after its last.
+    starts and ends [B, T] int32, contiguous: the index of the first token of each token's document, and that after its
+    last.
     """
     out: Tensor = _forward(query, key, value, starts, ends, scale)[0]
     return out
@@ -42,22 +43,29 @@ def run_forward(
     from swamla_titan.kernels.attention import document_triton as kernels
 
     batch, length, heads, width = query.shape
-    # Else it would read what is not there.
+    # The kernels would read out of bounds otherwise.
     assert key.shape == query.shape
     assert value.shape[:3] == query.shape[:3]
     for bounds in (starts, ends):
         assert bounds.shape == (batch, length)
         assert bounds.is_contiguous()
         assert bounds.dtype == torch.int32
-    key, value = readable(key), readable(value)
+    key, value = tma_readable(key), tma_readable(value)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles, cut, v_width = forward_tiles(), Parts.of(width), value.shape[-1]
+    tiles, split, v_width = forward_tiles(), SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         kernels.document_forward[(-(-length // tiles.queries), heads, batch)](
-            *(*descriptors(key, tiles.keys, cut), *descriptors(value, tiles.keys, (v_width,)), query, out, lse, starts),
+            *(
+                *tma_descriptors(key, tiles.keys, split),
+                *tma_descriptors(value, tiles.keys, (v_width,)),
+                query,
+                out,
+                lse,
+                starts,
+            ),
             *(*strides(query), *strides(out), heads, length, scale),
-            **cut._asdict(),
+            **split._asdict(),
             DV=v_width,
             **tiles.constants(),
         )
@@ -78,28 +86,31 @@ def run_backward(
     """Gradients of query, key and value, contiguous."""
     from swamla_titan.kernels.attention import document_triton as kernels
 
-    grad_out, query, key, value = (readable(each) for each in (grad_out, query, key, value))
+    grad_out, query, key, value = (tma_readable(each) for each in (grad_out, query, key, value))
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    of_queries, of_keys = backward_tiles()
-    cut, v_width = Parts.of(width), value.shape[-1]
+    query_tiles, key_tiles = backward_tiles()
+    split, v_width = SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):
-        kernels.document_grad_query[(-(-length // of_queries.queries), heads, batch)](
-            *(*descriptors(key, of_queries.keys, cut), *descriptors(value, of_queries.keys, (v_width,))),
+        kernels.document_grad_query[(-(-length // query_tiles.queries), heads, batch)](
+            *(*tma_descriptors(key, query_tiles.keys, split), *tma_descriptors(value, query_tiles.keys, (v_width,))),
             *(query, out, grad_out, grad_query, lse, delta, starts),
             *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
-            **cut._asdict(),
+            **split._asdict(),
             DV=v_width,
-            **of_queries.constants(),
+            **query_tiles.constants(),
         )
-        kernels.document_grad_key_value[(-(-length // of_keys.keys), heads, batch)](
-            *(*descriptors(query, of_keys.queries, cut), *descriptors(grad_out, of_keys.queries, (v_width,))),
+        kernels.document_grad_key_value[(-(-length // key_tiles.keys), heads, batch)](
+            *(
+                *tma_descriptors(query, key_tiles.queries, split),
+                *tma_descriptors(grad_out, key_tiles.queries, (v_width,)),
+            ),
             *(key, value, grad_key, grad_value, lse, delta, starts, ends),
             *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
-            **cut._asdict(),
+            **split._asdict(),
             DV=v_width,
-            **of_keys.constants(),
+            **key_tiles.constants(),
         )
     return grad_query, grad_key, grad_value
 
@@ -120,13 +131,13 @@ def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # that of lse would be a tensor of zeros
+    ctx.set_materialize_grads(False)  # lse has none, and torch would materialize it as zeros
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The lse is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    # lse is for the backward pass only and is not returned to callers, so it has no gradient.
     if grad_out is None:
         return (None,) * 6
     gradients = torch.ops.swamla_titan.document_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
@@ -146,16 +157,16 @@ def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: 
     return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
 
 
-# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at heads of 192 and 128.
+# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at head widths of 192 and 128.
 _FORWARD = Tiles(128, 32, 8, 3)
 _BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
 
 
 def forward_tiles() -> Tiles:
-    """For the forward pass."""
+    """The tiles of the forward pass."""
     return _FORWARD
 
 
 def backward_tiles() -> tuple[Tiles, Tiles]:
-    """For the queries' pass of the backward, and for that of the keys and values."""
+    """The tiles of the backward kernels: that of queries, and that of keys and values."""
     return _BACKWARD

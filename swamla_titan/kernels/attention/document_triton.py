@@ -1,9 +1,13 @@
-"""Triton kernels of causal attention inside documents, for keys and values of unlike width: forward, and backward.
+"""Triton kernels of causal attention within documents, with keys and values of different widths: forward and backward.
 
-As in window_triton.py: the backward pass takes queries first, then keys and values, without atomic additions, so that
-gradients are the same in every run; a head of 192 is multiplied as 128 + 64. Tiles of keys before the document of a
-tile's first query, and of queries after the document of a tile's last key, are never visited, and those that all see
-each other are not masked.
+As in window_triton.py, the backward pass computes gradients of queries first, then those of keys and values, without
+atomic additions, so that they are deterministic; a head of 192 is multiplied as 128 + 64. Tiles that no query of the
+program sees are skipped, and tiles whose queries see all keys are not masked:
+
+                keys of document 1      keys of document 2
+    queries   [  #    #    m    .    |    .    .    .    ]      # visible, not masked
+    queries   [  #    #    #    m    |    m    .    .    ]      m masked: on the diagonal, or queries of two documents
+    queries   [  .    .    .    .    |    #    m    .    ]      . skipped
 """
 
 import triton
@@ -23,13 +27,13 @@ from swamla_titan.kernels.attention.tiles_triton import (
 
 @triton.jit
 def _masked(scores, query, key, start):
-    """Scores of queries [rows] and keys [columns], NEVER where the key is later or in another document."""
+    """The scores of queries (rows) and keys (columns), NEVER where the key is later or in another document."""
     return tl.where((key <= query) & (key >= start), scores, NEVER)
 
 
 @triton.jit
 def _documents(starts_ptr, query, first, last, seq_len):
-    """Where documents begin: of each of a tile's queries, of its first, and of its last, before `last`."""
+    """Where documents begin: those of all queries of a tile, of its first query, and of its last, `last` - 1."""
     start = tl.load(starts_ptr + query, mask=query < seq_len, other=0)
     return start, tl.load(starts_ptr + first), tl.load(starts_ptr + last - 1)
 
@@ -40,7 +44,12 @@ def document_forward(
     q_batch, q_token, q_head, out_batch, out_token, out_head, heads, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. Grid: [tiles of queries, heads, batch], those with the most keys first."""
+    """Output and lse of one tile of queries of one head. Grid: [tiles of queries, heads, batch], most keys first.
+
+              document                        last
+    k, v      [ BN | BN | BN | BN | BN | BN ]         read in turn, with a running softmax
+    q, out    .                    [   BM   ]         first ... last: read and written once
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
@@ -53,12 +62,13 @@ def document_forward(
     for begin in range(document // BN * BN, last, BN):
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
-        # Scaled before they are masked: of NEVER * scale - NEVER * scale a compiler makes one operation that rounds
-        # once and is not 0, in rows whose document begins behind the first tiles.
+        # Scaled before they are masked, because the compiler fuses NEVER * scale - NEVER * scale into one operation
+        # that rounds once and is not 0, for queries whose document begins after the first tiles.
         scores = matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2
         if (begin + BN - 1 > first) | (begin < newest):
             key = begin + tl.arange(0, BN)
             scores = _masked(scores, query[:, None], key[None, :], start[:, None])
+        # Running softmax (arXiv:2205.14135): rescale the sums where the maximum has grown.
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest[:, None])
@@ -78,7 +88,14 @@ def document_grad_query(
     dq_batch, dq_token, dq_head, heads, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, and delta [B, H, T], the sum over a row of out * its gradient. Grid as above."""
+    """Gradient of one tile of queries, and its delta [B, H, T], the sum over a head of out * its gradient.
+
+                  document                        last
+        k, v      [ BN | BN | BN | BN | BN | BN ]         read in turn
+        q, out, do, dq  .              [   BM   ]         read, or written, once
+
+    Grid as in `document_forward`.
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query, last = first + tl.arange(0, BM), tl.minimum(first + BM, seq_len)
@@ -94,6 +111,7 @@ def document_grad_query(
     dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
     scale_log2 = scale * LOG2_E
     for begin in range(document // BN * BN, last, BN):
+        # The weights are recomputed from the scores and lse, because the forward pass does not store them.
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
         v = v_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BN, DV)
         scores = matmul_of_parts(q1, q2, k1, k2, D2 > 0)
@@ -101,8 +119,8 @@ def document_grad_query(
             key = begin + tl.arange(0, BN)
             scores = _masked(scores, query[:, None], key[None, :], start[:, None])
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        of_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
-        grad = (weights * (of_weights - delta[:, None])).to(k1.dtype)
+        grad_weights = tl.dot(do, tl.trans(v), input_precision="ieee")
+        grad = (weights * (grad_weights - delta[:, None])).to(k1.dtype)
         dq1 = tl.dot(grad, k1, dq1, input_precision="ieee")
         if D2 > 0:
             dq2 = tl.dot(grad, k2, dq2, input_precision="ieee")
@@ -119,9 +137,13 @@ def document_grad_key_value(
     heads, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values. Grid: [tiles of keys, heads, batch]; the first have the most queries.
+    """Gradients of one tile of keys and values. Grid: [tiles of keys, heads, batch]; the first have the most queries.
 
-    Rows behind `seq_len` add nothing, since the gradient of their output is loaded as zeros.
+                  first                               end of the last key's document
+        k, v, dk, dv  [   BN   ]                      .   read, or written, once
+        q, do, lse, delta  [ BM | BM | BM | BM | BM | BM ]    read in turn
+
+    Queries from `seq_len` on add nothing, because the gradient of their output is loaded as zeros.
     """
     first = tl.program_id(0) * BN
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -136,6 +158,8 @@ def document_grad_key_value(
     row = (batch * heads + head) * seq_len
     scale_log2 = scale * LOG2_E
     for begin in range(first // BM * BM, end, BM):
+        # Scores are transposed, [BN, BM], so that weights and their gradients are the left operands of the matmuls
+        # below.
         query = begin + tl.arange(0, BM)
         q1, q2 = load_parts(q_wide, q_narrow, batch, begin, head, BM, D1, D2)
         do = do_wide.load([batch.to(tl.int32), begin, head, 0]).reshape(BM, DV)
@@ -148,8 +172,8 @@ def document_grad_key_value(
             scores = _masked(scores, query[None, :], key[:, None], start[None, :])
         weights = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
-        of_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
-        grad = (weights * (of_weights - delta[None, :])).to(q1.dtype)
+        grad_weights = tl.dot(v, tl.trans(do), input_precision="ieee")
+        grad = (weights * (grad_weights - delta[None, :])).to(q1.dtype)
         dk1 = tl.dot(grad, q1, dk1, input_precision="ieee")
         if D2 > 0:
             dk2 = tl.dot(grad, q2, dk2, input_precision="ieee")

@@ -1,7 +1,7 @@
-"""What lies between the linear layers of an MLA block, as one operator: rotate, expand the rotary key, attend (CUDA).
+"""MLA between its linear layers as one operator: rotary embedding, expansion of the rotary key, attention (CUDA).
 
-Left to torch.compile, the backward pass copies the gradients of queries and of values, and sums the rotary key's in a
-pass of its own. Here the queries' are rotated back where the attention wrote them, and one pass reads the others.
+Compiled by torch, the backward pass would copy the gradients of queries and of values, and sum the rotary key's in a
+kernel of its own. Here the queries' gradients are rotated back in place, and one kernel reads the others once.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from swamla_titan.kernels.attention import document as document_attention
 from swamla_titan.kernels.attention.causal import KERNELS
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
-_HEADS_AT_A_TIME = 16
+_HEADS_PER_TILE = 16
 
 
 def latent_attention(
@@ -28,14 +28,13 @@ def latent_attention(
     ends: Tensor | None = None,
     kernel: str = "cudnn",
 ) -> Tensor:
-    """Causal attention: softmax(scale * rotated query key^T, causal) value, in documents if `starts` and `ends` say so.
+    """softmax(scale * rotated query key^T, causal) value, within documents if `starts` and `ends` are given.
 
-    query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, rope_key [B, T, rope], a head's part
-    without position first. A key is the head's own part and the rotated rope_key of all heads. cos and sin
-    [1 or B, T, 1, rope/2] in float32 turn element i with i + rope/2, as model/rope.py does. `kernel` is a name in
-    KERNELS (causal.py), for sequences of one document; `starts` and `ends` are document.py's, which
-    computes the others -> [B, T, H, v] in query's dtype. Sequences of one token, which cuDNN does not take, are
-    computed by "plain".
+    query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, both with the part without position
+    first; rope_key [B, T, rope] -> [B, T, H, v] in query's dtype. A head's key is its own nope part and the rotated
+    rope_key, which all heads share. cos and sin [1 or B, T, 1, rope/2] in float32 rotate element i with i + rope/2, as
+    model/rope.py does. `kernel`, a name in KERNELS (causal.py), computes sequences of one document; with `starts` and
+    `ends` document.py's kernels do. Sequences of one token, which cuDNN does not take, use "plain".
     """
     if query.shape[1] == 1:
         kernel = "plain"
@@ -113,15 +112,15 @@ def _(grad_out: Tensor, query: Tensor, key: Tensor, keys_values: Tensor, *rest: 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
+    ctx.set_materialize_grads(False)  # the other outputs have none, and torch would materialize zeros
     _, keys_values, rope_key, cos, sin, ctx.scale, starts, ends, ctx.kernel = inputs
     out, lse, query, key = output
     ctx.rope_dim = rope_key.shape[-1]
     ctx.save_for_backward(query, key, keys_values, cos, sin, starts, ends, out, lse)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The other outputs are for the backward pass only and not returned to callers, so they have no gradients.
     if grad_out is None:
         return (None,) * 9
     gradients = torch.ops.swamla_titan.latent_attention_backward(
@@ -145,7 +144,7 @@ def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
 
 
 def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:
-    """[B, T, H, v] of keys_values, which each have their key's part first."""
+    """The values [B, T, H, v] in keys_values, after each head's part of the key."""
     return keys_values[..., query.shape[-1] - rope_key.shape[-1] :]
 
 
@@ -185,11 +184,11 @@ def _gradients_of_heads(
 
 
 def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, dict[str, int]]:
-    """How many tokens, and the kernels' constants."""
+    """The number of tokens, and the kernels' constexpr arguments."""
     batch, length, heads, width = query.shape
     assert query.is_contiguous()
     assert keys_values.is_contiguous()
-    for angles in (cos, sin):  # else it would read what is not there
+    for angles in (cos, sin):  # the kernels would read out of bounds otherwise
         assert angles.is_contiguous()
         assert angles.dtype == torch.float32
         assert angles.shape[:3] in ((1, length, 1), (batch, length, 1))
@@ -197,7 +196,7 @@ def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tupl
     nope = width - 2 * half
     sizes = {
         "HEADS": heads,
-        "TILE": min(_power_of_two(heads), _HEADS_AT_A_TIME),
+        "TILE": min(_power_of_two(heads), _HEADS_PER_TILE),
         "NOPE": nope,
         "PADDED_NOPE": _power_of_two(nope),
         "HALF": half,
@@ -208,5 +207,5 @@ def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tupl
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

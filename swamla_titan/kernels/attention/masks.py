@@ -1,7 +1,7 @@
-"""Which keys a query sees: the rule, once, and the two forms in which attention takes it.
+"""Which keys a query sees: one rule, and the forms of mask that implementations of attention take.
 
-Documents are maximal runs of equal ids along a sequence. Everything about them follows from one tensor, the index at
-which each token's own document starts: the mask, the positions and the sink all read it, so they cannot disagree.
+Documents are maximal runs of equal ids along a sequence. One tensor describes them, the index at which each token's
+document starts: mask, positions and sink all derive from it, so they cannot disagree.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ BLOCK = 128  # side of FlexAttention's mask tiles, its own default
 def sees(query: Any, key: Any, start: Any, window: int | None, sink: int) -> Any:
     """Whether the query at index `query` sees the key at index `key`; elementwise over tensors that broadcast.
 
-    `start` is the index at which the query's document begins. Causal inside the document; with a `window` (the query
-    itself counts in it) only the newest `window` keys and the first `sink` keys of the document.
+    `start` is the index at which the query's document begins. Causal within the document; with a `window`, which counts
+    the query itself, only the latest `window` keys and the first `sink` keys of the document.
     """
     causal = (key <= query) & (key >= start)
     if window is None:
@@ -31,7 +31,7 @@ def sees(query: Any, key: Any, start: Any, window: int | None, sink: int) -> Any
 def document_starts(document_ids: Tensor) -> Tensor:
     """[B, T] ids -> [B, T] int64 index of the first token of each token's document.
 
-    A document ends where the id changes; an id that comes back later in the sequence is a new document.
+    A document ends where the id changes; the same id later in the sequence is a new document.
     """
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
     first = torch.ones_like(document_ids, dtype=torch.bool)
@@ -40,7 +40,7 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def document_ends(starts: Tensor) -> Tensor:
-    """[B, T] document starts -> [B, T], in their dtype, index behind the last token of each token's document."""
+    """[B, T] document starts -> [B, T], in their dtype, the index after the last token of each token's document."""
     length = starts.shape[1]
     index = torch.arange(length, device=starts.device, dtype=starts.dtype)
     begins_next = torch.full_like(starts, length)
@@ -56,32 +56,32 @@ def dense_mask(starts: Tensor, window: int | None, sink: int) -> Tensor:
 
 
 def block_mask(starts: Tensor, window: int | None, sink: int) -> BlockMask:
-    """[B, T] document starts -> the same mask for FlexAttention, without ever making T x T entries."""
+    """[B, T] document starts -> the same mask for FlexAttention, without a T x T tensor."""
     starts = starts.to(torch.int32)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = sees(query, key, starts[batch, query], window, sink)
         return seen
 
-    return _tiles_of_sequences(starts, window, sink, mask_mod)
+    return _sequence_block_mask(starts, window, sink, mask_mod)
 
 
 @lru_cache(maxsize=32)
 def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, device: torch.device) -> BlockMask:
-    """`block_mask` for sequences that are one document each; made once per shape, broadcast over the batch."""
+    """`block_mask` for sequences of one document each, cached by shape and broadcast over the batch."""
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen: Tensor = sees(query, key, 0, window, sink)
         return seen
 
-    # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
+    # Not in inference mode, even if validation comes first: autograd could not save its tensors for training later.
     with torch.inference_mode(False):
         starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
-        return _tiles_of_sequences(starts, window, sink, mask_mod)
+        return _sequence_block_mask(starts, window, sink, mask_mod)
 
 
 class MaskSpec(NamedTuple):
-    """Which keys of its document a query sees: the newest `window` (None: all) and the first `sink`."""
+    """Which keys of its document a query sees: the latest `window` (None: all) and the first `sink`."""
 
     window: int | None = None
     sink: int = 0
@@ -89,16 +89,16 @@ class MaskSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowRule:
-    """The same mask for our own kernel, which applies the rule itself."""
+    """The mask for our window kernels, which evaluate `sees` themselves."""
 
-    starts: Tensor | None  # [B, T] int32, contiguous; None: one document a sequence
+    starts: Tensor | None  # [B, T] int32, contiguous; None: one document per sequence
     window: int
     sink: int
 
 
 @dataclass(frozen=True)
 class DocumentRule:
-    """Causal inside documents, for our own kernel: where each token's begins and has ended, [B, T] contiguous int32."""
+    """The mask for our document kernels: each token's document starts and ends, [B, T] int32, contiguous."""
 
     starts: Tensor
     ends: Tensor
@@ -106,7 +106,7 @@ class DocumentRule:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Causal for queries that are chunks of a sequence: where each begins in it, for kernels that take no mask."""
+    """The mask for queries that are chunks of a sequence: causal, where `starts` are the chunks' first tokens."""
 
     starts: tuple[int, ...]
 
@@ -115,7 +115,7 @@ Mask = Tensor | BlockMask | WindowRule | DocumentRule | Chunks | None
 
 
 def mask_of_sequences(form: str, starts: Tensor, has_documents: bool, spec: MaskSpec) -> Mask:
-    """The mask of full sequences in the form that an implementation of attention wants.
+    """The mask of full sequences in the form that an implementation of attention takes.
 
     `starts` [B or 1, T] int64 are where each token's document begins.
     """
@@ -136,9 +136,9 @@ def mask_of_sequences(form: str, starts: Tensor, has_documents: bool, spec: Mask
 
 
 class KeyIntervals(NamedTuple):
-    """The keys each query sees, as two intervals of indices into the keys, ends included: [B, Q] integers each.
+    """The keys that each query sees, as two closed intervals of indices into the keys: [B, Q] integers each.
 
-    The first interval is never empty. The second (the sink) may overlap it, and is empty where its end is before its
+    The first interval is never empty. The second (the sink) may overlap it, and is empty if its end is before its
     start; None: no query has one. For queries that are a slice of a sequence, or keys in another order.
     """
 
@@ -149,7 +149,7 @@ class KeyIntervals(NamedTuple):
 
 
 def intervals_in_sequence(starts: Tensor, queries: Tensor, window: int | None, sink: int) -> KeyIntervals:
-    """The rule of `sees` for the queries at indices `queries` [Q] of sequences whose keys are all there, in order.
+    """The rule of `sees` as intervals, for the queries at indices `queries` [Q] and all keys of a sequence in order.
 
     `starts` [B, Q] is where each query's document begins.
     """
@@ -170,9 +170,9 @@ def dense_mask_of(intervals: KeyIntervals, keys: int) -> Tensor:
 
 
 def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
-    """`dense_mask_of` for FlexAttention, without ever making Q x keys entries. B = 1 serves a batch of any size."""
+    """`dense_mask_of` for FlexAttention, without a Q x keys tensor. B = 1 serves a batch of any size."""
     intervals = KeyIntervals(*(None if bound is None else bound.to(torch.int32) for bound in intervals))  # type: ignore[arg-type]
-    # Asked about a sequence that is not there, a mask made for one answers for that one.
+    # A mask made for one sequence ignores the batch index, so that it serves all.
     one = intervals.first.shape[0] == 1
     first, last, sink_first, sink_last = (
         None if bound is None else bound[0].contiguous() if one else bound.contiguous() for bound in intervals
@@ -187,44 +187,44 @@ def block_mask_of(intervals: KeyIntervals, keys: int) -> BlockMask:
             seen = seen | (key >= sink_first[at]) & (key <= sink_last[at])
         return seen
 
-    return _tiles(intervals, keys, mask_mod)
+    return _block_mask(intervals, keys, mask_mod)
 
 
-def _tiles_of_sequences(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
+def _sequence_block_mask(starts: Tensor, window: int | None, sink: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
     index = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32)
-    return _tiles(intervals_in_sequence(starts, index, window, sink), starts.shape[1], mask_mod)
+    return _block_mask(intervals_in_sequence(starts, index, window, sink), starts.shape[1], mask_mod)
 
 
-def _tiles(intervals: KeyIntervals, keys: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
-    """The BlockMask of `mask_mod`, from the intervals of keys that each query sees.
+def _block_mask(intervals: KeyIntervals, keys: int, mask_mod: Callable[..., Tensor]) -> BlockMask:
+    """The BlockMask of `mask_mod`, whose tiles follow from the intervals of keys that each query sees.
 
-    torch's create_block_mask evaluates all Q x keys pairs at each call (a new batch has new documents). From two
-    intervals a query, window and sink, [B, Q, keys/128] comparisons are enough. A tile is "full" (needs no mask inside)
-    if all its queries see all its keys through the window; that misses full tiles made by a huge sink, which only costs
-    speed.
+    torch's create_block_mask evaluates all Q x keys pairs at each call, and each batch has new documents. With two
+    intervals per query, window and sink, [B, Q, keys/128] comparisons suffice. A tile is "full" (needs no mask inside)
+    if all its queries see all its keys through the window. Tiles that are full only thanks to a large sink are missed,
+    which costs speed alone.
     """
     queries = intervals.first.shape[1]
     first, last = intervals.first[..., None], intervals.last[..., None]  # [B, Q, 1]
-    tile_first = torch.arange(0, keys, BLOCK, device=first.device, dtype=torch.int32)  # [N] first key of each tile
+    tile_first = torch.arange(0, keys, BLOCK, device=first.device, dtype=torch.int32)  # [N] the first key of each tile
     tile_last = (tile_first + BLOCK - 1).clamp(max=keys - 1)
 
     some = (tile_last >= first) & (tile_first <= last)  # [B, Q, N]
     if intervals.sink_first is not None and intervals.sink_last is not None:
         sink_first, sink_last = intervals.sink_first[..., None], intervals.sink_last[..., None]
         some |= (tile_last >= sink_first) & (tile_first <= sink_last) & (sink_first <= sink_last)
-    # A tile that sticks out over the end of the keys is never full: the kernel has to mask the rest of it.
+    # A tile that extends beyond the last key is never full, because the kernel has to mask the rest of it.
     every = (tile_first >= first) & (tile_first + BLOCK - 1 <= last)
 
     padding = (0, 0, 0, -queries % BLOCK)
     some = torch.nn.functional.pad(some, padding).unflatten(1, (-1, BLOCK)).any(dim=2)  # [B, M, N]
     full = torch.nn.functional.pad(every, padding).unflatten(1, (-1, BLOCK)).all(dim=2)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(queries, keys)
+        *_indices(some & ~full), *_indices(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(queries, keys)
     )
 
 
-def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Boolean [B, M, N] -> how many key tiles each query tile has [B, 1, M], and their numbers first [B, 1, M, N]."""
+def _indices(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Boolean [B, M, N] -> how many key tiles each query tile has, [B, 1, M], and their indices first, [B, 1, M, N]."""
     count = tiles.sum(dim=-1, dtype=torch.int32)
     order = tiles.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count[:, None].contiguous(), order[:, None].contiguous()

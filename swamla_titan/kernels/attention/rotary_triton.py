@@ -1,20 +1,24 @@
-"""Triton kernels that rotate queries and keys on their way from linear layers to attention, and back."""
+"""Triton kernels of rotary embedding between linear layers and attention, forward and backward."""
 
 import triton
 import triton.language as tl
 
-ROWS = tl.constexpr(32)  # heads of a token at a time
+ROWS = tl.constexpr(32)  # queries and keys per program
 
 
 @triton.jit
 def rotate_heads(
-    together_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, rows, angles, groups,
+    qkv_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, rows, angles, groups,
     PER_KEY: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """together [tokens, groups, PER_KEY + 2, 2 HALF] -> q [tokens, groups * PER_KEY, 2 HALF], k [tokens, groups, ...].
+    """qkv [tokens, groups, PER_KEY + 2, 2 HALF] -> q [tokens, groups * PER_KEY, 2 HALF], k [tokens, groups, 2 HALF].
 
-    BACK: the other way, by the inverse rotation; the values in `together` are not touched. cos and sin [angles, HALF]:
-    token t has row t % angles. `rows` counts queries and keys of all tokens.
+        qkv, one group   [ q 0 | q 1 | ... | k | v ]     a program rotates ROWS of all q and k, each by its token's
+                            v     v          v           angles; v is skipped
+        q, k             [ q 0 | q 1 | ... ] [ k ]
+
+    BACK: from q and k into qkv, by the inverse rotation. cos and sin [angles, HALF]: token t has row t % angles. `rows`
+    counts queries and keys of all tokens.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -36,12 +40,12 @@ def rotate_heads(
         first = tl.load(apart, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(apart + HALF, mask=mask, other=0.0).to(tl.float32)
         sin = -sin
-        to = together_ptr + at
+        to = qkv_ptr + at
     else:
-        first = tl.load(together_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(together_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(qkv_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
         to = apart
-    kind = together_ptr.dtype.element_ty
+    kind = qkv_ptr.dtype.element_ty
     tl.store(to, (first * cos - second * sin).to(kind), mask=mask)
     tl.store(to + HALF, (second * cos + first * sin).to(kind), mask=mask)
 
@@ -52,10 +56,13 @@ def make_heads(
     rope_key_stride, angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
     HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Rotated queries and keys of one token, [HEADS, NOPE + 2 HALF].
+    """Rotated queries and expanded keys of one token, [HEADS, NOPE + 2 HALF] each.
 
-    From query [HEADS, NOPE + 2 HALF], keys_values [HEADS, NOPE + VALUE] and the rotary key [2 HALF] of all heads,
-    whose tokens are `rope_key_stride` apart. cos and sin [angles, HALF]: token t has row t % angles.
+        query        TILE heads [ nope | rope ]   ->  to_query [ nope | rotated ]
+        keys_values  TILE heads [ nope | value ]  ->  to_key   [ nope | rotated rope_key ]
+        rope_key     [ rope ], one for all heads      (value is read by the attention kernel where it is)
+
+    Tokens of rope_key are `rope_key_stride` apart. cos and sin [angles, HALF]: token t has row t % angles.
     """
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, PADDED_HALF)
@@ -74,6 +81,7 @@ def make_heads(
     to_query_ptr += token * (HEADS * (NOPE + 2 * HALF))
     to_key_ptr += token * (HEADS * (NOPE + 2 * HALF))
     keys_values_ptr += token * (HEADS * (NOPE + VALUE))
+    # Tiles of heads, because all heads of a token at once would not fit into the registers.
     for start in range(0, HEADS, TILE):
         head = start + tl.arange(0, TILE)[:, None]
         in_nope = (head < HEADS) & (nope < NOPE)
@@ -98,10 +106,12 @@ def gradients_of_heads(
     angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
     HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr, PADDED_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one token from those of its queries and keys [HEADS, NOPE + 2 HALF], values [HEADS, VALUE].
+    """The gradients of one token's projections, from those of queries, keys and values: the inverse of `make_heads`.
 
-    That of the query is rotated back where it lies; those of keys and values go into [HEADS, NOPE + VALUE], and the
-    rotary key's [2 HALF] is the sum over heads, added up in float32.
+    grad_query  TILE heads [ nope | rope ]  ->  rope rotated back in place
+    grad_key    TILE heads [ nope | rope ]  ->  grad_keys_values [ nope | .     ], and the sum of rope over heads
+    grad_value  TILE heads [ value ]        ->  grad_keys_values [ .    | value ]
+                                                grad_rope_key    [ rope ]: that sum, in float32, rotated back
     """
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, PADDED_HALF)
@@ -118,6 +128,7 @@ def gradients_of_heads(
     grad_keys_values_ptr += token * (HEADS * (NOPE + VALUE))
     sum_first = tl.zeros((PADDED_HALF,), tl.float32)
     sum_second = tl.zeros((PADDED_HALF,), tl.float32)
+    # Summed before it is rotated back, because all heads have the token's angles: one rotation instead of HEADS.
     for start in range(0, HEADS, TILE):
         head = start + tl.arange(0, TILE)[:, None]
         in_nope = (head < HEADS) & (nope < NOPE)

@@ -1,8 +1,8 @@
-"""What lies between the linear layers of a sliding-window block, as one operator: split, rotate, attend (CUDA).
+"""Sliding-window attention between its linear layers as one operator: split, rotary embedding, attention (CUDA).
 
-Left to torch.compile, the backward pass writes the gradients of queries, keys and values, reads and rotates them,
-writes them, and reads and joins them. Here values' gradients are written where the linear layer's gradient has them,
-and the others on their way through the rotation.
+Compiled by torch, the backward pass would write the gradients of queries, keys and values, rotate them in one kernel
+and concatenate them in another. Here the values' gradients are written directly into the gradient of the fused
+projection, and the others by the kernel that rotates them back.
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ from swamla_titan.kernels.flops import attention_flops, window_pairs
 def rotary_window_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> Tensor:
-    """window_attention of rotated queries and keys and of values, by their groups.
+    """`window_attention` of rotated queries and keys from a fused projection.
 
-    qkv [B, T, G, H/G + 2, D]: the queries of a group of heads, then its key and its value, contiguous. cos and sin
-    [1 or B, T, 1, D/2] in float32 turn element i with i + D/2, as model/rope.py does. -> [B, T, H, D] in qkv's dtype;
+    qkv [B, T, G, H/G + 2, D], contiguous: the queries of a group of heads, then its key and its value. cos and sin
+    [1 or B, T, 1, D/2] in float32 rotate element i with i + D/2, as model/rope.py does. -> [B, T, H, D] in qkv's dtype;
     the rest is as in `window_attention`.
     """
     out: Tensor = _forward(qkv, cos, sin, starts, window, sink, scale)[0]
@@ -33,7 +33,7 @@ def _forward(
     qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse as in `window_attention`, and rotated queries [B, T, H, D] and keys [B, T, G, D]."""
-    query, key = _empty_parts(qkv)
+    query, key = _empty_query_key(qkv)
     with torch.cuda.device_of(qkv):  # Triton launches on the current one
         _rotate(qkv, query, key, cos, sin, back=False)
         out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale)
@@ -42,7 +42,7 @@ def _forward(
 
 @_forward.register_fake
 def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key = _empty_parts(qkv)
+    query, key = _empty_query_key(qkv)
     batch, length, heads, _ = query.shape
     return torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32), query, key
 
@@ -77,14 +77,14 @@ def _(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
+    ctx.set_materialize_grads(False)  # the other outputs have none, and torch would materialize zeros
     qkv, cos, sin, starts, ctx.window, ctx.sink, ctx.scale = inputs
     out, lse, query, key = output
     ctx.save_for_backward(qkv, query, key, cos, sin, starts, out, lse)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_others: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The other outputs are for the backward pass only and not returned to callers, so they have no gradients.
     if grad_out is None:
         return (None,) * 7
     grad_qkv = torch.ops.swamla_titan.rotary_window_attention_backward(
@@ -110,7 +110,7 @@ def _backward_flops(grad_out: Size, qkv: Size, query: Size, *rest: Any, **out: A
     return 2 * attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
 
-def _empty_parts(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_query_key(qkv: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, groups, members, width = qkv.shape
     return (
         qkv.new_empty(batch, length, groups * (members - 2), width),
@@ -118,19 +118,19 @@ def _empty_parts(qkv: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rotate(together: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
-    """Queries and keys out of `together`, rotated; or `back` into it, rotated back, beside its values."""
+def _rotate(qkv: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
+    """Rotate queries and keys out of the fused `qkv`; or `back` into it by the inverse rotation, beside its values."""
     from swamla_titan.kernels.attention import rotary_triton as kernels
 
-    batch, length, groups, members, width = together.shape
-    for each in (together, query, key, cos, sin):  # else it would read what is not there
+    batch, length, groups, members, width = qkv.shape
+    for each in (qkv, query, key, cos, sin):  # the kernel would read out of bounds otherwise
         assert each.is_contiguous()
     assert cos.shape == sin.shape == (cos.shape[0], length, 1, width // 2)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape[0] in (1, batch)
     rows = batch * length * groups * (members - 1)
     kernels.rotate_heads[(-(-rows // kernels.ROWS.value),)](
-        *(together, query, key, cos, sin, rows, length * cos.shape[0], groups),
+        *(qkv, query, key, cos, sin, rows, length * cos.shape[0], groups),
         PER_KEY=members - 2,
         HALF=width // 2,
         PADDED_HALF=1 << (width // 2 - 1).bit_length(),

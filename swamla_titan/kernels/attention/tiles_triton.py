@@ -1,17 +1,20 @@
-"""What our attention kernels have in common: tiles of heads in two parts, since Triton's are powers of two wide."""
+"""Functions shared by our attention kernels: a head is two tiles, D1 + D2 wide, because tiles are powers of two.
+
+head of 96   [ D1 = 64 | D2 = 32 ]      head of 128   [ D1 = 128 ], D2 = 0
+"""
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Instead of minus infinity, of which the running maximum of a row that has seen nothing yet would make NaN.
+# Instead of minus infinity, with which the running maximum of a query that has seen no key yet would give NaN.
 NEVER = tl.constexpr(-1.0e30)
 
 
 @triton.jit
 def load_part(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH of rows, zeros where there are none: [len(rows), WIDTH]."""
+    """Columns FIRST ... FIRST + WIDTH of the given rows (tokens): [len(rows), WIDTH], zeros outside of the sequence."""
     columns = FIRST + tl.arange(0, WIDTH)
     inside = (rows >= 0) & (rows < seq_len)
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -20,9 +23,9 @@ def load_part(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def load_parts(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Both parts of ROWS rows by the tensor memory accelerator, zeros behind the last row.
+    """Both parts of ROWS rows from `row` on, by the tensor memory accelerator; zeros after the last row.
 
-    The first part twice, if D2 is 0.
+    If D2 is 0, the second part is the first one, and unused.
     """
     part1 = wide.load([batch.to(tl.int32), row, head, 0]).reshape(ROWS, D1)
     part2 = part1
@@ -33,7 +36,7 @@ def load_parts(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.conste
 
 @triton.jit
 def load_parts_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexpr):
-    """Both parts of any rows, zeros where there are none."""
+    """Both parts of the given rows; zeros outside of the sequence."""
     part1 = load_part(base, stride, rows, seq_len, 0, D1)
     part2 = part1
     if D2 > 0:
@@ -43,6 +46,7 @@ def load_parts_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexp
 
 @triton.jit
 def store_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Store columns FIRST ... FIRST + WIDTH of the given rows that are in the sequence."""
     columns = FIRST + tl.arange(0, WIDTH)
     offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=(rows < seq_len)[:, None])

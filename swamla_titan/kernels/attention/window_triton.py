@@ -1,15 +1,21 @@
 """Triton kernels of sliding-window attention with sinks and documents: forward, and backward in two passes.
 
-Tiles of BM queries meet tiles of BN keys. Of the keys that a tile of queries sees, the newest lie in a stretch that
-ends with the tile itself (the "near" ones, from `_near` on); before it there are only the sink keys of one document,
-that of the tile's first query, for a document that began later lies in the stretch as a whole. Those few "far" keys are
-a narrow tile of their own, so the work per query does not grow with the row. Where no sink can be near, which is
-nearly everywhere, the near keys are masked by the window alone.
+A tile of BM queries reads tiles of BN keys. The latest keys that it sees are in one interval that ends with the tile
+itself (the "near" keys, from `_near` on). Before that interval it sees only sinks, and those of one document, that of
+its first query, because a document that begins later lies in the interval as a whole. These few "far" keys are a narrow
+tile of their own, so the work per query does not grow with the sequence:
 
-In the backward pass, queries collect their gradient first; each tile of queries then also leaves what it adds to the
-gradients of its far keys. `window_sum_far` adds that up, in order, before the keys and values collect their gradients
-from the queries near to them: no atomic additions, so the gradients are the same in every run. Heads of 96 are
-multiplied as 64 + 32, since Triton's tiles are powers of two; those of 128 in float32 as 64 + 64, for the registers.
+            document                   near       first   last
+    keys    [ sinks | . . . . . . . . | BN | BN | BN | BN ]       . not read: no query of the tile sees them
+    queries                                      [   BM   ]
+              far: FAR keys at a time   near: up to `sinks_end` masked by window and sinks, then by the window alone
+
+Nearly everywhere no sink is near, and `sinks_end` is `near`.
+
+In the backward pass, `window_grad_query` computes the gradients of queries, and writes each tile's contribution to the
+gradients of its far keys and values; `window_sum_far` adds these up, in order; `window_grad_key_value` adds the
+contributions of near queries. Without atomic additions, so that gradients are deterministic. Heads of 96 are multiplied
+as 64 + 32, because Triton's tiles are powers of two; those of 128 in float32 as 64 + 64, because of the registers.
 """
 
 import triton
@@ -26,14 +32,14 @@ from swamla_titan.kernels.attention.tiles_triton import (
     store_part,
 )
 
-AT_ONCE = tl.constexpr(16)  # tiles of queries, and
-PART = tl.constexpr(256)  # numbers of each, that are read together to be summed
-FAR = tl.constexpr(16)  # far keys at a time, the least that a tensor core takes
+SUM_TILES = tl.constexpr(16)  # tiles of queries whose contributions are loaded and summed at a time, in
+SUM_ELEMENTS = tl.constexpr(256)  # blocks of so many elements
+FAR = tl.constexpr(16)  # far keys at a time: the smallest tile that a tensor core takes
 
 
 @triton.jit
 def _near(first_query, document, WINDOW: tl.constexpr, STEP: tl.constexpr):
-    """Where the near keys of the tile that begins with `first_query` begin, a multiple of STEP.
+    """The first near key, a multiple of STEP, of the tile of queries from `first_query` on.
 
     `document` is where the first query's document begins.
     """
@@ -41,14 +47,15 @@ def _near(first_query, document, WINDOW: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _ways(
+def _phases(
     first, last, near, document,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`sinks_end`, to where from `near` on a key can be a sink outside the window of one of first ... last - 1, and
+    """Split the near keys of queries first ... last - 1, in steps of BN.
 
-    `start`, from where the window alone decides; both in steps of BN. A document that begins inside a tile of queries
-    keeps its sinks inside their window, if that is at least as wide.
+    Before `sinks_end`, the first result, a key can be a sink that is outside the window of one of these queries; from
+    the second result on the window alone decides. A document that begins within the tile of queries has its sinks in
+    their window, if the window is at least as wide as the tile.
     """
     sinks_end = tl.minimum(document + SINK, last)
     if WINDOW < BM:
@@ -60,8 +67,8 @@ def _ways(
 
 @triton.jit
 def _sees(query, key, start, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """The rule of kernels/attention/masks.py, without its sinks where SINK is 0."""
-    seen = (query - key).to(tl.uint32) < WINDOW  # one comparison for both ends: what is negative becomes great
+    """`sees` of kernels/attention/masks.py; SINK 0: without sinks."""
+    seen = (query - key).to(tl.uint32) < WINDOW  # one comparison for both ends: negative values wrap to large ones
     if SINK > 0:
         seen = seen | ((key - start < SINK) & (key <= query))
     if DOCUMENTS:
@@ -73,9 +80,9 @@ def _sees(query, key, start, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS
 def _attend(
     highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr
 ):  # fmt: skip
-    """One step of the running softmax (arXiv:2205.14135), of the keys that are `seen` [BM, rows of k].
+    """One step of the running softmax (arXiv:2205.14135) over the keys that are `seen` [BM, keys].
 
-    A row that has not seen any key yet collects nonsense, which its first one multiplies by zero.
+    A query that has seen no key yet accumulates garbage, which its first visible key multiplies by zero.
     """
     scores = tl.where(seen, matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2, NEVER)
     new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -97,13 +104,17 @@ def window_forward(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. Grid: [tiles of queries, heads, batch]."""
+    """Output and lse of one tile of queries of one head. Grid: [tiles of queries, heads, batch].
+
+    k, v    [ far ]     [ BN | BN | BN | BN ]    of the head's group, read in turn, with a running softmax
+    q, out                         [   BM   ]    first ... last: read, and written, once
+    """
     first = tl.program_id(0) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // GROUP
     query = first + tl.arange(0, BM)
     last = tl.minimum(first + BM, seq_len)
-    document = 0  # where that of the first query begins
+    document = 0  # where the first query's begins
     start = tl.zeros([BM], tl.int32)
     if DOCUMENTS:
         starts_ptr += batch * seq_len
@@ -122,22 +133,22 @@ def window_forward(
     near = _near(first, document, WINDOW, BN)
     if near > document:
         for sink in range(0, SINK, FAR):
-            place = sink + tl.arange(0, FAR)
-            key = document + place
-            seen = (start == document)[:, None] & ((place < SINK) & (key < near))[None, :]
+            index = sink + tl.arange(0, FAR)
+            key = document + index
+            seen = (start == document)[:, None] & ((index < SINK) & (key < near))[None, :]
             k1, k2 = load_parts_at(k_ptr, k_token, key, seq_len, D1, D2)
             v1, v2 = load_parts_at(v_ptr, v_token, key, seq_len, D1, D2)
             highest, total, out1, out2 = _attend(
                 highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2
             )
-    sinks_end, from_here = _ways(first, last, near, document, WINDOW, SINK, BM, BN)
+    sinks_end, window_from = _phases(first, last, near, document, WINDOW, SINK, BM, BN)
     for begin in range(near, sinks_end, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, SINK, DOCUMENTS)
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
         v1, v2 = load_parts(v_wide, v_narrow, batch, begin, group, BN, D1, D2)
         highest, total, out1, out2 = _attend(highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2)
-    for begin in range(from_here, last, BN):
+    for begin in range(window_from, last, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, 0, DOCUMENTS)
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
@@ -155,7 +166,7 @@ def window_forward(
 
 @triton.jit
 def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr):
-    """What the keys add to the queries' gradients; also the weights and the scores' gradients."""
+    """Add the keys' contribution to the queries' gradients; also return weights and gradients of scores."""
     weights = tl.exp2(matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
     weights = tl.where(seen, weights, 0.0)
     grad = (weights * (matmul_of_parts(do1, do2, v1, v2, D2 > 0) - delta[:, None])).to(k1.dtype)
@@ -175,10 +186,14 @@ def window_grad_query(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries of one head; delta [B, H, T], the sum over a row of out * its gradient; and
+    """Gradient of one tile of queries of one head, its delta, and its contributions to far keys' gradients.
 
-    far [B, H, tiles, 2, SINK, D], what the tile adds to the gradients of its far keys and values, where it has any.
-    Grid as in `window_forward`.
+        k, v             [ far ]     [ BN | BN | BN | BN ]    of the head's group, read in turn
+        q, out, do, dq                          [   BM   ]    first ... last: read, or written, once
+        far              [ tile ]                             written where the tile has far keys
+
+    delta [B, H, T] is the sum over a head of out * its gradient; far is [B, H, tiles, 2, SINK, D], 2 for keys and
+    values. Grid as in `window_forward`.
     """
     tile = tl.program_id(0)
     first = tile * BM
@@ -216,24 +231,25 @@ def window_grad_query(
     if near > document:
         far_ptr += ((batch * heads + head) * tl.num_programs(0) + tile) * 2 * SINK * (D1 + D2)
         for sink in range(0, SINK, FAR):
-            place = sink + tl.arange(0, FAR)
-            key = document + place
-            seen = (start == document)[:, None] & ((place < SINK) & (key < near))[None, :]
+            index = sink + tl.arange(0, FAR)
+            key = document + index
+            seen = (start == document)[:, None] & ((index < SINK) & (key < near))[None, :]
             k1, k2 = load_parts_at(k_ptr, k_token, key, seq_len, D1, D2)
             v1, v2 = load_parts_at(v_ptr, v_token, key, seq_len, D1, D2)
             dq1, dq2, weights, grad = _grad_query(
                 dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2
             )
+            # Written and not added to dk and dv, because other tiles of queries see the same sinks at the same time.
             dk1 = tl.dot(tl.trans(grad), q1, input_precision="ieee") * scale
             dv1 = tl.dot(tl.trans(weights), do1, input_precision="ieee")
-            store_part(far_ptr, D1 + D2, place, SINK, dk1, 0, D1)
-            store_part(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv1, 0, D1)
+            store_part(far_ptr, D1 + D2, index, SINK, dk1, 0, D1)
+            store_part(far_ptr + SINK * (D1 + D2), D1 + D2, index, SINK, dv1, 0, D1)
             if D2 > 0:
                 dk2 = tl.dot(tl.trans(grad), q2, input_precision="ieee") * scale
                 dv2 = tl.dot(tl.trans(weights), do2, input_precision="ieee")
-                store_part(far_ptr, D1 + D2, place, SINK, dk2, D1, D2)
-                store_part(far_ptr + SINK * (D1 + D2), D1 + D2, place, SINK, dv2, D1, D2)
-    sinks_end, from_here = _ways(first, last, near, document, WINDOW, SINK, BM, BN)
+                store_part(far_ptr, D1 + D2, index, SINK, dk2, D1, D2)
+                store_part(far_ptr + SINK * (D1 + D2), D1 + D2, index, SINK, dv2, D1, D2)
+    sinks_end, window_from = _phases(first, last, near, document, WINDOW, SINK, BM, BN)
     for begin in range(near, sinks_end, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, SINK, DOCUMENTS)
@@ -242,7 +258,7 @@ def window_grad_query(
         dq1, dq2, _w, _g = _grad_query(
             dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2
         )
-    for begin in range(from_here, last, BN):
+    for begin in range(window_from, last, BN):
         key = begin + tl.arange(0, BN)
         seen = _sees(query[:, None], key[None, :], start[:, None], WINDOW, 0, DOCUMENTS)
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, group, BN, D1, D2)
@@ -263,9 +279,9 @@ def _grad_key_value(
     WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BM: tl.constexpr, FAR_BM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What the queries from `begin` on add to the gradients of the keys and values; SINK 0 where no key is a sink.
+    """Add the contribution of queries begin ... begin + BM to gradients of keys and values; SINK 0: no key is a sink.
 
-    Rows behind `seq_len` add nothing, since the gradient of their output is loaded as zeros.
+    Queries from `seq_len` on add nothing, because the gradient of their output is loaded as zeros.
     """
     query = begin + tl.arange(0, BM)
     start = tl.zeros([BM], tl.int32)
@@ -276,7 +292,7 @@ def _grad_key_value(
     lse_log2 = tl.load(lse_ptr + query, mask=query < seq_len, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + query, mask=query < seq_len, other=0.0)
     seen = _sees(query[None, :], key[:, None], start[None, :], WINDOW, SINK, DOCUMENTS)
-    if SINK > 0:  # the far ones are summed elsewhere
+    if SINK > 0:  # without queries to which these keys are far: `window_sum_far` sums their contributions
         tile = query // FAR_BM * FAR_BM
         document = tl.zeros([BM], tl.int32)
         if DOCUMENTS:
@@ -296,9 +312,9 @@ def _grad_key_value(
 
 @triton.jit
 def _has_far(first, newest, seq_len, SINK: tl.constexpr, BN: tl.constexpr):
-    """Whether the tile of keys from `first` on may hold sinks for far queries.
+    """Whether the tile of keys from `first` on may hold sinks that are far keys of some query.
 
-    These belong to the document of the last of its keys, which begins at `newest`, and follow after the tile.
+    Such queries come after the tile, in the document of its last key, which begins at `newest`.
     """
     return (newest + SINK > first) & (first + BN < seq_len)
 
@@ -309,10 +325,13 @@ def window_sum_far(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, FAR_BM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """sums [B, key heads, tiles of keys, 2, SINK, D]: what far queries add to the gradients of a tile's sinks.
+    """Sum what `far` has for the sinks in one tile of keys: sums [B, key heads, tiles of keys, 2, SINK, D].
 
-    Adds up, in order, what `tiles` tiles of queries left in `far`. Grid as in `window_grad_key_value`; a tile of keys
-    without sinks for far queries writes nothing.
+        far   [ tile 0 | ... | tile t | tile t+1 | ... ]    of the group's heads, of tiles of queries in the document
+                                [__ summed in order __ ]    of the tile's last key
+        sums  [ tile of keys ]   <- SUM_ELEMENTS at a time
+
+    Grid as in `window_grad_key_value`; a tile of keys without sinks that are far writes nothing.
     """
     first = tl.program_id(0) * BN
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -322,28 +341,29 @@ def window_sum_far(
         newest = tl.load(starts_ptr + tl.minimum(first + BN, seq_len) - 1)
     if _has_far(first, newest, seq_len, SINK, BN):
         sums_ptr += ((batch * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)) * 2 * SINK * D
-        for part in range(0, 2 * SINK * D, PART):  # of the gradients of keys, then of values
-            place = part + tl.arange(0, PART)
-            total = tl.zeros([PART], tl.float32)
+        for begin in range(0, 2 * SINK * D, SUM_ELEMENTS):  # of the gradients of keys, then of values
+            element = begin + tl.arange(0, SUM_ELEMENTS)
+            total = tl.zeros([SUM_ELEMENTS], tl.float32)
             for member in range(0, GROUP):
                 row = (batch * heads + group * GROUP + member) * tiles
-                for some in range((first + BN) // FAR_BM, tiles, AT_ONCE):
-                    tile = some + tl.arange(0, AT_ONCE)
-                    left = (tile < tiles) & (_near(tile * FAR_BM, newest, WINDOW, STEP) > newest)
+                # Tiles of queries that do not come after these keys cannot have them as far keys.
+                for first_tile in range((first + BN) // FAR_BM, tiles, SUM_TILES):
+                    tile = first_tile + tl.arange(0, SUM_TILES)
+                    has_far = (tile < tiles) & (_near(tile * FAR_BM, newest, WINDOW, STEP) > newest)
                     if DOCUMENTS:
-                        left = left & (tl.load(starts_ptr + tile * FAR_BM, mask=tile < tiles, other=-1) == newest)
-                    values = far_ptr + ((row + tile) * 2 * SINK * D)[:, None] + place[None, :]
-                    mask = left[:, None] & (place < 2 * SINK * D)[None, :]
+                        has_far = has_far & (tl.load(starts_ptr + tile * FAR_BM, mask=tile < tiles, other=-1) == newest)
+                    values = far_ptr + ((row + tile) * 2 * SINK * D)[:, None] + element[None, :]
+                    mask = has_far[:, None] & (element < 2 * SINK * D)[None, :]
                     total += tl.sum(tl.load(values, mask=mask, other=0.0), 0)
-            tl.store(sums_ptr + place, total, mask=place < 2 * SINK * D)
+            tl.store(sums_ptr + element, total, mask=element < 2 * SINK * D)
 
 
 @triton.jit
-def _far_sum(sums_ptr, place, SINK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH of the sum for each sink `place`, zeros where that is none."""
+def _far_sum(sums_ptr, index, SINK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns FIRST ... FIRST + WIDTH of the sums for the sinks `index`; zeros where that is no sink's."""
     columns = FIRST + tl.arange(0, WIDTH)
-    sink = ((place >= 0) & (place < SINK))[:, None]
-    return tl.load(sums_ptr + place[:, None] * D + columns[None, :], mask=sink, other=0.0)
+    is_sink = ((index >= 0) & (index < SINK))[:, None]
+    return tl.load(sums_ptr + index[:, None] * D + columns[None, :], mask=is_sink, other=0.0)
 
 
 @triton.jit
@@ -354,7 +374,11 @@ def window_grad_key_value(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FAR_BM: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values of one key head. Grid: [tiles of keys, key heads, batch].
+    """Gradients of one tile of keys and values of one key head. Grid: [tiles of keys, key heads, batch].
+
+        k, v, dk, dv       [   BN   ]                   first: read, or written, once
+        q, do, lse, delta  [ BM | BM | BM | BM ]        of the queries to which the keys are near, of each head of the
+        sums               [ tile ]                     group in turn; then the sum over queries to which they are far
 
     FAR_BM and STEP are BM and STEP of `window_grad_query`, which decide what is near; STEP is a multiple of both
     passes' BN.
@@ -374,7 +398,7 @@ def window_grad_key_value(
     dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
     dv2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
     scale_log2 = scale * LOG2_E
-    end = tl.minimum(seq_len, first + BN + WINDOW - 1)  # of the queries to which these keys are near
+    end = tl.minimum(seq_len, first + BN + WINDOW - 1)  # of the queries that have these keys in their window
     document, newest = 0, 0  # where the documents of the first and of the last of these keys begin
     if DOCUMENTS:
         document = tl.load(starts_ptr + first)
@@ -385,6 +409,8 @@ def window_grad_key_value(
         row = (batch * heads + head) * seq_len
         nearest = first // BM * BM
         sinks_end = tl.where(has_sinks, tl.minimum(seq_len, end + FAR_BM + STEP), nearest)
+        # With sinks among the keys, later queries may see them as near keys, so the mask needs documents and sinks;
+        # otherwise the window alone decides.
         for begin in range(nearest, sinks_end, BM):
             dk1, dk2, dv1, dv2 = _grad_key_value(
                 dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_wide, q_narrow, do_wide, do_narrow, lse_ptr + row,
@@ -403,12 +429,12 @@ def window_grad_key_value(
     if SINK > 0:  # noqa: SIM102  known when the program is compiled, unlike the rest
         if _has_far(first, newest, seq_len, SINK, BN):
             sums_ptr += ((batch * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)) * 2 * SINK * D
-            place = key - newest
-            dk1 += _far_sum(sums_ptr, place, SINK, 0, D1, D)
-            dv1 += _far_sum(sums_ptr + SINK * D, place, SINK, 0, D1, D)
+            index = key - newest
+            dk1 += _far_sum(sums_ptr, index, SINK, 0, D1, D)
+            dv1 += _far_sum(sums_ptr + SINK * D, index, SINK, 0, D1, D)
             if D2 > 0:
-                dk2 += _far_sum(sums_ptr, place, SINK, D1, D2, D)
-                dv2 += _far_sum(sums_ptr + SINK * D, place, SINK, D1, D2, D)
+                dk2 += _far_sum(sums_ptr, index, SINK, D1, D2, D)
+                dv2 += _far_sum(sums_ptr + SINK * D, index, SINK, D1, D2, D)
     dk_ptr += batch * dk_batch + group * dk_head
     dv_ptr += batch * dv_batch + group * dv_head
     store_part(dk_ptr, dk_token, key, seq_len, dk1, 0, D1)

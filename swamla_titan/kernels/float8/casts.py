@@ -15,7 +15,7 @@ x^T in one pass over memory. All casts round to the activations' dtype first, so
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.operator import operator, seen_through
+from swamla_titan.kernels.operator import inlined, operator
 from swamla_titan.kernels.swiglu import swiglu
 
 _BLOCK = 8192  # elements that a program reduces to their amax
@@ -44,7 +44,7 @@ def tensor_amax(x: Tensor) -> Tensor:
     x = x.contiguous()
     found = x.new_empty(-(-x.numel() // _BLOCK), dtype=torch.int32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        seen_through(kernels.float8_amax)[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
+        inlined(kernels.float8_amax)[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
     return found.amax().view(torch.float32)
 
 
@@ -259,4 +259,4 @@ def _launch(name: str, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool],
     tile = {"R": _TILE, "C": _TILE} | options
     grid = -(-columns // tile["C"]), -(-rows // tile["R"])
     with torch.cuda.device_of(inputs[0]):  # Triton launches on the current one
-        seen_through(getattr(kernels, name))[grid](*inputs, **dtype, **tile, num_warps=4)
+        inlined(getattr(kernels, name))[grid](*inputs, **dtype, **tile, num_warps=4)
