@@ -53,6 +53,16 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / script).exists(), script
 
 
+def test_the_walk_is_short_and_its_doors_are_where_it_says():
+    walk = (ROOT / "docs" / "walk.md").read_text()
+    path = re.findall(r"^\| `(swamla_titan/[\w./]+)` \|", walk, flags=re.MULTILINE)
+    assert len(path) == len(set(path)) <= 25
+    doors = re.findall(r"`(\w+)`\s+\(`(swamla_titan/[\w./]+\.py)`\)", walk)
+    assert len(doors) > 10
+    for name, file in doors:
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (name, file)
+
+
 def test_the_table_of_what_checkpointing_saves_is_plan_s():
     rows = re.findall(
         r"^\| `(\w+)`(?:, `(\w+)`[^|]*)? \| (?:`(\w+)`)? ?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+%)? ?\|$", MEMORY, re.M
