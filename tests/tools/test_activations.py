@@ -12,6 +12,7 @@ from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sequences import FullSequences
+from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, save_transposed_weights
@@ -89,6 +90,14 @@ def test_what_a_compiled_block_keeps_in_native_float8(kind):
     measured = kept(SHAPE, kind, torch.bfloat16, "aot_eager_decomp_partition", native=True)
     expected = kept_elements(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
     assert expected == pytest.approx(measured, rel=0.05)
+
+
+def test_what_reads_a_norms_result_beside_linear_layers_keeps_it_beside_float8(monkeypatch):
+    alone = native_savings(SHAPE, "swa", NATIVE, 2)
+    monkeypatch.setattr(SlidingWindowAttention, "linear_input", False)
+    # In 16 bits, and in 8 for the linear layer, instead of in 8 for all that read it.
+    assert alone - native_savings(SHAPE, "swa", NATIVE, 2) == SHAPE.dim
+    assert not has_operators(SHAPE, "swa", NATIVE)
 
 
 def _has(block: torch.nn.Module, name: str) -> bool:
