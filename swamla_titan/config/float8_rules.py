@@ -12,7 +12,7 @@ def float8_contradictions(config: Config) -> Iterator[Contradiction]:
     float8, training, parallel = config.float8, config.training, config.parallel
     if float8.recipe == "off":
         return
-    # The latent's projections of MLA multiply the tokens of one tensor rank, the others those of a context rank.
+    # Linear layers that tensor-parallel ranks replicate multiply the tokens of one of them, the others those of all.
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
     if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
         yield Contradiction(

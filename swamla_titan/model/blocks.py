@@ -1,7 +1,7 @@
 """The pre-norm residual block, and the attention of each kind of block."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,8 +52,10 @@ class Regions:
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)), with dropout on both terms in training.
 
-    `kind` is a key of BLOCKS. `regions` may be replaced.
+    `kind` is a key of BLOCKS. `regions` may be replaced. `branches` names the residual branches, each with its norm.
     """
+
+    branches: ClassVar[dict[str, str]] = {"attention": "attention_norm", "feed_forward": "ffn_norm"}
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()

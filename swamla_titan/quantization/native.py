@@ -110,9 +110,9 @@ def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Setti
         model.set_submodule(name, (NativeHead if name == "head" else NativeLinear).of(linear, settings))
     for block in model.blocks.values():
         assert isinstance(block, Block)
+        for branch, norm in block.branches.items():
+            setattr(block, norm, _fused_norm(getattr(block, norm), getattr(block, branch)))
         forward = block.feed_forward
-        block.attention_norm = _fused_norm(block.attention_norm, block.attention)
-        block.ffn_norm = _fused_norm(block.ffn_norm, forward)
         if isinstance(forward.gate_up, NativeLinear) and isinstance(forward.down, NativeLinear):
             gate_up = NativeGateUp.of(forward.gate_up, settings)
             gate_up.group = forward.group  # type: ignore[assignment]

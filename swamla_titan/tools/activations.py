@@ -25,8 +25,6 @@ from swamla_titan.model.linear import Linear, Role
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, keeps_operators
 from swamla_titan.parallel.parallelize import float8_coverage
 
-BRANCHES = ("attention", "feed_forward")  # the residual branches of a block, by the names of their modules
-
 # Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
 EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
 
@@ -37,7 +35,7 @@ def kept_elements(model: ModelConfig, kind: str, context: int = 1, tensor: int =
     The ranks of `context` shard the tokens, but some kinds gather the keys and values of full sequences. The ranks of
     `tensor` shard heads and hidden units, and the residual stream's tokens; the norms' results they have gathered.
     """
-    return sum(kept_by_branch(model, kind, branch, context, tensor) for branch in BRANCHES)
+    return sum(kept_by_branch(model, kind, branch, context, tensor) for branch in Block.branches)
 
 
 def kept_by_branch(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
@@ -54,7 +52,7 @@ def native_savings(model: ModelConfig, kind: str, converted: Collection[str], it
     result for itself, as attention, keeps that beside the input of the next layer.
     """
     total = 0.0
-    for branch in BRANCHES:
+    for branch in Block.branches:
         linears = _linears(model, kind, branch)
         readers = [name for name, linear in linears.items() if linear.spec.role.reads_residual_stream]
         if _branch(model, kind, branch).linear_input:
@@ -109,7 +107,7 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, floa
     """Bytes for one row that a layer keeps, and that its largest recomputed region makes again."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
-    branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in BRANCHES}
+    branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
     its_input = model.dim / (degrees.tensor * degrees.context)
     regions = checkpointed_regions(settings, layer)
     again = 0.0
