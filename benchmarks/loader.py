@@ -7,19 +7,21 @@ first batch and a second after it are not counted: workers start, and fill what 
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
 from swamla_titan.config import Override, load_config, shipped_configs
-from swamla_titan.data import BatchLoader
-from swamla_titan.train.setup import open_data
+from swamla_titan.distributed.mesh import World
+from swamla_titan.train.setup import set_up_inputs, set_up_resume
 
 WARM_UP = 1.0  # seconds
 
 
-def rate(arguments: argparse.Namespace, workers: int) -> float:
+def rate(arguments: argparse.Namespace, workers: int, folder: Path) -> float:
     """Tokens a second that a loader with so many workers gives; 0: made in the process that asks for them."""
     keys = {
+        ("job", "dump_folder"): str(folder),
         ("data", "source"): "local",
         ("data", "path"): str(arguments.corpus.resolve()),
         ("validation", "interval"): "0",
@@ -30,10 +32,8 @@ def rate(arguments: argparse.Namespace, workers: int) -> float:
         ("training", "global_batch_size"): str(arguments.sequences),
     }
     overrides = [Override(section, key, value) for (section, key), value in keys.items()]
-    config, corpus, _ = open_data(load_config(shipped_configs()["debug"], overrides))
-    with BatchLoader(
-        corpus, seq_len=config.training.seq_len, global_batch_size=config.training.global_batch_size
-    ) as loader:
+    config = load_config(shipped_configs()["debug"], overrides)
+    with set_up_resume(set_up_inputs(config, World.alone())).open_loader() as loader:
         next(loader)  # workers have started
         warm = time.perf_counter() + WARM_UP
         while (begin := time.perf_counter()) < warm:
@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=8.0)
     arguments = parser.parse_args()
-    for workers in arguments.workers:
-        print(f"{workers} workers: {rate(arguments, workers) / 1e6:.2f} M tokens/s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # without a checkpoint to resume from
+        for workers in arguments.workers:
+            print(f"{workers} workers: {rate(arguments, workers, Path(folder)) / 1e6:.2f} M tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from swamla_titan.launch.process_group import destroy_distributed, init_distribu
 from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.compile import compilation
-from swamla_titan.train.kernels import attention_of
+from swamla_titan.parallel.kernels import attention_choices, attention_summary
 from swamla_titan.train.setup import Setup, set_up
 from swamla_titan.train.state import RunState
 from swamla_titan.train.step import TrainStep
@@ -186,7 +186,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         kernels = profile_steps(take_step, loader, arguments, losses) if arguments.profile else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
     return {
-        "attention": attention_of(setup.config, world),
+        "attention": attention_summary(attention_choices(setup.config, world.device)),
         "seq_len": setup.config.training.seq_len,
         "step_ms": 1e3 * clock.step_seconds,
         "data_ms": 1e3 * statistics.mean(clock.waits[clock.half :]),  # of which one may be long

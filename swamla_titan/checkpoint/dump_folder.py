@@ -171,7 +171,7 @@ def _holder(lock: TextIO) -> str:
 
 
 def validate_folder(folder: Path) -> None:
-    """Raise UserError for what makes `exclusive` or `prepare_folder` fail, as far as reading can find it."""
+    """Raise UserError for what makes `prepare_folder` fail, as far as reading can find it."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not existing.is_dir():
         raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))
@@ -186,6 +186,10 @@ def validate_folder(folder: Path) -> None:
         _require_no_pipes(folder)
     except OSError as error:
         raise _unusable(folder, error) from None
+
+
+def validate_unlocked(folder: Path) -> None:
+    """Raise UserError for what makes `exclusive` fail, as far as reading can find it."""
     if os.path.lexists(folder / LOCK):
         try:
             lock = _open_lock(folder, create=False)

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from swamla_titan.distributed.degrees import GRADIENT_DIMENSIONS, LOSS_DIMENSIONS, Degrees
 
+ELSEWHERE = torch.device("meta")  # stands for a GPU of another machine, which has float8
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,9 +39,14 @@ class World:
         return cls(rank=0, size=1, device=device or torch.device("cpu"), degrees=Degrees())
 
     @classmethod
-    def planned(cls, degrees: Degrees) -> "World":
-        """Rank 0 of ranks that do not exist: for what follows from the degrees, without communication."""
-        return replace(cls.alone(), degrees=degrees)
+    def planned(cls, degrees: Degrees, device: torch.device) -> "World":
+        """Rank 0 of ranks that do not exist, each with such a device: for what needs no communication."""
+        return replace(cls.alone(device), degrees=degrees)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the GPUs are not on this machine, so that nothing can be asked of them."""
+        return self.device == ELSEWHERE
 
     def with_new_host_group(self) -> "World":
         """The same world with another host group, for a thread that communicates while others do. Collective."""

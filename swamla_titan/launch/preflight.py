@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from swamla_titan.config import find_config, load_config, split_overrides
-from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
-from swamla_titan.launch.process_group import validate_cpu_only
+from swamla_titan.launch.process_group import validate_launch
 from swamla_titan.system.console import open_console
 from swamla_titan.system.machine import allow_open_files_to_train, needed
 
@@ -30,21 +29,9 @@ def preflight(arguments: Sequence[str]) -> None:
     processes, gpus, name = rest
     config = load_config(find_config(name), overrides)
     allow_open_files_to_train(config.data.num_workers)
-    errors = []
+    asked = int(gpus)
     sizes = [int(size) for size in processes.split(",")]
-    for size in sizes:
-        try:
-            fit_degrees(config.parallel, size)
-        except UserError as error:
-            errors.append(error)
-    if len(errors) == len(sizes):
-        raise errors[-1]
-    if gpus == "0":
-        validate_cpu_only(config.parallel)
-    available = torch.cuda.device_count()
-    if available < int(gpus):
-        fewer = f"set NGPU={available}, or " if available else "set "
-        raise UserError(f"NGPU={gpus}: torch sees {available} here; {fewer}NGPU=0 and NPROC for the CPU")
+    validate_launch(config.parallel, sizes, asked, torch.cuda.device_count() if asked else 0, asked)
 
 
 def main(arguments: Sequence[str]) -> int:

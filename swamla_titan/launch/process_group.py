@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -25,19 +25,62 @@ def launched_rank() -> int:
     return rank_info().rank
 
 
-def validate_cpu_only(parallel: Parallel) -> None:
-    """Raise UserError for settings that need GPUs; called where there are none."""
+def validate_launch(
+    parallel: Parallel, sizes: Sequence[int], local_size: int, gpus: int | None = None, asked: int | None = None
+) -> None:
+    """Raise UserError if [parallel] fits no number of processes in `sizes`, or this machine is no place for the run.
+
+    `local_size` processes run here, on `gpus` GPUs (None: those that torch sees), of which the user `asked` for so many
+    (None: by the variable NGPU).
+    """
+    _validate_sizes(parallel, sizes)
+    gpus = _gpus_here() if gpus is None else gpus
+    asked = _gpus_asked_for() if asked is None else asked
+    if asked > gpus and (gpus == 0 or asked == local_size):  # on a CPU that nobody asked for a run would take months
+        if local_size == 1:
+            raise UserError(f"NGPU={asked}: torch sees no GPU here; set NGPU=0 to train on the CPU")
+        fewer = f"set NGPU={gpus}, or " if gpus else "set "
+        raise UserError(f"NGPU={asked}: torch sees {gpus} here; {fewer}NGPU=0 and NPROC for the CPU")
+    if gpus == 0:
+        _validate_cpu_only(parallel)
+    elif local_size > gpus:  # on every process of the machine: one that continued would wait for the others
+        raise UserError(
+            f"{local_size} processes on this machine, but {gpus} GPUs. Start as many processes as there are GPUs, NGPU "
+            "in run_train.sh"
+        )
+
+
+def _validate_sizes(parallel: Parallel, sizes: Sequence[int]) -> None:
+    """Raise UserError if none fits; an elastic run may have several numbers of processes."""
+    errors = []
+    for size in sizes:
+        try:
+            fit_degrees(parallel, size)
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == len(sizes):
+        raise errors[-1]
+
+
+def _validate_cpu_only(parallel: Parallel) -> None:
     if parallel.cpu_offload:
         raise UserError("parallel.cpu_offload = true needs GPUs to offload from; set it to false")
     if parallel.async_tensor:
         raise UserError("parallel.async_tensor = true needs GPUs; set it to false")
 
 
-def _validate_cpu_is_meant() -> None:
-    """Raise UserError if NGPU asks for GPUs; called where there are none. On a CPU the run would take months."""
-    asked = os.environ.get("NGPU", "")
-    if re.fullmatch(r"[1-9][0-9]*", asked):
-        raise UserError(f"NGPU={asked[:20]}: torch sees no GPU here; set NGPU=0 to train on the CPU")
+def _gpus_here() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpus_asked_for() -> int:
+    text = os.environ.get("NGPU", "")
+    return int(text[:20]) if re.fullmatch(r"[1-9][0-9]*", text) else 0
+
+
+def device_here(local_rank: int = 0) -> torch.device:
+    """The device of the process with this local rank: its GPU, or the CPU where torch sees no GPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def init_distributed(parallel: Parallel, while_waiting: Callable[[], None] = lambda: None) -> World:
@@ -47,8 +90,10 @@ def init_distributed(parallel: Parallel, while_waiting: Callable[[], None] = lam
     device is touched, if the degrees of the configuration do not fit.
     """
     here = rank_info()
-    degrees = fit_degrees(parallel, here.size)
-    device = _device(parallel, here)
+    validate_launch(parallel, [here.size], here.local_size)
+    degrees, device = fit_degrees(parallel, here.size), device_here(here.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if here.size == 1:
         return World.alone(device)
     if not dist.is_initialized():
@@ -57,23 +102,6 @@ def init_distributed(parallel: Parallel, while_waiting: Callable[[], None] = lam
     host_group = dist.new_group(backend="gloo")
     stage_group = create_stage_group(weights)
     return World(here.rank, here.size, device, degrees, weights, activations, host_group, stage_group)
-
-
-def _device(parallel: Parallel, here: RankInfo) -> torch.device:
-    """This rank's device. Raises UserError where it is a CPU and GPUs are asked for, or GPUs are too few."""
-    if not torch.cuda.is_available():
-        _validate_cpu_is_meant()
-        validate_cpu_only(parallel)
-        return torch.device("cpu")
-    available = torch.cuda.device_count()
-    if here.local_size > available:  # on every process of the machine: one that continued would wait for the others
-        raise UserError(
-            f"{here.local_size} processes on this machine, but {available} GPUs. Start as many processes as there are "
-            "GPUs, NGPU in run_train.sh"
-        )
-    device = torch.device("cuda", here.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _init_process_group(device: torch.device, here: RankInfo, while_waiting: Callable[[], None]) -> None:

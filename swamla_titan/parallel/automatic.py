@@ -13,7 +13,7 @@ from swamla_titan.config.sections import Float8
 from swamla_titan.data import micro_batch_size
 from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE
@@ -29,32 +29,32 @@ class Choice(NamedTuple):
     lines: list[str]
 
 
-def choose(config: Config, world: World, device: torch.device | None, begun_with: str | None) -> Choice:
+def choose(config: Config, world: World, begun_with: str | None) -> Choice:
     """What a run uses; all ranks call this.
 
-    `device`: of this rank; None: a GPU that has float8. `begun_with`: optimizer.name of the checkpoint to resume from,
-    which "auto" keeps, because the states of one optimizer do not fit another. Each start chooses the recipe again, by
-    the GPUs it finds, because weights are float32 under any recipe.
+    `begun_with`: optimizer.name of the checkpoint to resume from, which "auto" keeps, because the states of one
+    optimizer do not fit another. Each start chooses the recipe again, by the GPUs it finds, because weights are float32
+    under any recipe.
     """
     reasons: dict[int, str | None] = {}
     if config.float8.recipe == "auto":
-        reasons = all_gather_dict(world, {world.rank: why_no_float8(config, world.degrees, device)})
+        reasons = all_gather_dict(world, {world.rank: why_no_float8(config, world.degrees, world.device)})
     rank, why = next(((rank, why) for rank, why in sorted(reasons.items()) if why), (0, None))
-    on = "" if device else ", on GPUs of compute capability 8.9 or higher; off on others"
+    on = ", on GPUs of compute capability 8.9 or higher; off on others" if world.is_elsewhere else ""
     return _chosen(config, f"{why}, on rank {rank}" if why and rank else why, on, begun_with)
 
 
-def choose_for(config: Config, degrees: Degrees, device: torch.device | None, begun_with: str | None = None) -> Choice:
+def choose_for(config: Config, degrees: Degrees, device: torch.device, begun_with: str | None = None) -> Choice:
     """The same for ranks that do not exist here, each with such a device."""
-    return choose(config, World.planned(degrees), device, begun_with)
+    return choose(config, World.planned(degrees, device), begun_with)
 
 
-def why_no_float8(config: Config, degrees: Degrees, device: torch.device | None) -> str | None:
+def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str | None:
     """Why native float8 is not available on this device, or would gain nothing; None: it gains."""
     training, parallel = config.training, config.parallel
-    if device is not None and device.type != "cuda":
-        return "there is no GPU"
-    if device is not None:
+    if device != ELSEWHERE:
+        if device.type != "cuda":
+            return "there is no GPU"
         capability = torch.cuda.get_device_capability(device)
         if capability < FLOAT8_CAPABILITY:
             name, (major, minor) = torch.cuda.get_device_name(device), capability

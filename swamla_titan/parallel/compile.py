@@ -81,12 +81,13 @@ def warm_compiler(config: Compile, device: torch.device) -> None:
     """Let the processes that compile a GPU's kernels begin to start, which takes seconds; nothing waits for them.
 
     Without this they start with the first graph, whose kernels are then compiled one after the other in this process.
-    Raises UserError as `set_cache_folder` does.
+    Sets the cache folder, on any device; raises UserError as `set_cache_folder` does.
     """
     if device.type == "cuda":
         _let_triton_keep_its_code()
+    if config.enabled:
+        set_cache_folder(config)  # which those processes ask for at their start
     if config.enabled and device.type == "cuda":
-        set_cache_folder(config)  # which they ask for at their start
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()

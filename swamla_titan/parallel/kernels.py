@@ -1,6 +1,6 @@
 """Which of our kernels a model computes with, by `[kernels]` of the configuration."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
         return choose(request, config.kernels.attention)
 
     return {kind: of_kind(attention) for kind, attention in attention_kinds(config.model).items()}
+
+
+def attention_summary(choices: Mapping[str, Choice]) -> str:
+    """What computes the attention of each kind of block, in words."""
+    return ", ".join(f"{kind.upper()} by {choice.implementation.label}" for kind, choice in choices.items())
 
 
 def is_loss_fused(config: Config, device: torch.device) -> bool:

@@ -1,7 +1,6 @@
 """`check`: is this machine, and a configuration, fit for training? One line each, with a remedy where it is not."""
 
 import copy
-import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,34 +11,38 @@ from typing import NamedTuple
 
 import torch
 
+from swamla_titan.checkpoint.dump_folder import validate_unlocked
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
-from swamla_titan.model import Block, ModelConfig, SWAMLAModel
+from swamla_titan.launch.process_group import device_here, validate_launch
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.sizes import parameter_counts
-from swamla_titan.optim import group_table, state_bytes, validate_optimizer_device
+from swamla_titan.optim import group_table, state_bytes
 from swamla_titan.parallel.automatic import (
     Choice,
     choose_for,
     float8_moments_advice,
     may_save_by_float8_moments,
 )
-from swamla_titan.parallel.kernels import attention_choices, choose_kernels
-from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
+from swamla_titan.parallel.kernels import attention_choices, attention_summary, choose_kernels
+from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.system.console import several_lines
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
+from swamla_titan.train.kernels import pointwise_of
 from swamla_titan.train.precision import set_precision_and_determinism
-from swamla_titan.train.setup import open_data
+from swamla_titan.train.setup import VALIDATIONS, open_data
 from swamla_titan.train.throughput import peak_flops
 
+_REMEDIES = {"folder": "choose another job.dump_folder"}
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
 
 # One block of each kind.
@@ -71,7 +74,7 @@ Probe = Callable[[Config, torch.device], Finding | list[Finding]]
 
 def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     """Print the report; returns 0 without failures, 2 if the configuration or its data are at fault, else 1."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_here()
     config = Config()
     inputs: list[Probe] = [_tokenizer]
     about_input: list[Finding] = []
@@ -79,7 +82,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
         try:
             without_effect: list[str] = []
             config, choices = _decided(load_config(find_config(name), overrides, without_effect.append), device)
-            inputs = [_folder, _tokenizer, _data, _model, _optimizer, _stability]
+            inputs = [_processes, _validated, _folder, _tokenizer, _data, _model, _optimizer, _stability]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
             about_input += [Finding("warning", "config", line) for line in without_effect]
@@ -95,6 +98,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     disk = _disk if about_input and inputs else _free_disk
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
+    failed = {finding.subject for finding in about_input if finding.state == "failure"}
+    about_input = [each for each in about_input if each.state == "failure" or each.subject not in failed]
     for finding in about_machine + about_input:
         print(finding, flush=True)
     if name is not None and any(finding.state == "failure" for finding in about_input):
@@ -188,7 +193,13 @@ def _float8(config: Config, device: torch.device) -> Finding:
 
 
 def _attention(config: Config, device: torch.device) -> list[Finding]:
-    """Run a small model forward and backward through the fast paths and hold it against the plain ones."""
+    """What computes attention in the run; and a small model, forward and backward, against plain attention."""
+    if device.type != "cuda":  # where a run would be refused, which is not for this line to say
+        config = replace(config, kernels=replace(config.kernels, pointwise="plain"))
+    choices = attention_choices(config, device)
+    chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
+    pointwise = pointwise_of(config, choices, device)
+    chosen.append(attention_summary(choices) + (f"; {pointwise}" if pointwise else ""))
     model = SWAMLAModel(SMALL).to(device)
     with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
         for parameter in model.parameters():
@@ -196,30 +207,16 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
                 parameter.mul_(4)
     plain = copy.deepcopy(model)
     plain.attention_backend = "reference"
-    if device.type != "cuda":  # where a run would be refused, which is not for this line to say
-        config = replace(config, kernels=replace(config.kernels, pointwise="plain"))
-    choose_kernels(model, config, device)
+    tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
+    choose_kernels(model, tried, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     error = _gradients_apart(model, plain, config, device)
-    tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
-    choices = attention_choices(tried, device)
-    others = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
-    fused = {block.kind for block in blocks if getattr(block.attention, "fused_attention", None)}
-    taken = ", ".join(_computed_by(kind, choice, kind in fused) for kind, choice in choices.items())
-    text = f"{taken}: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
+    text = f"tried on a small model: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
     is_right = error < (2e-2 if dtype == torch.float32 else 7e-2)
     remedy = "" if is_right else "these versions of torch and the driver compute attention wrongly"
     found = Finding("ok" if is_right else "failure", "attention", text, remedy)
-    return [*(Finding("ok", "attention", each) for each in others), found]
-
-
-def _computed_by(kind: str, choice: AttentionChoice, has_fused: bool) -> str:
-    by = choice.implementation.label.removesuffix(", causal")
-    if has_fused and choice.why_not_fused is None and choice.fused is not None:
-        by = choice.fused.label
-    return f"{kind.upper()} by {by}"
+    return [*(Finding("ok", "attention", each) for each in chosen), found]
 
 
 def _gradients_apart(model: SWAMLAModel, plain: SWAMLAModel, config: Config, device: torch.device) -> float:
@@ -268,12 +265,25 @@ def _disk(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "disk", text)
 
 
+def _processes(config: Config, device: torch.device) -> list[Finding]:
+    validate_launch(config.parallel, [_ranks(config)], 1)
+    return []
+
+
+def _validated(config: Config, device: torch.device) -> list[Finding]:
+    """What a run would refuse before it opens its data."""
+    world = World.planned(fit_degrees(config.parallel, _ranks(config)), device)
+    found = []
+    for subject, validation in VALIDATIONS.items():
+        try:
+            validation(config, world)
+        except UserError as error:
+            found.append(Finding("failure", subject, str(error), _REMEDIES.get(subject, "")))
+    return found
+
+
 def _folder(config: Config, device: torch.device) -> Finding:
-    existing = _existing(config)
-    if not existing.is_dir():
-        return Finding("failure", "folder", f"{existing} is a file", "choose another job.dump_folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return Finding("failure", "folder", f"{existing} must not be written", "choose another job.dump_folder")
+    validate_unlocked(Path(config.job.dump_folder))
     return Finding("ok", "folder", f"{config.job.dump_folder} can be written")
 
 
@@ -313,7 +323,6 @@ def _model(config: Config, device: torch.device) -> Finding:
 def _products(config: Config, device: torch.device) -> Finding:
     """What float8 takes, and whether it will pay."""
     config = _resolved(config)
-    validate_float8(config, device)
     coverage = float8_coverage(config)
     text = "\n         ".join(table(coverage, config.float8.recipe))
     sequences = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
@@ -322,7 +331,6 @@ def _products(config: Config, device: torch.device) -> Finding:
 
 
 def _optimizer(config: Config, device: torch.device) -> Finding:
-    validate_optimizer_device(config.optimizer, device)
     resolved = _resolved(config)
     rows = group_table(resolved.model, config.optimizer)
     of_groups = "; ".join(f"{row.kind}: {row.elements:,} parameters" for row in rows)

@@ -3,26 +3,21 @@
 import dataclasses
 from pathlib import Path
 
-import torch
-
-from swamla_titan.checkpoint.dump_folder import validate_folder
+from swamla_titan.checkpoint.dump_folder import validate_unlocked
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
 from swamla_titan.data import described, load_tokenizer, uneven
 from swamla_titan.distributed.degrees import fit_degrees
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
-from swamla_titan.launch.process_group import launched_rank
+from swamla_titan.launch.process_group import device_here, launched_rank
 from swamla_titan.launch.worker import launched_size
-from swamla_titan.parallel.compile import validate_cache_folder
-from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
-from swamla_titan.train.logging import require_wandb
-from swamla_titan.train.setup import Setup, from_newest_intact, set_up_inputs, set_up_resume
+from swamla_titan.train.setup import Setup, from_newest_intact, set_up_inputs, set_up_resume, validate
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
@@ -46,21 +41,18 @@ def dry_run(config: Config, gpus: int | None) -> None:
 def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None:
     """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
 
-    Calls the phases of the trainer's setup in their order, and writes nothing. It does not look at what only the run's
-    GPUs can tell, because they may be elsewhere. Under a launcher rank 0 prints.
+    Calls the phases of the trainer's setup in their order, and writes nothing. Where there is no GPU here, those of the
+    run are elsewhere, and what only they can tell is left out. Under a launcher rank 0 prints.
     """
     ranks = _positive(gpus) or launched_size()
-    degrees = fit_degrees(config.parallel, ranks)  # first, because opening data takes long
-    validate_float8(config, torch.device("cpu"), degrees)
-    here = torch.device("cuda", 0) if torch.cuda.is_available() else None
-    inputs = set_up_inputs(config, World.planned(degrees), here, damaged)
+    here = device_here()
+    world = World.planned(fit_degrees(config.parallel, ranks), here if here.type == "cuda" else ELSEWHERE)
+    validate(config, world)  # first, because opening data takes long
+    validate_unlocked(Path(config.job.dump_folder))
+    inputs = set_up_inputs(config, world, damaged)
     found = dataclasses.replace(plan(inputs.config, ranks), choices=inputs.choices)
-    validate_folder(Path(config.job.dump_folder))
     setup = set_up_resume(inputs)
     setup.open_loader(num_workers=0).close()
-    if config.metrics.wandb:
-        require_wandb()
-    validate_cache_folder(config.compile)
     if launched_rank() == 0:
         _print(setup, found)
 

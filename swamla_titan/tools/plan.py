@@ -18,11 +18,14 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.data import distinct_steps, micro_batch_size, sequences_per_rank
 from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World, fake_world
+from swamla_titan.distributed.mesh import ELSEWHERE, World, fake_world
+from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
+from swamla_titan.launch.process_group import device_here
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
+from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
@@ -89,6 +92,7 @@ class Plan:
     holdings: list[Holding]  # of the first and last rank of each pipeline place
     coverage: list[LinearCoverage]  # by float8.recipe
     choices: list[str]  # what "auto" was taken to be
+    attention: dict[str, AttentionChoice]  # of each kind of block, on the device here
 
     @property
     def worst(self) -> Holding:
@@ -108,8 +112,8 @@ def plan(config: Config, ranks: int) -> Plan:
     machine lacks, GPUs above all, is no reason.
     """
     degrees = fit_degrees(config.parallel, ranks)
-    config, choices = choose_for(config, degrees, device=None)
-    validate_float8(config, torch.device("cpu"), degrees)
+    config, choices = choose_for(config, degrees, ELSEWHERE)
+    validate_float8(config, ELSEWHERE, degrees)
     batch = batch_of(config, degrees)
     laid_out = _for_any_machine(config)
     mesh: list[Neighbours] = []
@@ -132,13 +136,14 @@ def plan(config: Config, ranks: int) -> Plan:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
     exchange = swa_exchange(config, degrees, batch.rows)
-    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_coverage(config), choices)
+    attention = attention_choices(config, device_here())
+    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_coverage(config), choices, attention)
 
 
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:
     """The memory of one rank of a configuration without "auto"; else as `plan`."""
     degrees = fit_degrees(config.parallel, ranks)
-    validate_float8(config, torch.device("cpu"), degrees)
+    validate_float8(config, ELSEWHERE, degrees)
     batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
     with fake_world(degrees, config.parallel.data_parallel, rank) as world:
         parts = build_parts(laid_out, world)

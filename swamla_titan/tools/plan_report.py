@@ -3,12 +3,16 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from swamla_titan.config import Config
 from swamla_titan.data import waits_for_streams
 from swamla_titan.distributed.degrees import DIMENSIONS
+from swamla_titan.launch.process_group import device_here
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
+from swamla_titan.parallel.kernels import attention_summary
 from swamla_titan.parallel.schedules import stage_count, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.tools.activations import recomputed_share
@@ -23,6 +27,7 @@ def report(plan: Plan) -> Iterator[str]:
     ranks = "1 rank" if plan.degrees.size == 1 else f"{plan.degrees.size} ranks"
     yield f"{ranks}: {plan.degrees}"
     yield f"model: {total:,} parameters ({without_embeddings:,} without embeddings)"
+    yield from _attention(plan)
     yield from _mesh(plan)
     yield from _batch(plan)
     yield from _context(plan)
@@ -30,6 +35,13 @@ def report(plan: Plan) -> Iterator[str]:
     yield from _parameters(plan)
     yield from _float8(plan)
     yield from _memory(plan)
+
+
+def _attention(plan: Plan) -> Iterator[str]:
+    if plan.attention:
+        device = device_here()
+        on = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU here (GPUs choose by themselves)"
+        yield f"attention: {attention_summary(plan.attention)}, on {on}"
 
 
 def _mesh(plan: Plan) -> Iterator[str]:

@@ -14,7 +14,7 @@ from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import contradictions
 from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
@@ -81,7 +81,7 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
     degrees = fit_degrees(config.parallel, ranks)
     if not config.model.vocab_size:
         config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    config = choose_for(config, degrees, None if has_float8 else torch.device("cpu")).config
+    config = choose_for(config, degrees, ELSEWHERE if has_float8 else torch.device("cpu")).config
     now = memory_at(config, ranks, rank).total
     found = []
     for change in _changes(config, ranks, device, has_float8):

@@ -1,5 +1,9 @@
 """What computes attention, and what lies between the linear layers, in a run."""
 
+from collections.abc import Mapping
+
+import torch
+
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
@@ -8,29 +12,37 @@ from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices,
 from swamla_titan.parallel.parallelize import float8_coverage
 
 
-def attention_of(config: Config, world: World) -> str:
-    """What computes the attention of each kind of block, in words; UserError if kernels.attention is not to be had.
+def validate_attention(config: Config, world: World) -> None:
+    """Raise UserError if this machine lacks kernels.attention; GPUs of another one are not asked.
 
     What does not depend on the machine is refused with the configuration.
     """
-    asked, choices = config.kernels.attention, attention_choices(config, world.device)
-    if asked in ("triton", "flex") and all(each.implementation.label != asked for each in choices.values()):
+    asked = config.kernels.attention
+    if world.is_elsewhere or asked not in ("triton", "flex"):
+        return
+    choices = attention_choices(config, world.device)
+    if all(each.implementation.label != asked for each in choices.values()):
         why = _why_not(asked, choices)
         raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
-    return ", ".join(f"{kind.upper()} by {choice.implementation.label}" for kind, choice in choices.items())
 
 
-def pointwise_of(config: Config, world: World) -> str | None:
-    """What our kernels compute between the linear layers, in words; None: nothing. UserError if they cannot run."""
-    if not are_pointwise_ours(config, world.device):
-        return None
+def validate_pointwise(config: Config, world: World) -> None:
+    """Raise UserError if this machine lacks kernels.pointwise; GPUs of another one are not asked."""
+    if world.is_elsewhere or not are_pointwise_ours(config, world.device):
+        return
     if not is_gpu_with_triton(world.device):
         raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
+
+
+def pointwise_of(config: Config, choices: Mapping[str, Choice], device: torch.device) -> str | None:
+    """What our kernels compute between the linear layers, in words; None: nothing. `choices`: of attention."""
+    if not are_pointwise_ours(config, device):
+        return None
     float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}
     native = config.float8.recipe == "native" and {"feed_forward.gate_up", "feed_forward.down"} <= float8
     swiglu = "SwiGLU with its cast to float8" if native else "SwiGLU by triton"
     words: list[str] = []
-    for kind, choice in attention_choices(config, world.device).items():
+    for kind, choice in choices.items():
         why = choice.why_not_fused
         words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
     return f"{swiglu}, rotation of {' and '.join(words)}" if words else swiglu

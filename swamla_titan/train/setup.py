@@ -1,9 +1,10 @@
 """What a run is made of, resolved once, before its model is built and before anything is written.
 
 What the configuration, this machine, the data and the checkpoint make impossible is refused here, in the order of
-`set_up`; the dump folder and W&B are the trainer's. The phases also stand alone:
+`set_up`, but for the processes and their devices (launch/process_group.py), the lock of the dump folder, and what only
+a write there, a login at W&B or a full GPU shows. The phases also stand alone:
 
-    set_up_machine  precision and determinism, and whether this device and these ranks can compute what is configured
+    set_up_machine  precision and determinism, and whether this machine can do what is configured: VALIDATIONS
     set_up_inputs   the checkpoint to resume from, the data as it recorded them, "auto", the micro-batch, validation
     set_up_resume   the fingerprint of the run, and the train state that it continues from
 
@@ -16,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
+from swamla_titan.checkpoint.dump_folder import validate_folder
 from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
@@ -41,9 +41,10 @@ from swamla_titan.errors import Damaged, UserError
 from swamla_titan.optim import validate_optimizer_device
 from swamla_titan.parallel.activation_checkpoint import validate_recomputation
 from swamla_titan.parallel.automatic import choose
-from swamla_titan.parallel.compile import warm_compiler
+from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
 from swamla_titan.parallel.parallelize import validate_float8
-from swamla_titan.train.kernels import attention_of, pointwise_of
+from swamla_titan.train.kernels import validate_attention, validate_pointwise
+from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.state import GROUPS, RunState
 from swamla_titan.train.validation import Validator
@@ -98,6 +99,25 @@ class Setup(Inputs):
             return RunState(self.config, self.world, self.origin.path, self.train_state.step)
 
 
+# What is refused before the data are opened, in this order, by what `check` calls it.
+VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
+    "attention": validate_attention,
+    "pointwise": validate_pointwise,
+    "products": lambda config, world: validate_float8(config, world.device, world.degrees),
+    "recompute": lambda config, world: validate_recomputation(config, world.device),
+    "optimizer": lambda config, world: validate_optimizer_device(config.optimizer, world.device),
+    "compile": lambda config, world: validate_cache_folder(config.compile),
+    "metrics": lambda config, world: config.metrics.wandb and require_wandb(),
+    "folder": lambda config, world: validate_folder(Path(config.job.dump_folder)),
+}
+
+
+def validate(config: Config, world: World) -> None:
+    """Raise UserError for what this machine, or this number of ranks, cannot do."""
+    for validation in VALIDATIONS.values():
+        validation(config, world)
+
+
 def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Setup:
     """All phases, for a run; all ranks call this.
 
@@ -105,7 +125,7 @@ def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None)
     machine, tokenizer, data or checkpoint, and DamagedCheckpoints where an older one may be intact.
     """
     set_up_machine(config, world)
-    return set_up_resume(set_up_inputs(config, world, world.device, damaged))
+    return set_up_resume(set_up_inputs(config, world, damaged))
 
 
 def set_up_machine(config: Config, world: World) -> None:
@@ -113,17 +133,12 @@ def set_up_machine(config: Config, world: World) -> None:
     set_precision_and_determinism(config, world.device, world.rank)
     # The compiler's helpers are waited for first, so they start first; they end with this process, refused or not.
     all_ranks_or_raise(world, lambda: warm_compiler(config.compile, world.device))
-    all_ranks_or_raise(world, lambda: _validate_machine(config, world))
+    all_ranks_or_raise(world, lambda: validate(config, world))
     all_ranks_or_raise(world, lambda: prepare_workers(config.data.num_workers))
 
 
-def set_up_inputs(
-    config: Config, world: World, device: torch.device | None, damaged: dict[Path, str] | None = None
-) -> Inputs:
-    """Find the checkpoint to resume from, open the data as it recorded them, and resolve "auto".
-
-    `device` is the one that "auto" is resolved for; None: a GPU that has float8.
-    """
+def set_up_inputs(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Inputs:
+    """Find the checkpoint to resume from, open the data as it recorded them, and resolve "auto" for the device."""
     config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
     checkpoints = Checkpoints(
         Path(config.job.dump_folder) / "checkpoints",
@@ -139,7 +154,7 @@ def set_up_inputs(
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
     # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
-    config, choices = choose(config, world, device, origin.optimizer)
+    config, choices = choose(config, world, origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
@@ -191,15 +206,6 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
     if not config.validation.interval:
         return config, corpus, None
     return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
-
-
-def _validate_machine(config: Config, world: World) -> None:
-    """Raise UserError for what this device, or this number of ranks, cannot compute."""
-    attention_of(config, world)
-    pointwise_of(config, world)
-    validate_float8(config, world.device, world.degrees)
-    validate_recomputation(config, world.device)
-    validate_optimizer_device(config.optimizer, world.device)
 
 
 def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:

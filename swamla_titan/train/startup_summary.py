@@ -21,10 +21,10 @@ from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
-from swamla_titan.parallel.kernels import is_loss_fused
+from swamla_titan.parallel.kernels import attention_choices, attention_summary, is_loss_fused
 from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.quantization.coverage import warnings
-from swamla_titan.train.kernels import attention_of, pointwise_of
+from swamla_titan.train.kernels import pointwise_of
 from swamla_titan.train.setup import Setup
 
 if sys.version_info >= (3, 11):
@@ -111,10 +111,11 @@ def _log_batch(setup: Setup) -> None:
 
 
 def _log_kernels(config: Config, world: World) -> None:
-    logger.info(f"attention: {attention_of(config, world)}")
+    choices = attention_choices(config, world.device)
+    logger.info(f"attention: {attention_summary(choices)}")
     if is_loss_fused(config, world.device):
         logger.info("loss: as one with the output head")
-    if pointwise := pointwise_of(config, world):
+    if pointwise := pointwise_of(config, choices, world.device):
         logger.info(f"pointwise: {pointwise}")
 
 

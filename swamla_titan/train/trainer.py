@@ -17,7 +17,7 @@ from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserEr
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
-from swamla_titan.train.logging import MetricsLogger, Values, require_wandb, step_line
+from swamla_titan.train.logging import MetricsLogger, Values, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.profiling import StepProfiler
@@ -63,9 +63,7 @@ class Trainer:
     def _build(self, watchdog: Watchdog) -> None:
         setup, config, world = self.setup, self.config, self.world
         self.state = setup.build_state()
-        if config.metrics.wandb:
-            all_ranks_or_raise(world, require_wandb)
-        # From here on only the dump folder itself can be refused.
+        # From here on only the dump folder itself can be refused, for what writing to it shows.
         unfinished = self.step < config.training.steps  # the folder of a finished run keeps its configuration
         if unfinished:
             broadcast_from_rank_0(world, lambda: prepare_folder(self.folder, to_toml(config)))

@@ -12,6 +12,7 @@ import torch
 from swamla_titan.config import Config, load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
+from swamla_titan.distributed.mesh import ELSEWHERE
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
@@ -43,7 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return of
 
 
-def recipe(config: Config, device: torch.device | None = GPU) -> tuple[str, str]:
+def recipe(config: Config, device: torch.device = GPU) -> tuple[str, str]:
     """What is taken, and the line on it."""
     chosen, lines = choose_for(config, fit_degrees(config.parallel, 1), device)
     assert len(lines) == 1
@@ -88,7 +89,7 @@ def test_it_is_off_where_the_device_has_none_and_plan_supposes_one_that_has(gpu,
     assert recipe(base(), torch.device("cpu")) == ("off", 'float8.recipe = "auto" is "off": there is no GPU')
     monkeypatch.setattr(automatic, "has_triton", lambda: False)
     assert "triton is missing" in recipe(base())[1]
-    found, line = recipe(base(), None)
+    found, line = recipe(base(), ELSEWHERE)
     assert found == "native"
     assert line.endswith("on GPUs of compute capability 8.9 or higher; off on others")
 
@@ -130,13 +131,13 @@ def test_what_a_run_began_with_may_not_be_possible_any_more(gpu):
 
 def test_without_auto_nothing_is_chosen_or_said():
     config = base(float8=Float8("rowwise"), optimizer=Optimizer("lion"))
-    assert choose_for(config, Degrees(), None, "adamw") == (config, [])
+    assert choose_for(config, Degrees(), ELSEWHERE, "adamw") == (config, [])
 
 
 def _on_mixed_machines(bad: int) -> tuple[str, str, list[str]]:
     world = init_distributed(Parallel())
     automatic.why_no_float8 = lambda *_: "an old GPU" if world.rank == bad else None
-    chosen, lines = choose(base(optimizer=Optimizer("auto")), world, world.device, None)
+    chosen, lines = choose(base(optimizer=Optimizer("auto")), world, None)
     return chosen.float8.recipe, chosen.optimizer.name, lines
 
 

@@ -16,7 +16,7 @@ from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import choose_kernels
-from swamla_titan.train.kernels import pointwise_of
+from swamla_titan.train.kernels import pointwise_of, validate_pointwise
 
 CPU = torch.device("cpu")
 TRITON = Kernels(attention="triton", pointwise="triton")
@@ -149,17 +149,21 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
-    cuda = World.alone(torch.device("cuda"))
-    assert pointwise_of(config, cuda) == f"SwiGLU by triton, rotation of {said}"
+    cuda = torch.device("cuda")
+
+    def summary(config: Config) -> str | None:
+        return pointwise_of(config, kernels.attention_choices(config, cuda), cuda)
+
+    assert summary(config) == f"SwiGLU by triton, rotation of {said}"
     unknown = replace(model, vocab_size=0)  # before the tokenizer is read
     native = replace(config, model=unknown, float8=Float8(recipe="native"))
-    assert pointwise_of(native, cuda) == f"SwiGLU with its cast to float8, rotation of {said}"
-    assert pointwise_of(replace(config, kernels=Kernels(attention=attention)), cuda) == pointwise_of(config, cuda)
-    assert pointwise_of(replace(config, kernels=Kernels(pointwise="plain")), cuda) is None
+    assert summary(native) == f"SwiGLU with its cast to float8, rotation of {said}"
+    assert summary(replace(config, kernels=Kernels(attention=attention))) == summary(config)
+    assert summary(replace(config, kernels=Kernels(pointwise="plain"))) is None
 
 
 @pytest.mark.parametrize("device, triton", [("cpu", True), ("cuda", False)])
 def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
-        pointwise_of(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
+        validate_pointwise(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))

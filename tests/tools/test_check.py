@@ -136,7 +136,7 @@ def test_overrides_without_a_configuration_are_refused(capsys):
         (("--data.source", "local", "--data.path", "/nowhere"), "data", "/nowhere does not exist"),
         (("--data.tokenizer", "gpt5"), "tokenizer", 'there is no tokenizer "gpt5"'),
         (("--model.vocab_size", "9"), "model", "smaller than the 257 tokens"),
-        (("--job.dump_folder", __file__ + "/run"), "folder", "is a file  -> choose another job.dump_folder"),
+        (("--job.dump_folder", __file__ + "/run"), "folder", "is a file)  -> choose another job.dump_folder"),
     ],
 )
 def test_input_that_is_at_fault_gives_2_and_a_line_that_says_so(tiny, report, overrides, subject, part):
@@ -256,6 +256,6 @@ def test_a_gpu_that_cannot_compute_float8_is_a_failure(tiny, monkeypatch):
     config = module.load_config(
         tiny, [module.Override("float8", "recipe", "native"), module.Override("float8", "products", "all")]
     )
-    finding = module._answer(module._products, config, torch.device("cuda"))
+    (finding,) = module._answers([module._validated], config, torch.device("cuda"))
     assert finding.state == "failure"
     assert "A100 has 8.0" in finding.text

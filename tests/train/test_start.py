@@ -42,7 +42,7 @@ def test_the_compiler_starts_first_and_readers_before_the_data_are_opened(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     order: list[str] = []
-    for name in ("prepare_workers", "warm_compiler", "_validate_machine", "open_data"):
+    for name in ("prepare_workers", "warm_compiler", "validate", "open_data"):
         real = getattr(setup, name)
 
         def listen(*arguments: Any, name: str = name, real: Any = real) -> Any:
@@ -51,7 +51,7 @@ def test_the_compiler_starts_first_and_readers_before_the_data_are_opened(
 
         monkeypatch.setattr(setup, name, listen)
     assert train(tiny, *SETTINGS, "--job.dump_folder", str(tmp_path / "run")) == 0
-    assert order == ["warm_compiler", "_validate_machine", "prepare_workers", "open_data"]
+    assert order == ["warm_compiler", "validate", "prepare_workers", "open_data"]
 
 
 # As on a GPU, and then what a machine refuses. torch's own start of the pool looks for a GPU's compiler.
