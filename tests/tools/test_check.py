@@ -244,7 +244,7 @@ def test_float8_is_tried_where_it_is_asked_for(tiny, report, recipe):
 
 @pytest.mark.parametrize("fault", [_transposed_wrongly, _not_a_number])
 def test_float8_that_is_wrong_is_found(tiny, report, monkeypatch, fault):
-    monkeypatch.setattr(float8, "_both", functools.partial(fault, float8._both))
+    monkeypatch.setattr(float8, "_with_transposed", functools.partial(fault, float8._with_transposed))
     code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
     assert code == 1
     assert lines["float8"].startswith("failure  float8")
