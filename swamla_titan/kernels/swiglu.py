@@ -12,7 +12,7 @@ _ELEMENTS = 4096  # of the output, per program
 
 
 def swiglu(gate_up: Tensor, group: int) -> Tensor:
-    """silu(gate) * up: gate_up [..., n * 2 * group], in turn a group of gates and one of ups -> [..., n * group].
+    """silu(gate) * up: gate_up [..., n * 2 * group] -> [..., n * group]; gate and up groups alternate.
 
     torch.compile fuses the forward pass into one loop, but its loop of the backward pass reads everything twice.
     """

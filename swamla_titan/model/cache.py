@@ -38,11 +38,11 @@ class DecodeCache:
         }
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
-        """Empty the cache for left-padded prompts tokens [B, T], of which the last lengths[b] are row b's."""
+        """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""
         batch, seq_len = tokens.shape
-        rows = self.clock.starts.shape[0]
-        if batch != rows or not 1 <= seq_len <= self.max_tokens:
-            raise ValueError(f"prompts {tuple(tokens.shape)} do not fit a cache of {rows} x 1 ... {self.max_tokens}")
+        size = self.clock.starts.shape[0]
+        if batch != size or not 1 <= seq_len <= self.max_tokens:
+            raise ValueError(f"prompts {tuple(tokens.shape)} do not fit a cache of {size} x 1 ... {self.max_tokens}")
         if lengths is None:
             self.clock.starts.zero_()
         else:
@@ -60,7 +60,9 @@ class DecodeCache:
         if time == 0:
             raise ValueError("the cache is empty: call prefill before decode")
         if time >= self.max_tokens:
-            raise ValueError(f"the cache is full: {self.max_tokens} tokens a row; make it with a larger max_tokens")
+            raise ValueError(
+                f"the cache is full: {self.max_tokens} tokens per sequence; make it with a larger max_tokens"
+            )
         positions, implementation = time - starts, REFERENCE if reference else SDPA  # positions: [B, 1]
 
         def of_layer(layer: str) -> TokenContext:

@@ -236,7 +236,7 @@ class ModelConfig:
 
     @property
     def ffn_group(self) -> int:
-        """Hidden units of SwiGLU whose gates and ups lie together in `gate_up`: at most 128, and 8 groups at least
+        """Hidden units of SwiGLU in a group of `gate_up`, gates before up projections: at most 128, at least 8 groups
         where the width allows it, so that up to 8 tensor-parallel ranks can share them."""
         eighth, rest = divmod(self.ffn_width, 8)
         return math.gcd(self.ffn_width if rest else eighth, 128)

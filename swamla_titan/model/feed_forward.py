@@ -11,7 +11,7 @@ from swamla_titan.model.linear import Linear, Role
 
 
 class SwiGLU(nn.Module):
-    """silu(gate x) * up x, of gates and ups in groups of `group` columns each."""
+    """silu(gate x) * up x, of gate and up projections in groups of `group` columns each."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class FeedForward(Branch):
     """down(silu(gate x) * up x), with gate and up in one linear layer.
 
     Rows of `gate_up` come in groups, [hidden / group, (gate, up), group], so that a tensor-parallel rank that owns
-    consecutive rows owns gates and ups of the same hidden units, at any degree that divides the number of groups. The
-    formula's two weights are `gate_up.spec.split(gate_up.weight)`.
+    consecutive rows owns gate and up projections of the same hidden units, at any degree that divides the number of
+    groups. The formula's two weights are `gate_up.spec.split(gate_up.weight)`.
 
     `activation` may be replaced.
     """
@@ -36,7 +36,7 @@ class FeedForward(Branch):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.group = config.ffn_group  # columns of gate, then as many of up, and so on
+        self.group = config.ffn_group  # columns of gate projections, then as many of up projections, and so on
         self.activation: nn.Module = SwiGLU(self.group)
         # Not kept: a matmul as wide as the others, whose output is a third of what a block would keep (5.3 dim of 16).
         self.gate_up = Linear(
@@ -47,7 +47,7 @@ class FeedForward(Branch):
 
     @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
-        """As in Branch: gates, ups, and what SwiGLU makes of them."""
+        """As in Branch: gate and up projections, and the output of SwiGLU."""
         return Saved(3 * config.ffn_width / tensor)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class LatentAttention(Attention):
         return self._output(context.attend(query, key, value, self.scale))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
-        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].
 
         The latent's up-projection is absorbed into query and output, so keys and values are never made:
         q . (W_k c) = (W_k^T q) . c, and sum_s p_s (W_v c_s) = W_v (sum_s p_s c_s). It reads `wkv_b.weight` itself,

@@ -172,7 +172,7 @@ class SWAMLAModel(nn.Module):
         self._check(tokens, None, None)
         if tokens.shape != (cache.clock.starts.shape[0], 1):
             raise ValueError(
-                f"tokens {tuple(tokens.shape)}: decode takes one a row, ({cache.clock.starts.shape[0]}, 1)"
+                f"tokens {tuple(tokens.shape)}: decode takes one per sequence, ({cache.clock.starts.shape[0]}, 1)"
             )
         context = cache.next_context(reference=self.attention_backend == "reference")
         x = self.embed(tokens)

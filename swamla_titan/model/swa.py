@@ -130,7 +130,7 @@ class SlidingWindowAttention(Attention):
         return self._output(context.attend(query, key, value, self.scale))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: SWACache) -> Tensor:
-        """The next token of each row, [B, 1, dim] -> [B, 1, dim]; context.mask is over the cache's slots."""
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]; context.mask is over the cache's slots."""
         query, key, value = self.project(x, context)
         cache.append(key, value, context.positions)
         return self._output(context.attend(query, cache.keys, cache.values, self.scale))

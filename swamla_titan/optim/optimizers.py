@@ -88,8 +88,8 @@ def clip_gradients(optimizer: GroupedOptimizer, norm: Tensor, max_norm: float) -
     """Make the optimizer's next step clip its gradients to a norm of at most `max_norm` (0: no clipping).
 
     `norm`: of all gradients of the model, a float32 scalar. The optimizer's kernels divide as they read (by the
-    argument that torch's GradScaler uses), which saves a pass over all gradients. torch's kernel writes the quotients
-    back.
+    argument that torch's GradScaler uses), so that nothing reads all gradients once more. torch's kernel writes the
+    quotients back.
     """
     optimizer.grad_scale = clip_divisor(norm, max_norm) if max_norm > 0 else None
 

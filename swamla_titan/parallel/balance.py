@@ -19,7 +19,7 @@ _LOSS_OPERATIONS_PER_LOGIT = 3 * 2 * 250
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: the numbers of its layers, its operations for a row (forward and backward), its share of the total."""
+    """One stage: the numbers of its layers, its operations to train on a sequence, and its share of the total."""
 
     layers: range
     operations: int
@@ -27,7 +27,7 @@ class StageCost:
 
 
 def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
-    """Operations to train on a row of `seq_len` tokens: [embedding, each layer ..., final norm with head and loss].
+    """Operations to train on a sequence of `seq_len` tokens: [embedding, each layer ..., final norm, head and loss].
 
     The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/flops.py.
     """
@@ -80,7 +80,7 @@ def balanced(costs: Sequence[int], stages: int) -> list[range]:
 
 
 def stage_costs(config: ModelConfig, seq_len: int, stages: int) -> list[StageCost]:
-    """The balanced cut of a model for rows of `seq_len` tokens."""
+    """The balanced cut of a model for sequences of `seq_len` tokens."""
     costs = piece_costs(config, seq_len)
     total = sum(costs)
     found = []

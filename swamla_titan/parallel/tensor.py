@@ -106,7 +106,7 @@ class VocabularyParallelEmbedding(Embedding):
         group = self.group
         if tokens.shape[1] % group.size:
             raise ValueError(
-                f"rows of {tokens.shape[1]} tokens cannot be shared by {group.size} tensor-parallel ranks: "
+                f"sequences of {tokens.shape[1]} tokens cannot be shared by {group.size} tensor-parallel ranks: "
                 f"take a multiple of {group.size}"
             )
         weight = local_with_gradient(self.weight)

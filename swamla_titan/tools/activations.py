@@ -90,7 +90,7 @@ def kept_by_operators(model: ModelConfig, kind: str, branch: str, context: int =
 
 
 def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
-    """Bytes that these layers keep on a rank for one row, by [activation_checkpoint].
+    """Bytes that these layers keep on a rank for one sequence, by [activation_checkpoint].
 
     Regions that are recomputed need, besides, what one of them keeps without checkpointing, while its backward pass
     runs: see `recomputed_bytes`.
@@ -99,12 +99,12 @@ def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
 
 
 def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
-    """Bytes for one row that the backward pass of the largest recomputed region makes again; 0 where none is."""
+    """Bytes for one sequence that the backward pass of the largest recomputed region makes again; 0 where none is."""
     return round(max((_of_layer(config, degrees, layer)[1] for layer in layers), default=0))
 
 
 def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, float]:
-    """Bytes for one row that a layer keeps, and that its largest recomputed region makes again."""
+    """Bytes for one sequence that a layer keeps, and that its largest recomputed region makes again."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
     branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
@@ -142,7 +142,7 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
 
 
 def recomputed_operations(config: Config, layer: int) -> int:
-    """Operations of a layer's forward pass over one row that its backward pass repeats, as model/flops.py counts them.
+    """Operations of a layer's forward pass over a sequence that its backward pass repeats, by model/flops.py's count.
 
     The output layer of a region's last branch is not repeated: nothing in the backward pass asks for its result. What
     the compiler repeats by `memory_budget` is its own choice, and not counted.

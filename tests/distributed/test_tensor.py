@@ -383,7 +383,7 @@ def test_async_tensor_turns_the_compilers_pass_on_for_the_group():
 def _refusals() -> None:
     world = init_distributed(Parallel(tensor=2))
     _, part = pair(world, torch.float32)
-    with pytest.raises(ValueError, match=r"rows of 23 tokens.*multiple of 2"):
+    with pytest.raises(ValueError, match=r"sequences of 23 tokens.*multiple of 2"):
         part(torch.zeros(1, 23, dtype=torch.int64))
     with pytest.raises(ValueError, match="does not decode"):
         part.prefill(torch.zeros(1, 4, dtype=torch.int64), None)

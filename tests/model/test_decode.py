@@ -105,7 +105,7 @@ def test_misuse_is_refused():
         with pytest.raises(ValueError, match="lengths"):
             model.prefill(random_tokens(2, 5), cache, torch.tensor(lengths))
     model.prefill(random_tokens(2, 5), cache)
-    with pytest.raises(ValueError, match="one a row"):
+    with pytest.raises(ValueError, match="one per sequence"):
         model.decode(random_tokens(2, 2), cache)
     with pytest.raises(ValueError, match="full: 5 tokens"):
         model.decode(random_tokens(2, 1), cache)

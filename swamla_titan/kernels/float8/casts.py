@@ -9,7 +9,7 @@ amax must be known before the first element is cast. The norm's is computed in p
 fuses it with the residual sum before; others by kernels that write nothing but it (`tensor_amax`, `swiglu_amax`).
 SwiGLU's gradient may use an upper bound instead (`swiglu_gradient_amax_bound`), because a type with a wide exponent
 range, as e5m2, loses nothing by a scale that is too large. The casting kernels then compute, quantize and write x and
-x^T in one pass over memory. All casts round to the activations' dtype first, so that fusing changes no bit.
+x^T while they read their input once. All casts round to the activations' dtype first, so that fusing changes no bit.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Triton kernels that compute a matrix and write it as float8, untransposed and transposed, in one pass over memory.
+"""Triton kernels that compute a matrix and write it as float8, both untransposed and transposed.
 
 A float8 matmul reads both operands along the axis that it sums over, so an operand of two matmuls (forward and
 backward) is needed both ways. A program computes one tile and transposes it through shared memory, so that both copies

@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """The float8 matrix scale * data, where M is the product of all leading axes and K the last axis.
+    """The float8 matrix scale * data, where all leading axes are flattened to M and K is the last axis.
 
     `transposed` is empty where no gradient is wanted, or where a weight is cast again in the backward pass.
     """
