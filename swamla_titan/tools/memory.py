@@ -66,13 +66,13 @@ def memory_of(
 ) -> Memory:
     """The memory of the rank of `world`, which holds `parts` and runs `micro_batches` per step.
 
-    gradients: float32, sharded as the parameters; with several micro-batches unsharded, until the last one reduces
-    them. weights_in_use: copies in the compute dtype, with which forward and backward passes multiply. logits: of the
-    micro-batches between forward and backward pass, and the gradient of one. activations: those that blocks save, and
-    those that one block at a time recomputes. in_turn: with one micro-batch a block's gradients come when its
-    activations are freed, so only the larger of both counts; with several, gradients stay beside the activations of the
-    next micro-batch. Not counted: communication buffers, float8 values that are not saved, workspaces and
-    fragmentation.
+    gradients: float32, sharded as the parameters; of several micro-batches unsharded, until the last one reduces them.
+    weights_in_use: copies in the compute dtype, with which forward and backward passes multiply.
+    logits: of the micro-batches between forward and backward pass, and the gradient of one.
+    activations: those that blocks save, and those that one block at a time recomputes.
+    in_turn: with one micro-batch a block's gradients come when its activations are freed, so only the larger of both
+    counts; with several, gradients stay beside the activations of the next micro-batch.
+    Not counted: communication buffers, float8 values that are not saved, workspaces and fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]

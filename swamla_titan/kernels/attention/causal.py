@@ -18,9 +18,10 @@ class Kernel(NamedTuple):
     """Forward and backward pass of attention, causal or over all keys; all tensors are [B, H, length, width].
 
     forward(query, key, value, scale, causal) -> out [B, H, Q, E] and lse [B, H, Q], the logarithm of the sum of
-    exp(scale query key^T) over the visible keys, in float32 (float64 for float64). Causal needs as many keys as
-    queries. backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out`
-    and `lse` may come from more keys than `key` holds.
+    exp(scale query key^T) over the visible keys, in float32 (float64 for float64); `causal` needs as many keys
+    as queries.
+    backward(grad_out, query, key, value, out, lse, scale, causal) -> gradients of query, key and value; `out` and `lse`
+    may come from more keys than `key` holds.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
