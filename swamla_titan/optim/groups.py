@@ -18,9 +18,9 @@ from swamla_titan.optim.matrices import column_units
 BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
 _SMALLEST_BLOCK = 32  # in smaller ones the scales of both moments take more than a quarter of a byte per element
-# Matrices with one row per token of the vocabulary are no hidden layers' matrices: Muon leaves them to AdamW, and by
-# default they do not decay, because the norm after an embedding makes up for any scale of its rows, and the rows of
-# rare tokens would fade.
+# Matrices with one row per token of the vocabulary, and what else is looked up, are no hidden layers' matrices: Muon
+# leaves them to AdamW, and by default they do not decay, because the norm after an embedding makes up for any scale of
+# its rows, and rows that are rarely looked up would fade.
 _VOCABULARY = ("embedding.weight", "head.weight")
 
 
@@ -48,13 +48,15 @@ def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]
     A tied weight is one parameter; where its two ends are on different pipeline stages, both have the same settings.
     """
     units = column_units(model)
-    untied = isinstance(model, SWAMLAModel) and not model.config.tie_embeddings
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tied = isinstance(model, SWAMLAModel) and model.config.tie_embeddings
     found: dict[Kind, list[nn.Parameter]] = {}
     for name, parameter in sorted(trained_parameters(model), key=lambda pair: pair[1].ndim < 2):
         # The rows of absent tokens have no gradient: if their second moment decays to the code of 0 before the first
         # one does, a step becomes first / eps (hundreds of learning rates were seen). bitsandbytes advises the same.
-        quantized = not (untied and name == "embedding.weight")
-        kind = _kind(name, parameter, units.get(parameter, 0), config, quantized)
+        quantized = parameter not in tables or (tied and name == "embedding.weight")
+        is_hidden = parameter not in tables and name not in _VOCABULARY
+        kind = _kind(name, parameter, units.get(parameter, 0), config, quantized, is_hidden)
         found.setdefault(kind, []).append(parameter)
     return found
 
@@ -99,15 +101,15 @@ def multiplier(name: str, patterns: Mapping[str, float]) -> float:
     return next((factor for pattern, factor in reversed(list(patterns.items())) if fnmatchcase(name, pattern)), 1.0)
 
 
-def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quantized: bool) -> Kind:
+def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quantized: bool, is_hidden: bool) -> Kind:
     is_matrix = parameter.ndim >= 2
     rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
-    if rule == "muon" and (not is_matrix or name in _VOCABULARY):
+    if rule == "muon" and not (is_matrix and is_hidden):
         rule = "adamw"
     moments = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
-    decays = is_matrix and (name not in _VOCABULARY or config.decay_embeddings)
+    decays = is_matrix and (is_hidden or config.decay_embeddings)
     decay = config.weight_decay if decays else 0.0
     return Kind(rule, moments, decay, multiplier(name, config.lr_multipliers))
 

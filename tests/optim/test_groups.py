@@ -78,6 +78,17 @@ def test_an_embedding_of_its_own_whose_rows_are_mostly_without_gradient_is_not_q
     assert of[model.head.weight].moments == name
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw8bit", "lion"])
+def test_a_table_in_a_block_is_treated_as_an_embedding(name):
+    with torch.device("meta"):
+        model = SWAMLAModel(replace(FLAVORS["debug"], vocab_size=512))
+        model.blocks["0"].attention.table = nn.Embedding(512, 64)
+    of = {parameter: kind for kind, each in groups(model, Optimizer(name=name)).items() for parameter in each}
+    found = of[model.blocks["0"].attention.table.weight]
+    assert (found.rule, found.moments) == ("lion" if name == "lion" else "adamw", "float32")
+    assert found.weight_decay == 0 != of[model.blocks["0"].attention.wo.weight].weight_decay
+
+
 def test_absent_tokens_make_no_large_steps():
     """A gradient once, then none for a while: the step is never much more than the learning rate."""
     torch.manual_seed(0)
