@@ -15,10 +15,10 @@ from swamla_titan.errors import RankFailed, RunFailed, UserError
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.launch.signals import StopRequest
 from swamla_titan.launch.worker import foreign_variables
-from swamla_titan.system.machine import allow_open_files_to_train, explain, needed
+from swamla_titan.system.machine import explain
 from swamla_titan.train.out_of_memory import Advise, explained_out_of_memory
 from swamla_titan.train.policies.watchdog import Watchdog
-from swamla_titan.train.setup import from_newest_intact, set_up
+from swamla_titan.train.setup import from_newest_intact, set_up, validate_open_files
 from swamla_titan.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ def train(config: Config, advise: Advise) -> int:
             "NGPU and NPROC",
             " ".join(foreign),
         )
-    with needed("the run cannot be started"):  # before each process opens connections to all others
-        allow_open_files_to_train(config.data.num_workers)
+    validate_open_files(config)  # before each process opens connections to all others
     stop = StopRequest()
     with ExitStack() as stack:
         stack.callback(stop.forget)

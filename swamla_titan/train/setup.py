@@ -43,6 +43,7 @@ from swamla_titan.parallel.activation_checkpoint import validate_recomputation
 from swamla_titan.parallel.automatic import choose
 from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
 from swamla_titan.parallel.parallelize import validate_float8
+from swamla_titan.system.machine import allow_open_files_to_train, needed
 from swamla_titan.train.kernels import validate_attention, validate_pointwise
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
@@ -101,6 +102,7 @@ class Setup(Inputs):
 
 # What is refused before the data are opened, in this order, by what `check` calls it.
 VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
+    "files": lambda config, world: validate_open_files(config),
     "attention": validate_attention,
     "pointwise": validate_pointwise,
     "products": lambda config, world: validate_float8(config, world.device, world.degrees),
@@ -110,6 +112,12 @@ VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "metrics": lambda config, world: config.metrics.wandb and require_wandb(),
     "folder": lambda config, world: validate_folder(Path(config.job.dump_folder)),
 }
+
+
+def validate_open_files(config: Config) -> None:
+    """Raise this process's limit of open files; UserError if it may not open as many as a run needs."""
+    with needed("the run cannot be started"):
+        allow_open_files_to_train(config.data.num_workers)
 
 
 def validate(config: Config, world: World) -> None:

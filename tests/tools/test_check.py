@@ -193,6 +193,18 @@ def test_attention_that_is_wrong_is_found(report, monkeypatch, fault):
     assert lines["attention"].startswith("failure  attention")
 
 
+@pytest.mark.parametrize("window, kind", [("16", "SWA by sdpa"), ("64", "SWA by sdpa, causal")])
+def test_check_and_plan_show_what_computes_the_runs_attention(tiny, monkeypatch, capsys, window, kind):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for command in ("check", "plan"):
+        assert main([command, str(tiny), "--model.swa_window", window]) == 0
+        out = capsys.readouterr().out
+        assert f" {kind}, MLA by sdpa, causal" in out
+        assert "comes after" not in out
+        faster = "attention   SWA not by triton, windows: needs a GPU"
+        assert (faster in out) == (command == "check" and window == "16")
+
+
 @pytest.mark.parametrize("documents", ["true", "false"])
 def test_attention_is_tried_under_documents_where_the_run_has_them(tiny, report, monkeypatch, documents):
     real, masks = attention._sdpa, []

@@ -1,5 +1,6 @@
 """What `train` refuses, `check` and the dry run refuse as well, and preflight as far as it looks."""
 
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("--training.seq_len=0", "[training] seq_len = 0", ALL),
+    Case("--data.num_workers=6", "may open no more files", ALL),
     Case("--model.num_heads=5", "num_heads", ALL),
     Case("--parallel.dp_shard=3", "do not fit 1 process", OF_PROCESSES),
     Case("--parallel.cpu_offload=true", "parallel.cpu_offload = true needs GPUs", ALL - {"dry run"}),
@@ -50,6 +52,10 @@ def test_what_training_refuses_others_refuse_too(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("NGPU", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", None)
+    limits = resource.getrlimit
+    few = (100, 100)
+    monkeypatch.setattr(resource, "getrlimit", lambda of: few if of == resource.RLIMIT_NOFILE else limits(of))
+    monkeypatch.setattr(resource, "setrlimit", lambda of, limit: None)
     for probe in ("_attention", "_float8"):  # of the machine alone
         monkeypatch.setattr(check, probe, lambda config, device: [])
     (tmp_path / "file").write_text("precious")

@@ -16,6 +16,7 @@ Two more rotate queries and keys too, over one of these: ROTARY_WINDOW over WIND
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +141,9 @@ class Choice(NamedTuple):
 
     @property
     def refusals(self) -> list[str]:
-        """A line for each implementation that was not taken."""
-        return [f"{name}: {why}" for name, why in self.why_not.items()]
+        """A line for each implementation that is faster than the one that is taken."""
+        faster = takewhile(lambda each: each is not self.implementation, IMPLEMENTATIONS)
+        return [f"{each.name}: {self.why_not[each.name]}" for each in faster]
 
     @property
     def why_not_fused(self) -> str | None:
