@@ -7,7 +7,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from swamla_titan.conditions import Condition
 
@@ -56,7 +56,12 @@ def key(
 def field_types(cls: type) -> dict[str, type]:
     """Name -> type (`int`, `float`, `bool`, `str` or `dict[str, float]`) of a dataclass made with `key`."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: _value_type(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _value_type(hint: Any) -> type:
+    kind: type = type(get_args(hint)[0]) if get_origin(hint) is Literal else hint
+    return kind
 
 
 def expectation(field: "dataclasses.Field[Any]", kind: type) -> str:

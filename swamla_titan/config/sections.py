@@ -1,10 +1,11 @@
 """The sections of a TOML file: one dataclass each, one documented and bounded line per key."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from swamla_titan.conditions import One, when, when_both, when_either, when_not, when_on
 from swamla_titan.fields import HUGE, key
+from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.config import LONGEST_SEQUENCE, MOST_LAYERS, ModelConfig
 
 # Upper bounds that nobody meets who means it; what is larger would only keep programs busy, or their memory full.
@@ -212,7 +213,7 @@ class Optimizer:
         choices=("float32", "bfloat16"),
         needs=when_not("optimizer.name", "adamw8bit", "adamw4bit", "adamw_fp8"),
     )
-    lr_multipliers: dict[str, float] = key(  # noqa: RUF009 (a field with a default_factory)
+    lr_multipliers: dict[str, float] = key(
         {},
         "Factors of the learning rate, by patterns (*, ?) of parameters' names: "
         '{"embedding.weight" = 0.5, "*.wo.weight" = 2.0}. Of several that fit a name the last one counts.',
@@ -413,12 +414,12 @@ class Float8:
 
 @dataclass(frozen=True)
 class Kernels:
-    attention: str = key(
+    attention: AttentionBackend = key(
         "auto",
         "auto: what is fastest on this device. triton: our kernels for sliding windows and for documents in MLA, which "
         "auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA). sdpa: "
         "PyTorch's attention under boolean masks. reference: plain and slow.",
-        choices=("auto", "triton", "flex", "sdpa", "reference"),
+        choices=get_args(AttentionBackend),
     )
     loss: str = key(
         "auto",

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 
+class Limit(str):
+    """A reason against a kernel that lies in what it takes: devices, dtypes, sizes. Others: in the mask or plan."""
+
+
 @lru_cache
 def has_triton() -> bool:
     """Whether Triton is installed, as it is with PyTorch for CUDA."""
     return find_spec("triton") is not None
 
 
-def why_no_kernels(device: torch.device) -> str | None:
+def why_no_kernels(device: torch.device) -> Limit | None:
     """Why our kernels cannot run on this device, or None."""
     if device.type != "cuda":
-        return "needs a GPU"
-    return None if has_triton() else "needs the package triton, which comes with PyTorch for CUDA"
+        return Limit("needs a GPU")
+    return None if has_triton() else Limit("needs the package triton, which comes with PyTorch for CUDA")
 
 
 def named(dtype: torch.dtype) -> str:

@@ -7,31 +7,20 @@ subclass of Mixer in a file of its own and a line of BLOCKS (model/blocks.py).
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels.attention.dispatch import Heads, Projections
 from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
 from swamla_titan.model.linear import spec_of
+from swamla_titan.model.rope import Rotary
 
-
-class Rotary(NamedTuple):
-    """Rotary position embedding: the width of the part of a head that is rotated, and the base of the frequencies."""
-
-    width: int
-    theta: float
-
-
-class Heads(NamedTuple):
-    """Numbers of query heads and of key/value heads, and the widths of queries and keys, and of values."""
-
-    queries: int
-    keys: int
-    qk_width: int
-    v_width: int
+KeyExchange = Literal["halo", "gather"]
 
 
 class Saved(NamedTuple):
@@ -111,10 +100,7 @@ class Mixer(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> Any:
-        """The memory of a layer for as many sequences as the clock has, of up to `max_tokens` tokens.
-
-        That of Attention is an AttentionCache.
-        """
+        """The memory of a layer for as many sequences as the clock has, of up to `max_tokens` tokens."""
 
     @abstractmethod
     def prefill(self, x: Tensor, context: Any, cache: Any) -> Tensor:
@@ -128,10 +114,19 @@ class Mixer(Branch, is_abstract=True):
 class Attention(Mixer, is_abstract=True):
     """Softmax attention: what kernels/attention/dispatch.py can compute.
 
-    `projections`: what its linear layers give, as dispatch.Request has it.
+    `inner_attention` may be replaced. `fused_attention(context, scale, *projections)`, if there is one, also rotates.
+
+    `key_exchange`: how the ranks of context parallelism get each other's keys (parallel/context.py). "halo":
+    `inner_attention` is given keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
+    "gather": the forward pass has `inner_attention.gather` gather what keys and values are made of. None: they cannot.
     """
 
-    projections: ClassVar[str | None] = None
+    key_exchange: ClassVar[KeyExchange | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner_attention = InnerAttention()
+        self.fused_attention: FusedAttention | None = None
 
     @classmethod
     @abstractmethod
@@ -149,10 +144,20 @@ class Attention(Mixer, is_abstract=True):
         """The heads that attention computes with."""
 
     @classmethod
+    def projections(cls, config: ModelConfig) -> Projections | None:
+        """What `fused_attention` is given; None: there is no such implementation."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> AttentionCache:
+        """As in Mixer."""
+
+    @classmethod
     def pairs(cls, config: ModelConfig, seq_len: int) -> int:
         """As in Mixer."""
-        window, sink = cls.mask(config)
-        return causal_pairs(seq_len) if window is None else window_pairs(seq_len, window, sink)
+        mask = cls.mask(config)
+        return causal_pairs(seq_len) if mask.window is None else window_pairs(seq_len, mask.window, mask.sink)
 
     @classmethod
     def flops(cls, config: ModelConfig, pairs: int) -> int:

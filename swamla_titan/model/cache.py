@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import REFERENCE, SDPA
-from swamla_titan.model.branch import Attention, Clock
+from swamla_titan.model.branch import Attention, AttentionCache, Clock
 from swamla_titan.model.context import AttentionContext, SequenceContext, TokenContext, rotation_at
 
 
@@ -70,7 +70,8 @@ class DecodeCache:
             if not isinstance(mixer, Attention):
                 return TokenContext(positions)
             rotation = rotation_at(positions, mixer.rotary(self.config), self.config, self.dtype)
-            return AttentionContext(positions, rotation, self.layers[layer].next_mask(), implementation)
+            cache: AttentionCache = self.layers[layer]
+            return AttentionContext(positions, rotation, cache.next_mask(), implementation)
 
         one_of_each = {block.kind: layer for layer, block in self.blocks.items()}
         return SequenceContext({kind: of_layer(layer) for kind, layer in one_of_each.items()})

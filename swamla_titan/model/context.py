@@ -8,9 +8,8 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import Implementation
 from swamla_titan.kernels.attention.masks import Mask
-from swamla_titan.model.branch import Rotary
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.rope import Rotation, rotation
+from swamla_titan.model.rope import Rotary, Rotation, rotation
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from swamla_titan.kernels.attention.dispatch import FusedImplementation
 from swamla_titan.model.context import AttentionContext
 
 
@@ -24,13 +25,17 @@ class InnerAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """What lies between the linear layers, rotation included, as one operator; subclasses say of what and how.
+    """What lies between the linear layers, rotation included, as one operator."""
 
-    Serves passes whose attention is by an implementation named in `over`.
-    """
-
-    over: frozenset[str] = frozenset()
+    def __init__(self, implementation: FusedImplementation) -> None:
+        super().__init__()
+        self.implementation = implementation
 
     def serves(self, context: AttentionContext) -> bool:
         """Whether this pass is computed here; else by the steps apart."""
-        return context.implementation.name in self.over
+        return context.implementation.name in self.implementation.over
+
+    def forward(self, context: AttentionContext, scale: float, *projections: Tensor) -> Tensor:
+        """What the linear layers give, as FusedImplementation.call has it -> [B, T, H, E]."""
+        cos, sin = context.rotation
+        return self.implementation.call(*projections, cos=cos, sin=sin, mask=context.mask, scale=scale)

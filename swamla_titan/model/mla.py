@@ -5,14 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.attention.dispatch import Heads, Projections
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model.branch import Attention, Clock, Heads, Rotary, Saved
+from swamla_titan.model.branch import Attention, Clock, KeyExchange, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
-from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
 from swamla_titan.model.linear import Linear, Role
 from swamla_titan.model.norms import RMSNorm
-from swamla_titan.model.rope import rotate
+from swamla_titan.model.rope import Rotary, rotate
 
 
 class MLACache:
@@ -46,13 +46,10 @@ class LatentAttention(Attention):
     """Causal attention whose keys are [part from the latent, one rotary key shared by all heads].
 
     Rows of `wq` (or `wq_b`) are [heads, nope + rope] and of `wkv_b` [heads, nope + v]: whole heads stay together.
-
-    `inner_attention` may be replaced. `fused_attention(query, keys_values, rope_key, context, scale)`, where there is
-    one, does the rotation too.
     """
 
     linear_input: ClassVar[bool] = True
-    projections: ClassVar[str] = "latent"  # what the linear layers before attention give (dispatch.py)
+    key_exchange: ClassVar[KeyExchange] = "gather"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,8 +73,6 @@ class LatentAttention(Attention):
         parts = (self.nope_dim, self.v_dim)
         self.wkv_b = Linear(self.latent_dim, heads * sum(parts), Role.LATENT_COLUMN, parts, recomputed=True)
         self.wo = Linear(heads * self.v_dim, config.dim, Role.RESIDUAL_OUTPUT, (self.v_dim,))
-        self.inner_attention = InnerAttention()
-        self.fused_attention: FusedAttention | None = None
 
     @classmethod
     def mask(cls, config: ModelConfig) -> MaskSpec:
@@ -94,6 +89,11 @@ class LatentAttention(Attention):
         """As in Attention: of the keys and values that the latent is expanded to."""
         qk_width = config.qk_nope_head_dim + config.qk_rope_head_dim
         return Heads(config.num_heads, config.num_heads, qk_width, config.v_head_dim)
+
+    @classmethod
+    def projections(cls, config: ModelConfig) -> Projections:
+        """As in Attention."""
+        return Projections("latent", config.qk_rope_head_dim)
 
     @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
@@ -118,7 +118,7 @@ class LatentAttention(Attention):
         if self.fused_attention is not None and self.fused_attention.serves(context):
             latent, rope_key = self.latents(x)
             heads = self.queries(x), self.keys_values(latent), rope_key
-            return self._output(self.fused_attention(*heads, context, self.scale))
+            return self._output(self.fused_attention(context, self.scale, *heads))
         latent, rope_key = self.inner_attention.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
         return self._output(self.inner_attention(query, key, value, context, self.scale))

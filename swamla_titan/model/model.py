@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.cross_entropy import IGNORE
+from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
@@ -24,7 +25,7 @@ class SWAMLAModel(nn.Module):
 
     Five attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
-    `attention_backend`: one of ATTENTION_BACKENDS in kernels/attention/dispatch.py.
+    `attention_backend`: as kernels.attention has it.
     `loss_head`: what computes the loss, or logits, from the last activations and the head.
     `why_not_decode`: what `prefill` and `decode` raise as a ValueError; None: nothing.
     `sequences`: which tokens this process computes of each sequence, and their context; all of them.
@@ -40,7 +41,7 @@ class SWAMLAModel(nn.Module):
             raise ValueError("vocab_size = 0: set it to the number of ids of the tokenizer")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.attention_backend = "auto"
+        self.attention_backend: AttentionBackend = "auto"
         self.sequences = FullSequences()
         self.why_not_decode: str | None = None
 
@@ -156,7 +157,7 @@ class SWAMLAModel(nn.Module):
         cache.start(tokens, lengths)
         # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel.
         real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
-        backend = "reference" if self.attention_backend == "reference" else "sdpa"
+        backend: AttentionBackend = "reference" if self.attention_backend == "reference" else "sdpa"
         shape = self.config, tokens.shape[1]
         context = FullSequences().context(*shape, real, self.device, self.activation_dtype, backend)
         x = self.embed(tokens)

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+class Rotary(NamedTuple):
+    """Rotary position embedding: the width of the part of a head that is rotated, and the base of the frequencies."""
+
+    width: int
+    theta: float
+
+
 class Rotation(NamedTuple):
     """Cosine and sine of each position's angles, [B or 1, T, 1, D/2]: broadcast over heads."""
 

@@ -1,12 +1,11 @@
 """How a process takes part in each sequence: alone, with all of its tokens; parallel/context.py has the other way."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import Request, choose
+from swamla_titan.kernels.attention.dispatch import Projections, Request, choose
 from swamla_titan.kernels.attention.masks import document_starts, mask_of_sequences
+from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import Attention
 from swamla_titan.model.config import ModelConfig
@@ -27,7 +26,7 @@ class FullSequences:
         document_ids: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
-        asked: str = "auto",
+        asked: AttentionBackend = "auto",
     ) -> SequenceContext:
         """The context of sequences of `seq_len` tokens; `document_ids` [B, T] cut them into documents, None: one each.
 
@@ -45,11 +44,10 @@ class FullSequences:
             if attention is None:
                 return TokenContext(positions)
             request = attention_request(attention, config, seq_len, document_ids is not None, device, dtype)
-            taken = choose(request, asked).implementation
-            form = "none" if request.is_plainly_causal else taken.form
-            mask = mask_of_sequences(form, starts, request.has_documents, request.mask)
+            choice = choose(request, asked)
+            mask = mask_of_sequences(choice.form, starts, request.has_documents, request.mask)
             rotation = rotation_at(positions, attention.rotary(config), config, dtype)
-            return AttentionContext(positions, rotation, mask, taken)
+            return AttentionContext(positions, rotation, mask, choice.implementation)
 
         return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
 
@@ -61,19 +59,9 @@ def attention_request(
     has_documents: bool,
     device: torch.device,
     dtype: torch.dtype,
-    **plan: Any,
+    chunk: int | None = None,
+    projections: Projections | None = None,
 ) -> Request:
-    """What a kind of attention asks of its kernels over sequences of `seq_len` tokens; `plan`: the rest of Request."""
-    heads = attention.heads(config)
-    return Request(
-        device=device,
-        dtype=dtype,
-        qk_width=heads.qk_width,
-        v_width=heads.v_width,
-        mask=attention.mask(config),
-        seq_len=seq_len,
-        has_documents=has_documents,
-        rotary_width=attention.rotary(config).width,
-        has_qk_norm=config.qk_norm,
-        **plan,
-    )
+    """What a kind of attention asks of its kernels over sequences of `seq_len` tokens; the fields of Request."""
+    heads, mask = attention.heads(config), attention.mask(config)
+    return Request(device, dtype, heads, mask, seq_len, has_documents, chunk, projections)

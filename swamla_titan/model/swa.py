@@ -5,14 +5,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels.attention.dispatch import Heads, Projections
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model.branch import Attention, Clock, Heads, Rotary, Saved
+from swamla_titan.model.branch import Attention, Clock, KeyExchange, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
-from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
 from swamla_titan.model.linear import Linear, Role
 from swamla_titan.model.norms import RMSNorm
-from swamla_titan.model.rope import rotate
+from swamla_titan.model.rope import Rotary, rotate
 
 
 class SWACache:
@@ -67,14 +67,12 @@ class SWACache:
 class SlidingWindowAttention(Attention):
     """Rotary attention over the newest `swa_window` keys and the document's first `swa_sink_size`.
 
-    `inner_attention` may be replaced. `fused_attention(qkv, context, scale)`, if there is one, does the rotation too.
-
     Rows of `wqkv` are grouped by key/value head, [kv_heads, queries of the group + key + value, head_dim]: a
     tensor-parallel rank that owns consecutive rows owns whole groups.
     """
 
     linear_input: ClassVar[bool] = True
-    projections: ClassVar[str] = "qkv"  # what the linear layer before attention gives (dispatch.py)
+    key_exchange: ClassVar[KeyExchange] = "halo"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -87,8 +85,6 @@ class SlidingWindowAttention(Attention):
         self.wo = Linear(config.num_heads * config.head_dim, config.dim, Role.RESIDUAL_OUTPUT, (self.head_dim,))
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.inner_attention = InnerAttention()
-        self.fused_attention: FusedAttention | None = None
 
     @classmethod
     def mask(cls, config: ModelConfig) -> MaskSpec:
@@ -106,6 +102,11 @@ class SlidingWindowAttention(Attention):
         return Heads(config.num_heads, config.kv_heads, config.head_dim, config.head_dim)
 
     @classmethod
+    def projections(cls, config: ModelConfig) -> Projections:
+        """As in Attention. Norms of queries and keys come before the rotation."""
+        return Projections("qkv", config.head_dim, "model.qk_norm" if config.qk_norm else None)
+
+    @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
         """As in Branch: rotated queries and keys, the projection, in which the values lie, and attention's result."""
         elements = (3 * config.num_heads + 3 * config.kv_heads) * config.head_dim
@@ -119,7 +120,7 @@ class SlidingWindowAttention(Attention):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
         if self.fused_attention is not None and self.fused_attention.serves(context):
-            return self._output(self.fused_attention(self.groups(x), context, self.scale))
+            return self._output(self.fused_attention(context, self.scale, self.groups(x)))
         query, key, value = self.project(x, context)
         return self._output(self.inner_attention(query, key, value, context, self.scale))
 

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import swamla_titan.kernels.attention.chunked  # these register their operators
-import swamla_titan.kernels.attention.document
-import swamla_titan.kernels.attention.window
-import swamla_titan.kernels.float8.linear  # noqa: F401
+import swamla_titan.kernels.float8.linear  # noqa: F401  registers its operators
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, Regions
 from swamla_titan.model.context import TokenContext
@@ -34,22 +32,7 @@ from swamla_titan.model.linear import spec_of
 logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
-# Quadratic in the sequence's length, and their results are as narrow as the residual stream. (SDPA's plain path, for
-# shapes that no kernel takes, is no operator of its own and is repeated: its results include the T x T scores.)
-_ATTENTION = frozenset(
-    {
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_attention_math_for_mps.default,
-        _aten._scaled_dot_product_fused_attention_overrideable.default,
-        torch.ops.higher_order.flex_attention,
-        torch.ops.swamla_titan.chunked_causal_attention.default,
-        torch.ops.swamla_titan.document_attention.default,
-        torch.ops.swamla_titan.window_attention.default,
-    }
-)
+_ATTENTION = frozenset(operator for each in IMPLEMENTATIONS for operator in each.operators)
 _collective = torch.ops._c10d_functional
 # Their repetition would keep all ranks waiting once more. Not among them: the waits (a wait's result is the memory of
 # its collective) and FSDP2's gathering of weights, which happens outside of the block's forward pass.
@@ -200,7 +183,7 @@ def _contexts(not_kept: frozenset[tuple[int, int]]) -> Callable[[], Any]:
     """What `checkpoint` takes as `context_fn`."""
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, not_kept))
     # torch keeps compiled code between runs only where this says by what the choice was made: here, by this file.
-    source = Path(__file__).read_bytes() + repr(sorted(not_kept)).encode()
+    source = Path(__file__).read_bytes() + repr((sorted(not_kept), sorted(map(str, _ATTENTION)))).encode()
     contexts.cache_hash = hashlib.sha256(source).hexdigest()  # type: ignore[attr-defined]
     return contexts
 

@@ -28,14 +28,17 @@ from swamla_titan.kernels.attention.masks import (
     Chunks,
     KeyIntervals,
     Mask,
+    MaskForm,
+    MaskSpec,
     block_mask_of,
     dense_mask_of,
     document_starts,
     intervals_in_sequence,
 )
+from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
-from swamla_titan.model.branch import Attention
+from swamla_titan.model.branch import Attention, KeyExchange
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
@@ -44,7 +47,7 @@ from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, c
 
 @dataclass(frozen=True)
 class WindowSlice(AttentionContext):
-    """For this rank's tokens under a window; `mask` is over the sections that `exchange_windows` lays out."""
+    """For this rank's tokens and "halo"; `mask` is over the sections that `exchange_windows` lays out."""
 
     group: str  # the context group's name, which is how operators in a graph know it
     exchange: SwaExchange
@@ -53,8 +56,8 @@ class WindowSlice(AttentionContext):
 
 
 @dataclass(frozen=True)
-class CausalSlice(AttentionContext):
-    """For this rank's tokens without a window; `mask` is over the keys of full sequences."""
+class GatheredSlice(AttentionContext):
+    """For this rank's tokens and "gather"; `mask` is over the keys of full sequences."""
 
     group: str
     layout: SequenceLayout
@@ -77,9 +80,9 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     for block in model.blocks.values():
         assert isinstance(block, Block)
         mixer = block.attention
-        if not isinstance(mixer, Attention) or mixer.projections not in _INNER:
+        if not isinstance(mixer, Attention) or mixer.key_exchange is None:
             raise UserError(f"parallel.context = {size}: {block.kind} blocks cannot share sequences; use 1")
-        mixer.inner_attention = _INNER[mixer.projections]()
+        mixer.inner_attention = _INNER[mixer.key_exchange]()
 
 
 class WindowExchange(InnerAttention):
@@ -98,13 +101,13 @@ class LatentGather(InnerAttention):
 
     def gather(self, latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """As in InnerAttention, from latents [B, 2 * chunk, R] and rotated keys [B, 2 * chunk, 1, rope]."""
-        assert isinstance(context, CausalSlice)
+        assert isinstance(context, GatheredSlice)
         width = latent.shape[-1]
         gathered = all_gather_sequence(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
         return gathered[..., :width], gathered[..., width:].unsqueeze(2)
 
 
-_INNER = {"qkv": WindowExchange, "latent": LatentGather}  # by what the linear layers before attention give
+_INNER: dict[KeyExchange, type[InnerAttention]] = {"halo": WindowExchange, "gather": LatentGather}
 
 
 def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
@@ -130,10 +133,10 @@ def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
     return KeyIntervals(first, last, sink_first, torch.minimum(sink_first + exchange.sink - 1, last))
 
 
-def mla_intervals(starts: Tensor, layout: SequenceLayout) -> KeyIntervals:
+def gathered_intervals(starts: Tensor, layout: SequenceLayout, spec: MaskSpec) -> KeyIntervals:
     """What this rank's queries see of the full sequence, for document starts [B, T]."""
     queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    return intervals_in_sequence(local_chunks(starts, layout), queries, None, 0)
+    return intervals_in_sequence(local_chunks(starts, layout), queries, spec.window, spec.sink)
 
 
 class SharedSequences(FullSequences):
@@ -153,7 +156,7 @@ class SharedSequences(FullSequences):
         document_ids: Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
-        asked: str = "auto",
+        asked: AttentionBackend = "auto",
     ) -> SequenceContext:
         """As in FullSequences, of this rank's tokens."""
         layout = SequenceLayout(seq_len, self.size, self.rank)
@@ -164,23 +167,25 @@ class SharedSequences(FullSequences):
         def of_kind(attention: type[Attention]) -> AttentionContext:
             shape = config, seq_len, starts is not None
             request = attention_request(attention, *shape, device, dtype, chunk=layout.chunk)
-            taken = choose(request, asked).implementation
+            choice, spec = choose(request, asked), request.mask
             rotation = rotation_at(positions, attention.rotary(config), config, dtype)
-            if request.mask.window is None:
-                mask = _mask(taken.form, layout, starts, device)
-                return CausalSlice(positions, rotation, mask, taken, self.group, layout)
-            exchange = plan_swa_exchange(layout, request.mask.window, request.mask.sink)
-            mask = _mask(taken.form, exchange, starts, device)
+            if attention.key_exchange == "gather":
+                mask = _mask(choice.form, layout, spec, starts, device)
+                return GatheredSlice(positions, rotation, mask, choice.implementation, self.group, layout)
+            exchange = plan_swa_exchange(layout, spec.window or seq_len, spec.sink)
+            mask = _mask(choice.form, exchange, spec, starts, device)
             sinks = sink_sources(all_starts, exchange)
-            return WindowSlice(positions, rotation, mask, taken, self.group, exchange, *sinks)
+            return WindowSlice(positions, rotation, mask, choice.implementation, self.group, exchange, *sinks)
 
         return SequenceContext({kind: of_kind(attention) for kind, attention in attention_kinds(config).items()})
 
 
-def _mask(form: str, over: SwaExchange | SequenceLayout, starts: Tensor | None, device: torch.device) -> Mask:
+def _mask(
+    form: MaskForm, over: SwaExchange | SequenceLayout, spec: MaskSpec, starts: Tensor | None, device: torch.device
+) -> Mask:
     """The mask over the sections of an exchange, or full sequences; `starts` None: one document a sequence."""
     if form == "block" and starts is None:
-        return _block_mask_of_one_document(over, device)
+        return _block_mask_of_one_document(over, spec, device)
     layout = over.layout if isinstance(over, SwaExchange) else over
     if form == "chunks":
         return Chunks(tuple(layout.starts))
@@ -190,15 +195,15 @@ def _mask(form: str, over: SwaExchange | SequenceLayout, starts: Tensor | None, 
     make = block_mask_of if form == "block" else dense_mask_of
     if isinstance(over, SwaExchange):
         return make(swa_intervals(starts, over), 2 * over.section)
-    return make(mla_intervals(starts, over), layout.seq_len)
+    return make(gathered_intervals(starts, over, spec), layout.seq_len)
 
 
 @lru_cache(maxsize=32)
-def _block_mask_of_one_document(over: SwaExchange | SequenceLayout, device: torch.device) -> BlockMask:
+def _block_mask_of_one_document(over: SwaExchange | SequenceLayout, spec: MaskSpec, device: torch.device) -> BlockMask:
     # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
     with torch.inference_mode(False):
         layout = over.layout if isinstance(over, SwaExchange) else over
-        mask = _mask("block", over, torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device), device)
+        mask = _mask("block", over, spec, torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device), device)
     assert isinstance(mask, BlockMask)
     return mask
 

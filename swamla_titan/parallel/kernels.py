@@ -1,22 +1,18 @@
 """Which of our kernels a model computes with, by `[kernels]` of the configuration."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.dispatch import LATENT, ROTARY_WINDOW, Choice, choose
-from swamla_titan.kernels.attention.latent import latent_attention
-from swamla_titan.kernels.attention.masks import DocumentRule, WindowRule
-from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
+from swamla_titan.kernels.attention.dispatch import Choice, FusedImplementation, choose
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
 from swamla_titan.model.branch import Attention
-from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.loss_head import FusedLossHead
@@ -35,14 +31,18 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
         model.loss_head = FusedLossHead(model.config)
     if are_pointwise_ours(config, device):
         choices = attention_choices(config, device)
-        use_pointwise_kernels(model, {kind for kind, choice in choices.items() if choice.fused})
+        use_pointwise_kernels(model, {kind: choice.fused for kind, choice in choices.items() if choice.fused})
 
 
 def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]:
     """What computes attention in a run on `device`, for each kind of block, and why not each other implementation."""
     length, degree, checkpointing = config.training.seq_len, config.parallel.context, config.activation_checkpoint
+    keeps = keeps_operators(checkpointing) and checkpointing.modules != "feed_forward"
 
     def of_kind(attention: type[Attention]) -> Choice:
+        projections = attention.projections(config.model)
+        if projections and keeps:  # which would keep rotated queries and keys beside those of the linear layer
+            projections = projections._replace(why_apart="activation_checkpoint")
         request = attention_request(
             attention,
             config.model,
@@ -51,8 +51,7 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
             device,
             getattr(torch, config.training.compute_dtype),
             chunk=length // (2 * degree) if degree > 1 else None,
-            projections=attention.projections,
-            keeps_operators=keeps_operators(checkpointing) and checkpointing.modules != "feed_forward",
+            projections=projections,
         )
         return choose(request, config.kernels.attention)
 
@@ -85,20 +84,17 @@ def is_gpu_with_triton(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
-def use_pointwise_kernels(model: SWAMLAModel, kinds: Collection[str] | None = None) -> None:
+def use_pointwise_kernels(model: SWAMLAModel, fused: Mapping[str, FusedImplementation]) -> None:
     """SwiGLU by our kernels, and what lies between the linear layers of attention in one operator.
 
-    The latter in blocks of `kinds` (None: all) whose `projections` an operator takes. Not in SWA blocks with norms of
-    queries and keys, which come before the rotation.
+    The latter by kind of block, where its projections are as the implementation takes them.
     """
     for block in model.blocks.values():
         assert isinstance(block, Block)
         block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
-        mixer = block.attention
-        if not isinstance(mixer, Attention) or mixer.projections not in _FUSED:
-            continue
-        if (kinds is None or block.kind in kinds) and not (mixer.projections == "qkv" and model.config.qk_norm):
-            mixer.fused_attention = _FUSED[mixer.projections]()
+        mixer, taken = block.attention, fused.get(block.kind)
+        if taken and isinstance(mixer, Attention) and taken.takes(mixer.projections(model.config)):
+            mixer.fused_attention = FusedAttention(taken)
 
 
 class TritonSwiGLU(SwiGLU):
@@ -107,34 +103,3 @@ class TritonSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
         """As in SwiGLU."""
         return triton_swiglu(x, self.group)
-
-
-class RotaryWindowAttention(FusedAttention):
-    """Rotation and sliding-window attention (kernels/attention/rotary_window.py)."""
-
-    over = frozenset(each.name for each in ROTARY_WINDOW.over)
-
-    def forward(self, qkv: Tensor, context: AttentionContext, scale: float) -> Tensor:
-        """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
-        rule, by = context.mask, context.rotation
-        assert isinstance(rule, WindowRule)
-        shape = rule.starts, rule.window, rule.sink
-        return rotary_window_attention(qkv.contiguous(), by.cos, by.sin, *shape, scale)
-
-
-class RotaryLatentAttention(FusedAttention):
-    """Rotation, the keys' expansion and causal attention, in documents too (kernels/attention/latent.py)."""
-
-    over = frozenset(each.name for each in LATENT.over)
-
-    def forward(
-        self, query: Tensor, keys_values: Tensor, rope_key: Tensor, context: AttentionContext, scale: float
-    ) -> Tensor:
-        """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope], not rotated -> [B, T, H, v]."""
-        rule, by = context.mask, context.rotation
-        documents = (rule.starts, rule.ends) if isinstance(rule, DocumentRule) else ()
-        heads = query.contiguous(), keys_values.contiguous()
-        return latent_attention(*heads, rope_key, by.cos, by.sin, scale, *documents)
-
-
-_FUSED = {"qkv": RotaryWindowAttention, "latent": RotaryLatentAttention}  # by what is given to attention

@@ -8,6 +8,7 @@ from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice
+from swamla_titan.kernels.device import Limit
 from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices, is_gpu_with_triton
 from swamla_titan.parallel.parallelize import float8_coverage
 
@@ -53,5 +54,5 @@ def _why_not(asked: str, choices: dict[str, Choice]) -> str:
         return "has no block with attention to compute"
     names = [each.name for each in IMPLEMENTATIONS if each.label == asked]
     reasons = [choice.why_not[name] for choice in choices.values() for name in names if name in choice.why_not]
-    # What a device or heads want tells more than that an implementation is for other masks.
-    return next((why for why in reasons if why.startswith(("needs", "takes"))), reasons[0])
+    # A kernel's limit tells more than that an implementation is for other masks.
+    return next((why for why in reasons if isinstance(why, Limit)), reasons[0])

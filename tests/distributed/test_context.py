@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.kernels.attention import dispatch
-from swamla_titan.kernels.attention.masks import dense_mask, dense_mask_of, document_starts
+from swamla_titan.kernels.attention.masks import MaskSpec, dense_mask, dense_mask_of, document_starts
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.launch.worker import launched_size
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.context import (
@@ -124,6 +125,32 @@ def errors_of_models(names, documents, compiler=None, kernel=None):
 TOLERANCES = {None: 1e-11, "aot_eager": 1e-11, "inductor": 1e-5}
 
 
+class AllKeysByHalo(BLOCKS["swa"]):
+    """Plainly causal, of keys that ranks exchange."""
+
+    @classmethod
+    def mask(cls, config):
+        return MaskSpec()
+
+
+class WindowOfGathered(BLOCKS["mla"]):
+    """A window over keys that ranks gather."""
+
+    @classmethod
+    def mask(cls, config):
+        return MaskSpec(config.swa_window, config.swa_sink_size)
+
+
+def errors_of_other_kinds():
+    """Of blocks that the package does not know, by what they declare."""
+    BLOCKS.update(swa=AllKeysByHalo, mla=WindowOfGathered)
+    return errors_of_models(["mixed"], False) | {"documents": errors_of_models(["mixed"], True)["mixed"]}
+
+
+def test_what_a_kind_declares_is_all_that_sharing_needs():
+    check(on_ranks(3, errors_of_other_kinds))
+
+
 def check(errors, tolerance=1e-11):
     for rank, of_rank in enumerate(errors):
         for name, error in of_rank.items():
@@ -173,7 +200,9 @@ def flex_error():
         dense = model.context(T, documents)
         starts = None if documents is None else document_starts(documents)
         over = {"swa": dense["swa"].exchange, "mla": dense["mla"].layout}
-        masks = {kind: _mask("block", over[kind], starts, model.device) for kind in over}
+        masks = {
+            kind: _mask("block", over[kind], BLOCKS[kind].mask(model.config), starts, model.device) for kind in over
+        }
         flex = SequenceContext(
             {kind: replace(dense[kind], mask=mask, implementation=dispatch.FLEX) for kind, mask in masks.items()}
         )

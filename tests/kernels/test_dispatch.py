@@ -7,11 +7,21 @@ import torch
 
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
-from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FUSED, IMPLEMENTATIONS, Request, choose
+from swamla_titan.kernels.attention.dispatch import (
+    ATTENTION_BACKENDS,
+    FUSED,
+    IMPLEMENTATIONS,
+    Heads,
+    Projections,
+    Request,
+    choose,
+)
 from swamla_titan.kernels.attention.masks import MaskSpec
 
-WINDOW = Request(torch.device("cuda"), torch.bfloat16, 96, 96, MaskSpec(256, 4), 2048, False, rotary_width=96)
-CAUSAL = replace(WINDOW, qk_width=192, v_width=128, mask=MaskSpec(), rotary_width=64)
+WINDOW = Request(torch.device("cuda"), torch.bfloat16, Heads(16, 16, 96, 96), MaskSpec(256, 4), 2048, False)
+CAUSAL = replace(WINDOW, heads=Heads(16, 16, 192, 128), mask=MaskSpec())
+GROUPED = replace(CAUSAL, heads=Heads(16, 4, 192, 128))
+QKV, LATENT = Projections("qkv", 96), Projections("latent", 64)
 H100, A100 = (9, 0), (8, 0)
 
 
@@ -41,13 +51,26 @@ def test_one_is_taken_and_every_other_one_has_a_reason(request_, changes, asked)
         (WINDOW, "triton, windows", "sdpa, causal", "a window of 256 tokens"),
         (replace(WINDOW, chunk=256), "flex", "triton, windows", "parallel.context"),
         (replace(WINDOW, dtype=torch.float32), "flex", "triton, windows", "not timed on such a device"),
-        (replace(WINDOW, qk_width=80, v_width=80), "flex", "triton, windows", "takes no heads as wide as these in b"),
+        (
+            replace(WINDOW, heads=Heads(16, 16, 80, 80)),
+            "flex",
+            "triton, windows",
+            "takes no heads as wide as these in b",
+        ),
         (replace(WINDOW, mask=MaskSpec(256, 65)), "flex", "triton, windows", "takes no more than 64 sinks"),
         (replace(WINDOW, device=torch.device("cpu")), "sdpa, masked", "triton, windows", "needs a GPU"),
         (CAUSAL, "sdpa, causal", "triton, documents", "comes after sdpa, causal"),
         (replace(CAUSAL, has_documents=True), "triton, documents", "sdpa, causal", "data.document_mask"),
         (replace(CAUSAL, chunk=256), "cudnn, causal by chunks", "sdpa, causal", "parallel.context"),
         (replace(CAUSAL, chunk=256, has_documents=True), "flex", "cudnn, causal by chunks", "data.document_mask"),
+        (
+            replace(GROUPED, has_documents=True),
+            "flex",
+            "triton, documents",
+            "takes as many key heads as query heads, not",
+        ),
+        (replace(GROUPED, chunk=256), "flex", "cudnn, causal by chunks", "takes as many key heads as query heads, not"),
+        (GROUPED, "sdpa, causal", "triton, documents", "takes as many key heads as query heads, not 4 for 16"),
     ],
 )
 def test_why_not(request_, taken, name, why):
@@ -62,28 +85,32 @@ def test_why_not(request_, taken, name, why):
 @pytest.mark.parametrize(
     "request_, asked, fused, why",
     [
-        (replace(WINDOW, projections="qkv"), "auto", "triton, windows with their rotation", None),
-        (replace(WINDOW, projections="qkv"), "flex", "triton, windows with their rotation", "attention by flex"),
-        (replace(WINDOW, projections="qkv", has_qk_norm=True), "auto", None, "model.qk_norm"),
-        (replace(WINDOW, projections="qkv", keeps_operators=True), "auto", None, "activation_checkpoint"),
-        (replace(CAUSAL, projections="latent"), "auto", "cudnn, causal with its rotation", None),
-        (replace(CAUSAL, projections="latent", has_qk_norm=True), "auto", "cudnn, causal with its rotation", None),
-        (replace(CAUSAL, projections="latent"), "sdpa", None, "attention by sdpa"),
-        (replace(CAUSAL, projections="latent", chunk=256), "auto", None, "parallel.context"),
+        (replace(WINDOW, projections=QKV), "auto", "triton, windows with their rotation", None),
+        (replace(WINDOW, projections=QKV), "flex", "triton, windows with their rotation", "attention by flex"),
+        (replace(WINDOW, projections=QKV._replace(why_apart="model.qk_norm")), "auto", None, "model.qk_norm"),
         (
-            replace(CAUSAL, projections="latent", has_documents=True),
+            replace(WINDOW, projections=QKV._replace(why_apart="activation_checkpoint")),
+            "auto",
+            None,
+            "activation_checkpoint",
+        ),
+        (replace(CAUSAL, projections=LATENT), "auto", "cudnn, causal with its rotation", None),
+        (replace(CAUSAL, projections=LATENT), "sdpa", None, "attention by sdpa"),
+        (replace(CAUSAL, projections=LATENT, chunk=256), "auto", None, "parallel.context"),
+        (
+            replace(CAUSAL, projections=LATENT, has_documents=True),
             "auto",
             "triton, documents with their rotation",
             None,
         ),
-        (replace(CAUSAL, projections="latent", has_documents=True), "flex", None, "data.document_mask"),
+        (replace(CAUSAL, projections=LATENT, has_documents=True), "flex", None, "data.document_mask"),
     ],
 )
 def test_the_rotation_is_fused_where_an_implementation_takes_it(request_, asked, fused, why):
     choice = choose(request_, asked)
     assert (choice.fused and choice.fused.name) == fused
     assert choice.why_not_fused == why
-    fusable = {each.name for each in FUSED if each.projections == request_.projections}
+    fusable = {each.name for each in FUSED if each.layout == request_.projections.layout}
     assert fusable - {fused} <= choice.why_not.keys()
 
 

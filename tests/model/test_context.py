@@ -6,13 +6,13 @@ from tiny import TINY, build, random_tokens
 
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch, masks
-from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX, Request, choose
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX, LATENT, Heads, Request, choose
 from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.model import ModelConfig, sequences
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.parallel import kernels
 
 build_context = FullSequences().context
 
@@ -32,7 +32,7 @@ build_context = FullSequences().context
     ],
 )
 def test_what_flex_takes(dtype, widths, taken):
-    request = Request(torch.device("cuda"), dtype, *widths, MaskSpec(), 20, True)
+    request = Request(torch.device("cuda"), dtype, Heads(4, 4, *widths), MaskSpec(), 20, True)
     assert (FLEX.why_not(request) is None) == taken
 
 
@@ -165,8 +165,8 @@ def test_mla_hands_the_rule_of_documents_to_what_does_all_at_once(monkeypatch, d
         given.extend(bounds)
         return query.new_zeros(*query.shape[:3], TINY.v_head_dim)
 
-    monkeypatch.setattr(kernels, "latent_attention", all_at_once)
-    attention.fused_attention = kernels.RotaryLatentAttention()
+    monkeypatch.setattr(dispatch, "latent_attention", all_at_once)
+    attention.fused_attention = FusedAttention(LATENT)
     ids = torch.tensor([[0, 0, 1, 1, 1]]) if documents else None
     shared = build_context(TINY, 5, ids, torch.device("cpu"), torch.float32, "triton")["mla"]
     attention(torch.randn(1, 5, TINY.dim), shared)

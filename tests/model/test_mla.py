@@ -7,10 +7,11 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from swamla_titan.kernels.attention.dispatch import REFERENCE
+from swamla_titan.kernels.attention import dispatch
+from swamla_titan.kernels.attention.dispatch import LATENT, REFERENCE
 from swamla_titan.model.context import SequenceContext, rotation_at
+from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.rope import Rotation, rotate
-from swamla_titan.parallel import kernels
 
 
 @pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
@@ -52,8 +53,8 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(monkeypatch,
 
     hidden = torch.randn(2, 12, 32, dtype=torch.float64)
     expected, expected_of_documents = attention(hidden, alone), attention(hidden, documents)
-    monkeypatch.setattr(kernels, "latent_attention", steps)
-    attention.fused_attention = kernels.RotaryLatentAttention()
+    monkeypatch.setattr(dispatch, "latent_attention", steps)
+    attention.fused_attention = FusedAttention(LATENT)
     assert torch.equal(attention(hidden, alone), expected)
     assert len(calls) == 1
     assert torch.equal(attention(hidden, documents), expected_of_documents)

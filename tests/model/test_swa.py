@@ -7,10 +7,11 @@ import torch
 from tiny import ALL_SWA, build, random_tokens
 from transformers import MistralConfig, MistralForCausalLM
 
-from swamla_titan.kernels.attention.dispatch import WINDOW
+from swamla_titan.kernels.attention import dispatch
+from swamla_titan.kernels.attention.dispatch import ROTARY_WINDOW, WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule
+from swamla_titan.model.inner_attention import FusedAttention
 from swamla_titan.model.rope import Rotation, rotate
-from swamla_titan.parallel import kernels
 
 T = 14
 
@@ -138,8 +139,8 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(monkeypatch,
 
     hidden = torch.randn(1, T, 32, dtype=torch.float64)
     expected = attention(hidden, plain)
-    monkeypatch.setattr(kernels, "rotary_window_attention", steps)
-    attention.fused_attention = kernels.RotaryWindowAttention()
+    monkeypatch.setattr(dispatch, "rotary_window_attention", steps)
+    attention.fused_attention = FusedAttention(ROTARY_WINDOW)
     assert torch.equal(attention(hidden, ruled), expected)
     assert calls == [(starts, 4, 2)]
     assert torch.equal(attention(hidden, plain), expected), "under another mask the steps stay apart"

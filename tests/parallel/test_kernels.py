@@ -11,6 +11,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
+from swamla_titan.kernels.attention.dispatch import LATENT, LATENT_DOCUMENTS, ROTARY_WINDOW
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
@@ -53,8 +54,8 @@ def chosen(
     ours = {
         "loss": isinstance(model.loss_head, FusedLossHead),
         "swiglu": activations == {kernels.TritonSwiGLU},
-        "swa": isinstance(first, kernels.RotaryWindowAttention),
-        "mla": isinstance(mla, kernels.RotaryLatentAttention),
+        "swa": first is not None and first.implementation is ROTARY_WINDOW,
+        "mla": mla is not None and mla.implementation in (LATENT, LATENT_DOCUMENTS),
     }
     assert ours["loss"] or type(model.loss_head) is LossHead
     assert [first, mla].count(None) == [ours[part] for part in ("swa", "mla")].count(False)
@@ -91,9 +92,10 @@ def test_what_is_chosen(monkeypatch, how, expected):
 def test_norms_of_queries_and_keys_are_passed_over_by_no_caller():
     with torch.device("meta"):
         model = SWAMLAModel(ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, qk_norm=True))
-    kernels.use_pointwise_kernels(model)
-    fused = [type(block.attention.fused_attention) for block in model.blocks.values()]
-    assert fused == [type(None), type(None), kernels.RotaryLatentAttention]
+    kernels.use_pointwise_kernels(model, {"swa": ROTARY_WINDOW, "mla": LATENT})
+    fused = [block.attention.fused_attention for block in model.blocks.values()]
+    assert fused[:2] == [None, None]
+    assert fused[2].implementation is LATENT
 
 
 H100, A100 = (9, 0), (8, 0)

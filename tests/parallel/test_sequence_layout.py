@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from swamla_titan.kernels.attention.dispatch import FLEX, REFERENCE
-from swamla_titan.kernels.attention.masks import block_mask_of, dense_mask_of, document_starts
-from swamla_titan.parallel.context import mla_intervals, swa_intervals
+from swamla_titan.kernels.attention.masks import MaskSpec, block_mask_of, dense_mask_of, document_starts
+from swamla_titan.parallel.context import gathered_intervals, swa_intervals
 from swamla_titan.parallel.sequence_layout import (
     SequenceLayout,
     Traffic,
@@ -37,7 +37,7 @@ def test_every_token_has_one_rank_and_all_see_as_many_pairs(size):
     held = [start + i for layout in layouts for start in layout.starts for i in range(layout.chunk)]
     assert sorted(held) == list(range(seq_len))
     starts = torch.zeros(1, seq_len, dtype=torch.int64)
-    pairs = [dense_mask_of(mla_intervals(starts, layout), seq_len).sum().item() for layout in layouts]
+    pairs = [dense_mask_of(gathered_intervals(starts, layout, MaskSpec()), seq_len).sum().item() for layout in layouts]
     assert len(set(pairs)) == 1
     assert sum(pairs) == seq_len * (seq_len + 1) // 2
 
@@ -85,7 +85,7 @@ def test_tiles_of_a_part_of_the_row(seq_len, window, sink, cut, rank):
     exchange = plan_swa_exchange(layout, window, sink)
     starts = random_starts(2, seq_len, cut)
     check_tiles(swa_intervals(starts, exchange), 2 * exchange.section)
-    check_tiles(mla_intervals(starts, layout), seq_len)
+    check_tiles(gathered_intervals(starts, layout, MaskSpec()), seq_len)
 
 
 @pytest.mark.gpu
@@ -98,7 +98,7 @@ def test_flex_over_a_part_of_the_row(rank, cut):
     starts = random_starts(2, 2048, cut).cuda()
     for intervals, keys in (
         (swa_intervals(starts, exchange), 2 * exchange.section),
-        (mla_intervals(starts, layout), layout.seq_len),
+        (gathered_intervals(starts, layout, MaskSpec()), layout.seq_len),
     ):
         shapes = [(2, 1024, 4, 64), (2, keys, 2, 64), (2, keys, 2, 64)]
         inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]

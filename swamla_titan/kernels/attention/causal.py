@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.device import Limit
+
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
 CUDNN_DETERMINISTIC_MAX_LEN = 16384
 
@@ -48,21 +50,21 @@ def why_not_cudnn(queries: int, keys: int, is_masked: bool = False) -> str | Non
 
 def why_not_cudnn_heads(
     device: torch.device, dtype: torch.dtype, seq_len: int, chunk: int, qk_width: int, v_width: int
-) -> str | None:
+) -> Limit | None:
     """Why cuDNN's attention cannot take chunks and heads of these sizes, forward and backward, or None.
 
     Depends on torch's current settings, which may switch cuDNN off or ask for deterministic algorithms.
     """
     if device.type != "cuda":
-        return "needs a GPU"
+        return Limit("needs a GPU")
     if why := why_not_cudnn(seq_len, chunk):
-        return why
+        return Limit(why)
 
     def heads(width: int) -> Tensor:
         return torch.empty(1, 1, chunk, width, dtype=dtype, device=device, requires_grad=True)
 
     params = torch.backends.cuda.SDPAParams(heads(qk_width), heads(qk_width), heads(v_width), None, 0.0, False, False)
-    return None if torch.backends.cuda.can_use_cudnn_attention(params) else "not by cuDNN"
+    return None if torch.backends.cuda.can_use_cudnn_attention(params) else Limit("not by cuDNN")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,23 +1,14 @@
 """The choice between the implementations of softmax attention, and why each other one was not taken.
 
-| implementation | mask         | meaning                            | computed by                                |
-|----------------|--------------|------------------------------------|--------------------------------------------|
-| CAUSAL         | None         | causal, one document a sequence    | SDPA's causal kernels; cuDNN first on CUDA |
-| CHUNKED        | Chunks       | the same, for chunks of a sequence | cuDNN, chunk by chunk (CUDA)               |
-| WINDOW         | WindowRule   | window and sink, also in documents | our Triton kernel (CUDA)                   |
-| DOCUMENT       | DocumentRule | causal inside documents            | our Triton kernel (CUDA)                   |
-| FLEX           | BlockMask    | window and sink, or documents      | FlexAttention, always compiled (CUDA)      |
-| SDPA           | Tensor       | the same, as booleans              | SDPA with a mask                           |
-| REFERENCE      | Tensor, None | any                                | scores, softmax, average, written down     |
-
-Two more rotate queries and keys too, over one of these: ROTARY_WINDOW over WINDOW, LATENT over CAUSAL or DOCUMENT.
+Each is one entry, a subclass of Implementation; those that rotate queries and keys too, of FusedImplementation.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +19,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from swamla_titan.kernels.attention.causal import why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.chunked import chunked_causal_attention
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
-from swamla_titan.kernels.attention.masks import Chunks, DocumentRule, Mask, MaskSpec, WindowRule
+from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.masks import Chunks, DocumentRule, Mask, MaskForm, MaskSpec, WindowRule
+from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
-from swamla_titan.kernels.device import is_tuned_for, named
+from swamla_titan.kernels.device import Limit, is_tuned_for, named
+from swamla_titan.kernels.limits import AttentionBackend
 
-# "auto": the fastest that device, dtype and shape allow; "triton": our kernels wherever they run, else as auto;
-# "flex": FlexAttention for what is not plainly causal; "sdpa": boolean masks, for any length without compiling again;
-# "reference": boolean masks and explicit scores.
-ATTENTION_BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
+ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
 
 # cuDNN first: on an H100 it takes queries and keys of 192 beside values of 128, 3.5 times as fast as flex.
 _CUDA_BACKENDS = [
@@ -49,27 +40,50 @@ _ALIGNED = 8  # elements of 16 bits: cuDNN reads values where they lie, behind t
 _NO_LIMIT = 2**31
 
 
+class Heads(NamedTuple):
+    """Numbers of query heads and of key/value heads, and the widths of queries and keys, and of values."""
+
+    queries: int
+    keys: int
+    qk_width: int
+    v_width: int
+
+
+Layout = Literal["qkv", "latent"]
+
+
+class Projections(NamedTuple):
+    """What the linear layers before attention give, for implementations that rotate queries and keys too.
+
+    `layout`: "qkv", queries, keys and values by groups of heads; "latent", queries, the latent's expansion and the
+    rotary key. `rotary_width`: how much of a head is rotated. `why_apart`: the configuration's section or key because
+    of which the rotation stays apart from attention, whatever implements it; None: nothing keeps it apart.
+    """
+
+    layout: Layout
+    rotary_width: int
+    why_apart: str | None = None
+
+
 @dataclass(frozen=True)
 class Request:
     """What a kind of block asks of attention: everything that the choice depends on.
 
     `chunk`: under context parallelism a device has two chunks of each sequence of this length; None: full sequences.
-    `projections`: what its linear layers give, "qkv" (queries, keys and values, by groups of heads) or "latent"; None:
-    implementations with the rotation are not asked for. `rotary_width`: how much of a head is rotated.
+    `projections` None: implementations with the rotation are not asked for.
+
+    To add a fact: a field here, which attention_request (model/sequences.py) fills in, and its refusal in `_why_not`
+    for entries that do not know it.
     """
 
     device: torch.device
     dtype: torch.dtype
-    qk_width: int
-    v_width: int
+    heads: Heads
     mask: MaskSpec
     seq_len: int
     has_documents: bool
     chunk: int | None = None
-    projections: str | None = None
-    rotary_width: int = 0
-    has_qk_norm: bool = False
-    keeps_operators: bool = False  # by activation checkpointing
+    projections: Projections | None = None
 
     @property
     def is_plainly_causal(self) -> bool:
@@ -77,65 +91,81 @@ class Request:
 
         A sequence of one token never needs one: it sees itself, which is a shape less for the kernels with masks.
         """
+        if self.chunk is not None:
+            return False
         window = self.mask.window
         return self.seq_len == 1 or (not self.has_documents and (window is None or window >= self.seq_len))
 
 
-Call = Callable[[Tensor, Tensor, Tensor, Mask, float], Tensor]
+class Entry(ABC):
+    """What the choice reads of an implementation.
+
+    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it.
+    """
+
+    name: str
+    label: str
+    asked_by: tuple[AttentionBackend, ...]
+
+    def why_not(self, request: Request) -> str | None:
+        """What keeps it from the request, or None."""
+        return None
+
+    def is_timed(self, request: Request) -> bool:
+        """Whether it was timed on such a device and found faster than what follows, else "auto" skips it."""
+        return True
 
 
-def _always(request: Request) -> bool:
-    return True
-
-
-def _never(request: Request) -> None:
-    return None
-
-
-@dataclass(frozen=True, eq=False)
-class Implementation:
+class Implementation(Entry):
     """One way to compute softmax(scale * query key^T + mask) value.
 
-    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it; `form` is the mask
-    that it wants (mask_of_sequences in masks.py); `why_not` says what keeps it from a request, or None; `is_timed`
-    whether it was timed on such a device and found faster than what follows, without which "auto" passes it by.
-
-    `call(query, key, value, mask, scale)`: query [B, T, H, D], key [B, S, G, D], value [B, S, G, E] with H a multiple
-    of G (query heads h*H/G ... share the key head h) -> [B, T, H, E] in query's dtype. Each query must see a key.
+    `form` is the mask that it wants (mask_of_sequences in masks.py). `operators` give its results, which activation
+    checkpointing by operators keeps: they are quadratic in the sequence's length, and their results as narrow as the
+    residual stream.
     """
 
-    name: str
-    label: str
-    asked_by: tuple[str, ...]
-    form: str
-    why_not: Callable[[Request], str | None]
-    call: Call
-    is_timed: Callable[[Request], bool] = _always
+    form: MaskForm
+    operators: tuple[Any, ...]
+
+    @abstractmethod
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E] in query's dtype; each query must see a key.
+
+        H is a multiple of G: the query heads h*H/G ... share the key head h.
+        """
 
 
-@dataclass(frozen=True, eq=False)
-class FusedImplementation:
-    """An implementation that also does what lies between the linear layers and attention; fields as above.
+class FusedImplementation(Entry):
+    """An implementation that also does what lies between the linear layers and attention.
 
-    It takes the place of those in `over`, pass by pass, where a block's `projections` are as it wants them.
+    It takes the place of those named in `over`, pass by pass, in blocks whose projections have its `layout`.
     """
 
-    name: str
-    label: str
-    asked_by: tuple[str, ...]
-    projections: str
-    over: tuple[Implementation, ...]
-    why_not: Callable[[Request], str | None]
-    is_timed: Callable[[Request], bool] = _always
+    layout: Layout
+    over: frozenset[str]
+
+    def takes(self, projections: Projections | None) -> bool:
+        """Whether it can do what lies between these and attention."""
+        return projections is not None and projections.layout == self.layout and projections.why_apart is None
+
+    def why_not(self, request: Request) -> str | None:
+        """As in Entry."""
+        assert request.projections is not None
+        return request.projections.why_apart
+
+    @abstractmethod
+    def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
+        """What the linear layers give, not rotated -> [B, T, H, E]; cos and sin are model/rope.py's."""
 
 
 class Choice(NamedTuple):
-    """The implementation that is taken, one that also rotates or None, and the reason against each other, by name.
+    """The implementation that is taken, the form of mask that it wants, and the reason against each other, by name.
 
-    `fused` serves the passes whose attention is by one of `fused.over`.
+    `fused` is one that also rotates, or None; it serves the passes whose attention is by one of `fused.over`.
     """
 
     implementation: Implementation
+    form: MaskForm
     fused: FusedImplementation | None
     why_not: dict[str, str]
 
@@ -150,39 +180,42 @@ class Choice(NamedTuple):
         """Why queries and keys are rotated apart from attention; None: they are not."""
         if self.fused is None:
             return next((self.why_not[each.name] for each in FUSED if each.name in self.why_not), "no kernel")
-        return None if self.implementation in self.fused.over else f"attention by {self.implementation.label}"
+        return None if self.implementation.name in self.fused.over else f"attention by {self.implementation.label}"
 
 
-def choose(request: Request, asked: str) -> Choice:
-    """The first implementation that nothing keeps from the request; `asked` is one of ATTENTION_BACKENDS.
+def choose(request: Request, asked: AttentionBackend) -> Choice:
+    """The first implementation that nothing keeps from the request.
 
-    Raises ValueError for another value.
+    Raises ValueError if `asked` is not one of ATTENTION_BACKENDS.
     """
     if asked not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend {asked!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
     reasons: dict[str, str] = {}
     taken = _first(IMPLEMENTATIONS, request, asked, reasons)
-    assert isinstance(taken, Implementation), "SDPA takes everything"
-    fusable = [each for each in FUSED if each.projections == request.projections]
-    fused = _first(fusable, request, asked, reasons)
-    assert fused is None or isinstance(fused, FusedImplementation)
-    return Choice(taken, fused, reasons)
+    assert taken is not None, "SDPA and the reference take everything"
+    form: MaskForm = "none" if request.is_plainly_causal else taken.form
+    layout = request.projections and request.projections.layout
+    fused = _first([each for each in FUSED if each.layout == layout], request, asked, reasons)
+    return Choice(taken, form, fused, reasons)
 
 
-def _first(
-    entries: "list[Implementation] | list[FusedImplementation]", request: Request, asked: str, reasons: dict[str, str]
-) -> Implementation | FusedImplementation | None:
+_E = TypeVar("_E", bound=Entry)
+
+
+def _first(entries: Sequence[_E], request: Request, asked: AttentionBackend, reasons: dict[str, str]) -> _E | None:
     taken = None
     for each in entries:
         why = _why_not(each, request, asked)
-        if why is None and taken is None:
+        if why is None and taken is not None:
+            why = f"comes after {taken.name}"
+        if why is None:
             taken = each
         else:
-            reasons[each.name] = why or f"comes after {taken.name}"  # type: ignore[union-attr]
+            reasons[each.name] = why
     return taken
 
 
-def _why_not(entry: Implementation | FusedImplementation, request: Request, asked: str) -> str | None:
+def _why_not(entry: Entry, request: Request, asked: AttentionBackend) -> str | None:
     if asked not in entry.asked_by:
         return f"attention by {asked}"
     if why := entry.why_not(request):
@@ -190,156 +223,215 @@ def _why_not(entry: Implementation | FusedImplementation, request: Request, aske
     return None if asked != "auto" or entry.is_timed(request) else "not timed on such a device"
 
 
-def _why_not_causal(request: Request) -> str | None:
-    if request.chunk is not None:
-        return "parallel.context"
-    if request.is_plainly_causal:
+def _why_not_cudnn(request: Request, queries: int) -> str | None:
+    sizes = request.seq_len, queries, request.heads.qk_width, request.heads.v_width
+    return why_not_cudnn_heads(request.device, request.dtype, *sizes)
+
+
+def _why_not_grouped(heads: Heads) -> str | None:
+    """For kernels that give each query head a key head of its own."""
+    if heads.queries == heads.keys:
         return None
-    return "data.document_mask" if request.has_documents else f"a window of {request.mask.window} tokens"
+    return Limit(f"takes as many key heads as query heads, not {heads.keys} for {heads.queries}")
 
 
-def _why_not_chunked(request: Request) -> str | None:
-    if request.chunk is None:
-        return "full sequences"
-    if request.mask.window is not None:
-        return f"a window of {request.mask.window} tokens"
-    if request.has_documents:
-        return "data.document_mask"
-    return why_not_cudnn_heads(
-        request.device, request.dtype, request.seq_len, request.chunk, request.qk_width, request.v_width
+_OURS: tuple[AttentionBackend, ...] = ("auto", "triton")
+_MASKED: tuple[AttentionBackend, ...] = (*_OURS, "flex")
+_ALL_FAST: tuple[AttentionBackend, ...] = (*_MASKED, "sdpa")
+
+
+class _SDPA(Implementation):
+    """Any mask, as booleans."""
+
+    name, label, asked_by = "sdpa, masked", "sdpa", _ALL_FAST
+    form: MaskForm = "boolean"
+    # Its plain path, for shapes that no kernel takes, is no operator of its own: its results include T x T scores.
+    operators = (
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_attention_math_for_mps.default,
+        torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     )
 
-
-def _why_not_window(request: Request) -> str | None:
-    if request.mask.window is None:
-        return "no window"
-    if request.qk_width != request.v_width:
-        return "values of another width than keys"
-    why = why_not_window_kernel(request.device, request.dtype, request.qk_width, request.mask.sink)
-    return why or ("parallel.context" if request.chunk is not None else None)
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert mask is None or isinstance(mask, Tensor)
+        return _sdpa(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale).transpose(1, 2)
 
 
-def _why_not_document(request: Request) -> str | None:
-    if request.mask.window is not None:
-        return f"a window of {request.mask.window} tokens"
-    why = why_not_document_kernel(request.device, request.dtype, request.qk_width, request.v_width)
-    return why or ("parallel.context" if request.chunk is not None else None)
+class _Causal(_SDPA):
+    """Causal, one document a sequence, by SDPA's causal kernels; cuDNN first on CUDA."""
+
+    name, label, asked_by, form = "sdpa, causal", "sdpa, causal", _ALL_FAST, "none"
+
+    def why_not(self, request: Request) -> str | None:
+        if request.chunk is not None:
+            return "parallel.context"
+        if request.is_plainly_causal:
+            return None
+        return "data.document_mask" if request.has_documents else f"a window of {request.mask.window} tokens"
 
 
-def _why_not_flex(request: Request) -> str | None:
-    """FlexAttention's CUDA kernels have no float64 and no heads narrower than 16.
+class _Chunked(Implementation):
+    """Causal, one document a sequence, for chunks of it: by cuDNN, chunk by chunk (CUDA)."""
 
-    In float32 heads wider than 128 (MLA's of 192) want more shared memory than a GPU has.
+    name, label, asked_by, form = "cudnn, causal by chunks", "cudnn, causal by chunks", _MASKED, "chunks"
+    operators = (torch.ops.swamla_titan.chunked_causal_attention.default,)
+
+    def why_not(self, request: Request) -> str | None:
+        if request.chunk is None:
+            return "full sequences"
+        if request.mask.window is not None:
+            return f"a window of {request.mask.window} tokens"
+        if request.has_documents:
+            return "data.document_mask"
+        return _why_not_grouped(request.heads) or _why_not_cudnn(request, request.chunk)
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, Chunks)
+        return chunked_causal_attention(query, key, value, mask.starts, scale, _CHUNK_KERNEL)
+
+
+class _Window(Implementation):
+    """Window and sink, also in documents, by our Triton kernel (CUDA)."""
+
+    name, label, asked_by, form = "triton, windows", "triton", _OURS, "window"
+    operators = (torch.ops.swamla_titan.window_attention.default,)
+
+    def why_not(self, request: Request) -> str | None:
+        if request.mask.window is None:
+            return "no window"
+        if request.heads.qk_width != request.heads.v_width:
+            return "values of another width than keys"
+        why = why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
+        return why or ("parallel.context" if request.chunk is not None else None)
+
+    def is_timed(self, request: Request) -> bool:
+        return is_tuned_for(request.device, request.dtype)
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, WindowRule)
+        return window_attention(query, key, value, mask.starts, mask.window, mask.sink, scale)
+
+
+class _Document(Implementation):
+    """Causal inside documents, by our Triton kernel (CUDA)."""
+
+    name, label, asked_by, form = "triton, documents", "triton", _OURS, "documents"
+    operators = (torch.ops.swamla_titan.document_attention.default,)
+
+    def why_not(self, request: Request) -> str | None:
+        if request.mask.window is not None:
+            return f"a window of {request.mask.window} tokens"
+        widths = request.heads.qk_width, request.heads.v_width
+        why = why_not_document_kernel(request.device, request.dtype, *widths) or _why_not_grouped(request.heads)
+        return why or ("parallel.context" if request.chunk is not None else None)
+
+    def is_timed(self, request: Request) -> bool:
+        widths = request.heads.qk_width, request.heads.v_width
+        return widths == TIMED_WIDTHS and is_tuned_for(request.device, request.dtype)
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, DocumentRule)
+        return document_attention(query, key, value, mask.starts, mask.ends, scale)
+
+
+class _Flex(Implementation):
+    """Any mask, as tiles of 128 tokens, by FlexAttention, always compiled (CUDA).
+
+    Its kernels have no float64 and no heads narrower than 16. In float32 heads wider than 128 (MLA's of 192) want more
+    shared memory than a GPU has.
     """
-    if request.device.type != "cuda":
-        return "needs a GPU"
-    widths = request.qk_width, request.v_width
-    fits = request.dtype in (torch.bfloat16, torch.float16) or (request.dtype == torch.float32 and max(widths) <= 128)
-    return None if fits and min(widths) >= 16 else f"takes no heads as wide as these in {named(request.dtype)}"
+
+    name, label, asked_by, form = "flex", "flex", _MASKED, "block"
+    operators = (torch.ops.higher_order.flex_attention,)
+
+    def why_not(self, request: Request) -> str | None:
+        if request.device.type != "cuda":
+            return Limit("needs a GPU")
+        dtype, widths = request.dtype, (request.heads.qk_width, request.heads.v_width)
+        fits = dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and max(widths) <= 128)
+        return None if fits and min(widths) >= 16 else Limit(f"takes no heads as wide as these in {named(dtype)}")
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, BlockMask)
+        return _flex(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale).transpose(1, 2)
 
 
-def _why_not_rotary_window(request: Request) -> str | None:
-    if request.keeps_operators:
-        return "activation_checkpoint"  # which would keep rotated queries and keys beside those of the projection
-    return "model.qk_norm" if request.has_qk_norm else None  # which lies between projection and rotation
+class _Reference(Implementation):
+    """Any mask, as booleans: scores, softmax, average, written down."""
+
+    name, label, asked_by, form = "reference", "reference", ("reference",), "boolean"
+    operators = ()
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert mask is None or isinstance(mask, Tensor)
+        heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return reference_attention(*heads, mask, scale).transpose(1, 2)
 
 
-def _why_not_latent_heads(request: Request) -> str | None:
-    if request.keeps_operators:
-        return "activation_checkpoint"
-    if request.chunk is not None:
-        return "parallel.context"
-    unaligned = (request.qk_width - request.rotary_width) % _ALIGNED
-    return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}" if unaligned else None
+CAUSAL, CHUNKED, WINDOW, DOCUMENT = _Causal(), _Chunked(), _Window(), _Document()
+FLEX, SDPA, REFERENCE = _Flex(), _SDPA(), _Reference()
+IMPLEMENTATIONS: list[Implementation] = [CAUSAL, CHUNKED, WINDOW, DOCUMENT, FLEX, SDPA, REFERENCE]  # the fastest first
 
 
-def _why_not_latent(request: Request) -> str | None:
-    if why := _why_not_latent_heads(request):
-        return why
-    if request.has_documents:
-        return "data.document_mask"
-    length = request.seq_len
-    return why_not_cudnn_heads(request.device, request.dtype, length, length, request.qk_width, request.v_width)
+class _RotaryWindow(FusedImplementation):
+    """Window and sink with the rotation before, by our Triton kernels (CUDA)."""
+
+    name, label, asked_by = "triton, windows with their rotation", "triton", ATTENTION_BACKENDS
+    layout, over = "qkv", frozenset({WINDOW.name})
+
+    def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
+        """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
+        (qkv,) = projections
+        assert isinstance(mask, WindowRule)
+        return rotary_window_attention(qkv.contiguous(), cos, sin, mask.starts, mask.window, mask.sink, scale)
 
 
-def _why_not_latent_documents(request: Request) -> str | None:
-    if why := _why_not_latent_heads(request):
-        return why
-    return _why_not_document(request) if request.has_documents else "no documents"
+class _Latent(FusedImplementation):
+    """Causal attention with the rotation and the keys' expansion before, by cuDNN (CUDA)."""
+
+    name, label, asked_by = "cudnn, causal with its rotation", "cudnn with its rotation", _MASKED
+    layout, over = "latent", frozenset({CAUSAL.name, DOCUMENT.name})
+
+    def why_not(self, request: Request) -> str | None:
+        if why := self._why_not_heads(request):
+            return why
+        return "data.document_mask" if request.has_documents else _why_not_cudnn(request, request.seq_len)
+
+    def _why_not_heads(self, request: Request) -> str | None:
+        if why := super().why_not(request):
+            return why
+        if request.chunk is not None:
+            return "parallel.context"
+        assert request.projections is not None
+        unaligned = (request.heads.qk_width - request.projections.rotary_width) % _ALIGNED
+        return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}" if unaligned else None
+
+    def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
+        """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope] -> [B, T, H, v]."""
+        query, keys_values, rope_key = projections
+        documents = (mask.starts, mask.ends) if isinstance(mask, DocumentRule) else ()
+        return latent_attention(query.contiguous(), keys_values.contiguous(), rope_key, cos, sin, scale, *documents)
 
 
-def _is_window_timed(request: Request) -> bool:
-    return is_tuned_for(request.device, request.dtype)
+class _LatentDocuments(_Latent):
+    """The same inside documents, by our Triton kernels (CUDA)."""
+
+    name, label, asked_by = "triton, documents with their rotation", "triton with its rotation", _OURS
+
+    def why_not(self, request: Request) -> str | None:
+        if why := self._why_not_heads(request):
+            return why
+        return DOCUMENT.why_not(request) if request.has_documents else "no documents"
+
+    def is_timed(self, request: Request) -> bool:
+        return DOCUMENT.is_timed(request)
 
 
-def _are_documents_timed(request: Request) -> bool:
-    return (request.qk_width, request.v_width) == TIMED_WIDTHS and is_tuned_for(request.device, request.dtype)
-
-
-def _by_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert mask is None or isinstance(mask, Tensor)
-    return _sdpa(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale).transpose(1, 2)
-
-
-def _by_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert isinstance(mask, Chunks)
-    return chunked_causal_attention(query, key, value, mask.starts, scale, _CHUNK_KERNEL)
-
-
-def _by_window_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert isinstance(mask, WindowRule)
-    return window_attention(query, key, value, mask.starts, mask.window, mask.sink, scale)
-
-
-def _by_document_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert isinstance(mask, DocumentRule)
-    return document_attention(query, key, value, mask.starts, mask.ends, scale)
-
-
-def _by_flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert isinstance(mask, BlockMask)
-    return _flex(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale).transpose(1, 2)
-
-
-def _by_reference(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
-    assert mask is None or isinstance(mask, Tensor)
-    heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return reference_attention(*heads, mask, scale).transpose(1, 2)
-
-
-_OURS, _MASKED = ("auto", "triton"), ("auto", "triton", "flex")
-_ALL_FAST = (*_MASKED, "sdpa")
-CAUSAL = Implementation("sdpa, causal", "sdpa, causal", _ALL_FAST, "none", _why_not_causal, _by_sdpa)
-CHUNKED = Implementation(
-    "cudnn, causal by chunks", "cudnn, causal by chunks", _MASKED, "chunks", _why_not_chunked, _by_chunks
-)
-WINDOW = Implementation(
-    "triton, windows", "triton", _OURS, "window", _why_not_window, _by_window_kernel, _is_window_timed
-)
-DOCUMENT = Implementation(
-    "triton, documents", "triton", _OURS, "documents", _why_not_document, _by_document_kernel, _are_documents_timed
-)
-FLEX = Implementation("flex", "flex", _MASKED, "block", _why_not_flex, _by_flex)
-SDPA = Implementation("sdpa, masked", "sdpa", _ALL_FAST, "boolean", _never, _by_sdpa)
-REFERENCE = Implementation("reference", "reference", ("reference",), "boolean", _never, _by_reference)
-IMPLEMENTATIONS = [CAUSAL, CHUNKED, WINDOW, DOCUMENT, FLEX, SDPA, REFERENCE]  # the fastest first
-
-ROTARY_WINDOW = FusedImplementation(
-    "triton, windows with their rotation", "triton", ATTENTION_BACKENDS, "qkv", (WINDOW,), _why_not_rotary_window
-)
-LATENT = FusedImplementation(
-    "cudnn, causal with its rotation", "cudnn with its rotation", _MASKED, "latent", (CAUSAL, DOCUMENT), _why_not_latent
-)
-LATENT_DOCUMENTS = FusedImplementation(
-    "triton, documents with their rotation",
-    "triton with its rotation",
-    _OURS,
-    "latent",
-    (CAUSAL, DOCUMENT),
-    _why_not_latent_documents,
-    _are_documents_timed,
-)
-FUSED = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS]
+ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS = _RotaryWindow(), _Latent(), _LatentDocuments()
+FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS]
 
 
 def sdpa_backends(queries: int, keys: int, is_masked: bool) -> list[SDPBackend]:

@@ -9,19 +9,28 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swamla_titan.kernels.device import SplitWidth, Tiles, named, strides, tma_descriptors, tma_readable, why_no_kernels
+from swamla_titan.kernels.device import (
+    Limit,
+    SplitWidth,
+    Tiles,
+    named,
+    strides,
+    tma_descriptors,
+    tma_readable,
+    why_no_kernels,
+)
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 
 TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it was timed (documents of 500 tokens)
 
 
-def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> str | None:
+def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> Limit | None:
     """Why `document_attention` cannot take heads of these widths in this dtype on this device, or None."""
     if why := why_no_kernels(device):
         return why
     fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS and dtype in (torch.bfloat16, torch.float16)
-    return None if fits else f"takes no heads as wide as these in {named(dtype)}"
+    return None if fits else Limit(f"takes no heads as wide as these in {named(dtype)}")
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ document starts: mask, positions and sink all derive from it, so they cannot dis
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,9 +112,10 @@ class Chunks:
 
 
 Mask = Tensor | BlockMask | WindowRule | DocumentRule | Chunks | None
+MaskForm = Literal["boolean", "block", "window", "documents", "chunks", "none"]  # of these, in this order
 
 
-def mask_of_sequences(form: str, starts: Tensor, has_documents: bool, spec: MaskSpec) -> Mask:
+def mask_of_sequences(form: MaskForm, starts: Tensor, has_documents: bool, spec: MaskSpec) -> Mask:
     """The mask of full sequences in the form that an implementation of attention takes.
 
     `starts` [B or 1, T] int64 are where each token's document begins.

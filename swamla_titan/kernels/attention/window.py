@@ -9,18 +9,27 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swamla_titan.kernels.device import SplitWidth, Tiles, named, strides, tma_descriptors, tma_readable, why_no_kernels
+from swamla_titan.kernels.device import (
+    Limit,
+    SplitWidth,
+    Tiles,
+    named,
+    strides,
+    tma_descriptors,
+    tma_readable,
+    why_no_kernels,
+)
 from swamla_titan.kernels.flops import attention_flops, window_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 
 
-def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> str | None:
+def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> Limit | None:
     """Why `window_attention` cannot take heads of this width in this dtype on this device, or None."""
     if why := why_no_kernels(device):
         return why
     if width in WINDOW_WIDTHS and dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return None if sink <= WINDOW_SINKS else f"takes no more than {WINDOW_SINKS} sinks"
-    return f"takes no heads as wide as these in {named(dtype)}"
+        return None if sink <= WINDOW_SINKS else Limit(f"takes no more than {WINDOW_SINKS} sinks")
+    return Limit(f"takes no heads as wide as these in {named(dtype)}")
 
 
 def window_attention(
