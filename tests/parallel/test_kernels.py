@@ -16,8 +16,8 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
-from swamla_titan.parallel.kernels import choose_kernels
-from swamla_titan.train.kernels import pointwise_of, validate_pointwise
+from swamla_titan.parallel.kernels import attention_choices, choose_kernels
+from swamla_titan.train.kernels import pointwise_of, validate_attention, validate_pointwise
 
 CPU = torch.device("cpu")
 TRITON = Kernels(attention="triton", pointwise="triton")
@@ -169,3 +169,11 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
         validate_pointwise(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
+
+
+def test_a_limit_of_the_kernel_is_reported_before_masks_that_others_of_its_kind_are_for():
+    latent = replace(WIDE, swa_layers_per_cycle=0)
+    config = Config(model=latent, kernels=Kernels(attention="triton"), data=Data(document_mask=True))
+    assert attention_choices(config, CPU)["mla"].why_not["triton, windows"] == "no window"
+    with pytest.raises(UserError, match=r'kernels\.attention = "triton" needs a GPU; with "auto"'):
+        validate_attention(config, World.alone(CPU))
