@@ -39,7 +39,7 @@ from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.kernels import pointwise_of
 from swamla_titan.train.precision import set_precision_and_determinism
-from swamla_titan.train.setup import VALIDATIONS, open_data
+from swamla_titan.train.setup import VALIDATIONS, open_data, rehearse
 from swamla_titan.train.throughput import peak_flops
 
 _REMEDIES = {"folder": "choose another job.dump_folder"}
@@ -81,7 +81,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     if name is not None:
         try:
             without_effect: list[str] = []
-            config, choices = _decided(load_config(find_config(name), overrides, without_effect.append), device)
+            loaded = load_config(find_config(name), overrides, without_effect.append)
+            config, choices = _decided(loaded, device)
             inputs = [_processes, _validated, _folder, _tokenizer, _data, _model, _optimizer, _stability]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
@@ -99,6 +100,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
     failed = {finding.subject for finding in about_input if finding.state == "failure"}
+    if inputs and name is not None and not failed:
+        about_input += _answers([_run], loaded, device)
     about_input = [each for each in about_input if each.state == "failure" or each.subject not in failed]
     for finding in about_machine + about_input:
         print(finding, flush=True)
@@ -270,10 +273,19 @@ def _processes(config: Config, device: torch.device) -> list[Finding]:
     return []
 
 
+def _run(config: Config, device: torch.device) -> list[Finding]:
+    """What else a run would refuse, of the checkpoint that it continues from above all; `config` may have "auto"."""
+    rehearse(config, _world(config, device))
+    return []
+
+
+def _world(config: Config, device: torch.device) -> World:
+    return World.planned(fit_degrees(config.parallel, _ranks(config)), device)
+
+
 def _validated(config: Config, device: torch.device) -> list[Finding]:
     """What a run would refuse before it opens its data."""
-    world = World.planned(fit_degrees(config.parallel, _ranks(config)), device)
-    found = []
+    world, found = _world(config, device), []
     for subject, validation in VALIDATIONS.items():
         try:
             validation(config, world)

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from swamla_titan.checkpoint.dump_folder import validate_unlocked
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
@@ -17,7 +16,7 @@ from swamla_titan.launch.worker import launched_size
 from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
-from swamla_titan.train.setup import Setup, from_newest_intact, set_up_inputs, set_up_resume, validate
+from swamla_titan.train.setup import Setup, rehearse
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
@@ -34,25 +33,16 @@ def print_plan(config: Config, gpus: int | None) -> None:
 
 
 def dry_run(config: Config, gpus: int | None) -> None:
-    """`_dry_run`, from the newest checkpoint that can be used."""
-    from_newest_intact(lambda damaged: _dry_run(config, gpus, damaged))
-
-
-def _dry_run(config: Config, gpus: int | None, damaged: dict[Path, str]) -> None:
     """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
 
-    Calls the phases of the trainer's setup in their order, and writes nothing. Where there is no GPU here, those of the
-    run are elsewhere, and what only they can tell is left out. Under a launcher rank 0 prints.
+    Writes nothing. Where there is no GPU here, those of the run are elsewhere, and what only they can tell is left out.
+    Under a launcher rank 0 prints.
     """
     ranks = _positive(gpus) or launched_size()
     here = device_here()
     world = World.planned(fit_degrees(config.parallel, ranks), here if here.type == "cuda" else ELSEWHERE)
-    validate(config, world)  # first, because opening data takes long
-    validate_unlocked(Path(config.job.dump_folder))
-    inputs = set_up_inputs(config, world, damaged)
-    found = dataclasses.replace(plan(inputs.config, ranks), choices=inputs.choices)
-    setup = set_up_resume(inputs)
-    setup.open_loader(num_workers=0).close()
+    setup = rehearse(config, world)
+    found = dataclasses.replace(plan(setup.config, ranks), choices=setup.choices)
     if launched_rank() == 0:
         _print(setup, found)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swamla_titan.checkpoint.dump_folder import validate_folder
+from swamla_titan.checkpoint.dump_folder import validate_folder, validate_unlocked
 from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
@@ -134,6 +134,19 @@ def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None)
     """
     set_up_machine(config, world)
     return set_up_resume(set_up_inputs(config, world, damaged))
+
+
+def rehearse(config: Config, world: World) -> Setup:
+    """Refuse what `set_up` refuses, in its order, without starting a process or writing anything."""
+    validate(config, world)  # first, because opening data takes long
+    validate_unlocked(Path(config.job.dump_folder))
+
+    def resumed(damaged: dict[Path, str]) -> Setup:
+        setup = set_up_resume(set_up_inputs(config, world, damaged))
+        setup.open_loader(num_workers=0).close()
+        return setup
+
+    return from_newest_intact(resumed)
 
 
 def set_up_machine(config: Config, world: World) -> None:

@@ -14,7 +14,7 @@ from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.kernels.attention import dispatch as attention
 from swamla_titan.kernels.float8 import casts as float8
 from swamla_titan.tools import check as module
-from tests.train.runs import snapshot
+from tests.train.runs import snapshot, train
 
 MACHINE = ["python", "torch", "gpu", "tf32", "float8", "attention", "disk"]
 INPUT = ["config", "folder", "tokenizer", "data", "sequence", "model", "optimizer", "stability"]
@@ -173,6 +173,16 @@ def test_an_untested_torch_gives_1_and_a_remedy(report, monkeypatch):
     assert code == 1
     assert lines["torch"].startswith("failure  torch")
     assert "-> install a tested version: pip install 'torch>=2.11,<2.14'" in lines["torch"]
+
+
+def test_a_checkpoint_of_another_run_is_a_failure(tiny, report):
+    settings = ("--validation.interval", "0", "--data.num_workers", "0")
+    assert train(tiny, *settings, "--training.steps", "2") == 0
+    assert report(str(tiny), *settings)[0] == 0
+    code, lines = report(str(tiny), *settings, "--model.dim", "96")
+    assert code == 2
+    assert lines["run"].startswith("failure  run")
+    assert "belongs to another run" in lines["run"]
 
 
 FAULTS = {
