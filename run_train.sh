@@ -20,7 +20,7 @@ and what each of NNODES x NGPU GPUs would hold is shown, on any machine.
   NGPU           GPUs to use on this machine, a process each; 0 or none: train on the CPU (default: what is there)
   NPROC          processes on this machine if it trains on the CPU (default 1)
   NNODES         machines the run spans, or MIN:MAX of an elastic run (default 1); start the same command on each
-  RDZV_ENDPOINT  HOST:PORT at which they meet, one of them; needed for more than one machine
+  RDZV_ENDPOINT  HOST:PORT of the rendezvous endpoint, on one of them; needed for more than one machine
   RDZV_ID        name of the run there, the same on all (default swamla-titan)
   MAX_RESTARTS   how often processes that crashed are started again, from the newest checkpoint (default 3; a run of
                  one process is not)
@@ -31,7 +31,7 @@ and what each of NNODES x NGPU GPUs would hold is shown, on any machine.
 A run listens at ports through which whoever reaches them can end it or have code run in it: at the loopback address if
 it has one machine, else at the address by which its machines reach each other. Open them to those machines alone.
 
-Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 stopped on purpose: the same command goes on.
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 stopped on purpose: the same command continues.
 USAGE
 }
 
@@ -142,7 +142,7 @@ say_what_was_found() {
   fi
   [[ -n $where ]] || where=" on"
   printf 'run_train.sh: %s: %straining%s %s%s\n' "$found" "$how" "$where" "$(counted "$count" process processes)" \
-    "${endpoint:+, which meet at $endpoint}" >&2 || true
+    "${endpoint:+, rendezvous endpoint $endpoint}" >&2 || true
 }
 
 # matches VALUE PATTERN: letters and digits are ASCII's, whatever the locale.
@@ -358,7 +358,7 @@ flags=(--nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="$restarts" -
 # What the hidden processes say on standard error is kept, for the case that they crash.
 [[ -z $hidden ]] || flags+=(--redirects="${hidden#,}")
 # Each start of the processes gets a store of its own. In the one that torchrun shares among all starts, processes that
-# are started again find addresses of dead ones; and where machines meet, nobody could join again.
+# are started again find addresses of dead ones; and at the rendezvous endpoint nobody could join again.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [[ -n $endpoint ]]; then
   flags+=(--rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$run")

@@ -88,7 +88,7 @@ class Saver:
         self._thread.start()
 
     def close(self, alone: bool = False) -> None:
-        """Wait for the checkpoint in flight. `alone`: the other ranks do not take part; do not wait."""
+        """Wait for the checkpoint in flight. `alone`: the other ranks do not participate; do not wait."""
         if self._thread is not None and not alone:
             self._thread.join()
         self._staging.close(alone)

@@ -160,7 +160,7 @@ def _launch(args: object, endpoint: Endpoint) -> int:
     except (RendezvousConnectionError, DistNetworkError, DistStoreError) as error:
         if endpoint.here or answers(endpoint.host, endpoint.port):
             logger.exception("torchrun failed")
-            _log(f"the machines lost touch with each other ({error}); the same command goes on")
+            _log(f"the machines lost the connection to each other ({error}); the same command continues the run")
         else:
             _log(_lost(endpoint))
     return EXIT_FAILED
@@ -168,9 +168,9 @@ def _launch(args: object, endpoint: Endpoint) -> int:
 
 def _lost(endpoint: Endpoint) -> str:
     return (
-        f"{endpoint.host}:{endpoint.port}, where the machines meet, does not answer any more, and no run goes on "
+        f"{endpoint.host}:{endpoint.port}, the rendezvous endpoint, does not answer any more, and no run continues "
         "without it. Start the same command again on all machines, with another RDZV_ENDPOINT if that one is gone for "
-        "good: it goes on from the newest checkpoint"
+        "good: it continues from the newest checkpoint"
     )
 
 

@@ -96,7 +96,7 @@ def wait_for_endpoint(endpoint: Endpoint, timeout: float, log: Callable[[str], N
                 f"same command on {endpoint.host} too, and let its firewall pass that port"
             )
         if not logged:
-            log(f"waiting for {endpoint.host}:{endpoint.port}, where the machines of this run meet")
+            log(f"waiting for {endpoint.host}:{endpoint.port}, the rendezvous endpoint of this run")
             logged = True
         time.sleep(0.5)
 

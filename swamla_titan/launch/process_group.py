@@ -28,7 +28,7 @@ def launched_rank() -> int:
 def validate_launch(
     parallel: Parallel, sizes: Sequence[int], local_size: int, gpus: int | None = None, asked: int | None = None
 ) -> None:
-    """Raise UserError if [parallel] fits no number of processes in `sizes`, or this machine is no place for the run.
+    """Raise UserError if [parallel] fits no number of processes in `sizes`, or this machine cannot run it.
 
     `local_size` processes run here, on `gpus` GPUs (None: those that torch sees), of which the user `asked` for so many
     (None: by the variable NGPU).

@@ -66,8 +66,8 @@ class StopRequest:
         if number == _NO_STOP:
             return None
         if number == _RE_RENDEZVOUS:
-            return Stop("stopped, since the machines of the run change,", "it goes on with them", EXIT_RE_RENDEZVOUS)
-        return Stop(f"stopped by {signal.Signals(number).name}", "the same command goes on", EXIT_STOPPED)
+            return Stop("stopped, since the machines of the run change,", "it continues with them", EXIT_RE_RENDEZVOUS)
+        return Stop(f"stopped by {signal.Signals(number).name}", "the same command continues it", EXIT_STOPPED)
 
     def exit_without_peers(self) -> None:
         """Called while this rank waits for the others. Raises SystemExit if it has a stop request and times out.

@@ -58,7 +58,7 @@ class LineFile:
             return None  # retried at the next line
         self._waiting += waiting
         before.close()
-        return f"{self.path} was removed or replaced; its lines go on in the file of this name, without those before"
+        return f"{self.path} was removed or replaced; its lines continue in the file of this name, without those before"
 
     def close(self) -> str | None:
         """Write what is in memory and close; returns a warning if lines were lost."""

@@ -219,7 +219,7 @@ def test_metrics_that_were_removed_go_on_in_a_new_file(tiny, tmp_path, monkeypat
     with at_steps(monkeypatch, {3: path.unlink, 5: lambda: path.rename(path.with_name("rotated.jsonl"))}):
         assert train(tiny, *FAST) == 0
     assert sorted(metrics(tmp_path / "run")) == [5, 6]
-    assert capsys.readouterr().out.count("metrics.jsonl was removed or replaced; its lines go on") == 2
+    assert capsys.readouterr().out.count("metrics.jsonl was removed or replaced; its lines continue") == 2
 
 
 def test_checkpoints_that_were_removed_are_told_of_and_the_next_one_is_written(tiny, tmp_path, monkeypatch, capsys):

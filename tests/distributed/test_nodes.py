@@ -156,7 +156,7 @@ def test_where_the_machines_meet_is_lost_and_the_other_ends_and_says_so(
         host.kill()
         assert second.wait(HANG) == 1, job.told()
         told = job.log(other).read_text()
-        assert f"{host.address}:{PORT}, where the machines meet, does not answer any more" in told
+        assert f"{host.address}:{PORT}, the rendezvous endpoint, does not answer any more" in told
         assert "Traceback" not in told.partition("does not answer any more")[2]
         assert not other.processes()
         # The same command where that machine is gone for good.

@@ -219,4 +219,4 @@ def test_an_endpoint_that_falls_silent_ends_torchrun(
         agent._heartbeat(point)
     assert len(heard) == 30  # so often it answered, over more than the silence that is borne
     assert time.monotonic() - heard[-1] >= 1.0
-    assert f"127.0.0.1:{point.port}, where the machines meet, does not answer any more" in capsys.readouterr().err
+    assert f"127.0.0.1:{point.port}, the rendezvous endpoint, does not answer any more" in capsys.readouterr().err

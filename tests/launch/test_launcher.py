@@ -286,12 +286,12 @@ MEETING = {"RDZV_ENDPOINT": "node0:29400"}
         (
             GPUS | MEETING | {"NNODES": "4"},
             "",
-            "2 GPUs on each of 4 machines: FSDP training on 8 processes, which meet at ",
+            "2 GPUs on each of 4 machines: FSDP training on 8 processes, rendezvous endpoint ",
         ),
         (
             GPUS | MEETING | {"NNODES": "1:4"},
             "",
-            "2 GPUs, 1 to 4 machines: FSDP training on 2 to 8 processes, which meet ",
+            "2 GPUs, 1 to 4 machines: FSDP training on 2 to 8 processes, rendezvous endpoint ",
         ),
     ],
 )
