@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from swamla_titan.kernels.attention.causal import why_not_cudnn_heads
-from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn_heads
 from swamla_titan.kernels.attention.dispatch import REFERENCE
 
 STARTS = [[0], [0, 24], [8, 16], [16], [24, 0]]

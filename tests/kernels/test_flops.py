@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.causal import chunked_causal_attention
 from swamla_titan.kernels.attention.dispatch import reference_attention
 from swamla_titan.kernels.attention.document import document_attention
 from swamla_titan.kernels.attention.latent import latent_attention

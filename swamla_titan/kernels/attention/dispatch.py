@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from swamla_titan.kernels.attention.causal import why_not_cudnn, why_not_cudnn_heads
-from swamla_titan.kernels.attention.chunked import chunked_causal_attention
+from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import Chunks, DocumentRule, Mask, MaskForm, MaskSpec, WindowRule
