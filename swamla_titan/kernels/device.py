@@ -25,7 +25,7 @@ def why_no_kernels(device: torch.device) -> Limit | None:
     return None if has_triton() else Limit("needs the package triton, which comes with PyTorch for CUDA")
 
 
-def named(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The dtype's name as in the configuration: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 

@@ -22,7 +22,7 @@ from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import Chunks, DocumentRule, Mask, MaskForm, MaskSpec, WindowRule
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
-from swamla_titan.kernels.device import Limit, is_tuned_for, named
+from swamla_titan.kernels.device import Limit, dtype_name, is_tuned_for
 from swamla_titan.kernels.limits import AttentionBackend
 
 ATTENTION_BACKENDS: tuple[AttentionBackend, ...] = get_args(AttentionBackend)
@@ -351,7 +351,7 @@ class _Flex(Implementation):
             return Limit("needs a GPU")
         dtype, widths = request.dtype, (request.heads.qk_width, request.heads.v_width)
         fits = dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and max(widths) <= 128)
-        return None if fits and min(widths) >= 16 else Limit(f"takes no heads as wide as these in {named(dtype)}")
+        return None if fits and min(widths) >= 16 else Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, BlockMask)

@@ -13,7 +13,7 @@ from swamla_titan.kernels.device import (
     Limit,
     SplitWidth,
     Tiles,
-    named,
+    dtype_name,
     strides,
     tma_descriptors,
     tma_readable,
@@ -30,7 +30,7 @@ def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int
     if why := why_no_kernels(device):
         return why
     fits = width in DOCUMENT_WIDTHS and v_width in DOCUMENT_V_WIDTHS and dtype in (torch.bfloat16, torch.float16)
-    return None if fits else Limit(f"takes no heads as wide as these in {named(dtype)}")
+    return None if fits else Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, scale: float) -> Tensor:

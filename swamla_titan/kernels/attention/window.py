@@ -13,7 +13,7 @@ from swamla_titan.kernels.device import (
     Limit,
     SplitWidth,
     Tiles,
-    named,
+    dtype_name,
     strides,
     tma_descriptors,
     tma_readable,
@@ -29,7 +29,7 @@ def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, 
         return why
     if width in WINDOW_WIDTHS and dtype in (torch.bfloat16, torch.float16, torch.float32):
         return None if sink <= WINDOW_SINKS else Limit(f"takes no more than {WINDOW_SINKS} sinks")
-    return Limit(f"takes no heads as wide as these in {named(dtype)}")
+    return Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
 
 
 def window_attention(
