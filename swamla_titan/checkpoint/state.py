@@ -23,7 +23,8 @@ from swamla_titan.distributed.dtensor import local, plain
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.optim import AveragedWeights, state_bytes
+from swamla_titan.model.row_table import row_tables
+from swamla_titan.optim import AveragedWeights, names_of_decays, state_bytes, trained_parameters, up_to_date
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,22 @@ def load_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
     """Fill an unsharded model with the weights of a checkpoint, or with their average; UserError if it has none."""
     require_weights(path, model, ema)
     load_tensors(path, _weights_of(model, ema))
+    if ema:
+        _bring_tables_up_to_date(path, model)
     require_finite(path, _weights_of(model, ema), World.alone())
+
+
+@torch.no_grad()
+def _bring_tables_up_to_date(path: Path, model: nn.Module) -> None:
+    """Checkpoints keep the averages of tables as optim/row_average.py does."""
+    tables = row_tables(model)
+    for name, average in trained_parameters(model):
+        if average in tables:
+            weight, of_rows = torch.empty_like(average), average.new_empty(len(average), 1, dtype=torch.float64)
+            of_steps = of_rows.new_empty(())
+            decays = dict(zip(names_of_decays(name), (of_rows, of_steps)))
+            load_tensors(path, {Weights.group: {name: weight}, Average.group: decays})
+            average.copy_(up_to_date(weight, average, of_rows, of_steps))
 
 
 def _weights_of(model: nn.Module, ema: bool) -> dict[str, dict[str, Tensor]]:

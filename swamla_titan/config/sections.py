@@ -207,9 +207,14 @@ class Optimizer:
         "Weight decay of the embedding and the output head, tied or not, as well.",
         needs=when_on("optimizer.weight_decay"),
     )
+    lazy_tables: bool = key(
+        True,
+        "Tables of embeddings move by Adam: true: the rows that a step looked up, others keep weights and moments; "
+        "false: all rows, as AdamW without decay moves them, at the cost of a pass over the tables each step.",
+    )
     moments: str = key(
         "float32",
-        "Type of the moments of matrices (adamw, lion, muon); norms keep float32.",
+        "Type of the moments of matrices (adamw, lion, muon); norms and tables keep float32.",
         choices=("float32", "bfloat16"),
         needs=when_not("optimizer.name", "adamw8bit", "adamw4bit", "adamw_fp8"),
     )

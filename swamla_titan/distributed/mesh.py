@@ -138,6 +138,7 @@ def fake_world(degrees: Degrees, data_parallel: str, rank: int) -> Iterator[Worl
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.size)
     try:
         weights, activations = meshes(degrees, device.type, data_parallel)
-        yield World(rank, degrees.size, device, degrees, weights, activations)
+        group = create_stage_group(weights)
+        yield World(rank, degrees.size, device, degrees, weights, activations, stage_group=group)
     finally:
         dist.destroy_process_group()

@@ -1,20 +1,25 @@
 """Initial values of the parameters: a function of (seed, parameter name) alone.
 
 Each parameter has a generator of its own, so its values depend neither on the order of modules, nor on the device, nor
-on which other layers exist: a pipeline stage draws what the whole model would have drawn.
+on which other layers exist: a pipeline stage draws what the whole model would have drawn. A RowTable has one for each
+block of rows, because a rank draws only those that it holds.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.model.linear import Role, spec_of
+from swamla_titan.model.row_table import RowTable, row_tables
 
 STD = 0.02
+ROWS_OF_A_BLOCK = 1 << 14  # of a RowTable, drawn together
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing and torch.compile rename modules
 
 
@@ -30,6 +35,20 @@ class Normal(NamedTuple):
 
     mean: float
     std: float
+
+
+def initial_draws(
+    model: nn.Module, num_layers: int, tied: bool, seed: int, write: Callable[[Tensor, Tensor], object]
+) -> Iterator[Callable[[], object]]:
+    """Calls that give all parameters their initial values, in any order; see `SWAMLAModel.init_weights`."""
+    tables = row_tables(model)
+    for name, parameter, distribution in distributions(model, num_layers):
+        if parameter in tables:
+            own = local_slices(parameter)[0]
+            for block in range(own.start // ROWS_OF_A_BLOCK, -(-own.stop // ROWS_OF_A_BLOCK)):
+                yield partial(_draw_block, name, parameter, distribution, seed, block)
+        else:
+            yield partial(_draw, name, parameter, distribution, seed, tied, write)
 
 
 def distributions(model: nn.Module, num_layers: int) -> Iterator[tuple[str, nn.Parameter, Normal]]:
@@ -51,7 +70,7 @@ def distributions(model: nn.Module, num_layers: int) -> Iterator[tuple[str, nn.P
 def _distribution(name: str, module: nn.Module, key: str, num_layers: int) -> Normal:
     if key in (initial := getattr(module, "initial", {})):
         return Normal(initial[key], 0.0)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | RowTable):
         return Normal(0.0, STD)
     if isinstance(module, nn.Linear):
         writes_residual = spec_of(name, module).role is Role.RESIDUAL_OUTPUT
@@ -64,8 +83,32 @@ def initial_value(name: str, shape: Sequence[int], distribution: Normal, seed: i
 
     `tied`: the head shares the embedding's weight, also where a pipeline's last stage holds the head alone.
     """
+    return _drawn(f"{seed}/{plain_name(name, tied)}", shape, distribution)
+
+
+def _drawn(key: str, shape: Sequence[int], distribution: Normal) -> Tensor:
     if not distribution.std:
         return torch.full(shape, distribution.mean)
-    digest = hashlib.sha256(f"{seed}/{plain_name(name, tied)}".encode()).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(*distribution, generator=generator)
+
+
+def _draw(
+    name: str,
+    parameter: Tensor,
+    distribution: Normal,
+    seed: int,
+    tied: bool,
+    write: Callable[[Tensor, Tensor], object],
+) -> None:
+    write(parameter, initial_value(name, parameter.shape, distribution, seed, tied))
+
+
+def _draw_block(name: str, weight: Tensor, distribution: Normal, seed: int, block: int) -> None:
+    """Draw a block of a RowTable's rows, and write those that this rank holds."""
+    first, own = block * ROWS_OF_A_BLOCK, local_slices(weight)[0]
+    rows = min(ROWS_OF_A_BLOCK, weight.shape[0] - first)
+    value = _drawn(f"{seed}/{plain_name(name, False)}/{block}", (rows, weight.shape[1]), distribution)
+    begin, end = max(first, own.start), min(first + rows, own.stop)
+    local(weight)[begin - own.start : end - own.start].copy_(value[begin - first : end - first])

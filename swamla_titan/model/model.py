@@ -13,7 +13,7 @@ from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import SequenceContext
-from swamla_titan.model.init import Normal, distributions, initial_value
+from swamla_titan.model.init import initial_draws
 from swamla_titan.model.linear import Embedding, Head
 from swamla_titan.model.loss_head import LossHead
 from swamla_titan.model.norms import build_norm
@@ -75,15 +75,15 @@ class SWAMLAModel(nn.Module):
         `write(parameter, value)` puts a whole value, float32 on the CPU, into a parameter that may hold a part of it.
         """
 
-        def draw(each: tuple[str, Tensor, Normal]) -> None:
-            name, parameter, distribution = each
+        def draw(each: Callable[[], object]) -> None:
             # no_grad holds for one thread, hence again here
             with torch.no_grad():
-                write(parameter, initial_value(name, parameter.shape, distribution, seed, self.config.tie_embeddings))
+                each()
 
+        draws = initial_draws(self, self.config.num_layers, self.config.tie_embeddings, seed, write)
         # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(draw, distributions(self, self.config.num_layers)))
+            list(pool.map(draw, draws))
 
     @property
     def device(self) -> torch.device:

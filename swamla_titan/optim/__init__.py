@@ -2,7 +2,7 @@
 
 from swamla_titan.optim.ema import AveragedWeights
 from swamla_titan.optim.gradients import gradient_norm
-from swamla_titan.optim.groups import group_table
+from swamla_titan.optim.groups import group_table, trained_parameters
 from swamla_titan.optim.optimizers import (
     build_optimizer,
     clip_gradients,
@@ -12,6 +12,7 @@ from swamla_titan.optim.optimizers import (
     state_bytes,
     validate_optimizer_device,
 )
+from swamla_titan.optim.row_average import names_of_decays, up_to_date
 
 __all__ = [
     "AveragedWeights",
@@ -20,8 +21,11 @@ __all__ = [
     "gradient_norm",
     "group_table",
     "lr_factor",
+    "names_of_decays",
     "set_learning_rate",
     "skip_where",
     "state_bytes",
+    "trained_parameters",
+    "up_to_date",
     "validate_optimizer_device",
 ]

@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices
+from swamla_titan.model.row_table import row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -23,7 +24,7 @@ _LARGE = 1 << 22
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """AdamW with moments of any format, Lion, and Muon, which leaves all but hidden matrices to AdamW.
+    """AdamW with moments of any format, Lion, and Muon, which leaves all but hidden matrices to AdamW; Adam of tables.
 
     States exist from the start, as plain tensors or as DTensors sharded as their parameters. `skip_where` sets
     `found_inf`, `clip_gradients` sets `grad_scale`.
@@ -44,6 +45,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         self._config = config
+        self.tables = row_tables(model)
         units = column_units(model)
         for kind, parameters in of_kind.items():
             for parameter in parameters:
@@ -66,10 +68,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter; either all parameters of a group have gradients, or none."""
         for group in self.param_groups:
-            if group["params"][0].grad is None:
-                continue
             parameters, rule = group["params"], group["kind"].rule
-            if rule == "lion":
+            if rule in ("rows", "all_rows"):
+                self._adam_of_tables(group)
+            elif parameters[0].grad is None:
+                continue
+            elif rule == "lion":
                 self._lion(group)
             elif rule == "adamw" and group["kind"].moments != "float32":
                 self._adamw(group, parameters)
@@ -79,12 +83,46 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if self._orthogonalizer:
             self._muon(self._orthogonalizer)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; those of tables too."""
+        super().zero_grad(set_to_none)
+        for table in self.tables.values():
+            table.gradient.clear()
+
+    def _adam_of_tables(self, group: dict[str, Any]) -> None:
+        """Of those that this rank has looked rows up in, or other ranks in its rows."""
+        is_lazy = group["kind"].rule == "rows"
+        for parameter in group["params"]:
+            table = self.tables[parameter]
+            if table.gradient.sums is None:
+                continue
+            if is_lazy:
+                self._adam_of_rows(group, parameter, *table.gradient.by_lookup())
+            else:
+                self._adamw(group, [parameter])
+            self._mark_touched(self.state[parameter], table.gradient.rows)
+
+    def _adam_of_rows(self, group: dict[str, Any], parameter: nn.Parameter, rows: Tensor, gradients: Tensor) -> None:
+        """Rows may repeat, with equal gradients: each is then computed, and written, as often, with equal results."""
+        state = self.state[parameter]
+        held = [local(each).detach() for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        weight, *moments = moved = [each[rows] for each in held]
+        self._advance([state["step"]])
+        if len(rows):
+            self._apply_adamw(group, weight, gradients, state["step"], [[each] for each in moments])
+            for each, values in zip(held, moved):
+                each.index_copy_(0, rows, values)
+
+    def _mark_touched(self, state: dict[str, Tensor], rows: Tensor) -> None:
+        touched, now = local(state["touched"]), state["step"].int().expand(len(rows), 1)
+        touched.index_copy_(0, rows, now if self.found_inf is None else now.where(self.found_inf == 0, touched[rows]))
+
     def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         """torch's kernel: few launches for all, and 32 bytes per element when it clips, where ours has 28."""
         states = [self.state[parameter] for parameter in parameters]
         fused_adamw(
             [local(parameter).detach() for parameter in parameters],
-            [_gradient(parameter) for parameter in parameters],
+            [self._gradient(parameter) for parameter in parameters],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
             [],
@@ -104,20 +142,30 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         if not parameters:
             return
-        config, kind, lr = self._config, group["kind"], _scalar(_rate(group))
         steps = [self.state[parameter]["step"] for parameter in parameters]
+        self._advance(steps)
+        for parameter, step in zip(parameters, steps):
+            weight, moments = local(parameter).detach(), moments_in(self.state[parameter], group["kind"])
+            if weight.numel():
+                shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
+                blocks = weight.view(shape), self._gradient(parameter).reshape(shape)
+                self._apply_adamw(group, *blocks, step, moments)
+
+    def _advance(self, steps: list[Tensor]) -> None:
+        """Count a step that is not bad."""
         torch._foreach_add_(steps, 1)
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
-        tables = code_tables(kind, steps[0].device)
-        factors = self.grad_scale, self.found_inf, lr, kind.moments
+
+    def _apply_adamw(
+        self, group: dict[str, Any], weight: Tensor, gradient: Tensor, step: Tensor, moments: list[list[Tensor]]
+    ) -> None:
+        """`updates.adamw` with the group's constants."""
+        config, kind = self._config, group["kind"]
+        factors = self.grad_scale, self.found_inf, _scalar(_rate(group)), kind.moments
         constants = config.beta1, config.beta2, config.eps, _scalar(group["weight_decay"])
-        for parameter, step in zip(parameters, steps):
-            weight, moments = local(parameter).detach(), moments_in(self.state[parameter], kind)
-            if weight.numel():
-                shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
-                blocks = weight.view(shape), _gradient(parameter).reshape(shape)
-                self._updates["adamw"](*blocks, step, moments, tables, *factors, *constants)
+        tables = code_tables(kind, step.device)
+        self._updates["adamw"](weight, gradient, step, moments, tables, *factors, *constants)
 
     def _lion(self, group: dict[str, Any]) -> None:
         lr, decay = _scalars(group)
@@ -126,7 +174,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             weight = local(parameter).detach()
             if weight.numel():
                 [momentum] = moments_in(self.state[parameter], kind)
-                flat = weight.view(-1), _gradient(parameter).reshape(-1), momentum
+                flat = weight.view(-1), self._gradient(parameter).reshape(-1), momentum
                 self._updates["lion"](*flat, self.grad_scale, self.found_inf, lr, decay, kind.moments, *betas)
 
     def _muon(self, orthogonalizer: Orthogonalizer) -> None:
@@ -137,7 +185,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 of_weight |= dict.fromkeys(group["params"], (group["kind"], *_scalars(group)))
 
         def update_of(weight: nn.Parameter) -> Tensor:
-            gradient, (kind, *_) = _gradient(weight), of_weight[weight]
+            gradient, (kind, *_) = self._gradient(weight), of_weight[weight]
             if not gradient.numel():
                 return gradient.bfloat16()
             [momentum] = moments_in(self.state[weight], kind)
@@ -152,15 +200,16 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
         orthogonalizer(update_of, apply)
 
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        if parameter in self.tables:
+            return self.tables[parameter].gradient.dense(len(local(parameter)))
+        assert parameter.grad is not None
+        return local(parameter.grad)
+
 
 def _pays(weight: Tensor) -> bool:
     """Whether compiled AdamW is faster than torch's fused kernel; not on a CPU, which would compile it first."""
     return weight.is_cuda and weight.numel() >= _LARGE
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return local(parameter.grad)
 
 
 def _rate(group: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.init import plain_name
+from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim.matrices import column_units
 
 # optimizer.name -> the largest block of elements with one scale, for optimizers with quantized moments; torchao's
@@ -22,13 +23,15 @@ _SMALLEST_BLOCK = 32  # in smaller ones the scales of both moments take more tha
 # leaves them to AdamW, and by default they do not decay, because the norm after an embedding makes up for any scale of
 # its rows, and rows that are rarely looked up would fade.
 _VOCABULARY = ("embedding.weight", "head.weight")
+_RULES = {"rows": "adam of the rows looked up", "all_rows": "adam of all rows"}  # in log lines
 
 
 @dataclass(frozen=True)
 class Kind:
     """The settings that the parameters of a group share.
 
-    `rule`: adamw, lion or muon. `moments`: float32, bfloat16, or the name of the optimizer that quantizes them.
+    `rule`: adamw, lion, muon, or of a RowTable rows or all_rows: Adam of the rows that a step looked up, or of all.
+    `moments`: float32, bfloat16, or the name of the optimizer that quantizes them.
     """
 
     rule: str
@@ -39,7 +42,8 @@ class Kind:
     def __str__(self) -> str:
         kept = "" if self.moments == "float32" else f" with moments of {self.moments.removeprefix('adamw').lstrip('_')}"
         decay = f"decay {self.weight_decay:g}" if self.weight_decay else "no decay"
-        return f"{self.rule}{kept}, {decay}" + (f", lr x {self.lr_multiplier:g}" if self.lr_multiplier != 1 else "")
+        rule = _RULES.get(self.rule, self.rule)
+        return f"{rule}{kept}, {decay}" + (f", lr x {self.lr_multiplier:g}" if self.lr_multiplier != 1 else "")
 
 
 def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]]:
@@ -47,7 +51,7 @@ def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]
 
     A tied weight is one parameter; where its two ends are on different pipeline stages, both have the same settings.
     """
-    units = column_units(model)
+    units, rules = column_units(model), dict(declared_rules(model))
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     tied = isinstance(model, SWAMLAModel) and model.config.tie_embeddings
     found: dict[Kind, list[nn.Parameter]] = {}
@@ -56,9 +60,19 @@ def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]
         # one does, a step becomes first / eps (hundreds of learning rates were seen). bitsandbytes advises the same.
         quantized = parameter not in tables or (tied and name == "embedding.weight")
         is_hidden = parameter not in tables and name not in _VOCABULARY
-        kind = _kind(name, parameter, units.get(parameter, 0), config, quantized, is_hidden)
+        rule = rules.get(parameter, UpdateRule())
+        kind = _kind(name, parameter, units.get(parameter, 0), config, quantized, is_hidden, rule)
         found.setdefault(kind, []).append(parameter)
     return found
+
+
+def declared_rules(model: nn.Module) -> Iterator[tuple[nn.Parameter, UpdateRule]]:
+    """The parameters of modules that declare how they move."""
+    for module in model.modules():
+        rule = getattr(module, "update_rule", None)
+        if isinstance(rule, UpdateRule):
+            for parameter in module.parameters(recurse=False):
+                yield parameter, rule
 
 
 class GroupSummary(NamedTuple):
@@ -101,7 +115,18 @@ def multiplier(name: str, patterns: Mapping[str, float]) -> float:
     return next((factor for pattern, factor in reversed(list(patterns.items())) if fnmatchcase(name, pattern)), 1.0)
 
 
-def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quantized: bool, is_hidden: bool) -> Kind:
+def _kind(
+    name: str,
+    parameter: nn.Parameter,
+    unit: int,
+    config: Optimizer,
+    quantized: bool,
+    is_hidden: bool,
+    declared: UpdateRule,
+) -> Kind:
+    lr_multiplier = declared.lr_multiplier * multiplier(name, config.lr_multipliers)
+    if declared.by_rows:
+        return Kind("rows" if config.lazy_tables else "all_rows", "float32", 0.0, lr_multiplier)
     is_matrix = parameter.ndim >= 2
     rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
     if rule == "muon" and not (is_matrix and is_hidden):
@@ -109,9 +134,9 @@ def _kind(name: str, parameter: nn.Parameter, unit: int, config: Optimizer, quan
     moments = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
-    decays = is_matrix and (is_hidden or config.decay_embeddings)
+    decays = is_matrix and declared.decays and (is_hidden or config.decay_embeddings)
     decay = config.weight_decay if decays else 0.0
-    return Kind(rule, moments, decay, multiplier(name, config.lr_multipliers))
+    return Kind(rule, moments, decay, lr_multiplier)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

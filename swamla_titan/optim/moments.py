@@ -18,18 +18,26 @@ from swamla_titan.optim.groups import Kind, block_size
 from swamla_titan.quiet_torchao import quiet_torchao
 
 _ADAMW = ("exp_avg", "exp_avg_sq")
-_NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)}  # as torch's optimizers name them
+_BY_ROWS = ("rows", "all_rows")
+_COUNTS_STEPS = ("adamw", *_BY_ROWS)
+# As torch's optimizers name them.
+_NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)} | dict.fromkeys(_BY_ROWS, _ADAMW)
 
 
 def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tensor]:
-    """Zeroed moments on the parameter's device, sharded as the parameter is, and AdamW's step count."""
+    """Zeroed moments on the parameter's device, sharded as the parameter is, and AdamW's step count.
+
+    Of a RowTable also `touched` [rows, 1], int32: the step count at which a row was last looked up.
+    """
     if _is_quantized(kind):
         quiet_torchao()  # before it is imported, which happens below and within compiled code
     state = {
         name: zeros_sharded_like(parameter, parameter.shape[-1] // divisor, dtype)
         for name, (dtype, divisor) in _layout(parameter, kind, unit).items()
     }
-    if kind.rule == "adamw":
+    if kind.rule in _BY_ROWS:
+        state["touched"] = zeros_sharded_like(parameter, 1, torch.int32)
+    if kind.rule in _COUNTS_STEPS:
         state["step"] = torch.zeros((), device=local(parameter).detach().device)
     return state
 
@@ -38,7 +46,8 @@ def bytes_of_state(parameter: nn.Parameter, kind: Kind, unit: int) -> int:
     """Bytes of `new_state` on this rank; the parameter may be on the meta device."""
     held = local(parameter).numel()
     moments = sum(held // divisor * dtype.itemsize for dtype, divisor in _layout(parameter, kind, unit).values())
-    return moments + (4 if kind.rule == "adamw" else 0)
+    touched = 4 * len(local(parameter)) if kind.rule in _BY_ROWS else 0
+    return moments + touched + (4 if kind.rule in _COUNTS_STEPS else 0)
 
 
 def moments_in(state: Mapping[str, Tensor], kind: Kind) -> list[list[Tensor]]:

@@ -8,6 +8,7 @@ from different tokens. Gradients of replicated parameters are all-reduced here, 
 |-----------------------------------|----------------------------------|-----------------------------------------------|
 | one axis (norms)                  | every rank of the pipeline stage | those ranks, here                             |
 | matrix, Replicate under tensor    | as FSDP2 or DDP says             | data and context by FSDP2 or DDP; tensor here |
+| a RowTable's (row_tables.py)      | its rows, by one rank each       | its own all-to-all                            |
 | any other                         | as FSDP2 or DDP says             | data and context by FSDP2 or DDP              |
 """
 
@@ -31,6 +32,7 @@ from swamla_titan.distributed.degrees import GRADIENT_DIMENSIONS
 from swamla_titan.distributed.dtensor import is_replicated, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.row_table import row_tables
 
 _KEPT_BYTES = 4 * 2**30
 _KEEPING: WeakSet[nn.Module] = WeakSet()  # models whose blocks keep gathered weights after the forward pass
@@ -68,14 +70,14 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the embedding's output sets the dtype of what follows
     )
-    replicated = {weight for weight in model.parameters() if stays_replicated(weight, parallel)}
-    gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in replicated)
+    ignored = {weight for weight in model.parameters() if stays_replicated(weight, parallel)} | row_tables(model).keys()
+    gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in ignored)
     reshard = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, compute_dtype.itemsize * gathered)
     if parallel.data_parallel == "ddp":
         for unit in (*_inner_units(model), model):
-            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     else:
-        _shard(model, parallel, mesh, policy, replicated, reshard)
+        _shard(model, parallel, mesh, policy, ignored, reshard)
     for module in _units(model):
         if mesh.size() > 1:  # a single rank has nothing to reduce, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
@@ -92,7 +94,7 @@ def _shard(
     parallel: Parallel,
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
-    replicated: set[nn.Parameter],
+    ignored: set[nn.Parameter],
     reshard: bool,
 ) -> None:
     """FSDP2 or HSDP on each unit; `reshard`: free a block's gathered weights after its forward pass."""
@@ -101,7 +103,7 @@ def _shard(
         mesh=mesh,
         mp_policy=policy,
         offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
-        ignored_params=replicated,
+        ignored_params=ignored,
     )
     for unit in _inner_units(model):
         shard(unit, reshard_after_forward=reshard)

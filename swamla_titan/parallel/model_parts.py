@@ -14,6 +14,7 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weights, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.row_table import row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
@@ -35,6 +36,7 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+        self._tables = [table for part in self.parts for table in row_tables(part).values()]
         self._gathers_float8 = gathers_float8(config, world.degrees)
         self.loss_scale: Tensor | None = None  # float32 scalar on the weights' device; set by the trainer
         self.pipeline = None
@@ -82,6 +84,8 @@ class ParallelModel:
                 part.backward()
                 loss += part.detach()
         all_reduce_replicated_grads((parameter for part in self.parts for parameter in part.parameters()), self.world)
+        for table in self._tables:
+            table.gradient.merge()
         return self.world.all_reduce_loss(loss)
 
     @torch.no_grad()
@@ -136,6 +140,9 @@ class ParallelModel:
                 if parameter.grad is not None:
                     weight = 0.0 if parameter is copy else num_shards(parameter.grad) / ranks
                     yield local(parameter.grad), weight
+        for table in self._tables:
+            if table.gradient.sums is not None:
+                yield table.gradient.sums, 1.0  # each row is on one rank
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)

@@ -17,6 +17,7 @@ from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel, model_reshards_after_forward
 from swamla_titan.parallel.kernels import choose_kernels
+from swamla_titan.parallel.row_tables import shard_row_tables
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
 from swamla_titan.quantization.coverage import LinearCoverage, survey, validate_coverage, validate_device
@@ -89,6 +90,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     choose_kernels(model, config, world.device)
+    shard_row_tables(model, world)
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 

@@ -16,6 +16,7 @@ from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
+from swamla_titan.model.row_table import placeholder_gradients
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
 
@@ -223,6 +224,12 @@ class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # torch 2.11 opens connections to both neighbours, but gloo has none from a rank to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def backward_maybe_with_nosync(self, backward_type: str, *arguments: Any, **options: Any) -> Any:
+        if backward_type != "weight":
+            return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
+        with placeholder_gradients(self.submod):
+            return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
 
 
 def _empty(like: MicroBatch) -> MicroBatch:

@@ -30,6 +30,7 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
 from swamla_titan.model.loss_head import LossHead
 from swamla_titan.model.norms import Norm
+from swamla_titan.model.row_table import RowTable
 from swamla_titan.model.sharding import Sharding
 from swamla_titan.parallel.tensor_collectives import (
     TensorGroup,
@@ -147,7 +148,7 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or isinstance(module, RowTable):  # the ranks of the whole stage share its rows
             continue
         style, placement = _style(name, module)
         for key, parameter in own.items():

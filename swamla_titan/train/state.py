@@ -11,7 +11,9 @@ from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.loss_scale import LossScale
+from swamla_titan.train.policy import Policy
 from swamla_titan.train.precision import seed_of
+from swamla_titan.train.touched_rows import TouchedRows
 
 GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints may hold
 
@@ -20,7 +22,7 @@ class RunState(State):
     """This rank's shards of model and optimizers, the average of weights, the state of policies, the random states.
 
     `bad_steps` is None where bad steps are not skipped, `ema` where no average is kept, `loss_scale` where the loss is
-    not scaled.
+    not scaled. `policies` are those of them that log what they hold.
     """
 
     def __init__(self, config: Config, world: World, newest: Path | None, step: int) -> None:
@@ -31,7 +33,8 @@ class RunState(State):
         parts = self.model.parts
         compiled = config.compile.enabled and not config.parallel.cpu_offload
         self.optimizers = [build_optimizer(part, config.optimizer, world.stage_group, compiled) for part in parts]
-        self.ema = AveragedWeights(parts, config.ema.decay, compiled) if config.ema.decay else None
+        lazy = config.optimizer.lazy_tables
+        self.ema = AveragedWeights(parts, config.ema.decay, compiled, lazy) if config.ema.decay else None
         weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device
         skips = config.fault_tolerance.skip_bad_steps
         self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world) if skips else None
@@ -53,3 +56,6 @@ class RunState(State):
             self.load(newest, step)
         else:
             self.begin()
+        touched = TouchedRows(self.optimizers, world)
+        self.policies: list[Policy] = [self.loss_scale] if self.loss_scale else []
+        self.policies += [touched] if touched.is_needed() else []

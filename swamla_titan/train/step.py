@@ -65,6 +65,8 @@ class TrainStep:
         is_bad = state.bad_steps.judge(step, loss, grad_norm) if state.bad_steps else None
         if state.loss_scale:
             state.loss_scale.update(grad_norm)
+        if state.ema:
+            state.ema.before_update(is_bad)
         for optimizer in state.optimizers:
             set_learning_rate(optimizer, lr)
             clip_gradients(optimizer, grad_norm, training.max_grad_norm)

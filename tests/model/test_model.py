@@ -267,7 +267,7 @@ class TestFirstValues:
 
         for name in ("kaiming_uniform_", "uniform_", "normal_"):
             monkeypatch.setattr(nn.init, name, refused)
-        monkeypatch.setattr("swamla_titan.model.model.initial_value", recorded)
+        monkeypatch.setattr("swamla_titan.model.init.initial_value", recorded)
         state = torch.get_rng_state()
         config = replace(TINY, tie_embeddings=tied, q_lora_rank=14, qk_norm=True)
         model = SWAMLAModel(config)

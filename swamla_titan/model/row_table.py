@@ -1,0 +1,166 @@
+"""Tables of embeddings whose steps cost by the rows looked up, not by the rows that exist.
+
+A table's gradient is never a tensor of the table's shape. Each backward pass leaves pairs of a row and its gradient;
+`RowGradient.merge` sums them by row once a step, and the optimizer gathers, moves and scatters these rows alone
+(optim/row_adam.py). No operator of a step but these gathers and scatters sees the table.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.model.update_rule import UpdateRule
+
+
+class Segments:
+    """Runs of equal keys in sorted order, without the host knowing how many there are.
+
+    Of N keys: `keys` [N] sorted, `order` [N] where each came from, `index` [N] the number of each one's run, and
+    `offsets` [N + 1] where each run begins; the offsets behind the last run are N.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        """`keys` [N], int64."""
+        self.keys, self.order = keys.sort(stable=True)
+        begins = torch.ones_like(self.keys, dtype=torch.bool)
+        torch.ne(self.keys[1:], self.keys[:-1], out=begins[1:])
+        self.begins = begins
+        self.index = begins.cumsum(0) - 1
+        self.offsets = torch.searchsorted(self.index, torch.arange(len(keys) + 1, device=keys.device))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Values [N, width], in the order of the unsorted keys -> their sums by run [N, width], float32 or wider.
+
+        Those behind the last run are zeros. The same bits on every call: a run is summed from its first key on.
+        """
+        values = values.to(torch.promote_types(values.dtype, torch.float32))[self.order]
+        if not len(values):
+            return values
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
+
+class RowGradient:
+    """The gradient of the rows of a table that are on this rank.
+
+    After `merge`, and until `clear`: `segments` of the N rows as they were looked up, and `sums` [N, width] of each
+    distinct row, and zeros behind the last. None where nothing was looked up.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.segments: Segments | None = None
+        self.sums: Tensor | None = None
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """Rows [n], int64, by their index on this rank, and the gradient [n, width] of each; rows may repeat."""
+        self._pairs.append((rows, values))
+
+    def merge(self) -> None:
+        """Sum by row what was added in the micro-batches of a step."""
+        if not self._pairs:
+            return
+        rows, values = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*self._pairs))
+        self._pairs.clear()
+        self.segments = Segments(rows)
+        self.sums = self.segments.sums(values)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of all lookups of a step [N], sorted."""
+        assert self.segments is not None
+        return self.segments.keys
+
+    def by_lookup(self) -> tuple[Tensor, Tensor]:
+        """`rows` [N] and their gradients [N, width]: equal rows have equal gradients."""
+        assert self.sums is not None
+        assert self.segments is not None
+        return self.rows, self.sums[self.segments.index]
+
+    def dense(self, rows: int) -> Tensor:
+        """The gradient as a tensor [rows, width], of the `rows` that are on this rank."""
+        own, gradients = self.by_lookup()
+        return gradients.new_zeros(rows, gradients.shape[1]).index_copy_(0, own, gradients)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self._pairs.clear()
+        self.segments = self.sums = None
+
+
+Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The gradient of what was looked up [N, width] -> rows on this rank [n], and their gradients [n, width]."""
+
+
+class LocalRows:
+    """All rows are on this rank. Where ranks share them, parallel/row_tables.py gives tables another."""
+
+    def look_up(self, weight: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
+        """This rank's rows `weight`, indices [N] of the whole table -> rows [N, width] of `dtype`, and the backward."""
+        return weight[indices].to(dtype), lambda gradient: (indices, gradient)
+
+
+class RowTable(nn.Module):
+    """`rows` embeddings, each `width` wide, of which a step looks up few.
+
+    `weight` [rows, width] has no `.grad`: see `gradient`. `placement` may be replaced by a plan.
+    """
+
+    update_rule = UpdateRule(by_rows=True, lr_multiplier=5.0, decays=False)
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.gradient = RowGradient()
+        self.placement = LocalRows()
+        self.returns_placeholder = False
+
+    def forward(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Indices [...] int64 of rows -> [..., width] of `dtype`, None: the weight's.
+
+        Where ranks share the table, all of them call this equally often. Indices must be below `rows`; that is not
+        checked, because it would wait for the GPU.
+        """
+        found: Tensor = _LookUp.apply(self.weight, indices, dtype or self.weight.dtype, self)
+        return found
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, dtype: torch.dtype, table: RowTable) -> Tensor:
+        ctx.table = table
+        found, ctx.rows_of = table.placement.look_up(local(weight), indices.flatten(), dtype)
+        return found.view(*indices.shape, weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        table: RowTable = ctx.table
+        table.gradient.add(*ctx.rows_of(gradient.flatten(0, -2)))
+        weight = table.weight
+        placeholder = local(weight).detach().new_zeros(()).expand(weight.shape) if table.returns_placeholder else None
+        return placeholder, None, None, None
+
+
+def row_tables(model: nn.Module) -> dict[nn.Parameter, RowTable]:
+    """The tables of a model or a part of it, by their weights."""
+    return {module.weight: module for module in model.modules() if isinstance(module, RowTable)}
+
+
+@contextmanager
+def placeholder_gradients(model: nn.Module) -> Iterator[None]:
+    """Within, lookups return a gradient of zeros that takes no memory for the weight, and it is dropped at the end.
+
+    torch.autograd.grad, with which split backward passes of pipelines compute the gradients of the weights, raises an
+    error for a parameter that gets none. `.backward()` must not run within: it would make the zeros dense.
+    """
+    tables = row_tables(model).values()
+    for table in tables:
+        table.returns_placeholder = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.returns_placeholder, table.weight.grad = False, None

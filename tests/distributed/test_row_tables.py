@@ -1,0 +1,240 @@
+"""Tables whose rows ranks share: the values, gradients and training of one process; checkpoints for other ranks."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import swamla_titan.model.init
+from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.mesh import World
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.model.row_table import RowTable
+from swamla_titan.parallel.row_tables import rows_of_rank, shard_row_tables
+from swamla_titan.tools.generate import _loaded
+from tests.distributed.job import run_killed
+from tests.distributed.ranks import on_ranks
+from tests.distributed.table_model import install, run_with_tables
+from tests.distributed.test_optimizer_checkpoints import loaded_and_saved
+from tests.distributed.test_plans import BATCHES, PLANS, curves, written
+from tests.distributed.test_plans import COMMON as OF_PLANS
+from tests.train.faults import Fault, run_with_faults
+from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors
+
+WIDTH = 5
+
+
+def sharded_table(rows: int, world: World) -> tuple[RowTable, Tensor]:
+    """A table that the ranks share, in float64, and all of its values."""
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.table = RowTable(rows, WIDTH).double()
+    shard_row_tables(model, world)
+    model.to_empty(device="cpu")
+    full = torch.randn(rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = rows_of_rank(rows, world.size, world.rank)
+        local(model.table.weight).copy_(full[own.start : own.stop])
+    return model.table, full
+
+
+def indices_of(rank: int, micro_batch: int, rows: int) -> Tensor:
+    """Of another number on each rank; the last asks for one row alone."""
+    generator = torch.Generator().manual_seed(10 * micro_batch + rank)
+    drawn = torch.randint(0, rows, (2, 3 + rank, 2), generator=generator)
+    return drawn if micro_batch < 2 else torch.full_like(drawn, rows - 1)
+
+
+def pull(found: Tensor) -> Tensor:
+    return (found * torch.arange(found.numel()).view_as(found).cos()).sum() + found.square().sum()
+
+
+def _looked_up(rows: int) -> None:
+    world = init_distributed(Parallel())
+    table, full = sharded_table(rows, world)
+    for micro_batch in range(3):
+        indices = indices_of(world.rank, micro_batch, rows)
+        found = table(indices)
+        assert torch.equal(found, full[indices])
+        assert torch.equal(table(indices, torch.bfloat16), full[indices].bfloat16())
+        pull(found).backward()
+    table.gradient.merge()
+    leaf = full.clone().requires_grad_()
+    every = [indices_of(rank, micro_batch, rows) for rank in range(world.size) for micro_batch in range(3)]
+    torch.stack([pull(F.embedding(each, leaf)) for each in every]).sum().backward()
+    assert leaf.grad is not None
+    own = rows_of_rank(rows, world.size, world.rank)
+    expected = leaf.grad[own.start : own.stop]
+    torch.testing.assert_close(table.gradient.dense(len(own)), expected, rtol=0, atol=1e-12)
+    assert table.gradient.sums is not None
+    squares = table.gradient.sums.square().sum()
+    dist.all_reduce(squares)
+    torch.testing.assert_close(squares, leaf.grad.square().sum())
+
+
+@pytest.mark.parametrize("size, rows", [(2, 37), (3, 37), (3, 4), (3, 1)])
+def test_look_ups_and_gradients_are_those_of_one_process(size, rows):
+    """4 rows: 2, 2 and none; 1: two ranks have none."""
+    on_ranks(size, _looked_up, rows)
+
+
+def _drawn(block: int) -> None:
+    swamla_titan.model.init.ROWS_OF_A_BLOCK = block
+    world = init_distributed(Parallel())
+    table, _ = sharded_table(37, world)
+    holder = torch.nn.Module()
+    holder.table = table.float()
+    draws = swamla_titan.model.init.initial_draws
+    one = torch.nn.Module()
+    one.table = RowTable(37, WIDTH)
+    with torch.no_grad():
+        for model in (holder, one):
+            for draw in draws(model, 1, False, 7, lambda *_: None):
+                draw()
+    assert torch.equal(holder.table.weight.full_tensor(), one.table.weight)  # type: ignore[operator]
+    assert 0.01 < one.table.weight.std() < 0.03
+
+
+@pytest.mark.parametrize("block", [8, 64])
+def test_each_rank_draws_the_initial_values_of_its_rows(block):
+    on_ranks(3, _drawn, block)
+
+
+SPLIT = ("--training.local_batch_size", "1", "--model.num_layers", "4", "--parallel.pipeline_schedule")
+OF_TABLES = PLANS | {
+    "zbv-2": (2, ("--parallel.pipeline", "2", *SPLIT, "ZBVZeroBubble")),
+    "izb-2": (2, ("--parallel.pipeline", "2", *SPLIT, "InterleavedZeroBubble")),
+}
+IN_CI = {"fsdp-3", "zbv-2"}
+
+
+@functools.cache
+def alone(*overrides: str) -> dict[str, dict[int, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        assert on_ranks(1, run_with_tables, written(Path(folder)), *OF_PLANS, *overrides) == [0]
+        return curves(Path(folder))
+
+
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=[] if plan in IN_CI else [pytest.mark.slow]) for plan in OF_TABLES]
+)
+def test_a_plan_trains_tables_as_one_process_does(tmp_path, plan):
+    ranks, parallel = OF_TABLES[plan]
+    layers = ("--model.num_layers", "4") if SPLIT[2] in parallel else ()
+    shape = (*BATCHES["does not"], *layers)
+    assert on_ranks(ranks, run_with_tables, written(tmp_path), *OF_PLANS, *shape, *parallel) == [0] * ranks
+    found = curves(tmp_path)
+    for name, values in alone(*shape).items():
+        assert found[name] == pytest.approx(values, rel=1e-5), name
+
+
+COMMON = (
+    *("--data.num_workers", "0", "--validation.interval", "0", "--model.dropout", "0", "--ema.decay", "0.8"),
+    *("--lr_schedule.warmup_steps", "0", "--lr_schedule.min_lr_ratio", "1", "--checkpoint.interval", "2"),
+)
+MOMENTS = {"exp_avg", "exp_avg_sq", "touched"}
+
+
+def _loaded_and_saved(*arguments: Any) -> None:
+    install()
+    loaded_and_saved(*arguments)
+
+
+def test_what_2_ranks_wrote_3_and_1_read_bit_for_bit(tmp_path):
+    config, settings = written(tmp_path), [*COMMON, "--training.steps", "2"]
+    assert on_ranks(2, run_with_tables, config, *settings) == [0, 0]
+    first = before = checkpoint(tmp_path / "run", 2)
+    for ranks in (3, 1):
+        after = tmp_path / f"by-{ranks}"
+        on_ranks(ranks, _loaded_and_saved, config, str(before), str(after), settings)
+        before = after
+    expected, found = tensors(first), tensors(before)
+    for table, rows in (("token_table", 101), ("layer_table", 2)):
+        held = {name for name in found if f"{table}.weight" in name}
+        state = {f"optimizer.state.{table}.weight.{each}" for each in (*MOMENTS, "step")}
+        average = {f"ema.{table}.weight{each}" for each in ("", ".log_decay_of_rows", ".log_decay")}
+        assert held == state | average | {f"model.{table}.weight"}
+        assert {found[name].shape[0] for name in held if found[name].ndim} == {rows}
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_on_2_then_3_then_1_ranks_learns_what_one_process_does(tmp_path):
+    config, whole = written(tmp_path), tmp_path / "whole"
+    for ranks, steps in ((2, 2), (3, 4), (1, 6)):
+        assert on_ranks(ranks, run_with_tables, config, *COMMON, "--training.steps", str(steps)) == [0] * ranks
+    assert on_ranks(1, run_with_tables, config, *COMMON, "--training.steps", "6", "--job.dump_folder", str(whole)) == [
+        0
+    ]
+    for name in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "run", name) == pytest.approx(metrics(whole, name), rel=1e-5)
+    for name in ("table_rows_touched", "table_rows_touched_lately"):
+        shares = metrics(tmp_path / "run", name)
+        assert shares == metrics(whole, name)
+        assert all(0 < share < 1 for share in shares.values())
+    expected, found = (tensors(checkpoint(folder, 6)) for folder in (whole, tmp_path / "run"))
+    torch.testing.assert_close(
+        found["model.token_table.weight"], expected["model.token_table.weight"], rtol=0, atol=1e-4
+    )
+
+
+def _killed_with_tables(step: int, config: str, *overrides: str) -> int:
+    install()
+    return run_killed(step, config, *overrides)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_job_continues_bit_for_bit(tmp_path, size):
+    config, whole = written(tmp_path), tmp_path / "whole"
+    settings = (*COMMON, "--training.steps", "4")
+    assert on_ranks(size, run_with_tables, config, *settings, "--job.dump_folder", str(whole)) == [0] * size
+    with pytest.raises(AssertionError, match="died"):
+        on_ranks(size, _killed_with_tables, 4, config, *settings, "--checkpoint.async_mode", "disabled")
+    assert on_ranks(size, run_with_tables, config, *settings) == [0] * size
+    assert "resumed from" in (tmp_path / "run/logs/rank-0.log").read_text()
+    assert_same_checkpoint(checkpoint(tmp_path / "run", 4), checkpoint(whole, 4))
+
+
+def _with_faults(faults: tuple[Fault, ...], config: str, *overrides: str) -> int:
+    install()
+    return run_with_faults(faults, (), config, *overrides).code
+
+
+def test_a_bad_step_changes_no_row_and_a_rewind_restores_them(tmp_path):
+    """Steps 3 and 4 are bad; at the end of 5 the run goes back to what step 1 made."""
+    policy = ("--fault_tolerance.max_bad_steps", "2", "--fault_tolerance.max_rewinds", "1")
+    faults = (Fault(3, "nan gradient"), Fault(4, "nan gradient"))
+    settings = (*COMMON, *policy, "--checkpoint.interval", "1", "--checkpoint.keep_latest", "0")
+    assert on_ranks(2, _with_faults, faults, written(tmp_path), *settings, "--training.steps", "7") == [0, 0]
+    at = {step: tensors(checkpoint(tmp_path / "run", step)) for step in range(1, 8)}
+    for name in (name for name in at[2] if "table" in name):
+        assert torch.equal(at[3][name], at[2][name]), "a bad step"
+        assert torch.equal(at[5][name], at[1][name]), "the rewind"
+        assert not torch.equal(at[2][name], at[1][name])
+        assert not torch.equal(at[6][name], at[5][name])
+
+
+def _averages_of(paths: list[Path]) -> list[list[list[float]]]:
+    """The average of the first table as `generate --ema` loads it, from each checkpoint."""
+    install()
+    models: list[Any] = [_loaded(path, ema=True).model for path in paths]
+    return [model.token_table.weight.tolist() for model in models]
+
+
+def test_the_average_of_a_checkpoint_is_that_of_a_pass_over_the_table_in_each_step(tmp_path):
+    settings = (*COMMON, "--checkpoint.interval", "1", "--checkpoint.keep_latest", "0", "--training.steps", "5")
+    assert on_ranks(2, run_with_tables, written(tmp_path), *settings) == [0, 0]
+    paths = [checkpoint(tmp_path / "run", step) for step in range(1, 6)]
+    mean, *of_later = torch.tensor(on_ranks(1, _averages_of, paths)[0])
+    for step, (path, found) in enumerate(zip(paths[1:], of_later), 2):
+        weight = tensors(path)["model.token_table.weight"]
+        mean += (1 - min(0.8, (1 + step) / (10 + step))) * (weight - mean)
+        torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,297 @@
+"""Row tables: gradients by rows, Adam of the rows looked up, their average; no step passes over a table."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from swamla_titan.config.sections import Optimizer
+from swamla_titan.model.row_table import RowTable, Segments
+from swamla_titan.optim import (
+    AveragedWeights,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    set_learning_rate,
+    skip_where,
+    state_bytes,
+)
+from swamla_titan.optim.groups import Kind, groups
+
+ROWS, WIDTH, LR = 40, 6, 0.01
+
+
+def with_table(rows: int = ROWS, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, RowTable]:
+    """A module with a table and a linear layer."""
+    torch.manual_seed(3)
+    table = RowTable(rows, width)
+    nn.init.normal_(table.weight)
+    model = nn.Module()
+    model.table, model.linear = table, nn.Linear(4, 4)
+    return model.to(dtype), table
+
+
+def lookups(step: int, rows: int = ROWS) -> Tensor:
+    """Some rows several times, some not at all."""
+    return torch.randint(0, rows // 2, (2, 5, 3), generator=torch.Generator().manual_seed(step)) + step % 4
+
+
+def pull(found: Tensor) -> Tensor:
+    return (found * torch.arange(found.numel()).view_as(found).cos()).sum() + found.square().sum()
+
+
+def backward(table: RowTable, *of_micro_batches: Tensor) -> None:
+    for indices in of_micro_batches:
+        pull(table(indices)).backward()
+    table.gradient.merge()
+
+
+def reference(weight: Tensor, *of_micro_batches: Tensor) -> Tensor:
+    """The gradient as torch has it."""
+    leaf = weight.detach().clone().requires_grad_()
+    torch.stack([pull(F.embedding(indices, leaf)) for indices in of_micro_batches]).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def optimizer_of(model: nn.Module, **settings: Any) -> Any:
+    optimizer = build_optimizer(model, Optimizer(lr=LR, **settings))
+    set_learning_rate(optimizer, LR)
+    return optimizer
+
+
+def test_value_and_gradient_are_those_of_an_embedding_and_no_dense_gradient_is_made():
+    _, table = with_table(dtype=torch.float64)
+    indices = lookups(1), lookups(2)
+    assert torch.equal(table(indices[0]), F.embedding(indices[0], table.weight))
+    backward(table, *indices)
+    assert table.weight.grad is None
+    torch.testing.assert_close(table.gradient.dense(ROWS), reference(table.weight, *indices), rtol=0, atol=1e-13)
+    norm = gradient_norm([(table.gradient.sums, 1.0)])
+    torch.testing.assert_close(norm, reference(table.weight, *indices).norm())
+
+
+def test_rows_are_given_in_the_dtype_asked_for_and_gradients_are_summed_in_float32():
+    _, table = with_table()
+    indices = torch.zeros(512, dtype=torch.int64)
+    found = table(indices, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    found.backward(torch.full_like(found, 1.0))
+    table.gradient.merge()
+    assert table.gradient.dense(ROWS)[0].tolist() == [512.0] * WIDTH  # bfloat16 stops at 256
+
+
+def test_sums_by_row_have_the_same_bits_whatever_the_order_of_the_others():
+    rows, values = torch.randint(0, 9, (200,)), torch.randn(200, 5)
+    whole = Segments(rows).sums(values)
+    row = 4
+    assert torch.equal(Segments(rows[rows == row]).sums(values[rows == row])[0], whole[len(rows[rows < row].unique())])
+    assert whole[len(rows.unique()) :].count_nonzero() == 0
+
+
+def test_lazy_adam_is_torch_sparse_adam():
+    model, table = with_table()
+    optimizer, weight = optimizer_of(model, beta2=0.99), nn.Parameter(table.weight.detach().clone())
+    other = torch.optim.SparseAdam([weight], lr=5 * LR, betas=(0.9, 0.99))
+    for step in range(1, 8):
+        indices = lookups(step)
+        weight.grad = reference(weight, indices).to_sparse(1)
+        # There eps is added to what is not yet divided by the bias correction.
+        other.param_groups[0]["eps"] = 1e-8 * math.sqrt(1 - 0.99**step)
+        other.step()
+        before = table.weight.detach().clone()
+        backward(table, indices)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(table.weight.detach(), weight.detach(), rtol=1e-5, atol=1e-6)
+        untouched = [row for row in range(ROWS) if row not in indices]
+        assert untouched
+        assert torch.equal(table.weight[untouched], before[untouched])
+    assert optimizer.state[table.weight]["touched"][0].item() == 4  # the last step with row 0
+    assert table.gradient.sums is None
+
+
+def test_adam_of_all_rows_is_adamw_without_decay():
+    model, table = with_table()
+    optimizer, weight = optimizer_of(model, lazy_tables=False), nn.Parameter(table.weight.detach().clone())
+    other = torch.optim.AdamW([weight], lr=5 * LR, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(1, 8):
+        indices = lookups(step)
+        weight.grad = reference(weight, indices)
+        other.step()
+        backward(table, indices)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(table.weight.detach(), weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_where_all_rows_are_looked_up_lazy_adam_is_adam_of_all_rows():
+    found = []
+    for lazy in (True, False):
+        model, table = with_table()
+        optimizer = optimizer_of(model, lazy_tables=lazy)
+        for step in range(4):
+            backward(table, torch.cat((torch.arange(ROWS), lookups(step).flatten())))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([table.weight.detach(), *optimizer.state[table.weight].values()])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_the_rule_holds_beside_every_optimizer(name, moments):
+    model, table = with_table(rows=1000, width=32)
+    config = Optimizer(name=name, moments=moments, weight_decay=0.3, lr_multipliers={"table.*": 0.5, "linear.*": 3.0})
+    kinds = {parameter: kind for kind, parameters in groups(model, config).items() for parameter in parameters}
+    assert kinds[table.weight] == Kind("rows", "float32", 0.0, 2.5)
+    assert str(kinds[table.weight]) == "adam of the rows looked up, no decay, lr x 2.5"
+    linear = kinds[model.linear.weight]
+    assert linear.weight_decay == 0.3
+    assert linear.lr_multiplier == 3.0
+    optimizer = build_optimizer(model, config)
+    state = optimizer.state[table.weight]
+    held = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+    assert held == {
+        "exp_avg": ((1000, 32), torch.float32),
+        "exp_avg_sq": ((1000, 32), torch.float32),
+        "touched": ((1000, 1), torch.int32),
+        "step": ((), torch.float32),
+    }
+    of_linear = sum(each.nbytes for weight in model.linear.parameters() for each in optimizer.state[weight].values())
+    assert state_bytes(model, config) == of_linear + sum(each.nbytes for each in state.values())
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_clipping_divides_and_a_bad_step_changes_no_bit(lazy):
+    model, table = with_table()
+    optimizer = optimizer_of(model, lazy_tables=lazy)
+    average = AveragedWeights([model], 0.9, lazy_tables=lazy)
+    average.restart()
+
+    def step(number: int, bad: float, spoil: bool = False) -> None:
+        backward(table, lookups(number))
+        if spoil:
+            table.gradient.sums[0, 0] = math.nan
+        norm = gradient_norm([(table.gradient.sums, 1.0)])
+        clip_gradients(optimizer, norm, 0.5)
+        flag = torch.tensor(bad)
+        skip_where(optimizer, flag)
+        average.before_update(flag)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(number, flag)
+
+    def held() -> list[Tensor]:
+        return [table.weight.detach(), *optimizer.state[table.weight].values(), *average.of_part(model).values()]
+
+    step(1, 0.0)
+    first = optimizer.state[table.weight]["exp_avg"].norm().item()
+    assert first == pytest.approx(0.1 * 0.5, rel=1e-4)
+    before = [each.clone() for each in held()]
+    step(2, 1.0, spoil=True)
+    assert all(torch.equal(one, other) for one, other in zip(held(), before))
+    step(3, 0.0)
+    assert not any(torch.equal(one, other) for one, other in zip(held(), before) if one.numel() > 16)
+
+
+def test_a_table_that_was_not_looked_up_stays_as_it_is():
+    model, table = with_table()
+    optimizer, before = optimizer_of(model), table.weight.detach().clone()
+    table.gradient.merge()
+    optimizer.step()
+    assert torch.equal(table.weight, before)
+    assert optimizer.state[table.weight]["step"] == 0
+
+
+class Shapes(TorchDispatchMode):
+    """The operators that were given, or gave, a tensor with this many rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+        if any(self.rows in each.shape or each.numel() >= self.rows for each in tensors):
+            self.found.add(operator.overloadpacket.__name__)
+        return out
+
+
+GATHERS_AND_SCATTERS = {"index", "index_copy_", "detach"}  # the last makes another name of the same memory
+
+
+def test_no_operator_of_a_step_sees_the_table_but_gathers_and_scatters():
+    rows = 100_003
+    model, table = with_table(rows=rows, width=4)
+    optimizer, average = optimizer_of(model), AveragedWeights([model], 0.9)
+    average.restart()
+    bad = torch.tensor(0.0)
+    with Shapes(rows) as shapes:
+        for number in (1, 2):
+            backward(table, lookups(number), lookups(number + 5))
+            norm = gradient_norm([(table.gradient.sums, 1.0)])
+            torch._foreach_mul_([table.gradient.sums], torch.tensor(0.5))  # as loss scaling does
+            clip_gradients(optimizer, norm, 1.0)
+            skip_where(optimizer, bad)
+            average.before_update(bad)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(number, bad)
+    assert shapes.found == GATHERS_AND_SCATTERS
+    with Shapes(rows) as shapes:  # the means of this test
+        table.weight.detach().mul(2)
+    assert shapes.found - GATHERS_AND_SCATTERS
+
+
+@pytest.mark.slow  # it compiles
+def test_compiled_adam_moves_rows_as_eager_adam_does_and_is_compiled_once_for_any_number_of_them():
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        model, table = with_table()
+        optimizer = build_optimizer(model, Optimizer(), compiled=compiled)
+        set_learning_rate(optimizer, LR)
+        for step in range(1, 6):
+            backward(table, lookups(step)[:, :step])
+            clip_gradients(optimizer, torch.tensor(3.0), 1.0)
+            skip_where(optimizer, torch.tensor(0.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([table.weight.detach(), *optimizer.state[table.weight].values()])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy):
+    model, table = with_table()
+    optimizer, average = optimizer_of(model, lazy_tables=lazy), AveragedWeights([model], 0.8, lazy_tables=lazy)
+    average.restart()
+    mean = table.weight.detach().double()
+    for step in range(1, 30):
+        flag = torch.tensor(float(step in (3, 4)))
+        backward(table, lookups(step))
+        skip_where(optimizer, flag)
+        average.before_update(flag)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(step, flag)
+        if not flag:
+            mean += (1 - min(0.8, (1 + step) / (10 + step))) * (table.weight.detach().double() - mean)
+    weights, held = table.weight.detach().clone(), [each.clone() for each in average.of_part(model).values()]
+    with average.in_place_of_weights():
+        torch.testing.assert_close(table.weight.detach().double(), mean, rtol=1e-5, atol=1e-6)
+    assert torch.equal(table.weight, weights)
+    assert all(torch.equal(one, other) for one, other in zip(average.of_part(model).values(), held))
