@@ -91,7 +91,7 @@ def main() -> None:
     model = nn.Module()
     with torch.device("meta"):
         model.table = RowTable(options.rows, options.width)
-    shard_row_tables(model, world)
+    shard_row_tables(model, Parallel(), world)
     model.to_empty(device=device)
     table: RowTable = model.table
     with torch.no_grad():

@@ -37,7 +37,7 @@ class Segments:
 
         Those behind the last run are zeros. The same bits on every call: a run is summed from its first key on.
         """
-        values = values.to(torch.promote_types(values.dtype, torch.float32))[self.order]
+        values = values[self.order].to(torch.promote_types(values.dtype, torch.float32))
         if not len(values):
             return values
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)

@@ -90,7 +90,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
     """
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     choose_kernels(model, config, world.device)
-    shard_row_tables(model, world)
+    shard_row_tables(model, config.parallel, world)
     if config.float8.recipe != "off":
         from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
 

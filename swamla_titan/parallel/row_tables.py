@@ -18,16 +18,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import UserError
 from swamla_titan.model.row_table import Backward, LocalRows, Segments, row_tables
 
 
-def shard_row_tables(model: nn.Module, world: World) -> None:
+def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None:
     """Give each rank of the pipeline stage its rows of the model's tables, in place, on the meta device.
 
-    Nothing where there are none, or one rank. Collective over the ranks of the stage if their group is new.
+    Nothing where there are none, or one rank. Raises UserError for tables with parallel.cpu_offload.
     """
     tables = row_tables(model)
+    if tables and parallel.cpu_offload:
+        raise UserError(
+            "parallel.cpu_offload: tables of embeddings are looked up where the tokens are computed, and stay there; "
+            "set it to false, or share their rows among more ranks"
+        )
     if not tables or world.stage_group is None or world.stage_group.size() == 1:
         return
     mesh = DeviceMesh.from_group(world.stage_group, world.device.type, mesh_dim_names=("rows",))

@@ -17,6 +17,8 @@ inside attention and feed-forward are all tokens of this rank's heads or hidden 
 their own names, for FSDP2 and checkpoints look for them there; the modules compute with the local part.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,9 +148,9 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     group = TensorGroup.of(mesh)
     _require_even_shards(model, group.size)
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
-    for name, module in list(model.named_modules()):
+    for name, module in list(_modules(model)):
         own = dict(module.named_parameters(recurse=False))
-        if not own or isinstance(module, RowTable):  # the ranks of the whole stage share its rows
+        if not own:
             continue
         style, placement = _style(name, module)
         for key, parameter in own.items():
@@ -174,6 +176,11 @@ def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]
     return (whole[0] // ranks, whole[1]) if placement.dim == 0 else (whole[0], whole[1] // ranks)
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All but tables, whose rows all ranks of the pipeline stage share (row_tables.py)."""
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, RowTable))
+
+
 def _style(name: str, module: nn.Module) -> _Style:
     if isinstance(spec := getattr(module, "spec", None), LinearSpec):
         return _BY_ROLE[spec.role]
@@ -189,7 +196,7 @@ def _unknown(name: str, module: nn.Module) -> TypeError:
 
 def _require_even_shards(model: nn.Module, ranks: int) -> None:
     """No head, and no group of hidden units, is cut in two, and no rank has fewer than the others."""
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         for key, parameter in module.named_parameters(recurse=False):
             _, placement = _style(name, module)
             if isinstance(placement, Shard):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.config.runner import Runner
+from tests.distributed.table_model import models_with_tables
 from tests.train.runs import metrics
 
 _STATES = {
@@ -68,6 +69,23 @@ def decay_embeddings(run: Runner) -> None:
         assert "optimizer: adamw, no decay: " in log
         assert f"parameters ({', '.join(['embedding', 'head'][: len(names)])}" in log
     assert "has no effect" in run.refusal("--optimizer.decay_embeddings", "true", "--optimizer.weight_decay", "0")
+
+
+def lazy_tables(run: Runner) -> None:
+    """Rows that the last step did not look up stay as they were before it, or move by their moments."""
+    settings = ("--checkpoint.interval", "1", "--checkpoint.keep_latest", "0")
+    with models_with_tables():
+        for lazy in (True, False):
+            result = run(*settings, "--optimizer.lazy_tables", str(lazy).lower())
+            before, after = result.tensors(2), result.tensors(3)
+            touched = after["optimizer.state.token_table.weight.touched"][:, 0]
+            earlier = (touched > 0) & (touched < 3)
+            assert earlier.any()
+            same = before["model.token_table.weight"] == after["model.token_table.weight"]
+            assert same[touched == 0].all()
+            assert same[earlier].all() == lazy
+            kept = "the rows looked up" if lazy else "all rows"
+            assert f"adam of {kept}, no decay, lr x 5" in (result.folder / "logs/rank-0.log").read_text()
 
 
 def lr_multipliers(run: Runner) -> None:
@@ -153,6 +171,7 @@ OPTIMIZER_CASES: dict[str, Callable[[Runner], None]] = {
     "optimizer.name": name,
     "optimizer.moments": moments,
     "optimizer.decay_embeddings": decay_embeddings,
+    "optimizer.lazy_tables": lazy_tables,
     "optimizer.lr_multipliers": lr_multipliers,
     "optimizer.muon_momentum": muon_momentum,
     "optimizer.muon_nesterov": muon_nesterov,

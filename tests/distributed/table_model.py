@@ -3,6 +3,8 @@
 Any stage of a pipeline can compute with positions. The second has 2 rows, so some of three ranks or more have none.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,13 +21,14 @@ LAYER = "1"  # in front of which the second is added
 
 
 def run_with_tables(config: str, *overrides: str) -> int:
-    """`job.run` of a process that has no other use."""
-    install()
-    return run(config, *overrides)
+    """`job.run`, of a model with tables."""
+    with models_with_tables():
+        return run(config, *overrides)
 
 
-def install() -> None:
-    """Give every model that this process makes from now on two tables."""
+@contextlib.contextmanager
+def models_with_tables() -> Iterator[None]:
+    """Within, every model that this process makes has two tables."""
     made, made_stage, embed = SWAMLAModel.__init__, ModelStage.__init__, SWAMLAModel.embed
 
     def init(self: Any, config: ModelConfig) -> None:
@@ -54,6 +57,11 @@ def install() -> None:
 
     SWAMLAModel.__init__, ModelStage.__init__ = init, init_stage  # type: ignore[method-assign]
     SWAMLAModel.embed = embed_with_table  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SWAMLAModel.__init__, ModelStage.__init__ = made, made_stage  # type: ignore[method-assign]
+        SWAMLAModel.embed = embed  # type: ignore[method-assign]
 
 
 def own_tokens(of_tokens: Tensor, x: Tensor) -> Tensor:

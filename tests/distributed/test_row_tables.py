@@ -21,7 +21,7 @@ from swamla_titan.parallel.row_tables import rows_of_rank, shard_row_tables
 from swamla_titan.tools.generate import _loaded
 from tests.distributed.job import run_killed
 from tests.distributed.ranks import on_ranks
-from tests.distributed.table_model import install, run_with_tables
+from tests.distributed.table_model import models_with_tables, run_with_tables
 from tests.distributed.test_optimizer_checkpoints import loaded_and_saved
 from tests.distributed.test_plans import BATCHES, PLANS, curves, written
 from tests.distributed.test_plans import COMMON as OF_PLANS
@@ -36,7 +36,7 @@ def sharded_table(rows: int, world: World) -> tuple[RowTable, Tensor]:
     model = torch.nn.Module()
     with torch.device("meta"):
         model.table = RowTable(rows, WIDTH).double()
-    shard_row_tables(model, world)
+    shard_row_tables(model, Parallel(), world)
     model.to_empty(device="cpu")
     full = torch.randn(rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -143,8 +143,8 @@ MOMENTS = {"exp_avg", "exp_avg_sq", "touched"}
 
 
 def _loaded_and_saved(*arguments: Any) -> None:
-    install()
-    loaded_and_saved(*arguments)
+    with models_with_tables():
+        loaded_and_saved(*arguments)
 
 
 def test_what_2_ranks_wrote_3_and_1_read_bit_for_bit(tmp_path):
@@ -187,8 +187,8 @@ def test_a_run_on_2_then_3_then_1_ranks_learns_what_one_process_does(tmp_path):
 
 
 def _killed_with_tables(step: int, config: str, *overrides: str) -> int:
-    install()
-    return run_killed(step, config, *overrides)
+    with models_with_tables():
+        return run_killed(step, config, *overrides)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -204,8 +204,8 @@ def test_a_killed_job_continues_bit_for_bit(tmp_path, size):
 
 
 def _with_faults(faults: tuple[Fault, ...], config: str, *overrides: str) -> int:
-    install()
-    return run_with_faults(faults, (), config, *overrides).code
+    with models_with_tables():
+        return run_with_faults(faults, (), config, *overrides).code
 
 
 def test_a_bad_step_changes_no_row_and_a_rewind_restores_them(tmp_path):
@@ -224,8 +224,8 @@ def test_a_bad_step_changes_no_row_and_a_rewind_restores_them(tmp_path):
 
 def _averages_of(paths: list[Path]) -> list[list[list[float]]]:
     """The average of the first table as `generate --ema` loads it, from each checkpoint."""
-    install()
-    models: list[Any] = [_loaded(path, ema=True).model for path in paths]
+    with models_with_tables():
+        models: list[Any] = [_loaded(path, ema=True).model for path in paths]
     return [model.token_table.weight.tolist() for model in models]
 
 
