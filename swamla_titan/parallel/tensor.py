@@ -18,6 +18,7 @@ their own names, for FSDP2 and checkpoints look for them there; the modules comp
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +177,7 @@ def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]
     return (whole[0] // ranks, whole[1]) if placement.dim == 0 else (whole[0], whole[1] // ranks)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All but tables, whose rows all ranks of the pipeline stage share (row_tables.py)."""
     return ((name, module) for name, module in model.named_modules() if not isinstance(module, RowTable))
 
