@@ -61,7 +61,7 @@ class RowAverage:
     def advance(self, decay: float, bad: Tensor | None) -> None:
         """Count a step of this decay, after the update; not where the scalar `bad` is 1."""
         change = math.log(decay)
-        self.log_decay.add_(change if bad is None else change * (bad == 0))
+        self.log_decay.add_(change if bad is None else change * (bad == 0).double())
 
     @contextmanager
     def in_place_of_weight(self) -> Iterator[None]:

@@ -37,8 +37,8 @@ def sharded_table(rows: int, world: World) -> tuple[RowTable, Tensor]:
     with torch.device("meta"):
         model.table = RowTable(rows, WIDTH).double()
     shard_row_tables(model, Parallel(), world)
-    model.to_empty(device="cpu")
-    full = torch.randn(rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model.to_empty(device=world.device)
+    full = torch.randn(rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(world.device)
     with torch.no_grad():
         own = rows_of_rank(rows, world.size, world.rank)
         local(model.table.weight).copy_(full[own.start : own.stop])
@@ -53,21 +53,22 @@ def indices_of(rank: int, micro_batch: int, rows: int) -> Tensor:
 
 
 def pull(found: Tensor) -> Tensor:
-    return (found * torch.arange(found.numel()).view_as(found).cos()).sum() + found.square().sum()
+    factors = torch.arange(found.numel(), device=found.device).view_as(found).cos()
+    return (found * factors).sum() + found.square().sum()
 
 
 def _looked_up(rows: int) -> None:
     world = init_distributed(Parallel())
     table, full = sharded_table(rows, world)
     for micro_batch in range(3):
-        indices = indices_of(world.rank, micro_batch, rows)
+        indices = indices_of(world.rank, micro_batch, rows).to(world.device)
         found = table(indices)
         assert torch.equal(found, full[indices])
         assert torch.equal(table(indices, torch.bfloat16), full[indices].bfloat16())
         pull(found).backward()
     table.gradient.merge()
     leaf = full.clone().requires_grad_()
-    every = [indices_of(rank, micro_batch, rows) for rank in range(world.size) for micro_batch in range(3)]
+    every = [indices_of(rank, batch, rows).to(full.device) for rank in range(world.size) for batch in range(3)]
     torch.stack([pull(F.embedding(each, leaf)) for each in every]).sum().backward()
     assert leaf.grad is not None
     own = rows_of_rank(rows, world.size, world.rank)
@@ -85,6 +86,17 @@ def test_look_ups_and_gradients_are_those_of_one_process(size, rows):
     on_ranks(size, _looked_up, rows)
 
 
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.mark.parametrize("rows", [pytest.param(rows, marks=TWO_GPUS) for rows in (5000, 1)])
+def test_gpus_look_up_and_give_gradients_as_one_process_does(rows):
+    on_ranks(2, _looked_up, rows)
+
+
 def _drawn(block: int) -> None:
     swamla_titan.model.init.ROWS_OF_A_BLOCK = block
     world = init_distributed(Parallel())
@@ -93,7 +105,7 @@ def _drawn(block: int) -> None:
     holder.table = table.float()
     draws = swamla_titan.model.init.initial_draws
     one = torch.nn.Module()
-    one.table = RowTable(37, WIDTH)
+    one.table = RowTable(37, WIDTH).to(world.device)
     with torch.no_grad():
         for model in (holder, one):
             for draw in draws(model, 1, False, 7, lambda *_: None):
@@ -133,6 +145,15 @@ def test_a_plan_trains_tables_as_one_process_does(tmp_path, plan):
     found = curves(tmp_path)
     for name, values in alone(*shape).items():
         assert found[name] == pytest.approx(values, rel=1e-5), name
+
+
+@pytest.mark.parametrize("plan", [pytest.param(plan, marks=TWO_GPUS) for plan in ("fsdp-2-every", "tp-2", "pp-2")])
+def test_on_gpus_a_plan_trains_tables_as_one_gpu_does(tmp_path, plan):
+    shape = (*BATCHES["does not"], "--training.fp32_precision", "ieee")
+    assert on_ranks(2, run_with_tables, written(tmp_path), *OF_PLANS, *shape, *PLANS[plan][1]) == [0, 0]
+    found = curves(tmp_path)
+    for name, values in alone(*shape).items():
+        assert found[name] == pytest.approx(values, rel=1e-4), name
 
 
 COMMON = (

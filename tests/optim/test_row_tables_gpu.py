@@ -1,0 +1,79 @@
+"""Row tables on a GPU, compiled as in training: the steps of a CPU, without waiting, and the same bits again."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.config.sections import Optimizer
+from swamla_titan.model.row_table import RowTable
+from swamla_titan.optim import (
+    AveragedWeights,
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    set_learning_rate,
+    skip_where,
+)
+
+pytestmark = pytest.mark.gpu
+
+ROWS, WIDTH, STEPS = 20_000, 48, 5
+
+
+def trained(device: str, compiled: bool, lazy: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The weight, its optimizer state and its average after some steps, of which all but the first must not wait."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Module()
+    model.table = table = RowTable(ROWS, WIDTH)
+    nn.init.normal_(table.weight, std=0.02, generator=generator)
+    model.to(device)
+    optimizer = build_optimizer(model, Optimizer(lazy_tables=lazy), compiled=compiled)
+    average = AveragedWeights([model], 0.9, compiled, lazy)
+    average.restart()
+    # A third of the look-ups are of one row.
+    drawn = [torch.randint(-ROWS // 2, ROWS, (2, 4096, 3), generator=generator).clamp(min=0) for _ in range(STEPS)]
+    pulls = [torch.randn(2, 4096, 3, WIDTH, generator=generator).to(device, dtype) for _ in range(STEPS)]
+    flags = [torch.tensor(float(step == 2), device=device) for step in range(STEPS)]
+    batches = [indices.to(device) for indices in drawn]
+    for step, (indices, pull, flag) in enumerate(zip(batches, pulls, flags)):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            for one, other in zip(indices, pull):
+                (table(one, dtype) * other).sum().backward()
+            table.gradient.merge()
+            set_learning_rate(optimizer, 1e-3)
+            clip_gradients(optimizer, gradient_norm([(table.gradient.sums, 1.0)]), 1.0)
+            skip_where(optimizer, flag)
+            average.before_update(flag)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(step + 1, flag)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [table.weight.detach(), *optimizer.state[table.weight].values(), *average.of_part(model).values()]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_gpu_moves_tables_as_a_cpu_does_without_waiting(compiled, lazy):
+    for one, other in zip(trained("cuda", compiled, lazy), trained("cpu", False, lazy)):
+        off = (one.cpu() - other).abs().double()
+        assert off.max() < 0.02
+        assert (off > 1e-4 * (1 + other.abs())).sum() <= 1e-4 * off.numel() + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_repeat(dtype):
+    for one, other in zip(trained("cuda", True, dtype=dtype), trained("cuda", True, dtype=dtype)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_algorithms_compute_it_too(dtype):
+    expected = trained("cuda", False, dtype=dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for one, other in zip(trained("cuda", False, dtype=dtype), expected):
+            assert torch.equal(one, other)
+    finally:
+        torch.use_deterministic_algorithms(False)
