@@ -5,7 +5,7 @@ A table's gradient is never a tensor of the table's shape. Each backward pass le
 (optim/row_adam.py). No operator of a step but these gathers and scatters sees the table.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,13 +150,12 @@ def row_tables(model: nn.Module) -> dict[nn.Parameter, RowTable]:
 
 
 @contextmanager
-def placeholder_gradients(model: nn.Module) -> Iterator[None]:
-    """Within, lookups return a gradient of zeros that takes no memory for the weight, and it is dropped at the end.
+def placeholder_gradients(tables: Collection[RowTable]) -> Iterator[None]:
+    """Within, look-ups return a gradient of zeros that takes no memory for the weight, and it is dropped at the end.
 
     torch.autograd.grad, with which split backward passes of pipelines compute the gradients of the weights, raises an
     error for a parameter that gets none. `.backward()` must not run within: it would make the zeros dense.
     """
-    tables = row_tables(model).values()
     for table in tables:
         table.returns_placeholder = True
     try:

@@ -109,7 +109,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         weight, *moments = moved = [each[rows] for each in held]
         self._advance([state["step"]])
         if len(rows):
-            self._apply_adamw(group, weight, gradients, state["step"], [[each] for each in moments])
+            factors = self._factors_of_adamw(group, rows.device)
+            self._updates["adamw"](weight, gradients, state["step"], [[each] for each in moments], *factors)
             for each, values in zip(held, moved):
                 each.index_copy_(0, rows, values)
 
@@ -144,12 +145,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return
         steps = [self.state[parameter]["step"] for parameter in parameters]
         self._advance(steps)
+        factors = self._factors_of_adamw(group, steps[0].device)
         for parameter, step in zip(parameters, steps):
             weight, moments = local(parameter).detach(), moments_in(self.state[parameter], group["kind"])
             if weight.numel():
                 shape = (len(moments[0][-1]), -1) if len(moments[0]) > 1 else (-1,)
                 blocks = weight.view(shape), self._gradient(parameter).reshape(shape)
-                self._apply_adamw(group, *blocks, step, moments)
+                self._updates["adamw"](*blocks, step, moments, *factors)
 
     def _advance(self, steps: list[Tensor]) -> None:
         """Count a step that is not bad."""
@@ -157,15 +159,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
-    def _apply_adamw(
-        self, group: dict[str, Any], weight: Tensor, gradient: Tensor, step: Tensor, moments: list[list[Tensor]]
-    ) -> None:
-        """`updates.adamw` with the group's constants."""
+    def _factors_of_adamw(self, group: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
+        """What `updates.adamw` takes behind the tensors of a parameter."""
         config, kind = self._config, group["kind"]
         factors = self.grad_scale, self.found_inf, _scalar(_rate(group)), kind.moments
         constants = config.beta1, config.beta2, config.eps, _scalar(group["weight_decay"])
-        tables = code_tables(kind, step.device)
-        self._updates["adamw"](weight, gradient, step, moments, tables, *factors, *constants)
+        return (code_tables(kind, device), *factors, *constants)
 
     def _lion(self, group: dict[str, Any]) -> None:
         lr, decay = _scalars(group)

@@ -4,6 +4,7 @@ torch.distributed.pipelining orders the passes and sends activations and gradien
 their shapes and the loss. All losses are sums over the global batch's count, so gradients add up without scaling.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.model.row_table import placeholder_gradients
+from swamla_titan.model.row_table import RowTable, placeholder_gradients, row_tables
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
 
@@ -225,10 +226,14 @@ class _Stage(PipelineStage):
         # torch 2.11 opens connections to both neighbours, but gloo has none from a rank to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
+    @functools.cached_property
+    def _tables(self) -> list[RowTable]:
+        return list(row_tables(self.submod).values())
+
     def backward_maybe_with_nosync(self, backward_type: str, *arguments: Any, **options: Any) -> Any:
-        if backward_type != "weight":
+        if backward_type != "weight" or not self._tables:
             return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
-        with placeholder_gradients(self.submod):
+        with placeholder_gradients(self._tables):
             return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
 
 
