@@ -26,6 +26,7 @@ from swamla_titan.system.bounded import read_regular
 # Group -> name within the group -> tensor; a checkpoint stores it as "group.name".
 Tensors = Mapping[str, Mapping[str, Tensor]]
 _SHOWN = 8  # tensors that do not fit, in a message
+_PIECE = 1 << 28  # elements of a tensor that are looked at together
 
 
 def load_tensors(path: Path, tensors: Tensors, world: World | None = None, optional: Tensors | None = None) -> None:
@@ -73,10 +74,15 @@ def require_loadable(path: Path, tensors: Tensors) -> None:
 def require_finite(path: Path, tensors: Tensors, world: World) -> None:
     """Raise Damaged, on every rank, if loaded tensors hold NaN or infinities, which no run saves; all ranks call it."""
     loaded = [local(tensor.detach()) for group in tensors.values() for tensor in group.values()]
-    finite = [each.isfinite().all() for each in loaded if each.is_floating_point()]
+    finite = [is_finite(each) for each in loaded if each.is_floating_point()]
     mine = all(each.item() for each in finite)
     if world.all_reduce_max(float(not mine)):
         raise Damaged(f"{path} holds weights or states of the optimizer that are no finite numbers")
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether all elements are, a boolean scalar on their device; in pieces, because torch makes a boolean of each."""
+    return torch.stack([piece.isfinite().all() for piece in tensor.reshape(-1).split(_PIECE)]).all()
 
 
 def stored_groups(path: Path) -> set[str]:

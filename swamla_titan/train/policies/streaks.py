@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swamla_titan.checkpoint.reader import is_finite
 from swamla_titan.config import Config
 from swamla_titan.data import BatchLoader
 from swamla_titan.distributed.agreement import all_gather_dict
@@ -207,5 +208,5 @@ def remedies(config: Config) -> str:
 def are_finite(parts: Iterable[nn.Module], world: World) -> bool:
     """Whether every weight on every rank is finite; all ranks call this, and wait for their devices."""
     weights = [local(weight.detach()) for part in parts for weight in part.parameters()]
-    mine = torch.stack([weight.isfinite().all() for weight in weights]).all().item()
+    mine = torch.stack([is_finite(weight) for weight in weights]).all().item()
     return world.all_reduce_max(float(not mine)) == 0
