@@ -1,5 +1,6 @@
 """The model as the trainer sees it: the same few methods under every plan."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -14,7 +15,7 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weights, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.row_table import row_tables
+from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
@@ -36,7 +37,6 @@ class ParallelModel:
         self.parts = build_parts(config, world)
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-        self._tables = [table for part in self.parts for table in row_tables(part).values()]
         self._gathers_float8 = gathers_float8(config, world.degrees)
         self.loss_scale: Tensor | None = None  # float32 scalar on the weights' device; set by the trainer
         self.pipeline = None
@@ -83,9 +83,9 @@ class ParallelModel:
                 part = self._loss(micro_batch, loss_denominator)
                 part.backward()
                 loss += part.detach()
-        all_reduce_replicated_grads((parameter for part in self.parts for parameter in part.parameters()), self.world)
         for table in self._tables:
             table.gradient.merge()
+        all_reduce_replicated_grads((parameter for part in self.parts for parameter in part.parameters()), self.world)
         return self.world.all_reduce_loss(loss)
 
     @torch.no_grad()
@@ -130,6 +130,10 @@ class ParallelModel:
         inputs = micro_batch.to(self.world.device)
         loss: Tensor = self.parts[0](inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=denominator)
         return loss
+
+    @functools.cached_property
+    def _tables(self) -> list[RowTable]:
+        return [table for part in self.parts for table in row_tables(part).values()]
 
     def _gradients(self) -> Iterator[tuple[Tensor, float]]:
         """This rank's shard of each gradient, and its weight in a sum over ranks: 1 / copies of it among them."""
