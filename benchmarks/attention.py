@@ -27,6 +27,8 @@ from swamla_titan.kernels.attention.dispatch import DOCUMENT, FLEX, SDPA, WINDOW
 from swamla_titan.kernels.attention.masks import (
     DocumentRule,
     Mask,
+    Selection,
+    SelectionRule,
     WindowRule,
     block_mask,
     block_mask_of_one_document,
@@ -34,10 +36,11 @@ from swamla_titan.kernels.attention.masks import (
     document_ends,
     document_starts,
 )
+from swamla_titan.kernels.attention.selective import reference_selective_attention, selective_attention
 
 
 class Shape(NamedTuple):
-    """`window` None: causal. `documents`: their mean length, 0: one a row."""
+    """`window` None: causal. `documents`: their mean length, 0: one a row. `selects`: selective attention, head 0's."""
 
     kind: str
     batch: int
@@ -48,12 +51,14 @@ class Shape(NamedTuple):
     v_width: int
     window: int | None
     documents: int
+    selects: bool = False
 
     def __str__(self) -> str:
         heads = f"H{self.heads}" + (f"/{self.key_heads}" if self.key_heads != self.heads else "")
         widths = f"D{self.width}" + (f"/{self.v_width}" if self.v_width != self.width else "")
         documents = f", documents of {self.documents}" if self.documents else ""
-        return f"{self.kind} B{self.batch} T{self.seq_len} {heads} {widths}{documents}"
+        kind = f"{self.kind} selective" if self.selects else self.kind
+        return f"{kind} B{self.batch} T{self.seq_len} {heads} {widths}{documents}"
 
 
 SINK = 4
@@ -68,6 +73,10 @@ SHAPES = [
     Shape("mla", 16, 2048, 16, 16, 192, 128, None, 500),
     Shape("mla", 4, 8192, 16, 16, 192, 128, None, 0),
     Shape("mla", 4, 8192, 16, 16, 192, 128, None, 4000),
+    Shape("mla", 16, 2048, 16, 16, 192, 128, None, 0, selects=True),
+    Shape("mla", 16, 2048, 16, 16, 192, 128, None, 500, selects=True),
+    Shape("mla", 4, 8192, 16, 16, 192, 128, None, 0, selects=True),
+    Shape("mla", 1, 32768, 16, 16, 192, 128, None, 0, selects=True),
 ]
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -103,7 +112,11 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
         return lambda query, key, value: implementation.call(query, key, value, mask, scale)
 
     found: dict[str, tuple[Attend, bool]] = {}
-    is_plain = shape.window is None and not shape.documents
+    is_plain = shape.window is None and not shape.documents and not shape.selects
+    if shape.selects:
+        found["triton"] = (lambda *heads: selective_attention(*heads, selection_of(starts), scale)), True
+        found["cudnn, causal"] = causal_sdpa(SDPBackend.CUDNN_ATTENTION), False
+        return found
     if shape.window is not None:
         rule = WindowRule(starts.to(torch.int32) if shape.documents else None, shape.window, SINK)
         found["triton"] = by(WINDOW, rule), True
@@ -125,6 +138,10 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
     return found
 
 
+def selection_of(starts: Tensor) -> Selection:
+    return Selection(SelectionRule(starts.to(torch.int32), document_ends(starts).to(torch.int32)), head=0)
+
+
 def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
     query = torch.randn(shape.batch, shape.seq_len, shape.heads, shape.width, device=device, dtype=torch.bfloat16)
     if shape.width == shape.v_width:
@@ -144,18 +161,25 @@ def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
 
 
 def errors(shape: Shape, starts: Tensor, found: list[Tensor], given: list[Tensor], upstream: Tensor) -> list[float]:
-    """Of the output and of the gradients: the first two rows, the first two key heads and what queries share them."""
-    rows, group = slice(0, 2), shape.heads // shape.key_heads
+    """Of the output and of the gradients: the first two rows, the first two key heads and what queries share them.
+
+    Of selective attention the first row and all heads, since the selecting one has a gradient from each.
+    """
+    rows, group = slice(0, 1 if shape.selects else 2), shape.heads // shape.key_heads
 
     def part(x: Tensor, heads: int) -> Tensor:
         return x[rows, :, :heads].detach().double().transpose(1, 2).requires_grad_()
 
-    heads = [2 * group, 2, 2]
+    heads = [shape.heads] * 3 if shape.selects else [2 * group, 2, 2]
     exact_in = [part(x, n) for x, n in zip(given, heads)]
-    mask = dense_mask(starts[rows], shape.window, SINK if shape.window else 0)
-    exact = reference_attention(*exact_in, mask, shape.width**-0.5)
-    gradients = torch.autograd.grad(exact, exact_in, part(upstream, 2 * group))
-    pairs = zip(found, [exact, *gradients], [2 * group, *heads])
+    if shape.selects:
+        selection, tokens_first = selection_of(starts[rows]), [x.transpose(1, 2) for x in exact_in]
+        exact = reference_selective_attention(*tokens_first, selection, shape.width**-0.5).transpose(1, 2)
+    else:
+        mask = dense_mask(starts[rows], shape.window, SINK if shape.window else 0)
+        exact = reference_attention(*exact_in, mask, shape.width**-0.5)
+    gradients = torch.autograd.grad(exact, exact_in, part(upstream, heads[0]))
+    pairs = zip(found, [exact, *gradients], [heads[0], *heads])
     return [((part(x, n) - y).norm() / y.norm()).item() for x, y, n in pairs]
 
 
@@ -164,7 +188,8 @@ def tried(shape: Shape, attend: Attend, is_exact: bool, given: list[Tensor], sta
     out = attend(*given)
     upstream = torch.randn_like(out)
     gradients = torch.autograd.grad(out, given, upstream)
-    if not is_exact or shape.seq_len > _LONGEST_DENSE:
+    longest = _LONGEST_DENSE // 4 if shape.selects else _LONGEST_DENSE
+    if not is_exact or shape.seq_len > longest:
         return {}
     of_out, *of_gradients = errors(shape, starts, [out, *gradients], given, upstream)
     return {"error_out": of_out, "error_gradients": max(of_gradients)}

@@ -1,11 +1,11 @@
 """Which tiles of our attention kernels are fastest: each pass timed alone, on a GPU.
 
-    python benchmarks/attention_tiles.py [--kernels window documents] [--widths 64 96 128] [--seq-len 2048 --batch 16]
+    python benchmarks/attention_tiles.py [--kernels window documents selective] [--seq-len 2048 --batch 16]
 
-`window` is the sliding window at heads of each width, `documents` MLA's causal attention inside documents of 500 tokens
-at heads of 192 and 128. Prints, for each pass, its settings from the fastest on, as (rows of queries, rows of keys,
-warps, stages, registers) and milliseconds. The best ones belong into kernels/attention/window.py and
-kernels/attention/document.py. Several processes compile at once.
+`window` is the sliding window at heads of each of --widths, `documents` MLA's causal attention inside documents of 500
+tokens at heads of 192 and 128, `selective` selective attention in sequences of one document at these. Prints, for each
+pass, its settings from the fastest on, as (rows of queries, rows of keys, warps, stages, registers) and milliseconds.
+The best ones belong into kernels/attention/window.py, document.py and selective.py. Several processes compile at once.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import document_triton, window_triton
+from swamla_titan.kernels.attention import document_triton, selective, selective_triton, window_triton
 from swamla_titan.kernels.attention import window as window_attention
 from swamla_titan.kernels.attention.masks import document_ends, document_starts
 from swamla_titan.kernels.device import Tiles
@@ -68,6 +68,19 @@ def document_kernels() -> list[Kernel]:
     ]
 
 
+def selective_kernels() -> list[Kernel]:
+    """As documents, and three kernels of one head, of which each tile is visited once for all heads."""
+    names = "select_keys", "selective_forward", "selective_grad_query", "selective_grad_key_value", "selection_grad"
+    names = *names, "grad_selected", "grad_selecting"
+    forward, queries, keys = (kernel.tiles for kernel in document_kernels())
+    one_head = [Tiles(rows, keys, 4, stages) for rows in (32, 64) for keys in (32, 64) for stages in (1, 2, 3)]
+    one_head += [Tiles(128, keys, 8, stages) for keys in (32, 64) for stages in (1, 2)]
+    pairs = [Tiles(*sides, 4, stages) for sides in ((64, 64), (64, 32), (32, 64)) for stages in (1, 2, 3)]
+    pairs += [Tiles(*sides, 8, stages) for sides in ((128, 64), (64, 128), (128, 128), (64, 64)) for stages in (1, 2)]
+    tiles = one_head, forward, queries, keys, pairs, one_head, one_head
+    return [Kernel(name, settings, names) for name, settings in zip(names, tiles)]
+
+
 class Job(NamedTuple):
     """One setting of one pass."""
 
@@ -100,6 +113,8 @@ def leave_alone(module: Any, job: Job) -> None:
 def work_of(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
     """What runs one pass alone, on numbers that are like those of training."""
     both = (_OTHER, job.tiles) if job.kernel.name.endswith("key_value") else (job.tiles, _OTHER)
+    if job.kernel in selective_kernels():
+        return selective_work(job, batch, seq_len, heads)
     make = window_work if job.kernel.name.startswith("window") else document_work
     return make(job, both, batch, seq_len, heads)
 
@@ -140,6 +155,34 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     return lambda: document_attention.run_backward(upstream, *inputs, out, lse, 192**-0.5)
 
 
+_SELECTIVE_TILES = {name: getattr(selective, name) for name in ("forward_tiles", "backward_tiles", "selection_tiles")}
+
+
+def selective_work(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    query, key = (randn(batch, seq_len, heads, 192) for _ in range(2))
+    value = randn(batch, seq_len, heads, 256)[..., 128:]
+    starts = torch.zeros(1, seq_len, device="cuda", dtype=torch.int32)
+    inputs, rest = (query, key, value, None, None), (starts, torch.full_like(starts, seq_len))
+    options = [0], 0, 192**-0.5
+    for name in job.kernel.backward:
+        setattr(selective_triton, name, _KERNELS.setdefault(name, getattr(selective_triton, name)))
+    for name, tiles in _SELECTIVE_TILES.items():
+        setattr(selective, name, tiles)
+    out, lse, sums = selective._forward(*inputs, None, *rest, *options)
+    upstream, name = torch.randn_like(out), job.kernel.name
+    leave_alone(selective_triton, job)
+    if name == "selective_forward":
+        selective.forward_tiles = lambda: job.tiles
+    elif name in ("selective_grad_query", "selective_grad_key_value"):
+        selective.backward_tiles = lambda: (job.tiles, job.tiles)
+    else:
+        selective.selection_tiles = lambda: (job.tiles, job.tiles)
+    if name in ("select_keys", "selective_forward"):
+        return lambda: selective._forward(*inputs, None, *rest, *options)
+    return lambda: selective._backward(upstream, *inputs, *rest, out, lse, sums, *options)
+
+
 def compile_alone(job: Job, **shape: int) -> str | None:
     """Leaves the code in Triton's cache; what is wrong with the setting, if anything."""
     try:
@@ -154,7 +197,8 @@ def main() -> None:
     from triton.testing import do_bench
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", nargs="+", choices=("window", "documents"), default=["window", "documents"])
+    known = ["window", "documents", "selective"]
+    parser.add_argument("--kernels", nargs="+", choices=known, default=known)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 96, 128], help="of heads under a window")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -167,6 +211,8 @@ def main() -> None:
         passes += [(width, kernel) for width in arguments.widths for kernel in window_kernels()]
     if "documents" in arguments.kernels:
         passes += [(192, kernel) for kernel in document_kernels()]
+    if "selective" in arguments.kernels:
+        passes += [(192, kernel) for kernel in selective_kernels()]
     jobs = [Job(width, kernel, tiles) for width, kernel in passes for tiles in kernel.tiles]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool:

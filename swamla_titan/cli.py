@@ -89,6 +89,10 @@ class Generate:
     ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Use the average of the weights, which a run with ema.decay keeps."""
 
+    memory_budget: int | None = None
+    """Tokens of a text that layers with selective attention (model.mla_selective) keep; they drop those of which later
+    ones selected most. Default: all."""
+
 
 @dataclass
 class ConfigList:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Fields of the model that change how it is trained, not what it is.
 _TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
+# What held before there was a key for it, in the fingerprints of earlier versions.
+_BEFORE_THE_KEY = {"model.mla_selective": False, "model.selection_head": 0}
 # The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
 _KINDS = {"model": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
 _WITHOUT_CURSORS = {"data", "tokenizer"}  # kinds of differences that make the cursors meaningless
@@ -54,7 +56,7 @@ class Origin:
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
-        changes = fingerprint_changes(state.fingerprint, fingerprint, details)
+        changes = fingerprint_changes(_BEFORE_THE_KEY | state.fingerprint, fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
         allowed = {name.strip() for name in allow.split(",")}
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:

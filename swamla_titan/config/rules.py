@@ -97,12 +97,13 @@ def _attention(config: Config) -> Iterator[Contradiction]:
     kinds = dict.fromkeys(model.block_kinds)
     windows = {kind: min(found.values()) for kind in kinds if (found := model.quantities("window", kind))}
     is_cut = any(window < length for window in windows.values())
-    if asked == "triton" and not windows and not has_documents:
+    selects = asked == "triton" and model.mla_selective  # our kernels take that, FlexAttention does not
+    if asked == "triton" and not windows and not has_documents and not selects:
         yield Contradiction(
             (at, "data.document_mask"),
             '"triton" is for sliding-window blocks, of which this model has none, and for documents: use "auto"',
         )
-    elif length == 1 or not (has_documents or is_cut):
+    elif length == 1 or not (has_documents or is_cut or selects):
         yield Contradiction(
             (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
@@ -111,10 +112,10 @@ def _attention(config: Config) -> Iterator[Contradiction]:
         return
     for kind in windows:
         yield from _window_kernel(model, kind)
-    if has_documents and not windows:
+    if (has_documents or selects) and not windows:
         for kind in kinds:
             yield from _document_kernel(config, kind)
-    if config.parallel.context > 1:
+    if config.parallel.context > 1 and (windows or not selects):
         yield Contradiction(
             (at, "parallel.context"),
             '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',

@@ -6,12 +6,20 @@ document, and twice the forward's operations in the backward pass. (torch counts
 attention the recomputed scores too.)
 """
 
+from collections.abc import Sequence
+
 from torch import Size
 
 
 def causal_pairs(seq_len: int) -> int:
     """Visible (query, key) pairs of a sequence under a causal mask."""
     return seq_len * (seq_len + 1) // 2
+
+
+def chunk_pairs(queries: int, starts: Sequence[int]) -> int:
+    """Visible (query, key) pairs of a row's chunks of equal length, `queries` in all, that begin at `starts`."""
+    length = queries // len(starts)
+    return sum(start * length + causal_pairs(length) for start in starts)
 
 
 def window_pairs(seq_len: int, window: int, sink: int) -> int:

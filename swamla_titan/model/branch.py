@@ -16,7 +16,7 @@ from swamla_titan.kernels.attention.dispatch import Heads, Projections
 from swamla_titan.kernels.attention.masks import MaskSpec
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.inner_attention import FusedAttention, InnerAttention
+from swamla_titan.model.inner_attention import FusedAttention, InnerAttention, SelectingHead
 from swamla_titan.model.linear import spec_of
 from swamla_titan.model.rope import Rotary
 
@@ -115,6 +115,7 @@ class Attention(Mixer, is_abstract=True):
     """Softmax attention: what kernels/attention/dispatch.py can compute.
 
     `inner_attention` may be replaced. `fused_attention(context, scale, *projections)`, if there is one, also rotates.
+    `selecting_head`: of selective attention, else None; may be replaced.
 
     `key_exchange`: how the ranks of context parallelism get each other's keys (parallel/context.py). "halo":
     `inner_attention` is given keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
@@ -127,6 +128,7 @@ class Attention(Mixer, is_abstract=True):
         super().__init__()
         self.inner_attention = InnerAttention()
         self.fused_attention: FusedAttention | None = None
+        self.selecting_head: SelectingHead | None = None
 
     @classmethod
     @abstractmethod
@@ -142,6 +144,11 @@ class Attention(Mixer, is_abstract=True):
     @abstractmethod
     def heads(cls, config: ModelConfig) -> Heads:
         """The heads that attention computes with."""
+
+    @classmethod
+    def selection_head(cls, config: ModelConfig) -> int | None:
+        """The head that selects; None: attention is not selective."""
+        return None
 
     @classmethod
     def projections(cls, config: ModelConfig) -> Projections | None:

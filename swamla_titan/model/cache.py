@@ -11,18 +11,27 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import REFERENCE, SDPA
 from swamla_titan.model.branch import Attention, AttentionCache, Clock
+from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext, SequenceContext, TokenContext, rotation_at
+
+SMALLEST_BUDGET = 3  # tokens
+
+
+def _drops_tokens(mixer: Any, config: ModelConfig) -> bool:
+    """Whether a layer's cache may have less room than there are tokens."""
+    return isinstance(mixer, Attention) and mixer.selection_head(config) is not None
 
 
 class DecodeCache:
     """Everything that decoding a batch needs beside the model: the clock and one cache per layer, by layer number."""
 
-    def __init__(self, model: Any, batch: int, max_tokens: int) -> None:
+    def __init__(self, model: Any, batch: int, max_tokens: int, memory_budget: int | None = None) -> None:
         """Memory for `batch` sequences of up to `max_tokens` tokens, padding on the left included.
 
+        `memory_budget`: layers with selective attention keep so many tokens of a sequence, and drop others.
         `model` is a SWAMLAModel, which imports this module.
 
-        Raises ValueError if the model cannot go that far.
+        Raises ValueError if the model cannot go that far, or not with that budget.
         """
         config = model.config
         if not 1 <= max_tokens <= config.max_seq_len:
@@ -32,9 +41,17 @@ class DecodeCache:
         self.max_tokens = max_tokens
         self.dtype = model.activation_dtype
         self.clock = Clock(torch.zeros(batch, dtype=torch.int64, device=model.device))
+        dropping = {name for name, block in self.blocks.items() if _drops_tokens(block.attention, config)}
+        if memory_budget is not None and not dropping:
+            raise ValueError(f"memory_budget = {memory_budget}: no layer drops tokens without model.mla_selective")
+        if memory_budget is not None and memory_budget < SMALLEST_BUDGET:
+            raise ValueError(
+                f"memory_budget = {memory_budget}: expected >= {SMALLEST_BUDGET} (the first token, the newest two)"
+            )
+        budget = max_tokens if memory_budget is None else min(memory_budget, max_tokens)
         self.layers: dict[str, Any] = {
-            name: block.attention.new_cache(config, self.clock, max_tokens, self.dtype)
-            for name, block in model.blocks.items()
+            name: block.attention.new_cache(config, self.clock, budget if name in dropping else max_tokens, self.dtype)
+            for name, block in self.blocks.items()
         }
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:

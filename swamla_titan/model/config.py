@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swamla_titan.conditions import One
+from swamla_titan.conditions import One, when_on
 from swamla_titan.fields import HUGE, Rule, field_types, key, value_problem
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
@@ -62,6 +62,11 @@ def _heads_fit(heads: int, values: Mapping[str, Any]) -> str | None:
     return divides("dim")(heads, values) or odd
 
 
+def _is_head(head: int, values: Mapping[str, Any]) -> str | None:
+    heads = values["num_heads"]
+    return None if head < heads else f"{head} is none of num_heads = {heads} heads, which are 0 ... {heads - 1}"
+
+
 def _is_even(value: int, _: Mapping[str, Any]) -> str | None:
     return f"{value} must be even to be rotated" if value % 2 else None
 
@@ -78,6 +83,7 @@ _ROOM_FOR_MLA = One(
     lambda config: config.model.mla_layers_per_cycle == 0 or "mla" in config.model.block_kinds,
     f"{_CYCLE[2]} to more than {_CYCLE[0]}",
 )
+_SELECTS = when_on("model.mla_selective", "model.mla_selective = true")
 _SHARES_THETA = One(
     ("model.swa_rope_theta", "model.mla_rope_theta"), _shares_theta, "one of the others to 0, which means this one"
 )
@@ -177,6 +183,19 @@ class ModelConfig:
     )
     v_head_dim: int = key(
         128, "MLA: width of a head's value.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA, quantity="v_width"
+    )
+    mla_selective: bool = key(
+        False,
+        "MLA: selective attention. What one head looks at is masked for all heads of later queries.",
+        needs=_HAS_MLA,
+    )
+    selection_head: int = key(
+        0,
+        "MLA: the head, counted from 0, that selects for mla_selective.",
+        minimum=0,
+        maximum=_WIDEST,
+        needs=_SELECTS,
+        rule=_is_head,
     )
     rope_theta: float = key(
         10000.0,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import Implementation
-from swamla_titan.kernels.attention.masks import Mask
+from swamla_titan.kernels.attention.masks import Mask, Selection
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.rope import Rotary, Rotation, rotation
 
@@ -27,9 +27,15 @@ class AttentionContext(TokenContext):
     mask: Mask
     implementation: Implementation
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """softmax(scale * query key^T + mask) value: [B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]."""
-        return self.implementation.call(query, key, value, self.mask, scale)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, selection: Selection | None = None
+    ) -> Tensor:
+        """softmax(scale * query key^T + mask) value: [B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E].
+
+        Under a SelectionRule the mask is a `selection` by that.
+        """
+        mask = self.mask if selection is None else selection
+        return self.implementation.call(query, key, value, mask, scale)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ def generate(
     top_p: float = 1.0,
     stop_token: int | None = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt: the new tokens alone, without the stop token that ended them.
 
     `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
     fewest of those whose probabilities (after top_k) add up to top_p. A row ends at `stop_token` or after
-    `max_new_tokens`. `generator` must live on the model's device. The model is in evaluation mode meanwhile.
+    `max_new_tokens`. `memory_budget`: tokens of a row that layers with selective attention keep (DecodeCache).
+    `generator` must live on the model's device. The model is in evaluation mode meanwhile.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
     room within max_seq_len for the new tokens but the last, which the model never reads.
@@ -34,7 +36,7 @@ def generate(
     _check_prompts(model, prompts, max_new_tokens, stop_token)
     longest = max(map(len, prompts))
     # The last new token is returned but never read.
-    cache = DecodeCache(model, len(prompts), longest + max_new_tokens - 1)
+    cache = DecodeCache(model, len(prompts), longest + max_new_tokens - 1, memory_budget)
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.dispatch import FusedImplementation
+from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.model.context import AttentionContext
 
 
@@ -19,9 +20,29 @@ class InnerAttention(nn.Module):
         """
         return latent, rope_key
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]."""
-        return context.attend(query, key, value, scale)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: AttentionContext,
+        scale: float,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]; `selection` by the queries that are given."""
+        return context.attend(query, key, value, scale, selection)
+
+
+class SelectingHead(nn.Module):
+    """Which head selects in selective attention; a submodule that serves where this process has some of the heads."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, query: Tensor, key: Tensor, rule: SelectionRule) -> Selection:
+        """[B, T, H, D] and [B, S, H, D] -> what is selected by the rule."""
+        return Selection(rule, self.head)
 
 
 class FusedAttention(nn.Module):

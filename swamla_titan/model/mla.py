@@ -5,11 +5,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import Heads, Projections
-from swamla_titan.kernels.attention.masks import MaskSpec
+from swamla_titan.kernels.attention.dispatch import Heads, Projections, SelectiveImplementation
+from swamla_titan.kernels.attention.masks import MaskSpec, Selection, SelectionRule
 from swamla_titan.model.branch import Attention, Clock, KeyExchange, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext
+from swamla_titan.model.inner_attention import SelectingHead
 from swamla_titan.model.linear import Linear, Role
 from swamla_titan.model.norms import RMSNorm
 from swamla_titan.model.rope import Rotary, rotate
@@ -40,6 +41,62 @@ class MLACache:
         """Which tokens the next one sees, boolean [B, 1, 1, tokens so far]."""
         starts = self.clock.starts
         return (torch.arange(self.clock.length + 1, device=starts.device) >= starts[:, None])[:, None, None]
+
+
+class SelectiveMLACache(MLACache):
+    """The same with one number a token: what later ones have selected of it (kernels/attention/selective.py).
+
+    A cache with room for fewer tokens than come drops those of which most was selected, of each sequence by itself, but
+    never the first token of a sequence, nor the newest. Padding counts as selected without end, so it goes first.
+    """
+
+    def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
+        super().__init__(config, clock, max_tokens, dtype)
+        batch, device = clock.starts.shape[0], clock.starts.device
+        kind = torch.promote_types(dtype, torch.float32)
+        self.room, self.used = max_tokens, 0
+        self.selected = torch.zeros(batch, max_tokens, dtype=kind, device=device)
+        # Slots of the first token and of the newest: [B, room], False there.
+        self.is_first = torch.zeros(batch, max_tokens, dtype=torch.bool, device=device)
+        self.is_newest = torch.zeros_like(self.is_first)
+
+    def fill_selected(self, latents: Tensor, rope_keys: Tensor, selected: Tensor) -> None:
+        """`fill`, with what the prompts' tokens selected of each other, [B, T]."""
+        index, starts = torch.arange(latents.shape[1], device=latents.device), self.clock.starts[:, None]
+        selected = selected.masked_fill(index < starts, float("inf"))
+        is_first, is_newest = index == starts, (index == index[-1]).expand_as(selected)
+        if latents.shape[1] > self.room:
+            order = selected.masked_fill(is_first | is_newest, -1).flip(1).sort(dim=1, stable=True).indices
+            kept = (index[-1] - order[:, : self.room]).sort(dim=1).values  # of equals the newer ones
+            selected, is_first, is_newest = (x.gather(1, kept) for x in (selected, is_first, is_newest))
+            latents, rope_keys = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (latents, rope_keys))
+        self.used = latents.shape[1]
+        self.fill(latents, rope_keys)
+        for stored, now in ((self.selected, selected), (self.is_first, is_first), (self.is_newest, is_newest)):
+            stored.zero_()
+            stored[:, : self.used] = now
+
+    def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token a sequence, as in MLACache, if need be in the place of another; all that are stored."""
+        slot = torch.full((latents.shape[0], 1), self.used, device=latents.device)
+        if self.used == self.room:
+            slot = self.selected.masked_fill(self.is_first | self.is_newest, -1).argmax(dim=1, keepdim=True)
+        self.used = min(self.used + 1, self.room)
+        for stored, now in ((self.latents, latents), (self.rope_keys, rope_keys)):
+            stored.scatter_(1, slot[..., None].expand(-1, -1, now.shape[2]), now)
+        self.selected.scatter_(1, slot, 0)
+        self.is_newest.zero_().scatter_(1, slot, True)
+        return self.latents[:, : self.used], self.rope_keys[:, : self.used]
+
+    def select(self, scores: Tensor) -> None:
+        """What the newest token selects, by the selecting head's scores [B, tokens]."""
+        spared = self.is_first | self.is_newest
+        self.selected[:, : self.used] += scores.relu().masked_fill(spared[:, : self.used], 0)
+
+    def next_mask(self) -> Tensor:
+        """As in MLACache, of the slots in use: True, for what was selected without end has no weight."""
+        batch, device = self.selected.shape[0], self.selected.device
+        return torch.ones(batch, 1, 1, min(self.used + 1, self.room), dtype=torch.bool, device=device)
 
 
 class LatentAttention(Attention):
@@ -73,6 +130,8 @@ class LatentAttention(Attention):
         parts = (self.nope_dim, self.v_dim)
         self.wkv_b = Linear(self.latent_dim, heads * sum(parts), Role.LATENT_COLUMN, parts, recomputed=True)
         self.wo = Linear(heads * self.v_dim, config.dim, Role.RESIDUAL_OUTPUT, (self.v_dim,))
+        head = self.selection_head(config)
+        self.selecting_head = None if head is None else SelectingHead(head)
 
     @classmethod
     def mask(cls, config: ModelConfig) -> MaskSpec:
@@ -91,27 +150,35 @@ class LatentAttention(Attention):
         return Heads(config.num_heads, config.num_heads, qk_width, config.v_head_dim)
 
     @classmethod
+    def selection_head(cls, config: ModelConfig) -> int | None:
+        """As in Attention."""
+        return config.selection_head if config.mla_selective else None
+
+    @classmethod
     def projections(cls, config: ModelConfig) -> Projections:
         """As in Attention."""
-        return Projections("latent", config.qk_rope_head_dim)
+        return Projections("latent", config.qk_rope_head_dim, "model.mla_selective" if config.mla_selective else None)
 
     @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
         """As in Branch.
 
         Of own tokens the normed latent (and with a query rank the query's, twice), queries and attention's result. Of
-        every token the gathered latent, keys, and the latent's expansion, in which the values lie.
+        every token the gathered latent, keys, and the latent's expansion, in which the values lie. Where heads are
+        sharded, the selecting one's queries and keys beside own ones.
         """
         heads = cls.heads(config)
         narrow = config.kv_lora_rank + config.qk_rope_head_dim + 2 * config.q_lora_rank
         own = narrow + heads.queries * (heads.qk_width + heads.v_width) / tensor
         expanded = heads.qk_width + config.qk_nope_head_dim + heads.v_width
-        return Saved(own, config.kv_lora_rank + heads.keys * expanded / tensor, saves_result=True)
+        selecting = heads.qk_width if config.mla_selective and tensor > 1 else 0
+        of_every_token = config.kv_lora_rank + heads.keys * expanded / tensor + selecting
+        return Saved(own + selecting, of_every_token, saves_result=True)
 
     @classmethod
     def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> MLACache:
         """As in Attention."""
-        return MLACache(config, clock, max_tokens, dtype)
+        return (SelectiveMLACache if config.mla_selective else MLACache)(config, clock, max_tokens, dtype)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
@@ -121,14 +188,23 @@ class LatentAttention(Attention):
             return self._output(self.fused_attention(context, self.scale, *heads))
         latent, rope_key = self.inner_attention.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
-        return self._output(self.inner_attention(query, key, value, context, self.scale))
+        selection = self._selection(query, key, context)
+        return self._output(self.inner_attention(query, key, value, context, self.scale, selection))
 
     def prefill(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
         """`forward` that also fills the cache."""
         latent, rope_key = self.compress(x, context)
-        cache.fill(latent, rope_key.squeeze(2))
         query, key, value = self.expand(x, latent, rope_key, context)
-        return self._output(context.attend(query, key, value, self.scale))
+        selection = self._selection(query, key, context)
+        if selection is None:
+            cache.fill(latent, rope_key.squeeze(2))
+        else:
+            assert isinstance(cache, SelectiveMLACache)
+            assert isinstance(context.implementation, SelectiveImplementation)
+            of_head = query[:, :, selection.head], key[:, :, selection.head]
+            sums = context.implementation.sums(*of_head, selection.rule, self.scale)
+            cache.fill_selected(latent, rope_key.squeeze(2), sums[:, 0])
+        return self._output(context.attend(query, key, value, self.scale, selection))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].
@@ -146,6 +222,11 @@ class LatentAttention(Attention):
         scores = torch.einsum("bthr,bsr->bhts", q_latent, latents) + torch.einsum("bthp,bsp->bhts", q_rope, rope_keys)
         scores = scores.to(torch.promote_types(x.dtype, torch.float32)) * self.scale
         assert isinstance(context.mask, Tensor)
+        if self.selecting_head is not None:
+            assert isinstance(cache, SelectiveMLACache)
+            selecting = scores[:, self.selecting_head.head, 0]
+            scores = scores - cache.selected[:, None, None, : cache.used]
+            cache.select(selecting)
         weights = scores.masked_fill(~context.mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
         mixed = torch.einsum("bhts,bsr->bthr", weights, latents)
         out: Tensor = self.wo(torch.einsum("bthr,hvr->bthv", mixed, w_value).flatten(2))
@@ -187,6 +268,14 @@ class LatentAttention(Attention):
         query = torch.cat([q_nope, q_rope], dim=-1)
         key = torch.cat([k_nope, rope_key.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
         return query, key, value
+
+    def _selection(self, query: Tensor, key: Tensor, context: AttentionContext) -> Selection | None:
+        """What the selecting head selects of the keys [B, S, H, D] by the queries [B, T, H, D], if there is one."""
+        if self.selecting_head is None:
+            return None
+        assert isinstance(context.mask, SelectionRule)
+        selection: Selection = self.selecting_head(query, key, context.mask)
+        return selection
 
     def _output(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, v]

@@ -63,5 +63,5 @@ def attention_request(
     projections: Projections | None = None,
 ) -> Request:
     """What a kind of attention asks of its kernels over sequences of `seq_len` tokens; the fields of Request."""
-    heads, mask = attention.heads(config), attention.mask(config)
-    return Request(device, dtype, heads, mask, seq_len, has_documents, chunk, projections)
+    heads, mask, selects = attention.heads(config), attention.mask(config), attention.selection_head(config) is not None
+    return Request(device, dtype, heads, mask, seq_len, has_documents, chunk, projections, selects)

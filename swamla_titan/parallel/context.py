@@ -3,7 +3,8 @@
 All ranks of a context group are given the same full sequences, and each computes its own chunks of them
 (sequence_layout.py). Blocks work on single tokens but for attention, where
 - MLA gathers what decoding would keep, the latent and the rotary key of each token, and not keys and values: with the
-  default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence.
+  default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence. Selective
+  attention gathers what each chunk's queries selected of each key, a sum for each chunk and key, as well.
 - SWA exchanges the windows' halos and the sinks (`exchange_windows`), however long the sequence is.
 Gradients of parameters are then sums over the rank's own tokens; whoever averages gradients adds them up over the
 group.
@@ -23,18 +24,22 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from swamla_titan.distributed.collectives import OPERATORS, waited
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.attention.dispatch import choose
+from swamla_titan.kernels.attention.dispatch import SelectiveImplementation, choose
 from swamla_titan.kernels.attention.masks import (
     Chunks,
     KeyIntervals,
     Mask,
     MaskForm,
     MaskSpec,
+    Selection,
+    SelectionRule,
     block_mask_of,
     dense_mask_of,
+    document_ends,
     document_starts,
     intervals_in_sequence,
 )
+from swamla_titan.kernels.attention.selective import selecting_head
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
@@ -88,9 +93,18 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
 class WindowExchange(InnerAttention):
     """Attention of this rank's queries, keys and values, [B, 2 * chunk, ...], and the keys that windows add to them."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: AttentionContext,
+        scale: float,
+        selection: Selection | None = None,
+    ) -> Tensor:
         """As in InnerAttention."""
         assert isinstance(context, WindowSlice)
+        assert selection is None, "the keys that windows do not reach are not exchanged"
         sinks = context.sink_index, context.sink_owned
         key, value = exchange_windows(key, value, context.exchange, *sinks, context.group)
         return context.attend(query, key, value, scale)
@@ -105,6 +119,26 @@ class LatentGather(InnerAttention):
         width = latent.shape[-1]
         gathered = all_gather_sequence(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
         return gathered[..., :width], gathered[..., width:].unsqueeze(2)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: AttentionContext,
+        scale: float,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """As in InnerAttention; ranks exchange what their queries select, a sum for each key and chunk."""
+        if selection is not None:
+            assert isinstance(context, GatheredSlice)
+            assert isinstance(context.implementation, SelectiveImplementation)
+            rule, head, by_query, by_key, _ = selection
+            by = selecting_head(query, key, by_query, by_key, head)
+            sums = context.implementation.sums(*by, rule, scale)
+            before = sums_before_chunks(sums, context.layout, context.group)
+            selection = Selection(rule, head, by_query, by_key, before)
+        return context.attend(query, key, value, scale, selection)
 
 
 _INNER: dict[KeyExchange, type[InnerAttention]] = {"halo": WindowExchange, "gather": LatentGather}
@@ -191,6 +225,9 @@ def _mask(
         return Chunks(tuple(layout.starts))
     if starts is None:
         starts = torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device)
+    if form == "selection":
+        own = starts.to(torch.int32)
+        return SelectionRule(own, document_ends(own), layout.starts)
     assert form in ("block", "boolean")
     make = block_mask_of if form == "block" else dense_mask_of
     if isinstance(over, SwaExchange):
@@ -221,6 +258,15 @@ def all_gather_sequence(x: Tensor, layout: SequenceLayout, group: str) -> Tensor
     early, late = gathered.view(size, batch, 2, chunk, width).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
     ordered = torch.cat([early, late.flip(0)])  # [2 size, B, chunk, N]
     return ordered.transpose(0, 1).reshape(batch, layout.seq_len, width)
+
+
+def sums_before_chunks(sums: Tensor, layout: SequenceLayout, group: str) -> Tensor:
+    """Each rank's sums over the queries of its chunks, [B, 2, T] -> over those of all chunks before, for its own."""
+    gathered = waited(OPERATORS.all_gather_into_tensor(sums.contiguous(), layout.size, group))
+    early, late = gathered.unflatten(0, (layout.size, -1)).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
+    ordered = torch.cat([early, late.flip(0)])  # [2 size, B, T]
+    own = chunks_of(layout.rank, layout.size)
+    return torch.stack([ordered[:chunk].sum(dim=0) for chunk in own], dim=1)
 
 
 def sink_sources(starts: Tensor, exchange: SwaExchange) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.dispatch import Choice, FusedImplementation, choose
+from swamla_titan.kernels.attention.dispatch import Choice, FusedImplementation, Implementation, choose
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
@@ -60,7 +60,11 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
 
 def attention_summary(choices: Mapping[str, Choice]) -> str:
     """What computes the attention of each kind of block, in words."""
-    return ", ".join(f"{kind.upper()} by {choice.implementation.label}" for kind, choice in choices.items())
+
+    def by(implementation: Implementation) -> str:
+        return f"{implementation.label}, selective" if implementation.selects else implementation.label
+
+    return ", ".join(f"{kind.upper()} by {by(choice.implementation)}" for kind, choice in choices.items())
 
 
 def is_loss_fused(config: Config, device: torch.device) -> bool:

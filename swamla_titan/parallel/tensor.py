@@ -28,8 +28,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.config.parallel_rules import why_not_shared
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.inner_attention import SelectingHead
 from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
 from swamla_titan.model.loss_head import LossHead
 from swamla_titan.model.norms import Norm
@@ -41,6 +43,7 @@ from swamla_titan.parallel.tensor_collectives import (
     all_gather_sequence,
     all_reduce_max,
     all_reduce_sum,
+    broadcast,
     reduce_scatter_sequence,
 )
 
@@ -150,6 +153,8 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
     _require_even_shards(model, group.size)
     shared: dict[Tensor, nn.Parameter] = {}  # head and embedding, tied, stay one parameter
     for name, module in list(_modules(model)):
+        if isinstance(module, SelectingHead):
+            model.set_submodule(name, SharedSelectingHead(module.head, group))
         own = dict(module.named_parameters(recurse=False))
         if not own:
             continue
@@ -216,6 +221,25 @@ def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement)
         part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
     return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
+
+
+class SharedSelectingHead(SelectingHead):
+    """The selecting head of one rank of `group`, for the others' heads too: they are given its queries and keys.
+
+    Each rank computes what is selected, and its gradient by its own heads; their sum over ranks goes to the owner.
+    """
+
+    def __init__(self, head: int, group: TensorGroup) -> None:
+        super().__init__(head)
+        self.group = group
+
+    def forward(self, query: Tensor, key: Tensor, rule: SelectionRule) -> Selection:
+        """As in SelectingHead, of this rank's heads."""
+        rank, head = divmod(self.head, query.shape[2])
+        own = torch.cat([query[:, :, head], key[:, :, head]], dim=1)
+        shared = broadcast(own, rank == self.group.rank, self.group)
+        by_query, by_key = shared.split([query.shape[1], key.shape[1]], dim=1)
+        return Selection(rule, self.head, by_query, by_key)
 
 
 class VocabularyParallelLossHead(LossHead):

@@ -57,6 +57,16 @@ def all_reduce_sum(x: Tensor, group: TensorGroup) -> Tensor:
     return total
 
 
+def broadcast(x: Tensor, is_source: bool, group: TensorGroup) -> Tensor:
+    """The `x` of the one rank that is the source, on every rank; those of the others have its shape and dtype.
+
+    Backward: the sum of all ranks' gradients, for the source. Both by all-reduce: x + 0 is exact, and no rank needs to
+    know which one is the source.
+    """
+    shared: Tensor = _Broadcast.apply(x, is_source, group.name)
+    return shared
+
+
 def all_reduce_max(x: Tensor, group: TensorGroup) -> Tensor:
     """The maximum over ranks of each element, without a gradient."""
     return waited(OPERATORS.all_reduce(x.detach().contiguous(), "max", group.name))
@@ -111,6 +121,19 @@ class _SumOverShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, is_source: bool, name: str) -> Tensor:
+        ctx.is_source, ctx.name = is_source, name
+        given = x.contiguous() if is_source else torch.zeros_like(x, memory_format=torch.contiguous_format)
+        return waited(OPERATORS.all_reduce(given, "sum", name))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        total = waited(OPERATORS.all_reduce(gradient.contiguous(), "sum", ctx.name))
+        return total if ctx.is_source else None, None, None
 
 
 class _AllGatherLastAxis(torch.autograd.Function):

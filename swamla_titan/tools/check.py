@@ -203,14 +203,15 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
     pointwise = pointwise_of(config, choices, device)
     chosen.append(attention_summary(choices) + (f"; {pointwise}" if pointwise else ""))
-    model = SWAMLAModel(SMALL).to(device)
+    small = replace(SMALL, mla_selective=config.model.mla_selective)
+    model = SWAMLAModel(small).to(device)
     with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
     plain = copy.deepcopy(model)
     plain.attention_backend = "reference"
-    tried = replace(config, model=SMALL, parallel=Parallel(), training=replace(config.training, seq_len=512))
+    tried = replace(config, model=small, parallel=Parallel(), training=replace(config.training, seq_len=512))
     choose_kernels(model, tried, device)
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     error = _gradients_apart(model, plain, config, device)

@@ -82,10 +82,11 @@ def generate_from_checkpoint(
     top_p: float,
     seed: int,
     ema: bool = False,
+    memory_budget: int | None = None,
 ) -> None:
     """Print each prompt with its continuation, which ends at the end-of-text token or after `max_new_tokens`.
 
-    `ema`: by the average of the weights (ema.decay).
+    `ema`: by the average of the weights (ema.decay). `memory_budget`: tokens that layers with selective attention keep.
 
     What a terminal would take for a command is printed escaped. Raises UserError for a checkpoint that cannot be used,
     and for sampling values or lengths out of range.
@@ -115,6 +116,7 @@ def generate_from_checkpoint(
             top_p=top_p,
             stop_token=tokenizer.eot_id,
             generator=generator,
+            memory_budget=memory_budget,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

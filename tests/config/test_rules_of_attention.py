@@ -22,6 +22,7 @@ def shape(**changes) -> ModelConfig:
 
 
 WIDTH = {"kernels.attention", "model.dim", "model.num_heads"}
+AT, SELECTIVE = "kernels.attention", shape(swa_layers_per_cycle=0, mla_selective=True)
 NO_WINDOWS, DOCUMENTS = shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}
 MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.document_mask"}
 
@@ -59,6 +60,11 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
                 {"kernels.attention", "model.v_head_dim"},
             ],
         ),
+        ("triton", SELECTIVE, {}, []),
+        ("triton", SELECTIVE, {"parallel": Parallel(context=2)}, []),
+        ("triton", shape(mla_selective=True), {"parallel": Parallel(context=2)}, [{AT, "parallel.context"}]),
+        ("triton", SELECTIVE, {"training": Training(compute_dtype="float32")}, [{AT, "training.compute_dtype"}]),
+        ("flex", SELECTIVE, {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
         ("flex", shape(num_heads=32, swa_sink_size=65), {"parallel": Parallel(context=2)}, []),

@@ -42,6 +42,7 @@ MODELS = {
     "untied, z_loss, dynamic_tanh": {"tie_embeddings": False, "z_loss": 0.01, "norm": "dynamic_tanh"},
     "swa": SWA_ONLY,
     "mla": MLA_ONLY,
+    "selective": MLA_ONLY | {"mla_selective": True, "selection_head": 2},
     "window over several chunks": SWA_ONLY | {"swa_window": 31},
     "window over the row": SWA_ONLY | {"swa_window": 100},
     "sink larger than the window": SWA_ONLY | {"swa_window": 4, "swa_sink_size": 9},
@@ -180,7 +181,7 @@ def test_loss_and_gradients_equal_one_process(size):
     ],
 )
 def test_compiled_blocks_equal_one_process(size, documents, compiler):
-    errors = on_ranks(size, errors_of_models, ["grouped queries, qk_norm, q_lora"], documents, compiler)
+    errors = on_ranks(size, errors_of_models, ["grouped queries, qk_norm, q_lora", "selective"], documents, compiler)
     check(errors, TOLERANCES[compiler])
 
 

@@ -101,6 +101,7 @@ MODELS = {
         *("--model.tie_embeddings", "false", "--model.norm", "dynamic_tanh", "--data.document_mask", "true"),
         *("--model.z_loss", "1e-3"),
     ),
+    "selective": ("--model.mla_selective", "true", "--model.selection_head", "1", "--data.document_mask", "true"),
 }
 
 

@@ -28,7 +28,11 @@ from tests.distributed.ranks import on_ranks
 
 T = 24
 EVERYTHING = {"tie_embeddings": False, "q_lora_rank": 14, "qk_norm": True, "z_loss": 0.01, "label_smoothing": 0.1}
-CASES = [{}, EVERYTHING, {"norm": "dynamic_tanh", "q_lora_rank": 10}]
+CASES = [
+    {},
+    EVERYTHING | {"mla_selective": True, "selection_head": 3},  # of the second rank
+    {"norm": "dynamic_tanh", "q_lora_rank": 10},
+]
 
 
 def config(tensor: int, **changes) -> ModelConfig:

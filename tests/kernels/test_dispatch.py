@@ -11,6 +11,8 @@ from swamla_titan.kernels.attention.dispatch import (
     ATTENTION_BACKENDS,
     FUSED,
     IMPLEMENTATIONS,
+    SELECTIVE,
+    SELECTIVE_REFERENCE,
     Heads,
     Projections,
     Request,
@@ -38,10 +40,24 @@ def _gpu(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"has_documents": True}, {"chunk": 256}, {"device": torch.device("cpu")}])
 def test_one_is_taken_and_every_other_one_has_a_reason(request_, changes, asked):
     choice = choose(replace(request_, **changes), asked)
-    names = {each.name for each in IMPLEMENTATIONS}
+    names = {each.name for each in IMPLEMENTATIONS if not each.selects}
     assert choice.why_not.keys() == names - {choice.implementation.name}
     assert all(choice.why_not.values())
     assert asked in choice.implementation.asked_by
+
+
+@pytest.mark.parametrize("asked", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("changes", [{}, {"has_documents": True}, {"chunk": 256}, {"device": torch.device("cpu")}])
+def test_what_selects_is_taken_by_implementations_of_that_alone(changes, asked):
+    request = replace(CAUSAL, selects=True, **changes)
+    choice = choose(request, asked)
+    by_triton = asked in ("auto", "triton") and request.device.type == "cuda"
+    assert choice.implementation is (SELECTIVE if by_triton else SELECTIVE_REFERENCE)
+    assert choice.form == "selection"
+    others = [each.name for each in IMPLEMENTATIONS if not each.selects]
+    assert {choice.why_not[name] for name in others} == {"model.mla_selective"}
+    if not by_triton:
+        assert choice.why_not[SELECTIVE.name] in ("needs a GPU", f"attention by {asked}")
 
 
 @pytest.mark.parametrize(

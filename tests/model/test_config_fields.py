@@ -32,6 +32,8 @@ CASES = {
     "qk_nope_head_dim": (11, "shapes"),
     "qk_rope_head_dim": (4, "shapes"),
     "v_head_dim": (8, "shapes"),
+    "mla_selective": (True, "logits"),
+    "selection_head": (1, "logits"),
     "rope_theta": (50.0, "logits"),
     "swa_rope_theta": (50.0, "logits"),
     "mla_rope_theta": (50.0, "logits"),
@@ -40,6 +42,9 @@ CASES = {
     "z_loss": (0.1, "loss"),
     "label_smoothing": (0.1, "loss"),
 }
+
+
+NEEDED = {"selection_head": {"mla_selective": True}}  # what else a field wants, to have an effect
 
 
 def observe(config):
@@ -67,7 +72,8 @@ def test_every_field_has_a_case():
 def test_field_reaches_its_consumer(field):
     value, aspect = CASES[field]
     assert value != getattr(TINY, field)
-    before, after = observe(TINY), observe(replace(TINY, **{field: value}))
+    without = replace(TINY, **NEEDED.get(field, {}))
+    before, after = observe(without), observe(replace(without, **{field: value}))
     if aspect in ("shapes", "accepts"):
         assert after[aspect] != before[aspect]
         return
@@ -124,6 +130,7 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
         ({"dim": 36}, "num_heads"),  # heads of 9 cannot be rotated
         ({"num_kv_heads": 3}, "num_kv_heads"),
         ({"qk_rope_head_dim": 5}, "qk_rope_head_dim"),
+        ({"selection_head": 4}, "selection_head"),
         ({"swa_layers_per_cycle": 0, "mla_layers_per_cycle": 0}, "swa_layers_per_cycle"),
         ({"dropout": 1.0}, "dropout"),
         ({"norm": "layernorm"}, "norm"),

@@ -19,6 +19,7 @@ SHAPES = [
     {"swa_window": 60, "swa_sink_size": 3},  # window larger than the cache
     {"num_kv_heads": 2, "q_lora_rank": 14, "qk_norm": True},
     {"norm": "dynamic_tanh", "tie_embeddings": False, "rope_scaling": 2.0, "swa_rope_theta": 77.0},
+    {"mla_selective": True, "selection_head": 3},
 ]
 
 

@@ -22,7 +22,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The third step moves each weight, of about 0.02, by about as much: step 2 draws bytes of all values, step 3 those of
     the text alone, whatever the roundings.
     """
-    folder = tmp_path_factory.mktemp("trained")
+    return run_of(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def selective(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with selective attention."""
+    return run_of(tmp_path_factory.mktemp("selective"), "--model.mla_selective", "true")
+
+
+def run_of(folder: Path, *model: str) -> Path:
     config = tiny_config(folder)
     settings = (
         "--training.steps",
@@ -34,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--checkpoint.keep_latest",
         "0",
     )
-    assert train(config, *settings, "--data.num_workers", "0", "--validation.interval", "0") == 0
+    assert train(config, *settings, *model, "--data.num_workers", "0", "--validation.interval", "0") == 0
     return folder / "run"
 
 
@@ -70,6 +79,16 @@ def test_a_dump_folder_stands_for_its_newest_checkpoint(trained, generate):
     assert len(text) > len("The\n")
     assert generate(checkpoint(trained, 3), *arguments) == text
     assert generate(checkpoint(trained, 2), *arguments) != text
+
+
+def test_a_budget_of_memory_wants_layers_that_drop_tokens(trained, selective, generate, refusal):
+    arguments = ("--prompt", "The", "--max-new-tokens", "40", "--temperature", "1.5")
+    why = refusal(trained, *arguments, "--memory-budget", "8")
+    assert "memory_budget = 8: no layer drops tokens without model.mla_selective" in why
+    assert "memory_budget = 2: expected >= 3" in refusal(selective, *arguments, "--memory-budget", "2")
+    of_all = generate(selective, *arguments)
+    assert generate(selective, *arguments, "--memory-budget", "42") == of_all  # the last token is never read
+    assert generate(selective, *arguments, "--memory-budget", "3") != of_all
 
 
 def test_the_average_of_the_weights_writes_in_their_place(trained, tmp_path, generate, refusal):

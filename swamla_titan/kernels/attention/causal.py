@@ -21,7 +21,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.device import Limit
-from swamla_titan.kernels.flops import attention_flops, causal_pairs
+from swamla_titan.kernels.flops import attention_flops, chunk_pairs
 
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
 CUDNN_DETERMINISTIC_MAX_LEN = 16384
@@ -264,15 +264,10 @@ _chunked.register_autograd(_gradients, setup_context=_setup)
 
 @register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention)
 def _forward_flops(query: Size, key: Size, value: Size, starts: list[int], *rest: Any, **out: Any) -> int:
-    return attention_flops(query, value[3], _pairs(query[1], starts))
+    return attention_flops(query, value[3], chunk_pairs(query[1], starts))
 
 
 @register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention_backward)
 def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
     *_, starts, _scale, _kernel = rest
-    return 2 * attention_flops(query, grad_out[3], _pairs(query[1], starts))
-
-
-def _pairs(queries: int, starts: Sequence[int]) -> int:
-    length = queries // len(starts)
-    return sum(start * length + causal_pairs(length) for start in starts)
+    return 2 * attention_flops(query, grad_out[3], chunk_pairs(query[1], starts))

@@ -19,8 +19,24 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.latent import latent_attention
-from swamla_titan.kernels.attention.masks import Chunks, DocumentRule, Mask, MaskForm, MaskSpec, WindowRule
+from swamla_titan.kernels.attention.masks import (
+    Chunks,
+    DocumentRule,
+    Mask,
+    MaskForm,
+    MaskSpec,
+    Selection,
+    SelectionRule,
+    WindowRule,
+)
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
+from swamla_titan.kernels.attention.selective import (
+    reference_selected_sums,
+    reference_selective_attention,
+    selected_sums,
+    selective_attention,
+    why_not_selective_kernel,
+)
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
 from swamla_titan.kernels.device import Limit, dtype_name, is_tuned_for
 from swamla_titan.kernels.limits import AttentionBackend
@@ -69,7 +85,8 @@ class Request:
     """What a kind of block asks of attention: everything that the choice depends on.
 
     `chunk`: under context parallelism a device has two chunks of each sequence of this length; None: full sequences.
-    `projections` None: implementations with the rotation are not asked for.
+    `projections` None: implementations with the rotation are not asked for. `selects`: a head masks keys for all heads
+    (selective.py).
 
     To add a fact: a field here, which attention_request (model/sequences.py) fills in, and its refusal in `_why_not`
     for entries that do not know it.
@@ -83,6 +100,7 @@ class Request:
     has_documents: bool
     chunk: int | None = None
     projections: Projections | None = None
+    selects: bool = False
 
     @property
     def is_plainly_causal(self) -> bool:
@@ -90,7 +108,7 @@ class Request:
 
         A sequence of one token never needs one: it sees itself, which is a shape less for the kernels with masks.
         """
-        if self.chunk is not None:
+        if self.chunk is not None or self.selects:
             return False
         window = self.mask.window
         return self.seq_len == 1 or (not self.has_documents and (window is None or window >= self.seq_len))
@@ -99,12 +117,14 @@ class Request:
 class Entry(ABC):
     """What the choice reads of an implementation.
 
-    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it.
+    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it; `selects` whether
+    it is for selective attention, and for nothing else.
     """
 
     name: str
     label: str
     asked_by: tuple[AttentionBackend, ...]
+    selects = False
 
     def why_not(self, request: Request) -> str | None:
         """What keeps it from the request, or None."""
@@ -132,6 +152,22 @@ class Implementation(Entry):
 
         H is a multiple of G: the query heads h*H/G ... share the key head h.
         """
+
+
+class SelectiveImplementation(Implementation):
+    """One way to compute selective attention; its mask is a Selection."""
+
+    selects = True
+    form: MaskForm = "selection"
+
+    def why_not(self, request: Request) -> str | None:
+        """As in Entry."""
+        window = request.mask.window
+        return None if window is None else f"a window of {window} tokens"
+
+    @abstractmethod
+    def sums(self, query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+        """What each chunk of queries selects of each key, as selected_sums (selective.py) gives it."""
 
 
 class FusedImplementation(Entry):
@@ -190,7 +226,9 @@ def choose(request: Request, asked: AttentionBackend) -> Choice:
     if asked not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend {asked!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
     reasons: dict[str, str] = {}
-    taken = _first(IMPLEMENTATIONS, request, asked, reasons)
+    # Where nothing is selected, no word is lost on implementations of that alone.
+    entries = [each for each in IMPLEMENTATIONS if request.selects or not each.selects]
+    taken = _first(entries, request, asked, reasons)
     assert taken is not None, "SDPA and the reference take everything"
     form: MaskForm = "none" if request.is_plainly_causal else taken.form
     layout = request.projections and request.projections.layout
@@ -215,6 +253,8 @@ def _first(entries: Sequence[_E], request: Request, asked: AttentionBackend, rea
 
 
 def _why_not(entry: Entry, request: Request, asked: AttentionBackend) -> str | None:
+    if request.selects and isinstance(entry, Implementation) and not entry.selects:
+        return "model.mla_selective"
     if asked not in entry.asked_by:
         return f"attention by {asked}"
     if why := entry.why_not(request):
@@ -370,9 +410,55 @@ class _Reference(Implementation):
         return reference_attention(*heads, mask, scale).transpose(1, 2)
 
 
+class _Selective(SelectiveImplementation):
+    """Selective attention, also in documents and of chunks, by our Triton kernels (CUDA).
+
+    "auto" takes it wherever it runs: the reference holds scores of all heads.
+    """
+
+    name, label, asked_by = "triton, selective", "triton", _OURS
+    operators = (torch.ops.swamla_titan.selective_attention.default,)
+
+    def why_not(self, request: Request) -> str | None:
+        widths = request.heads.qk_width, request.heads.v_width
+        why = super().why_not(request) or why_not_selective_kernel(request.device, request.dtype, *widths)
+        return why or _why_not_grouped(request.heads)
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, Selection)
+        return selective_attention(query, key, value, mask, scale)
+
+    def sums(self, query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+        return selected_sums(query, key, rule, scale)
+
+
+class _SelectiveReference(SelectiveImplementation):
+    """The same written down, on any device."""
+
+    name, label, asked_by, operators = "reference, selective", "reference", ATTENTION_BACKENDS, ()
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        assert isinstance(mask, Selection)
+        return reference_selective_attention(query, key, value, mask, scale)
+
+    def sums(self, query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+        return reference_selected_sums(query, key, rule, scale)
+
+
 CAUSAL, CHUNKED, WINDOW, DOCUMENT = _Causal(), _Chunked(), _Window(), _Document()
 FLEX, SDPA, REFERENCE = _Flex(), _SDPA(), _Reference()
-IMPLEMENTATIONS: list[Implementation] = [CAUSAL, CHUNKED, WINDOW, DOCUMENT, FLEX, SDPA, REFERENCE]  # the fastest first
+SELECTIVE, SELECTIVE_REFERENCE = _Selective(), _SelectiveReference()
+IMPLEMENTATIONS: list[Implementation] = [  # the fastest first
+    CAUSAL,
+    CHUNKED,
+    WINDOW,
+    DOCUMENT,
+    FLEX,
+    SDPA,
+    REFERENCE,
+    SELECTIVE,
+    SELECTIVE_REFERENCE,
+]
 
 
 class _RotaryWindow(FusedImplementation):

@@ -111,8 +111,36 @@ class Chunks:
     starts: tuple[int, ...]
 
 
-Mask = Tensor | BlockMask | WindowRule | DocumentRule | Chunks | None
-MaskForm = Literal["boolean", "block", "window", "documents", "chunks", "none"]  # of these, in this order
+@dataclass(frozen=True)
+class SelectionRule:
+    """Causal inside documents, for selective attention of queries that are chunks of a sequence.
+
+    Where each token's document begins and has ended, [B or 1, T] contiguous int32 of full sequences, and where each
+    chunk begins: (0,), if the queries are all there.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    chunks: tuple[int, ...] = (0,)
+
+
+class Selection(NamedTuple):
+    """That, and what selects (selective.py): queries [B, Q, D] and keys [B, S, D], or None: those of the head `head`.
+
+    `before` [B, chunks, S] is the sum of what the queries of other chunks, before each chunk, select of each key; None:
+    nothing.
+    """
+
+    rule: SelectionRule
+    head: int
+    query: Tensor | None = None
+    key: Tensor | None = None
+    before: Tensor | None = None
+
+
+Mask = Tensor | BlockMask | WindowRule | DocumentRule | Chunks | SelectionRule | Selection | None
+# Of these, in this order.
+MaskForm = Literal["boolean", "block", "window", "documents", "chunks", "selection", "none"]
 
 
 def mask_of_sequences(form: MaskForm, starts: Tensor, has_documents: bool, spec: MaskSpec) -> Mask:
@@ -128,6 +156,9 @@ def mask_of_sequences(form: MaskForm, starts: Tensor, has_documents: bool, spec:
     if form == "documents":
         own = starts.to(torch.int32)
         return DocumentRule(own, document_ends(own))
+    if form == "selection":
+        own = starts.to(torch.int32)
+        return SelectionRule(own, document_ends(own))
     if form == "boolean":
         return dense_mask(starts, spec.window, spec.sink)
     assert form == "block"

@@ -1,0 +1,506 @@
+"""Selective attention (Leviathan et al., arXiv:2410.02703): queries mask keys for the queries behind them.
+
+One head selects. With S its scaled scores, as its softmax has them, before anything is subtracted,
+
+    F[t, s] = sum over queries u with s < u < t of relu(S[u, s]), for each key s but the first of its document,
+
+and the logits of every head, the selecting one among them, become scale * query key^T - F before the softmax. So a
+query is masked by what earlier queries selected, and neither itself nor the first token of a document ever is. Pairs of
+one document have nothing but tokens of that document between them, hence F never crosses a border.
+
+Backward: with dL the gradients of the logits, summed over the heads, that of relu(S[u, s]) is minus the sum over
+t > u of dL[t, s], and goes into the selecting head's queries and keys.
+
+Queries are taken in slabs (`Slab`), so that memory does not grow with the square of the sequence: F of a slab is there
+for all heads at once, and the sums of what was selected before it are one number a key.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from swamla_titan.kernels.attention.document import why_not_document_kernel
+from swamla_titan.kernels.attention.masks import Selection, SelectionRule
+from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors, tma_readable
+from swamla_titan.kernels.flops import attention_flops, chunk_pairs
+
+MOST_ELEMENTS = 1 << 26  # of F at a time: 128 MiB, and 256 MiB of its gradient; 16 sequences of 2048 in one slab
+_ALIGNED = 8  # elements of 16 bits: where a row of F may begin, for the tensor memory accelerator
+_ROWS = 128  # queries of a slab at least, and a divisor of those of most
+_REFERENCE_ROWS = 1024
+
+why_not_selective_kernel = why_not_document_kernel  # heads and types are the same
+
+
+class Slab(NamedTuple):
+    """Consecutive queries of one chunk: its number, their first row, where that stands in the sequence, how many."""
+
+    chunk: int
+    row: int
+    position: int
+    rows: int
+
+
+def slabs(chunks: Sequence[int], queries: int, most_rows: int) -> Iterator[Slab]:
+    """All queries, which are chunks of equal length that begin at `chunks` of the sequence, in order."""
+    length = queries // len(chunks)
+    for chunk, start in enumerate(chunks):
+        for first in range(0, length, most_rows):
+            yield Slab(chunk, chunk * length + first, start + first, min(most_rows, length - first))
+
+
+def selective_attention(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> Tensor:
+    """Selective attention by our Triton kernels, forward and backward, as one operator (CUDA).
+
+    query [B, Q, H, D], key [B, S, H, D], value [B, S, H, E] as for document_attention, Q queries that are
+    chunks of the sequence -> [B, Q, H, E], contiguous. Value and gradients are the same in every run.
+    """
+    rule, by = selection.rule, (selection.query, selection.key, selection.before)
+    out: Tensor = _forward(query, key, value, *by, rule.starts, rule.ends, list(rule.chunks), selection.head, scale)[0]
+    return out
+
+
+def selected_sums(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+    """What each chunk of queries selects of each key, by our kernels: the sum of relu(S), [B, chunks, S] float32.
+
+    From the selecting head's query [B, Q, D] and key [B, S, D].
+    """
+    sums: Tensor = _sums(query, key, rule.starts, rule.ends, list(rule.chunks), scale)
+    return sums
+
+
+def reference_selective_attention(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
+) -> Tensor:
+    """`selective_attention` written down, for any device and dtype; the softmax as in reference_attention."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    rule, outs = selection.rule, []
+    by = selecting_head(query.transpose(1, 2), key.transpose(1, 2), selection.query, selection.key, selection.head)
+    total: Tensor | None = None
+    for slab in slabs(rule.chunks, query.shape[2], _REFERENCE_ROWS):
+        at = slice(slab.row, slab.row + slab.rows)
+        if slab.position == rule.chunks[slab.chunk]:
+            total = None if selection.before is None else selection.before[:, slab.chunk]
+        selected = _selected(by[0][:, at], by[1], rule, slab, scale)  # [B, rows, S]
+        sums = selected.cumsum(dim=1)
+        bias = sums - selected if total is None else sums - selected + total[:, None]
+        total = sums[:, -1] if total is None else sums[:, -1] + total
+        scores = (query[:, :, at] @ key.transpose(-2, -1) * scale).to(bias.dtype) - bias[:, None]
+        scores = scores.masked_fill(~_seen(rule, slab)[:, None], float("-inf"))
+        outs.append(scores.softmax(dim=-1).to(value.dtype) @ value)
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def reference_selected_sums(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+    """`selected_sums` written down."""
+    found: list[list[Tensor]] = [[] for _ in rule.chunks]
+    for slab in slabs(rule.chunks, query.shape[1], _REFERENCE_ROWS):
+        queries = query[:, slab.row : slab.row + slab.rows]
+        found[slab.chunk].append(_selected(queries, key, rule, slab, scale).sum(dim=1))
+    return torch.stack([torch.stack(each).sum(dim=0) for each in found], dim=1)
+
+
+def selecting_head(
+    query: Tensor, key: Tensor, by_query: Tensor | None, by_key: Tensor | None, head: int
+) -> tuple[Tensor, Tensor]:
+    """The queries [B, Q, D] and keys [B, S, D] that select: those given, or of a head of query and key."""
+    if by_query is None or by_key is None:
+        return query[:, :, head], key[:, :, head]
+    return by_query, by_key
+
+
+def _selected(query: Tensor, key: Tensor, rule: SelectionRule, slab: Slab, scale: float) -> Tensor:
+    """relu(S) of a slab's queries [B, rows, D] and all keys, 0 where nothing is selected: [B, rows, S]."""
+    scores = query @ key.transpose(-2, -1) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return torch.where(_seen(rule, slab, strictly=True), scores.relu(), 0.0)
+
+
+def _seen(rule: SelectionRule, slab: Slab, strictly: bool = False) -> Tensor:
+    """Which keys a slab's queries see, boolean [B or 1, rows, S]; strictly: may select."""
+    key = torch.arange(rule.starts.shape[1], device=rule.starts.device)
+    at = slice(slab.position, slab.position + slab.rows)
+    query, start = key[at, None], rule.starts[:, at, None]
+    return (key < query) & (key > start) if strictly else (key <= query) & (key >= start)
+
+
+# The first two as document.py has them.
+_FORWARD = Tiles(128, 32, 8, 3)
+_BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
+_SELECTION = Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)
+
+
+def forward_tiles() -> Tiles:
+    """For the forward pass."""
+    return _FORWARD
+
+
+def backward_tiles() -> tuple[Tiles, Tiles]:
+    """For the queries' pass of the backward, and for that of the keys and values."""
+    return _BACKWARD
+
+
+def selection_tiles() -> tuple[Tiles, Tiles]:
+    """For the selecting head alone, and for the sum over heads of the logits' gradients."""
+    return _SELECTION
+
+
+def _most_rows(batch: int, seq_len: int) -> int:
+    """Of a slab."""
+    return max(MOST_ELEMENTS // (batch * seq_len) // _ROWS, 1) * _ROWS
+
+
+class _Pass:
+    """What the kernels of a pass share: queries that are chunks of a sequence, all its keys, and the slabs."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: Sequence[int], scale: float
+    ) -> None:
+        """query [B, Q, ..., D] and key [B, S, ..., D]; starts and ends as in SelectionRule."""
+        from swamla_titan.kernels.attention import selective_triton
+
+        self.kernels, self.device, self.scale = selective_triton, query.device, scale
+        self.batch, self.queries, self.seq_len, self.width = *query.shape[:2], key.shape[1], query.shape[-1]
+        for bounds in (starts, ends):  # else it would read what is not there
+            assert bounds.shape in ((1, self.seq_len), (self.batch, self.seq_len))
+            assert bounds.is_contiguous()
+            assert bounds.dtype == torch.int32
+        assert self.queries % len(chunks) == 0
+        assert max(chunks) + self.queries // len(chunks) <= self.seq_len
+        self.bounds, self.split = (starts, ends), SplitWidth.of(self.width)
+        self.starts_batch = self.seq_len if starts.shape[0] == self.batch else 0
+        self.slabs = list(slabs(chunks, self.queries, _most_rows(self.batch, self.seq_len)))
+        self.last = len(self.slabs) - 1
+        self.room, self.row_width = max(slab.rows for slab in self.slabs), -(-self.seq_len // _ALIGNED) * _ALIGNED
+
+    def begins_chunk(self, number: int) -> bool:
+        """Whether a slab is the first of its chunk."""
+        return number == 0 or self.slabs[number - 1].chunk != self.slabs[number].chunk
+
+    def ends_chunk(self, number: int) -> bool:
+        """Whether a slab is the last of its chunk."""
+        return number == self.last or self.begins_chunk(number + 1)
+
+    def float32(self, *shape: int) -> Tensor:
+        """Memory without values."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def pairs(self, dtype: torch.dtype) -> Tensor:
+        """Memory for a number for each query of a slab and each key."""
+        return torch.empty(self.batch, self.room, self.row_width, dtype=dtype, device=self.device)
+
+    def by_keys(self, tiles: Tiles, *heads: int) -> tuple[int, ...]:
+        """A grid of tiles of keys."""
+        return -(-self.seq_len // tiles.keys), *heads, self.batch
+
+    def by_keys_seen(self, number: int, tiles: Tiles, *others: int) -> tuple[int, ...]:
+        """A grid of tiles of the keys that a slab's queries may see."""
+        return -(-(self.slabs[number].position + self.slabs[number].rows) // tiles.keys), *others
+
+    def by_queries(self, number: int, tiles: Tiles, *heads: int) -> tuple[int, ...]:
+        """A grid of tiles of a slab's queries."""
+        return -(-self.slabs[number].rows // tiles.queries), *heads, self.batch
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        number: int,
+        tiles: Tiles,
+        *own: Any,
+        sizes: Sequence[int] = (),
+        **rest: Any,
+    ) -> None:
+        """A kernel for a slab: its own arguments, then what all are told of slab and sizes, in their order."""
+        _, row, position, rows = self.slabs[number]
+        where = self.starts_batch, row, position, rows, self.room, self.row_width, *sizes, self.seq_len, self.scale
+        kernel[grid](*own, *where, **self.split._asdict(), **tiles.constants(), **rest)
+
+    def select(
+        self, number: int, by: tuple[Tensor, Tensor], before: Tensor, after: Tensor, f: Tensor | None = None
+    ) -> None:
+        """F of a slab, and the sums of what was selected after it, from those before.
+
+        By the selecting head's queries [B, Q, D] and keys [B, S, D].
+        """
+        tiles, kernel = selection_tiles()[0], self.kernels.select_keys
+        own = *by, *self.bounds, before, after, after if f is None else f, *_strides(*by)
+        self.launch(kernel, self.by_keys(tiles), number, tiles, *own, STORED=f is not None)
+
+    def grad_selecting(
+        self, number: int, by: tuple[Tensor, Tensor], grad: Tensor, after: Tensor, before: Tensor, of_f: bool,
+        grad_query: Tensor, grad_key: Tensor,
+    ) -> None:  # fmt: skip
+        """Gradients of the selecting head's queries in a slab, and of its keys; slabs are taken from the last on.
+
+        `grad`: the sums of the logits' gradients over heads, if `of_f`; overwritten. `after`: the gradient of the sums
+        after the slab, of which comes that of those `before`.
+        """
+        tiles, kernels = selection_tiles()[0], self.kernels
+        own = *by, *self.bounds, grad, after, before, grad_key, *_strides(*by)
+        options: dict[str, Any] = {"OF_F": of_f, "ADDED": number < self.last}
+        self.launch(kernels.grad_selected, self.by_keys(tiles), number, tiles, *own, **options)
+        own = by[1], self.bounds[0], grad, grad_query, *_strides(by[1])
+        grid = self.by_queries(number, tiles)
+        self.launch(kernels.grad_selecting, grid, number, tiles, *own, sizes=(self.queries,))
+
+
+def _tiles_of(f: Tensor, tiles: Tiles) -> Any:
+    """By which the tensor memory accelerator reads F, [B, rows, S] as `_Pass.pairs` has it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(f, list(f.shape), list(f.stride()), [1, tiles.queries, tiles.keys])
+
+
+def _strides(*heads: Tensor) -> tuple[int, ...]:
+    """Of batch and token, for each [B, T, D]."""
+    assert all(each.stride(-1) == 1 for each in heads), "the elements of a head must be adjacent"
+    return tuple(stride for each in heads for stride in each.stride()[:2])
+
+
+@torch.library.custom_op("swamla_titan::selective_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    by_query: Tensor | None,
+    by_key: Tensor | None,
+    before: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    chunks: list[int],
+    head: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, Q, H, E], lse [B, H, Q] as in document.py, and the sums before each slab, [slabs + 1, B, S] float32."""
+    batch, queries, heads, _ = query.shape
+    assert key.shape[2:] == query.shape[2:]
+    assert value.shape[:3] == key.shape[:3]
+    by = selecting_head(query, key, by_query, by_key, head)
+    key, value = tma_readable(key), tma_readable(value)
+    v_width, tiles = value.shape[-1], forward_tiles()
+    out = query.new_empty(batch, queries, heads, v_width)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    run = _Pass(query, key, starts, ends, chunks, scale)
+    sums, f = run.float32(run.last + 2, batch, run.seq_len), run.pairs(torch.float16)
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        read = *tma_descriptors(key, tiles.keys, run.split), *tma_descriptors(value, tiles.keys, (v_width,))
+        for number, slab in enumerate(run.slabs):
+            if run.begins_chunk(number):
+                sums[number] = 0 if before is None else before[:, slab.chunk]
+            run.select(number, by, sums[number], sums[number + 1], f)
+            own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
+            grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)
+            run.launch(run.kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
+    return out, lse, sums
+
+
+@_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, by_query: Any, by_key: Any, before: Any, starts: Any, ends: Any,
+    chunks: list[int], head: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, queries, heads, _ = query.shape
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    count = len(list(slabs(chunks, queries, _most_rows(batch, key.shape[1]))))
+    return query.new_empty(batch, queries, heads, value.shape[-1]), lse, lse.new_empty(count + 1, batch, key.shape[1])
+
+
+@torch.library.custom_op("swamla_titan::selective_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    by_query: Tensor | None,
+    by_key: Tensor | None,
+    starts: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sums: Tensor,
+    chunks: list[int],
+    head: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, by_query, by_key, and of `before` [B, chunks, S].
+
+    Those of by_query and by_key are empty where there are none: then they are in those of query and key.
+    """
+    by = selecting_head(query, key, by_query, by_key, head)
+    run = _Pass(query, key, starts, ends, chunks, scale)
+    grad_by = run.float32(run.batch, run.queries, run.width), run.float32(run.batch, run.seq_len, run.width)
+    later, grad_before = run.float32(run.batch, run.seq_len), run.float32(len(chunks), run.batch, run.seq_len)
+    unused, none = torch.empty_like(later), torch.zeros_like(later)
+    f, grad = run.pairs(torch.float16), run.pairs(torch.float32)
+    with torch.cuda.device_of(query):
+        of_heads = _GradientsOfHeads(run, grad_out, query, key, value, out, lse)
+        for number, slab in reversed(list(enumerate(run.slabs))):
+            run.select(number, by, sums[number], unused, f)
+            of_heads.add(number, f, grad)
+            after = none if run.ends_chunk(number) else later
+            before = grad_before[slab.chunk] if run.begins_chunk(number) else later
+            run.grad_selecting(number, by, grad, after, before, True, *grad_by)
+    grad_query, grad_key, grad_value = of_heads.results()
+    if by_query is None:
+        grad_query[:, :, head] += grad_by[0]
+        grad_key[:, :, head] += grad_by[1]
+        grad_by = run.float32(0), run.float32(0)
+    of_by = grad_by[0].to(query.dtype), grad_by[1].to(key.dtype)
+    return grad_query, grad_key, grad_value, *of_by, grad_before.transpose(0, 1).contiguous()
+
+
+class _GradientsOfHeads:
+    """Gradients of all heads, slab by slab from the last on, as document.py has them; F is taken as given."""
+
+    def __init__(
+        self, run: _Pass, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        grad_out, query, key, value = (tma_readable(each) for each in (grad_out, query, key, value))
+        self.run, self.grad_out, self.query, self.key, self.value, self.out = run, grad_out, query, key, value, out
+        self.lse, self.delta, self.dtype = lse, torch.empty_like(lse), query.dtype
+        self.grad_query = query.new_empty(query.shape)
+        kept = torch.float32 if run.last else query.dtype  # sums over slabs are added up in float32
+        self.grad_key, self.grad_value = (x.new_empty(x.shape, dtype=kept) for x in (key, value))
+
+        of_queries, of_keys, of_logits = *backward_tiles(), selection_tiles()[1]
+        v_width = (value.shape[-1],)
+        self.read_keys = (
+            *tma_descriptors(key, of_queries.keys, run.split),
+            *tma_descriptors(value, of_queries.keys, v_width),
+        )
+        self.read_queries = (
+            *tma_descriptors(query, of_keys.queries, run.split),
+            *tma_descriptors(grad_out, of_keys.queries, v_width),
+        )
+        self.read_all = (
+            *tma_descriptors(query, of_logits.queries, run.split),
+            *tma_descriptors(grad_out, of_logits.queries, v_width),
+            *tma_descriptors(key, of_logits.keys, run.split),
+            *tma_descriptors(value, of_logits.keys, v_width),
+        )
+
+    def add(self, number: int, f: Tensor, grad: Tensor) -> None:
+        """Gradients by a slab's queries; `grad` becomes the sum over heads of those of its logits."""
+        run, kernels, starts = self.run, self.run.kernels, self.run.bounds[0]
+        (of_queries, of_keys), of_logits = backward_tiles(), selection_tiles()[1]
+        heads = self.query.shape[2]
+        rest: dict[str, Any] = {"sizes": (run.queries, heads), "DV": self.value.shape[-1]}
+
+        given = _tiles_of(f, of_queries), self.query, self.out, self.grad_out, self.grad_query
+        laid_out = strides(self.query), strides(self.out), strides(self.grad_out), strides(self.grad_query)
+        own = *self.read_keys, *given, self.lse, self.delta, starts, *chain.from_iterable(laid_out)
+        grid = run.by_queries(number, of_queries, heads)
+        run.launch(kernels.selective_grad_query, grid, number, of_queries, *own, **rest)
+
+        laid_out = strides(self.key), strides(self.value), strides(self.grad_key), strides(self.grad_value)
+        given = _tiles_of(f, of_keys), self.key, self.value, self.grad_key, self.grad_value
+        own = *self.read_queries, *given, self.lse, self.delta, *run.bounds, *chain.from_iterable(laid_out)
+        added = number < run.last  # before it, all keys get a value
+        grid = run.by_keys_seen(number, of_keys, heads, run.batch) if added else run.by_keys(of_keys, heads)
+        run.launch(kernels.selective_grad_key_value, grid, number, of_keys, *own, **rest, ADDED=added)
+
+        grid = run.by_keys_seen(number, of_logits, *run.by_queries(number, of_logits))
+        own = *self.read_all, f, grad, self.lse, self.delta, starts
+        run.launch(kernels.selection_grad, grid, number, of_logits, *own, **rest)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+        return self.grad_query, self.grad_key.to(self.dtype), self.grad_value.to(self.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, by_query: Tensor | None, by_key: Tensor | None,
+    starts: Any, ends: Any, out: Any, lse: Tensor, sums: Any, chunks: list[int], head: int, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    of_by = [query.new_empty(0 if each is None else each.shape) for each in (by_query, by_key)]
+    grad_before = lse.new_empty(query.shape[0], len(chunks), key.shape[1])
+    return *(x.new_empty(x.shape) for x in (query, key, value)), *of_by, grad_before
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
+    query, key, value, by_query, by_key, before, starts, ends, ctx.chunks, ctx.head, ctx.scale = inputs
+    ctx.selects_apart, ctx.has_before = by_query is not None, before is not None
+    ctx.save_for_backward(query, key, value, by_query, by_key, starts, ends, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
+    if grad_out is None:
+        return (None,) * 11
+    gradients = torch.ops.swamla_titan.selective_attention_backward(
+        grad_out, *ctx.saved_tensors, ctx.chunks, ctx.head, ctx.scale
+    )
+    of_by = gradients[3:5] if ctx.selects_apart else (None, None)
+    return (*gradients[:3], *of_by, gradients[5] if ctx.has_before else None, *[None] * 5)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+@torch.library.custom_op("swamla_titan::selected_sums", mutates_args=())
+def _sums(query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: list[int], scale: float) -> Tensor:
+    run = _Pass(query, key, starts, ends, chunks, scale)
+    sums = run.float32(len(chunks), run.batch, run.seq_len)
+    with torch.cuda.device_of(query):
+        for number, slab in enumerate(run.slabs):
+            total = sums[slab.chunk]
+            if run.begins_chunk(number):
+                total.zero_()
+            run.select(number, (query, key), total, total)
+    return sums.transpose(0, 1).contiguous()
+
+
+@_sums.register_fake
+def _(query: Tensor, key: Tensor, starts: Any, ends: Any, chunks: list[int], scale: float) -> Tensor:
+    return query.new_empty(query.shape[0], len(chunks), key.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("swamla_titan::selected_sums_backward", mutates_args=())
+def _sums_backward(
+    grad_sums: Tensor, query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    run = _Pass(query, key, starts, ends, chunks, scale)
+    gradients = run.float32(run.batch, run.queries, run.width), run.float32(run.batch, run.seq_len, run.width)
+    grad, unused = run.pairs(torch.float32), run.float32(run.batch, run.seq_len)
+    with torch.cuda.device_of(query):
+        for number, slab in reversed(list(enumerate(run.slabs))):
+            after = grad_sums[:, slab.chunk].contiguous()
+            run.grad_selecting(number, (query, key), grad, after, unused, False, *gradients)
+    return gradients[0].to(query.dtype), gradients[1].to(key.dtype)
+
+
+@_sums_backward.register_fake
+def _(grad_sums: Any, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, starts, ends, ctx.chunks, ctx.scale = inputs
+    ctx.save_for_backward(query, key, starts, ends)
+
+
+def _gradients_of_sums(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.swamla_titan.selected_sums_backward(grad_sums, *ctx.saved_tensors, ctx.chunks, ctx.scale)
+    return (*gradients, None, None, None, None)
+
+
+_sums.register_autograd(_gradients_of_sums, setup_context=_setup_sums)
+
+
+@register_flop_formula(torch.ops.swamla_titan.selective_attention)
+def _forward_flops(query: Size, key: Size, value: Size, by: Any, by_key: Any, before: Any, starts: Any, ends: Any,
+                   chunks: list[int], *rest: Any, **out: Any) -> int:  # fmt: skip
+    return attention_flops(query, value[3], chunk_pairs(query[1], chunks))
+
+
+@register_flop_formula(torch.ops.swamla_titan.selective_attention_backward)
+def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
+    *_, chunks, _head, _scale = rest
+    return 2 * attention_flops(query, grad_out[3], chunk_pairs(query[1], chunks))
