@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,11 +102,11 @@ class Soak:
         self.damaged: set[int] = set()  # steps whose checkpoints were spoilt; what is not saved again stays so
         self._queue: list[Fault] = []
 
-    def run(self, until: float) -> None:
-        """Train to the end, with faults until `until`. Raises Failure where the job does what it must not."""
+    def run(self, is_over: Callable[[], bool]) -> None:
+        """Train to the end, with faults until `is_over()`. Raises Failure where the job does what it must not."""
         self._start()
         while self.job.code() is None:
-            if time.monotonic() > until:
+            if is_over():
                 self.job.end(600)
                 break
             fault = self._next_fault()
@@ -202,6 +203,11 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
+def faults_of(table: Table) -> int:
+    """How many faults the job has recovered from."""
+    return sum(len(effect.seconds) for effect in table.values())
+
+
 def print_table(table: Table) -> None:
     width = max(map(len, table), default=10)
     print(f"| {'fault':<{width}} | times | median s | max s | steps repeated, median | max |")
@@ -230,7 +236,11 @@ def soak(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[str],
     }
     tolerance = arguments.tolerance if len(processes) > 1 else 0.0
     table: Table = defaultdict(Effect)
-    begin, runs = time.monotonic(), 0
+    end, runs = time.monotonic() + 60 * arguments.minutes, 0
+
+    def is_over() -> bool:
+        return time.monotonic() > end and faults_of(table) >= arguments.faults
+
     with tempfile.TemporaryDirectory() as temporary:
         print(f"reference: {steps} steps on {processes[0]} processes, no numbers in steps {spoiled}", flush=True)
         reference = folder / "reference"
@@ -238,14 +248,14 @@ def soak(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[str],
             job.start()
             if job.end(1200) != 0:
                 return table, [f"the reference failed; {job.described()}"], runs
-        while time.monotonic() < begin + 60 * arguments.minutes:
+        while not is_over():
             runs += 1
             run = folder / f"run-{runs}"
             print(f"run {runs}", flush=True)
             with Job(config, run, Path(temporary), processes[0], **environment) as job:
                 hurt = Soak(job, processes, draw, table)
                 try:
-                    hurt.run(begin + 60 * arguments.minutes)
+                    hurt.run(is_over)
                 except Failure as failure:
                     return table, [f"run {runs}: {failure}"], runs
             if found := differences(run, reference, steps, tolerance, hurt.damaged):
@@ -256,6 +266,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> tuple[Table, list[str],
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="the last run may take longer")
+    parser.add_argument("--faults", type=int, default=0, help="at least so many, however long a slow machine takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150, help="of a run")
     parser.add_argument(
@@ -274,8 +285,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=arguments.folder is None)
         table, wrong, runs = soak(arguments, folder.resolve())
     print_table(table)
-    faults = sum(len(effect.seconds) for effect in table.values())
-    print(f"{runs} runs of {arguments.steps} steps, {faults} faults, seed {arguments.seed}")
+    print(f"{runs} runs of {arguments.steps} steps, {faults_of(table)} faults, seed {arguments.seed}")
     print("\n".join(wrong) or "nothing was lost, and nothing differs")
     if arguments.json:
         figures = {name: vars(effect) for name, effect in table.items()}

@@ -93,9 +93,12 @@ def test_the_gradients_of_the_steps_that_a_soak_names_are_no_numbers(tiny, tmp_p
 @pytest.mark.parametrize("processes", ["2", "2,1,3"])
 def test_two_minutes_of_random_faults_lose_nothing(tmp_path, processes):
     figures = tmp_path / "chaos.json"
-    command = ["--minutes", "2", "--seed", "5", "--steps", "60", "--processes", processes, "--json", str(figures)]
+    command = ["--minutes", "2", "--seed", "5", "--faults", "2", "--steps", "60", "--processes", processes]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/chaos.py"), *command], capture_output=True, text=True, timeout=3 * HANG
+        [sys.executable, str(ROOT / "benchmarks/chaos.py"), *command, "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=3 * HANG,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was lost, and nothing differs" in done.stdout

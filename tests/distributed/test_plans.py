@@ -220,7 +220,7 @@ def test_activation_checkpointing_and_compilation_change_nothing(tmp_path, plan,
         pytest.param("hsdp-2x2", "native", 1e-3, marks=pytest.mark.slow),
         pytest.param("tp-2", "rowwise", 2e-2, marks=pytest.mark.slow),
         pytest.param("pp-2", "native", 1e-3, marks=pytest.mark.slow),
-        pytest.param("cp-2", "native", 1e-3, marks=pytest.mark.slow),
+        pytest.param("cp-2", "native", 3e-3, marks=pytest.mark.slow),
         pytest.param("ddp-3", "native", 1e-3, marks=pytest.mark.slow),
         pytest.param("fsdp-2-tp-2", "native", 1e-3, marks=pytest.mark.slow),
     ],
@@ -229,7 +229,8 @@ def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan, recipe, tol
     """Scales of rows, and those that are powers of two, need no other rank; but a rounding may move a number to the
     next of the few in 8 bits.
 
-    Under TP weights are cut before rows are scaled, and tensorwise a rank scales what it has: near, not equal.
+    Under TP weights are cut before rows are scaled, and tensorwise a rank scales what it has: near, not equal. Under CP
+    attention sums its keys in another order, so that more numbers move from the first step on.
 
     A number that moved is off by a sixteenth, and training amplifies it: what is asked of the first steps cannot be
     asked of the last ones, whatever the processor.
@@ -249,7 +250,7 @@ def test_native_float8_trains_alike_where_the_backward_pass_is_split(tmp_path, s
     shape = (*BATCHES["divides"], "--model.num_layers", "4", *recipe)
     plan = (*PLANS["pp-2"][1], "--parallel.pipeline_schedule", schedule)
     assert on_ranks(2, run, written(tmp_path), *shape, *plan) == [0, 0]
-    assert_same_curves(tmp_path, shape, tolerance=1e-3)
+    assert_same_curves(tmp_path, shape, tolerance=1e-3, later=2e-2)
 
 
 CHAINS = {
