@@ -80,6 +80,12 @@ class RowGradient:
         assert self.segments is not None
         return self.rows, self.sums[self.segments.index]
 
+    def is_idle(self) -> Tensor:
+        """Whether the gradient of each of `rows` is zero [N, 1], as it is where all that looked it up is padding."""
+        assert self.sums is not None
+        assert self.segments is not None
+        return (self.sums == 0).all(dim=1, keepdim=True)[self.segments.index]
+
     def dense(self, rows: int) -> Tensor:
         """The gradient as a tensor [rows, width], of the `rows` that are on this rank."""
         own, gradients = self.by_lookup()

@@ -1,6 +1,6 @@
 """Parameter groups, optimizers, the moving average of the weights, and learning-rate schedules."""
 
-from swamla_titan.optim.ema import AveragedWeights
+from swamla_titan.optim.ema import AveragedWeights, bytes_of_average
 from swamla_titan.optim.gradients import gradient_norm
 from swamla_titan.optim.groups import group_table, trained_parameters
 from swamla_titan.optim.optimizers import (
@@ -17,6 +17,7 @@ from swamla_titan.optim.row_average import names_of_decays, up_to_date
 __all__ = [
     "AveragedWeights",
     "build_optimizer",
+    "bytes_of_average",
     "clip_gradients",
     "gradient_norm",
     "group_table",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swamla_titan.distributed.dtensor import free_gathered_weights, local, zeros_sharded_like
 from swamla_titan.model.row_table import row_tables
 from swamla_titan.optim.groups import trained_parameters
-from swamla_titan.optim.row_average import RowAverage
+from swamla_titan.optim.row_average import RowAverage, bytes_of_decays
 from swamla_titan.optim.updates import fuse_elementwise, write_unless_bad
 
 
@@ -88,6 +88,12 @@ class AveragedWeights:
             average.copy_(kept)
         for part in self._parts:
             free_gathered_weights(part)  # FSDP2 may have kept them, and they are those from before the exchange
+
+
+def bytes_of_average(part: nn.Module) -> int:
+    """Bytes of the average of a model or a pipeline stage on this rank; its parameters may be on the meta device."""
+    means = sum(4 * local(parameter).numel() for parameter in part.parameters())
+    return means + sum(bytes_of_decays(weight) for weight in row_tables(part))
 
 
 def _move_towards(mean: Tensor, weight: Tensor, share: Tensor, bad: Tensor | None) -> None:

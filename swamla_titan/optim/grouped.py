@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices
-from swamla_titan.model.row_table import row_tables
+from swamla_titan.model.row_table import RowGradient, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -96,27 +96,35 @@ class GroupedOptimizer(torch.optim.Optimizer):
             table = self.tables[parameter]
             if table.gradient.sums is None:
                 continue
+            stays = self._rows_that_stay(table.gradient)
             if is_lazy:
-                self._adam_of_rows(group, parameter, *table.gradient.by_lookup())
+                self._adam_of_rows(group, parameter, table.gradient, stays)
             else:
                 self._adamw(group, [parameter])
-            self._mark_touched(self.state[parameter], table.gradient.rows)
+            self._mark_touched(self.state[parameter], table.gradient.rows, stays)
 
-    def _adam_of_rows(self, group: dict[str, Any], parameter: nn.Parameter, rows: Tensor, gradients: Tensor) -> None:
+    def _rows_that_stay(self, gradient: RowGradient) -> Tensor:
+        """Of each look-up [N, 1], float32: 1 if the step is bad, or if the row has no gradient, as of padding."""
+        is_idle = gradient.is_idle().float()
+        return is_idle if self.found_inf is None else torch.maximum(is_idle, self.found_inf)
+
+    def _adam_of_rows(
+        self, group: dict[str, Any], parameter: nn.Parameter, gradient: RowGradient, stays: Tensor
+    ) -> None:
         """Rows may repeat, with equal gradients: each is then computed, and written, as often, with equal results."""
-        state = self.state[parameter]
+        state, (rows, gradients) = self.state[parameter], gradient.by_lookup()
         held = [local(each).detach() for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
         weight, *moments = moved = [each[rows] for each in held]
         self._advance([state["step"]])
         if len(rows):
-            factors = self._factors_of_adamw(group, rows.device)
+            factors = self._factors_of_adamw(group, rows.device, stays)
             self._updates["adamw"](weight, gradients, state["step"], [[each] for each in moments], *factors)
             for each, values in zip(held, moved):
                 each.index_copy_(0, rows, values)
 
-    def _mark_touched(self, state: dict[str, Tensor], rows: Tensor) -> None:
-        touched, now = local(state["touched"]), state["step"].int().expand(len(rows), 1)
-        touched.index_copy_(0, rows, now if self.found_inf is None else now.where(self.found_inf == 0, touched[rows]))
+    def _mark_touched(self, state: dict[str, Tensor], rows: Tensor, stays: Tensor) -> None:
+        touched, now = local(state["touched"]), state["step"].int()
+        touched.index_copy_(0, rows, torch.where(stays > 0, touched[rows], now))
 
     def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         """torch's kernel: few launches for all, and 32 bytes per element when it clips, where ours has 28."""
@@ -145,7 +153,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return
         steps = [self.state[parameter]["step"] for parameter in parameters]
         self._advance(steps)
-        factors = self._factors_of_adamw(group, steps[0].device)
+        factors = self._factors_of_adamw(group, steps[0].device, self.found_inf)
         for parameter, step in zip(parameters, steps):
             weight, moments = local(parameter).detach(), moments_in(self.state[parameter], group["kind"])
             if weight.numel():
@@ -159,10 +167,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
-    def _factors_of_adamw(self, group: dict[str, Any], device: torch.device) -> tuple[Any, ...]:
+    def _factors_of_adamw(self, group: dict[str, Any], device: torch.device, bad: Tensor | None) -> tuple[Any, ...]:
         """What `updates.adamw` takes behind the tensors of a parameter."""
         config, kind = self._config, group["kind"]
-        factors = self.grad_scale, self.found_inf, _scalar(_rate(group)), kind.moments
+        factors = self.grad_scale, bad, _scalar(_rate(group)), kind.moments
         constants = config.beta1, config.beta2, config.eps, _scalar(group["weight_decay"])
         return (code_tables(kind, device), *factors, *constants)
 

@@ -91,6 +91,11 @@ def up_to_date(weight: Tensor, mean: Tensor, log_decay_of_rows: Tensor, log_deca
     return weight + (mean - weight) * (log_decay - log_decay_of_rows).exp().to(weight.dtype)
 
 
+def bytes_of_decays(weight: Tensor) -> int:
+    """Bytes of what a RowAverage keeps on this rank beside the mean; `weight` may be on the meta device."""
+    return 8 * (len(local(weight)) + 1)
+
+
 def names_of_decays(name: str) -> tuple[str, str]:
     """Under which names checkpoints keep `log_decay_of_rows` and `log_decay` of a weight's average."""
     return f"{name}.log_decay_of_rows", f"{name}.log_decay"

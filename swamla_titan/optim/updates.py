@@ -100,7 +100,10 @@ def _divided(gradient: Tensor, divisor: Tensor | None) -> Tensor:
 
 
 def write_unless_bad(target: Tensor, value: Tensor, bad: Tensor | None) -> None:
-    """Write `value` into `target`, or leave it as it is, bit for bit, if the scalar `bad` is 1; None: never bad."""
+    """Write `value` into `target`, or leave it as it is, bit for bit, if the scalar `bad` is 1; None: never bad.
+
+    With `bad` [rows, 1] that holds of each row.
+    """
     target.copy_(value if bad is None else torch.where(bad > 0, target, value.to(target.dtype)))
 
 

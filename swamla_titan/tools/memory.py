@@ -15,7 +15,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
-from swamla_titan.optim import state_bytes
+from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
 from swamla_titan.parallel.data_parallel import reshards_after_forward, stays_replicated
 from swamla_titan.parallel.parallelize import gathers_float8
@@ -77,7 +77,7 @@ def memory_of(
     parameters = [parameter for part in parts for parameter in part.parameters()]
     held = [local(parameter).numel() for parameter in parameters]
     state = sum(state_bytes(part, config.optimizer) for part in parts)
-    average = _FLOAT32 * sum(held) if config.ema.decay else 0
+    average = sum(bytes_of_average(part) for part in parts) if config.ema.decay else 0
     unreduced = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
     gradients = sum(gathered_elements(p) for p in parameters) if unreduced else sum(held)
     gradients *= _FLOAT32

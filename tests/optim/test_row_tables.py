@@ -16,6 +16,7 @@ from swamla_titan.model.row_table import RowTable, Segments
 from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
+    bytes_of_average,
     clip_gradients,
     gradient_norm,
     set_learning_rate,
@@ -115,6 +116,24 @@ def test_lazy_adam_is_torch_sparse_adam():
         assert torch.equal(table.weight[untouched], before[untouched])
     assert optimizer.state[table.weight]["touched"][0].item() == 4  # the last step with row 0
     assert table.gradient.sums is None
+
+
+def test_a_row_that_padding_alone_looked_up_stays_because_other_numbers_of_ranks_pad_otherwise():
+    model, table = with_table()
+    optimizer = optimizer_of(model)
+    for step in range(2):
+        indices = torch.tensor([1, 2, 2, 3])
+        # In the second step padding looks up row 1, and row 2 beside a token.
+        factors = torch.tensor([1.0, 1.0, 1.0, 1.0] if step == 0 else [0.0, 0.0, 1.0, 1.0])
+        before = [each.clone() for each in (table.weight.detach(), *optimizer.state[table.weight].values())]
+        (table(indices) * factors[:, None]).sum().backward()
+        table.gradient.merge()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [table.weight.detach(), *optimizer.state[table.weight].values()]
+    for one, other in zip(before[:-1], after[:-1]):
+        moved = (one != other).any(dim=1)
+        assert moved.nonzero().flatten().tolist() == [2, 3]
 
 
 def test_adam_of_all_rows_is_adamw_without_decay():
@@ -290,6 +309,7 @@ def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy):
         average.update(step, flag)
         if not flag:
             mean += (1 - min(0.8, (1 + step) / (10 + step))) * (table.weight.detach().double() - mean)
+    assert bytes_of_average(model) == sum(each.nbytes for each in average.of_part(model).values())
     weights, held = table.weight.detach().clone(), [each.clone() for each in average.of_part(model).values()]
     with average.in_place_of_weights():
         torch.testing.assert_close(table.weight.detach().double(), mean, rtol=1e-5, atol=1e-6)
