@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.dispatch import Choice, FusedImplementation, Implementation, choose
+from swamla_titan.kernels.attention.dispatch import Choice, Implementation, choose
 from swamla_titan.kernels.device import has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
@@ -29,20 +29,23 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
     model.attention_backend = config.kernels.attention
     if is_loss_fused(config, device):
         model.loss_head = FusedLossHead(model.config)
-    if are_pointwise_ours(config, device):
-        choices = attention_choices(config, device)
-        use_pointwise_kernels(model, {kind: choice.fused for kind, choice in choices.items() if choice.fused})
+    swiglu_is_ours, choices = are_pointwise_ours(config, device), attention_choices(config, device)
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        if swiglu_is_ours:
+            block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
+        if isinstance(block.attention, Attention) and (fused := choices[block.kind].fused):
+            block.attention.fused_attention = FusedAttention(fused)
 
 
 def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]:
     """What computes attention in a run on `device`, for each kind of block, and why not each other implementation."""
-    length, degree, checkpointing = config.training.seq_len, config.parallel.context, config.activation_checkpoint
-    keeps = keeps_operators(checkpointing) and checkpointing.modules != "feed_forward"
+    length, degree, why_apart = config.training.seq_len, config.parallel.context, _why_apart(config, device)
 
     def of_kind(attention: type[Attention]) -> Choice:
         projections = attention.projections(config.model)
-        if projections and keeps:  # which would keep rotated queries and keys beside those of the linear layer
-            projections = projections._replace(why_apart="activation_checkpoint")
+        if projections and why_apart:
+            projections = projections._replace(why_apart=why_apart)
         request = attention_request(
             attention,
             config.model,
@@ -56,6 +59,16 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
         return choose(request, config.kernels.attention)
 
     return {kind: of_kind(attention) for kind, attention in attention_kinds(config.model).items()}
+
+
+def _why_apart(config: Config, device: torch.device) -> str | None:
+    """The section or key that keeps the rotation apart from attention in blocks of every kind, or None."""
+    if not are_pointwise_ours(config, device):
+        return "kernels.pointwise"
+    checkpointing = config.activation_checkpoint
+    # It would keep rotated queries and keys beside those of the linear layer.
+    keeps = keeps_operators(checkpointing) and checkpointing.modules != "feed_forward"
+    return "activation_checkpoint" if keeps else None
 
 
 def attention_summary(choices: Mapping[str, Choice]) -> str:
@@ -86,19 +99,6 @@ def are_pointwise_ours(config: Config, device: torch.device) -> bool:
 def is_gpu_with_triton(device: torch.device) -> bool:
     """Whether our kernels run there at all."""
     return device.type == "cuda" and has_triton()
-
-
-def use_pointwise_kernels(model: SWAMLAModel, fused: Mapping[str, FusedImplementation]) -> None:
-    """SwiGLU by our kernels, and what lies between the linear layers of attention in one operator.
-
-    The latter by kind of block, where its projections are as the implementation takes them.
-    """
-    for block in model.blocks.values():
-        assert isinstance(block, Block)
-        block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
-        mixer, taken = block.attention, fused.get(block.kind)
-        if taken and isinstance(mixer, Attention) and taken.takes(mixer.projections(model.config)):
-            mixer.fused_attention = FusedAttention(taken)
 
 
 class TritonSwiGLU(SwiGLU):

@@ -5,16 +5,21 @@ import copy
 import pytest
 import torch
 
-from swamla_titan.kernels.attention.dispatch import LATENT, ROTARY_WINDOW
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Data, Kernels, Training
 from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.loss_head import FusedLossHead
-from swamla_titan.parallel.kernels import use_pointwise_kernels
+from swamla_titan.parallel.kernels import choose_kernels
 
 pytestmark = pytest.mark.gpu
-# cuDNN computes in 16 bits alone
-FUSED = {torch.float32: {"swa": ROTARY_WINDOW}, torch.bfloat16: {"swa": ROTARY_WINDOW, "mla": LATENT}}
+
+
+def use_ours(model, documents, loss):
+    kernels = Kernels(attention="triton", loss=loss, pointwise="triton")
+    training = Training(seq_len=512, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
+    config = Config(model=model.config, kernels=kernels, training=training, data=Data(document_mask=documents))
+    choose_kernels(model, config, model.device)
 
 
 def models(compute_dtype, **changes):
@@ -43,8 +48,7 @@ def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents
     fast.attention_backend = backend
     if backend == "triton":  # all of our kernels
         assert isinstance(fast.context(512)["swa"].mask, WindowRule)
-        use_pointwise_kernels(fast, FUSED[compute_dtype])
-        fast.loss_head = FusedLossHead(fast.config)
+        use_ours(fast, documents, "fused")
     for seq_len in (512, 300):
         tokens = torch.randint(0, 1000, (2, seq_len + 1), device="cuda")
         tokens, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -68,7 +72,7 @@ def test_rows_of_one_token_train_and_generate(compute_dtype, tolerance, backend,
     fast, exact = models(compute_dtype)
     fast.attention_backend = backend
     if backend == "triton":
-        use_pointwise_kernels(fast, FUSED[compute_dtype])
+        use_ours(fast, documents, "plain")
     for batch in (1, 16):
         tokens = torch.randint(0, 1000, (batch, 1), device="cuda")
         ids = torch.arange(batch, device="cuda")[:, None] if documents else None

@@ -89,16 +89,8 @@ def test_what_is_chosen(monkeypatch, how, expected):
     assert chosen(**how) == expected
 
 
-def test_norms_of_queries_and_keys_are_passed_over_by_no_caller():
-    with torch.device("meta"):
-        model = SWAMLAModel(ModelConfig(num_layers=3, dim=128, num_heads=2, vocab_size=100, qk_norm=True))
-    kernels.use_pointwise_kernels(model, {"swa": ROTARY_WINDOW, "mla": LATENT})
-    fused = [block.attention.fused_attention for block in model.blocks.values()]
-    assert fused[:2] == [None, None]
-    assert fused[2].implementation is LATENT
-
-
 H100, A100 = (9, 0), (8, 0)
+WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +119,22 @@ def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
 
 
+@pytest.mark.parametrize("gpu, pointwise", [(H100, "plain"), (A100, "auto")])
+def test_the_choice_says_that_pointwise_kernels_are_off(monkeypatch, gpu, pointwise):
+    for module in (kernels, kernel_device):
+        monkeypatch.setattr(module, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    config = Config(model=WIDE, kernels=Kernels(pointwise=pointwise))
+    choices = attention_choices(config, torch.device("cuda"))
+    assert {(choice.fused, choice.why_not_fused) for choice in choices.values()} == {(None, "kernels.pointwise")}
+    ours = attention_choices(replace(config, kernels=Kernels(pointwise="triton")), torch.device("cuda"))
+    assert [choice.fused for choice in ours.values()] == [ROTARY_WINDOW, LATENT]
+    assert [c.implementation for c in choices.values()] == [c.implementation for c in ours.values()]
+
+
 def test_without_cudnn_mla_rotates_apart():
     assert chosen(Kernels(pointwise="triton")) == "swiglu swa"
-
-
-WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
 
 
 @pytest.mark.parametrize(

@@ -179,10 +179,6 @@ class FusedImplementation(Entry):
     layout: Layout
     over: frozenset[str]
 
-    def takes(self, projections: Projections | None) -> bool:
-        """Whether it can do what lies between these and attention."""
-        return projections is not None and projections.layout == self.layout and projections.why_apart is None
-
     def why_not(self, request: Request) -> str | None:
         """As in Entry."""
         assert request.projections is not None
