@@ -22,14 +22,14 @@ from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import little_gained, share_of
 
 
-class Choice(NamedTuple):
+class Resolved(NamedTuple):
     """A configuration without "auto", and a line for each that it had."""
 
     config: Config
     lines: list[str]
 
 
-def choose(config: Config, world: World, begun_with: str | None) -> Choice:
+def resolve_auto(config: Config, world: World, begun_with: str | None) -> Resolved:
     """What a run uses; all ranks call this.
 
     `begun_with`: optimizer.name of the checkpoint to resume from, which "auto" keeps, because the states of one
@@ -44,9 +44,9 @@ def choose(config: Config, world: World, begun_with: str | None) -> Choice:
     return _chosen(config, f"{why}, on rank {rank}" if why and rank else why, on, begun_with)
 
 
-def choose_for(config: Config, degrees: Degrees, device: torch.device, begun_with: str | None = None) -> Choice:
+def resolve_auto_for(config: Config, degrees: Degrees, device: torch.device, begun_with: str | None = None) -> Resolved:
     """The same for ranks that do not exist here, each with such a device."""
-    return choose(config, World.planned(degrees, device), begun_with)
+    return resolve_auto(config, World.planned(degrees, device), begun_with)
 
 
 def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str | None:
@@ -74,7 +74,7 @@ def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str
     return next(little_gained(coverage, native, sequences), None)
 
 
-def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None) -> Choice:
+def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None) -> Resolved:
     lines = []
     if config.float8.recipe == "auto":
         if why_not:
@@ -94,7 +94,7 @@ def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None
         for (key, *_), problem in (*unfit, *idle):
             if key in ("optimizer.name", "optimizer.moments"):
                 raise UserError(f"{key}: {problem}")
-    return Choice(config, lines)
+    return Resolved(config, lines)
 
 
 def _optimizer(config: Config, begun_with: str | None) -> tuple[str, str]:

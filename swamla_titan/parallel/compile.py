@@ -106,7 +106,7 @@ def set_cache_folder(config: Compile) -> Path | None:
     folder = _cache_folder(config)
     problem = _misnamed(folder) or _unwritable(folder)
     if problem:
-        _refuse_if_named(config, problem)
+        _raise_if_named(config, problem)
     if problem:
         _warn_of(folder, problem)
         return None
@@ -136,7 +136,7 @@ def _warn_of(folder: Path, problem: str) -> None:
 def _tag_of_operators() -> str:
     """What changes with the code of our own operators, of which torch puts no more than the names into its keys.
 
-    Their gradients are traced into compiled code, which an earlier version of them would otherwise go on giving.
+    Their gradients are traced into compiled code, which would otherwise still be that of an earlier version.
     """
     digest = hashlib.sha256(os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "").encode())
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
@@ -154,7 +154,7 @@ def validate_cache_folder(config: Compile) -> None:
     elif not os.access(existing, os.W_OK | os.X_OK):
         problem = f"be written ({existing} must not be)"
     if config.enabled and problem:
-        _refuse_if_named(config, problem)
+        _raise_if_named(config, problem)
 
 
 def _cache_folder(config: Compile) -> Path:
@@ -167,7 +167,7 @@ def _cache_folder(config: Compile) -> Path:
         return _in_temporary_folder()
 
 
-def _refuse_if_named(config: Compile, problem: str) -> None:
+def _raise_if_named(config: Compile, problem: str) -> None:
     """Raise UserError for a folder that somebody asked for; the default is no reason to refuse."""
     named = os.environ.get(_INDUCTOR_FOLDER)
     if config.cache_folder:

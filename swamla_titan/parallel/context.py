@@ -47,7 +47,7 @@ from swamla_titan.model.branch import Attention, KeyExchange
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.parallel.sequence_layout import SequenceLayout, SwaExchange, chunks_of, plan_swa_exchange
+from swamla_titan.parallel.sequence_layout import SequenceLayout, WindowExchangePlan, chunks_of, plan_window_exchange
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WindowSlice(AttentionContext):
     """For this rank's tokens and "halo"; `mask` is over the sections that `exchange_windows` lays out."""
 
     group: str  # the context group's name, which is how operators in a graph know it
-    exchange: SwaExchange
+    exchange: WindowExchangePlan
     sink_index: Tensor  # [B or 1, 2 * ranks * sinks]
     sink_owned: Tensor
 
@@ -144,7 +144,7 @@ class LatentGather(InnerAttention):
 _INNER: dict[KeyExchange, type[InnerAttention]] = {"halo": WindowExchange, "gather": LatentGather}
 
 
-def swa_intervals(starts: Tensor, exchange: SwaExchange) -> KeyIntervals:
+def window_intervals(starts: Tensor, exchange: WindowExchangePlan) -> KeyIntervals:
     """What this rank's queries see of the sections that `exchange_windows` lays out, for document starts [B, T].
 
     Within a section tokens are neighbours as in the sequence, so the intervals are those of it, moved, but for
@@ -206,7 +206,7 @@ class SharedSequences(FullSequences):
             if attention.key_exchange == "gather":
                 mask = _mask(choice.form, layout, spec, starts, device)
                 return GatheredSlice(positions, rotation, mask, choice.implementation, self.group, layout)
-            exchange = plan_swa_exchange(layout, spec.window or seq_len, spec.sink)
+            exchange = plan_window_exchange(layout, spec.window or seq_len, spec.sink)
             mask = _mask(choice.form, exchange, spec, starts, device)
             sinks = sink_sources(all_starts, exchange)
             return WindowSlice(positions, rotation, mask, choice.implementation, self.group, exchange, *sinks)
@@ -215,12 +215,16 @@ class SharedSequences(FullSequences):
 
 
 def _mask(
-    form: MaskForm, over: SwaExchange | SequenceLayout, spec: MaskSpec, starts: Tensor | None, device: torch.device
+    form: MaskForm,
+    over: WindowExchangePlan | SequenceLayout,
+    spec: MaskSpec,
+    starts: Tensor | None,
+    device: torch.device,
 ) -> Mask:
     """The mask over the sections of an exchange, or full sequences; `starts` None: one document a sequence."""
     if form == "block" and starts is None:
         return _block_mask_of_one_document(over, spec, device)
-    layout = over.layout if isinstance(over, SwaExchange) else over
+    layout = over.layout if isinstance(over, WindowExchangePlan) else over
     if form == "chunks":
         return Chunks(tuple(layout.starts))
     if starts is None:
@@ -230,16 +234,18 @@ def _mask(
         return SelectionRule(own, document_ends(own), layout.starts)
     assert form in ("block", "boolean")
     make = block_mask_of if form == "block" else dense_mask_of
-    if isinstance(over, SwaExchange):
-        return make(swa_intervals(starts, over), 2 * over.section)
+    if isinstance(over, WindowExchangePlan):
+        return make(window_intervals(starts, over), 2 * over.section)
     return make(gathered_intervals(starts, over, spec), layout.seq_len)
 
 
 @lru_cache(maxsize=32)
-def _block_mask_of_one_document(over: SwaExchange | SequenceLayout, spec: MaskSpec, device: torch.device) -> BlockMask:
+def _block_mask_of_one_document(
+    over: WindowExchangePlan | SequenceLayout, spec: MaskSpec, device: torch.device
+) -> BlockMask:
     # A validation pass in inference mode may come first, and its tensors could not be kept for a backward later.
     with torch.inference_mode(False):
-        layout = over.layout if isinstance(over, SwaExchange) else over
+        layout = over.layout if isinstance(over, WindowExchangePlan) else over
         mask = _mask("block", over, spec, torch.zeros(1, layout.seq_len, dtype=torch.int64, device=device), device)
     assert isinstance(mask, BlockMask)
     return mask
@@ -269,7 +275,7 @@ def sums_before_chunks(sums: Tensor, layout: SequenceLayout, group: str) -> Tens
     return torch.stack([ordered[:chunk].sum(dim=0) for chunk in own], dim=1)
 
 
-def sink_sources(starts: Tensor, exchange: SwaExchange) -> tuple[Tensor, Tensor]:
+def sink_sources(starts: Tensor, exchange: WindowExchangePlan) -> tuple[Tensor, Tensor]:
     """Which of its own tokens a rank sends as sinks, for the document starts [B, T] of full sequences.
 
     For each rank's two chunks, rank by rank, and each sink slot: the token's index among this rank's tokens, and
@@ -277,7 +283,7 @@ def sink_sources(starts: Tensor, exchange: SwaExchange) -> tuple[Tensor, Tensor]
 
     A chunk's sinks are the first tokens of the document that the chunk's first token belongs to, d. Where those would
     run into the halo, which begins at h, or d is in the halo or the chunk itself, the slots hold the tokens just
-    before h instead. So a token has one slot, and the sinks of any document are adjacent (`swa_intervals`).
+    before h instead. So a token has one slot, and the sinks of any document are adjacent (`window_intervals`).
     """
     layout, device = exchange.layout, starts.device
     # Computed on the device, because a Python list would be copied there, and the host would wait.
@@ -296,7 +302,7 @@ def sink_sources(starts: Tensor, exchange: SwaExchange) -> tuple[Tensor, Tensor]
 
 
 def exchange_windows(
-    key: Tensor, value: Tensor, exchange: SwaExchange, sink_index: Tensor, sink_owned: Tensor, group: str
+    key: Tensor, value: Tensor, exchange: WindowExchangePlan, sink_index: Tensor, sink_owned: Tensor, group: str
 ) -> tuple[Tensor, Tensor]:
     """Keys [B, 2 * chunk, G, D] and values -> those that this rank's two chunks may see, [B, 2 * section, G, D].
 
@@ -312,7 +318,7 @@ def exchange_windows(
     return _sections(key, far[0], first[0], exchange), _sections(value, far[1], first[1], exchange)
 
 
-def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: SwaExchange) -> Tensor:
+def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: WindowExchangePlan) -> Tensor:
     """[sinks | halo | chunk] for each of the chunks, [B, 2 * section, G, D].
 
     `own` is [B, 2 * chunk, G, D], `far` [B, received, G, D], `sinks` [2, B, sinks, G, D].
@@ -334,7 +340,7 @@ def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: S
     return torch.cat(parts, dim=1)
 
 
-def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) -> Tensor | None:
+def _start_halos(key: Tensor, value: Tensor, exchange: WindowExchangePlan, group: str) -> Tensor | None:
     """Start to exchange the tokens of halos; gives those of this rank, [received, B, G, 2 D], or None without halos."""
     if exchange.window == 1:
         return None
@@ -348,7 +354,7 @@ def _start_halos(key: Tensor, value: Tensor, exchange: SwaExchange, group: str) 
 
 
 def _start_sinks(
-    key: Tensor, value: Tensor, exchange: SwaExchange, index: Tensor, owned: Tensor, group: str
+    key: Tensor, value: Tensor, exchange: WindowExchangePlan, index: Tensor, owned: Tensor, group: str
 ) -> Tensor | None:
     """Start to collect the sinks of this rank's chunks, [2, sinks, B, G, 2 D]; None: halos reach all keys.
 

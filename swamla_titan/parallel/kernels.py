@@ -7,8 +7,10 @@ from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.kernels.attention.dispatch import Choice, Implementation, choose
-from swamla_titan.kernels.device import has_triton, is_tuned_for
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import UserError
+from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice, Implementation, choose
+from swamla_titan.kernels.device import Limit, has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
@@ -21,7 +23,7 @@ from swamla_titan.parallel.activation_checkpoint import keeps_operators
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
-    """Set them in place, before the model is split or compiled; train/kernels.py refuses what a machine cannot run.
+    """Set them in place, before the model is split or compiled; the validations below refuse what a machine cannot run.
 
     `device` is where it will run. "auto" takes the loss on any GPU, for its memory; the others where they were timed
     and found faster than what torch.compile makes, on H100 and H200.
@@ -107,3 +109,34 @@ class TritonSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
         """As in SwiGLU."""
         return triton_swiglu(x, self.group)
+
+
+def validate_attention(config: Config, world: World) -> None:
+    """Raise UserError if this machine lacks kernels.attention; GPUs of another one are not asked.
+
+    What does not depend on the machine is refused with the configuration.
+    """
+    asked = config.kernels.attention
+    if world.is_elsewhere or asked not in ("triton", "flex"):
+        return
+    choices = attention_choices(config, world.device)
+    if all(each.implementation.label != asked for each in choices.values()):
+        why = _why_not(asked, choices)
+        raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
+
+
+def validate_pointwise(config: Config, world: World) -> None:
+    """Raise UserError if this machine lacks kernels.pointwise; GPUs of another one are not asked."""
+    if world.is_elsewhere or not are_pointwise_ours(config, world.device):
+        return
+    if not is_gpu_with_triton(world.device):
+        raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
+
+
+def _why_not(asked: str, choices: dict[str, Choice]) -> str:
+    if not choices:
+        return "has no block with attention to compute"
+    names = [each.name for each in IMPLEMENTATIONS if each.label == asked]
+    reasons = [choice.why_not[name] for choice in choices.values() for name in names if name in choice.why_not]
+    # A kernel's limit tells more than that an implementation is for other masks.
+    return next((why for why in reasons if isinstance(why, Limit)), reasons[0])

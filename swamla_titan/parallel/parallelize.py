@@ -32,7 +32,7 @@ def float8_coverage(config: Config) -> list[LinearCoverage]:
     if config.float8.recipe in ("off", "auto"):
         return []
     model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # not known before the tokenizer is
-    return list(_products(model, config.float8, config.parallel.tensor))
+    return list(_coverage_of(model, config.float8, config.parallel.tensor))
 
 
 def validate_float8(config: Config, device: torch.device, degrees: Degrees | None = None) -> None:
@@ -76,7 +76,7 @@ def gathers_float8(config: Config, degrees: Degrees) -> bool:
 
 
 @functools.lru_cache  # for `plan`, which asks for every layer
-def _products(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[LinearCoverage, ...]:
+def _coverage_of(shape: ModelConfig, float8: Float8, tensor: int) -> tuple[LinearCoverage, ...]:
     with torch.device("meta"):
         model = SWAMLAModel(shape)
     return tuple(survey(model, float8, functools.partial(sides_on_a_rank, tensor), norms_cast=tensor == 1))

@@ -53,7 +53,7 @@ class SequenceLayout:
 
 
 @dataclass(frozen=True)
-class SwaExchange:
+class WindowExchangePlan:
     """What one rank sends and receives so that its two chunks see their windows and sinks.
 
     The tokens before a chunk that its window reaches are its halo. A halo takes from each chunk before it a suffix, so
@@ -92,8 +92,8 @@ class SwaExchange:
 
 
 @lru_cache(maxsize=32)
-def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExchange:
-    """The exchange of a SWA layer with this window (the query counted) and this many sink tokens."""
+def plan_window_exchange(layout: SequenceLayout, window: int, sink: int) -> WindowExchangePlan:
+    """The exchange of a layer with this window (the query counted) and this many sink tokens."""
     size, rank, chunk = layout.size, layout.rank, layout.chunk
 
     def reach(k: int, m: int) -> int:
@@ -133,7 +133,7 @@ def plan_swa_exchange(layout: SequenceLayout, window: int, sink: int) -> SwaExch
         return tuple(found)
 
     last = (2 * size - 1) * chunk  # where the last chunk begins, which looks back farthest
-    return SwaExchange(
+    return WindowExchangePlan(
         layout=layout,
         window=window,
         sink=sink,
@@ -152,8 +152,10 @@ class Traffic(NamedTuple):
     received: int
 
 
-def swa_exchange_bytes(exchange: SwaExchange, batch: int, kv_heads: int, head_dim: int, itemsize: int) -> Traffic:
-    """Bytes that the collectives of one SWA layer send and receive on the exchange's rank, forward.
+def window_exchange_bytes(
+    exchange: WindowExchangePlan, batch: int, kv_heads: int, head_dim: int, itemsize: int
+) -> Traffic:
+    """Bytes that the collectives of one layer send and receive on the exchange's rank, forward.
 
     A token is batch * kv_heads * 2 * head_dim elements (key and value) of `itemsize` bytes; the rank sends
 

@@ -108,16 +108,22 @@ def convert_natively(model: SWAMLAModel, names: Collection[str], settings: Setti
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear)
         model.set_submodule(name, (NativeHead if name == "head" else NativeLinear).of(linear, settings))
-    for block in model.blocks.values():
+    for name, block in model.blocks.items():
         assert isinstance(block, Block)
         for branch, norm in block.branches.items():
             setattr(block, norm, _fused_norm(getattr(block, norm), getattr(block, branch)))
         forward = block.feed_forward
-        if isinstance(forward.gate_up, NativeLinear) and isinstance(forward.down, NativeLinear):
+        if fuses_activation(names, f"blocks.{name}.feed_forward"):
+            assert isinstance(forward.gate_up, Linear)
             gate_up = NativeGateUp.of(forward.gate_up, settings)
             gate_up.group = forward.group  # type: ignore[assignment]
             forward.gate_up = gate_up
             forward.activation = nn.Identity()  # gate_up applies it
+
+
+def fuses_activation(converted: Collection[str], feed_forward: str) -> bool:
+    """Whether `gate_up` computes the activation too: where both linear layers of the branch are converted."""
+    return {f"{feed_forward}.gate_up", f"{feed_forward}.down"} <= set(converted)
 
 
 def save_transposed_weights(model: nn.Module, saved: bool) -> None:

@@ -25,10 +25,10 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, state_bytes
 from swamla_titan.parallel.automatic import (
-    Choice,
-    choose_for,
+    Resolved,
     float8_moments_advice,
     may_save_by_float8_moments,
+    resolve_auto_for,
 )
 from swamla_titan.parallel.kernels import attention_choices, attention_summary, choose_kernels
 from swamla_titan.parallel.parallelize import float8_coverage
@@ -37,9 +37,9 @@ from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.system.console import several_lines
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
-from swamla_titan.train.kernels import pointwise_of
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.setup import VALIDATIONS, open_data, rehearse
+from swamla_titan.train.startup_summary import pointwise_of
 from swamla_titan.train.throughput import peak_flops
 
 _REMEDIES = {"folder": "choose another job.dump_folder"}
@@ -366,14 +366,14 @@ def _state_bytes(config: Config) -> int:
         return state_bytes(SWAMLAModel(config.model), config.optimizer)
 
 
-def _decided(config: Config, device: torch.device) -> Choice:
+def _decided(config: Config, device: torch.device) -> Resolved:
     """What "auto" would be taken to be here."""
     try:
         sized = _resolved(config)
     except UserError:
         sized = config  # the lines on tokenizer and model say why
-    choice = choose_for(sized, fit_degrees(config.parallel, _ranks(config)), device)
-    return Choice(replace(choice.config, model=config.model), choice.lines)
+    choice = resolve_auto_for(sized, fit_degrees(config.parallel, _ranks(config)), device)
+    return Resolved(replace(choice.config, model=config.model), choice.lines)
 
 
 def _ranks(config: Config) -> int:

@@ -23,7 +23,7 @@ from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
 from swamla_titan.launch.process_group import device_here
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
-from swamla_titan.parallel.automatic import choose_for, saved_by_float8_moments
+from swamla_titan.parallel.automatic import resolve_auto_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
@@ -39,7 +39,7 @@ from swamla_titan.parallel.schedules import (
     stage_count,
     stages_of_rank,
 )
-from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_swa_exchange, swa_exchange_bytes
+from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_window_exchange, window_exchange_bytes
 from swamla_titan.quantization.coverage import LinearCoverage
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
@@ -112,7 +112,7 @@ def plan(config: Config, ranks: int) -> Plan:
     machine lacks, GPUs above all, is no reason.
     """
     degrees = fit_degrees(config.parallel, ranks)
-    config, choices = choose_for(config, degrees, ELSEWHERE)
+    config, choices = resolve_auto_for(config, degrees, ELSEWHERE)
     validate_float8(config, ELSEWHERE, degrees)
     batch = batch_of(config, degrees)
     laid_out = _for_any_machine(config)
@@ -186,8 +186,8 @@ def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
         rule, heads = attention.mask(config.model), attention.heads(config.model)
         if rule.window is not None:
             sizes = rows, heads.keys // degrees.tensor, heads.v_width, itemsize
-            exchanges = [plan_swa_exchange(layout, rule.window, rule.sink) for layout in layouts]
-            of_ranks += [swa_exchange_bytes(exchange, *sizes) for exchange in exchanges]
+            exchanges = [plan_window_exchange(layout, rule.window, rule.sink) for layout in layouts]
+            of_ranks += [window_exchange_bytes(exchange, *sizes) for exchange in exchanges]
     if not of_ranks:
         return None
     return Traffic(max(each.sent for each in of_ranks), max(each.received for each in of_ranks))

@@ -40,11 +40,11 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import Damaged, UserError
 from swamla_titan.optim import validate_optimizer_device
 from swamla_titan.parallel.activation_checkpoint import validate_recomputation
-from swamla_titan.parallel.automatic import choose
+from swamla_titan.parallel.automatic import resolve_auto
 from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
+from swamla_titan.parallel.kernels import validate_attention, validate_pointwise
 from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.system.machine import allow_open_files_to_train, needed
-from swamla_titan.train.kernels import validate_attention, validate_pointwise
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.state import GROUPS, RunState
@@ -175,7 +175,7 @@ def set_up_inputs(config: Config, world: World, damaged: dict[Path, str] | None 
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
     # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
-    config, choices = choose(config, world, origin.optimizer)
+    config, choices = resolve_auto(config, world, origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)

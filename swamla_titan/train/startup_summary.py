@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
 from swamla_titan.distributed.mesh import World
+from swamla_titan.kernels.attention.dispatch import Choice
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
-from swamla_titan.parallel.kernels import attention_choices, attention_summary, is_loss_fused
+from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices, attention_summary, is_loss_fused
 from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.quantization.coverage import warnings
-from swamla_titan.train.kernels import pointwise_of
+from swamla_titan.quantization.native import fuses_activation
 from swamla_titan.train.setup import Setup
 
 if sys.version_info >= (3, 11):
@@ -117,6 +118,20 @@ def _log_kernels(config: Config, world: World) -> None:
         logger.info("loss: as one with the output head")
     if pointwise := pointwise_of(config, choices, world.device):
         logger.info(f"pointwise: {pointwise}")
+
+
+def pointwise_of(config: Config, choices: Mapping[str, Choice], device: torch.device) -> str | None:
+    """What our kernels compute between the linear layers, in words; None: nothing. `choices`: of attention."""
+    if not are_pointwise_ours(config, device):
+        return None
+    float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}
+    fused = config.float8.recipe == "native" and fuses_activation(float8, "feed_forward")
+    swiglu = "SwiGLU with its cast to float8" if fused else "SwiGLU by triton"
+    words: list[str] = []
+    for kind, choice in choices.items():
+        why = choice.why_not_fused
+        words.append(f"{kind.upper()} by {f'torch ({why})' if why else 'triton'}")
+    return f"{swiglu}, rotation of {' and '.join(words)}" if words else swiglu
 
 
 def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:

@@ -25,9 +25,9 @@ from swamla_titan.parallel.context import (
     exchange_windows,
     local_chunks,
     sink_sources,
-    swa_intervals,
+    window_intervals,
 )
-from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_swa_exchange, swa_exchange_bytes
+from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_window_exchange, window_exchange_bytes
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.model.tiny import TINY
 
@@ -366,7 +366,7 @@ def sections_seen(cases):
     for chunk, window, sink, cut in cases:
         seq_len, batch = 2 * size * chunk, 2
         layout = SequenceLayout(seq_len, size, rank)
-        exchange = plan_swa_exchange(layout, window, sink)
+        exchange = plan_window_exchange(layout, window, sink)
         draw = torch.Generator().manual_seed(seq_len + window)
         ids = (torch.rand(batch, seq_len, generator=draw) < cut).cumsum(dim=1)
         starts = document_starts(ids)
@@ -380,12 +380,12 @@ def sections_seen(cases):
             (keys.sum() + values.sum()).backward()
         backward = counted.sent - forward[0], counted.received - forward[1]
         case = f"chunk {chunk}, window {window}, sink {sink}, cut {cut}, rank {rank} of {size}"
-        if forward != swa_exchange_bytes(exchange, batch, 2, 3, 8) or backward != forward[::-1]:
+        if forward != window_exchange_bytes(exchange, batch, 2, 3, 8) or backward != forward[::-1]:
             return f"{case}: bytes {forward}, backward {backward}"
         if not torch.equal(keys, -values) or not torch.equal(keys, keys[:, :, :1, :1].expand_as(keys)):
             return f"{case}: keys and values are not those of the same tokens"
         held = keys[:, :, 0, 0].long()  # [B, 2 section], 0 where there is no token
-        mask = dense_mask_of(swa_intervals(starts, exchange), 2 * exchange.section)[:, 0].long()  # [B, Q, 2 section]
+        mask = dense_mask_of(window_intervals(starts, exchange), 2 * exchange.section)[:, 0].long()  # [B, Q, 2 section]
         seen = torch.zeros(batch, 2 * chunk, seq_len + 1, dtype=torch.int64)
         seen.scatter_add_(2, held[:, None].expand_as(mask), mask)
         rule = local_chunks(dense_mask(starts, window, sink)[:, 0], layout).long()

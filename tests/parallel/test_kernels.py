@@ -16,8 +16,8 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
-from swamla_titan.parallel.kernels import attention_choices, choose_kernels
-from swamla_titan.train.kernels import pointwise_of, validate_attention, validate_pointwise
+from swamla_titan.parallel.kernels import attention_choices, choose_kernels, validate_attention, validate_pointwise
+from swamla_titan.train.startup_summary import pointwise_of
 
 CPU = torch.device("cpu")
 TRITON = Kernels(attention="triton", pointwise="triton")

@@ -9,12 +9,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from swamla_titan.kernels.attention.dispatch import FLEX, REFERENCE
 from swamla_titan.kernels.attention.masks import MaskSpec, block_mask_of, dense_mask_of, document_starts
-from swamla_titan.parallel.context import gathered_intervals, swa_intervals
+from swamla_titan.parallel.context import gathered_intervals, window_intervals
 from swamla_titan.parallel.sequence_layout import (
     SequenceLayout,
     Traffic,
-    plan_swa_exchange,
-    swa_exchange_bytes,
+    plan_window_exchange,
+    window_exchange_bytes,
 )
 
 
@@ -45,8 +45,8 @@ def test_every_token_has_one_rank_and_all_see_as_many_pairs(size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_traffic_does_not_grow_with_the_row(size):
     def traffic(seq_len, rank):
-        exchange = plan_swa_exchange(SequenceLayout(seq_len, size, rank), 64, 4)
-        return swa_exchange_bytes(exchange, 2, 3, 16, 2)
+        exchange = plan_window_exchange(SequenceLayout(seq_len, size, rank), 64, 4)
+        return window_exchange_bytes(exchange, 2, 3, 16, 2)
 
     for rank in range(size):
         assert traffic(1024, rank) == traffic(65536, rank)
@@ -82,9 +82,9 @@ def check_tiles(intervals, keys):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tiles_of_a_part_of_the_row(seq_len, window, sink, cut, rank):
     layout = SequenceLayout(seq_len, 2, rank)
-    exchange = plan_swa_exchange(layout, window, sink)
+    exchange = plan_window_exchange(layout, window, sink)
     starts = random_starts(2, seq_len, cut)
-    check_tiles(swa_intervals(starts, exchange), 2 * exchange.section)
+    check_tiles(window_intervals(starts, exchange), 2 * exchange.section)
     check_tiles(gathered_intervals(starts, layout, MaskSpec()), seq_len)
 
 
@@ -94,10 +94,10 @@ def test_tiles_of_a_part_of_the_row(seq_len, window, sink, cut, rank):
 def test_flex_over_a_part_of_the_row(rank, cut):
     torch._dynamo.reset()
     layout = SequenceLayout(2048, 2, rank)
-    exchange = plan_swa_exchange(layout, 256, 4)
+    exchange = plan_window_exchange(layout, 256, 4)
     starts = random_starts(2, 2048, cut).cuda()
     for intervals, keys in (
-        (swa_intervals(starts, exchange), 2 * exchange.section),
+        (window_intervals(starts, exchange), 2 * exchange.section),
         (gathered_intervals(starts, layout, MaskSpec()), layout.seq_len),
     ):
         shapes = [(2, 1024, 4, 64), (2, keys, 2, 64), (2, keys, 2, 64)]

@@ -202,7 +202,7 @@ def remedies(config: Config) -> str:
             f'continue with float8.recipe = "off"{first} to see whether "{float8.recipe}" is at fault (any checkpoint '
             "continues under any recipe)"
         )
-    return f"If this goes on: {'; '.join(tries)}"
+    return f"If this continues: {'; '.join(tries)}"
 
 
 def are_finite(parts: Iterable[nn.Module], world: World) -> bool:
