@@ -41,7 +41,15 @@ def models(compute_dtype, **changes):
 
 @pytest.mark.parametrize("compute_dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 5e-3)])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"num_kv_heads": 2, "qk_norm": True, "q_lora_rank": 128}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 2, "qk_norm": True, "q_lora_rank": 128},
+        {"mla_selective": True, "selection_head": 3},
+    ],
+)
 @pytest.mark.parametrize("backend", ["auto", "triton", "flex"])
 def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents, changes, backend):
     fast, exact = models(compute_dtype, **changes)
