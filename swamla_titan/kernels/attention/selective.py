@@ -128,10 +128,10 @@ def _seen(rule: SelectionRule, slab: Slab, strictly: bool = False) -> Tensor:
     return (key < query) & (key > start) if strictly else (key <= query) & (key >= start)
 
 
-# The first two as document.py has them.
-_FORWARD = Tiles(128, 32, 8, 3)
-_BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
-_SELECTION = Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1)
+# The fastest on an H200 of those that benchmarks/attention_tiles.py tries.
+_FORWARD = Tiles(128, 64, 8, 3)
+_BACKWARD = Tiles(128, 32, 8, 3), Tiles(32, 64, 4, 2)
+_SELECTION = Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)
 
 
 def forward_tiles() -> Tiles:
