@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import chain
 
 from swamla_titan.config.contradiction import Contradiction
 from swamla_titan.config.float8_rules import float8_contradictions
@@ -89,37 +90,57 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
 
 
 def _attention(config: Config) -> Iterator[Contradiction]:
-    """A way to compute attention that no block could take; what needs a GPU is told where there is none."""
-    asked, model, length = config.kernels.attention, config.model, config.training.seq_len
+    """kernels.attention where no kind of block can be computed by that on any machine.
+
+    What computes each kind on a machine is chosen by kernels/attention/dispatch.py, and `validate_attention`
+    (parallel/kernels.py) refuses by its choice. Nothing is refused here that it could choose.
+    """
+    asked, model = config.kernels.attention, config.model
     if asked not in ("triton", "flex"):
         return
-    at, has_documents = "kernels.attention", config.data.document_mask
-    kinds = dict.fromkeys(model.block_kinds)
-    windows = {kind: min(found.values()) for kind in kinds if (found := model.quantities("window", kind))}
-    is_cut = any(window < length for window in windows.values())
-    selects = asked == "triton" and model.mla_selective  # our kernels take that, FlexAttention does not
-    if asked == "triton" and not windows and not has_documents and not selects:
+    at, kinds = "kernels.attention", dict.fromkeys(model.block_kinds)
+    has_windows = any(model.quantities("window", kind) for kind in kinds)
+    masked = [kind for kind in kinds if _wants_mask(config, kind)]
+    if not masked and asked == "triton" and not has_windows:
         yield Contradiction(
             (at, "data.document_mask"),
             '"triton" is for sliding-window blocks, of which this model has none, and for documents: use "auto"',
         )
-    elif length == 1 or not (has_documents or is_cut or selects):
+    elif not masked:
         yield Contradiction(
             (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
         )
-    if asked != "triton":
-        return
-    for kind in windows:
-        yield from _window_kernel(model, kind)
-    if (has_documents or selects) and not windows:
-        for kind in kinds:
-            yield from _document_kernel(config, kind)
-    if config.parallel.context > 1 and (windows or not selects):
+    elif asked == "triton":
+        limits = [[*_limits(config, kind)] for kind in masked]
+        if all(limits):
+            yield from dict.fromkeys(chain.from_iterable(limits))
+
+
+def _wants_mask(config: Config, kind: str) -> bool:
+    """Whether blocks of a kind are not plainly causal, so that the kernels for that are not taken first."""
+    model, length = config.model, config.training.seq_len
+    if config.parallel.context > 1 or (config.kernels.attention == "triton" and _selects(model, kind)):
+        return True
+    is_cut = any(window < length for window in model.quantities("window", kind).values())
+    return length > 1 and (config.data.document_mask or is_cut)
+
+
+def _selects(model: ModelConfig, kind: str) -> bool:
+    return any(model.quantities("selects", kind).values())
+
+
+def _limits(config: Config, kind: str) -> Iterator[Contradiction]:
+    """What our kernels do not take of a kind of block."""
+    if config.parallel.context > 1 and not _selects(config.model, kind):
         yield Contradiction(
-            (at, "parallel.context"),
+            ("kernels.attention", "parallel.context"),
             '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
         )
+    elif config.model.quantities("window", kind):
+        yield from _window_kernel(config.model, kind)
+    else:
+        yield from _document_kernel(config, kind)
 
 
 def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Contradiction]:

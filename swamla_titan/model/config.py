@@ -29,8 +29,9 @@ def _shares_theta(config: Any) -> bool:
 
 
 # What a number of a kind of block is. Tensor-parallel ranks must divide "heads", of which "qk_width" and "v_width" are
-# widths (several keys: of parts that lie side by side; none: dim / num_heads); a window sees "sink" first tokens too.
-Quantity = Literal["heads", "qk_width", "v_width", "latent_width", "window", "sink"]
+# widths (several keys: of parts that lie side by side; none: dim / num_heads); a window sees "sink" first tokens too;
+# "selects" is whether attention is selective. A kind's class declares the same of itself, for the dispatcher.
+Quantity = Literal["heads", "qk_width", "v_width", "latent_width", "window", "sink", "selects"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class ModelConfig:
         False,
         "MLA: selective attention. What one head looks at is masked for all heads of later queries.",
         needs=_HAS_MLA,
+        quantity="selects",
     )
     selection_head: int = key(
         0,

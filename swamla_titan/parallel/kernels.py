@@ -114,7 +114,7 @@ class TritonSwiGLU(SwiGLU):
 def validate_attention(config: Config, world: World) -> None:
     """Raise UserError if this machine lacks kernels.attention; GPUs of another one are not asked.
 
-    What does not depend on the machine is refused with the configuration.
+    What no machine could compute so is refused with the configuration (config/rules.py).
     """
     asked = config.kernels.attention
     if world.is_elsewhere or asked not in ("triton", "flex"):

@@ -1,13 +1,18 @@
 """kernels.attention where no block could take it, whatever the machine."""
 
 import dataclasses
+from itertools import product
 
 import pytest
+import torch
 
 from swamla_titan.config.rules import contradictions
 from swamla_titan.config.sections import Config, Data, Kernels, Parallel, Training
+from swamla_titan.kernels import device as kernel_device
+from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS
 from swamla_titan.model import ModelConfig
+from swamla_titan.parallel.kernels import attention_choices
 
 FITS = ModelConfig(dim=1536, num_heads=16, max_seq_len=2048)  # heads of 96, a window of 256
 
@@ -62,16 +67,59 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
         ),
         ("triton", SELECTIVE, {}, []),
         ("triton", SELECTIVE, {"parallel": Parallel(context=2)}, []),
-        ("triton", shape(mla_selective=True), {"parallel": Parallel(context=2)}, [{AT, "parallel.context"}]),
+        ("triton", shape(mla_selective=True), {"parallel": Parallel(context=2)}, []),
+        ("triton", SELECTIVE, {"training": Training(seq_len=1)}, []),
         ("triton", SELECTIVE, {"training": Training(compute_dtype="float32")}, [{AT, "training.compute_dtype"}]),
         ("flex", SELECTIVE, {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
+        ("flex", shape(swa_layers_per_cycle=0), {"parallel": Parallel(context=2)}, []),
+        ("triton", shape(num_heads=32), DOCUMENTS, []),  # MLA by triton, in documents
+        (
+            "triton",
+            shape(num_heads=32),
+            DOCUMENTS | {"training": Training(compute_dtype="float32")},
+            [WIDTH, {AT, "training.compute_dtype"}],
+        ),
         ("flex", shape(num_heads=32, swa_sink_size=65), {"parallel": Parallel(context=2)}, []),
     ],
 )
 def test_refused_with_the_keys_that_cannot_hold_together(attention, model, sections, expected):
     assert found(attention, model, **sections) == expected
+
+
+MODELS = {
+    "fits": FITS,
+    "narrow": shape(num_heads=48),
+    "sinks": shape(swa_sink_size=65),
+    "full window": shape(swa_window=2048),
+    "no windows": NO_WINDOWS,
+    "narrow latent": shape(num_heads=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32),
+    "odd latent": shape(swa_layers_per_cycle=0, v_head_dim=96, qk_rope_head_dim=96),
+    "no latent": shape(mla_layers_per_cycle=0, num_kv_heads=4),
+    "selective": SELECTIVE,
+    "windows and selective": shape(num_heads=32, mla_selective=True),
+}
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+@pytest.mark.parametrize("asked", ["triton", "flex"])
+def test_what_is_refused_no_gpu_would_be_chosen_for(monkeypatch, asked, cudnn):
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None if cudnn else "not by cuDNN")
+    refused = set()
+    grid = product(MODELS.items(), (False, True), ("bfloat16", "float32"), (1, 2), (1, 256, 2048))
+    for (name, model), documents, dtype, context, length in grid:
+        if length == 1 and context > 1:
+            continue
+        sections = {"data": Data(document_mask=documents), "parallel": Parallel(context=context)}
+        sections["training"] = Training(seq_len=length, compute_dtype=dtype)
+        if found(asked, model, **sections):
+            refused.add(name)
+            config = Config(kernels=Kernels(asked, pointwise="plain"), model=model, **sections)
+            choices = attention_choices(config, torch.device("cuda"))
+            assert asked not in [each.implementation.label for each in choices.values()], config
+    assert refused == MODELS.keys()
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "reference"])

@@ -8,7 +8,8 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.blocks import attention_kinds
+from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.branch import Attention
 
 # field -> (another value, what it must change). "shapes": names or shapes of the parameters; "logits": the output of
 # the same weights; "loss": the training loss of the same weights and logits; "accepts": which lengths are taken.
@@ -101,9 +102,7 @@ def test_theta_and_scaling_reach_each_kind(kind, own, other):
 
 def test_what_keys_say_of_a_kind_is_what_its_class_declares():
     """Rules of the configuration go by the keys, the dispatcher and the tensor plan by the class."""
-    attentions = attention_kinds(TINY)
-    assert attentions.keys() == {"swa", "mla"}
-    for kind, attention in attentions.items():
+    for kind, attention in {kind: mixer for kind, mixer in BLOCKS.items() if issubclass(mixer, Attention)}.items():
         (window, sink), heads = attention.mask(TINY), attention.heads(TINY)
         assert [*TINY.quantities("window", kind).values()] == ([] if window is None else [window])
         assert [*TINY.quantities("sink", kind).values()] == ([] if window is None else [sink])
@@ -111,6 +110,9 @@ def test_what_keys_say_of_a_kind_is_what_its_class_declares():
             widths = TINY.quantities(quantity, kind)
             assert (sum(widths.values()) if widths else TINY.head_dim) == width
         assert {heads.queries, heads.keys} <= {*TINY.quantities("heads").values(), TINY.num_heads}
+        for name in TINY.quantities("selects", kind):
+            selects = [attention.selection_head(replace(TINY, **{name: on})) is not None for on in (False, True)]
+            assert selects == [False, True]
 
 
 def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
