@@ -119,7 +119,8 @@ class Attention(Mixer, is_abstract=True):
 
     `key_exchange`: how the ranks of context parallelism get each other's keys (parallel/context.py). "halo":
     `inner_attention` is given keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
-    "gather": the forward pass has `inner_attention.gather` gather what keys and values are made of. None: they cannot.
+    "gather": the forward pass has `inner_attention.gather` gather what keys and values are made of, `gathered` elements
+    a token. None: they cannot.
     """
 
     key_exchange: ClassVar[KeyExchange | None] = None
@@ -149,6 +150,11 @@ class Attention(Mixer, is_abstract=True):
     def selection_head(cls, config: ModelConfig) -> int | None:
         """The head that selects; None: attention is not selective."""
         return None
+
+    @classmethod
+    def gathered(cls, config: ModelConfig) -> int:
+        """Elements a token that "gather" exchanges."""
+        raise NotImplementedError(f"{cls.__name__} declares no elements to gather: see {__name__}")
 
     @classmethod
     def projections(cls, config: ModelConfig) -> Projections | None:

@@ -150,6 +150,11 @@ class LatentAttention(Attention):
         return Heads(config.num_heads, config.num_heads, qk_width, config.v_head_dim)
 
     @classmethod
+    def gathered(cls, config: ModelConfig) -> int:
+        """As in Attention: the latent and the rotary key."""
+        return config.kv_lora_rank + config.qk_rope_head_dim
+
+    @classmethod
     def selection_head(cls, config: ModelConfig) -> int | None:
         """As in Attention."""
         return config.selection_head if config.mla_selective else None
@@ -168,8 +173,7 @@ class LatentAttention(Attention):
         sharded, the selecting one's queries and keys beside own ones.
         """
         heads = cls.heads(config)
-        narrow = config.kv_lora_rank + config.qk_rope_head_dim + 2 * config.q_lora_rank
-        own = narrow + heads.queries * (heads.qk_width + heads.v_width) / tensor
+        own = cls.gathered(config) + 2 * config.q_lora_rank + heads.queries * (heads.qk_width + heads.v_width) / tensor
         expanded = heads.qk_width + config.qk_nope_head_dim + heads.v_width
         selecting = heads.qk_width if config.mla_selective and tensor > 1 else 0
         of_every_token = config.kv_lora_rank + heads.keys * expanded / tensor + selecting

@@ -47,7 +47,14 @@ from swamla_titan.model.branch import Attention, KeyExchange
 from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
 from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.model.sequences import FullSequences, attention_request
-from swamla_titan.parallel.sequence_layout import SequenceLayout, WindowExchangePlan, chunks_of, plan_window_exchange
+from swamla_titan.parallel.sequence_layout import (
+    SequenceLayout,
+    Traffic,
+    WindowExchangePlan,
+    chunks_of,
+    plan_window_exchange,
+    window_exchange_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
     for block in model.blocks.values():
         assert isinstance(block, Block)
         mixer = block.attention
-        if not isinstance(mixer, Attention) or mixer.key_exchange is None:
+        if not isinstance(mixer, Attention) or mixer.key_exchange not in _INNER:
             raise UserError(f"parallel.context = {size}: {block.kind} blocks cannot share sequences; use 1")
         mixer.inner_attention = _INNER[mixer.key_exchange]()
 
@@ -206,12 +213,36 @@ class SharedSequences(FullSequences):
             if attention.key_exchange == "gather":
                 mask = _mask(choice.form, layout, spec, starts, device)
                 return GatheredSlice(positions, rotation, mask, choice.implementation, self.group, layout)
-            exchange = plan_window_exchange(layout, spec.window or seq_len, spec.sink)
+            exchange = _window_exchange(attention, spec, layout)
             mask = _mask(choice.form, exchange, spec, starts, device)
             sinks = sink_sources(all_starts, exchange)
             return WindowSlice(positions, rotation, mask, choice.implementation, self.group, exchange, *sinks)
 
         return SequenceContext({kind: of_kind(attention) for kind, attention in attention_kinds(config).items()})
+
+
+def exchanged_bytes(
+    attention: type[Attention], config: ModelConfig, layout: SequenceLayout, tensor: int, batch: int, dtype: torch.dtype
+) -> Traffic:
+    """Bytes that the collectives of one layer of this kind send and receive on the layout's rank, forward.
+
+    `tensor`: the tensor-parallel ranks that share its heads. The backward pass sends what the forward received, and
+    vice versa.
+    """
+    heads, spec = attention.heads(config), attention.mask(config)
+    if attention.key_exchange == "gather":  # every tensor-parallel rank expands the full latents, to its own heads
+        own = 2 * layout.chunk * attention.gathered(config) * dtype.itemsize
+        if attention.selection_head(config) is not None:
+            own += 2 * layout.seq_len * torch.promote_types(dtype, torch.float32).itemsize
+        moved = (layout.size - 1) * batch * own
+        return Traffic(moved, moved)
+    exchange = _window_exchange(attention, spec, layout)
+    return window_exchange_bytes(exchange, batch, heads.keys // tensor, heads.v_width, dtype.itemsize)
+
+
+def _window_exchange(attention: type[Attention], spec: MaskSpec, layout: SequenceLayout) -> WindowExchangePlan:
+    assert attention.key_exchange == "halo", f"{attention.__name__}: no exchange of keys is {attention.key_exchange!r}"
+    return plan_window_exchange(layout, spec.window or layout.seq_len, spec.sink)
 
 
 def _mask(

@@ -23,8 +23,10 @@ from swamla_titan.kernels.attention.dispatch import Choice as AttentionChoice
 from swamla_titan.launch.process_group import device_here
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
+from swamla_titan.model.branch import Attention
 from swamla_titan.parallel.automatic import resolve_auto_for, saved_by_float8_moments
 from swamla_titan.parallel.balance import stage_costs
+from swamla_titan.parallel.context import exchanged_bytes
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.model_stage import ModelStage
@@ -39,7 +41,7 @@ from swamla_titan.parallel.schedules import (
     stage_count,
     stages_of_rank,
 )
-from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic, plan_window_exchange, window_exchange_bytes
+from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
 from swamla_titan.quantization.coverage import LinearCoverage
 from swamla_titan.tools.activations import block_bytes, recomputed_bytes
 from swamla_titan.tools.memory import InFlight, Memory, memory_of
@@ -87,7 +89,7 @@ class Plan:
     degrees: Degrees
     mesh: list[Neighbours]
     batch: Batch
-    swa_exchange: Traffic | None  # of one SWA layer's forward pass over a micro-batch; None where rows are not shared
+    key_exchanges: dict[str, Traffic]  # by kind: of a layer's forward pass over a micro-batch between context ranks
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline place
     coverage: list[LinearCoverage]  # by float8.recipe
@@ -135,9 +137,9 @@ def plan(config: Config, ranks: int) -> Plan:
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
-    exchange = swa_exchange(config, degrees, batch.rows)
+    exchanges = key_exchanges(config, degrees, batch.rows)
     attention = attention_choices(config, device_here())
-    return Plan(config, degrees, mesh, batch, exchange, bubble, holdings, float8_coverage(config), choices, attention)
+    return Plan(config, degrees, mesh, batch, exchanges, bubble, holdings, float8_coverage(config), choices, attention)
 
 
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:
@@ -175,22 +177,18 @@ def batch_of(config: Config, degrees: Degrees) -> Batch:
     return Batch(rows, -(-min(most) // rows), -(-max(most) // rows), min(least), max(most))
 
 
-def swa_exchange(config: Config, degrees: Degrees, rows: int) -> Traffic | None:
-    """The most that a context-parallel rank sends, and receives, so that a layer of it sees windows and sinks."""
+def key_exchanges(config: Config, degrees: Degrees, rows: int) -> dict[str, Traffic]:
+    """The most that a context-parallel rank sends, and receives, for the keys of one layer, by the layer's kind."""
     if degrees.context == 1:
-        return None
-    itemsize = getattr(torch, config.training.compute_dtype).itemsize
+        return {}
     layouts = [SequenceLayout(config.training.seq_len, degrees.context, rank) for rank in range(degrees.context)]
-    of_ranks = []
-    for attention in attention_kinds(config.model).values():
-        rule, heads = attention.mask(config.model), attention.heads(config.model)
-        if rule.window is not None:
-            sizes = rows, heads.keys // degrees.tensor, heads.v_width, itemsize
-            exchanges = [plan_window_exchange(layout, rule.window, rule.sink) for layout in layouts]
-            of_ranks += [window_exchange_bytes(exchange, *sizes) for exchange in exchanges]
-    if not of_ranks:
-        return None
-    return Traffic(max(each.sent for each in of_ranks), max(each.received for each in of_ranks))
+    dtype = getattr(torch, config.training.compute_dtype)
+
+    def of_kind(attention: type[Attention]) -> Traffic:
+        ranks = [exchanged_bytes(attention, config.model, each, degrees.tensor, rows, dtype) for each in layouts]
+        return Traffic(max(each.sent for each in ranks), max(each.received for each in ranks))
+
+    return {kind: of_kind(attention) for kind, attention in attention_kinds(config.model).items()}
 
 
 def run_count(parallel: Parallel, batch: Batch) -> int:

@@ -73,11 +73,12 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 
 def _context(plan: Plan) -> Iterator[str]:
-    if plan.swa_exchange is None:
+    if not plan.key_exchanges:
         return
-    sent, received = plan.swa_exchange
-    yield "\ncontext: windows' halos and sinks that ranks exchange"
-    yield f"  a SWA layer: a rank sends up to {size(sent)} and receives up to {size(received)} a micro-batch and pass"
+    yield "\ncontext: what keys are made of, or windows' halos and sinks, that ranks exchange"
+    for kind, (sent, received) in plan.key_exchanges.items():
+        most = f"a rank sends up to {size(sent)} and receives up to {size(received)}"
+        yield f"  each {kind.upper()} layer: {most} a micro-batch and pass"
 
 
 def _pipeline(plan: Plan) -> Iterator[str]:

@@ -19,10 +19,12 @@ from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.context import (
+    SharedSequences,
     _mask,
     all_gather_sequence,
     apply_context_parallel,
     exchange_windows,
+    exchanged_bytes,
     local_chunks,
     sink_sources,
     window_intervals,
@@ -415,3 +417,38 @@ def gathered_in_order():
 @pytest.mark.parametrize("size", SIZES)
 def test_gathered_latents_are_in_the_order_of_the_row(size):
     assert on_ranks(size, gathered_in_order) == [True] * size
+
+
+def bytes_of_passes(names):
+    """Of each model's forward pass: what a rank sends and receives, and what the formula says of its layers."""
+    world = join()
+    rank, size = world.rank, world.size
+    found = []
+    for name in names:
+        model = build(replace(BASE, **MODELS[name]))
+        apply_context_parallel(model, world.activations["context"])
+        model(*rows()[:2])  # what is exchanged once is not counted
+        with Counted(size, rank) as counted:
+            model(*rows()[:2])
+        layers = [
+            exchanged_bytes(BLOCKS[kind], model.config, SequenceLayout(T, size, rank), 1, 2, torch.float64)
+            for kind in model.config.block_kinds
+        ]
+        found.append(((counted.sent, counted.received), tuple(map(sum, zip(*layers)))))
+    return found
+
+
+def test_what_plan_says_of_layers_passes_through_the_collectives():
+    for found in on_ranks(2, bytes_of_passes, ["mixed", "grouped queries, qk_norm, q_lora", "selective", "no sink"]):
+        for passed, planned in found:
+            assert passed == planned > (0, 0)
+
+
+def test_an_exchange_that_is_not_known_is_refused(monkeypatch):
+    model = build(replace(BASE, **SWA_ONLY))
+    monkeypatch.setattr(BLOCKS["swa"], "key_exchange", "ring")
+    layout = SequenceLayout(T, 2, 0)
+    with pytest.raises(AssertionError, match="no exchange of keys is 'ring'"):
+        SharedSequences(2, 0, "").context(model.config, T, None, torch.device("cpu"), torch.float64)
+    with pytest.raises(AssertionError, match="no exchange of keys is 'ring'"):
+        exchanged_bytes(BLOCKS["swa"], model.config, layout, 1, 2, torch.float64)

@@ -114,6 +114,12 @@ def test_why_not(request_, taken, name, why):
         (replace(CAUSAL, projections=LATENT), "sdpa", None, "attention by sdpa"),
         (replace(CAUSAL, projections=LATENT, chunk=256), "auto", None, "parallel.context"),
         (
+            replace(CAUSAL, projections=LATENT, heads=Heads(16, 16, 196, 128)),
+            "auto",
+            None,
+            "takes unrotated parts of heads of multiples of 8, not of 132",
+        ),
+        (
             replace(CAUSAL, projections=LATENT, has_documents=True),
             "auto",
             "triton, documents with their rotation",

@@ -111,9 +111,13 @@ def test_what_a_swa_layer_exchanges_is_said_where_rows_are_shared(tiny, capsys, 
     halos, sinks = 15, 2 * 4
     said = capsys.readouterr().out
     most = size((halos + sinks) * token)
-    found = re.search(r"a SWA layer: a rank sends up to (\S+ KiB) and receives up to (\S+ KiB) a micro-batch", said)
+    found = re.search(r"SWA layer: a rank sends up to (\S+ KiB) and receives up to (\S+ KiB) a micro-batch", said)
     assert found
     assert found.groups() == (most, most), said
+    model = load_config(tiny).model
+    # Latent and rotary key of a rank's 64 tokens, for the other rank; tensor-parallel ranks have them in full.
+    latents = size(2 * 64 * (model.kv_lora_rank + model.qk_rope_head_dim) * width)
+    assert f"MLA layer: a rank sends up to {latents} and receives up to {latents} a micro-batch" in said
     no_swa = ("--model.swa_layers_per_cycle=0", "--parallel.context=2")
     assert main(["plan", str(tiny), *arguments, *no_swa]) == 0
     assert "SWA layer" not in capsys.readouterr().out

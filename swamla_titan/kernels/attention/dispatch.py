@@ -487,8 +487,10 @@ class _Latent(FusedImplementation):
         if request.chunk is not None:
             return "parallel.context"
         assert request.projections is not None
-        unaligned = (request.heads.qk_width - request.projections.rotary_width) % _ALIGNED
-        return f"model.qk_nope_head_dim is no multiple of {_ALIGNED}" if unaligned else None
+        width = request.heads.qk_width - request.projections.rotary_width
+        if width % _ALIGNED:
+            return Limit(f"takes unrotated parts of heads of multiples of {_ALIGNED}, not of {width}")
+        return None
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope] -> [B, T, H, v]."""
