@@ -17,8 +17,9 @@ from tyro.conf import Positional, subcommand
 from swamla_titan.config import Config, Override, find_config, load_config, shipped_configs, split_overrides, to_toml
 from swamla_titan.config.shipped import checkout
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
+from swamla_titan.escaping import one_line, several_lines
 from swamla_titan.launch.worker import logs_to_console, report_bad_input
-from swamla_titan.system.console import lost_output, one_line, open_console, several_lines
+from swamla_titan.system.console import lost_output, open_console
 from swamla_titan.system.machine import explain
 
 if TYPE_CHECKING:

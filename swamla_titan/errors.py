@@ -1,6 +1,6 @@
 """The two ways in which a command ends early, and the exit codes users and launchers see."""
 
-from swamla_titan.system.console import one_line
+from swamla_titan.escaping import one_line
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

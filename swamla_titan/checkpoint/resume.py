@@ -17,7 +17,8 @@ from swamla_titan.data import Corpus, fingerprint_changes
 from swamla_titan.distributed.agreement import all_gather_dict, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.system.console import Lines, one_line
+from swamla_titan.escaping import one_line
+from swamla_titan.system.console import Lines
 
 logger = logging.getLogger(__name__)
 

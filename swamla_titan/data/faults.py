@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.system.console import one_line as escaped
+from swamla_titan.escaping import one_line as escaped
 from swamla_titan.system.machine import PERMANENT, REMEDIES, chain, lack
 
 # Answers of an operating system that do not change by asking again: a missing file is reported at once.

@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass
 
 from swamla_titan.errors import UserError
-from swamla_titan.system.console import one_line
+from swamla_titan.escaping import one_line
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
 KNOWN = (*TEXT, *JSON_LINES, *PARQUET)

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RE_RENDEZVOUS, EXIT_STOPPED, UserError
-from swamla_titan.system.console import one_line
+from swamla_titan.escaping import one_line
 from swamla_titan.system.process_end import wait_for_end
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"

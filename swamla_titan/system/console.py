@@ -1,7 +1,6 @@
-"""Standard streams that never fail, and text without control characters for terminals and logs.
+"""Standard streams that never fail, and log records of one line.
 
-File names, values of a configuration and messages of libraries may contain anything: line breaks, terminal escape
-sequences, characters that the stream's encoding lacks. Standard library only: every process begins with it.
+Standard library only: every process begins with it.
 """
 
 import io
@@ -12,21 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-# Control characters, line separators, marks of writing direction, and surrogates (bytes of names that are no text).
-_OF_DIRECTION = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *_OF_DIRECTION, *range(0xD800, 0xE000))
-_ONE_LINE = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
-_SEVERAL_LINES = {code: text for code, text in _ONE_LINE.items() if chr(code) not in "\n\t"}
-
-
-def one_line(text: object) -> str:
-    """`text` with every control character escaped, line breaks included; valid UTF-8."""
-    return str(text).translate(_ONE_LINE)
-
-
-def several_lines(text: object) -> str:
-    """`text` with every control character escaped but line breaks and tabs."""
-    return str(text).translate(_SEVERAL_LINES)
+from swamla_titan.escaping import one_line, several_lines
 
 
 class Lines(str):

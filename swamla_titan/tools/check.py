@@ -19,6 +19,7 @@ from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
+from swamla_titan.escaping import several_lines
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.launch.process_group import device_here, validate_launch
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -34,7 +35,6 @@ from swamla_titan.parallel.kernels import attention_choices, attention_summary, 
 from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.system.console import several_lines
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.precision import set_precision_and_determinism

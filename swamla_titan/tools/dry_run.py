@@ -11,9 +11,9 @@ from swamla_titan.data import described, load_tokenizer, uneven
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
+from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import device_here, launched_rank
 from swamla_titan.launch.worker import launched_size
-from swamla_titan.system.console import one_line
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import report
 from swamla_titan.train.setup import Setup, rehearse

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from swamla_titan.data import BatchLoader, Corpus
 from swamla_titan.data.tokenizer import Tokenizer
-from swamla_titan.system.console import one_line
+from swamla_titan.escaping import one_line
 
 SHOWN = 200  # characters
 

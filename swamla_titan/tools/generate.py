@@ -16,9 +16,9 @@ from swamla_titan.config import Config, load_config
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import Damaged, UserError
+from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
-from swamla_titan.system.console import several_lines
 from swamla_titan.train.state import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators

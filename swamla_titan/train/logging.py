@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from swamla_titan.config.sections import Metrics
 from swamla_titan.errors import UserError
-from swamla_titan.system.console import LogFormatter, one_line
+from swamla_titan.escaping import one_line
+from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
 from swamla_titan.train.policy import Policy
 

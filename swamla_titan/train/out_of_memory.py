@@ -10,7 +10,7 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RankFailed
-from swamla_titan.system.console import one_line
+from swamla_titan.escaping import one_line
 
 logger = logging.getLogger(__name__)
 

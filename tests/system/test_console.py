@@ -12,7 +12,8 @@ import pytest
 
 from swamla_titan.cli import main
 from swamla_titan.errors import UserError
-from swamla_titan.system.console import Lines, LogFormatter, Stream, one_line, several_lines
+from swamla_titan.escaping import one_line, several_lines
+from swamla_titan.system.console import Lines, LogFormatter, Stream
 from tests.waiting import HANG
 
 NASTY = "a\n\x1b[31m\r\x00\x7f\x9b\u2028\u202e漢\udcff"
