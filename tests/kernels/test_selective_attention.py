@@ -238,3 +238,13 @@ def test_the_operators_declare_what_they_do():
         )
     sums = (*by, rule.starts, rule.ends, [0], 0.2)
     torch.library.opcheck(torch.ops.swamla_titan.selected_sums.default, sums, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("batch, seq_len", [(16, 2048), (4, 8192), (1, 32768), (1, 1 << 20), (64, 2048), (3, 100)])
+def test_what_is_there_for_pairs_of_tokens_does_not_grow_with_the_square(batch, seq_len):
+    found = list(selective.slabs((0,), seq_len, selective._most_rows(batch, seq_len)))
+    assert sum(slab.rows for slab in found) == seq_len
+    assert [slab.position for slab in found] == [slab.row for slab in found]
+    rows = max(slab.rows for slab in found)
+    assert batch * rows * seq_len <= max(selective.MOST_ELEMENTS, 128 * batch * seq_len)
+    assert len(found) == 1 or rows % 128 == 0
