@@ -48,6 +48,7 @@ OFF: dict[str, dict[str, Any]] = {
     "model.qk_norm": {"model.swa_layers_per_cycle": 0},
     "model.swa_": {"model.swa_layers_per_cycle": 0},
     "model.mla_layers_per_cycle": {"model.swa_layers_per_cycle": 99},
+    "model.selection_head": {"model.mla_selective": False},
     "model.rope_theta": {"model.swa_rope_theta": 5.0, "model.mla_rope_theta": 5.0},
     "model.": {"model.mla_layers_per_cycle": 0},
 }
