@@ -172,11 +172,6 @@ def _holder(lock: TextIO) -> str:
 
 def validate_folder(folder: Path) -> None:
     """Raise UserError for what makes `prepare_folder` fail, as far as reading can find it."""
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not existing.is_dir():
-        raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     for name, is_folder in {"checkpoints": True, "logs": True, "metrics.jsonl": False, "config.toml": False}.items():
         path = folder / name
         if path.exists() and path.is_dir() != is_folder:
@@ -188,8 +183,13 @@ def validate_folder(folder: Path) -> None:
         raise _unusable(folder, error) from None
 
 
-def validate_unlocked(folder: Path) -> None:
+def validate_exclusive(folder: Path) -> None:
     """Raise UserError for what makes `exclusive` fail, as far as reading can find it."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not existing.is_dir():
+        raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unusable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if os.path.lexists(folder / LOCK):
         try:
             lock = _open_lock(folder, create=False)

@@ -1,4 +1,6 @@
-"""Validates the configuration once, before run_train.sh starts several processes that would each report the same.
+"""Validates configuration and launch once, before run_train.sh starts processes that would each report the same.
+
+What devices, data and the checkpoint rule out is refused by those processes (train/setup.py).
 
 usage: python -m swamla_titan.launch.preflight PROCESSES GPUS CONFIG [--section.key value ...]
 

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from swamla_titan.checkpoint.dump_folder import validate_unlocked
+from swamla_titan.checkpoint.dump_folder import validate_exclusive
+from swamla_titan.checkpoint.resume import Origin
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import load_tokenizer, micro_batch_size
+from swamla_titan.data import Corpus, load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
@@ -38,7 +39,7 @@ from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.precision import set_precision_and_determinism
-from swamla_titan.train.setup import VALIDATIONS, open_data, rehearse
+from swamla_titan.train.setup import VALIDATIONS, rehearse_inputs
 from swamla_titan.train.startup_summary import pointwise_of
 from swamla_titan.train.throughput import peak_flops
 
@@ -83,7 +84,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
             without_effect: list[str] = []
             loaded = load_config(find_config(name), overrides, without_effect.append)
             config, choices = _decided(loaded, device)
-            inputs = [_processes, _validated, _folder, _tokenizer, _data, _model, _optimizer, _stability]
+            inputs = [_processes, _validated, _folder, _tokenizer, _data(loaded), _model, _optimizer, _stability]
             inputs += [_products] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
             about_input += [Finding("warning", "config", line) for line in without_effect]
@@ -100,8 +101,8 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
     failed = {finding.subject for finding in about_input if finding.state == "failure"}
-    if inputs and name is not None and not failed:
-        about_input += _answers([_run], loaded, device)
+    if len(failed) > 1:  # what else a run would refuse may be for the same reasons
+        about_input = [each for each in about_input if each.subject != "run"]
     about_input = [each for each in about_input if each.state == "failure" or each.subject not in failed]
     for finding in about_machine + about_input:
         print(finding, flush=True)
@@ -120,7 +121,8 @@ def _answer(probe: Probe, config: Config, device: torch.device) -> Finding | lis
     try:
         return probe(config, device)
     except UserError as error:
-        return Finding("failure", probe.__name__.removeprefix("_"), str(error))
+        subject = probe.__name__.removeprefix("_")
+        return Finding("failure", subject, str(error), _REMEDIES.get(subject, ""))
     except Exception as error:
         return Finding("failure", probe.__name__.removeprefix("_"), f"{type(error).__name__}: {error}")
 
@@ -274,12 +276,6 @@ def _processes(config: Config, device: torch.device) -> list[Finding]:
     return []
 
 
-def _run(config: Config, device: torch.device) -> list[Finding]:
-    """What else a run would refuse, of the checkpoint that it continues from above all; `config` may have "auto"."""
-    rehearse(config, _world(config, device))
-    return []
-
-
 def _world(config: Config, device: torch.device) -> World:
     return World.planned(fit_degrees(config.parallel, _ranks(config)), device)
 
@@ -296,7 +292,7 @@ def _validated(config: Config, device: torch.device) -> list[Finding]:
 
 
 def _folder(config: Config, device: torch.device) -> Finding:
-    validate_unlocked(Path(config.job.dump_folder))
+    validate_exclusive(Path(config.job.dump_folder))
     return Finding("ok", "folder", f"{config.job.dump_folder} can be written")
 
 
@@ -309,9 +305,26 @@ def _tokenizer(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "tokenizer", f"{text}, round trip exact")
 
 
-def _data(config: Config, device: torch.device) -> list[Finding]:
-    """Opened as a run does; and the first sequence of it."""
-    config, corpus, _ = open_data(config)
+def _data(loaded: Config) -> Probe:
+    """A probe of the data and of what the run continues from; `loaded` has "auto" where a run has it."""
+
+    def data(config: Config, device: torch.device) -> list[Finding]:
+        opened: list[Origin | Corpus] = []
+        failure = []
+        try:
+            rehearse_inputs(loaded, _world(loaded, device), opened.append)
+        except UserError as error:
+            if opened and isinstance(opened[-1], Origin):
+                raise
+            failure = [Finding("failure", "run", str(error))]
+        corpora = [each for each in opened if isinstance(each, Corpus)]
+        return (_of_corpus(corpora[-1], loaded, device) if corpora else []) + failure
+
+    return data
+
+
+def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
+    """What was opened; and the first sequence of it."""
     where = f"{config.data.source} {config.data.path}".strip()
     text = f"{where}: {corpus.source.describe()}"
     faults = {fault.file: fault for fault in [*corpus.source.passed_over, *corpus.faults]}

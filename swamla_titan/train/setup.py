@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swamla_titan.checkpoint.dump_folder import validate_folder, validate_unlocked
+from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
 from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
@@ -51,6 +51,7 @@ from swamla_titan.train.state import GROUPS, RunState
 from swamla_titan.train.validation import Validator
 
 Result = TypeVar("Result")
+Opened = Callable[[Origin | Corpus], object]
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ class Setup(Inputs):
 # What is refused before the data are opened, in this order, by what `check` calls it.
 VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "files": lambda config, world: validate_open_files(config),
+    "compile": lambda config, world: validate_cache_folder(config.compile),
     "attention": validate_attention,
     "pointwise": validate_pointwise,
     "products": lambda config, world: validate_float8(config, world.device, world.degrees),
     "recompute": lambda config, world: validate_recomputation(config, world.device),
     "optimizer": lambda config, world: validate_optimizer_device(config.optimizer, world.device),
-    "compile": lambda config, world: validate_cache_folder(config.compile),
     "metrics": lambda config, world: config.metrics.wandb and require_wandb(),
     "folder": lambda config, world: validate_folder(Path(config.job.dump_folder)),
 }
@@ -137,12 +138,18 @@ def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None)
 
 
 def rehearse(config: Config, world: World) -> Setup:
-    """Refuse what `set_up` refuses, in its order, without starting a process or writing anything."""
-    validate(config, world)  # first, because opening data takes long
-    validate_unlocked(Path(config.job.dump_folder))
+    """Refuse what `train` refuses, in its order, without starting a process or writing anything."""
+    validate_open_files(config)
+    validate_exclusive(Path(config.job.dump_folder))
+    validate(config, world)
+    return rehearse_inputs(config, world)
+
+
+def rehearse_inputs(config: Config, world: World, opened: Opened = lambda result: None) -> Setup:
+    """What `rehearse` does once this machine is validated; `opened`: see `set_up_inputs`."""
 
     def resumed(damaged: dict[Path, str]) -> Setup:
-        setup = set_up_resume(set_up_inputs(config, world, damaged))
+        setup = set_up_resume(set_up_inputs(config, world, damaged, opened))
         setup.open_loader(num_workers=0).close()
         return setup
 
@@ -158,9 +165,13 @@ def set_up_machine(config: Config, world: World) -> None:
     all_ranks_or_raise(world, lambda: prepare_workers(config.data.num_workers))
 
 
-def set_up_inputs(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Inputs:
-    """Find the checkpoint to resume from, open the data as it recorded them, and resolve "auto" for the device."""
-    config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
+def set_up_inputs(
+    config: Config, world: World, damaged: dict[Path, str] | None = None, opened: Opened = lambda result: None
+) -> Inputs:
+    """Find the checkpoint to resume from, open the data as it recorded them, and resolve "auto" for the device.
+
+    `opened` is called with the checkpoint and with the data, each as soon as it is found.
+    """
     checkpoints = Checkpoints(
         Path(config.job.dump_folder) / "checkpoints",
         config.checkpoint.keep_latest,
@@ -170,8 +181,11 @@ def set_up_inputs(config: Config, world: World, damaged: dict[Path, str] | None 
         GROUPS,
     )
     origin = find_origin(checkpoints)
+    opened(origin)
+    config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
     with checkpoints.loading(origin.path):
         config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
+    opened(corpus)
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
     # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.

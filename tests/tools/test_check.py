@@ -14,7 +14,8 @@ from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.kernels.attention import dispatch as attention
 from swamla_titan.kernels.float8 import casts as float8
 from swamla_titan.tools import check as module
-from tests.train.runs import snapshot, train
+from swamla_titan.train import setup
+from tests.train.runs import checkpoint, snapshot, train
 
 MACHINE = ["python", "torch", "gpu", "tf32", "float8", "attention", "disk"]
 INPUT = ["config", "folder", "tokenizer", "data", "sequence", "model", "optimizer", "stability"]
@@ -61,6 +62,21 @@ def test_a_configuration_that_is_fit_and_nothing_is_written(tiny, tmp_path, repo
     assert "228,864 parameters" in lines["model"]
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("overrides", [(), ("--data.path", "/nowhere", "--data.source", "local")])
+def test_the_data_are_opened_once_and_everything_is_validated_once(tiny, report, monkeypatch, overrides):
+    calls = []
+
+    def count(name, real):
+        return lambda *arguments: calls.append(name) or real(*arguments)
+
+    monkeypatch.setattr(setup, "open_corpus", count("corpus", setup.open_corpus))
+    for subject, validation in setup.VALIDATIONS.items():
+        monkeypatch.setitem(setup.VALIDATIONS, subject, count(subject, validation))
+    code, lines = report(str(tiny), *overrides)
+    assert (code, states(lines)["data"]) == ((2, "failure") if overrides else (0, "ok"))
+    assert sorted(calls) == sorted(["corpus", *setup.VALIDATIONS])
 
 
 def documents(folder, texts):
@@ -183,6 +199,13 @@ def test_a_checkpoint_of_another_run_is_a_failure(tiny, report):
     assert code == 2
     assert lines["run"].startswith("failure  run")
     assert "belongs to another run" in lines["run"]
+    assert states(lines)["data"] == states(lines)["sequence"] == "ok"
+    for file in checkpoint(tiny.parent / "run", 2).glob("*.distcp"):
+        file.write_bytes(b"")
+    code, lines = report(str(tiny), *settings)
+    assert code == 2
+    assert lines["run"].startswith("failure  run")
+    assert "no intact checkpoint" in lines["run"]
 
 
 FAULTS = {

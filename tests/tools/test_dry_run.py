@@ -108,6 +108,27 @@ def test_a_dump_folder_where_another_run_writes_is_refused(dry_run, tmp_path):
         assert dry_run()[0] == 0
 
 
+@pytest.mark.parametrize("kept_from_it", ["locked", "a file", "cache", "checkpoints"])
+def test_of_several_faults_it_reports_the_one_that_training_does(dry_run, tiny, tmp_path, capsys, kept_from_it):
+    overrides = ["--float8.recipe", "native"]  # which would convert none
+    (tmp_path / "run").mkdir()
+    lock = (tmp_path / "run" / ".lock").open("w")
+    if kept_from_it == "locked":
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    elif kept_from_it == "a file":
+        overrides += ["--job.dump_folder", str(tiny / "run")]
+    elif kept_from_it == "cache":
+        overrides += ["--compile.enabled", "true", "--compile.cache_folder", str(tiny / "cache")]
+    else:
+        (tmp_path / "run" / "checkpoints").touch()
+    code, said = dry_run(*overrides)
+    assert code == main(["train", str(tiny), *overrides]) == 2
+    # What is said in brackets depends on how it was found: by looking, or by trying.
+    assert said.partition("(")[0] == capsys.readouterr().err.partition("(")[0]
+    assert ("would convert none" in said) == (kept_from_it == "checkpoints")
+    lock.close()
+
+
 def test_a_cache_folder_that_cannot_be_made_is_refused(dry_run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("precious")
     compiled = ("--compile.enabled", "true")
