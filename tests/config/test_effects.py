@@ -14,7 +14,7 @@ from swamla_titan.config.sections import Config
 from swamla_titan.config.toml import toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import field_types, value_problem
-from swamla_titan.model import FLAVORS
+from swamla_titan.model import FLAVORS, ModelConfig
 from swamla_titan.optim import lr_factor
 from tests.config.test_every_key_reaches_its_consumer import CASES
 
@@ -44,24 +44,28 @@ OFF: dict[str, dict[str, Any]] = {
     "validation.max_tokens": {"validation.interval": 0},
     "fault_tolerance.first_step_timeout": {"fault_tolerance.step_timeout": 0},
     "fault_tolerance.": {"fault_tolerance.skip_bad_steps": False},
-    "model.num_kv_heads": {"model.swa_layers_per_cycle": 0},
-    "model.qk_norm": {"model.swa_layers_per_cycle": 0},
-    "model.swa_": {"model.swa_layers_per_cycle": 0},
     "model.mla_layers_per_cycle": {"model.swa_layers_per_cycle": 99},
     "model.selection_head": {"model.mla_selective": False},
     "model.rope_theta": {"model.swa_rope_theta": 5.0, "model.mla_rope_theta": 5.0},
-    "model.": {"model.mla_layers_per_cycle": 0},
 }
 
 
+def what_takes_its_effect(name: str) -> dict[str, Any]:
+    if kind := getattr(FIELDS[name][0].metadata["needs"], "kind", None):  # of block
+        return {f"model.{kind}_layers_per_cycle": 0}
+    return next((values for beginning, values in OFF.items() if name.startswith(beginning)), {})
+
+
 def another_value(name: str) -> Any:
-    """Not the default, and in range."""
+    """Not the default, in range, and as its rule has it beside the other defaults."""
     field, kind = FIELDS[name]
-    default = field.default
+    default, rule = field.default, field.metadata["rule"] or (lambda *_: None)
+    others = dataclasses.asdict(SECTIONS[name.partition(".")[0]]())
     if "choices" in field.metadata:
         return next(value for value in field.metadata["choices"] if value != default)
     candidates = {bool: [not default], str: ["something"]}.get(kind, [2, 3, 4, 0.5, 0.25])
-    return next(value for value in candidates if value != default and not value_problem(field, kind, value))
+    fitting = (value for value in candidates if value != default and not value_problem(field, kind, value))
+    return next(value for value in fitting if not rule(value, others))
 
 
 def as_shown(name: str, value: Any) -> str:
@@ -82,7 +86,7 @@ def refusal(path: Path, *overrides: Override) -> str:
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_a_key_without_effect_is_refused_with_what_takes_it_away_and_what_to_set(name: str, tmp_path: Path):
     value = another_value(name)
-    off = next((values for beginning, values in OFF.items() if name.startswith(beginning)), {})
+    off = what_takes_its_effect(name)
     path = write(tmp_path / "run.toml", {"data.source": "builtin"} | off | {name: value})
     section, _, key = name.partition(".")
     found = [line for line in refusal(path).splitlines() if f"[{section}] {key}: " in line]
@@ -103,9 +107,10 @@ def test_every_key_has_a_condition_or_a_proof_that_it_always_counts():
     """The proof is a case of the every-key test, or for a model's key one of tests/model."""
     without = FIELDS.keys() - set(CONDITIONAL)
     assert {name for name in without if not name.startswith("model.")} <= CASES.keys()
-    assert {name for name in without if name.startswith("model.")} == {
+    layers = {f"model.{kind}_layers_per_cycle" for kind in ModelConfig.kinds()}
+    assert {name for name in without if name.startswith("model.")} == (layers & without) | {
         *("model.num_layers", "model.dim", "model.num_heads", "model.vocab_size", "model.max_seq_len"),
-        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings", "model.swa_layers_per_cycle"),
+        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings"),
         *("model.rope_scaling", "model.dropout", "model.z_loss", "model.label_smoothing"),
     }
 

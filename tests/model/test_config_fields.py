@@ -1,4 +1,7 @@
-"""Every field of ModelConfig reaches what it is for. A new field without a case here fails the test."""
+"""Every field of ModelConfig reaches what it is for.
+
+A new field without a case here fails the test; for the keys of a new kind of block one follows from their declarations.
+"""
 
 import dataclasses
 from dataclasses import replace
@@ -65,8 +68,29 @@ def observe(config):
     return {"shapes": shapes, "logits": logits, "loss": loss, "accepts": accepts}
 
 
+KEYS = {
+    field.name: field
+    for field in dataclasses.fields(ModelConfig)
+    if field.name.endswith("_layers_per_cycle") or hasattr(field.metadata["needs"], "kind")
+}
+
+
 def test_every_field_has_a_case():
-    assert set(CASES) == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert CASES.keys() | KEYS.keys() == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@pytest.mark.parametrize("name", sorted(KEYS.keys() - CASES.keys() | {"mla_layers_per_cycle", "num_kv_heads"}))
+def test_every_key_of_a_kind_has_an_effect_by_its_declaration(name):
+    """With another value that the key allows, in a model of this kind alone, something changes."""
+    kind, base = getattr(KEYS[name].metadata["needs"], "kind", None), replace(TINY, num_layers=8)
+    if kind:
+        base = replace(base, **{f"{each}_layers_per_cycle": int(each == kind) for each in ModelConfig.kinds()})
+    values, given = (*KEYS[name].metadata.get("choices", ()), True, 1, 2, 3, 4, 8, 24, 0.5), dataclasses.asdict(base)
+    fitting = [each for each in values if each != given[name] and not ModelConfig.problems(given | {name: each})]
+    assert fitting, f"{name}: needs a case in CASES, because no usual value fits"
+    before, after = observe(base), observe(replace(base, **{name: fitting[0]}))
+    if before["shapes"] == after["shapes"]:
+        assert max((before[aspect] - after[aspect]).abs().max() for aspect in ("logits", "loss")) > 1e-3
 
 
 @pytest.mark.parametrize("field", CASES)

@@ -12,7 +12,7 @@ from torch import nn
 
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX
 from swamla_titan.model import FLAVORS, Block, ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.blocks import BLOCKS, attention_kinds
 from swamla_titan.model.context import SequenceContext
 from swamla_titan.model.feed_forward import FeedForward
 from swamla_titan.model.init import initial_value
@@ -360,7 +360,8 @@ def test_block_takes_a_block_mask_in_a_compiled_graph():
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             ids = (torch.rand(2, 40) < 0.1).cumsum(dim=1)
             plain, starts = model.context(40, ids), document_starts(ids)
-            masks = {kind: block_mask(starts, *BLOCKS[kind].mask(model.config)) for kind in BLOCKS}
+            kinds = attention_kinds(model.config).items()
+            masks = {kind: block_mask(starts, *attention.mask(model.config)) for kind, attention in kinds}
             flex = SequenceContext(
                 {kind: replace(plain[kind], mask=mask, implementation=FLEX) for kind, mask in masks.items()}
             )

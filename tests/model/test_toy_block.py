@@ -1,4 +1,7 @@
-"""A kind of block is one file and one line of the registry: a toy is added to a copy of the package, and trained."""
+"""A kind of block is one file, one line of the registry and its keys: a toy is added to a copy of the package.
+
+There it is trained, and passes the tests of every key: no table of cases beside the package has to know it.
+"""
 
 import shutil
 import subprocess
@@ -17,6 +20,15 @@ from tests.patches import apply_patch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+CHECKS = (
+    "tests/model/toy_block/checks.py",
+    "tests/model/test_config_fields.py::test_every_field_has_a_case",
+    "tests/model/test_config_fields.py::test_every_key_of_a_kind_has_an_effect_by_its_declaration",
+    "tests/model/test_config_fields.py::test_what_keys_say_of_a_kind_is_what_its_class_declares",
+    "tests/config/test_effects.py::test_every_key_has_a_condition_or_a_proof_that_it_always_counts",
+    "tests/config/test_effects.py::"
+    "test_a_key_without_effect_is_refused_with_what_takes_it_away_and_what_to_set[model.toy_heads]",
+)
 
 
 def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path):
@@ -25,7 +37,8 @@ def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     touched = apply_patch(HERE / "toy_block" / "toy.patch", tmp_path)
     assert len(touched) <= 3, touched
-    checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/model/toy_block/checks.py"]
+    assert all(path.startswith("swamla_titan/") for path in touched), touched
+    checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CHECKS]
     ran = subprocess.run(checks, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
@@ -41,8 +54,8 @@ def test_a_kind_that_leaves_a_declaration_out_is_refused_when_it_is_defined():
 
 
 def test_a_kind_without_a_key_for_its_layers_is_refused_by_the_registry():
-    with pytest.raises(TypeError, match=r"toy.*model\.KIND_layers_per_cycle"):
-        registered({"swa": SlidingWindowAttention, "mla": SlidingWindowAttention, "toy": SlidingWindowAttention})
+    with pytest.raises(TypeError, match=r"keyless.*model\.KIND_layers_per_cycle"):
+        registered({"swa": SlidingWindowAttention, "mla": SlidingWindowAttention, "keyless": SlidingWindowAttention})
     with pytest.raises(TypeError, match=r"model\.KIND_layers_per_cycle"):
         registered({"swa": SlidingWindowAttention})
 
