@@ -90,8 +90,8 @@ class SelectiveMLACache(MLACache):
 
     def select(self, scores: Tensor) -> None:
         """What the newest token selects, by the selecting head's scores [B, tokens]."""
-        spared = self.is_first | self.is_newest
-        self.selected[:, : self.used] += scores.relu().masked_fill(spared[:, : self.used], 0)
+        exempt = self.is_first | self.is_newest
+        self.selected[:, : self.used] += scores.relu().masked_fill(exempt[:, : self.used], 0)
 
     def next_mask(self) -> Tensor:
         """As in MLACache, of the slots in use: True, for what was selected without end has no weight."""

@@ -54,6 +54,8 @@ def models(compute_dtype, **changes):
 def test_compiled_blocks_equal_the_reference(compute_dtype, tolerance, documents, changes, backend):
     fast, exact = models(compute_dtype, **changes)
     fast.attention_backend = backend
+    if fast.config.mla_selective:  # it adds roundings up over queries; another head's selection would be 1 off
+        tolerance *= 4
     if backend == "triton":  # all of our kernels
         assert isinstance(fast.context(512)["swa"].mask, WindowRule)
         use_ours(fast, documents, "fused")

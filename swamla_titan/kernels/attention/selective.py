@@ -114,9 +114,12 @@ def selecting_head(
 
 
 def _selected(query: Tensor, key: Tensor, rule: SelectionRule, slab: Slab, scale: float) -> Tensor:
-    """relu(S) of a slab's queries [B, rows, D] and all keys, 0 where nothing is selected: [B, rows, S]."""
-    scores = query @ key.transpose(-2, -1) * scale
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    """relu(S) of a slab's queries [B, rows, D] and all keys, 0 where nothing is selected: [B, rows, S].
+
+    In float32 at least, as the kernels have them: it is added up over queries.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
     return torch.where(_seen(rule, slab, strictly=True), scores.relu(), 0.0)
 
 
@@ -215,7 +218,7 @@ class _Pass:
         sizes: Sequence[int] = (),
         **rest: Any,
     ) -> None:
-        """A kernel for a slab: its own arguments, then what all are told of slab and sizes, in their order."""
+        """A kernel for a slab: its own arguments, then slab and sizes, which all kernels take in this order."""
         _, row, position, rows = self.slabs[number]
         where = self.starts_batch, row, position, rows, self.room, self.row_width, *sizes, self.seq_len, self.scale
         kernel[grid](*own, *where, **self.split._asdict(), **tiles.constants(), **rest)
