@@ -7,13 +7,15 @@ A table's gradient is never a tensor of the table's shape. Each backward pass le
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.model.update_rule import UpdateRule
+
+_ROWS_OF_A_PIECE = 1 << 18
 
 
 class Segments:
@@ -28,7 +30,6 @@ class Segments:
         self.keys, self.order = keys.sort(stable=True)
         begins = torch.ones_like(self.keys, dtype=torch.bool)
         torch.ne(self.keys[1:], self.keys[:-1], out=begins[1:])
-        self.begins = begins
         self.index = begins.cumsum(0) - 1
         self.offsets = torch.searchsorted(self.index, torch.arange(len(keys) + 1, device=keys.device))
 
@@ -41,6 +42,24 @@ class Segments:
         if not len(values):
             return values
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
+
+class Piece(NamedTuple):
+    """Some of the rows [n] that a step looked up, and their gradients [n, width].
+
+    The last row of all is repeated to the end. So what is computed of a row, and written, must be the same each time.
+    `is_idle` [n, 1]: there is nothing to do, because the gradient is zero, as that of padding, or the repetition began
+    in an earlier piece.
+    """
+
+    rows: Tensor
+    gradients: Tensor
+    is_idle: Tensor
+
+    def stays(self, bad: Tensor | None) -> Tensor:
+        """1 for each row [n, 1] that stays as it is, else 0, float32; `bad`: 1 if all do."""
+        is_idle = self.is_idle.float()
+        return is_idle if bad is None else torch.maximum(is_idle, bad)
 
 
 class RowGradient:
@@ -68,28 +87,25 @@ class RowGradient:
         self.segments = Segments(rows)
         self.sums = self.segments.sums(values)
 
-    @property
-    def rows(self) -> Tensor:
-        """The rows of all lookups of a step [N], sorted."""
-        assert self.segments is not None
-        return self.segments.keys
-
-    def by_lookup(self) -> tuple[Tensor, Tensor]:
-        """`rows` [N] and their gradients [N, width]: equal rows have equal gradients."""
-        assert self.sums is not None
-        assert self.segments is not None
-        return self.rows, self.sums[self.segments.index]
-
-    def is_idle(self) -> Tensor:
-        """Whether the gradient of each of `rows` is zero [N, 1], as it is where all that looked it up is padding."""
-        assert self.sums is not None
-        assert self.segments is not None
-        return (self.sums == 0).all(dim=1, keepdim=True)[self.segments.index]
+    def pieces(self) -> Iterator[Piece]:
+        """The rows that were looked up, once each, some at a time so that what is computed of them needs little memory."""
+        if self.sums is None or self.segments is None or not len(self.sums):
+            return
+        segments, last = self.segments, self.segments.index[-1]
+        for begin in range(0, len(self.sums), _ROWS_OF_A_PIECE):
+            numbers = torch.arange(begin, min(begin + _ROWS_OF_A_PIECE, len(self.sums)), device=last.device)
+            numbers = torch.minimum(numbers, last)  # the host does not know how many there are
+            gradients = self.sums[numbers]
+            is_idle = (gradients == 0).all(dim=1, keepdim=True) | (last < begin)
+            yield Piece(segments.keys[segments.offsets[numbers]], gradients, is_idle)
 
     def dense(self, rows: int) -> Tensor:
         """The gradient as a tensor [rows, width], of the `rows` that are on this rank."""
-        own, gradients = self.by_lookup()
-        return gradients.new_zeros(rows, gradients.shape[1]).index_copy_(0, own, gradients)
+        assert self.sums is not None
+        dense = self.sums.new_zeros(rows, self.sums.shape[1])
+        for piece in self.pieces():
+            dense.index_copy_(0, piece.rows, piece.gradients)
+        return dense
 
     def clear(self) -> None:
         """Forget the gradient."""

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices
-from swamla_titan.model.row_table import RowGradient, row_tables
+from swamla_titan.model.row_table import Piece, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -90,41 +90,31 @@ class GroupedOptimizer(torch.optim.Optimizer):
             table.gradient.clear()
 
     def _adam_of_tables(self, group: dict[str, Any]) -> None:
-        """Of those that this rank has looked rows up in, or other ranks in its rows."""
+        """Of those in which this rank has looked rows up, or other ranks this rank's rows."""
         is_lazy = group["kind"].rule == "rows"
         for parameter in group["params"]:
-            table = self.tables[parameter]
-            if table.gradient.sums is None:
+            gradient, state = self.tables[parameter].gradient, self.state[parameter]
+            if gradient.sums is None:
                 continue
-            stays = self._rows_that_stay(table.gradient)
             if is_lazy:
-                self._adam_of_rows(group, parameter, table.gradient, stays)
+                self._advance([state["step"]])
             else:
                 self._adamw(group, [parameter])
-            self._mark_touched(self.state[parameter], table.gradient.rows, stays)
+            for piece in gradient.pieces():
+                stays = piece.stays(self.found_inf)
+                if is_lazy:
+                    self._adam_of_rows(group, parameter, piece, stays)
+                touched = local(state["touched"])
+                touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
 
-    def _rows_that_stay(self, gradient: RowGradient) -> Tensor:
-        """Of each look-up [N, 1], float32: 1 if the step is bad, or if the row has no gradient, as of padding."""
-        is_idle = gradient.is_idle().float()
-        return is_idle if self.found_inf is None else torch.maximum(is_idle, self.found_inf)
-
-    def _adam_of_rows(
-        self, group: dict[str, Any], parameter: nn.Parameter, gradient: RowGradient, stays: Tensor
-    ) -> None:
-        """Rows may repeat, with equal gradients: each is then computed, and written, as often, with equal results."""
-        state, (rows, gradients) = self.state[parameter], gradient.by_lookup()
+    def _adam_of_rows(self, group: dict[str, Any], parameter: nn.Parameter, piece: Piece, stays: Tensor) -> None:
+        state = self.state[parameter]
         held = [local(each).detach() for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-        weight, *moments = moved = [each[rows] for each in held]
-        self._advance([state["step"]])
-        if len(rows):
-            factors = self._factors_of_adamw(group, rows.device, stays)
-            self._updates["adamw"](weight, gradients, state["step"], [[each] for each in moments], *factors)
-            for each, values in zip(held, moved):
-                each.index_copy_(0, rows, values)
-
-    def _mark_touched(self, state: dict[str, Tensor], rows: Tensor, stays: Tensor) -> None:
-        touched, now = local(state["touched"]), state["step"].int()
-        touched.index_copy_(0, rows, torch.where(stays > 0, touched[rows], now))
+        weight, *moments = moved = [each[piece.rows] for each in held]
+        factors = self._factors_of_adamw(group, weight.device, stays)
+        self._updates["adamw"](weight, piece.gradients, state["step"], [[each] for each in moments], *factors)
+        for each, values in zip(held, moved):
+            each.index_copy_(0, piece.rows, values)
 
     def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         """torch's kernel: few launches for all, and 32 bytes per element when it clips, where ours has 28."""

@@ -50,11 +50,10 @@ class RowAverage:
     def before_update(self, bad: Tensor | None) -> None:
         """Bring up to date the rows whose weights the optimizer is about to change; not where the scalar `bad` is 1."""
         gradient = self._table.gradient
-        if gradient.sums is None:
-            return
         if self._lazy:
-            self._bring_up_to_date(gradient.rows, bad)
-        else:
+            for piece in gradient.pieces():
+                self._bring_up_to_date(piece.rows, piece.stays(bad))
+        elif gradient.sums is not None:
             for rows in _blocks(local(self.mean)):
                 self._bring_up_to_date(rows, bad)
 

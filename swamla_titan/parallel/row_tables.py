@@ -108,7 +108,7 @@ class ShardedRows(LocalRows):
             on_host.copy_(counts, non_blocking=True)
         self._stream.synchronize()
         now.wait_stream(self._stream)
-        for each in (segments.keys, segments.order, segments.index, segments.offsets, segments.begins):
+        for each in (segments.keys, segments.order, segments.index, segments.offsets):
             each.record_stream(now)
         sent, received = on_host.tolist()
         return _Request(segments, sent, received)

@@ -78,6 +78,24 @@ def test_value_and_gradient_are_those_of_an_embedding_and_no_dense_gradient_is_m
     torch.testing.assert_close(norm, reference(table.weight, *indices).norm())
 
 
+@pytest.mark.parametrize("size", [1, 3, 7, 1 << 18])
+def test_pieces_hold_each_row_once_until_the_last_is_repeated_idly(size, monkeypatch):
+    monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", size)
+    _, table = with_table()
+    indices = torch.tensor([7, 7, 3, 9, 3, 7, 20, 7])
+    backward(table, indices)
+    expected, seen = reference(table.weight, indices), set()
+    for piece in table.gradient.pieces():
+        assert len(piece.rows) <= size
+        of_piece = set()
+        for row, gradient, is_idle in zip(piece.rows.tolist(), piece.gradients, piece.is_idle):
+            torch.testing.assert_close(gradient, expected[row])
+            assert is_idle.item() == (row in seen)
+            of_piece.add(row)
+        seen |= of_piece
+    assert seen == {3, 7, 9, 20}
+
+
 def test_rows_are_given_in_the_dtype_asked_for_and_gradients_are_summed_in_float32():
     _, table = with_table()
     indices = torch.zeros(512, dtype=torch.int64)
@@ -96,7 +114,9 @@ def test_sums_by_row_have_the_same_bits_whatever_the_order_of_the_others():
     assert whole[len(rows.unique()) :].count_nonzero() == 0
 
 
-def test_lazy_adam_is_torch_sparse_adam():
+@pytest.mark.parametrize("piece", [4, 1 << 18])
+def test_lazy_adam_is_torch_sparse_adam(piece, monkeypatch):
+    monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", piece)
     model, table = with_table()
     optimizer, weight = optimizer_of(model, beta2=0.99), nn.Parameter(table.weight.detach().clone())
     other = torch.optim.SparseAdam([weight], lr=5 * LR, betas=(0.9, 0.99))
@@ -294,7 +314,9 @@ def test_compiled_adam_moves_rows_as_eager_adam_does_and_is_compiled_once_for_an
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy):
+@pytest.mark.parametrize("piece", [4, 1 << 18])
+def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy, piece, monkeypatch):
+    monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", piece)
     model, table = with_table()
     optimizer, average = optimizer_of(model, lazy_tables=lazy), AveragedWeights([model], 0.8, lazy_tables=lazy)
     average.restart()
