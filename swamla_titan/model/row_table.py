@@ -88,7 +88,7 @@ class RowGradient:
         self.sums = self.segments.sums(values)
 
     def pieces(self) -> Iterator[Piece]:
-        """The rows that were looked up, once each, some at a time so that what is computed of them needs little memory."""
+        """The rows that were looked up, once each, some at a time so that what is computed of them is small."""
         if self.sums is None or self.segments is None or not len(self.sums):
             return
         segments, last = self.segments, self.segments.index[-1]
