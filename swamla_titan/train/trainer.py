@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run: from its setup to the last step; every rank has one."""
+    """One run: from its setup to the last step; every rank has one.
+
+    Its loop asks policies directly too: `bad_steps` (to rewind, end, save), `unreadable` (skipped data), `throughput`.
+    """
 
     def __init__(self, setup: Setup, stop: StopRequest, watchdog: Watchdog, hold: Hold | None = None) -> None:
         """Build the model, and then what writes to the dump folder. `hold`: of this folder, on the rank that holds it.
@@ -44,8 +47,7 @@ class Trainer:
         out damaged and an older one may be intact.
         """
         self.setup, self.config, self.world = setup, setup.config, setup.world
-        self.stop, self.hold = stop, hold
-        self.folder = Path(self.config.job.dump_folder)
+        self.stop, self.hold, self.folder = stop, hold, Path(self.config.job.dump_folder)
         if hold:
             setup.checkpoints.may_write = hold.require
         start = setup.train_state

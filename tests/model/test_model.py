@@ -352,6 +352,7 @@ def test_block_takes_a_block_mask_in_a_compiled_graph():
     from swamla_titan.kernels.attention.masks import block_mask, document_starts
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = build(num_layers=2, swa_layers_per_cycle=1).requires_grad_(False)
     compiled = {name: torch.compile(block, backend="eager", fullgraph=True) for name, block in model.blocks.items()}
     x = torch.randn(2, 40, 32, dtype=torch.float64)
@@ -367,6 +368,8 @@ def test_block_takes_a_block_mask_in_a_compiled_graph():
             )
             for name, block in model.blocks.items():
                 torch.testing.assert_close(compiled[name](x, flex), block(x, plain))
+        # One graph for each kind of block, all of them in the first step.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(compiled)
 
 
 def test_debug_flavor_learns():
