@@ -162,7 +162,7 @@ class LatentAttention(Attention):
     @classmethod
     def projections(cls, config: ModelConfig) -> Projections:
         """As in Attention."""
-        return Projections("latent", config.qk_rope_head_dim, "model.mla_selective" if config.mla_selective else None)
+        return Projections("latent", config.qk_rope_head_dim)
 
     @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:

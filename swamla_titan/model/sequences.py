@@ -64,4 +64,4 @@ def attention_request(
 ) -> Request:
     """What a kind of attention asks of its kernels over sequences of `seq_len` tokens; the fields of Request."""
     heads, mask, selects = attention.heads(config), attention.mask(config), attention.selection_head(config) is not None
-    return Request(device, dtype, heads, mask, seq_len, has_documents, chunk, projections, selects)
+    return Request(device, dtype, heads, mask, seq_len, has_documents, projections, selects, chunk)

@@ -77,7 +77,7 @@ def attention_summary(choices: Mapping[str, Choice]) -> str:
     """What computes the attention of each kind of block, in words."""
 
     def by(implementation: Implementation) -> str:
-        return f"{implementation.label}, selective" if implementation.selects else implementation.label
+        return f"{implementation.label}, selective" if "selects" in implementation.knows else implementation.label
 
     return ", ".join(f"{kind.upper()} by {by(choice.implementation)}" for kind, choice in choices.items())
 

@@ -1,6 +1,6 @@
 """The choice of an implementation: one is taken, and each other one has a reason."""
 
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from swamla_titan.kernels.attention.dispatch import (
     Projections,
     Request,
     choose,
+    fact,
 )
 from swamla_titan.kernels.attention.masks import MaskSpec
 
@@ -40,7 +41,7 @@ def _gpu(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"has_documents": True}, {"chunk": 256}, {"device": torch.device("cpu")}])
 def test_one_is_taken_and_every_other_one_has_a_reason(request_, changes, asked):
     choice = choose(replace(request_, **changes), asked)
-    names = {each.name for each in IMPLEMENTATIONS if not each.selects}
+    names = {each.name for each in IMPLEMENTATIONS}
     assert choice.why_not.keys() == names - {choice.implementation.name}
     assert all(choice.why_not.values())
     assert asked in choice.implementation.asked_by
@@ -54,7 +55,7 @@ def test_what_selects_is_taken_by_implementations_of_that_alone(changes, asked):
     by_triton = asked in ("auto", "triton") and request.device.type == "cuda"
     assert choice.implementation is (SELECTIVE if by_triton else SELECTIVE_REFERENCE)
     assert choice.form == "selection"
-    others = [each.name for each in IMPLEMENTATIONS if not each.selects]
+    others = [each.name for each in IMPLEMENTATIONS if each not in (SELECTIVE, SELECTIVE_REFERENCE)]
     assert {choice.why_not[name] for name in others} == {"model.mla_selective"}
     if not by_triton:
         assert choice.why_not[SELECTIVE.name] in ("needs a GPU", f"attention by {asked}")
@@ -134,6 +135,38 @@ def test_the_rotation_is_fused_where_an_implementation_takes_it(request_, asked,
     assert choice.why_not_fused == why
     fusable = {each.name for each in FUSED if each.layout == request_.projections.layout}
     assert fusable - {fused} <= choice.why_not.keys()
+
+
+@dataclass(frozen=True)
+class Capped(Request):
+    """A request with a fact that no implementation knows."""
+
+    cap: float = fact("model.cap", default=0.0)
+
+
+class CappedReference(type(dispatch.REFERENCE)):
+    name, asked_by, knows = "reference, capped", ATTENTION_BACKENDS, frozenset({"cap"})
+
+
+@pytest.mark.parametrize("asked", ATTENTION_BACKENDS)
+@pytest.mark.parametrize("request_", [WINDOW, CAUSAL], ids=["window", "causal"])
+@pytest.mark.parametrize("projections", [QKV, LATENT])
+def test_a_fact_that_an_implementation_does_not_know_is_refused(monkeypatch, request_, asked, projections):
+    capped = Capped(**{each.name: getattr(request_, each.name) for each in fields(Request)}, cap=30.0)
+    capped = replace(capped, projections=projections)
+    with pytest.raises(AssertionError, match="no implementation knows cap"):
+        choose(capped, asked)
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", [*IMPLEMENTATIONS, CappedReference()])
+    choice = choose(capped, asked)
+    assert (choice.implementation.name, choice.form, choice.fused) == ("reference, capped", "boolean", None)
+    assert set(choice.why_not.values()) == {"model.cap"}
+    usual = choose(replace(capped, cap=0.0), asked)
+    assert usual.implementation is choose(request_, asked).implementation
+
+
+def test_every_optional_field_of_a_request_is_a_fact_or_an_offer():
+    optional = [each.name for each in fields(Request) if each.default is not MISSING]
+    assert optional == ["projections", *replace(WINDOW, selects=True, chunk=256).facts]
 
 
 def test_what_is_not_timed_on_a_device_is_taken_only_when_asked_for(monkeypatch):

@@ -5,8 +5,8 @@ Each is one entry, a subclass of Implementation; those that rotate queries and k
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -80,16 +80,21 @@ class Projections(NamedTuple):
     why_apart: str | None = None
 
 
+def fact(refusal: str, default: object = None) -> Any:
+    """A field of Request; one that is not the default is refused, in these words, by entries that do not know it."""
+    return field(default=default, metadata={"refusal": refusal})
+
+
 @dataclass(frozen=True)
 class Request:
     """What a kind of block asks of attention: everything that the choice depends on.
 
-    `chunk`: under context parallelism a device has two chunks of each sequence of this length; None: full sequences.
     `projections` None: implementations with the rotation are not asked for. `selects`: a head masks keys for all heads
-    (selective.py).
+    (selective.py). `chunk`: under context parallelism a device has two chunks of each sequence of this length; None:
+    full sequences.
 
-    To add a fact: a field here, which attention_request (model/sequences.py) fills in, and its refusal in `_why_not`
-    for entries that do not know it.
+    To add what a request may say: a `fact` here, which attention_request (model/sequences.py) fills in, and its name
+    in `knows` of the entries that take it.
     """
 
     device: torch.device
@@ -98,9 +103,17 @@ class Request:
     mask: MaskSpec
     seq_len: int
     has_documents: bool
-    chunk: int | None = None
     projections: Projections | None = None
-    selects: bool = False
+    selects: bool = fact("model.mla_selective", default=False)
+    chunk: int | None = fact("parallel.context")
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """The names of facts that are not the default, with the words of their refusal."""
+        found = [
+            each for each in fields(self) if "refusal" in each.metadata and getattr(self, each.name) != each.default
+        ]
+        return {each.name: each.metadata["refusal"] for each in found}
 
     @property
     def is_plainly_causal(self) -> bool:
@@ -108,7 +121,7 @@ class Request:
 
         A sequence of one token never needs one: it sees itself, which is a shape less for the kernels with masks.
         """
-        if self.chunk is not None or self.selects:
+        if self.facts:
             return False
         window = self.mask.window
         return self.seq_len == 1 or (not self.has_documents and (window is None or window >= self.seq_len))
@@ -117,14 +130,14 @@ class Request:
 class Entry(ABC):
     """What the choice reads of an implementation.
 
-    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it; `selects` whether
-    it is for selective attention, and for nothing else.
+    `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it; `knows` are the
+    facts of a request that it takes into account: `why_not` and `is_timed` are asked of requests without others.
     """
 
     name: str
     label: str
     asked_by: tuple[AttentionBackend, ...]
-    selects = False
+    knows: frozenset[str] = frozenset()
 
     def why_not(self, request: Request) -> str | None:
         """What keeps it from the request, or None."""
@@ -157,11 +170,13 @@ class Implementation(Entry):
 class SelectiveImplementation(Implementation):
     """One way to compute selective attention; its mask is a Selection."""
 
-    selects = True
+    knows = frozenset({"selects", "chunk"})
     form: MaskForm = "selection"
 
     def why_not(self, request: Request) -> str | None:
         """As in Entry."""
+        if not request.selects:
+            return "no head that selects"
         window = request.mask.window
         return None if window is None else f"a window of {window} tokens"
 
@@ -222,10 +237,8 @@ def choose(request: Request, asked: AttentionBackend) -> Choice:
     if asked not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend {asked!r}: expected one of {', '.join(ATTENTION_BACKENDS)}")
     reasons: dict[str, str] = {}
-    # Where nothing is selected, no word is lost on implementations of that alone.
-    entries = [each for each in IMPLEMENTATIONS if request.selects or not each.selects]
-    taken = _first(entries, request, asked, reasons)
-    assert taken is not None, "SDPA and the reference take everything"
+    taken = _first(IMPLEMENTATIONS, request, asked, reasons)
+    assert taken is not None, f"no implementation knows {' and '.join(request.facts)}"
     form: MaskForm = "none" if request.is_plainly_causal else taken.form
     layout = request.projections and request.projections.layout
     fused = _first([each for each in FUSED if each.layout == layout], request, asked, reasons)
@@ -249,8 +262,8 @@ def _first(entries: Sequence[_E], request: Request, asked: AttentionBackend, rea
 
 
 def _why_not(entry: Entry, request: Request, asked: AttentionBackend) -> str | None:
-    if request.selects and isinstance(entry, Implementation) and not entry.selects:
-        return "model.mla_selective"
+    if unknown := [refusal for name, refusal in request.facts.items() if name not in entry.knows]:
+        return unknown[0]
     if asked not in entry.asked_by:
         return f"attention by {asked}"
     if why := entry.why_not(request):
@@ -279,6 +292,7 @@ class _SDPA(Implementation):
     """Any mask, as booleans."""
 
     name, label, asked_by = "sdpa, masked", "sdpa", _ALL_FAST
+    knows = frozenset({"chunk"})
     form: MaskForm = "boolean"
     # Its plain path, for shapes that no kernel takes, is no operator of its own: its results include T x T scores.
     operators = (
@@ -299,10 +313,9 @@ class _Causal(_SDPA):
     """Causal, one document a sequence, by SDPA's causal kernels; cuDNN first on CUDA."""
 
     name, label, asked_by, form = "sdpa, causal", "sdpa, causal", _ALL_FAST, "none"
+    knows = frozenset()
 
     def why_not(self, request: Request) -> str | None:
-        if request.chunk is not None:
-            return "parallel.context"
         if request.is_plainly_causal:
             return None
         return "data.document_mask" if request.has_documents else f"a window of {request.mask.window} tokens"
@@ -312,6 +325,7 @@ class _Chunked(Implementation):
     """Causal, one document a sequence, for chunks of it: by cuDNN, chunk by chunk (CUDA)."""
 
     name, label, asked_by, form = "cudnn, causal by chunks", "cudnn, causal by chunks", _MASKED, "chunks"
+    knows = frozenset({"chunk"})
     operators = (torch.ops.swamla_titan.chunked_causal_attention.default,)
 
     def why_not(self, request: Request) -> str | None:
@@ -339,8 +353,7 @@ class _Window(Implementation):
             return "no window"
         if request.heads.qk_width != request.heads.v_width:
             return "values of another width than keys"
-        why = why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
-        return why or ("parallel.context" if request.chunk is not None else None)
+        return why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
 
     def is_timed(self, request: Request) -> bool:
         return is_tuned_for(request.device, request.dtype)
@@ -360,8 +373,7 @@ class _Document(Implementation):
         if request.mask.window is not None:
             return f"a window of {request.mask.window} tokens"
         widths = request.heads.qk_width, request.heads.v_width
-        why = why_not_document_kernel(request.device, request.dtype, *widths) or _why_not_grouped(request.heads)
-        return why or ("parallel.context" if request.chunk is not None else None)
+        return why_not_document_kernel(request.device, request.dtype, *widths) or _why_not_grouped(request.heads)
 
     def is_timed(self, request: Request) -> bool:
         widths = request.heads.qk_width, request.heads.v_width
@@ -380,6 +392,7 @@ class _Flex(Implementation):
     """
 
     name, label, asked_by, form = "flex", "flex", _MASKED, "block"
+    knows = frozenset({"chunk"})
     operators = (torch.ops.higher_order.flex_attention,)
 
     def why_not(self, request: Request) -> str | None:
@@ -398,6 +411,7 @@ class _Reference(Implementation):
     """Any mask, as booleans: scores, softmax, average, written down."""
 
     name, label, asked_by, form = "reference", "reference", ("reference",), "boolean"
+    knows = frozenset({"chunk"})
     operators = ()
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -462,6 +476,7 @@ class _RotaryWindow(FusedImplementation):
 
     name, label, asked_by = "triton, windows with their rotation", "triton", ATTENTION_BACKENDS
     layout, over = "qkv", frozenset({WINDOW.name})
+    knows = frozenset({"chunk"})  # WINDOW does not, so no pass over chunks comes here
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
@@ -484,8 +499,6 @@ class _Latent(FusedImplementation):
     def _why_not_heads(self, request: Request) -> str | None:
         if why := super().why_not(request):
             return why
-        if request.chunk is not None:
-            return "parallel.context"
         assert request.projections is not None
         width = request.heads.qk_width - request.projections.rotary_width
         if width % _ALIGNED:
