@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import REFERENCE, SDPA
+from swamla_titan.kernels.attention.dispatch import for_decoding
+from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.branch import Attention, AttentionCache, Clock
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import AttentionContext, SequenceContext, TokenContext, rotation_at
@@ -68,8 +69,10 @@ class DecodeCache:
             self.clock.starts.copy_(seq_len - lengths)
         self.clock.length = seq_len
 
-    def next_context(self, reference: bool) -> SequenceContext:
+    def next_context(self, asked: AttentionBackend) -> SequenceContext:
         """The context of the next token of each sequence, under masks over the caches' slots.
+
+        `asked`: the model's attention_backend.
 
         Raises ValueError when the cache is full.
         """
@@ -80,7 +83,7 @@ class DecodeCache:
             raise ValueError(
                 f"the cache is full: {self.max_tokens} tokens per sequence; make it with a larger max_tokens"
             )
-        positions, implementation = time - starts, REFERENCE if reference else SDPA  # positions: [B, 1]
+        positions, (_, implementation) = time - starts, for_decoding(asked)  # positions: [B, 1]
 
         def of_layer(layer: str) -> TokenContext:
             mixer = self.blocks[layer].attention

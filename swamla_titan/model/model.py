@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import Block
@@ -155,9 +156,9 @@ class SWAMLAModel(nn.Module):
         self._require_decoding()
         self._check(tokens, None, None)
         cache.start(tokens, lengths)
-        # The padding is a document of its own. Boolean masks: each prompt length would compile a flex kernel.
+        # The padding is a document of its own.
         real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
-        backend: AttentionBackend = "reference" if self.attention_backend == "reference" else "sdpa"
+        backend, _ = for_decoding(self.attention_backend)
         shape = self.config, tokens.shape[1]
         context = FullSequences().context(*shape, real, self.device, self.activation_dtype, backend)
         x = self.embed(tokens)
@@ -175,7 +176,7 @@ class SWAMLAModel(nn.Module):
             raise ValueError(
                 f"tokens {tuple(tokens.shape)}: decode takes one per sequence, ({cache.clock.starts.shape[0]}, 1)"
             )
-        context = cache.next_context(reference=self.attention_backend == "reference")
+        context = cache.next_context(self.attention_backend)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)

@@ -198,7 +198,7 @@ def test_decoding_s_rotations_are_float32_under_bfloat16_activations():
     model.compute_dtype = torch.bfloat16
     cache = DecodeCache(model, 1, 10)
     model.prefill(random_tokens(1, 5), cache)
-    following = cache.next_context(reference=False)
+    following = cache.next_context("auto")
     for kind in ("swa", "mla"):
         rotation = following[kind].rotation
         assert rotation.cos.dtype == rotation.sin.dtype == torch.float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
+from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, for_decoding
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.mla import MLACache
 from swamla_titan.model.swa import SWACache
@@ -62,6 +63,26 @@ def test_bfloat16_activations_stay_near():
     model.init_weights(3)
     model.compute_dtype = torch.bfloat16
     assert largest_difference(model) < 0.02  # the logits are of size 0.3; bfloat16 has 3 digits
+
+
+@pytest.mark.parametrize("asked", ATTENTION_BACKENDS)
+def test_decoding_is_by_the_implementation_that_the_dispatcher_names(monkeypatch, asked):
+    backend, implementation = for_decoding(asked)
+    assert (implementation.label, implementation.form) == (backend, "boolean")
+    assert asked in implementation.asked_by
+    calls, real = [], type(implementation).call
+
+    def call(self, query, key, value, mask, scale):
+        calls.append(mask.dtype)
+        return real(self, query, key, value, mask, scale)
+
+    monkeypatch.setattr(type(implementation), "call", call)
+    model = build(**ALL_SWA)
+    model.attention_backend = asked
+    cache = DecodeCache(model, 2, 30)
+    model.prefill(random_tokens(2, 4), cache)
+    model.decode(random_tokens(2, 1), cache)
+    assert calls == [torch.bool] * 2 * len(model.blocks)
 
 
 def test_a_cache_can_be_used_again():

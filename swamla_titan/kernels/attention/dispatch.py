@@ -530,6 +530,14 @@ ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS = _RotaryWindow(), _Latent(), _LatentDoc
 FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS]
 
 
+def for_decoding(asked: AttentionBackend) -> tuple[AttentionBackend, Implementation]:
+    """What to ask `choose` for over prompts, and what attends to a cache's slots, in a model that trains by `asked`.
+
+    Both take boolean masks: no kernel of ours knows of slots, and FlexAttention would compile for each prompt's length.
+    """
+    return ("reference", REFERENCE) if asked == "reference" else ("sdpa", SDPA)
+
+
 def sdpa_backends(queries: int, keys: int, is_masked: bool) -> list[SDPBackend]:
     """What SDPA may take on a GPU, best first; the last takes everything."""
     return _CUDA_BACKENDS if why_not_cudnn(queries, keys, is_masked) is None else _CUDA_BACKENDS[1:]
