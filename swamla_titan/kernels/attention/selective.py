@@ -86,9 +86,8 @@ def reference_selective_attention(
         if slab.position == rule.chunks[slab.chunk]:
             total = None if selection.before is None else selection.before[:, slab.chunk]
         selected = _selected(by[0][:, at], by[1], rule, slab, scale)  # [B, rows, S]
-        sums = selected.cumsum(dim=1)
-        bias = sums - selected if total is None else sums - selected + total[:, None]
-        total = sums[:, -1] if total is None else sums[:, -1] + total
+        bias = _earlier(selected) if total is None else _earlier(selected) + total[:, None]
+        total = bias[:, -1] + selected[:, -1]
         scores = (query[:, :, at] @ key.transpose(-2, -1) * scale).to(bias.dtype) - bias[:, None]
         scores = scores.masked_fill(~_seen(rule, slab)[:, None], float("-inf"))
         outs.append(scores.softmax(dim=-1).to(value.dtype) @ value)
@@ -121,6 +120,16 @@ def _selected(query: Tensor, key: Tensor, rule: SelectionRule, slab: Slab, scale
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
     return torch.where(_seen(rule, slab, strictly=True), scores.relu(), 0.0)
+
+
+def _earlier(selected: Tensor) -> Tensor:
+    """The sum over earlier queries, of something [B, rows, S] for each query."""
+    if not selected.is_cuda:
+        return selected.cumsum(dim=1) - selected
+    # A GPU's cumsum is refused under deterministic algorithms; matmuls in float64 know no TF32.
+    rows = selected.shape[1]
+    earlier = torch.ones(rows, rows, dtype=torch.float64, device=selected.device).tril(-1)
+    return (earlier @ selected.double()).to(selected.dtype)
 
 
 def _seen(rule: SelectionRule, slab: Slab, strictly: bool = False) -> Tensor:
