@@ -109,7 +109,7 @@ def _attention(config: Config) -> Iterator[Contradiction]:
     elif not masked:
         yield Contradiction(
             (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
-            f'"{asked}" is for windows and documents, and no row has any here: use "auto"',
+            f'"{asked}" is for windows and documents, and no sequence has any here: use "auto"',
         )
     elif asked == "triton":
         limits = [[*_limits(config, kind)] for kind in masked]
@@ -135,7 +135,7 @@ def _limits(config: Config, kind: str) -> Iterator[Contradiction]:
     if config.parallel.context > 1 and not _selects(config.model, kind):
         yield Contradiction(
             ("kernels.attention", "parallel.context"),
-            '"triton" wants whole rows on each rank: use "flex" or "auto" with context parallelism',
+            '"triton" wants full sequences on each rank: use "flex" or "auto" with context parallelism',
         )
     elif config.model.quantities("window", kind):
         yield from _window_kernel(config.model, kind)

@@ -476,7 +476,7 @@ class _RotaryWindow(FusedImplementation):
 
     name, label, asked_by = "triton, windows with their rotation", "triton", ATTENTION_BACKENDS
     layout, over = "qkv", frozenset({WINDOW.name})
-    knows = frozenset({"chunk"})  # WINDOW does not, so no pass over chunks comes here
+    knows = frozenset({"chunk"})  # WINDOW does not, so chunks never come here
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
