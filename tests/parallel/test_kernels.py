@@ -146,6 +146,7 @@ def test_without_cudnn_mla_rotates_apart():
         (WIDE, "sdpa", "SWA by torch (attention by sdpa) and MLA by torch (attention by sdpa)"),
         (WIDE, "reference", "SWA by torch (attention by reference) and MLA by torch (attention by reference)"),
         (replace(WIDE, swa_layers_per_cycle=0), "auto", "MLA by triton"),
+        (replace(WIDE, mla_selective=True), "auto", "SWA by triton and MLA by torch (model.mla_selective)"),
     ],
 )
 def test_what_is_said_of_it(monkeypatch, model, attention, said):
@@ -165,6 +166,14 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     assert summary(native) == f"SwiGLU with its cast to float8, rotation of {said}"
     assert summary(replace(config, kernels=Kernels(attention=attention))) == summary(config)
     assert summary(replace(config, kernels=Kernels(pointwise="plain"))) is None
+
+
+def test_summaries_say_that_attention_is_selective(monkeypatch):
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    config = Config(model=replace(WIDE, mla_selective=True))
+    for device, said in (("cuda", "SWA by triton, MLA by triton, selective"), ("cpu", "MLA by reference, selective")):
+        assert kernels.attention_summary(attention_choices(config, torch.device(device))).endswith(said)
 
 
 @pytest.mark.parametrize("device, triton", [("cpu", True), ("cuda", False)])
