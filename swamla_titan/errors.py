@@ -5,7 +5,7 @@ from swamla_titan.escaping import one_line
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command again to go on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command again to continue
 EXIT_RE_RENDEZVOUS = 76  # of a worker stopped for a re-rendezvous; the agent starts it again
 
 
@@ -43,11 +43,11 @@ class UnknownGroup(UserError):
 
 
 class RunFailed(Message):
-    """The run cannot go on for a reason that is not the user's input; printed alone, exit code 1.
+    """The run cannot continue for a reason that is not the user's input; printed alone, exit code 1.
 
     In a job of several processes all of them raise it, at the same place.
     """
 
 
 class RankFailed(RunFailed):
-    """Likewise, of this process alone: the others cannot be told, and end because the launcher sees it end."""
+    """Likewise, of this process alone: the others cannot be notified, and end because the launcher sees it end."""

@@ -1,11 +1,11 @@
 """Context parallelism: several ranks share each sequence, which may be longer than one GPU has memory for.
 
 All ranks of a context group are given the same full sequences, and each computes its own chunks of them
-(sequence_layout.py). Blocks work on single tokens but for attention, where
-- MLA gathers what decoding would keep, the latent and the rotary key of each token, and not keys and values: with the
-  default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence. Selective
-  attention gathers what each chunk's queries selected of each key, a sum for each chunk and key, as well.
-- SWA exchanges the windows' halos and the sinks (`exchange_windows`), however long the sequence is.
+(sequence_layout.py). Blocks work on single tokens but for attention, whose `key_exchange` is
+- "gather": what decoding would keep is gathered, as MLA's latent and rotary key of each token, not keys and values:
+  with the default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence.
+  Selective attention gathers what each chunk's queries selected of each key, a sum for each chunk and key, as well.
+- "halo": the windows' halos and the sinks are exchanged (`exchange_windows`), however long the sequence is.
 Gradients of parameters are then sums over the rank's own tokens; whoever averages gradients adds them up over the
 group.
 
