@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 
@@ -85,16 +86,22 @@ def when_either(*parts: Condition) -> Condition:
 
 def has_effect(config: Any, name: str) -> bool:
     """Whether the key `section.key` has an effect, by the condition that is declared beside it."""
-    section, _, key = name.partition(".")
-    fields = {field.name: field for field in dataclasses.fields(getattr(config, section))}
+    section, _, key = name.rpartition(".")
+    fields = {field.name: field for field in dataclasses.fields(value_at(config, section))}
     needs = fields[key].metadata["needs"]
     return needs is None or not needs.obstacles(config)
 
 
 def value_at(config: Any, name: str) -> Any:
-    """The value of `section.key`."""
-    section, _, key = name.partition(".")
-    return getattr(getattr(config, section), key)
+    """The value of `section.key`, or a section; a section within another has a dotted name."""
+    return reduce(getattr, name.split("."), config)
+
+
+def replace_at(config: Any, name: str, value: Any) -> Any:
+    """The configuration with another value of `section.key`."""
+    first, _, rest = name.partition(".")
+    changed = replace_at(getattr(config, first), rest, value) if rest else value
+    return dataclasses.replace(config, **{first: changed})
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from swamla_titan.conditions import Condition
 
 TABLE = dict[str, float]
+INTEGERS = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Any]], "str | None"]
 """(value, all values of the section by name) -> what is wrong with the value beside the others, None: nothing."""
 
@@ -39,10 +40,10 @@ def key(
     """A dataclass field with its meaning and its allowed values.
 
     `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. `choices`
-    lists every allowed value. The numbers of a table (`dict[str, float]`) are each checked like a number. `needs` says
-    when the setting has an effect, None: always. `rule` holds it against other values. `quantity` says what a number
-    is, for rules that know no key by its name. `path`: a string that names a file or folder. `any_text`: a string that
-    may hold control characters.
+    lists every allowed value. The numbers of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) are each
+    checked like a number. `needs` says when the setting has an effect, None: always. `rule` holds it against other
+    values. `quantity` says what a number is, for rules that know no key by its name. `path`: a string that names a file
+    or folder. `any_text`: a string that may hold control characters.
     """
     bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
     metadata: dict[str, Any] = {"doc": doc, "needs": needs, "path": path, "any_text": any_text}
@@ -54,7 +55,26 @@ def key(
 
 
 def field_types(cls: type) -> dict[str, type]:
-    """Name -> type (`int`, `float`, `bool`, `str` or `dict[str, float]`) of a dataclass made with `key`."""
+    """Name -> type (`int`, `float`, `bool`, `str`, TABLE or INTEGERS) of the settings of a dataclass."""
+    return {name: kind for name, kind in _types(cls).items() if not dataclasses.is_dataclass(kind)}
+
+
+def sections(cls: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> dataclass of every field of a dataclass that is one itself, and of theirs, in order."""
+    found: dict[str, type] = {}
+    for name, kind in _types(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= {prefix + name: kind} | sections(kind, f"{prefix}{name}.")
+    return found
+
+
+def settings(cls: type) -> "dict[str, dataclasses.Field[Any]]":
+    """Name -> field of the settings of a dataclass; its sections are not among them."""
+    types = field_types(cls)
+    return {field.name: field for field in dataclasses.fields(cls) if field.name in types}
+
+
+def _types(cls: type) -> dict[str, type]:
     hints = get_type_hints(cls)
     return {field.name: _value_type(hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -78,6 +98,7 @@ def expectation(field: "dataclasses.Field[Any]", kind: type) -> str:
         bool: "true or false",
         str: "a string",
         TABLE: "a table of numbers",
+        INTEGERS: "a list of whole numbers",
     }[kind]
     signs = {"minimum": ">=", "maximum": "<=", "above": ">", "below": "<"}
     parts = [f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits]
@@ -94,6 +115,10 @@ def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> st
         fits = isinstance(value, dict) and all(value_problem(field, float, each) is None for each in value.values())
         if fits and (problem := _table_problem(value)):
             return problem
+    elif kind == INTEGERS:
+        fits = isinstance(value, (list, tuple)) and all(value_problem(field, int, each) is None for each in value)
+        if fits and len(value) > MOST_ENTRIES:
+            return f"expected at most {MOST_ENTRIES} entries, not {len(value)}"
     elif kind in (int, float):
         is_number = type(value) is kind or (kind is float and type(value) is int)
         fits = is_number and _is_in_range(field.metadata, value)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from swamla_titan.checkpoint.annex_record import AnnexRecord, read_annex_record
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.checkpoint.train_state import TrainState, read_data_record, read_train_state
 from swamla_titan.config import Config
@@ -27,17 +28,18 @@ _TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
 # What held before there was a key for it, in the fingerprints of earlier versions.
 _BEFORE_THE_KEY = {"model.mla_selective": False, "model.selection_head": 0}
 # The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
-_KINDS = {"model": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
+_KINDS = {"model": "model", "annexes": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
 _WITHOUT_CURSORS = {"data", "tokenizer"}  # kinds of differences that make the cursors meaningless
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run begins from: a checkpoint with its train state and data record, or None of them: a new run."""
+    """What a run begins from: a checkpoint with what it records, or None of them: a new run."""
 
     path: Path | None = None
     train_state: TrainState | None = None
     data: dict[str, Any] | None = None
+    annexes: AnnexRecord | None = None
 
     @property
     def optimizer(self) -> str | None:
@@ -89,13 +91,26 @@ def find_origin(checkpoints: Checkpoints) -> Origin:
     if path is None:
         return Origin()
     return broadcast_from_rank_0(
-        checkpoints.world, lambda: Origin(path, read_train_state(path), read_data_record(path))
+        checkpoints.world,
+        lambda: Origin(path, read_train_state(path), read_data_record(path), read_annex_record(path)),
     )
 
 
-def run_fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
-    """Flat name -> value: the model's shape, data and tokenizer, and what determines the order of the data."""
-    model = {f"model.{name}": value for name, value in asdict(config.model).items() if name not in _TRAINING_ONLY}
+def run_fingerprint(config: Config, corpus: Corpus, annexes: AnnexRecord | None = None) -> dict[str, Any]:
+    """Flat name -> value: the model's shape, data and tokenizer, and what determines the order of the data.
+
+    `annexes`: the record of the model's annexes; None: it has none.
+    """
+    values = asdict(config.model)
+    settings = {name: values.pop(name) for name in config.model.annex_configs()}
+    model = {f"model.{name}": value for name, value in values.items() if name not in _TRAINING_ONLY}
+    for name in annexes.annexes if annexes else ():
+        # as JSON has them
+        model |= {
+            f"model.{name}.{key}": list(value) if isinstance(value, tuple) else value
+            for key, value in settings[name].items()
+        }
+    model |= annexes.fingerprint() if annexes else {}
     training = {
         "data.document_mask": config.data.document_mask,
         "training.seq_len": config.training.seq_len,

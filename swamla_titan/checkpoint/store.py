@@ -6,6 +6,7 @@ checkpoints/step-00000100/
     config.toml            the resolved configuration
     data.json.gz           the data record
     tokenizer.tiktoken     the vocabulary, where it was read from a file
+    annexes.json.gz        of a model with annexes: their hashes, and the compressed vocabulary
     manifest.json          size and SHA-256 of each of the above
 """
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata
 
+from swamla_titan.checkpoint.annex_record import read_annex_record
 from swamla_titan.checkpoint.manifest import CONFIG, Entries, first_changed, holds_tensors, misnamed, read_manifest
 from swamla_titan.checkpoint.reader import Reader, load_tensors
 from swamla_titan.checkpoint.state import Average, Declared, Learned, OptimizerStates, Weights
@@ -64,6 +65,7 @@ def _small_files(path: Path) -> tuple[Entries, TrainState]:
     try:
         state = read_train_state(path)
         read_data_record(path)
+        read_annex_record(path)
         if problem := misnamed(path):
             raise Damaged(problem)
         index = Reader(path).read_metadata()
@@ -80,7 +82,7 @@ def _small_files(path: Path) -> tuple[Entries, TrainState]:
 def _require_configured(path: Path, state: TrainState, stored: dict[str, Any]) -> None:
     """Raise ValueError unless configuration and train state have the same model, and its tensors are stored."""
     tables = fit(dict[str, dict[str, Any]], tomllib.loads(read_regular(path, _MOST_CONFIG).decode()), CONFIG)
-    model = {f"model.{name}": value for name, value in tables.get("model", {}).items()}
+    model = _flat("model", tables.get("model", {}))
     fingerprint = {name: value for name, value in state.fingerprint.items() if name.startswith("model.")}
     for name, value in fingerprint.items():
         if name not in model or model[name] != value:
@@ -103,6 +105,15 @@ def _require_configured(path: Path, state: TrainState, stored: dict[str, Any]) -
                 for dtype, shape in ((entry.properties.dtype, entry.size), (tensor.dtype, tensor.shape))
             )
             raise ValueError(f"{name} is {found}, and by {CONFIG} it is {expected}")
+
+
+def _flat(section: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Keys by their dotted names, of a table and those within it."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{section}.{key}"
+        found |= _flat(name, value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _expected(config: Config) -> dict[str, torch.Tensor]:

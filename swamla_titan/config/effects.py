@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from swamla_titan.conditions import value_at
+from swamla_titan.conditions import replace_at, value_at
 from swamla_titan.config.sections import Config
 from swamla_titan.config.toml import shown
+from swamla_titan.fields import sections, settings
 from swamla_titan.model import FLAVORS, ModelConfig
 
 
@@ -61,15 +62,14 @@ def without_effect(config: Config, given: Given | None = None) -> Iterator[Findi
 
 def without(config: Config, finding: Finding) -> Config:
     """The configuration with the default in the place of a key without effect."""
-    section, _, key = finding.keys[0].partition(".")
-    changed = dataclasses.replace(getattr(config, section), **{key: finding.default})
-    return dataclasses.replace(config, **{section: changed})
+    changed: Config = replace_at(config, finding.keys[0], finding.default)
+    return changed
 
 
 def _fields(config: Config, flavor: str | None) -> Iterator[tuple[str, tuple["dataclasses.Field[Any]", Any]]]:
     """Name -> (field, default) of every key."""
     defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
-    for section in dataclasses.fields(config):
-        for field in dataclasses.fields(getattr(config, section.name)):
-            name = f"{section.name}.{field.name}"
+    for section, kind in sections(type(config)).items():
+        for key, field in settings(kind).items():
+            name = f"{section}.{key}"
             yield name, (field, value_at(defaults, name))

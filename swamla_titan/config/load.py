@@ -6,11 +6,12 @@ Precedence: command line > TOML file > flavor > default.
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from swamla_titan.conditions import value_at
 from swamla_titan.config.effects import Given, without, without_effect
 from swamla_titan.config.paths import expanded
 from swamla_titan.config.rules import contradictions
@@ -18,10 +19,10 @@ from swamla_titan.config.sections import Config
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import TABLE, expectation, field_types, value_problem
+from swamla_titan.fields import INTEGERS, TABLE, expectation, field_types, sections, settings, value_problem
 from swamla_titan.model import FLAVORS, ModelConfig
 
-_OVERRIDE = re.compile(r"--[\w-]+\.[\w-]+")
+_OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
 _MOST_ERRORS = 20  # that are listed
 _FINEWEB = (  # as in the shipped configurations
     "  [data]",
@@ -29,11 +30,16 @@ _FINEWEB = (  # as in the shipped configurations
     '  path = "HuggingFaceFW/fineweb-edu"',
     '  name = "CC-MAIN-2024-10"',
 )
-SECTIONS: dict[str, type] = field_types(Config)
+SECTIONS: dict[str, type] = sections(Config)
+# Section -> the key by which it takes ready-made values, and those by name. The key is no part of a Config.
+READY_MADE: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "model": ("flavor", FLAVORS),
+    **{name: ("preset", kind.presets) for name, kind in SECTIONS.items() if hasattr(kind, "presets")},
+}
 
 
 class Override(NamedTuple):
-    """One `--section.key value` of the command line; the value is still text."""
+    """One `--section.key value` of the command line; the value is still text. The section may have a dotted name."""
 
     section: str
     key: str
@@ -92,7 +98,8 @@ def load_config(
         f"{section}.{key}" for section, table in tables.items() for key in table.keys() - checked[section].keys()
     }
     flavor = checked.get("model", {}).get("flavor")
-    model = _resolve_model(checked.pop("model", {}), refused, errors)
+    of_model = [section for section in checked if section.partition(".")[0] == "model"]
+    model = _resolve_model({section: checked.pop(section) for section in of_model}, refused, errors)
     config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
     warmup = warmup_steps(config.lr_schedule, config.training.steps)
     config = dataclasses.replace(config, lr_schedule=dataclasses.replace(config.lr_schedule, warmup_steps=warmup))
@@ -121,7 +128,7 @@ def load_config(
 
 
 def _at(section_key: str, problem: str) -> str:
-    section, _, key = section_key.partition(".")
+    section, _, key = section_key.rpartition(".")
     return f"[{section}] {key}: {problem}"
 
 
@@ -143,22 +150,33 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
                 option = name(option)
                 raise UserError(f"{option}: a value must follow, as in `{option} VALUE` or `{option}=VALUE`")
             text = following
-        section, _, key = option[2:].partition(".")
+        section, _, key = option[2:].rpartition(".")
         overrides.append(Override(section, key, text))
     return overrides, rest
 
 
 def _read_tables(path: Path, errors: _Errors) -> dict[str, dict[str, Any]]:
-    """The file's tables; sections that do not exist are reported, with the nearest that does."""
-    tables = {}
+    """The file's tables by their sections; those that do not exist are reported, with the nearest that does."""
+    tables: dict[str, dict[str, Any]] = {}
     for section, table in read_toml(path).items():
-        if not isinstance(table, dict):
-            errors.add(partial(_stray, section, table))
-        elif section not in SECTIONS:
-            errors.add(partial(_unknown_section, f"[{name(section)}]", section))
+        if isinstance(table, dict):
+            _add_table(section, table, tables, errors)
         else:
-            tables[section] = dict(table)
+            errors.add(partial(_stray, section, table))
     return tables
+
+
+def _add_table(section: str, table: dict[str, Any], tables: dict[str, dict[str, Any]], errors: _Errors) -> None:
+    """Add a table, and those within it that are sections or may be meant as such."""
+    if section not in SECTIONS:
+        errors.add(partial(_unknown_section, f"[{name(section)}]", section))
+        return
+    keys = _key_types(section)
+    has_sections = any(each.startswith(f"{section}.") for each in SECTIONS)
+    inner = {key for key, value in table.items() if has_sections and isinstance(value, dict) and key not in keys}
+    tables[section] = {key: value for key, value in table.items() if key not in inner}
+    for key in inner:
+        _add_table(f"{section}.{key}", table[key], tables, errors)
 
 
 def _stray(key: str, value: Any) -> str:
@@ -188,10 +206,15 @@ def _apply_override(override: Override, tables: dict[str, dict[str, Any]], error
         value = {"true": True, "false": False}.get(text, text)
     elif kind is not str:
         try:
-            value = _inline_table(text) if kind == TABLE else kind(text)
+            value = _integers(text) if kind == INTEGERS else _inline_table(text) if kind == TABLE else kind(text)
         except ValueError:
             value = text
     tables.setdefault(section, {})[key] = value
+
+
+def _integers(text: str) -> Any:
+    """`2,6`, or a list as in a file; ValueError for anything else."""
+    return _inline_table(text) if text.startswith("[") else [int(part) for part in text.split(",") if text.strip()]
 
 
 def _inline_table(text: str) -> Any:
@@ -218,10 +241,11 @@ def _checked_value(section: str, key: str, value: Any) -> Any:
     types = _key_types(section)
     if key not in types:
         raise _Wrong(lambda: _unknown_key(f"[{section}] {name(key)} = {shown(value)}", section, key))
-    if section == "model" and key == "flavor":
-        if isinstance(value, str) and value in FLAVORS:
+    if section in READY_MADE and key == READY_MADE[section][0]:
+        known = READY_MADE[section][1]
+        if isinstance(value, str) and value in known:
             return value
-        raise _Wrong(lambda: f"[model] flavor = {shown(value)}: {_unknown_flavor(value)}")
+        raise _Wrong(lambda: f"[{section}] {key} = {shown(value)}: {_unknown_name(value, key, known)}")
     field, kind = _fields(section)[key], types[key]
     problem = value_problem(field, kind, value)
     if problem is None and field.metadata["path"]:
@@ -231,19 +255,31 @@ def _checked_value(section: str, key: str, value: Any) -> Any:
             problem = str(error)
     if problem:
         raise _Wrong(lambda: f"[{section}] {key} = {shown(value)}: {problem}")
+    if kind == INTEGERS:
+        return tuple(value)
     return {entry: float(each) for entry, each in value.items()} if kind == TABLE else kind(value)
 
 
-def _unknown_flavor(value: Any) -> str:
-    close = _nearest(value, FLAVORS) if isinstance(value, str) else ""
-    return f"unknown flavor{close}; flavors: {', '.join(FLAVORS)}"
+def _unknown_name(value: Any, key: str, known: Mapping[str, Any]) -> str:
+    close = _nearest(value, known) if isinstance(value, str) else ""
+    return f"unknown {key}{close}; {key}s: {', '.join(known)}"
 
 
-def _resolve_model(given: dict[str, Any], refused: set[str], errors: _Errors) -> ModelConfig:
-    """Flavor, then the keys that were given. The vocabulary is the tokenizer's unless it was given."""
-    flavor = given.pop("flavor", None)
-    base = dataclasses.asdict(FLAVORS[flavor] if flavor else ModelConfig())
-    merged = base | {"vocab_size": 0} | given
+def _resolve_model(given: dict[str, dict[str, Any]], refused: set[str], errors: _Errors) -> ModelConfig:
+    """The flavor or preset of each section, then the keys that were given, by their sections.
+
+    The vocabulary is the tokenizer's unless it was given.
+    """
+    merged = dataclasses.asdict(ModelConfig()) | {"vocab_size": 0}
+    for section in sorted(given):  # [model] before what is within it
+        values, (selector, known) = given[section], READY_MADE[section]
+        chosen = values.pop(selector, None)
+        ready = dataclasses.asdict(known[chosen]) | ({"vocab_size": 0} if section == "model" else {}) if chosen else {}
+        _, _, inner = section.partition(".")
+        if inner:
+            merged[inner] = merged[inner] | ready | values
+        else:
+            merged |= ready | values
     problems = ModelConfig.problems(merged)
     if problems:
         refused.update(f"model.{key}" for key, _ in problems)
@@ -255,19 +291,21 @@ def _resolve_model(given: dict[str, Any], refused: set[str], errors: _Errors) ->
 
 @cache
 def _fields(section: str) -> dict[str, "dataclasses.Field[Any]"]:
-    return {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+    return settings(SECTIONS[section])
 
 
 @cache
 def _key_types(section: str) -> dict[str, type]:
     """Valid keys of a section and their types; `flavor` belongs to [model] though it is no property of a model."""
-    return ({"flavor": str} if section == "model" else {}) | field_types(SECTIONS[section])
+    return ({READY_MADE[section][0]: str} if section in READY_MADE else {}) | field_types(SECTIONS[section])
 
 
 def _unknown_key(where: str, section: str, key: str) -> str:
     valid = _key_types(section)
     elsewhere = _home_of(key)
     hint = _nearest(key, valid) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
+    if f"{section}.{key}" in SECTIONS:
+        hint = f"; [{section}.{key}] is a section, with keys of its own"
     return f"{where}: unknown key{hint}; keys of [{section}]: {', '.join(valid)}"
 
 
@@ -285,10 +323,10 @@ def to_toml(config: Config, comments: bool = False) -> str:
     """The whole configuration as a TOML file that loads to the same `Config`."""
     lines = []
     for section in SECTIONS:
-        values = getattr(config, section)
+        values = value_at(config, section)
         kinds = field_types(type(values))
         lines.append(f"[{section}]")
-        for field in dataclasses.fields(values):
+        for field in settings(type(values)).values():
             value = getattr(values, field.name)
             if comments:
                 allowed = expectation(field, kinds[field.name])

@@ -90,7 +90,7 @@ def toml(value: Any) -> str:
         return "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(value, ensure_ascii=False))
     if isinstance(value, dict):
         return f"{{{', '.join(f'{toml(name)} = {toml(each)}' for name, each in value.items())}}}"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml, value))}]"
     return repr(value) if isinstance(value, (int, float)) else str(value)
 

@@ -16,6 +16,7 @@ from swamla_titan.data.batches import (
     sequences_per_rank,
     waits_for_streams,
 )
+from swamla_titan.data.compression import CompressedVocabulary, compress
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.loader import BatchLoader, prepare_workers
@@ -27,6 +28,7 @@ from swamla_titan.data.validation_set import ValidationSet, build_validation_set
 __all__ = [
     "IGNORED",
     "BatchLoader",
+    "CompressedVocabulary",
     "Corpus",
     "MicroBatch",
     "Skip",
@@ -34,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "ValidationSet",
     "build_validation_set",
+    "compress",
     "described",
     "distinct_steps",
     "fingerprint_changes",

@@ -44,7 +44,7 @@ class Regions:
     Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
     """
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | TokenContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Any], *inputs: Any) -> Any:
         """forward(*inputs)."""
         return forward(*inputs)
 
@@ -69,7 +69,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return self.regions.run("block", self._forward, x, context[self.kind])
+        out: Tensor = self.regions.run("block", self._forward, x, context[self.kind])
+        return out
 
     def prefill(self, x: Tensor, context: SequenceContext, cache: Any) -> Tensor:
         """`forward` that also fills this layer's cache."""

@@ -54,6 +54,10 @@ class DecodeCache:
             name: block.attention.new_cache(config, self.clock, budget if name in dropping else max_tokens, self.dtype)
             for name, block in self.blocks.items()
         }
+        # Of annexes (model/annexes.py), which look up by the newest tokens.
+        self.annexes = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
+        self.lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
+        self.tokens = self.clock.starts.new_zeros(batch, max_tokens if self.annexes else 0)
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
         """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""
@@ -68,6 +72,19 @@ class DecodeCache:
                 raise ValueError(f"lengths {lengths.tolist()}: expected {batch} numbers in 1 ... {seq_len}")
             self.clock.starts.copy_(seq_len - lengths)
         self.clock.length = seq_len
+        if self.annexes:
+            self.tokens[:, :seq_len] = tokens
+
+    def remember(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next token of each sequence, [B, 1]; the newest tokens that annexes look back to, and positions.
+
+        Positions are negative in the padding.
+        """
+        end = self.clock.length + 1
+        first = max(0, end - 1 - self.lookback)
+        self.tokens[:, end - 1] = tokens[:, 0]
+        positions = torch.arange(first, end, device=tokens.device) - self.clock.starts[:, None]
+        return self.tokens[:, first:end], positions
 
     def next_context(self, asked: AttentionBackend) -> SequenceContext:
         """The context of the next token of each sequence, under masks over the caches' slots.

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swamla_titan.conditions import One, when_on
-from swamla_titan.fields import HUGE, Rule, field_types, key, value_problem
+from swamla_titan.fields import HUGE, Rule, field_types, key, sections, settings, value_problem
+from swamla_titan.model.annex_config import AnnexConfig
+from swamla_titan.model.engram_config import EngramConfig
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
 FFN_MULTIPLE = 256
@@ -218,22 +220,44 @@ class ModelConfig:
     dropout: float = key(0.0, "Dropout on the output of attention and feed-forward, in training.", minimum=0, below=1)
     z_loss: float = key(0.0, "Weight of the squared log-partition in the training loss.", minimum=0, maximum=HUGE)
     label_smoothing: float = key(0.0, "Share of the target spread evenly over the vocabulary.", minimum=0, below=1)
+    engram: EngramConfig = dataclasses.field(default=EngramConfig())
 
     def __post_init__(self) -> None:
+        for name, kind in sections(type(self)).items():
+            if isinstance(given := getattr(self, name), Mapping):
+                object.__setattr__(self, name, kind(**given))
+            elif not isinstance(given, kind):
+                raise ValueError(f"{name}: {_brief(given)}: expected {kind.__name__} or a dict of its fields")
         problems = self.problems(dataclasses.asdict(self))
         if problems:
             raise ValueError("; ".join(f"{name}: {text}" for name, text in problems))
 
     @classmethod
     def problems(cls, values: dict[str, object]) -> list[tuple[str, str]]:
-        """(field, what is wrong) for each value that is of a wrong type, out of range or contradicts another."""
+        """(field, what is wrong) for each value that is of a wrong type, out of range or contradicts another.
+
+        `values` of a section within this one are a dict; its fields are named section.field.
+        """
         types = field_types(cls)
         found = []
-        for field in dataclasses.fields(cls):
-            problem = value_problem(field, types[field.name], values[field.name])
+        for name, field in settings(cls).items():
+            problem = value_problem(field, types[name], values[name])
             if problem:
-                found.append((field.name, f"{_brief(values[field.name])}: {problem}"))
-        return found or list(_conflicts(dataclasses.fields(cls), values))
+                found.append((name, f"{_brief(values[name])}: {problem}"))
+        inner: dict[str, Any] = {name: values[name] for name in cls.annex_configs()}
+        for name, kind in cls.annex_configs().items():
+            found += [(f"{name}.{key}", problem) for key, problem in kind.problems(inner[name])]
+        if found:
+            return found
+        found = list(_conflicts(tuple(settings(cls).values()), values))
+        for name, kind in cls.annex_configs().items():
+            found += [(f"{name}.{key}", problem) for key, problem in kind.conflicts(inner[name], values)]
+        return found
+
+    @classmethod
+    def annex_configs(cls) -> dict[str, type[AnnexConfig]]:
+        """The settings of annexes by the annexes' names, which are those of their fields."""
+        return {name: kind for name, kind in sections(cls).items() if issubclass(kind, AnnexConfig)}
 
     @property
     def padded_vocab_size(self) -> int:
@@ -270,7 +294,7 @@ class ModelConfig:
 
     def quantities(self, quantity: Quantity, kind: str | None = None) -> dict[str, int]:
         """The keys whose numbers are such a quantity, of every kind of block or one, with their values."""
-        fields = [field for field in dataclasses.fields(self) if field.metadata["quantity"] == quantity]
+        fields = [field for field in settings(type(self)).values() if field.metadata["quantity"] == quantity]
         if kind is not None:
             fields = [field for field in fields if getattr(field.metadata["needs"], "kind", None) == kind]
         return {field.name: getattr(self, field.name) for field in fields}

@@ -5,8 +5,8 @@ Per token, forward: 2 * (weights of all linear layers), and for each layer what 
 other in a sequence of T tokens: T (T+1) / 2 under a causal mask, fewer under a window. Backward costs twice the
 forward (gradients of input and of weight), so training is 3 times it. The head counts as the linear layer that it is,
 tied or not, with its padding columns; the embedding is a look-up and counts nothing, as do norms, rotations, softmax
-and recomputation. Documents would shorten the pairs; they are not subtracted, so that the figure does not depend on the
-data.
+and recomputation. Annexes (model/annex.py) count by their linear layers, and what they declare. Documents would shorten
+the pairs; they are not subtracted, so that the figure does not depend on the data.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from swamla_titan.model.annexes import annexes_of, new_annex
 from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.model import SWAMLAModel
@@ -37,12 +38,23 @@ def block_flops(config: ModelConfig, kind: str, seq_len: int, pairs: int | None 
     return 3 * (2 * seq_len * weights + attention.flops(config, pairs))
 
 
+def annex_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
+    """Floating-point operations to train the annexes before a layer on one sequence of `seq_len` tokens."""
+    total = 0
+    for name, kind in annexes_of(config, layer).items():
+        with torch.device("meta"):
+            weights = _linear_weights(new_annex(config, name, layer))
+        total += 3 * (2 * seq_len * weights + kind.flops(config, seq_len))
+    return total
+
+
 def training_flops(config: ModelConfig, seq_len: int, pairs: Mapping[str, int] | None = None) -> int:
     """Floating-point operations to train on one sequence of `seq_len` tokens; `pairs` as in `block_flops`, by kind."""
     head = 3 * 2 * seq_len * config.padded_vocab_size * config.dim
     given = pairs or {}
     of_kind = {kind: block_flops(config, kind, seq_len, given.get(kind)) for kind in set(config.block_kinds)}
-    return head + sum(of_kind[kind] for kind in config.block_kinds)
+    annexes = sum(annex_flops(config, layer, seq_len) for layer in range(config.num_layers))
+    return head + annexes + sum(of_kind[kind] for kind in config.block_kinds)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:

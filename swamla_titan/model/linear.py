@@ -21,11 +21,17 @@ class Role(Enum):
     REPLICATED = "residual stream -> latent"
     LATENT_COLUMN = "latent -> heads"
     RESIDUAL_OUTPUT = "heads or hidden units -> residual stream"
+    MEMORY = "looked-up rows -> residual stream, token by token"
 
     @property
     def reads_residual_stream(self) -> bool:
         """Whether its input is what a norm over the residual stream gives."""
         return self in (Role.COLUMN, Role.REPLICATED)
+
+    @property
+    def stays_wide(self) -> bool:
+        """Whether float8 leaves it as it is."""
+        return self is Role.MEMORY
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
+from swamla_titan.model.annexes import Annexes, Memories
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
@@ -49,6 +50,7 @@ class SWAMLAModel(nn.Module):
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
         self.blocks = nn.ModuleDict({str(i): Block(config, kind) for i, kind in enumerate(config.block_kinds)})
+        self.annexes = Annexes(config)
         self.norm = build_norm(config)
         self.head = Head(config.dim, config.padded_vocab_size)
         self.loss_head = LossHead(config)
@@ -119,15 +121,20 @@ class SWAMLAModel(nn.Module):
         """
         self._check(tokens, targets, document_ids)
         context = self.context(tokens.shape[1], document_ids, tokens.device)
-        x = self.embed(self.sequences.local(tokens))  # [B, T, dim]
-        for block in self.blocks.values():
-            x = block(x, context)
+        memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype)
+        x = self.run_blocks(self.embed(self.sequences.local(tokens)), context, memories)
         x = self.norm(x)
         if targets is None:
             return self.loss_head.logits(self.head, x)
         own, denominator = self.sequences.local(targets), _denominator(targets, loss_denominator)
         loss: Tensor = self.loss_head(self.head, x, own, denominator)
         return loss
+
+    def run_blocks(self, x: Tensor, context: SequenceContext, memories: Memories | None) -> Tensor:
+        """The residual stream [B, T, dim] after the blocks, from that before them; `memories` of annexes.look_up."""
+        for layer, block in self.blocks.items():
+            x = block(self.annexes.before(layer, x, memories), context)
+        return x
 
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
@@ -161,9 +168,11 @@ class SWAMLAModel(nn.Module):
         backend, _ = for_decoding(self.attention_backend)
         shape = self.config, tokens.shape[1]
         context = FullSequences().context(*shape, real, self.device, self.activation_dtype, backend)
+        memories = self.annexes.look_up(tokens, real, self.activation_dtype)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
+            x = self.annexes.prefill(name, x, memories, cache)
             x = block.prefill(x, context, cache.layers[name])
         return self.loss_head.logits(self.head, self.norm(x[:, -1]))
 
@@ -177,9 +186,11 @@ class SWAMLAModel(nn.Module):
                 f"tokens {tuple(tokens.shape)}: decode takes one per sequence, ({cache.clock.starts.shape[0]}, 1)"
             )
         context = cache.next_context(self.attention_backend)
+        memories = self.annexes.look_up_next(tokens, cache, self.activation_dtype)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
+            x = self.annexes.decode(name, x, memories, cache)
             x = block.decode(x, context, cache.layers[name])
         cache.clock.length += 1
         return self.loss_head.logits(self.head, self.norm(x[:, 0]))

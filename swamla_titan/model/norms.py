@@ -29,15 +29,23 @@ def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return (squashed * weight.to(wide) + bias.to(wide)).to(x.dtype)
 
 
-class Norm(nn.Module):
-    """A norm over the last axis."""
+class PerChannel(nn.Module):
+    """A module whose parameters have one axis: every rank holds them in full, in float32, and they do not decay."""
 
     initial: ClassVar[dict[str, float]]  # of each parameter, by its name
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharding = FULL
+
+
+class Norm(PerChannel):
+    """A norm over the last axis."""
+
     weight: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.sharding = FULL
 
 
 class RMSNorm(Norm):

@@ -7,14 +7,16 @@ import torch
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.flavors import FLAVORS
 from swamla_titan.model.model import SWAMLAModel
+from swamla_titan.model.row_table import row_tables
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """(all parameters, those without embedding and head), counted on the module itself; tied weights once."""
+    """(all parameters, those without embedding, head and tables), counted on the module itself; tied weights once."""
     with torch.device("meta"):
         model = SWAMLAModel(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    outside = {id(weight): weight.numel() for weight in (model.embedding.weight, model.head.weight)}
+    looked_up = model.embedding.weight, model.head.weight, *row_tables(model)
+    outside = {id(weight): weight.numel() for weight in looked_up}
     return total, total - sum(outside.values())
 
 

@@ -148,4 +148,5 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _without_layer(name: str) -> str:
-    return ".".join(part for part in name.removesuffix(".weight").split(".") if part != "blocks" and not part.isdigit())
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(part for part in parts if part not in ("blocks", "annexes") and not part.isdigit())

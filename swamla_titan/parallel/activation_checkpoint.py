@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -26,7 +26,6 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, Regions
-from swamla_titan.model.context import TokenContext
 from swamla_titan.model.linear import spec_of
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class _CheckpointedRegions(Regions):
     names: frozenset[str]
     contexts: Callable[[], Any] | None
 
-    def run(self, name: str, forward: Callable[..., Tensor], *inputs: Tensor | TokenContext) -> Tensor:
+    def run(self, name: str, forward: Callable[..., Any], *inputs: Any) -> Any:
         """As in Regions."""
         options: dict[str, Any] = {} if self.contexts is None else {"context_fn": self.contexts}
         if name == "residual" and "attention" in self.names and torch.compiler.is_compiling():
@@ -80,8 +79,7 @@ class _CheckpointedRegions(Regions):
         elif name not in self.names:
             return forward(*inputs)
         # Random state is restored for the repetition (torch's default), so dropout drops the same.
-        out: Tensor = checkpoint(forward, *inputs, use_reentrant=False, **options)
-        return out
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 # The regions that a block is cut into, by activation_checkpoint.modules; of each, the residual branches inside.
@@ -102,6 +100,11 @@ def checkpointed_regions(config: ActivationCheckpoint, layer: int) -> dict[str, 
     if config.mode == "none" or (by_blocks and (layer + 1) % config.every_n_blocks):
         return {}
     return _REGIONS[config.modules]
+
+
+def is_annex_recomputed(config: ActivationCheckpoint, layer: int) -> bool:
+    """Whether the annexes before this layer are checkpointed: where the block is, in full."""
+    return "block" in checkpointed_regions(config, layer)
 
 
 def keeps_operators(config: ActivationCheckpoint) -> bool:
@@ -156,6 +159,9 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
             raise ValueError(f"blocks.{name} cannot be checkpointed: it is already")
         if regions[name]:
             block.regions = _CheckpointedRegions(frozenset(regions[name]), contexts)
+    for (name, _), annex in model.annexes.each():
+        if is_annex_recomputed(config, int(name)):
+            annex.regions = _CheckpointedRegions(frozenset({"annex"}), contexts)
     what = {"block": "", "both": "attention and feed-forward, each by itself, of "}
     of = what.get(config.modules, f"{config.modules.replace('_', '-')} of ")
     how = "but for attention and narrow matmuls" if contexts else "wholly"

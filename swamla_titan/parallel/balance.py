@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.flops import block_flops
+from swamla_titan.model.flops import annex_flops, block_flops
 
 # The loss is bound by memory, not by arithmetic: forward and backward move each logit three times, two bytes each, and
 # in the time of a byte a GPU multiplies some 250 numbers (H100: 0.8e15 operations a second, 3.3e12 bytes).
@@ -34,7 +34,8 @@ def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
     layer = {kind: block_flops(config, kind, seq_len) for kind in set(config.block_kinds)}
     logits = seq_len * config.padded_vocab_size
     head = logits * (6 * config.dim + _LOSS_OPERATIONS_PER_LOGIT)
-    return [0, *(layer[kind] for kind in config.block_kinds), head]
+    layers = [layer[kind] + annex_flops(config, number, seq_len) for number, kind in enumerate(config.block_kinds)]
+    return [0, *layers, head]
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[range]:

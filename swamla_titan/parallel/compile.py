@@ -31,7 +31,7 @@ _TRITON_FOLDER = "TRITON_CACHE_DIR"
 def compile_model(
     model: SWAMLAModel, config: Compile, memory_budget: float = 1.0, backend: str | Callable[..., Any] = "inductor"
 ) -> None:
-    """Compile `model.blocks` one by one and the cross-entropy, in place; nothing if `config` says so.
+    """Compile `model.blocks` one by one, annexes and the cross-entropy, in place; nothing if `config` says so.
 
     All blocks of a kind share one compiled code, so a deep model compiles as fast as a shallow one. The loss is
     compiled apart, which fuses its float32 upcast into the reduction. What cannot be compiled whole is an error and not
@@ -54,8 +54,8 @@ def compile_model(
     # One object for all blocks: torch compiles again for another backend.
     of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     blocks = model.blocks
-    for block in blocks.values():
-        block.compile(fullgraph=True, dynamic=False, backend=of_blocks)
+    for unit in (*blocks.values(), *(annex for _, annex in model.annexes.each())):
+        unit.compile(fullgraph=True, dynamic=False, backend=of_blocks)
     model.loss_head.cross_entropy.compile(fullgraph=True, dynamic=False, backend=backend)
 
 

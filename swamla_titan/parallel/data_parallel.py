@@ -115,10 +115,10 @@ def _shard(
 
 
 def _inner_units(model: SWAMLAModel) -> list[nn.Module]:
-    """The modules that are units of communication by themselves: an untied embedding, and each block."""
+    """The modules that are units of communication by themselves: an untied embedding, each annex, and each block."""
     embedding = getattr(model, "embedding", None)
     first = [embedding] if embedding is not None and not _is_tied(model) else []
-    return [*first, *model.blocks.values()]
+    return [*first, *(annex for _, annex in model.annexes.each()), *model.blocks.values()]
 
 
 def _is_tied(model: SWAMLAModel) -> bool:

@@ -38,6 +38,9 @@ class ModelStage(SWAMLAModel):
         for name in list(self.blocks):
             if int(name) not in layers[stage]:
                 del self.blocks[name]
+        for name in list(self.annexes):
+            if int(name) not in layers[stage]:
+                del self.annexes[name]
 
     @property
     def is_first(self) -> bool:
@@ -49,21 +52,23 @@ class ModelStage(SWAMLAModel):
         """Whether this stage gives logits."""
         return self.stage == self.stages - 1
 
-    def forward(self, inputs: Tensor, document_ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, document_ids: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
         """Tokens [B, T] int64, or the activations [B, T, dim] of the stage before -> activations [B, T, dim], or of the
         last stage logits [B, T, padded vocabulary].
 
-        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage. Raises ValueError for tensors of a
-        wrong shape or dtype.
+        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are the `tokens` [B, T], which
+        a model with annexes needs. Raises ValueError for tensors of a wrong shape or dtype.
         """
         if self.is_first:
             self._check(inputs, None, document_ids)
             if inputs.shape[1] != self.seq_len:
                 raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for sequences of {self.seq_len}")
         context = self.context(self.seq_len, document_ids, inputs.device)
+        memories = None if tokens is None else self.annexes.look_up(tokens, document_ids, self.activation_dtype)
         x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
-        for block in self.blocks.values():
-            x = block(x, context)
+        x = self.run_blocks(x, context, memories)
         return self.head(self.norm(x)) if self.is_last else x
 
 

@@ -18,6 +18,7 @@ from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import apply_data_parallel, model_reshards_after_forward
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.row_tables import shard_row_tables
+from swamla_titan.parallel.stream import share_stream
 from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
 from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
 from swamla_titan.quantization.coverage import LinearCoverage, survey, validate_coverage, validate_device
@@ -103,6 +104,7 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
             enable_async_tensor_parallel(world.weights["tensor"])
     if world.degrees.context > 1:
         apply_context_parallel(model, world.group("context"))
+    share_stream(model, world)
     apply_activation_checkpointing(model, config.activation_checkpoint)
     compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)

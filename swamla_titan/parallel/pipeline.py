@@ -17,6 +17,7 @@ from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.row_table import RowTable, placeholder_gradients, row_tables
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
@@ -49,6 +50,7 @@ class Pipeline:
         self._world = world
         self._group = world.group("pipeline")
         self._dim = config.model.dim
+        self._needs_tokens = bool(annexes_of(config.model))
         self._activation_len = activation_len or config.training.seq_len
         self._logits_shape = logits_shape or (self._activation_len, config.model.padded_vocab_size)
         self._first = next((stage for stage in stages if stage.is_first), None)
@@ -84,9 +86,7 @@ class Pipeline:
 
         tokens = (torch.cat([batch.tokens for batch in batches]),) if self._first else ()
         targets = torch.cat([batch.targets for batch in batches]) if self._last else None
-        options: dict[str, Any] = {}
-        if batches[0].document_ids is not None:
-            options["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
+        options = self._of_all_stages(batches)
         losses: list[Tensor] = []
         self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
         if self._tied is not None:
@@ -109,7 +109,7 @@ class Pipeline:
                 shape = len(batch.tokens), self._activation_len, self._dim
                 x = torch.empty(shape, dtype=self._dtype, device=self._world.device)
                 dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
-            x = stage(x, document_ids=batch.document_ids)
+            x = stage(x, **self._of_all_stages([batch]))
             if stage.is_last:
                 loss = stage.loss(x, batch.targets, loss_denominator)
             elif number + 1 not in mine:
@@ -117,6 +117,15 @@ class Pipeline:
             stage.train(was_training)
             free_gathered_weights(stage)
         return self._from_last_stage(loss)
+
+    def _of_all_stages(self, batches: list[MicroBatch]) -> dict[str, Any]:
+        """What every stage is given of these micro-batches beside its input."""
+        found: dict[str, Any] = {}
+        if batches[0].document_ids is not None:
+            found["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
+        if self._needs_tokens:
+            found["tokens"] = torch.cat([batch.tokens for batch in batches])
+        return found
 
     def _from_last_stage(self, loss: Tensor | None) -> Tensor:
         """Broadcast the loss of the rank that has one; the others are given None."""

@@ -10,7 +10,8 @@ layer declares (model/linear.py):
 | LATENT_COLUMN                | Shard(0)   | own heads, of a latent that every rank has                      |
 | RESIDUAL_OUTPUT              | Shard(1)   | own heads or units, then reduce-scatter over the sequence       |
 | REPLICATED                   | Replicate  | own tokens, then all-gather the latent                          |
-| norms                        | Replicate  | own tokens, own heads, or the full latent                       |
+| MEMORY                       | Replicate  | own tokens                                                      |
+| norms, convolutions          | Replicate  | own tokens, own heads, or the full latent                       |
 
 Between modules are plain tensors, of two layouts: the residual stream holds this rank's tokens, [B, T/n, dim], and
 inside attention and feed-forward are all tokens of this rank's heads or hidden units. Parameters stay DTensors under
@@ -34,7 +35,7 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.inner_attention import SelectingHead
 from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
 from swamla_titan.model.loss_head import LossHead
-from swamla_titan.model.norms import Norm
+from swamla_titan.model.norms import PerChannel
 from swamla_titan.model.row_table import RowTable
 from swamla_titan.model.sharding import Sharding
 from swamla_titan.parallel.tensor_collectives import (
@@ -126,7 +127,7 @@ class VocabularyParallelEmbedding(Embedding):
 
 _Style = tuple[type[LocalParameters], Placement]
 _BY_TYPE: dict[type[nn.Module], _Style] = {
-    Norm: (LocalParameters, Replicate()),
+    PerChannel: (LocalParameters, Replicate()),
     Embedding: (LocalParameters, Shard(0)),
 }
 _BY_ROLE: dict[Role, _Style] = {
@@ -134,6 +135,7 @@ _BY_ROLE: dict[Role, _Style] = {
     Role.LATENT_COLUMN: (LocalParameters, Shard(0)),
     Role.RESIDUAL_OUTPUT: (RowParallel, Shard(1)),
     Role.REPLICATED: (LocalTokens, Replicate()),
+    Role.MEMORY: (LocalParameters, Replicate()),
 }
 
 

@@ -15,6 +15,7 @@ from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.branch import Branch
+from swamla_titan.model.linear import spec_of
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""
@@ -45,7 +46,8 @@ class LinearCoverage:
     @property
     def kind(self) -> str:
         """The layer's name without the number of its block."""
-        return self.name.split(".", 2)[2] if self.name.startswith("blocks.") else self.name
+        room, _, rest = self.name.partition(".")
+        return rest.partition(".")[2] if room in ("blocks", "annexes") else self.name
 
 
 def gain(recipe: str, out: int, inner: int, is_cast: bool = False) -> float:
@@ -80,6 +82,7 @@ def survey(
     branches = {name: module for name, module in model.named_modules() if isinstance(module, Branch)}
     readers = {f"{name}.{each}": name for name, branch in branches.items() for each in branch.input_readers()}
     reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
+    reasons |= {name: "reads a memory" for name, linear in linears.items() if spec_of(name, linear).role.stays_wide}
     if config.products == "auto":
         possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
         small = _too_small(possible, readers if norms_cast else {}, config.recipe)

@@ -18,11 +18,12 @@ import torch
 from swamla_titan.config import Config
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.model import Block, ModelConfig
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Branch
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.model.linear import Linear, Role
-from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, keeps_operators
+from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_annex_recomputed, keeps_operators
 from swamla_titan.parallel.parallelize import float8_coverage
 
 # Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
@@ -122,8 +123,24 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, floa
     if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
         again = (1 - settings.memory_budget) * (kept - its_input)
         kept -= again
+    of_annexes, of_one = _of_annexes(config, degrees, layer)
     unit = config.training.seq_len * getattr(torch, config.training.compute_dtype).itemsize
-    return kept * unit, again * unit
+    return (kept + of_annexes) * unit, max(again, of_one) * unit
+
+
+def _of_annexes(config: Config, degrees: Degrees, layer: int) -> tuple[float, float]:
+    """Elements a token that the annexes before a layer keep, and that the largest recomputed one makes again."""
+    model, settings = config.model, config.activation_checkpoint
+    its_input, total, most = model.dim / (degrees.tensor * degrees.context), 0.0, 0.0
+    for annex in annexes_of(model, layer).values():
+        saved = annex.saved(model, degrees.tensor)
+        own = saved.local / degrees.context
+        total += its_input
+        if is_annex_recomputed(settings, layer) and not keeps_operators(settings):
+            most = max(most, own)
+        else:
+            total += own + saved.sequence
+    return total, most
 
 
 def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -> float:

@@ -24,6 +24,7 @@ from swamla_titan.escaping import several_lines
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.launch.process_group import device_here, validate_launch
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table, state_bytes
 from swamla_titan.parallel.automatic import (
@@ -344,8 +345,10 @@ def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Fin
 
 
 def _model(config: Config, device: torch.device) -> Finding:
-    total, without_embeddings = parameter_counts(_resolved(config).model)
-    return Finding("ok", "model", f"{total:,} parameters, {without_embeddings:,} without embeddings")
+    model = _resolved(config).model
+    total, without_embeddings = parameter_counts(model)
+    text = f"{total:,} parameters, {without_embeddings:,} without embeddings"
+    return Finding("ok", "model", "; ".join([text, *(annex.summary(model) for annex in annexes_of(model).values())]))
 
 
 def _products(config: Config, device: torch.device) -> Finding:

@@ -15,6 +15,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import Linear
+from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
 from swamla_titan.parallel.data_parallel import reshards_after_forward, stays_replicated
@@ -67,6 +68,7 @@ def memory_of(
     """The memory of the rank of `world`, which holds `parts` and runs `micro_batches` per step.
 
     gradients: float32, sharded as the parameters; of several micro-batches unsharded, until the last one reduces them.
+    Of tables, of the rows looked up.
     weights_in_use: copies in the compute dtype, with which forward and backward passes multiply.
     logits: of the micro-batches between forward and backward pass, and the gradient of one.
     activations: those that blocks save, and those that one block at a time recomputes.
@@ -79,10 +81,13 @@ def memory_of(
     state = sum(state_bytes(part, config.optimizer) for part in parts)
     average = sum(bytes_of_average(part) for part in parts) if config.ema.decay else 0
     unreduced = micro_batches > 1 and not config.parallel.reduce_every_micro_batch
-    gradients = sum(gathered_elements(p) for p in parameters) if unreduced else sum(held)
+    tables = {weight for part in parts for weight in row_tables(part)}
+    others = [parameter for parameter in parameters if parameter not in tables]
+    gradients = sum(gathered_elements(p) if unreduced else local(p).numel() for p in others)
+    gradients += _looked_up(parts, config, world, micro_batch_size) * micro_batches
     gradients *= _FLOAT32
     offload = config.parallel.cpu_offload  # of gradients too, as soon as they are reduced
-    offloaded = _FLOAT32 * sum(held) * (1 if unreduced else 2) + state + average
+    offloaded = _FLOAT32 * sum(held) + (0 if unreduced else gradients) + state + average
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
@@ -94,6 +99,12 @@ def memory_of(
         in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
         offloaded=offloaded if offload else 0,
     )
+
+
+def _looked_up(parts: Sequence[SWAMLAModel], config: Config, world: World, micro_batch_size: int) -> int:
+    """Elements that a rank looks up in tables for a micro-batch."""
+    tokens = micro_batch_size * config.training.seq_len // (world.degrees.context * world.degrees.tensor)
+    return tokens * sum(annex.looked_up(config.model) for part in parts for _, annex in part.annexes.each())
 
 
 def gathered_elements(parameter: Tensor) -> int:
@@ -131,7 +142,7 @@ def _cast_weights(part: SWAMLAModel, config: Config, micro_batches: int) -> int:
     def copied(module: nn.Module) -> int:
         return _copied(module, config, cast, float8_width)
 
-    saved, recomputed = sum(map(copied, part.blocks.values())), 0
+    saved, recomputed = sum(map(copied, _layers(part))), 0
     if not (native and micro_batches > 1):
         for name, block in part.blocks.items():
             for region in checkpointed_regions(config.activation_checkpoint, int(name)).values():
@@ -152,7 +163,7 @@ def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_bat
     embedding, head, norm = (
         _copied(getattr(part, name, None), config, width) for name in ("embedding", "head", "norm")
     )
-    blocks = [_copied(block, config, width) for block in part.blocks.values()]
+    blocks = [_copied(block, config, width) for block in _layers(part)]
     ends_are_tied = bool(part.config.tie_embeddings and embedding and head)
 
     def units(blocks: list[int]) -> list[int]:
@@ -161,13 +172,18 @@ def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_bat
     always = embedding + norm if ends_are_tied else 0
     frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(units(blocks)))
     if gathers_float8(config, world.degrees):
-        blocks = [_copied(block, config, width, 1) for block in part.blocks.values()]
+        blocks = [_copied(block, config, width, 1) for block in _layers(part)]
     gathered = units(blocks)
     most = max(one + following for one, following in pairwise([*gathered, 0])) if frees else sum(gathered)
     both = micro_batches > 1 and parallel.data_parallel == "ddp"
     saves_float8 = config.float8.recipe == "native" and not frees
-    float8 = sum(_copied(block, config, 0, 1 + both) for block in part.blocks.values()) if saves_float8 else 0
+    float8 = sum(_copied(block, config, 0, 1 + both) for block in _layers(part)) if saves_float8 else 0
     return always + most + float8
+
+
+def _layers(part: SWAMLAModel) -> list[nn.Module]:
+    """Annexes and blocks, each a communication unit."""
+    return [*(annex for _, annex in part.annexes.each()), *part.blocks.values()]
 
 
 def _itemsize(config: Config) -> int:
@@ -179,6 +195,8 @@ def _copied(module: nn.Module | None, config: Config, width: int, float8_width: 
     """Bytes of copies of a module's weights, `width` per element, or `float8_width` in float8 linear layers."""
     total = 0
     for each in module.modules() if module is not None else ():
+        if isinstance(each, RowTable):  # never gathered, and only the rows looked up are cast
+            continue
         is_float8 = getattr(type(each), "matmul", Linear.matmul) is not Linear.matmul
         for weight in each.parameters(recurse=False):
             if not stays_replicated(weight, config.parallel):

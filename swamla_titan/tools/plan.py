@@ -198,7 +198,7 @@ def run_count(parallel: Parallel, batch: Batch) -> int:
 
 def folded(name: str) -> str:
     """A parameter's name without the number of its layer."""
-    return re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+    return re.sub(r"^(blocks|annexes)\.\d+\.", r"\1.*.", name)
 
 
 def _neighbours(world: World) -> Iterator[Neighbours]:

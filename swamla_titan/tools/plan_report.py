@@ -9,6 +9,7 @@ from swamla_titan.config import Config
 from swamla_titan.data import waits_for_streams
 from swamla_titan.distributed.degrees import DIMENSIONS
 from swamla_titan.launch.process_group import device_here
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
@@ -28,6 +29,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield f"{ranks}: {plan.degrees}"
     yield f"model: {total:,} parameters ({without_embeddings:,} without embeddings)"
     yield from _attention(plan)
+    yield from (annex.summary(plan.config.model) for annex in annexes_of(plan.config.model).values())
     yield from _mesh(plan)
     yield from _batch(plan)
     yield from _context(plan)

@@ -2,13 +2,13 @@
 
 import multiprocessing
 from collections.abc import Iterator
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from swamla_titan.conditions import replace_at
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import contradictions
@@ -104,8 +104,7 @@ def _applied(config: Config, keys: dict[str, Any]) -> tuple[Config, dict[str, An
     """
     changed = config
     for name, value in keys.items():
-        section, _, key = name.partition(".")
-        changed = replace(changed, **{section: replace(getattr(changed, section), **{key: value})})
+        changed = replace_at(changed, name, value)
     idle_before = {each.keys[0] for each in without_effect(config)}
     for each in without_effect(changed):
         name = each.keys[0]

@@ -12,12 +12,14 @@ from swamla_titan.config import Config
 def set_precision_and_determinism(config: Config, device: torch.device, rank: int = 0) -> None:
     """Set the precision of float32 matmuls, determinism (job.deterministic) and the seeds of this rank.
 
-    TF32 goes through `torch.set_float32_matmul_precision` alone, because torch raises on a mix with its newer
-    `fp32_precision` attributes, and the compiler reads both, which only this call keeps consistent. On the CPU float32
-    stays exact, because TF32 would mean bfloat16 matmuls there on some processors.
+    TF32 of matmuls goes through `torch.set_float32_matmul_precision` alone, because torch raises on a mix with its
+    newer `fp32_precision` attributes, and the compiler reads both, which only this call keeps consistent. cuDNN, which
+    computes convolutions, has a switch of its own, which torch leaves on. On the CPU float32 stays exact, because TF32
+    would mean bfloat16 matmuls there on some processors.
     """
     tf32 = config.training.fp32_precision == "tf32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     if config.job.deterministic:
         # cuBLAS is reproducible only with a fixed workspace, and reads this when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

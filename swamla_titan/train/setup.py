@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swamla_titan.checkpoint.annex_record import AnnexRecord, compressed_vocabulary
 from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
-from swamla_titan.checkpoint.manifest import CONFIG, DATA, VOCABULARY
+from swamla_titan.checkpoint.manifest import ANNEXES, CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
@@ -38,6 +39,7 @@ from swamla_titan.data import (
 from swamla_titan.distributed.agreement import all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import Damaged, UserError
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import validate_optimizer_device
 from swamla_titan.parallel.activation_checkpoint import validate_recomputation
 from swamla_titan.parallel.automatic import resolve_auto
@@ -67,6 +69,7 @@ class Inputs:
     validator: Validator | None
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
+    annexes: AnnexRecord | None  # None: the model has none
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,11 @@ class Setup(Inputs):
     def build_state(self) -> RunState:
         """Model, optimizers and all else that training changes, filled from the checkpoint if there is one."""
         with self.checkpoints.loading(self.origin.path):
-            return RunState(self.config, self.world, self.origin.path, self.train_state.step)
+            state = RunState(self.config, self.world, self.origin.path, self.train_state.step)
+        if self.annexes:
+            for part in state.model.parts:
+                part.annexes.use(self.annexes.vocabulary.ids, self.annexes.vocabulary.size)
+        return state
 
 
 # What is refused before the data are opened, in this order, by what `check` calls it.
@@ -195,14 +202,19 @@ def set_up_inputs(
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
     validator = all_ranks_or_raise(world, lambda: Validator(held_out, world, size) if held_out else None)
     validation = validation_record(origin.data, held_out)
-    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size)
+    annexes = None
+    if annexes_of(config.model):
+        ids = all_ranks_or_raise(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annexes))
+        annexes = AnnexRecord.of(config.model, ids)
+    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, annexes)
 
 
 def set_up_resume(inputs: Inputs) -> Setup:
     """Compare the run with the checkpoint to resume from; raises UserError if it belongs to another run."""
     config, world, corpus = inputs.config, inputs.world, inputs.corpus
     files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
-    fingerprint, details = run_fingerprint(config, corpus), {"source": corpus.change}
+    files |= {ANNEXES: inputs.annexes.to_bytes()} if inputs.annexes else {}
+    fingerprint, details = run_fingerprint(config, corpus, inputs.annexes), {"source": corpus.change}
     train_state = broadcast_from_rank_0(
         world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
     )

@@ -18,6 +18,7 @@ from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
 from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.attention.dispatch import Choice
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
@@ -69,6 +70,8 @@ def _log_model(config: Config) -> None:
         f"model: {total:,} parameters ({without_embeddings:,} without embeddings), "
         f"{layers} layers, {config.training.compute_dtype}"
     )
+    for annex in annexes_of(config.model).values():
+        logger.info(annex.summary(config.model))
 
 
 def _log_data(corpus: Corpus, seq_len: int) -> None:

@@ -7,8 +7,10 @@ import torch
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
+from swamla_titan.train.annex_metrics import AnnexMetrics
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.policy import Policy
@@ -59,3 +61,4 @@ class RunState(State):
         touched = TouchedRows(self.optimizers, world)
         self.policies: list[Policy] = [self.loss_scale] if self.loss_scale else []
         self.policies += [touched] if touched.is_needed() else []
+        self.policies += [AnnexMetrics(config.model, parts, world)] if annexes_of(config.model) else []

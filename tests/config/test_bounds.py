@@ -12,20 +12,20 @@ from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.toml import LARGEST_FILE, shown, toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import LONGEST_STRING, TABLE, field_types
+from swamla_titan.fields import INTEGERS, LONGEST_STRING, TABLE, field_types, settings
 from swamla_titan.kernels.flops import window_pairs
 
 BUILTIN = 'data.source = "builtin"\n'
 NUMBERS = [
     (section, field)
     for section, cls in SECTIONS.items()
-    for field in dataclasses.fields(cls)
-    if field_types(cls)[field.name] in (int, float, TABLE)
+    for field in settings(cls).values()
+    if field_types(cls)[field.name] in (int, float, TABLE, INTEGERS)
 ]
 STRINGS = [
     f"{section}.{field.name}"
     for section, cls in SECTIONS.items()
-    for field in dataclasses.fields(cls)
+    for field in settings(cls).values()
     if field_types(cls)[field.name] is str and "choices" not in field.metadata
 ]
 PATHS = ["job.dump_folder", "data.path", "data.tokenizer", "compile.cache_folder", "validation.path"]
@@ -56,12 +56,13 @@ def test_every_number_has_an_upper_bound_that_holds_in_a_file_and_on_the_command
     assert bound <= 1e30
     beyond = [str(2 * int(bound) + 1), "9" * 309, "inf", "nan", "true", '"1"', "[1]", "1979-05-27"]
     beyond += ["1e31"] if kind is not int else []
+    form = {TABLE: '{{"*" = {}}}', INTEGERS: "[{}]"}.get(kind, "{}")
     for text in beyond:
-        text = f'{{"*" = {text}}}' if kind == TABLE else text
+        text = form.format(text)
         assert f"[{section}] {field.name} = " in refusal(path, f"{BUILTIN}{section}.{field.name} = {text}\n")
     path.write_text(BUILTIN)
     for text in beyond[:4]:
-        text = f'{{"*" = {text}}}' if kind == TABLE else text
+        text = form.format(text)
         assert f"[{section}] {field.name} = " in refusal(path, None, Override(section, field.name, text))
 
 

@@ -13,7 +13,7 @@ from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import Config
 from swamla_titan.config.toml import toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import field_types, value_problem
+from swamla_titan.fields import INTEGERS, field_types, settings, value_problem
 from swamla_titan.model import FLAVORS, ModelConfig
 from swamla_titan.optim import lr_factor
 from tests.config.test_every_key_reaches_its_consumer import CASES
@@ -21,7 +21,7 @@ from tests.config.test_every_key_reaches_its_consumer import CASES
 FIELDS = {
     f"{section}.{field.name}": (field, field_types(cls)[field.name])
     for section, cls in SECTIONS.items()
-    for field in dataclasses.fields(cls)
+    for field in settings(cls).values()
 }
 CONDITIONAL = [name for name, (field, _) in FIELDS.items() if field.metadata["needs"]]
 
@@ -44,6 +44,7 @@ OFF: dict[str, dict[str, Any]] = {
     "validation.max_tokens": {"validation.interval": 0},
     "fault_tolerance.first_step_timeout": {"fault_tolerance.step_timeout": 0},
     "fault_tolerance.": {"fault_tolerance.skip_bad_steps": False},
+    "model.engram.": {"model.engram.layers": []},
     "model.mla_layers_per_cycle": {"model.swa_layers_per_cycle": 99},
     "model.selection_head": {"model.mla_selective": False},
     "model.rope_theta": {"model.swa_rope_theta": 5.0, "model.mla_rope_theta": 5.0},
@@ -60,10 +61,10 @@ def another_value(name: str) -> Any:
     """Not the default, in range, and as its rule has it beside the other defaults."""
     field, kind = FIELDS[name]
     default, rule = field.default, field.metadata["rule"] or (lambda *_: None)
-    others = dataclasses.asdict(SECTIONS[name.partition(".")[0]]())
+    others = dataclasses.asdict(SECTIONS[name.rpartition(".")[0]]())
     if "choices" in field.metadata:
         return next(value for value in field.metadata["choices"] if value != default)
-    candidates = {bool: [not default], str: ["something"]}.get(kind, [2, 3, 4, 0.5, 0.25])
+    candidates = {bool: [not default], str: ["something"], INTEGERS: [[2]]}.get(kind, [2, 3, 4, 0.5, 0.25])
     fitting = (value for value in candidates if value != default and not value_problem(field, kind, value))
     return next(value for value in fitting if not rule(value, others))
 
@@ -88,7 +89,7 @@ def test_a_key_without_effect_is_refused_with_what_takes_it_away_and_what_to_set
     value = another_value(name)
     off = what_takes_its_effect(name)
     path = write(tmp_path / "run.toml", {"data.source": "builtin"} | off | {name: value})
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".")
     found = [line for line in refusal(path).splitlines() if f"[{section}] {key}: " in line]
     assert len(found) == 1
     assert f"[{section}] {key}: {as_shown(name, value)} has no effect with " in found[0]
@@ -110,7 +111,7 @@ def test_every_key_has_a_condition_or_a_proof_that_it_always_counts():
     layers = {f"model.{kind}_layers_per_cycle" for kind in ModelConfig.kinds()}
     assert {name for name in without if name.startswith("model.")} == (layers & without) | {
         *("model.num_layers", "model.dim", "model.num_heads", "model.vocab_size", "model.max_seq_len"),
-        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings"),
+        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings", "model.engram.layers"),
         *("model.rope_scaling", "model.dropout", "model.z_loss", "model.label_smoothing"),
     }
 

@@ -4,7 +4,6 @@ A case is a function, listed in CASES under its key. It trains for a few steps a
 model was fed, weights and optimizer state in the checkpoint, the lines of metrics.jsonl, the files written.
 """
 
-import dataclasses
 import gc
 import json
 import math
@@ -23,6 +22,7 @@ import torch
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import Config, Job, Training
 from swamla_titan.data import IGNORED
+from swamla_titan.fields import settings
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.train.precision import set_precision_and_determinism
@@ -263,6 +263,7 @@ def fp32_precision(run: Runner) -> None:
     ):
         set_precision_and_determinism(Config(training=Training(fp32_precision=wanted), job=Job(seed=1)), device)
         assert torch.get_float32_matmul_precision() == expected
+        assert torch.backends.cudnn.allow_tf32 == (expected == "high")
 
 
 def gc_interval(run: Runner) -> None:
@@ -558,8 +559,8 @@ def test_every_key_has_a_case():
     keys = {
         f"{section}.{field.name}"
         for section, cls in SECTIONS.items()
-        if section != "model"
-        for field in dataclasses.fields(cls)
+        if section.partition(".")[0] != "model"
+        for field in settings(cls).values()
     }
     assert keys == CASES.keys()
 

@@ -1,6 +1,5 @@
 """`config ls`, `config show` and `config cp`."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.distributed.degrees import fit_degrees
+from swamla_titan.fields import settings
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.sizes import parameter_counts
 
@@ -54,7 +54,7 @@ def test_show_loads_to_the_same_configuration(output, tmp_path, name):
 def test_show_explains_every_key_and_applies_overrides(output, tiny, tmp_path):
     text = output("show", str(tiny), "--optimizer.lr", "0.125", "--model.dim=96")
     for cls in SECTIONS.values():
-        for field in dataclasses.fields(cls):
+        for field in settings(cls).values():
             assert f"# {field.metadata['doc']} (" in text
             assert f"\n{field.name} = " in text
     assert "\nlr = 0.125\n" in text

@@ -4,7 +4,6 @@ A case takes the text of a shipped configuration, or one with every key, changes
 else for a file, adds wrong overrides, and gives it to `config show`, `plan`, `train --dry-run` or `check`.
 """
 
-import dataclasses
 import os
 import random
 import re
@@ -13,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swamla_titan.config import load_config, shipped_configs, to_toml
-from swamla_titan.config.load import SECTIONS
+from swamla_titan.config.load import READY_MADE, SECTIONS
+from swamla_titan.fields import settings
 from tests.fuzz.harness import Bench, Case, fuzz
 from tests.tiny_config import TINY
 
-KEYS = [(section, field.name) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
-KEYS.append(("model", "flavor"))
+KEYS = [(section, field.name) for section, cls in SECTIONS.items() for field in settings(cls).values()]
+KEYS += [(section, key) for section, (key, _) in READY_MADE.items()]
 # Not by the network; what a case overrides comes after these.
 AT_HAND = ("--data.source=builtin", "--data.path=", "--data.name=", "--data.tokenizer=byte")
 FROM_AFAR = ("--data.retry_seconds=0",)
@@ -165,7 +165,7 @@ def a_value(rng: random.Random) -> str:
 
 def a_value_of(section: str, key: str, rng: random.Random) -> str:
     """As a rule one that the key alone allows, often at the edge."""
-    field = next((each for each in dataclasses.fields(SECTIONS[section]) if each.name == key), None)
+    field = settings(SECTIONS[section]).get(key)
     if field is None or rng.random() < 0.3:
         return a_value(rng)
     limits = field.metadata

@@ -10,9 +10,13 @@ import pytest
 import torch
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
+from swamla_titan.fields import settings
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Attention
+from swamla_titan.model.engram_config import EngramConfig
+
+ENGRAM = EngramConfig(layers=(1,), orders=(2, 3), heads=2, d_mem=16, table_size=31)
 
 # field -> (another value, what it must change). "shapes": names or shapes of the parameters; "logits": the output of
 # the same weights; "loss": the training loss of the same weights and logits; "accepts": which lengths are taken.
@@ -45,6 +49,18 @@ CASES = {
     "dropout": (0.3, "loss"),
     "z_loss": (0.1, "loss"),
     "label_smoothing": (0.1, "loss"),
+    "engram": (ENGRAM, "shapes"),
+}
+# The same for the fields of `engram`, from ENGRAM on.
+ENGRAM_CASES = {
+    "layers": ((0,), "shapes"),
+    "orders": ((2, 4), "logits"),
+    "heads": (1, "shapes"),
+    "d_mem": (8, "shapes"),
+    "table_size": (50, "shapes"),
+    "kernel": (3, "shapes"),
+    "sharpen_gate": (True, "logits"),
+    "seed": (1, "logits"),
 }
 
 
@@ -70,13 +86,14 @@ def observe(config):
 
 KEYS = {
     field.name: field
-    for field in dataclasses.fields(ModelConfig)
+    for field in settings(ModelConfig).values()
     if field.name.endswith("_layers_per_cycle") or hasattr(field.metadata["needs"], "kind")
 }
 
 
 def test_every_field_has_a_case():
     assert CASES.keys() | KEYS.keys() == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(ENGRAM_CASES) == {field.name for field in dataclasses.fields(EngramConfig)}
 
 
 @pytest.mark.parametrize("name", sorted(KEYS.keys() - CASES.keys() | {"mla_layers_per_cycle", "num_kv_heads"}))
@@ -98,7 +115,18 @@ def test_field_reaches_its_consumer(field):
     value, aspect = CASES[field]
     assert value != getattr(TINY, field)
     without = replace(TINY, **NEEDED.get(field, {}))
-    before, after = observe(without), observe(replace(without, **{field: value}))
+    compare(without, replace(without, **{field: value}), aspect)
+
+
+@pytest.mark.parametrize("field", ENGRAM_CASES)
+def test_field_of_engram_reaches_its_consumer(field):
+    value, aspect = ENGRAM_CASES[field]
+    assert value != getattr(ENGRAM, field)
+    compare(replace(TINY, engram=ENGRAM), replace(TINY, engram=replace(ENGRAM, **{field: value})), aspect)
+
+
+def compare(one, other, aspect):
+    before, after = observe(one), observe(other)
     if aspect in ("shapes", "accepts"):
         assert after[aspect] != before[aspect]
         return
@@ -160,6 +188,14 @@ def test_qk_norm_makes_attention_blind_to_the_scale_of_queries_and_keys():
         ({"swa_layers_per_cycle": 0, "mla_layers_per_cycle": 0}, "swa_layers_per_cycle"),
         ({"dropout": 1.0}, "dropout"),
         ({"norm": "layernorm"}, "norm"),
+        ({"engram": None}, "engram"),
+        ({"engram": {"layers": [0, 3]}}, "engram.layers"),
+        ({"engram": {"layers": [1, 0]}}, "engram.layers"),
+        ({"engram": {"layers": [-1]}}, "engram.layers"),
+        ({"engram": {"layers": "0"}}, "engram.layers"),
+        ({"engram": {"layers": [0], "orders": []}}, "engram.orders"),
+        ({"engram": {"orders": [2, 5]}}, "engram.orders"),
+        ({"engram": {"layers": [0], "heads": 3}}, "engram.d_mem"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_by_name(changes, field):

@@ -19,6 +19,9 @@ SHAPES = [
     {"swa_window": 1, "swa_sink_size": 0},
     {"swa_window": 60, "swa_sink_size": 3},  # window larger than the cache
     {"num_kv_heads": 2, "q_lora_rank": 14, "qk_norm": True},
+    {"engram": {"layers": [0, 2], "orders": [2, 3], "heads": 2, "d_mem": 16, "table_size": 31}},
+    # taps of 12 tokens back, more than most prompts have
+    {"engram": {"layers": [1], "orders": [2, 4], "heads": 1, "d_mem": 8, "table_size": 101, "sharpen_gate": True}},
     {"norm": "dynamic_tanh", "tie_embeddings": False, "rope_scaling": 2.0, "swa_rope_theta": 77.0},
     {"mla_selective": True, "selection_head": 3},
 ]

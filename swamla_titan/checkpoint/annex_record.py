@@ -1,0 +1,114 @@
+"""What annexes' parameters mean beside the configuration, as a file of a checkpoint: hashes, and the compressed ids.
+
+The hashes follow from the configuration, and the ids from the tokenizer and this Python's Unicode tables. The record
+says what they were when the parameters were learned: a run that continues keeps the ids, generation uses them, and
+neither takes hashes that this version computes otherwise.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from swamla_titan.checkpoint.manifest import ANNEXES
+from swamla_titan.data import CompressedVocabulary, Tokenizer, compress
+from swamla_titan.errors import UserError
+from swamla_titan.model import ModelConfig
+from swamla_titan.model.annexes import annexes_of
+from swamla_titan.system.bounded import Count, Within, fit, inflated, parse_json, read_regular
+
+logger = logging.getLogger(__name__)
+
+_MOST = 64 << 20  # bytes, compressed or not; of 4M tokens there are 32 MB
+
+
+@dataclass
+class _Ids:
+    """A CompressedVocabulary."""
+
+    tokenizer: str
+    digest: str
+    size: Count
+    ids: Annotated[list[int], Within(1, 1 << 24)]
+
+
+@dataclass
+class _Record:
+    vocabulary: _Ids
+    annexes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AnnexRecord:
+    """`annexes`: what each annex of a model gives as its `record`, by its name."""
+
+    vocabulary: CompressedVocabulary
+    annexes: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocabulary: CompressedVocabulary) -> "AnnexRecord":
+        """The record of a model, as this version computes it."""
+        return cls(vocabulary, {name: annex.record(model) for name, annex in annexes_of(model).items()})
+
+    def fingerprint(self) -> dict[str, str]:
+        """Flat name -> value, for the fingerprint of a run."""
+        hashes = {f"annexes.{name}": _digest(record) for name, record in self.annexes.items()}
+        return {"annexes.vocabulary": self.vocabulary.digest} | hashes
+
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        own = self.vocabulary
+        ids = _Ids(own.tokenizer, own.digest, own.size, own.ids.tolist())
+        content = json.dumps(asdict(_Record(ids, self.annexes)), separators=(",", ":"))
+        return gzip.compress(content.encode(), mtime=0)
+
+    def require_equal(self, model: ModelConfig, checkpoint: Path) -> None:
+        """Raise UserError if this version gives the annexes of `model` another record."""
+        now = AnnexRecord.of(model, self.vocabulary)
+        for name, record in now.annexes.items():
+            if record != self.annexes.get(name):
+                raise UserError(f"{checkpoint}: this version's {name} hashes otherwise than the one that wrote it")
+
+
+def read_annex_record(checkpoint: Path) -> AnnexRecord | None:
+    """The record of a checkpoint; None if it has none. Raises UserError if it is unreadable."""
+    path = checkpoint / ANNEXES
+    if not os.path.lexists(path):
+        return None
+    try:
+        found: _Record = fit(_Record, parse_json(inflated(read_regular(path, _MOST), _MOST)))
+        own = found.vocabulary
+        ids = np.array(own.ids, dtype=np.int64)
+        if not 0 <= ids.min() <= ids.max() < own.size <= len(ids):
+            raise ValueError(f"its ids are not those of a vocabulary of {own.size}")
+        vocabulary = CompressedVocabulary(ids.astype(np.int32), own.size, own.tokenizer)
+        if vocabulary.digest != own.digest:
+            raise ValueError("its ids do not have its digest")
+        return AnnexRecord(vocabulary, found.annexes)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a record of this program's checkpoints ({error})") from None
+
+
+def compressed_vocabulary(tokenizer: Tokenizer, recorded: AnnexRecord | None) -> CompressedVocabulary:
+    """That of the checkpoint to resume from, if it is of this tokenizer; else this version's."""
+    own = compress(tokenizer)
+    if recorded is None or recorded.vocabulary.tokenizer != tokenizer.fingerprint:
+        return own
+    if recorded.vocabulary.digest != own.digest:
+        logger.warning(
+            "this Python's tables of Unicode would compress the vocabulary to %d ids; the run keeps the %d that it "
+            "began with",
+            own.size,
+            recorded.vocabulary.size,
+        )
+    return recorded.vocabulary
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,139 @@
+"""Annexes: residual branches that stand before the blocks of chosen layers and know the tokens, not only the stream.
+
+    x = x + annex(x, what it looks up for the tokens);  x = block(x)
+
+What an annex looks up depends on tokens alone. So it is looked up for all layers before the first block runs, outside
+of what is compiled or recomputed, and the exchange between ranks that it may take overlaps with the first layers.
+
+An annex is a subclass of Annex in a file of its own and a line of ANNEXES (model/annexes.py), with its settings as a
+section of ModelConfig. Initialization, parallel plans, activation checkpointing, compilation, optimizers, FLOPs,
+`plan`, metrics, checkpoints and decoding iterate over what it declares.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swamla_titan.model.blocks import Regions
+from swamla_titan.model.branch import Branch, Clock
+from swamla_titan.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class StreamContext:
+    """What annexes know of the tokens [B, t] of the residual stream on this process; here those of full sequences."""
+
+    positions: Tensor  # [B or 1, t] int64, tokens since the start of the document
+
+    def with_halos(self, x: Tensor, halo: int) -> Iterator[Tensor]:
+        """Each stretch of consecutive tokens of x [B, t, N] with the `halo` tokens before it, [B, halo + n, N].
+
+        What lies before the sequence is zeros.
+        """
+        yield F.pad(x, (0, 0, halo, 0))
+
+
+class StreamLayout:
+    """Which tokens of each sequence the residual stream holds on this process: all of them."""
+
+    def local(self, x: Tensor) -> Tensor:
+        """Those tokens, [B, t, ...], of something [B, T, ...] for full sequences."""
+        return x
+
+    def context(self, positions: Tensor) -> StreamContext:
+        """The context of sequences with tokens at `positions` [B or 1, T]."""
+        return StreamContext(positions)
+
+
+class Annex(Branch, is_abstract=True):
+    """The branch before a block. Its constructor takes (config, layer).
+
+    `observed` names the tensors that `forward` gives beside the stream; their means are metrics. `regions` may be
+    replaced, see blocks.Regions; its region is "annex".
+    """
+
+    observed: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.regions = Regions()
+        self._means: list[Tensor] = []  # summed over the passes since `take_observed`, for each name
+        self._passes = 0
+
+    @torch.no_grad()
+    def observe(self, seen: Sequence[Tensor]) -> None:
+        """Add what a pass `observed`; the host does not wait for the device."""
+        means = [each.detach().mean(dtype=torch.float32) for each in seen]
+        self._means = [before + mean for before, mean in zip(self._means, means)] if self._passes else means
+        self._passes += 1
+
+    def take_observed(self) -> dict[str, tuple[float, int]]:
+        """By name the sum of the means of all passes since the last call, and how many; the host waits for the device.
+
+        None without a pass.
+        """
+        sums = {name: (mean.item(), self._passes) for name, mean in zip(self.observed, self._means)}
+        self._means, self._passes = [], 0
+        return sums
+
+    @classmethod
+    @abstractmethod
+    def flops(cls, config: ModelConfig, seq_len: int) -> int:
+        """Operations of a sequence's forward pass beside its linear layers'."""
+
+    @classmethod
+    @abstractmethod
+    def summary(cls, config: ModelConfig) -> str:
+        """What stands on the layers, in a line."""
+
+    @classmethod
+    @abstractmethod
+    def record(cls, config: ModelConfig) -> dict[str, Any]:
+        """JSON of what its parameters mean, as hashes, beside the config: kept in checkpoints, and compared."""
+
+    @classmethod
+    @abstractmethod
+    def looked_up(cls, config: ModelConfig) -> int:
+        """Elements of tables that a layer looks up for each token."""
+
+    @classmethod
+    @abstractmethod
+    def lookback(cls, config: ModelConfig) -> int:
+        """Tokens before a token that `indices` depends on."""
+
+    @classmethod
+    @abstractmethod
+    def halo(cls, config: ModelConfig) -> int:
+        """Tokens before a token whose values `forward` depends on."""
+
+    @abstractmethod
+    def indices(self, ids: Tensor, positions: Tensor, pad: int) -> Tensor:
+        """What to look up, int64 [B, T, ...], for compressed ids [B, T] at `positions` [B or 1, T] of documents.
+
+        Before a document lies the id `pad`.
+        """
+
+    @abstractmethod
+    def look_up(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """The `memory` of these tokens, [B, t, ...] in `dtype`."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, memory: Tensor, context: StreamContext) -> tuple[Tensor, ...]:
+        """The stream [B, t, dim] with this branch added, and what is `observed`."""
+
+    @abstractmethod
+    def new_cache(self, clock: Clock, dtype: torch.dtype) -> Any:
+        """The memory of a layer while decoding as many sequences as the clock has."""
+
+    @abstractmethod
+    def prefill(self, x: Tensor, memory: Tensor, context: StreamContext, cache: Any) -> Tensor:
+        """`forward` that also fills the cache; gives the stream alone."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, memory: Tensor, context: StreamContext, cache: Any) -> Tensor:
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""

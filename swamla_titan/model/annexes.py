@@ -1,0 +1,159 @@
+"""The registry of annexes, and those of a model together: what they look up for its tokens, and where they stand."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from swamla_titan.kernels.attention.masks import document_starts
+from swamla_titan.model.annex import Annex, StreamContext, StreamLayout
+from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.engram import Engram
+
+
+def registered(annexes: dict[str, type[Annex]]) -> dict[str, type[Annex]]:
+    """`annexes`; TypeError unless exactly these have a section of settings in ModelConfig."""
+    if set(annexes) != set(ModelConfig.annex_configs()):
+        known = list(ModelConfig.annex_configs())
+        raise TypeError(f"each of {list(annexes)} needs a field of ModelConfig that is an AnnexConfig, as {known} have")
+    return annexes
+
+
+ANNEXES = registered({"engram": Engram})
+
+
+def annexes_of(config: ModelConfig, layer: int | None = None) -> dict[str, type[Annex]]:
+    """The annexes that stand on a layer (None: on any), in the order in which they stand there."""
+
+    def stands(name: str) -> bool:
+        layers = getattr(config, name).layers
+        return bool(layers) if layer is None else layer in layers
+
+    return {name: annex for name, annex in ANNEXES.items() if stands(name)}
+
+
+def new_annex(config: ModelConfig, name: str, layer: int) -> Annex:
+    """The annex `name` of a layer."""
+    build = cast(Any, ANNEXES[name])  # whose constructor is not that of Annex
+    annex: Annex = build(config, layer)
+    return annex
+
+
+class CompressedIds:
+    """The ids that stand for tokens in n-grams: `ids` [vocabulary] int64, and `pad` for what lies before a document.
+
+    The tensor is copied to a device once.
+    """
+
+    def __init__(self, ids: Tensor, pad: int) -> None:
+        self.pad = pad
+        self._host_copy = ids
+        self._on_device = {ids.device: ids}
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[B, T] int64 -> [B, T] int64."""
+        if tokens.device not in self._on_device:
+            self._on_device[tokens.device] = self._host_copy.to(tokens.device)
+        return self._on_device[tokens.device][tokens]
+
+
+class Memories(NamedTuple):
+    """What was looked up for the tokens of a forward pass, by layer and name, and the annexes' context."""
+
+    rows: dict[tuple[str, str], Tensor]
+    context: StreamContext
+
+
+class Annexes(nn.ModuleDict):
+    """The annexes of a model, by layer number and name.
+
+    Tokens stand for themselves until `use` is called. `layout` may be set: which tokens of the residual stream this
+    process holds.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            {
+                str(layer): nn.ModuleDict({name: new_annex(config, name, layer) for name in found})
+                for layer in range(config.num_layers)
+                if (found := annexes_of(config, layer))
+            }
+        )
+        self._rows = config.padded_vocab_size
+        self.use(np.arange(config.vocab_size), config.vocab_size)
+        self.layout = StreamLayout()
+
+    def use(self, ids: np.ndarray, size: int) -> None:
+        """Look up by a compressed vocabulary (data/compression.py): `ids` of each token, of `size` different ones.
+
+        Size itself is the pad id, which no token has but those of the padded vocabulary.
+        """
+        padded = torch.full((self._rows,), size, device="cpu")
+        padded[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        self.compressed_ids = CompressedIds(padded, size)
+
+    def each(self) -> Iterator[tuple[tuple[str, str], Annex]]:
+        """(layer, name) and the annex, in the order of the forward pass."""
+        for layer in self:
+            for name, annex in self._of_layer(layer):
+                yield (layer, name), annex
+
+    def look_up(self, tokens: Tensor, document_ids: Tensor | None, dtype: torch.dtype) -> Memories | None:
+        """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are none."""
+        if not len(self):
+            return None
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        if document_ids is not None:
+            positions = positions - document_starts(document_ids)
+        return self._looked_up(tokens, positions, 0, dtype)
+
+    def look_up_next(self, tokens: Tensor, cache: DecodeCache, dtype: torch.dtype) -> Memories | None:
+        """The same for the next token of each sequence [B, 1] while decoding, which the cache then remembers."""
+        if not len(self):
+            return None
+        newest, positions = cache.remember(tokens)
+        return self._looked_up(newest, positions, newest.shape[1] - 1, dtype)
+
+    def _looked_up(self, tokens: Tensor, positions: Tensor, first: int, dtype: torch.dtype) -> Memories:
+        ids, pad, local = self.compressed_ids(tokens), self.compressed_ids.pad, self.layout.local
+        rows = {
+            key: annex.look_up(local(annex.indices(ids, positions, pad)[:, first:]), dtype)
+            for key, annex in self.each()
+        }
+        return Memories(rows, self.layout.context(positions[:, first:]))
+
+    def before(self, layer: str, x: Tensor, memories: Memories | None) -> Tensor:
+        """The stream [B, t, dim] as the block of `layer` gets it."""
+        if memories is None or layer not in self:
+            return x
+        for name, annex in self._of_layer(layer):
+            x, *seen = annex(x, memories.rows[layer, name], memories.context)
+            if self.training:
+                annex.observe(seen)
+        return x
+
+    def prefill(self, layer: str, x: Tensor, memories: Memories | None, cache: DecodeCache) -> Tensor:
+        """`before` that also fills the cache."""
+        return self._cached("prefill", layer, x, memories, cache)
+
+    def decode(self, layer: str, x: Tensor, memories: Memories | None, cache: DecodeCache) -> Tensor:
+        """`before` for the next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
+        return self._cached("decode", layer, x, memories, cache)
+
+    def _cached(self, way: str, layer: str, x: Tensor, memories: Memories | None, cache: DecodeCache) -> Tensor:
+        if memories is None or layer not in self:
+            return x
+        for name, annex in self._of_layer(layer):
+            key = layer, name
+            x = getattr(annex, way)(x, memories.rows[key], memories.context, cache.annexes[key])
+        return x
+
+    def _of_layer(self, layer: str) -> Iterator[tuple[str, Annex]]:
+        of_layer = self[layer]
+        assert isinstance(of_layer, nn.ModuleDict)
+        for name, annex in of_layer.items():
+            assert isinstance(annex, Annex)
+            yield name, annex

@@ -1,0 +1,137 @@
+"""Engram where ranks share sequences, layers, rows or weights: gradients of one process, from weights that matter."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from swamla_titan.config import Config
+from swamla_titan.config.sections import ActivationCheckpoint, Compile, Parallel, Training
+from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.dtensor import copy_from_full, local, local_slices
+from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.row_table import row_tables
+from swamla_titan.parallel.model_parts import ParallelModel
+from tests.distributed.ranks import on_ranks
+
+T = 24
+# Halos of 3 * 4 tokens: more than some ranks hold, and more than a stretch of any.
+MODEL = ModelConfig(
+    **{"num_layers": 3, "dim": 64, "num_heads": 4, "vocab_size": 100, "max_seq_len": T, "ffn_hidden_dim": 96},
+    **{"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "swa_window": 5},
+    engram={"layers": [0, 2], "orders": [2, 4], "heads": 2, "d_mem": 32, "table_size": 37},  # type: ignore[arg-type]
+)
+
+
+def config_of(parallel: dict[str, Any], mode: str = "none") -> Config:
+    return Config(
+        model=MODEL,
+        training=Training(seq_len=T, compute_dtype="float32", local_batch_size=1, global_batch_size=2),
+        parallel=Parallel(**parallel),
+        compile=Compile(enabled=False),
+        activation_checkpoint=ActivationCheckpoint(mode=mode),
+    )
+
+
+def batches() -> list[MicroBatch]:
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 100, (2, T), generator=draw)
+    targets = torch.randint(0, 100, (2, T), generator=draw)
+    documents = (torch.rand(2, T, generator=draw) < 0.1).cumsum(dim=1)
+    return [MicroBatch(tokens[i : i + 1], targets[i : i + 1], documents[i : i + 1], 1) for i in range(2)]
+
+
+def reference() -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Weights that make each part matter, their gradients, and the loss, of one process."""
+    torch.manual_seed(3)
+    model = SWAMLAModel(MODEL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6) if parameter.dim() == 2 else parameter.add_(0.3 * torch.randn_like(parameter))
+    total = torch.zeros(())
+    for batch in batches():
+        loss = model(batch.tokens, batch.targets, batch.document_ids, 2.0 * T)
+        loss.backward()
+        total += loss.detach()
+    tables = row_tables(model)
+    for table in tables.values():
+        table.gradient.merge()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gradients = {
+        name: tables[parameter].gradient.dense(len(parameter)) if parameter in tables else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    return weights, gradients, total  # type: ignore[return-value]
+
+
+def errors(parallel: dict[str, Any], mode: str = "none", compiled: bool = False) -> dict[str, float]:
+    """How far this rank's shard of each gradient of an annex, and of the embedding, is from one process's."""
+    weights, gradients, expected = reference()
+    world = init_distributed(Parallel(**parallel))
+    model = ParallelModel(config_of(parallel, mode), world)
+    for part in model.parts:
+        for name, parameter in part.named_parameters():
+            copy_from_full(parameter, weights[name.replace("head.weight", "embedding.weight")])
+        for _, annex in part.annexes.each() if compiled else ():
+            annex.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    copies = world.degrees.data  # each of which is given the same sequences here
+    loss = model.train_step(batches(), 2.0 * T * copies)
+    found = {"loss": (loss - expected).abs().item()}
+    for part in model.parts:
+        tables = row_tables(part)
+        for name, parameter in part.named_parameters():
+            if "annexes" in name or name == "embedding.weight":
+                table, whole = tables.get(parameter), gradients[name]
+                of_rank = local(parameter)
+                own = table.gradient.dense(len(of_rank)) if table else local(parameter.grad)  # type: ignore[arg-type]
+                difference = own - whole[local_slices(parameter)]
+                found[name] = (difference.norm() / whole.norm()).item()
+    if compiled:
+        found["graphs beyond one"] = counters["stats"]["unique_graphs"] - 1
+        found["breaks"] = sum(counters["graph_break"].values())
+    return found
+
+
+PLANS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor 2, context 2": (4, {"tensor": 2, "context": 2}),
+    "pipeline 3": (3, {"pipeline": 3}),
+    "context 3": (3, {"context": 3}),
+    "tensor 4": (4, {"tensor": 4}),
+    "fsdp 3": (3, {}),
+    "hsdp 2, shard 2": (4, {"data_parallel": "hsdp", "dp_replicate": 2}),
+    "ddp 2, context 2": (4, {"data_parallel": "ddp", "context": 2}),
+    "pipeline 2, tensor 2": (4, {"pipeline": 2, "tensor": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *("tensor 2, context 2", "pipeline 3"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(PLANS)[2:]),
+    ],
+)
+def test_gradients_are_those_of_one_process(plan: str):
+    ranks, parallel = PLANS[plan]
+    check(on_ranks(ranks, errors, parallel))
+
+
+def test_compiled_annexes_of_all_layers_are_one_graph():
+    check(on_ranks(4, errors, PLANS["tensor 2, context 2"][1], "none", True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_annexes_give_the_same_gradients(mode: str, compiled: bool):
+    check(on_ranks(2, errors, {"context": 2}, mode, compiled))
+
+
+def check(of_ranks: list[dict[str, float]]) -> None:
+    assert len({name for found in of_ranks for name in found if "annexes" in name}) == 2 * 7
+    for rank, found in enumerate(of_ranks):
+        for name, error in found.items():
+            assert error < 1e-4, f"rank {rank}, {name}: {error:.1e}"

@@ -1,0 +1,119 @@
+"""Runs with Engram: resumed bit for bit, from checkpoints that say how they look up, and generation from these."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from swamla_titan.checkpoint.annex_record import compressed_vocabulary, read_annex_record
+from swamla_titan.checkpoint.manifest import ANNEXES, MANIFEST
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.cli import main
+from swamla_titan.data import CompressedVocabulary, compress, load_tokenizer
+from swamla_titan.distributed.mesh import World
+from swamla_titan.errors import UserError
+from swamla_titan.tools.generate import _loaded
+from tests.train.runs import checkpoint, metrics, tensors, train
+
+ENGRAM = (
+    *("--model.engram.layers", "0,2", "--model.engram.heads", "2", "--model.engram.d_mem", "16"),
+    *("--model.engram.table_size", "101", "--data.num_workers", "0", "--validation.interval", "0"),
+)
+
+
+def run(tiny: Path, folder: Path, steps: int, *more: str) -> None:
+    common = ("--job.dump_folder", str(folder), "--checkpoint.interval", "4", "--lr_schedule.name", "wsd")
+    assert train(tiny, *common, "--training.steps", str(steps), *ENGRAM, *more) == 0
+
+
+def test_a_run_resumes_bit_for_bit_and_logs_the_gates(tiny: Path, tmp_path: Path):
+    wsd = ("--lr_schedule.decay_steps", "1")
+    run(tiny, tmp_path / "whole", 8, *wsd, "--ema.decay", "0.9")
+    run(tiny, tmp_path / "cut", 8, *wsd, "--ema.decay", "0.9")
+    for path in (tmp_path / "cut" / "checkpoints" / "step-00000008").iterdir():
+        path.unlink()
+    (tmp_path / "cut" / "checkpoints" / "step-00000008").rmdir()
+    run(tiny, tmp_path / "cut", 8, *wsd, "--ema.decay", "0.9")
+    whole, cut = (tensors(checkpoint(tmp_path / name, 8)) for name in ("whole", "cut"))
+    assert any("annexes.0.engram.table.weight" in name for name in whole)
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    for layer in (0, 2):
+        gates = metrics(tmp_path / "whole", f"engram_gate_{layer}")
+        assert len(gates) == 8
+        assert all(0 < gate < 1 for gate in gates.values())
+    log = (tmp_path / "whole" / "logs" / "rank-0.log").read_text()
+    assert "engram before layers 0, 2: 8 tables of about 101 rows of 4 for n-grams of 2, 3 tokens" in log
+
+
+def test_another_hash_is_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run(tiny, tmp_path / "run", 4)
+    common = ("--job.dump_folder", str(tmp_path / "run"), "--training.steps", "8")
+    assert train(tiny, *common, *ENGRAM, "--model.engram.seed", "1") == 2
+    message = capsys.readouterr().err
+    assert "belongs to another run" in message
+    assert "model.engram.seed: 0 in the checkpoint, 1 now" in message
+    assert train(tiny, *common, "--data.num_workers", "0") == 2
+    assert "model.engram.layers: [0, 2] in the checkpoint, None now" in capsys.readouterr().err
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    content = json.loads(gzip.decompress((path / ANNEXES).read_bytes()))
+    content["vocabulary"] |= changes
+    (path / ANNEXES).write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+
+
+def test_a_checkpoint_keeps_the_ids_and_generation_uses_them(tiny: Path, tmp_path: Path, capsys):
+    run(tiny, tmp_path / "run", 4)
+    path = checkpoint(tmp_path / "run", 4)
+    tokenizer = load_tokenizer("byte")
+    record = read_annex_record(path)
+    assert record is not None
+    assert record.vocabulary.ids.tolist() == compress(tokenizer).ids.tolist()
+    assert compressed_vocabulary(tokenizer, record) is record.vocabulary
+    model = _loaded(path, ema=False).model
+    assert model.annexes.compressed_ids(torch.tensor([[65, 97]])).unique().numel() == 1
+    assert main(["generate", str(path), "--prompt", "The", "--max-new-tokens", "3"]) == 0
+
+    # As by another Python's tables of Unicode: "A" and "a" unlike each other.
+    own = record.vocabulary
+    ids = own.ids.tolist()
+    ids[65] = own.size
+    other = CompressedVocabulary(own.ids.copy(), own.size + 1, own.tokenizer)
+    other.ids[65] = own.size
+    rewritten(path, ids=ids, size=own.size + 1, digest=other.digest)
+    found = read_annex_record(path)
+    assert found is not None
+    kept = compressed_vocabulary(tokenizer, found)
+    assert kept.ids[65] != kept.ids[97]
+    assert "the run keeps the" in capsys.readouterr().out
+    assert compressed_vocabulary(load_tokenizer("gpt2"), found).size > 30_000  # of another tokenizer
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"digest": "0"}, "do not have its digest"),
+        ({"size": 3}, "not those of a vocabulary of 3"),
+        ({"ids": []}, "expected 1 to"),
+        ({"ids": "x"}, "not a record of this program's checkpoints"),
+        ({"more": 1}, "which is not known"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(tiny: Path, tmp_path: Path, changes: dict[str, object], part: str):
+    run(tiny, tmp_path / "run", 4)
+    path = checkpoint(tmp_path / "run", 4)
+    rewritten(path, **changes)
+    with pytest.raises(UserError, match=part):
+        read_annex_record(path)
+
+
+def test_a_checkpoint_without_its_record_is_damaged(tiny: Path, tmp_path: Path):
+    run(tiny, tmp_path / "run", 4)
+    path = checkpoint(tmp_path / "run", 4)
+    (path / ANNEXES).unlink()
+    with pytest.raises(UserError, match=f"{ANNEXES}"):
+        Checkpoints(path.parent, 0, World.alone()).newest_intact()
+    assert (path / MANIFEST).exists()
