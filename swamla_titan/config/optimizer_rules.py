@@ -49,6 +49,13 @@ def _offloaded(config: Config) -> Iterator[Contradiction]:
             ("optimizer.name", "parallel.cpu_offload"),
             f'"{name}" {why} on the host with parallel.cpu_offload = true: use "adamw" or "lion", or set that to false',
         )
+    annexes = [name for name in config.model.annex_configs() if getattr(config.model, name).layers]
+    if config.parallel.cpu_offload and annexes:
+        yield Contradiction(
+            ("parallel.cpu_offload", *(f"model.{name}.layers" for name in annexes)),
+            f"the tables of {' and '.join(annexes)} are looked up on the device and stay there: set it to false, or "
+            "share their rows among more ranks",
+        )
 
 
 def _multipliers(config: Config) -> Iterator[Contradiction]:

@@ -52,6 +52,7 @@ _STEPS_TO_WARM_UP = One(
     ignorable=False,
 )
 _MUON = when("optimizer.name", "muon")
+_TABLES = when_either(*(when_on(f"model.{name}.layers") for name in ModelConfig.annex_configs()))
 _SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")
 _TENSOR = One(("parallel.tensor",), lambda config: config.parallel.tensor > 1, "parallel.tensor to 2 or more")
 _PIPELINE = One(("parallel.pipeline",), lambda config: config.parallel.pipeline > 1, "parallel.pipeline to 2 or more")
@@ -211,6 +212,7 @@ class Optimizer:
         True,
         "Tables of embeddings move by Adam: true: the rows that a step looked up, others keep weights and moments; "
         "false: all rows, as AdamW without decay moves them, at the cost of a pass over the tables each step.",
+        needs=_TABLES,
     )
     moments: str = key(
         "float32",

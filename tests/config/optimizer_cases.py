@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.config.runner import Runner
-from tests.distributed.table_model import models_with_tables
 from tests.train.runs import metrics
 
 _STATES = {
@@ -73,19 +72,21 @@ def decay_embeddings(run: Runner) -> None:
 
 def lazy_tables(run: Runner) -> None:
     """Rows that the last step did not look up stay as they were before it, or move by their moments."""
-    settings = ("--checkpoint.interval", "1", "--checkpoint.keep_latest", "0")
-    with models_with_tables():
-        for lazy in (True, False):
-            result = run(*settings, "--optimizer.lazy_tables", str(lazy).lower())
-            before, after = result.tensors(2), result.tensors(3)
-            touched = after["optimizer.state.token_table.weight.touched"][:, 0]
-            earlier = (touched > 0) & (touched < 3)
-            assert earlier.any()
-            same = before["model.token_table.weight"] == after["model.token_table.weight"]
-            assert same[touched == 0].all()
-            assert same[earlier].all() == lazy
-            kept = "the rows looked up" if lazy else "all rows"
-            assert f"adam of {kept}, no decay, lr x 5" in (result.folder / "logs/rank-0.log").read_text()
+    table = "annexes.1.engram.table.weight"
+    engram = ("--model.engram.layers", "1", "--model.engram.d_mem", "64", "--model.engram.table_size", "500")
+    settings = (*engram, "--checkpoint.interval", "1", "--checkpoint.keep_latest", "0", "--optimizer.lazy_tables")
+    for lazy in (True, False):
+        result = run(*settings, str(lazy).lower())
+        before, after = result.tensors(2), result.tensors(3)
+        touched = after[f"optimizer.state.{table}.touched"][:, 0]
+        earlier = (touched > 0) & (touched < 3)
+        assert earlier.any()
+        same = before[f"model.{table}"] == after[f"model.{table}"]
+        assert same[touched == 0].all()
+        assert same[earlier].all() == lazy
+        moved = "the rows looked up" if lazy else "all rows"
+        assert f"adam of {moved}, no decay, lr x 5" in (result.folder / "logs/rank-0.log").read_text()
+    assert "has no effect" in run.refusal("--optimizer.lazy_tables", "false")
 
 
 def lr_multipliers(run: Runner) -> None:

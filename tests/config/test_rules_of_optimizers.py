@@ -4,7 +4,8 @@ import pytest
 
 from swamla_titan.config.optimizer_rules import optimizer_contradictions
 from swamla_titan.config.sections import EMA, Config, Optimizer, Parallel, Validation
-from swamla_titan.model import FLAVORS
+from swamla_titan.model import FLAVORS, ModelConfig
+from swamla_titan.model.engram_config import EngramConfig
 
 OFFLOADED = Parallel(cpu_offload=True)
 
@@ -26,6 +27,11 @@ OFFLOADED = Parallel(cpu_offload=True)
         ),
         (Config(optimizer=Optimizer(name="muon"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), '"lion"'),
         (Config(optimizer=Optimizer(name="adamw_fp8"), parallel=OFFLOADED), ("name", "parallel.cpu_offload"), "adamw"),
+        (
+            Config(model=ModelConfig(engram=EngramConfig((1,))), parallel=OFFLOADED),
+            ("parallel.cpu_offload", "model.engram.layers"),
+            "the tables of engram are looked up on the device",
+        ),
         (
             Config(optimizer=Optimizer(lr_multipliers={"norm.weight": 1.0, "blocks.9.*": 2.0}), model=FLAVORS["debug"]),
             ("lr_multipliers", "model.flavor", "model.num_layers"),
