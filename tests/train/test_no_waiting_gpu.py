@@ -34,6 +34,7 @@ COMPILED = ("--compile.enabled", "true")
         (*COMPILED, "--float8.recipe", "native", "--float8.products", "all", "--float8.loss_scaling", "true"),
         ("--optimizer.name", "muon"),
         ("--optimizer.name", "adamw8bit"),
+        (*COMPILED, "--model.engram.layers", "0,2", "--model.engram.d_mem", "64", "--ema.decay", "0.99"),
     ],
     ids=str,
 )
