@@ -10,7 +10,6 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, 
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sequences import FullSequences
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -39,6 +38,7 @@ SHAPE = ModelConfig(
     qk_rope_head_dim=16,
     v_head_dim=48,
 )
+KINDS = list(dict.fromkeys(SHAPE.block_kinds))
 SHAPES = {
     "plain": SHAPE,
     "grouped": dataclasses.replace(SHAPE, num_kv_heads=2),
@@ -78,14 +78,14 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
     return sum(found.values()) / (ROWS * LENGTH * dtype.itemsize)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_a_compiled_block_keeps(shape, kind):
     measured = kept(SHAPES[shape], kind, torch.bfloat16, "aot_eager_decomp_partition")
     assert kept_elements(SHAPES[shape], kind) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_compiled_block_keeps_in_native_float8(kind):
     measured = kept(SHAPE, kind, torch.bfloat16, "aot_eager_decomp_partition", native=True)
     expected = kept_elements(SHAPE, kind) - native_savings(SHAPE, kind, NATIVE, 2)
@@ -104,14 +104,14 @@ def _has(block: torch.nn.Module, name: str) -> bool:
     return any(each == name for each, _ in block.named_modules())
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", EAGER_FACTOR)
 def test_what_an_eager_block_keeps(dtype, kind):
     measured = kept(SHAPE, kind, getattr(torch, dtype), None)
     assert kept_elements(SHAPE, kind) * EAGER_FACTOR[dtype] == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", EAGER_FACTOR)
 def test_what_an_eager_block_keeps_in_native_float8(dtype, kind):
     dtype = getattr(torch, dtype)
@@ -180,7 +180,7 @@ def test_a_memory_budget_lies_between_all_and_the_inputs():
 
 
 def test_ranks_share_what_they_share():
-    for kind in BLOCKS:
+    for kind in KINDS:
         whole = kept_elements(SHAPE, kind)
         assert whole / 4 < kept_elements(SHAPE, kind, tensor=4) < whole / 1.5
         assert whole / 4 <= kept_elements(SHAPE, kind, context=4) < whole
