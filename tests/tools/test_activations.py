@@ -64,6 +64,7 @@ def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None,
     shared = (*rotations, context["swa"].mask, *block.parameters())
     found = {tensor.untyped_storage().data_ptr(): 0 for tensor in shared}
     if backend:
+        torch._dynamo.reset()  # else what other tests have compiled of Block counts against the recompile limit
         block.compile(fullgraph=True, dynamic=False, backend=backend)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
