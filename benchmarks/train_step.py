@@ -99,7 +99,7 @@ fraction = 0.0
     for override in overrides:
         name, _, text = override.partition("=")
         if name != "wrapped":
-            section, _, key = name.partition(".")
+            section, _, key = name.rpartition(".")
             given.append(Override(section, key, text))
     return load_config(path, given)
 

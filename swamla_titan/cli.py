@@ -246,7 +246,7 @@ def _run(command: object, overrides: list[Override]) -> int:
 
     match command:
         case Train(config=name, dry_run=True, gpus=gpus):
-            from swamla_titan.tools.dry_run import dry_run
+            from swamla_titan.tools.plan_report import dry_run
             from swamla_titan.train import log_to_console
 
             log_to_console(logging.WARNING)
@@ -262,7 +262,7 @@ def _run(command: object, overrides: list[Override]) -> int:
                 logging.getLogger("swamla_titan.config").warning("%s", line)
             return train(config, _memory_advice)
         case Plan(config=name, gpus=gpus):
-            from swamla_titan.tools.dry_run import print_plan
+            from swamla_titan.tools.plan_report import print_plan
 
             print_plan(load(name), gpus)
         case Check(config=name):

@@ -1,6 +1,6 @@
 """Compressed vocabularies: tokens whose texts differ only in case, accents or white space share an id.
 
-For n-grams (model/ngrams.py), as in Engram (arXiv:2601.07372): " The", "the" and "THE" begin the same ones. Texts are
+For n-grams (model/engram.py), as in Engram (arXiv:2601.07372): " The", "the" and "THE" begin the same ones. Texts are
 compared as they are decoded. The strings of vocabulary files have marks for spaces, such as GPT-2's U+0120, which is a
 letter with an accent: stripped of it " old" would become "gold".
 """

@@ -10,12 +10,11 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.train.annex_metrics import AnnexMetrics
 from swamla_titan.train.bad_steps import BadSteps
+from swamla_titan.train.lookup_metrics import AnnexMetrics, TouchedRows
 from swamla_titan.train.loss_scale import LossScale
 from swamla_titan.train.policy import Policy
 from swamla_titan.train.precision import seed_of
-from swamla_titan.train.touched_rows import TouchedRows
 
 GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints may hold
 

@@ -25,8 +25,8 @@ def main() -> None:
     import torch.distributed.checkpoint  # noqa: F401
 
     import swamla_titan.tools.check
-    import swamla_titan.tools.dry_run
     import swamla_titan.tools.generate
+    import swamla_titan.tools.plan_report
     import swamla_titan.train  # noqa: F401
 
     gc.collect()

@@ -9,9 +9,9 @@ from tiny import TINY, build, random_tokens
 
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annex import StreamContext
-from swamla_titan.model.engram import hashes
+from swamla_titan.model.engram import hashes, ngram_hashes, primes_from
+from swamla_titan.model.engram_config import EngramConfig
 from swamla_titan.model.flops import training_flops
-from swamla_titan.model.ngrams import ngram_hashes, primes_from
 from swamla_titan.model.sizes import parameter_counts
 
 SHAPES = {
@@ -23,6 +23,10 @@ SHAPES = {
     "one tap": {"layers": [2], "orders": [2, 4], "heads": 1, "d_mem": 6, "table_size": 2, "kernel": 1},
 }
 PAD = TINY.vocab_size  # without a tokenizer tokens stand for themselves
+
+
+def shape(layers, orders, heads, table_size, seed):
+    return EngramConfig(layers, tuple(orders), heads, table_size=table_size, seed=seed)
 
 
 def documents_of(ids):
@@ -112,7 +116,7 @@ def test_value_and_gradient_equal_the_papers_equations(shape, with_documents):
 def test_indices_equal_integers_of_any_size(largest):
     """Also for the largest ids, whose products come near 2^63."""
     orders = (2, 3, 4)
-    own = ngram_hashes((0, 5), orders, 3, 997, 7, largest)
+    own = ngram_hashes(shape((0, 5), orders, 3, 997, 7), largest)
     tokens = torch.randint(max(0, largest - 1000), largest, (2, 40))
     documents = (torch.rand(2, 40) < 0.2).cumsum(dim=1)
     positions = torch.tensor(
@@ -127,7 +131,7 @@ def test_indices_equal_integers_of_any_size(largest):
 
 
 def test_multipliers_are_odd_and_primes_all_differ():
-    own = ngram_hashes((1, 2, 9), (2, 4), 5, 1000, 0, 50_257)
+    own = ngram_hashes(shape((1, 2, 9), (2, 4), 5, 1000, 0), 50_257)
     numbers = [multiplier for each in own.values() for multiplier in each.multipliers]
     primes = [prime for each in own.values() for of_order in each.primes for prime in of_order]
     assert len(set(numbers)) == 3 * 4
@@ -140,11 +144,11 @@ def test_multipliers_are_odd_and_primes_all_differ():
 
 def test_the_hashes_are_what_they_were():
     """Another number here, and checkpoints would look up other rows than they learned."""
-    first = ngram_hashes((2, 6), (2, 3), 4, 100_000, 0, 50_257)[2]
+    first = ngram_hashes(shape((2, 6), (2, 3), 4, 100_000, 0), 50_257)[2]
     assert first.multipliers == (169_573_894_385_599, 120_258_012_623_701, 152_073_823_290_245)
     assert first.primes == ((100_003, 100_019, 100_043, 100_049), (100_057, 100_069, 100_103, 100_109))
-    assert ngram_hashes((6,), (2, 3), 4, 100_000, 0, 50_257)[6].multipliers != first.multipliers
-    assert ngram_hashes((2,), (2, 3), 4, 100_000, 1, 50_257)[2].multipliers != first.multipliers
+    assert ngram_hashes(shape((6,), (2, 3), 4, 100_000, 0), 50_257)[6].multipliers != first.multipliers
+    assert ngram_hashes(shape((2,), (2, 3), 4, 100_000, 1), 50_257)[2].multipliers != first.multipliers
 
 
 def test_the_preset_has_the_published_numbers_of_rows():
@@ -154,7 +158,7 @@ def test_the_preset_has_the_published_numbers_of_rows():
 
 def test_random_ngrams_hit_all_rows_alike():
     """Pearson's statistic of each table has the mean and the spread that chance gives it."""
-    own = ngram_hashes((3,), (2, 3), 4, 1009, 0, 32_974)[3]
+    own = ngram_hashes(shape((3,), (2, 3), 4, 1009, 0), 32_974)[3]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 32_974, (1, 100_000), generator=generator)
     indices = own.indices(ids, torch.arange(100_000)[None], 32_974)[0]

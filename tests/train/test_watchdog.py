@@ -20,8 +20,13 @@ from swamla_titan.launch.worker import FOLDER
 from swamla_titan.system.backstop import STACKS, stopped
 from swamla_titan.system.running_time import RunningTime
 from swamla_titan.train.policies import watchdog as module
-from swamla_titan.train.policies.hang_report import place_of_main_thread, where_all_are, write_nccl_trace, write_stacks
-from swamla_titan.train.policies.watchdog import Watchdog
+from swamla_titan.train.policies.watchdog import (
+    Watchdog,
+    place_of_main_thread,
+    where_all_are,
+    write_nccl_trace,
+    write_stacks,
+)
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step, limit_of_a_second
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
