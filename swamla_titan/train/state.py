@@ -7,13 +7,10 @@ import torch
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
-from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.bad_steps import BadSteps
-from swamla_titan.train.lookup_metrics import AnnexMetrics, TouchedRows
 from swamla_titan.train.loss_scale import LossScale
-from swamla_titan.train.policy import Policy
 from swamla_titan.train.precision import seed_of
 
 GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints may hold
@@ -23,7 +20,7 @@ class RunState(State):
     """This rank's shards of model and optimizers, the average of weights, the state of policies, the random states.
 
     `bad_steps` is None where bad steps are not skipped, `ema` where no average is kept, `loss_scale` where the loss is
-    not scaled. `policies` are those of them that log what they hold.
+    not scaled.
     """
 
     def __init__(self, config: Config, world: World, newest: Path | None, step: int) -> None:
@@ -57,7 +54,3 @@ class RunState(State):
             self.load(newest, step)
         else:
             self.begin()
-        touched = TouchedRows(self.optimizers, world)
-        self.policies: list[Policy] = [self.loss_scale] if self.loss_scale else []
-        self.policies += [touched] if touched.is_needed() else []
-        self.policies += [AnnexMetrics(config.model, parts, world)] if annexes_of(config.model) else []

@@ -157,6 +157,11 @@ class DataWait:
         self._warned_share = 0.0
         self._since_warning = 0  # steps
 
+    @classmethod
+    def of(cls, data: Data, units: int, ranks: int) -> "DataWait":
+        """For a rank of `ranks` that read different sequences of a source of `units` units."""
+        return cls(data_wait_advice(data, units, streams=-(-data.streams // ranks), cores=cores_per_rank()))
+
     def warning(self, interval: Interval) -> str | None:
         """The warning that is due after an interval, if any. The first interval does not count: loaders start in it."""
         if not self._begun:

@@ -20,6 +20,7 @@ from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.logging import MetricsLogger, Values, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
+from swamla_titan.train.policies.lookup_metrics import lookup_metrics
 from swamla_titan.train.policies.profiling import StepProfiler
 from swamla_titan.train.policies.streaks import BadStepPolicy
 from swamla_titan.train.policies.unreadable_data import UnreadableData
@@ -28,7 +29,7 @@ from swamla_titan.train.policy import Policy
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.startup_summary import log_startup_summary
 from swamla_titan.train.step import TrainStep
-from swamla_titan.train.throughput import DataWait, Throughput, cores_per_rank, data_wait_advice
+from swamla_titan.train.throughput import DataWait, Throughput
 from swamla_titan.train.validation import validation_line
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,7 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(world.device, world.size, flops, self.tokens_per_step)
-        streams = -(-config.data.streams // world.degrees.data)
-        advice = data_wait_advice(config.data, setup.corpus.source.num_units, streams, cores_per_rank())
-        self.data_wait = DataWait(advice)
+        self.data_wait = DataWait.of(config.data, setup.corpus.source.num_units, world.degrees.data)
         self.bad_steps = BadStepPolicy(setup, self.state, self.loader)
         # Each hook is called in this order.
         self.policies: list[Policy] = [
@@ -90,7 +89,8 @@ class Trainer:
             self.profiler,  # then begins its trace, which shows the wait for data
             self.throughput,  # in a log line: reads the clock before the others wait for the device
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
-            *self.state.policies,
+            *([self.state.loss_scale] if self.state.loss_scale else []),
+            *lookup_metrics(config.model, self.state, world),
             self.unreadable,
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more
         ]

@@ -13,6 +13,14 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim.grouped import GroupedOptimizer
 from swamla_titan.train.policy import Policy
+from swamla_titan.train.state import RunState
+
+
+def lookup_metrics(config: ModelConfig, state: RunState, world: World) -> list[Policy]:
+    """The policies of a model that looks up something, none of another; all ranks call this."""
+    touched = TouchedRows(state.optimizers, world)
+    means = [AnnexMetrics(config, state.model.parts, world)] if annexes_of(config) else []
+    return [*([touched] if touched.is_needed() else []), *means]
 
 
 class AnnexMetrics(Policy):
