@@ -424,8 +424,9 @@ class Kernels:
     attention: AttentionBackend = key(
         "auto",
         "auto: what is fastest on this device. triton: our kernels for sliding windows and for documents in MLA, which "
-        "auto takes on H100 and H200 in 16 bits, and for mla_selective (CUDA). flex: FlexAttention for windows and "
-        "documents (CUDA). sdpa: PyTorch's attention under boolean masks. reference: plain and slow.",
+        "auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA). sdpa: "
+        "PyTorch's attention under boolean masks. reference: plain and slow. All but reference take our kernels for "
+        "mla_selective (CUDA, 16 bits).",
         choices=get_args(AttentionBackend),
     )
     loss: str = key(

@@ -5,7 +5,8 @@ arithmetic on it is repeated: 4 dim of the residual stream and both norms' resul
 `saved` (model/branch.py). With float8.recipe = "native" the inputs of converted linear layers are kept as float8
 (`native_savings`).
 
-Left out are masks and what is one element a head and token. Eager blocks keep more: each float32 intermediate of norms
+Left out are masks, what is one element a head and token, and the sums that selective attention saves, of which long
+sequences have more a token (kernels/attention/selective.py). Eager blocks keep more: each float32 intermediate of norms
 and rotations; not where native float8 has operators for all of those. Blocks checkpointed by operators keep results of
 linear layers, which float8 gives in the dtype that they have without it.
 """

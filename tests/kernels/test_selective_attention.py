@@ -248,3 +248,15 @@ def test_what_is_there_for_pairs_of_tokens_does_not_grow_with_the_square(batch, 
     rows = max(slab.rows for slab in found)
     assert batch * rows * seq_len <= max(selective.MOST_ELEMENTS, 128 * batch * seq_len)
     assert len(found) == 1 or rows % 128 == 0
+
+
+@pytest.mark.parametrize(
+    "batch, seq_len, mib", [(16, 2048, 0.25), (1, 32768, 2.125), (1, 131072, 128.5), (1, 262144, 1025)]
+)
+def test_the_sums_that_the_backward_pass_is_left_are_as_large_as_documented(batch, seq_len, mib):
+    query = torch.empty(batch, seq_len, 1, 32, dtype=torch.bfloat16, device="meta")
+    bounds = torch.empty(1, seq_len, dtype=torch.int32, device="meta")
+    none = None, None, None
+    given = query, query, query, *none, bounds, bounds, [0], 0, 1.0
+    *_, sums = torch.ops.swamla_titan.selective_attention(*given)
+    assert sums.nbytes / 2**20 == mib

@@ -176,6 +176,17 @@ def test_summaries_say_that_attention_is_selective(monkeypatch):
         assert kernels.attention_summary(attention_choices(config, torch.device(device))).endswith(said)
 
 
+def test_flex_beside_selective_attention_computes_the_windows_or_is_refused(monkeypatch):
+    monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
+    model, gpu = replace(WIDE, mla_selective=True), World.alone(torch.device("cuda"))
+    config = Config(model=model, kernels=Kernels(attention="flex"))
+    validate_attention(config, gpu)
+    choices = attention_choices(config, gpu.device)
+    assert kernels.attention_summary(choices) == "SWA by flex, MLA by triton, selective"
+    with pytest.raises(UserError, match=r'kernels\.attention = "flex" model\.mla_selective; with "auto"'):
+        validate_attention(replace(config, model=replace(model, swa_layers_per_cycle=0)), gpu)
+
+
 @pytest.mark.parametrize("device, triton", [("cpu", True), ("cuda", False)])
 def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)

@@ -423,10 +423,11 @@ class _Reference(Implementation):
 class _Selective(SelectiveImplementation):
     """Selective attention, also in documents and of chunks, by our Triton kernels (CUDA).
 
-    "auto" takes it wherever it runs: the reference holds scores of all heads.
+    Taken wherever it runs unless the reference is asked for: that holds scores of all heads, and FlexAttention and SDPA
+    do not take selective attention.
     """
 
-    name, label, asked_by = "triton, selective", "triton", _OURS
+    name, label, asked_by = "triton, selective", "triton", _ALL_FAST
     operators = (torch.ops.swamla_titan.selective_attention.default,)
 
     def why_not(self, request: Request) -> str | None:

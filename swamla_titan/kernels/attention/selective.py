@@ -11,8 +11,11 @@ one document have nothing but tokens of that document between them, hence F neve
 Backward: with dL the gradients of the logits, summed over the heads, that of relu(S[u, s]) is minus the sum over
 t > u of dL[t, s], and goes into the selecting head's queries and keys.
 
-Queries are taken in slabs (`Slab`), so that memory does not grow with the square of the sequence: F of a slab is there
-for all heads at once, and the sums of what was selected before it are one number a key.
+Queries are taken in slabs (`Slab`): F of a slab is there for all heads at once, and the sums of what was selected
+before it are one number a key. So what is there for pairs of tokens does not grow with the square of the sequence, but
+the forward pass leaves the sums before every slab to the backward pass, [slabs + 1, B, S] float32, and longer sequences
+have shorter slabs. For one sequence of S tokens that is S^3 / 2^24 bytes a layer: 2 MiB of 32,768 tokens, 128 MiB of
+131,072, 1 GiB of 262,144; and S^2 / 32 from 524,288 on, where slabs are as short as they get.
 """
 
 from collections.abc import Iterator, Sequence
