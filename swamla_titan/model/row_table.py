@@ -79,9 +79,10 @@ class RowGradient:
         self._pairs.append((rows, values))
 
     def merge(self) -> None:
-        """Sum by row what was added in the micro-batches of a step."""
+        """Sum by row what was added in the micro-batches of a step; once until `clear`."""
         if not self._pairs:
             return
+        assert self.sums is None, "a second merge would discard the sums of the first"
         rows, values = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*self._pairs))
         self._pairs.clear()
         self.segments = Segments(rows)
@@ -167,8 +168,15 @@ class _LookUp(torch.autograd.Function):
 
 
 def row_tables(model: nn.Module) -> dict[nn.Parameter, RowTable]:
-    """The tables of a model or a part of it, by their weights."""
-    return {module.weight: module for module in model.modules() if isinstance(module, RowTable)}
+    """The tables of a model or a part of it, by their weights.
+
+    Raises TypeError if two have the same weight, because each has a gradient of its own.
+    """
+    tables = [module for module in model.modules() if isinstance(module, RowTable)]
+    found = {table.weight: table for table in tables}
+    if len(found) < len(tables):
+        raise TypeError("two RowTables have the same weight: look up in one RowTable twice instead")
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.init import plain_name
+from swamla_titan.model.row_table import RowTable
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim.matrices import column_units
 
@@ -67,10 +68,15 @@ def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]
 
 
 def declared_rules(model: nn.Module) -> Iterator[tuple[nn.Parameter, UpdateRule]]:
-    """The parameters of modules that declare how they move."""
+    """The parameters of modules that declare how they move.
+
+    Raises TypeError for `by_rows` of a module that is no RowTable, because its gradient is not by rows.
+    """
     for module in model.modules():
         rule = getattr(module, "update_rule", None)
         if isinstance(rule, UpdateRule):
+            if rule.by_rows and not isinstance(module, RowTable):
+                raise TypeError(f"{type(module).__name__}.update_rule: by_rows is for a RowTable")
             for parameter in module.parameters(recurse=False):
                 yield parameter, rule
 
@@ -124,18 +130,18 @@ def _kind(
     is_hidden: bool,
     declared: UpdateRule,
 ) -> Kind:
-    lr_multiplier = declared.lr_multiplier * multiplier(name, config.lr_multipliers)
-    if declared.by_rows:
-        return Kind("rows" if config.lazy_tables else "all_rows", "float32", 0.0, lr_multiplier)
     is_matrix = parameter.ndim >= 2
+    lr_multiplier = declared.lr_multiplier * multiplier(name, config.lr_multipliers)
+    decays = is_matrix and declared.decays and (is_hidden or config.decay_embeddings)
+    decay = config.weight_decay if decays else 0.0
+    if declared.by_rows:
+        return Kind("rows" if config.lazy_tables else "all_rows", "float32", decay, lr_multiplier)
     rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
     if rule == "muon" and not (is_matrix and is_hidden):
         rule = "adamw"
     moments = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
-    decays = is_matrix and declared.decays and (is_hidden or config.decay_embeddings)
-    decay = config.weight_decay if decays else 0.0
     return Kind(rule, moments, decay, lr_multiplier)
 
 

@@ -6,8 +6,10 @@ tokens of the residual stream. So a table is never gathered, and its gradient ne
     look up     distinct rows of a rank's tokens, sorted -> their owners; the rows come back      (two all-to-alls)
     backward    gradients summed by distinct row, float32 -> the same owners                      (one all-to-all)
 
-How many rows go where is known only to the device, and the host needs it to receive them. On CUDA that is found and
-exchanged on a stream of its own, so the host waits for this stream and for what the indices are computed from.
+How many rows go where is known only to the device, and the host needs it to receive them. On CUDA that is counted and
+exchanged on a stream of its own, which begins when all is done that was queued before the look-up, because the indices
+may be among it. So at each look-up the host waits for all that was queued before; a backward pass does not wait. It is
+planned to hash and count ahead of the forward pass, on a stream that waits for the tokens alone.
 """
 
 from typing import NamedTuple
@@ -39,7 +41,7 @@ def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None
         return
     mesh = DeviceMesh.from_group(world.stage_group, world.device.type, mesh_dim_names=("rows",))
     for weight, table in tables.items():
-        table.weight = nn.Parameter(_sharded(weight, mesh))
+        table.weight = nn.Parameter(_sharded(weight, mesh), requires_grad=weight.requires_grad)
         table.placement = ShardedRows(len(weight), world.stage_group)
 
 
@@ -119,7 +121,7 @@ class ShardedRows(LocalRows):
         if self._borders is None:  # once, because the copy waits
             self._borders = torch.tensor(self._begins, device=indices.device)
         first = torch.searchsorted(segments.keys, self._borders)  # of each rank's keys
-        runs = torch.cat((segments.index, segments.index[-1:] + 1))[first]
+        runs = torch.searchsorted(segments.offsets, first)  # that begin before these, also where there are none
         counts = torch.stack((runs.diff(), torch.zeros_like(runs[1:])))
         dist.all_to_all_single(counts[1], counts[0], group=self.group)
         return segments, counts

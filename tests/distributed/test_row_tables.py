@@ -13,8 +13,9 @@ from torch import Tensor
 
 import swamla_titan.model.init
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, fake_world
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model.row_table import RowTable
 from swamla_titan.parallel.row_tables import rows_of_rank, shard_row_tables
@@ -46,9 +47,11 @@ def sharded_table(rows: int, world: World) -> tuple[RowTable, Tensor]:
 
 
 def indices_of(rank: int, micro_batch: int, rows: int) -> Tensor:
-    """Of another number on each rank; the last asks for one row alone."""
+    """Of another number on each rank; in micro-batch 2 all ask for one row, in 3 rank 0 for none, in 4 nobody."""
     generator = torch.Generator().manual_seed(10 * micro_batch + rank)
     drawn = torch.randint(0, rows, (2, 3 + rank, 2), generator=generator)
+    if micro_batch > 2:
+        return drawn[:, :0] if micro_batch > 3 or rank == 0 else drawn
     return drawn if micro_batch < 2 else torch.full_like(drawn, rows - 1)
 
 
@@ -60,7 +63,7 @@ def pull(found: Tensor) -> Tensor:
 def _looked_up(rows: int) -> None:
     world = init_distributed(Parallel())
     table, full = sharded_table(rows, world)
-    for micro_batch in range(3):
+    for micro_batch in range(5):
         indices = indices_of(world.rank, micro_batch, rows).to(world.device)
         found = table(indices)
         assert torch.equal(found, full[indices])
@@ -68,7 +71,7 @@ def _looked_up(rows: int) -> None:
         pull(found).backward()
     table.gradient.merge()
     leaf = full.clone().requires_grad_()
-    every = [indices_of(rank, batch, rows).to(full.device) for rank in range(world.size) for batch in range(3)]
+    every = [indices_of(rank, batch, rows).to(full.device) for rank in range(world.size) for batch in range(5)]
     torch.stack([pull(F.embedding(each, leaf)) for each in every]).sum().backward()
     assert leaf.grad is not None
     own = rows_of_rank(rows, world.size, world.rank)
@@ -95,6 +98,17 @@ TWO_GPUS = [
 @pytest.mark.parametrize("rows", [pytest.param(rows, marks=TWO_GPUS) for rows in (5000, 1)])
 def test_gpus_look_up_and_give_gradients_as_one_process_does(rows):
     on_ranks(2, _looked_up, rows)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rows_that_are_shared_are_trained_if_the_table_was(trained):
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.table = RowTable(7, WIDTH).requires_grad_(trained)
+    with fake_world(Degrees(shard=2), "fsdp", 0) as world:
+        shard_row_tables(model, Parallel(), world)
+        assert local(model.table.weight).shape == (4, WIDTH)
+        assert model.table.weight.requires_grad == trained
 
 
 def _drawn(block: int) -> None:

@@ -1,6 +1,7 @@
 """Row tables: gradients by rows, Adam of the rows looked up, their average; no step passes over a table."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.model.row_table import RowTable, Segments
+from swamla_titan.model.row_table import RowTable, Segments, row_tables
+from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
@@ -206,6 +208,55 @@ def test_the_rule_holds_beside_every_optimizer(name, moments):
     }
     of_linear = sum(each.nbytes for weight in model.linear.parameters() for each in optimizer.state[weight].values())
     assert state_bytes(model, config) == of_linear + sum(each.nbytes for each in state.values())
+
+
+class Decaying(RowTable):
+    update_rule = UpdateRule(by_rows=True)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_table_that_declares_decay_decays_where_it_moves(lazy):
+    found, start = [], torch.randn(ROWS, WIDTH)
+    for kind in (RowTable, Decaying):
+        model = nn.Module()
+        model.table = kind(ROWS, WIDTH)
+        model.table.update_rule = replace(kind.update_rule, lr_multiplier=1.0)
+        with torch.no_grad():
+            model.table.weight.copy_(start)
+        optimizer = optimizer_of(model, lazy_tables=lazy, weight_decay=0.5)
+        backward(model.table, lookups(1))
+        optimizer.step()
+        found.append(model.table.weight.detach())
+    moved = torch.zeros(ROWS, 1)
+    moved[lookups(1).unique() if lazy else slice(None)] = 1
+    torch.testing.assert_close(found[1] - found[0], -LR * 0.5 * start * moved, rtol=1e-4, atol=1e-6)
+
+
+def test_by_rows_is_refused_for_what_is_no_table():
+    model = nn.Module()
+    model.linear = nn.Linear(4, 4)
+    model.linear.update_rule = UpdateRule(by_rows=True)
+    with pytest.raises(TypeError, match=r"Linear.update_rule: by_rows is for a RowTable"):
+        groups(model, Optimizer())
+
+
+def test_tables_tied_to_one_weight_are_refused():
+    model, table = with_table()
+    model.other = RowTable(ROWS, WIDTH)
+    assert set(row_tables(model).values()) == {table, model.other}
+    model.other.weight = table.weight
+    with pytest.raises(TypeError, match="two RowTables have the same weight"):
+        row_tables(model)
+
+
+def test_a_gradient_is_merged_once():
+    _, table = with_table()
+    backward(table, lookups(1))
+    table.gradient.merge()  # nothing was added
+    with pytest.raises(AssertionError, match="would discard the sums of the first"):
+        backward(table, lookups(2))
+    table.gradient.clear()
+    backward(table, lookups(2))
 
 
 @pytest.mark.parametrize("lazy", [True, False])
