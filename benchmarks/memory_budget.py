@@ -2,8 +2,9 @@
 
     python benchmarks/memory_budget.py RUN_OR_CHECKPOINT --text held_out.txt --budgets 64 128 256 512
 
-The text is cut into sequences of --seq-len tokens, each read from its first token on, as `generate --memory-budget`
-reads: every token is decoded with what the caches of the layers still hold. Prints for each budget, and without one,
+The text is cut into sequences of --seq-len tokens. From its first token on each is read as `generate --memory-budget`
+reads what it has written: every token is decoded with what the caches of the layers still hold. (A prompt it reads at
+once, and drops tokens of it only then.) Prints for each budget, and without one,
 the mean loss of the tokens (of all, and of those behind the smallest budget) and the MiB of a sequence's caches.
 """
 
