@@ -24,10 +24,25 @@ from pathlib import Path
 FIGURES = ("tokens_per_second", "tokens_per_second_per_gpu", "mfu", "memory_gib", "step_seconds", "data_seconds")
 
 
-def run(name: str, arguments: argparse.Namespace, folder: Path, curves: dict[str, list[tuple[int, float]]]) -> dict:
-    """Train one run in processes of its own; returns the figures of its row, and puts its losses into `curves`."""
-    flavor, gpus, rest = name.split(":")
-    sequences, *plan = rest.split(",")
+def train(shape: str, overrides: list[str], arguments: argparse.Namespace, folder: Path) -> tuple[int, list[dict]]:
+    """Train FLAVOR:GPUS:SEQUENCES[/ROWS] in processes of its own; returns the exit code and the run's metrics."""
+    _, gpus, _ = shape.split(":")
+    command = ["-m", "swamla_titan", "train", str(write_config(shape, arguments, folder)), *overrides]
+    if int(gpus) > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", gpus, "--master-port", str(port), *command]
+    environment = {"OMP_NUM_THREADS": "8"} | os.environ
+    code = subprocess.run([sys.executable, *command], env=environment, timeout=arguments.timeout).returncode
+    if code != 0:
+        return code, []
+    return code, [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_config(shape: str, arguments: argparse.Namespace, folder: Path) -> Path:
+    """Write the configuration of FLAVOR:GPUS:SEQUENCES[/ROWS]; returns its path."""
+    flavor, _, sequences = shape.split(":")
     batch, _, rows = sequences.partition("/")
     config = folder / "config.toml"
     config.write_text(f"""
@@ -55,6 +70,12 @@ fraction = 0.02
 log_interval = 5
 tensorboard = false
 """)
+    return config
+
+
+def run(name: str, arguments: argparse.Namespace, folder: Path, curves: dict[str, list[tuple[int, float]]]) -> dict:
+    """Train one run; returns the figures of its row, and puts its losses into `curves`."""
+    shape, *plan = name.split(",")
     overrides = list(arguments.overrides)
     for part in plan:
         key, _, value = part.partition("=")
@@ -62,17 +83,9 @@ tensorboard = false
             overrides += ["--parallel.data_parallel", part]
         else:
             overrides += [f"--{key}" if "." in key else f"--parallel.{key}", value]
-    command = [sys.executable, "-m", "swamla_titan", "train", str(config), *overrides]
-    if int(gpus) > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", gpus, "--master-port", str(port)]
-        command = [sys.executable, *launcher, *command[1:]]
-    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "8"}, timeout=arguments.timeout).returncode
+    code, lines = train(shape, overrides, arguments, folder)
     if code != 0:
         return {"exit_code": code}
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     curves[name] = [(line["step"], line["loss"]) for line in steps]
     steady = [line for line in steps if line["step"] > arguments.steps // 3]
