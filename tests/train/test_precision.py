@@ -25,11 +25,13 @@ def precision(wanted: str) -> Config:
 
 
 def test_no_other_switch_is_used():
-    """torch refuses a mix of the old and the new ones, and torch.compile asks the old."""
+    """torch refuses a mix of the old and the new ones, and torch.compile asks the old; cuDNN has one of its own."""
     sources = {path.name: path.read_text() for path in Path(swamla_titan.__file__).parent.rglob("*.py")}
     calls = {name for name, text in sources.items() if "torch.set_float32_matmul_precision(" in text}
     assert calls == {"precision.py"}
     others = re.compile(r"allow_tf32|backends\.\S*fp32_precision|cudnn\.\S*fp32_precision|TF32_CUBLAS")
+    sources["precision.py"], count = re.subn(r"torch\.backends\.cudnn\.allow_tf32 = ", "", sources["precision.py"])
+    assert count == 1
     assert not [name for name, text in sources.items() if others.search(text)]
 
 
@@ -39,6 +41,7 @@ def test_all_that_asks_agrees(wanted, allowed):
     assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
     assert torch.backends.cuda.matmul.allow_tf32 == allowed  # what the compiler asks
     assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if allowed else "ieee")
+    assert torch.backends.cudnn.allow_tf32 == allowed
     set_precision_and_determinism(precision("ieee"), CUDA)
     assert not torch.backends.cuda.matmul.allow_tf32
 
