@@ -3,7 +3,7 @@
     x = x + annex(x, what it looks up for the tokens);  x = block(x)
 
 What an annex looks up depends on tokens alone. So it is looked up for all layers before the first block runs, outside
-of what is compiled or recomputed, and the exchange between ranks that it may take overlaps with the first layers.
+of what is compiled or recomputed. Ranks that share tables exchange the rows there (parallel/row_tables.py).
 
 An annex is a subclass of Annex in a file of its own and a line of ANNEXES (model/annexes.py), with its settings as a
 section of ModelConfig. Initialization, parallel plans, activation checkpointing, compilation, optimizers, FLOPs,

@@ -127,8 +127,9 @@ class Annexes(nn.ModuleDict):
 
     def before(self, layer: str, x: Tensor, memories: Memories | None) -> Tensor:
         """The stream [B, t, dim] as the block of `layer` gets it."""
-        if memories is None or layer not in self:
+        if layer not in self:
             return x
+        assert memories is not None
         for name, annex in self._of_layer(layer):
             x, *seen = annex(x, memories.rows[layer, name], memories.context)
             if self.training:
@@ -144,8 +145,9 @@ class Annexes(nn.ModuleDict):
         return self._cached("decode", layer, x, memories, cache)
 
     def _cached(self, way: str, layer: str, x: Tensor, memories: Memories | None, cache: DecodeCache) -> Tensor:
-        if memories is None or layer not in self:
+        if layer not in self:
             return x
+        assert memories is not None
         for name, annex in self._of_layer(layer):
             key = layer, name
             x = getattr(annex, way)(x, memories.rows[key], memories.context, cache.annexes[key])

@@ -40,7 +40,7 @@ def compile_model(
 
     `memory_budget` (activation_checkpoint.memory_budget): below 1, the compiler keeps at most this share of the
     activations that it would keep by itself, between all (1) and a block's inputs (0), and recomputes what is cheapest.
-    It holds for the blocks alone. `backend` is torch.compile's.
+    It holds for blocks and annexes. `backend` is torch.compile's.
 
     Raises UserError if `config.cache_folder` cannot be written.
     """

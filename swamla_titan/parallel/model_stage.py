@@ -59,13 +59,15 @@ class ModelStage(SWAMLAModel):
         last stage logits [B, T, padded vocabulary].
 
         `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are the `tokens` [B, T], which
-        a model with annexes needs. Raises ValueError for tensors of a wrong shape or dtype.
+        a stage with annexes needs. Raises ValueError without them, and for tensors of a wrong shape or dtype.
         """
         if self.is_first:
             self._check(inputs, None, document_ids)
             if inputs.shape[1] != self.seq_len:
                 raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for sequences of {self.seq_len}")
         context = self.context(self.seq_len, document_ids, inputs.device)
+        if tokens is None and len(self.annexes):
+            raise ValueError("a stage with annexes needs the tokens, which its inputs do not show")
         memories = None if tokens is None else self.annexes.look_up(tokens, document_ids, self.activation_dtype)
         x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
         x = self.run_blocks(x, context, memories)

@@ -204,7 +204,8 @@ def set_up_inputs(
     validation = validation_record(origin.data, held_out)
     annexes = None
     if annexes_of(config.model):
-        ids = all_ranks_or_raise(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annexes))
+        # Of rank 0, because Pythons with other tables of Unicode compress otherwise.
+        ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annexes))
         annexes = AnnexRecord.of(config.model, ids)
     return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, annexes)
 

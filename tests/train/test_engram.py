@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from swamla_titan.cli import main
 from swamla_titan.data import CompressedVocabulary, compress, load_tokenizer
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
+from swamla_titan.model.annexes import Annexes
 from swamla_titan.tools.generate import _loaded
 from tests.train.runs import checkpoint, metrics, tensors, train
 
@@ -90,6 +92,38 @@ def test_a_checkpoint_keeps_the_ids_and_generation_uses_them(tiny: Path, tmp_pat
     assert kept.ids[65] != kept.ids[97]
     assert "the run keeps the" in capsys.readouterr().out
     assert compressed_vocabulary(load_tokenizer("gpt2"), found).size > 30_000  # of another tokenizer
+
+
+def test_a_run_looks_up_by_compressed_ids_and_a_resumed_one_by_those_that_it_began_with(tiny, tmp_path, monkeypatch):
+    built: list[Annexes] = []
+    real = Annexes.use
+
+    def use(self: Annexes, ids: np.ndarray, size: int) -> None:
+        real(self, ids, size)
+        if size < len(ids):  # not those of a model that has just been built, where tokens stand for themselves
+            built.append(self)
+
+    monkeypatch.setattr(Annexes, "use", use)
+
+    def ids_of_a() -> int:
+        """How many ids "A" and "a" have in the model that was trained last."""
+        return built[-1].compressed_ids(torch.tensor([[65, 97]])).unique().numel()
+
+    run(tiny, tmp_path / "run", 4)
+    assert ids_of_a() == 1
+
+    own = compress(load_tokenizer("byte"))
+    ids = own.ids.copy()
+    ids[65] = own.size
+    other = CompressedVocabulary(ids, own.size + 1, own.tokenizer)
+    with monkeypatch.context() as another_python:
+        another_python.setattr("swamla_titan.checkpoint.annex_record.compress", lambda tokenizer: other)
+        run(tiny, tmp_path / "other", 4)
+    run(tiny, tmp_path / "other", 8)
+    assert ids_of_a() == 2
+    record = read_annex_record(checkpoint(tmp_path / "other", 8))
+    assert record is not None
+    assert record.vocabulary.digest == other.digest
 
 
 @pytest.mark.parametrize(
