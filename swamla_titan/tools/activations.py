@@ -138,7 +138,9 @@ def _of_annexes(config: Config, degrees: Degrees, layer: int) -> tuple[float, fl
         own = saved.local / degrees.context
         total += its_input
         if is_annex_recomputed(settings, layer) and not keeps_operators(settings):
-            most = max(most, own)
+            looked_up = annex.looked_up(model) / (degrees.tensor * degrees.context)  # an input too, so it stays
+            most = max(most, own - looked_up)
+            total += looked_up
         else:
             total += own + saved.sequence
     return total, most

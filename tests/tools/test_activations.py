@@ -10,6 +10,8 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, 
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
+from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.row_table import row_tables
 from swamla_titan.model.sequences import FullSequences
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -168,6 +170,32 @@ def test_what_checkpointed_blocks_keep(mode, recipe):
     assert cycle == pytest.approx(held(6) - held(3), rel=tolerance)
     again = recomputed_bytes(config, Degrees(), range(3))
     assert (again > 0) == (mode != "none")
+
+
+@pytest.mark.parametrize("d_mem", [128, 512])
+def test_what_a_checkpointed_annex_keeps(d_mem):
+    settings = ActivationCheckpoint(mode="full")
+
+    def held(engram: EngramConfig) -> tuple[int, int]:
+        model = SWAMLAModel(dataclasses.replace(small_model().config, engram=engram))
+        apply_activation_checkpointing(model, settings)
+        tokens = torch.randint(0, 50, (ROWS, 64))
+        with Witness() as witness:
+            loss = model(tokens, tokens)
+        assert loss.requires_grad
+        config = Config(
+            model=model.config,
+            training=Training(seq_len=64, compute_dtype="float32"),
+            compile=Compile(enabled=False),
+            activation_checkpoint=settings,
+        )
+        tables = set(row_tables(model))  # whose rows are made, and not the tables
+        seen = (weight for weight in (*model.blocks.parameters(), *model.annexes.parameters()) if weight not in tables)
+        weights = sum(weight.nbytes for weight in seen)
+        return witness.held() - weights, ROWS * block_bytes(config, Degrees(), range(3))
+
+    (without, planned), (beside, more) = held(EngramConfig()), held(EngramConfig((1,), d_mem=d_mem, table_size=31))
+    assert more - planned == pytest.approx(beside - without, rel=0.1)
 
 
 def test_a_memory_budget_lies_between_all_and_the_inputs():
