@@ -17,9 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from swamla_titan.checkpoint.manifest import ANNEXES
-from swamla_titan.data import CompressedVocabulary, Tokenizer, compress
+from swamla_titan.config import Config
+from swamla_titan.data import CompressedVocabulary, Tokenizer, compress, load_tokenizer
 from swamla_titan.errors import UserError
-from swamla_titan.model import ModelConfig
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.system.bounded import Count, Within, fit, inflated, parse_json, read_regular
 
@@ -112,3 +113,17 @@ def compressed_vocabulary(tokenizer: Tokenizer, recorded: AnnexRecord | None) ->
 
 def _digest(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def use_annex_record(path: Path, config: Config, model: SWAMLAModel, tokenizer: Tokenizer | None) -> None:
+    """Let annexes look up as they did when the checkpoint was written; UserError if this version cannot."""
+    if not len(model.annexes):
+        return
+    record = read_annex_record(path)
+    if record is None:
+        raise UserError(f"{path} lacks {ANNEXES}")
+    record.require_equal(config.model, path)
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    if record.vocabulary.tokenizer != tokenizer.fingerprint or len(record.vocabulary.ids) > config.model.vocab_size:
+        raise UserError(f"{path / ANNEXES} has the vocabulary of another tokenizer than {config.data.tokenizer}")
+    model.annexes.use(record.vocabulary.ids, record.vocabulary.size)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from swamla_titan.checkpoint.annex_record import read_annex_record
-from swamla_titan.checkpoint.manifest import ANNEXES, CONFIG, MANIFEST, VOCABULARY
+from swamla_titan.checkpoint.annex_record import use_annex_record
+from swamla_titan.checkpoint.manifest import CONFIG, MANIFEST, VOCABULARY
 from swamla_titan.checkpoint.reader import stored_groups
 from swamla_titan.checkpoint.state import Average, load_weights, require_weights
 from swamla_titan.checkpoint.store import Checkpoints
@@ -69,24 +69,10 @@ def _loaded(path: Path, ema: bool) -> _Found:
     require_weights(path, model, ema)  # before there is memory for what nobody stored
     model.to_empty(device=device)
     load_weights(path, model, ema)
-    _use_annexes(path, config, model, tokenizer)
+    use_annex_record(path, config, model, tokenizer)
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
     return _Found(config, tokenizer, model.eval())
-
-
-def _use_annexes(path: Path, config: Config, model: SWAMLAModel, tokenizer: Tokenizer | None) -> None:
-    """Let annexes look up as they did when the checkpoint was written; UserError if this version cannot."""
-    if not len(model.annexes):
-        return
-    record = read_annex_record(path)
-    if record is None:
-        raise UserError(f"{path} lacks {ANNEXES}")
-    record.require_equal(config.model, path)
-    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
-    if record.vocabulary.tokenizer != tokenizer.fingerprint or len(record.vocabulary.ids) > config.model.vocab_size:
-        raise UserError(f"{path / ANNEXES} has the vocabulary of another tokenizer than {config.data.tokenizer}")
-    model.annexes.use(record.vocabulary.ids, record.vocabulary.size)
 
 
 def generate_from_checkpoint(
