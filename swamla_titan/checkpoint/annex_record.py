@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from swamla_titan.checkpoint.manifest import ANNEXES
+from swamla_titan.checkpoint.manifest import ANNEX_RECORD
 from swamla_titan.config import Config
 from swamla_titan.data import CompressedVocabulary, Tokenizer, compress, load_tokenizer
 from swamla_titan.errors import UserError
@@ -47,10 +47,10 @@ class _Record:
 
 @dataclass(frozen=True)
 class AnnexRecord:
-    """`annexes`: what each annex of a model gives as its `record`, by its name."""
+    """`hashes`: what each annex of a model gives as its `record`, by its name."""
 
     vocabulary: CompressedVocabulary
-    annexes: dict[str, Any]
+    hashes: dict[str, Any]
 
     @classmethod
     def of(cls, model: ModelConfig, vocabulary: CompressedVocabulary) -> "AnnexRecord":
@@ -59,27 +59,27 @@ class AnnexRecord:
 
     def fingerprint(self) -> dict[str, str]:
         """Flat name -> value, for the fingerprint of a run."""
-        hashes = {f"annexes.{name}": _digest(record) for name, record in self.annexes.items()}
-        return {"annexes.vocabulary": self.vocabulary.digest} | hashes
+        digests = {f"annexes.{name}": _digest(record) for name, record in self.hashes.items()}
+        return {"annexes.vocabulary": self.vocabulary.digest} | digests
 
     def to_bytes(self) -> bytes:
         """The content of the file."""
         own = self.vocabulary
         ids = _Ids(own.tokenizer, own.digest, own.size, own.ids.tolist())
-        content = json.dumps(asdict(_Record(ids, self.annexes)), separators=(",", ":"))
+        content = json.dumps(asdict(_Record(ids, self.hashes)), separators=(",", ":"))
         return gzip.compress(content.encode(), mtime=0)
 
     def require_equal(self, model: ModelConfig, checkpoint: Path) -> None:
         """Raise UserError if this version gives the annexes of `model` another record."""
         now = AnnexRecord.of(model, self.vocabulary)
-        for name, record in now.annexes.items():
-            if record != self.annexes.get(name):
+        for name, record in now.hashes.items():
+            if record != self.hashes.get(name):
                 raise UserError(f"{checkpoint}: this version's {name} hashes otherwise than the one that wrote it")
 
 
 def read_annex_record(checkpoint: Path) -> AnnexRecord | None:
     """The record of a checkpoint; None if it has none. Raises UserError if it is unreadable."""
-    path = checkpoint / ANNEXES
+    path = checkpoint / ANNEX_RECORD
     if not os.path.lexists(path):
         return None
     try:
@@ -121,9 +121,9 @@ def use_annex_record(path: Path, config: Config, model: SWAMLAModel, tokenizer: 
         return
     record = read_annex_record(path)
     if record is None:
-        raise UserError(f"{path} lacks {ANNEXES}")
+        raise UserError(f"{path} lacks {ANNEX_RECORD}")
     record.require_equal(config.model, path)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     if record.vocabulary.tokenizer != tokenizer.fingerprint or len(record.vocabulary.ids) > config.model.vocab_size:
-        raise UserError(f"{path / ANNEXES} has the vocabulary of another tokenizer than {config.data.tokenizer}")
+        raise UserError(f"{path / ANNEX_RECORD} has the vocabulary of another tokenizer than {config.data.tokenizer}")
     model.annexes.use(record.vocabulary.ids, record.vocabulary.size)

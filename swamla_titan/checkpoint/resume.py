@@ -39,7 +39,7 @@ class Origin:
     path: Path | None = None
     train_state: TrainState | None = None
     data: dict[str, Any] | None = None
-    annexes: AnnexRecord | None = None
+    annex_record: AnnexRecord | None = None
 
     @property
     def optimizer(self) -> str | None:
@@ -96,21 +96,21 @@ def find_origin(checkpoints: Checkpoints) -> Origin:
     )
 
 
-def run_fingerprint(config: Config, corpus: Corpus, annexes: AnnexRecord | None = None) -> dict[str, Any]:
+def run_fingerprint(config: Config, corpus: Corpus, annex_record: AnnexRecord | None = None) -> dict[str, Any]:
     """Flat name -> value: the model's shape, data and tokenizer, and what determines the order of the data.
 
-    `annexes`: the record of the model's annexes; None: it has none.
+    `annex_record`: of the model's annexes; None: it has none.
     """
     values = asdict(config.model)
     settings = {name: values.pop(name) for name in config.model.annex_configs()}
     model = {f"model.{name}": value for name, value in values.items() if name not in _TRAINING_ONLY}
-    for name in annexes.annexes if annexes else ():
+    for name in annex_record.hashes if annex_record else ():
         # as JSON has them
         model |= {
             f"model.{name}.{key}": list(value) if isinstance(value, tuple) else value
             for key, value in settings[name].items()
         }
-    model |= annexes.fingerprint() if annexes else {}
+    model |= annex_record.fingerprint() if annex_record else {}
     training = {
         "data.document_mask": config.data.document_mask,
         "training.seq_len": config.training.seq_len,

@@ -67,7 +67,7 @@ class Memories(NamedTuple):
     context: StreamContext
 
 
-class Annexes(nn.ModuleDict):
+class ModelAnnexes(nn.ModuleDict):
     """The annexes of a model, by layer number and name.
 
     Tokens stand for themselves until `use` is called. `layout` may be set: which tokens of the residual stream this
@@ -150,7 +150,7 @@ class Annexes(nn.ModuleDict):
         assert memories is not None
         for name, annex in self._of_layer(layer):
             key = layer, name
-            x = getattr(annex, way)(x, memories.rows[key], memories.context, cache.annexes[key])
+            x = getattr(annex, way)(x, memories.rows[key], memories.context, cache.annex_caches[key])
         return x
 
     def _of_layer(self, layer: str) -> Iterator[tuple[str, Annex]]:

@@ -55,9 +55,9 @@ class DecodeCache:
             for name, block in self.blocks.items()
         }
         # Of annexes (model/annexes.py), which look up by the newest tokens.
-        self.annexes = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
+        self.annex_caches = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
         self.lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
-        self.tokens = self.clock.starts.new_zeros(batch, max_tokens if self.annexes else 0)
+        self.tokens = self.clock.starts.new_zeros(batch, max_tokens if self.annex_caches else 0)
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
         """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""
@@ -72,7 +72,7 @@ class DecodeCache:
                 raise ValueError(f"lengths {lengths.tolist()}: expected {batch} numbers in 1 ... {seq_len}")
             self.clock.starts.copy_(seq_len - lengths)
         self.clock.length = seq_len
-        if self.annexes:
+        if self.annex_caches:
             self.tokens[:, :seq_len] = tokens
 
     def remember(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

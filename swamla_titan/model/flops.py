@@ -53,8 +53,8 @@ def training_flops(config: ModelConfig, seq_len: int, pairs: Mapping[str, int] |
     head = 3 * 2 * seq_len * config.padded_vocab_size * config.dim
     given = pairs or {}
     of_kind = {kind: block_flops(config, kind, seq_len, given.get(kind)) for kind in set(config.block_kinds)}
-    annexes = sum(annex_flops(config, layer, seq_len) for layer in range(config.num_layers))
-    return head + annexes + sum(of_kind[kind] for kind in config.block_kinds)
+    of_annexes = sum(annex_flops(config, layer, seq_len) for layer in range(config.num_layers))
+    return head + of_annexes + sum(of_kind[kind] for kind in config.block_kinds)
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:

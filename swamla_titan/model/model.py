@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
-from swamla_titan.model.annexes import Annexes, Memories
+from swamla_titan.model.annexes import Memories, ModelAnnexes
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
@@ -50,7 +50,7 @@ class SWAMLAModel(nn.Module):
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
         self.blocks = nn.ModuleDict({str(i): Block(config, kind) for i, kind in enumerate(config.block_kinds)})
-        self.annexes = Annexes(config)
+        self.annexes = ModelAnnexes(config)
         self.norm = build_norm(config)
         self.head = Head(config.dim, config.padded_vocab_size)
         self.loss_head = LossHead(config)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from swamla_titan.checkpoint.annex_record import AnnexRecord, compressed_vocabulary
 from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
-from swamla_titan.checkpoint.manifest import ANNEXES, CONFIG, DATA, VOCABULARY
+from swamla_titan.checkpoint.manifest import ANNEX_RECORD, CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
@@ -69,7 +69,7 @@ class Inputs:
     validator: Validator | None
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
-    annexes: AnnexRecord | None  # None: the model has none
+    annex_record: AnnexRecord | None  # None: the model has no annexes
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Setup(Inputs):
         """Model, optimizers and all else that training changes, filled from the checkpoint if there is one."""
         with self.checkpoints.loading(self.origin.path):
             state = RunState(self.config, self.world, self.origin.path, self.train_state.step)
-        if self.annexes:
+        if self.annex_record:
             for part in state.model.parts:
-                part.annexes.use(self.annexes.vocabulary.ids, self.annexes.vocabulary.size)
+                part.annexes.use(self.annex_record.vocabulary.ids, self.annex_record.vocabulary.size)
         return state
 
 
@@ -202,20 +202,20 @@ def set_up_inputs(
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
     validator = all_ranks_or_raise(world, lambda: Validator(held_out, world, size) if held_out else None)
     validation = validation_record(origin.data, held_out)
-    annexes = None
+    record = None
     if annexes_of(config.model):
         # Of rank 0, because Pythons with other tables of Unicode compress otherwise.
-        ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annexes))
-        annexes = AnnexRecord.of(config.model, ids)
-    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, annexes)
+        ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annex_record))
+        record = AnnexRecord.of(config.model, ids)
+    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, record)
 
 
 def set_up_resume(inputs: Inputs) -> Setup:
     """Compare the run with the checkpoint to resume from; raises UserError if it belongs to another run."""
     config, world, corpus = inputs.config, inputs.world, inputs.corpus
     files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
-    files |= {ANNEXES: inputs.annexes.to_bytes()} if inputs.annexes else {}
-    fingerprint, details = run_fingerprint(config, corpus, inputs.annexes), {"source": corpus.change}
+    files |= {ANNEX_RECORD: inputs.annex_record.to_bytes()} if inputs.annex_record else {}
+    fingerprint, details = run_fingerprint(config, corpus, inputs.annex_record), {"source": corpus.change}
     train_state = broadcast_from_rank_0(
         world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
     )

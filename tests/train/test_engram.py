@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from swamla_titan.checkpoint.annex_record import compressed_vocabulary, read_annex_record
-from swamla_titan.checkpoint.manifest import ANNEXES, MANIFEST
+from swamla_titan.checkpoint.manifest import ANNEX_RECORD, MANIFEST
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.cli import main
 from swamla_titan.data import CompressedVocabulary, compress, load_tokenizer
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.model.annexes import Annexes
+from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.tools.generate import _loaded
 from tests.train.runs import checkpoint, metrics, tensors, train
 
@@ -62,9 +62,9 @@ def test_another_hash_is_another_run(tiny: Path, tmp_path: Path, capsys: pytest.
 
 
 def rewritten(path: Path, **changes: object) -> None:
-    content = json.loads(gzip.decompress((path / ANNEXES).read_bytes()))
+    content = json.loads(gzip.decompress((path / ANNEX_RECORD).read_bytes()))
     content["vocabulary"] |= changes
-    (path / ANNEXES).write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+    (path / ANNEX_RECORD).write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
 
 
 def test_a_checkpoint_keeps_the_ids_and_generation_uses_them(tiny: Path, tmp_path: Path, capsys):
@@ -95,15 +95,15 @@ def test_a_checkpoint_keeps_the_ids_and_generation_uses_them(tiny: Path, tmp_pat
 
 
 def test_a_run_looks_up_by_compressed_ids_and_a_resumed_one_by_those_that_it_began_with(tiny, tmp_path, monkeypatch):
-    built: list[Annexes] = []
-    real = Annexes.use
+    built: list[ModelAnnexes] = []
+    real = ModelAnnexes.use
 
-    def use(self: Annexes, ids: np.ndarray, size: int) -> None:
+    def use(self: ModelAnnexes, ids: np.ndarray, size: int) -> None:
         real(self, ids, size)
         if size < len(ids):  # not those of a model that has just been built, where tokens stand for themselves
             built.append(self)
 
-    monkeypatch.setattr(Annexes, "use", use)
+    monkeypatch.setattr(ModelAnnexes, "use", use)
 
     def ids_of_a() -> int:
         """How many ids "A" and "a" have in the model that was trained last."""
@@ -147,7 +147,7 @@ def test_a_record_that_is_none_is_refused(tiny: Path, tmp_path: Path, changes: d
 def test_a_checkpoint_without_its_record_is_damaged(tiny: Path, tmp_path: Path):
     run(tiny, tmp_path / "run", 4)
     path = checkpoint(tmp_path / "run", 4)
-    (path / ANNEXES).unlink()
-    with pytest.raises(UserError, match=f"{ANNEXES}"):
+    (path / ANNEX_RECORD).unlink()
+    with pytest.raises(UserError, match=f"{ANNEX_RECORD}"):
         Checkpoints(path.parent, 0, World.alone()).newest_intact()
     assert (path / MANIFEST).exists()
