@@ -14,6 +14,9 @@ through the command line, with the same batches, validation text and learning ra
 seed run before the next seed. Results are written after each run. With --minutes no run begins that would end later,
 judged by the longest so far. Other SECTION.KEY overrides are for all runs.
 
+With `--together N` so many runs share the GPU once each variant has run alone, because a run of minutes spends half of
+its time on start-up and compilation. Losses are the same; speeds are those of the runs alone.
+
 Equal tokens: the validation loss at the end, mean over seeds and standard deviation. Equal time: the same at the time
 at which the fastest variant ends, because that is the latest that all have validations of; interpolated between the two
 validations around it. Time is that of training at a variant's speed, the median of its runs' logged intervals after
@@ -34,8 +37,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from bisect import bisect_left
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +61,8 @@ VALIDATED = 262_144  # tokens
 SETTINGS = ("corpus", "flavor", "sequences", "seq_len", "steps", "validations", "engram", "overrides")
 
 Curve = list[tuple[float, float]]  # (tokens, validation loss)
+
+_WRITING = threading.Lock()
 
 
 def at_tokens(curve: Curve, tokens: float) -> float:
@@ -89,7 +97,10 @@ def difference(losses: list[float], plain: list[float]) -> str:
 def table(results: dict[str, Any]) -> list[str]:
     """Rows of a Markdown table of the variants that have runs, and a line that says what equal time is."""
     runs = {name: list(by_seed.values()) for name, by_seed in results["runs"].items() if by_seed}
-    speeds = {name: statistics.median(run["tokens_per_second"] for run in each) for name, each in runs.items()}
+    speeds = {
+        name: statistics.median(run["tokens_per_second"] for run in each if run["is_alone"])
+        for name, each in runs.items()
+    }
     tokens = max((run["curve"][-1][0] for each in runs.values() for run in each), default=0)
     fastest = max(speeds, key=lambda name: speeds[name], default=None)
     losses = {  # of each variant, at equal tokens and at equal time
@@ -192,25 +203,37 @@ def write(results: dict[str, Any], path: Path) -> None:
 
 def run_all(results: dict[str, Any], arguments: argparse.Namespace) -> bool:
     """Train what `results` lacks, and add it; returns whether it is complete."""
-    begun, complete = time.monotonic(), True
+    begun = time.monotonic()
     variants = overrides_of(arguments)
     for name, overrides in variants.items():
         results["parameters"][name], _ = parameter_counts(model_of(overrides, arguments))
-    for seed, name in ((seed, name) for seed in arguments.seeds for name in variants):
-        runs = results["runs"].setdefault(name, {})
-        if str(seed) in runs:
-            continue
-        longest = max((run["wall_seconds"] for each in results["runs"].values() for run in each.values()), default=0)
+        results["runs"].setdefault(name, {})
+
+    def train_one(seed: int, name: str, together: int) -> bool:
+        ended = [run for each in results["runs"].values() for run in each.values()]
+        longest = max((run["wall_seconds"] * (together if run["is_alone"] else 1) for run in ended), default=0)
         if arguments.minutes and time.monotonic() - begun + longest > 60 * arguments.minutes:
             return False
         found = one_run(variants[name], seed, arguments)
-        complete = complete and found is not None
         if found is None:
             print(f"{name}, seed {seed}: failed", file=sys.stderr)
-            continue
-        runs[str(seed)] = found
-        write(results, arguments.out)
-    return complete
+            return False
+        with _WRITING:
+            results["runs"][name][str(seed)] = {**found, "is_alone": together == 1}
+            write(results, arguments.out)
+        return True
+
+    def missing(names: Iterable[str]) -> list[tuple[int, str]]:
+        return [(seed, name) for seed in arguments.seeds for name in names if str(seed) not in results["runs"][name]]
+
+    done = True
+    for name in variants:
+        if not any(run["is_alone"] for run in results["runs"][name].values()):
+            done = all(train_one(seed, name, 1) for seed, _ in missing([name])[:1]) and done
+    alone = [name for name in variants if any(run["is_alone"] for run in results["runs"][name].values())]
+    with ThreadPoolExecutor(arguments.together) as pool:
+        rest = list(pool.map(lambda run: train_one(*run, arguments.together), missing(alone)))
+    return done and all(rest)
 
 
 def main() -> None:
@@ -222,6 +245,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="write the results here as JSON")
     parser.add_argument("--continue", dest="continues", action="store_true", help="train what is not in --out yet")
     parser.add_argument("--minutes", type=float, help="begin no run that would end later")
+    parser.add_argument("--together", type=int, default=1, help="runs that share the GPU, after those for the speeds")
     parser.add_argument("--flavor", default="small")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--engram", nargs="+", default=["preset=design"], metavar="KEY=VALUE", help="of [model.engram]")

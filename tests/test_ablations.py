@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ CURVE = [(100, 5.0), (200, 4.0), (400, 3.0)]
 def result(speed: float, *losses: float) -> dict[str, object]:
     """A run with validations after 100, 200, ... tokens."""
     curve = [[100 * number, loss] for number, loss in enumerate(losses, start=1)]
-    return {"tokens_per_second": speed, "wall_seconds": 1.0, "curve": curve}
+    return {"tokens_per_second": speed, "wall_seconds": 1.0, "curve": curve, "is_alone": True}
 
 
 def test_losses_lie_on_lines_between_validations():
@@ -60,7 +61,8 @@ def test_a_wider_ffn_has_as_many_parameters():
 
 
 def arguments(out: Path, **other: object) -> argparse.Namespace:
-    values = dict.fromkeys(ablations.SETTINGS, 1) | {"corpus": Path("text.jsonl"), "seeds": [0, 1], "minutes": None}
+    values = dict.fromkeys(ablations.SETTINGS, 1) | {"corpus": Path("text.jsonl"), "seeds": [0, 1]}
+    values |= {"minutes": None, "together": 1}
     return argparse.Namespace(**values | {"out": out, "continues": True} | other)
 
 
@@ -93,6 +95,29 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
     runs = json.loads(out.read_text())["runs"]
     assert runs["selective"] == {"0": result(100, 4), "1": result(100, 3)}
     assert runs["plain"] == {"0": result(100, 5), "1": result(100, 2)}
+
+
+def test_runs_share_the_gpu_once_each_variant_has_a_speed(tmp_path, monkeypatch):
+    trained, out = [], tmp_path / "results.json"
+    both = threading.Barrier(2, timeout=60)
+
+    def one_run(overrides, seed, _):
+        trained.append((*overrides, seed))
+        if seed:
+            both.wait()  # fails unless two run at once
+        return result(50 if seed else 100, 5)
+
+    monkeypatch.setattr(ablations, "one_run", one_run)
+    monkeypatch.setattr(ablations, "overrides_of", lambda _: {"plain": ["plain"], "selective": ["selective"]})
+    monkeypatch.setattr(ablations, "model_of", lambda *_: None)
+    monkeypatch.setattr(ablations, "parameter_counts", lambda _: (1, 1))
+    given = arguments(out, together=2)
+    assert ablations.run_all(ablations.begin(given), given)
+    assert trained[:2] == [("plain", 0), ("selective", 0)]
+    assert sorted(trained[2:]) == [("plain", 1), ("selective", 1)]
+    results = json.loads(out.read_text())
+    assert not results["runs"]["plain"]["1"]["is_alone"]
+    assert "| plain | 0.0M | 100 | 2 |" in ablations.table(results)[2], "the speed is that of the run alone"
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
