@@ -1,4 +1,4 @@
-"""What the README says must be so."""
+"""What README and docs say must be so."""
 
 import dataclasses
 import re
@@ -18,24 +18,27 @@ from swamla_titan.tools.plan import plan
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-MEMORY = (ROOT / "docs" / "memory.md").read_text()
+MEMORY, CONFIGURATION, WALK, FAULTS = (
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("memory", "configuration", "walk", "faults")
+)
 
 
 def test_its_table_of_sizes_is_the_one_that_the_command_prints(capsys):
     assert main(["config", "ls"]) == 0
     printed = capsys.readouterr().out
-    assert "\n".join(flavor_table()) in README
+    assert "\n".join(flavor_table()) in CONFIGURATION
     assert "\n".join(flavor_table()) in printed
     assert all(name in printed for name in shipped_configs())
 
 
-def test_every_file_and_room_it_names_exists():
+def test_it_is_short_and_every_file_and_room_that_it_and_the_walk_name_exists():
+    assert len(README.splitlines()) < 150
     for name in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(swamla_titan/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
-    for room in re.findall(r"^  (\w+)/ ", README, flags=re.MULTILINE):
-        assert (ROOT / "swamla_titan" / room).is_dir(), room
+    rooms = re.findall(r"^  (\w+)/ ", WALK, flags=re.MULTILINE)
+    assert sorted(rooms) == sorted(path.parent.name for path in (ROOT / "swamla_titan").glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -44,7 +47,7 @@ def test_what_a_page_names_exists(page):
     assert f"docs/{page.name}" in README, "a page that nobody finds"
     for name in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (page.parent / name).exists(), name
-    for name in re.findall(r"`((?:swamla_titan|train_configs|tests)/[\w./]+)`", text):
+    for name in re.findall(r"`((?:swamla_titan|train_configs|tests|scripts|benchmarks)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
     for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b", text):
         if section in SECTIONS and key != "jsonl" and f"{section}.{key}" not in SECTIONS:
@@ -54,13 +57,25 @@ def test_what_a_page_names_exists(page):
 
 
 def test_the_walk_is_short_and_its_doors_are_where_it_says():
-    walk = (ROOT / "docs" / "walk.md").read_text()
-    path = re.findall(r"^\| `(swamla_titan/[\w./]+)` \|", walk, flags=re.MULTILINE)
+    path = re.findall(r"^\| `(swamla_titan/[\w./]+)` \|", WALK, flags=re.MULTILINE)
     assert len(path) == len(set(path)) <= 25
-    doors = re.findall(r"`(\w+)`\s+\(`(swamla_titan/[\w./]+\.py)`\)", walk)
+    doors = re.findall(r"`(\w+)`\s+\(`(swamla_titan/[\w./]+\.py)`\)", WALK)
     assert len(doors) > 10
     for name, file in doors:
         assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (name, file)
+
+
+def test_each_fault_is_proved_by_tests_that_exist():
+    faults = re.findall(r"^\| ([A-Z]\d+) \|", FAULTS, flags=re.MULTILINE)
+    assert len(faults) == len(set(faults)) > 50
+    paragraphs = re.findall(r"^Tests: .*?(?=\n\n|\Z)", FAULTS, flags=re.MULTILINE | re.DOTALL)
+    proofs = re.split(r"(?<![\w`])((?:[A-Z]\d+, )*[A-Z]\d+) (?=`)", "\n".join(paragraphs))
+    proved = [name for names in proofs[1::2] for name in names.split(", ")]
+    assert sorted(proved) == sorted(faults)
+    tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", FAULTS)
+    assert len(tests) >= len(faults)
+    for file, name in tests:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.MULTILINE), f"{file}::{name}"
 
 
 def test_the_table_of_what_checkpointing_saves_is_plan_s():
