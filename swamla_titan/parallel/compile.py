@@ -19,11 +19,12 @@ from swamla_titan import kernels
 from swamla_titan.config.sections import Compile
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.annexes import annexes_of
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("~/.cache/swamla-titan")
-_RECOMPILATIONS = 8  # of a variant of Block.forward; torch's own limit of a function
+_RECOMPILATIONS = 8  # of a kind of block or annex; torch's own limit of a function
 _INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
@@ -48,14 +49,16 @@ def compile_model(
         return
     set_cache_folder(config)
     torch.compiler.config.cache_key_tag = _tag_of_operators()
-    # torch counts recompilations per function, and all kinds of block, checkpointed or not, share Block.forward.
-    variants = len(set(model.config.block_kinds)) * len({type(block.regions) for block in model.blocks.values()})
-    torch._dynamo.config.recompile_limit = _RECOMPILATIONS * max(1, variants)
+    units = [*model.blocks.values(), *(annex for _, annex in model.annexes.each())]
+    # torch counts recompilations per function. All kinds of block, checkpointed or not, share Block.forward, also those
+    # of the other stages on this rank; kinds of annex may share theirs.
+    kinds = max(len(set(model.config.block_kinds)), len(annexes_of(model.config)))
+    limit = _RECOMPILATIONS * kinds * len({type(unit.regions) for unit in units})
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
     # One object for all blocks: torch compiles again for another backend.
-    of_blocks = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
-    blocks = model.blocks
-    for unit in (*blocks.values(), *(annex for _, annex in model.annexes.each())):
-        unit.compile(fullgraph=True, dynamic=False, backend=of_blocks)
+    of_units = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
+    for unit in units:
+        unit.compile(fullgraph=True, dynamic=False, backend=of_units)
     model.loss_head.cross_entropy.compile(fullgraph=True, dynamic=False, backend=backend)
 
 

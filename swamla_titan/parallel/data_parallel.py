@@ -15,7 +15,6 @@ from different tokens. Gradients of replicated parameters are all-reduced here, 
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from weakref import WeakSet
 
 import torch
@@ -118,7 +117,15 @@ def _inner_units(model: SWAMLAModel) -> list[nn.Module]:
     """The modules that are units of communication by themselves: an untied embedding, each annex, and each block."""
     embedding = getattr(model, "embedding", None)
     first = [embedding] if embedding is not None and not _is_tied(model) else []
-    return [*first, *(annex for _, annex in model.annexes.each()), *model.blocks.values()]
+    return [*first, *(unit for layer in layer_units(model) for unit in layer)]
+
+
+def layer_units(model: SWAMLAModel) -> list[list[nn.Module]]:
+    """The units of communication of each layer, in the order of the forward pass: its annexes, then its block."""
+    annexes = defaultdict(list)
+    for (layer, _), annex in model.annexes.each():
+        annexes[layer].append(annex)
+    return [[*annexes[name], block] for name, block in model.blocks.items()]
 
 
 def _is_tied(model: SWAMLAModel) -> bool:
@@ -169,11 +176,14 @@ def model_reshards_after_forward(model: nn.Module) -> bool:
 
 
 def _prefetch(model: SWAMLAModel) -> None:
-    """Start each block's all-gather while the block before computes, also where the host is late to request it."""
-    blocks = [block for block in model.blocks.values() if isinstance(block, FSDPModule)]
-    for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([block])
+    """Start all-gathers up to the next block's while a unit computes, also where the host is late to request them."""
+    layers: list[list[FSDPModule]] = [
+        [unit for unit in layer if isinstance(unit, FSDPModule)] for layer in layer_units(model)
+    ]
+    for before, layer, after in zip([[], *layers], layers, [*layers[1:], []]):
+        for place, unit in enumerate(layer):
+            unit.set_modules_to_forward_prefetch(layer[place + 1 :] or after)
+            unit.set_modules_to_backward_prefetch([*before[-1:], *layer[:place]][::-1])
 
 
 def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: bool) -> None:

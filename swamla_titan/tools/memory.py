@@ -18,7 +18,7 @@ from swamla_titan.model.linear import Linear
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
-from swamla_titan.parallel.data_parallel import reshards_after_forward, stays_replicated
+from swamla_titan.parallel.data_parallel import layer_units, reshards_after_forward, stays_replicated
 from swamla_titan.parallel.parallelize import gathers_float8
 
 _FLOAT32 = 4
@@ -154,27 +154,27 @@ def _cast_weights(part: SWAMLAModel, config: Config, micro_batches: int) -> int:
 def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_batches: int) -> int:
     """With data parallelism: the gathered weights, all of them under DDP or if FSDP2 does not reshard.
 
-    FSDP2 that reshards holds each communication unit (parallel/data_parallel.py) while it computes, the next one, which
-    is gathered meanwhile, and a tied embedding always. Torchao's float8 weights take one byte per element if FSDP2
-    gathers float8. Where gathered weights stay, native float8 saves W^T beside them, one byte per element, and W too
-    under DDP with several micro-batches.
+    FSDP2 that reshards holds each communication unit (parallel/data_parallel.py) while it computes, the next ones up to
+    a block, which are gathered meanwhile, and a tied embedding always. Torchao's float8 weights take one byte per
+    element if FSDP2 gathers float8. Where gathered weights stay, native float8 saves W^T beside them, one byte per
+    element, and W too under DDP with several micro-batches.
     """
     width, parallel = _itemsize(config), config.parallel
     embedding, head, norm = (
         _copied(getattr(part, name, None), config, width) for name in ("embedding", "head", "norm")
     )
-    blocks = [_copied(block, config, width) for block in _layers(part)]
     ends_are_tied = bool(part.config.tie_embeddings and embedding and head)
 
-    def units(blocks: list[int]) -> list[int]:
-        return blocks if ends_are_tied else [embedding, *blocks, head + norm]
+    def units(float8_width: int | None = None) -> list[list[int]]:
+        """Of each layer, and before and behind them what is no layer."""
+        layers = [[_copied(unit, config, width, float8_width) for unit in layer] for layer in layer_units(part)]
+        return [[0], *layers] if ends_are_tied else [[embedding], *layers, [head + norm]]
 
     always = embedding + norm if ends_are_tied else 0
-    frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(units(blocks)))
-    if gathers_float8(config, world.degrees):
-        blocks = [_copied(block, config, width, 1) for block in _layers(part)]
-    gathered = units(blocks)
-    most = max(one + following for one, following in pairwise([*gathered, 0])) if frees else sum(gathered)
+    frees = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, always + sum(map(sum, units())))
+    gathered = units(1 if gathers_float8(config, world.degrees) else None)
+    at_once = (one[-1] + sum(following) for one, following in pairwise([*gathered, [0]]))
+    most = max(at_once) if frees else sum(map(sum, gathered))
     both = micro_batches > 1 and parallel.data_parallel == "ddp"
     saves_float8 = config.float8.recipe == "native" and not frees
     float8 = sum(_copied(block, config, 0, 1 + both) for block in _layers(part)) if saves_float8 else 0
@@ -183,7 +183,7 @@ def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_bat
 
 def _layers(part: SWAMLAModel) -> list[nn.Module]:
     """Annexes and blocks, each a communication unit."""
-    return [*(annex for _, annex in part.annexes.each()), *part.blocks.values()]
+    return [unit for layer in layer_units(part) for unit in layer]
 
 
 def _itemsize(config: Config) -> int:
