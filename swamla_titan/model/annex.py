@@ -53,8 +53,8 @@ class StreamLayout:
 class Annex(Branch, is_abstract=True):
     """The branch before a block. Its constructor takes (config, layer).
 
-    `observed` names the tensors that `forward` gives beside the stream; their means are metrics. `regions` may be
-    replaced, see blocks.Regions; its region is "annex".
+    `observed` names the tensors [B, t] that `forward` gives beside the stream; their means are metrics. `regions` may
+    be replaced, see blocks.Regions; its region is "annex".
     """
 
     observed: ClassVar[tuple[str, ...]] = ()
@@ -62,24 +62,27 @@ class Annex(Branch, is_abstract=True):
     def __init__(self) -> None:
         super().__init__()
         self.regions = Regions()
-        self._means: list[Tensor] = []  # summed over the passes since `take_observed`, for each name
-        self._passes = 0
+        self._observed: Tensor | None = None  # since `take_observed`: a sum for each name, and the number of tokens
 
     @torch.no_grad()
-    def observe(self, seen: Sequence[Tensor]) -> None:
-        """Add what a pass `observed`; the host does not wait for the device."""
-        means = [each.detach().mean(dtype=torch.float32) for each in seen]
-        self._means = [before + mean for before, mean in zip(self._means, means)] if self._passes else means
-        self._passes += 1
+    def observe(self, seen: Sequence[Tensor], counted: Tensor | None) -> None:
+        """Add what a pass `observed` of the sequences that are `counted`, bool [B]; None: of all.
 
-    def take_observed(self) -> dict[str, tuple[float, int]]:
-        """By name the sum of the means of all passes since the last call, and how many; the host waits for the device.
+        The host does not wait for the device.
+        """
+        sums = [each.sum(dim=1, dtype=torch.float64) for each in seen]
+        of_sequences = torch.stack([*sums, torch.full_like(sums[0], seen[0].shape[1])])  # [names + 1, B]
+        found = (of_sequences if counted is None else of_sequences * counted).sum(dim=1)
+        self._observed = found if self._observed is None else self._observed + found
+
+    def take_observed(self) -> dict[str, tuple[float, float]]:
+        """By name the sum over all tokens since the last call, and how many they were; the host waits for the device.
 
         None without a pass.
         """
-        sums = {name: (mean.item(), self._passes) for name, mean in zip(self.observed, self._means)}
-        self._means, self._passes = [], 0
-        return sums
+        found = [] if self._observed is None else self._observed.tolist()
+        self._observed = None
+        return {name: (total, found[-1]) for name, total in zip(self.observed, found)}
 
     @classmethod
     @abstractmethod

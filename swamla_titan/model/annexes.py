@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.masks import document_starts
+from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.model.annex import Annex, StreamContext, StreamLayout
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
@@ -61,10 +62,14 @@ class CompressedIds:
 
 
 class Memories(NamedTuple):
-    """What was looked up for the tokens of a forward pass, by layer and name, and the annexes' context."""
+    """What was looked up for the tokens of a forward pass, by layer and name, and the annexes' context.
+
+    `counted`: which sequences metrics count, bool [B]; None: all.
+    """
 
     rows: dict[tuple[str, str], Tensor]
     context: StreamContext
+    counted: Tensor | None = None
 
 
 class ModelAnnexes(nn.ModuleDict):
@@ -101,14 +106,20 @@ class ModelAnnexes(nn.ModuleDict):
             for name, annex in self._of_layer(layer):
                 yield (layer, name), annex
 
-    def look_up(self, tokens: Tensor, document_ids: Tensor | None, dtype: torch.dtype) -> Memories | None:
-        """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are none."""
+    def look_up(
+        self, tokens: Tensor, document_ids: Tensor | None, dtype: torch.dtype, targets: Tensor | None = None
+    ) -> Memories | None:
+        """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are no annexes.
+
+        Metrics do not count sequences that only fill up a micro-batch: those without one of the `targets` [B, T].
+        """
         if not len(self):
             return None
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if document_ids is not None:
             positions = positions - document_starts(document_ids)
-        return self._looked_up(tokens, positions, 0, dtype)
+        counted = None if targets is None else (targets != IGNORE).any(dim=1)
+        return self._looked_up(tokens, positions, 0, dtype)._replace(counted=counted)
 
     def look_up_next(self, tokens: Tensor, cache: DecodeCache, dtype: torch.dtype) -> Memories | None:
         """The same for the next token of each sequence [B, 1] while decoding, which the cache then remembers."""
@@ -132,8 +143,8 @@ class ModelAnnexes(nn.ModuleDict):
         assert memories is not None
         for name, annex in self._of_layer(layer):
             x, *seen = annex(x, memories.rows[layer, name], memories.context)
-            if self.training:
-                annex.observe(seen)
+            if self.training and seen:
+                annex.observe(seen, memories.counted)
         return x
 
     def prefill(self, layer: str, x: Tensor, memories: Memories | None, cache: DecodeCache) -> Tensor:

@@ -121,7 +121,7 @@ class SWAMLAModel(nn.Module):
         """
         self._check(tokens, targets, document_ids)
         context = self.context(tokens.shape[1], document_ids, tokens.device)
-        memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype)
+        memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets)
         x = self.run_blocks(self.embed(self.sequences.local(tokens)), context, memories)
         x = self.norm(x)
         if targets is None:

@@ -53,13 +53,18 @@ class ModelStage(SWAMLAModel):
         return self.stage == self.stages - 1
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, document_ids: Tensor | None = None, tokens: Tensor | None = None
+        self,
+        inputs: Tensor,
+        document_ids: Tensor | None = None,
+        tokens: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T] int64, or the activations [B, T, dim] of the stage before -> activations [B, T, dim], or of the
         last stage logits [B, T, padded vocabulary].
 
-        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are the `tokens` [B, T], which
-        a stage with annexes needs. Raises ValueError without them, and for tensors of a wrong shape or dtype.
+        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are `tokens` and `targets`
+        [B, T], for a stage with annexes. Raises ValueError where it has no tokens, and for tensors of a wrong shape or
+        dtype.
         """
         if self.is_first:
             self._check(inputs, None, document_ids)
@@ -68,7 +73,9 @@ class ModelStage(SWAMLAModel):
         context = self.context(self.seq_len, document_ids, inputs.device)
         if tokens is None and len(self.annexes):
             raise ValueError("a stage with annexes needs the tokens, which its inputs do not show")
-        memories = None if tokens is None else self.annexes.look_up(tokens, document_ids, self.activation_dtype)
+        memories = None
+        if tokens is not None:
+            memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets)
         x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
         x = self.run_blocks(x, context, memories)
         return self.head(self.norm(x)) if self.is_last else x

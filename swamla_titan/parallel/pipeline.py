@@ -50,7 +50,7 @@ class Pipeline:
         self._world = world
         self._group = world.group("pipeline")
         self._dim = config.model.dim
-        self._needs_tokens = bool(annexes_of(config.model))
+        self._has_annexes = bool(annexes_of(config.model))
         self._activation_len = activation_len or config.training.seq_len
         self._logits_shape = logits_shape or (self._activation_len, config.model.padded_vocab_size)
         self._first = next((stage for stage in stages if stage.is_first), None)
@@ -123,8 +123,9 @@ class Pipeline:
         found: dict[str, Any] = {}
         if batches[0].document_ids is not None:
             found["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
-        if self._needs_tokens:
+        if self._has_annexes:
             found["tokens"] = torch.cat([batch.tokens for batch in batches])
+            found["targets"] = torch.cat([batch.targets for batch in batches])
         return found
 
     def _from_last_stage(self, loss: Tensor | None) -> Tensor:

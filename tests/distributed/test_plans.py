@@ -35,7 +35,8 @@ def written(folder: Path) -> str:
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:
-    return {name: metrics(folder / "run", name) for name in ("loss", "grad_norm", "val_loss")}
+    names = ("loss", "grad_norm", "val_loss", "engram_gate_0", "engram_gate_2")
+    return {name: found for name in names if (found := metrics(folder / "run", name))}
 
 
 @functools.cache

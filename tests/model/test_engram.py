@@ -226,10 +226,22 @@ def test_gates_are_observed_in_training_and_counted_once():
     model.train()
     for _ in range(2):
         model(tokens)
-    [(total, passes)] = annex.take_observed().values()
-    assert passes == 2
-    assert 0 < total / passes < 1
+    [(total, count)] = annex.take_observed().values()
+    assert count == 2 * tokens.numel()
+    assert 0 < total / count < 1
     assert annex.take_observed() == {}
+
+
+def test_gates_of_sequences_that_fill_up_a_micro_batch_do_not_count():
+    model = build(engram=SHAPES["two orders"]).train()
+    tokens, taken = random_tokens(3, 8), []
+    for more in (0, 2):
+        filled = torch.cat([tokens, tokens.new_zeros(more, 8)])
+        targets = torch.cat([tokens, tokens.new_full((more, 8), -100)])
+        model(filled, targets)
+        taken.append([annex.take_observed()["gate"] for _, annex in model.annexes.each()])
+    assert [count for _, count in taken[1]] == [3 * 8] * 2
+    assert taken[1] == taken[0]
 
 
 def test_operations_and_parameters_are_counted():

@@ -24,7 +24,7 @@ def lookup_metrics(config: ModelConfig, state: RunState, world: World) -> list[P
 
 
 class AnnexMetrics(Policy):
-    """For each layer with an annex NAME, NAME_OBSERVED_LAYER: as engram_gate_2."""
+    """For each layer with an annex NAME, NAME_OBSERVED_LAYER, a mean over tokens: as engram_gate_2."""
 
     def __init__(self, config: ModelConfig, parts: Sequence[SWAMLAModel], world: World) -> None:
         """`parts` are those of the model on this rank."""
@@ -40,12 +40,12 @@ class AnnexMetrics(Policy):
     def metrics(self) -> dict[str, float | int]:
         """See Policy; all ranks call this."""
         taken = {key: annex.take_observed() for key, annex in self._annexes.items()}
-        sums = [taken.get((layer, name), {}).get(observed, (0.0, 0)) for layer, name, observed in self._keys]
-        total = torch.tensor(sums, dtype=torch.float64)  # [keys, sum and passes]
+        sums = [taken.get((layer, name), {}).get(observed, (0.0, 0.0)) for layer, name, observed in self._keys]
+        total = torch.tensor(sums, dtype=torch.float64)  # [keys, sum and tokens]
         if self._world.host_group is not None:
             dist.all_reduce(total, group=self._world.host_group)
         found = zip(self._keys, total.tolist())
-        return {f"{name}_{observed}_{layer}": of / passes for (layer, name, observed), (of, passes) in found if passes}
+        return {f"{name}_{observed}_{layer}": of / tokens for (layer, name, observed), (of, tokens) in found if tokens}
 
 
 class TouchedRows(Policy):
