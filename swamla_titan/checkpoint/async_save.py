@@ -21,11 +21,11 @@ from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import RunFailed
+from swamla_titan.kernels.host_memory import lock_pages, unlock_pages
 
 logger = logging.getLogger(__name__)
 
 _WAY_OUT = "Make room, and start the same command again: it continues from the checkpoint before"
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class Saver:
@@ -202,10 +202,8 @@ class Staging:
             self._preparing = None
 
     def _release(self) -> None:
-        # Unregistered first, because an address stays pinned when its memory is freed, and the next memory there could
-        # then not be pinned, or copies would go to the old pages.
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            unlock_pages(self._memory.data_ptr())
         self._memory, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
     def _reserve(self, size: int) -> None:
@@ -216,10 +214,8 @@ class Staging:
         self._memory = torch.empty(size, dtype=torch.uint8)
         if self._stream is None:
             return
-        # Not with torch's allocator of pinned memory, because it takes the next power of two. A new thread's current
-        # device is GPU 0, so it must be set.
-        with torch.cuda.device(self._device):
-            refused = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, _PORTABLE))
+        # Not with torch's allocator of pinned memory, because it takes the next power of two.
+        refused = lock_pages(self._memory.data_ptr(), size, self._device)
         self._pinned = refused == 0
         if refused:
             logger.warning(

@@ -56,6 +56,12 @@ def _offloaded(config: Config) -> Iterator[Contradiction]:
             f"the tables of {' and '.join(annexes)} are looked up on the device and stay there: set it to false, or "
             "share their rows among more ranks",
         )
+    if config.parallel.tables_on_host and not config.optimizer.lazy_tables:
+        yield Contradiction(
+            ("optimizer.lazy_tables", "parallel.tables_on_host"),
+            "false would read and write all rows in the memory of the host in each step, and make a gradient of the "
+            "table's size on the device: use true, or set tables_on_host to false",
+        )
 
 
 def _multipliers(config: Config) -> Iterator[Contradiction]:

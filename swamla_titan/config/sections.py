@@ -305,6 +305,12 @@ class Parallel:
     cpu_offload: bool = key(
         False, "Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs).", needs=_SHARDS
     )
+    tables_on_host: bool = key(
+        False,
+        "Keep tables of embeddings, their moments and their average in the memory of the host, where GPUs read and "
+        "write the rows of a step; the same results. A CPU has no other memory.",
+        needs=_TABLES,
+    )
     async_tensor: bool = key(
         False,
         "Overlap tensor-parallel communication with the products (GPUs with peer access, compiled).",

@@ -1,6 +1,6 @@
 """DTensors and FSDP2 modules: which shard of a tensor this rank holds, computed without communication."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,22 +60,25 @@ def slices_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
     return tuple(map(slice, begins, ends))
 
 
-def zeros_sharded_like(tensor: Tensor, last_size: int, dtype: torch.dtype) -> Tensor:
+def zeros_sharded_like(
+    tensor: Tensor, last_size: int, dtype: torch.dtype, zeros_at: Callable[..., Tensor] | None = None
+) -> Tensor:
     """Zeros of the tensor's shape but for `last_size` in the last axis, sharded as it is; each rank makes its shard.
 
-    The last axis' shards of `tensor` must correspond to integer sizes of the new one.
+    The last axis' shards of `tensor` must correspond to integer sizes of the new one. `zeros_at`: makes a shard, of a
+    shape and a dtype; None: on the tensor's device.
     """
     own = local(tensor).detach()
     assert (own.shape[-1] * last_size) % tensor.shape[-1] == 0, f"{last_size} cannot be cut like {tensor.shape[-1]}"
     shape = (*own.shape[:-1], own.shape[-1] * last_size // tensor.shape[-1])
-    zeros = torch.zeros(shape, dtype=dtype, device=own.device)
+    zeros = torch.zeros(shape, dtype=dtype, device=own.device) if zeros_at is None else zeros_at(shape, dtype)
     if not isinstance(tensor, DTensor):
         return zeros
     full = torch.empty(*tensor.shape[:-1], last_size, device="meta")
     distributed = DTensor.from_local(
         zeros, tensor.device_mesh, tensor.placements, run_check=False, shape=full.shape, stride=full.stride()
     )
-    return distributed.to(own.device)  # back to the host, if parameters are offloaded: from_local goes to the mesh
+    return distributed.to(zeros.device)  # back to the host, if parameters are offloaded: from_local goes to the mesh
 
 
 def is_replicated(placement: Placement) -> bool:

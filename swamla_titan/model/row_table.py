@@ -7,12 +7,14 @@ A table's gradient is never a tensor of the table's shape. Each backward pass le
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.dtensor import local, zeros_sharded_like
+from swamla_titan.kernels.host_memory import zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
@@ -118,18 +120,26 @@ Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The gradient of what was looked up [N, width] -> rows on this rank [n], and their gradients [n, width]."""
 
 
+class Rows(Protocol):
+    """What look-ups read on this rank."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Rows [n], int64, by their index on this rank -> their values [n, width]."""
+
+
 class LocalRows:
     """All rows are on this rank. Where ranks share them, parallel/row_tables.py gives tables another."""
 
-    def look_up(self, weight: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
-        """This rank's rows `weight`, indices [N] of the whole table -> rows [N, width] of `dtype`, and the backward."""
-        return weight[indices].to(dtype), lambda gradient: (indices, gradient)
+    def look_up(self, held: Rows, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
+        """Those `held` on this rank, indices [N] of the whole table -> rows [N, width] of `dtype`, and the backward."""
+        return held.read(indices).to(dtype), lambda gradient: (indices, gradient)
 
 
 class RowTable(nn.Module):
     """`rows` embeddings, each `width` wide, of which a step looks up few.
 
-    `weight` [rows, width] has no `.grad`: see `gradient`. `placement` may be replaced by a plan.
+    `weight` [rows, width] has no `.grad`: see `gradient`. A plan may replace `placement`, and give the weight a place
+    with `keep_on_host`. `stand_in` may be set: what look-ups read instead of the weight.
     """
 
     update_rule = UpdateRule(by_rows=True, lr_multiplier=5.0, decays=False)
@@ -139,7 +149,29 @@ class RowTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, width))
         self.gradient = RowGradient()
         self.placement = LocalRows()
+        self.stand_in: Rows | None = None
         self.returns_placeholder = False
+        self._host_of: torch.device | None = None
+
+    def keep_on_host(self, device: torch.device) -> None:
+        """Let `to_empty` make the weight in the memory of the host, where `device` reads it; while it is on "meta"."""
+        assert self.weight.is_meta, "the weight is somewhere else already"
+        self._host_of = device
+
+    def zeros(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Zeros [rows, width], which ranks share as the weight, in the same memory."""
+        if self._host_of is None:
+            return zeros_sharded_like(self.weight, width, dtype)
+        return zeros_sharded_like(self.weight, width, dtype, partial(zeros_on_host, device=self._host_of))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowTable":
+        if self._host_of is not None and self.weight.is_meta:  # to_empty, which would fill a GPU
+            return super()._apply(lambda weight: self.zeros(weight.shape[1], weight.dtype), recurse)
+        return super()._apply(fn, recurse)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """As in Rows: of the weight, or of what stands in for it."""
+        return local(self.weight).detach()[rows] if self.stand_in is None else self.stand_in.read(rows)
 
     def forward(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Indices [...] int64 of rows -> [..., width] of `dtype`, None: the weight's.
@@ -155,7 +187,7 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, indices: Tensor, dtype: torch.dtype, table: RowTable) -> Tensor:
         ctx.table = table
-        found, ctx.rows_of = table.placement.look_up(local(weight), indices.flatten(), dtype)
+        found, ctx.rows_of = table.placement.look_up(table, indices.flatten(), dtype)
         return found.view(*indices.shape, weight.shape[1])
 
     @staticmethod

@@ -49,7 +49,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         units = column_units(model)
         for kind, parameters in of_kind.items():
             for parameter in parameters:
-                self.state[parameter] = new_state(parameter, kind, units.get(parameter, 0))
+                self.state[parameter] = new_state(parameter, kind, units.get(parameter, 0), self.tables.get(parameter))
         # Those of AdamW with float32 moments that are worth it; other rules always use our formulas.
         self._by_rule = {each for each in self.state if compiled and _pays(local(each))}
         names = ("adamw", "lion", "muon_momentum", "muon_weight")

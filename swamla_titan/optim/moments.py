@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
+from swamla_titan.model.row_table import RowTable
 from swamla_titan.optim.groups import Kind, block_size
 from swamla_titan.quiet_torchao import quiet_torchao
 
@@ -24,15 +25,16 @@ _COUNTS_STEPS = ("adamw", *_BY_ROWS)
 _NAMES = {"adamw": _ADAMW, "lion": ("exp_avg",), "muon": ("momentum_buffer",)} | dict.fromkeys(_BY_ROWS, _ADAMW)
 
 
-def new_state(parameter: nn.Parameter, kind: Kind, unit: int) -> dict[str, Tensor]:
-    """Zeroed moments on the parameter's device, sharded as the parameter is, and AdamW's step count.
+def new_state(parameter: nn.Parameter, kind: Kind, unit: int, table: RowTable | None = None) -> dict[str, Tensor]:
+    """Zeroed moments in the parameter's memory, sharded as the parameter is, and AdamW's step count.
 
-    Of a RowTable also `touched` [rows, 1], int32: the step count at which a row was last looked up.
+    Of a `table` also `touched` [rows, 1], int32: the step count at which a row was last looked up; on the device.
     """
+    zeros = table.zeros if table else functools.partial(zeros_sharded_like, parameter)
     if _is_quantized(kind):
         quiet_torchao()  # before it is imported, which happens below and within compiled code
     state = {
-        name: zeros_sharded_like(parameter, parameter.shape[-1] // divisor, dtype)
+        name: zeros(parameter.shape[-1] // divisor, dtype)
         for name, (dtype, divisor) in _layout(parameter, kind, unit).items()
     }
     if kind.rule in _BY_ROWS:

@@ -22,7 +22,7 @@ _ROWS_AT_A_TIME = 1 << 20  # of a pass over all rows, which needs memory for cop
 
 
 class RowAverage:
-    """The average of one table's weight, sharded like it.
+    """The average of one table's weight, sharded like it and in the same memory.
 
     `mean` is, of each row, that of the step up to which the logarithms of all decays add up to `log_decay_of_rows`
     [rows, 1]; `log_decay` is this sum up to now. Both float64.
@@ -32,7 +32,7 @@ class RowAverage:
         """`lazy`: the optimizer moves no rows but those looked up."""
         self._table, self._lazy = table, lazy
         weight = table.weight
-        self.mean = zeros_sharded_like(weight, weight.shape[1], torch.float32)
+        self.mean = table.zeros(weight.shape[1], torch.float32)
         self.log_decay_of_rows = zeros_sharded_like(weight, 1, torch.float64)
         self.log_decay = torch.zeros((), dtype=torch.float64, device=local(weight).device)
 
@@ -64,25 +64,23 @@ class RowAverage:
 
     @contextmanager
     def in_place_of_weight(self) -> Iterator[None]:
-        """Within, the weight has the values of the average; this takes memory for a copy of it."""
-        weight = local(self._table.weight).detach()
-        kept = weight.clone()
-        for rows in _blocks(weight):
-            weight[rows] = self._up_to_date(rows)
+        """Within, look-ups read the average, of which nothing else is computed; the weight stays as it is."""
+        self._table.stand_in = self
         try:
             yield
         finally:
-            weight.copy_(kept)
+            self._table.stand_in = None
 
-    def _bring_up_to_date(self, rows: Tensor, bad: Tensor | None) -> None:
-        values = self._up_to_date(rows), self.log_decay.expand(len(rows), 1)
-        for held, new in zip((local(self.mean), local(self.log_decay_of_rows)), values):
-            held.index_copy_(0, rows, new if bad is None else new.where(bad == 0, held[rows]))
-
-    def _up_to_date(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Tensor) -> Tensor:
+        """As in model.row_table.Rows: the mean after all steps."""
         held = self._table.weight, self.mean, self.log_decay_of_rows
         weight, mean, at = (local(each).detach()[rows] for each in held)
         return up_to_date(weight, mean, at, self.log_decay)
+
+    def _bring_up_to_date(self, rows: Tensor, bad: Tensor | None) -> None:
+        values = self.read(rows), self.log_decay.expand(len(rows), 1)
+        for held, new in zip((local(self.mean), local(self.log_decay_of_rows)), values):
+            held.index_copy_(0, rows, new if bad is None else new.where(bad == 0, held[rows]))
 
 
 def up_to_date(weight: Tensor, mean: Tensor, log_decay_of_rows: Tensor, log_decay: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ may be among it. So at each look-up the host waits for all that was queued befor
 planned to hash and count ahead of the forward pass, on a stream that waits for the tokens alone.
 """
 
+import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,16 +22,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
+from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.model.row_table import Backward, LocalRows, Segments, row_tables
+from swamla_titan.kernels.host_memory import free_memory
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.row_table import Backward, LocalRows, Rows, Segments, row_tables
 
 
 def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None:
     """Give each rank of the pipeline stage its rows of the model's tables, in place, on the meta device.
 
-    Nothing where there are none, or one rank. Raises UserError for tables with parallel.cpu_offload.
+    Nothing where there are none, or one rank, but for parallel.tables_on_host. Raises UserError for tables with
+    parallel.cpu_offload.
     """
     tables = row_tables(model)
     if tables and parallel.cpu_offload:
@@ -37,12 +44,45 @@ def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None
             "parallel.cpu_offload: tables of embeddings are looked up where the tokens are computed, and stay there; "
             "set it to false, or share their rows among more ranks"
         )
+    for table in tables.values() if parallel.tables_on_host else ():
+        table.keep_on_host(world.device)
     if not tables or world.stage_group is None or world.stage_group.size() == 1:
         return
     mesh = DeviceMesh.from_group(world.stage_group, world.device.type, mesh_dim_names=("rows",))
     for weight, table in tables.items():
         table.weight = nn.Parameter(_sharded(weight, mesh), requires_grad=weight.requires_grad)
         table.placement = ShardedRows(len(weight), world.stage_group)
+
+
+def bytes_on_host(model: nn.Module, config: Config) -> int:
+    """What parallel.tables_on_host keeps in the memory of the host: weights, moments and average of a rank's tables.
+
+    `model` may be on the meta device, and a part of one.
+    """
+    kept = 4 if config.ema.decay else 3
+    return kept * sum(local(weight).nbytes for weight in row_tables(model)) if config.parallel.tables_on_host else 0
+
+
+def validate_host_memory(config: Config, world: World) -> None:
+    """Raise UserError if the tables of the ranks of this machine need more of its memory than is free.
+
+    What each rank then takes can still fail (kernels/host_memory.py): the machine has other programs.
+    """
+    ranks = world.degrees.size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, torch.cuda.device_count()))
+    # Stages of a pipeline need different amounts, and which of them are here is not known yet.
+    is_known = here == ranks or world.degrees.pipeline == 1
+    if not config.parallel.tables_on_host or world.device.type != "cuda" or world.is_elsewhere or not is_known:
+        return
+    with torch.device("meta"):
+        model = SWAMLAModel(replace(config.model, vocab_size=config.model.vocab_size or 1))
+    size, free = bytes_on_host(model, config) * here // ranks, free_memory()
+    if free is not None and size > free:
+        raise UserError(
+            f"parallel.tables_on_host: the tables of the {here} rank(s) of this machine take {size / 2**30:.1f} GiB of "
+            f"its memory, with moments and average, and {free / 2**30:.1f} are free: make them smaller, or share their "
+            "rows among more machines"
+        )
 
 
 def rows_of_rank(rows: int, ranks: int, rank: int) -> range:
@@ -76,12 +116,12 @@ class ShardedRows(LocalRows):
         self._stream: torch.cuda.Stream | None = None
         self._borders: Tensor | None = None
 
-    def look_up(self, weight: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
+    def look_up(self, held: Rows, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
         """As in LocalRows. Collective over the group, and so is the backward."""
         segments, sent, received = self._request(indices)
         distinct = segments.keys[segments.offsets[: sum(sent)]]
         asked = self._exchanged(distinct, sent, received) - self.begin
-        found = self._exchanged(weight[asked].to(dtype), received, sent)
+        found = self._exchanged(held.read(asked).to(dtype), received, sent)
         back = torch.empty_like(segments.order)
         back[segments.order] = segments.index
 

@@ -20,6 +20,7 @@ from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions
 from swamla_titan.parallel.data_parallel import layer_units, reshards_after_forward, stays_replicated
 from swamla_titan.parallel.parallelize import gathers_float8
+from swamla_titan.parallel.row_tables import bytes_on_host
 
 _FLOAT32 = 4
 
@@ -39,7 +40,7 @@ class Memory:
     logits: int
     activations: int
     in_turn: int  # of gradients and activations, the part that never exists beside the rest of them
-    offloaded: int  # of the first four, the part that parallel.cpu_offload keeps on the host
+    offloaded: int  # of the first four, the part that is kept on the host
 
     @property
     def total(self) -> int:
@@ -87,7 +88,9 @@ def memory_of(
     gradients += _looked_up(parts, config, world, micro_batch_size) * micro_batches
     gradients *= _FLOAT32
     offload = config.parallel.cpu_offload  # of gradients too, as soon as they are reduced
-    offloaded = _FLOAT32 * sum(held) + (0 if unreduced else gradients) + state + average
+    offloaded = sum(bytes_on_host(part, config) for part in parts)
+    if offload:
+        offloaded = _FLOAT32 * sum(held) + (0 if unreduced else gradients) + state + average
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
@@ -97,7 +100,7 @@ def memory_of(
         logits=_logits(parts, config, world, micro_batch_size, in_flight.logits),
         activations=in_flight.activations + in_flight.recomputed,
         in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
-        offloaded=offloaded if offload else 0,
+        offloaded=offloaded,
     )
 
 

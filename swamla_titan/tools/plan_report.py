@@ -210,6 +210,11 @@ def _memory(plan: Plan) -> Iterator[str]:
             f"on the GPU{larger}; buffers of communication, workspaces and fragmentation come on top",
         ),
     ]
+    if config.parallel.tables_on_host:
+        copies = memory.parameters + memory.optimizer + memory.average
+        beside = f", beside {size(copies)} for copies of all that checkpoints hold (checkpoint.async_mode)"
+        note = f"of these, tables with moments and average{beside if config.checkpoint.async_mode == 'async' else ''}"
+        rows.insert(-1, ("on the host", memory.offloaded, note))
     yield "\nmemory of a GPU" + (
         "" if plan.degrees.size == 1 else f", that of rank {plan.worst.rank}, which needs the most"
     )

@@ -129,6 +129,9 @@ def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Itera
         if device == "cuda":
             note = "weights and optimizer state in the host's memory; slow"
             yield Change({"parallel.cpu_offload": True}, note, ranks)
+    if device == "cuda":
+        note = "tables and their moments in the host's memory, read and written row by row; slower"
+        yield Change({"parallel.tables_on_host": True}, note, ranks)
     more, note = 2 * ranks, f"on {2 * ranks} GPUs"
     if parallel.data_parallel != "ddp":
         yield Change({"parallel.dp_shard": 2 * degrees.shard}, f"{note}, which share the weights", more)

@@ -46,6 +46,7 @@ from swamla_titan.parallel.automatic import resolve_auto
 from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
 from swamla_titan.parallel.kernels import validate_attention, validate_pointwise
 from swamla_titan.parallel.parallelize import validate_float8
+from swamla_titan.parallel.row_tables import validate_host_memory
 from swamla_titan.system.machine import allow_open_files_to_train, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
@@ -117,6 +118,7 @@ VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "products": lambda config, world: validate_float8(config, world.device, world.degrees),
     "recompute": lambda config, world: validate_recomputation(config, world.device),
     "optimizer": lambda config, world: validate_optimizer_device(config.optimizer, world.device),
+    "tables": validate_host_memory,
     "metrics": lambda config, world: config.metrics.wandb and require_wandb(),
     "folder": lambda config, world: validate_folder(Path(config.job.dump_folder)),
 }

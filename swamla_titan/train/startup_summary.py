@@ -25,6 +25,7 @@ from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices, attention_summary, is_loss_fused
 from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
+from swamla_titan.parallel.row_tables import bytes_on_host
 from swamla_titan.quantization.coverage import warnings
 from swamla_titan.quantization.native import fuses_activation
 from swamla_titan.train.setup import Setup
@@ -44,6 +45,9 @@ def log_startup_summary(setup: Setup, parts: Sequence[nn.Module]) -> None:
     """Log what a run is made of; `parts` are those of the model on this rank. All ranks call this."""
     config, world = setup.config, setup.world
     _log_model(config)
+    if config.parallel.tables_on_host:
+        on_host = world.all_reduce_max(sum(bytes_on_host(part, config) for part in parts))
+        logger.info(f"tables: in the memory of the host, at most {on_host / 2**30:.2f} GiB of a rank")
     _log_data(setup.corpus, config.training.seq_len)
     _log_batch(setup)
     _log_kernels(config, world)

@@ -137,6 +137,32 @@ def cpu_offload(run: Runner) -> None:
         assert whole == [0 if wanted else norms] * UNITS  # offloaded norms are FSDP2's to bring, like all weights
 
 
+def tables_on_host(run: Runner) -> None:
+    """Weight, moments and average are made where a GPU would have the host's memory, and end with the same bits."""
+    engram = ("--model.engram.layers", "1", "--model.engram.d_mem", "64", "--model.engram.table_size", "50")
+    average = ("--ema.decay", "0.9", "--validation.use_ema", "true", "--validation.interval", "1")
+    settings = (*engram, *average, "--parallel.tables_on_host")
+    made: list[tuple[int, ...]] = []
+
+    def zeros_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made.append(tuple(shape))
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swamla_titan.model.row_table.zeros_on_host", zeros_on_host)
+        on_device = run(*settings, "false")
+        assert made == []
+        result = run(*settings, "true")
+    found = result.tensors()
+    assert result.series("val_loss") == on_device.series("val_loss")
+    assert made == [tuple(found["model.annexes.1.engram.table.weight"].shape)] * 4
+    assert all(torch.equal(found[name], each) for name, each in on_device.tensors().items())
+    assert "tables: in the memory of the host, at most 0.00 GiB" in (result.folder / "logs/rank-0.log").read_text()
+    assert "has no effect" in run.refusal("--parallel.tables_on_host", "true")
+    dense = run.refusal(*engram, "--parallel.tables_on_host", "true", "--optimizer.lazy_tables", "false")
+    assert "false would read and write all rows in the memory of the host" in dense
+
+
 def async_tensor(run: Runner) -> None:
     """On a CPU it is refused; on GPUs the compiler's pass is switched on, for the ranks of the mesh."""
     if not torch.cuda.is_available():
@@ -193,6 +219,7 @@ PARALLEL_CASES: dict[str, Callable[[Runner], None]] = {
         reshard_after_forward,
         reduce_every_micro_batch,
         cpu_offload,
+        tables_on_host,
         async_tensor,
         pipeline_schedule,
         pipeline_stages_per_rank,

@@ -104,6 +104,7 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp 2, shard 2": (4, {"data_parallel": "hsdp", "dp_replicate": 2}),
     "ddp 2, context 2": (4, {"data_parallel": "ddp", "context": 2}),
     "pipeline 2, tensor 2": (4, {"pipeline": 2, "tensor": 2}),
+    "fsdp 2, tables on the host": (2, {"tables_on_host": True}),
 }
 
 

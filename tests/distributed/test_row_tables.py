@@ -1,7 +1,9 @@
 """Tables whose rows ranks share: the values, gradients and training of one process; checkpoints for other ranks."""
 
+import contextlib
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import swamla_titan.model.init
-from swamla_titan.config.sections import Parallel
+from swamla_titan.config import Config
+from swamla_titan.config.sections import EMA, Optimizer, Parallel
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, fake_world
+from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
+from swamla_titan.model import ModelConfig
+from swamla_titan.model.engram_config import EngramConfig
 from swamla_titan.model.row_table import RowTable
-from swamla_titan.parallel.row_tables import rows_of_rank, shard_row_tables
+from swamla_titan.optim import AveragedWeights, build_optimizer
+from swamla_titan.parallel.row_tables import bytes_on_host, rows_of_rank, shard_row_tables, validate_host_memory
 from swamla_titan.tools.generate import _loaded
 from tests.distributed.job import run_killed
 from tests.distributed.ranks import on_ranks
@@ -30,6 +37,7 @@ from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors
 
 WIDTH = 5
+GPU = torch.device("cuda", 0)
 
 
 def sharded_table(rows: int, world: World) -> tuple[RowTable, Tensor]:
@@ -109,6 +117,47 @@ def test_rows_that_are_shared_are_trained_if_the_table_was(trained):
         shard_row_tables(model, Parallel(), world)
         assert local(model.table.weight).shape == (4, WIDTH)
         assert model.table.weight.requires_grad == trained
+
+
+def test_a_rank_keeps_its_rows_on_the_host_with_their_moments_and_average(monkeypatch):
+    made: list[tuple[int, ...]] = []
+
+    def zeros_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        made.append(tuple(shape))
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr("swamla_titan.model.row_table.zeros_on_host", zeros_on_host)
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.table = RowTable(7, WIDTH)
+    with fake_world(Degrees(shard=2), "fsdp", 1) as world:
+        shard_row_tables(model, Parallel(tables_on_host=True), world)
+        assert made == []
+        model.to_empty(device=world.device)
+        state = build_optimizer(model, Optimizer(), world.stage_group).state[model.table.weight]
+        average = AveragedWeights([model], 0.9)
+        assert made == [(3, WIDTH)] * 4
+        held = [model.table.weight, state["exp_avg"], state["exp_avg_sq"], average.of_part(model)["table.weight"]]
+        assert [tuple(each.shape) for each in held] == [(7, WIDTH)] * 4
+        config = Config(ema=EMA(0.9), parallel=Parallel(tables_on_host=True))
+        assert bytes_on_host(model, config) == sum(local(each.detach()).nbytes for each in held)
+        assert bytes_on_host(model, Config(ema=EMA(0.9))) == 0
+
+
+def test_tables_that_the_machines_memory_cannot_hold_are_refused_with_the_numbers(monkeypatch):
+    engram = EngramConfig((1,), d_mem=512, table_size=1_000_000)  # 8 tables of rows of 64: 2 GB, and 4 GB of moments
+    config = Config(model=ModelConfig(engram=engram), parallel=Parallel(tables_on_host=True))
+    world = World.planned(Degrees(shard=4), GPU)
+    for ranks, free, is_refused in (("4", 5, True), ("4", 6, False), ("2", 2, True), ("2", 3, False)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        monkeypatch.setattr("swamla_titan.parallel.row_tables.free_memory", lambda free=free: free << 30)
+        message = f"of the {ranks} rank.* take {'5.7' if ranks == '4' else '2.9'} GiB .* and {free}.0 are free"
+        with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
+            validate_host_memory(config, world)
+    for other in (replace(world, device=torch.device("cpu")), World.planned(Degrees(shard=2, pipeline=2), GPU)):
+        monkeypatch.setattr("swamla_titan.parallel.row_tables.free_memory", lambda: 0)
+        validate_host_memory(config, other)
+    validate_host_memory(Config(model=config.model), world)
 
 
 def _drawn(block: int) -> None:

@@ -20,13 +20,19 @@ pytestmark = pytest.mark.gpu
 ROWS, WIDTH, STEPS = 20_000, 48, 5
 
 
-def trained(device: str, compiled: bool, lazy: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def trained(
+    device: str, compiled: bool, lazy: bool = True, dtype: torch.dtype = torch.float32, on_host: bool = False
+) -> list[Tensor]:
     """The weight, its optimizer state and its average after some steps, of which all but the first must not wait."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Module()
-    model.table = table = RowTable(ROWS, WIDTH)
-    nn.init.normal_(table.weight, std=0.02, generator=generator)
-    model.to(device)
+    with torch.device("meta"):
+        model.table = table = RowTable(ROWS, WIDTH)
+    if on_host:
+        table.keep_on_host(torch.device(device, 0))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        table.weight.copy_(torch.empty(ROWS, WIDTH).normal_(std=0.02, generator=generator))
     optimizer = build_optimizer(model, Optimizer(lazy_tables=lazy), compiled=compiled)
     average = AveragedWeights([model], 0.9, compiled, lazy)
     average.restart()
@@ -65,6 +71,15 @@ def test_a_gpu_moves_tables_as_a_cpu_does_without_waiting(compiled, lazy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_repeat(dtype):
     for one, other in zip(trained("cuda", True, dtype=dtype), trained("cuda", True, dtype=dtype)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_on_the_host_moves_by_the_same_bits_without_waiting(dtype, compiled):
+    on_host = trained("cuda", compiled, dtype=dtype, on_host=True)
+    for one, other in zip(on_host, trained("cuda", compiled, dtype=dtype), strict=True):
+        assert one.is_cuda
         assert torch.equal(one, other)
 
 

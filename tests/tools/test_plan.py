@@ -210,6 +210,19 @@ def test_what_needs_gpus_is_planned_without_them(tiny):
     assert "on the host" in "\n".join(report(found))
 
 
+@pytest.mark.parametrize("async_mode, copies", [("async", True), ("disabled", False)])
+def test_tables_on_the_host_are_counted_there(tiny, async_mode, copies):
+    settings = [("model.engram", "layers", "1"), ("ema", "decay", "0.9"), ("checkpoint", "async_mode", async_mode)]
+    usual = plan(resolved(tiny, *settings), 2).worst.memory
+    found = plan(resolved(tiny, *settings, *parallel(tables_on_host="true")), 2)
+    memory, text = found.worst.memory, "\n".join(report(found))
+    [(_, rows)] = [shapes for name, shapes in found.worst.shapes.items() if name.endswith("engram.table.weight")]
+    assert memory.offloaded == 4 * math.prod(rows) * 4  # weight, two moments and average, float32
+    assert usual.total - memory.total == memory.offloaded
+    assert f"{size(memory.offloaded)}  of these, tables with moments and average" in text
+    assert ("for copies of all that checkpoints hold" in text) == copies
+
+
 # Against real ranks
 
 UNTIED = [("model", "tie_embeddings", "false")]

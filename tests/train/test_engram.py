@@ -50,6 +50,17 @@ def test_a_run_resumes_bit_for_bit_and_logs_the_gates(tiny: Path, tmp_path: Path
     assert "engram before layers 0, 2: 8 tables of about 101 rows of 4 for n-grams of 2, 3 tokens" in log
 
 
+def test_a_run_may_keep_tables_on_the_host_or_not_from_one_start_to_the_next(tiny: Path, tmp_path: Path):
+    settings = ("--ema.decay", "0.9", "--lr_schedule.warmup_steps", "0", "--lr_schedule.min_lr_ratio", "1")
+    run(tiny, tmp_path / "whole", 20, *settings)
+    for steps, on_host in ((12, "true"), (16, "false"), (20, "true")):
+        run(tiny, tmp_path / "moved", steps, *settings, "--parallel.tables_on_host", on_host)
+    whole, moved = (tensors(checkpoint(tmp_path / name, 20)) for name in ("whole", "moved"))
+    assert whole.keys() == moved.keys()
+    assert all(torch.equal(whole[name], moved[name]) for name in whole)
+    assert main(["generate", str(tmp_path / "moved"), "--ema", "--prompt", "The", "--max-new-tokens", "2"]) == 0
+
+
 def test_another_hash_is_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run(tiny, tmp_path / "run", 4)
     common = ("--job.dump_folder", str(tmp_path / "run"), "--training.steps", "8")
