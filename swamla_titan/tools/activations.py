@@ -5,8 +5,7 @@ arithmetic on it is repeated: 4 dim of the residual stream and both norms' resul
 `saved` (model/branch.py). With float8.recipe = "native" the inputs of converted linear layers are kept as float8
 (`native_savings`).
 
-Left out are masks, what is one element a head and token, and the sums that selective attention saves, of which long
-sequences have more a token (kernels/attention/selective.py). Eager blocks keep more: each float32 intermediate of norms
+Left out are masks, and what is one element a head and token. Eager blocks keep more: each float32 intermediate of norms
 and rotations; not where native float8 has operators for all of those. Blocks checkpointed by operators keep results of
 linear layers, which float8 gives in the dtype that they have without it.
 """
@@ -18,10 +17,11 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.kernels.attention.selective import saved_sums
 from swamla_titan.model import Block, ModelConfig
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.branch import Branch
+from swamla_titan.model.branch import Attention, Branch
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.model.linear import Linear, Role
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_annex_recomputed, keeps_operators
@@ -91,25 +91,27 @@ def kept_by_operators(model: ModelConfig, kind: str, branch: str, context: int =
     return kept / context
 
 
-def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
-    """Bytes that these layers keep on a rank for one sequence, by [activation_checkpoint].
+def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: int = 1) -> int:
+    """Bytes that these layers keep on a rank for one sequence of a micro-batch of `rows`, by [activation_checkpoint].
 
     Regions that are recomputed need, besides, what one of them keeps without checkpointing, while its backward pass
     runs: see `recomputed_bytes`.
     """
-    return round(sum(_of_layer(config, degrees, layer)[0] for layer in layers))
+    return round(sum(_of_layer(config, degrees, layer, rows)[0] for layer in layers))
 
 
-def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int]) -> int:
+def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: int = 1) -> int:
     """Bytes for one sequence that the backward pass of the largest recomputed region makes again; 0 where none is."""
-    return round(max((_of_layer(config, degrees, layer)[1] for layer in layers), default=0))
+    return round(max((_of_layer(config, degrees, layer, rows)[1] for layer in layers), default=0))
 
 
-def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, float]:
+def _of_layer(config: Config, degrees: Degrees, layer: int, rows: int) -> tuple[float, float]:
     """Bytes for one sequence that a layer keeps, and that its largest recomputed region makes again."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
     branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
+    sums = _sums_of_selection(config, degrees, kind, rows)
+    branches["attention"] += sums
     its_input = model.dim / (degrees.tensor * degrees.context)
     regions = checkpointed_regions(settings, layer)
     again = 0.0
@@ -119,6 +121,7 @@ def _of_layer(config: Config, degrees: Degrees, layer: int) -> tuple[float, floa
         of_region = its_input
         if keeps_operators(settings):
             of_region += sum(kept_by_operators(model, kind, each, degrees.context, degrees.tensor) for each in region)
+            of_region += sums if "attention" in region else 0
         again = max(again, whole - of_region)
         kept += of_region - whole
     if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
@@ -159,6 +162,17 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
     if not config.compile.enabled and not (degrees.tensor == 1 and has_operators(model, kind, converted)):
         elements *= EAGER_FACTOR[dtype]
     return elements
+
+
+def _sums_of_selection(config: Config, degrees: Degrees, kind: str, rows: int) -> float:
+    """What our kernels of selective attention save for each token beside what any attention does, in 16 bits."""
+    mixer, training = BLOCKS[kind], config.training
+    itemsize = getattr(torch, training.compute_dtype).itemsize
+    if not issubclass(mixer, Attention) or mixer.selection_head(config.model) is None or itemsize > 2:
+        return 0
+    chunks = 2 if degrees.context > 1 else 1  # parallel/sequence_layout.py
+    length = training.seq_len // (chunks * degrees.context)
+    return chunks * saved_sums(rows, training.seq_len, length) * torch.float32.itemsize / itemsize
 
 
 def recomputed_operations(config: Config, layer: int) -> int:

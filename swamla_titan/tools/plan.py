@@ -227,12 +227,12 @@ def _in_flight(config: Config, degrees: Degrees, place: int, batch: Batch, order
     """Of a rank at a place of the pipeline."""
     if degrees.pipeline == 1:
         layers = range(config.model.num_layers)
-        kept, again = block_bytes(config, degrees, layers), recomputed_bytes(config, degrees, layers)
+        kept, again = (count(config, degrees, layers, batch.rows) for count in (block_bytes, recomputed_bytes))
         return InFlight(batch.rows * kept, batch.rows * again, logits=1)
     stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
     mine: Mapping[int, range] = {number: stages[number].layers for number in stages_of_rank(config.parallel, place)}
-    of_stage = {number: block_bytes(config, degrees, layers) for number, layers in mine.items()}
-    again = max(recomputed_bytes(config, degrees, layers) for layers in mine.values())
+    of_stage = {number: block_bytes(config, degrees, layers, batch.rows) for number, layers in mine.items()}
+    again = max(recomputed_bytes(config, degrees, layers, batch.rows) for layers in mine.values())
     last = {number: int(number == len(stages) - 1) for number in mine}
     most = most_in_flight(order[place], of_stage)
     return InFlight(batch.rows * most, batch.rows * again, logits=most_in_flight(order[place], last))

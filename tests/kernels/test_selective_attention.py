@@ -5,6 +5,7 @@ NumPy before 2.4, and not in bfloat16).
 """
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_in_several_slabs(shape, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunks", [pytest.param(None, marks=pytest.mark.tedious), PAIRS])
+def test_sums_that_are_selected_again_are_those_that_were_not_saved(chunks, monkeypatch):
+    monkeypatch.setattr(selective, "MOST_ELEMENTS", 1)
+    monkeypatch.setattr(selective, "_ROWS", 4)
+    given, ids = inputs((40, 1, 32, 16, 20), torch.float16, DEVICE)
+    upstream, found = torch.randn_like(given[2]), []
+    for most in (64, 2):  # 10 slabs, or 3 of each chunk
+        monkeypatch.setattr(selective, "MOST_SAVED", most)
+        if chunks:
+            out = in_chunks(selective_attention, selected_sums, given, ids, 0, 0.2, chunks)
+        else:
+            out = selective_attention(*given, Selection(rule_of(ids), 0), 0.2)
+        found.append([out, *torch.autograd.grad(out, given, upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("documents", [pytest.param(0, marks=pytest.mark.tedious), 30])
 def test_chunks_need_the_sums_of_others_alone(documents, monkeypatch):
     monkeypatch.setattr(selective, "MOST_ELEMENTS", 1)
@@ -251,12 +269,49 @@ def test_what_is_there_for_pairs_of_tokens_does_not_grow_with_the_square(batch, 
 
 
 @pytest.mark.parametrize(
-    "batch, seq_len, mib", [(16, 2048, 0.25), (1, 32768, 2.125), (1, 131072, 128.5), (1, 262144, 1025)]
+    "batch, seq_len, chunks, mib",
+    [
+        *((16, 2048, 1, 0.125), (1, 32768, 1, 2), (1, 65536, 1, 16), (1, 131072, 1, 32), (1, 262144, 1, 64)),
+        *((1, 1 << 20, 1, 256), (1, 65536, 2, 8), (1, 262144, 2, 128), (1, 1 << 20, 2, 512)),
+    ],
 )
-def test_the_sums_that_the_backward_pass_is_left_are_as_large_as_documented(batch, seq_len, mib):
-    query = torch.empty(batch, seq_len, 1, 32, dtype=torch.bfloat16, device="meta")
+def test_the_sums_that_the_backward_pass_is_left_are_as_large_as_documented(batch, seq_len, chunks, mib):
+    """Of two ranks with two chunks each, or of one process."""
+    query = torch.empty(batch, seq_len // (1 if chunks == 1 else 2), 1, 32, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(batch, seq_len, 1, 32, dtype=torch.bfloat16, device="meta")
     bounds = torch.empty(1, seq_len, dtype=torch.int32, device="meta")
-    none = None, None, None
-    given = query, query, query, *none, bounds, bounds, [0], 0, 1.0
-    *_, sums = torch.ops.swamla_titan.selective_attention(*given)
+    starts = [0, seq_len // 4 * 3][:chunks]
+    *_, sums = torch.ops.swamla_titan.selective_attention(
+        query, key, key, None, None, None, bounds, bounds, starts, 0, 1.0
+    )
     assert sums.nbytes / 2**20 == mib
+
+
+@pytest.mark.parametrize("count, levels", [(1, 0), (4, 0), (5, 1), (16, 1), (17, 2), (61, 2)])
+def test_slabs_come_in_reverse_with_the_sums_before_each_from_few_that_are_saved(count, levels, monkeypatch):
+    """In place of what a slab selects, its number: the sums before the slab n are those of 0 ... n - 1."""
+    monkeypatch.setattr(selective, "MOST_SAVED", 4)
+    selections, held = 0, []
+    real = torch.Tensor.new_empty
+
+    def select(number, before, after):
+        nonlocal selections
+        torch.add(before, number, out=after)
+        selections += 1
+
+    def new_empty(of, *shape):
+        held.append(shape[0])
+        return real(of, *shape)
+
+    saved = torch.full((selective._saved_of(count), 1), float("nan"))
+    saved[0] = 0
+    for number, sums in zip(range(count), pairwise(selective.places_of_sums(saved, count))):
+        select(number, *sums)
+    assert len(saved) <= 4
+    selections = 0
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    found = [(number, sums.item()) for number, sums in selective.slabs_in_reverse(range(count), saved, select)]
+    assert found == [(number, sum(range(number))) for number in reversed(range(count))]
+    assert selections <= levels * count
+    assert (selections == 0) == (levels == 0)
+    assert max(held, default=0) <= 4

@@ -1,6 +1,7 @@
 """The estimate of activations against what torch keeps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from swamla_titan.model.row_table import row_tables
 from swamla_titan.model.sequences import FullSequences
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, save_transposed_weights
 from swamla_titan.tools.activations import (
@@ -170,6 +172,47 @@ def test_what_checkpointed_blocks_keep(mode, recipe):
     assert cycle == pytest.approx(held(6) - held(3), rel=tolerance)
     again = recomputed_bytes(config, Degrees(), range(3))
     assert (again > 0) == (mode != "none")
+
+
+@pytest.mark.parametrize("rows, length, context", [(16, 2048, 1), (1, 32768, 1), (1, 262144, 1), (2, 131072, 2)])
+def test_what_selective_attention_keeps_beside_what_any_attention_does(rows, length, context):
+    settings = {"none": ActivationCheckpoint(), **{mode: MODES[mode][0] for mode in ("operators", "full")}}
+
+    def planned(count: Callable[..., int], mode: str, selective: bool) -> int:
+        config = Config(
+            model=dataclasses.replace(SHAPE, max_seq_len=length, mla_selective=selective),
+            training=Training(seq_len=length),
+            activation_checkpoint=settings[mode],
+        )
+        assert config.model.block_kinds[2] == "mla"
+        return rows * count(config, Degrees(context=context), [2], rows)
+
+    saved: list[int] = []  # bytes, by an operator whose tensors have no memory
+    starts = list(SequenceLayout(length, context, 0).starts) if context > 1 else [0]
+    query = torch.empty(rows, length // context, 4, 48, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    key, value = (torch.empty(rows, length, 4, 48, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    bounds = torch.empty(1, length, dtype=torch.int32, device="meta")
+    before = torch.empty(rows, len(starts), length, device="meta")
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float32 and tensor.shape != (rows, 4, length // context):  # lse, which any saves
+            saved.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.ops.swamla_titan.selective_attention(
+            *(query, key, value, None, None, before, bounds, bounds, starts, 0, 1.0)
+        )
+    (sums,) = saved
+    assert sums <= len(starts) * 256 * rows * length
+    for count, mode, expected in (
+        (block_bytes, "none", sums),
+        (block_bytes, "operators", sums),
+        (block_bytes, "full", 0),
+        (recomputed_bytes, "full", sums),
+    ):
+        found = planned(count, mode, selective=True) - planned(count, mode, selective=False)
+        assert found == expected, (count, mode)
 
 
 @pytest.mark.parametrize("d_mem", [128, 512])

@@ -11,15 +11,15 @@ one document have nothing but tokens of that document between them, hence F neve
 Backward: with dL the gradients of the logits, summed over the heads, that of relu(S[u, s]) is minus the sum over
 t > u of dL[t, s], and goes into the selecting head's queries and keys.
 
-Queries are taken in slabs (`Slab`): F of a slab is there for all heads at once, and the sums of what was selected
-before it are one number a key. So what is there for pairs of tokens does not grow with the square of the sequence, but
-the forward pass leaves the sums before every slab to the backward pass, [slabs + 1, B, S] float32, and longer sequences
-have shorter slabs. For one sequence of S tokens that is S^3 / 2^24 bytes a layer: 2 MiB of 32,768 tokens, 128 MiB of
-131,072, 1 GiB of 262,144; and S^2 / 32 from 524,288 on, where slabs are as short as they get.
+Queries are taken in slabs (`Slab`), which are the shorter the longer the sequence is: F of a slab is there for all
+heads at once, and the sums of what was selected before it are one element a key. The backward pass takes the slabs from
+the last on and needs the sums before each. Of these the forward pass saves at most `MOST_SAVED` for each chunk, evenly
+spaced, and the others are selected again. So memory grows with the length of the sequence, and not with its square.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descript
 from swamla_titan.kernels.flops import attention_flops, chunk_pairs
 
 MOST_ELEMENTS = 1 << 26  # of F at a time: 128 MiB, and 256 MiB of its gradient; 16 sequences of 2048 in one slab
+MOST_SAVED = 64  # slabs of a chunk before which the sums are saved: 256 bytes a token; all up to 65,536 tokens
 _ALIGNED = 8  # elements of 16 bits: where a row of F may begin, for the tensor memory accelerator
 _ROWS = 128  # queries of a slab at least, and a divisor of those of most
 _REFERENCE_ROWS = 1024
@@ -169,6 +170,47 @@ def _most_rows(batch: int, seq_len: int) -> int:
     return max(MOST_ELEMENTS // (batch * seq_len) // _ROWS, 1) * _ROWS
 
 
+def saved_sums(batch: int, seq_len: int, length: int) -> int:
+    """Sums, [B, S] float32 each, that the forward pass saves of a chunk of `length` queries."""
+    return _saved_of(-(-length // _most_rows(batch, seq_len)))
+
+
+def _saved_of(count: int) -> int:
+    """Before how many of `count` slabs the sums are saved: before every n-th, with n as small as MOST_SAVED allows."""
+    every = -(-count // MOST_SAVED)
+    return -(-count // every)
+
+
+def places_of_sums(saved: Tensor, count: int) -> list[Tensor]:
+    """Where the sums before each of `count` slabs go, and those after the last.
+
+    Before every n-th that is a place of its own in `saved`; the others share one, each overwriting the one before.
+    """
+    every, shared = -(-count // len(saved)), torch.empty_like(saved[0])
+    return [shared if number % every else saved[number // every] for number in range(count)] + [shared]
+
+
+def slabs_in_reverse(
+    numbers: Sequence[int], saved: Tensor, select: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[tuple[int, Tensor]]:
+    """Slabs, by number, from the last on, with the sums before each, of which `saved` has those before every n-th.
+
+    `select(slab, before, after)` makes the sums after a slab. The slabs between two saved sums are selected again, and
+    their sums saved likewise: no more than MOST_SAVED at a time, or in more than MOST_SAVED^2 slabs twice as many.
+    """
+    every = -(-len(numbers) // len(saved))
+    for place, before in reversed(list(enumerate(saved))):
+        stretch = numbers[place * every : (place + 1) * every]
+        if len(stretch) == 1:
+            yield stretch[0], before
+        else:
+            again = saved.new_empty(_saved_of(len(stretch)), *before.shape)
+            again[0] = before
+            for number, sums in zip(stretch[:-1], pairwise(places_of_sums(again, len(stretch)))):
+                select(number, *sums)
+            yield from slabs_in_reverse(stretch, again, select)
+
+
 class _Pass:
     """What the kernels of a pass share: queries that are chunks of a sequence, all its keys, and the slabs."""
 
@@ -189,16 +231,12 @@ class _Pass:
         self.bounds, self.split = (starts, ends), SplitWidth.of(self.width)
         self.starts_batch = self.seq_len if starts.shape[0] == self.batch else 0
         self.slabs = list(slabs(chunks, self.queries, _most_rows(self.batch, self.seq_len)))
-        self.last = len(self.slabs) - 1
+        self.last, self.of_chunk = len(self.slabs) - 1, len(self.slabs) // len(chunks)
         self.room, self.row_width = max(slab.rows for slab in self.slabs), -(-self.seq_len // _ALIGNED) * _ALIGNED
 
-    def begins_chunk(self, number: int) -> bool:
-        """Whether a slab is the first of its chunk."""
-        return number == 0 or self.slabs[number - 1].chunk != self.slabs[number].chunk
-
-    def ends_chunk(self, number: int) -> bool:
-        """Whether a slab is the last of its chunk."""
-        return number == self.last or self.begins_chunk(number + 1)
+    def chunks(self) -> list[range]:
+        """The numbers of the slabs of each chunk."""
+        return [range(first, first + self.of_chunk) for first in range(0, len(self.slabs), self.of_chunk)]
 
     def float32(self, *shape: int) -> Tensor:
         """Memory without values."""
@@ -236,7 +274,7 @@ class _Pass:
         kernel[grid](*own, *where, **self.split._asdict(), **tiles.constants(), **rest)
 
     def select(
-        self, number: int, by: tuple[Tensor, Tensor], before: Tensor, after: Tensor, f: Tensor | None = None
+        self, by: tuple[Tensor, Tensor], number: int, before: Tensor, after: Tensor, f: Tensor | None = None
     ) -> None:
         """F of a slab, and the sums of what was selected after it, from those before.
 
@@ -291,7 +329,7 @@ def _forward(
     head: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Q, H, E], lse [B, H, Q] as in document.py, and the sums before each slab, [slabs + 1, B, S] float32."""
+    """out [B, Q, H, E], lse [B, H, Q] as in document.py, and sums before slabs, [chunks, saved_sums, B, S] float32."""
     batch, queries, heads, _ = query.shape
     assert key.shape[2:] == query.shape[2:]
     assert value.shape[:3] == key.shape[:3]
@@ -301,17 +339,17 @@ def _forward(
     out = query.new_empty(batch, queries, heads, v_width)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     run = _Pass(query, key, starts, ends, chunks, scale)
-    sums, f = run.float32(run.last + 2, batch, run.seq_len), run.pairs(torch.float16)
+    saved, f = run.float32(len(chunks), _saved_of(run.of_chunk), batch, run.seq_len), run.pairs(torch.float16)
+    saved[:, 0] = 0 if before is None else before.transpose(0, 1)
     with torch.cuda.device_of(query):  # Triton launches on the current one
         read = *tma_descriptors(key, tiles.keys, run.split), *tma_descriptors(value, tiles.keys, (v_width,))
-        for number, slab in enumerate(run.slabs):
-            if run.begins_chunk(number):
-                sums[number] = 0 if before is None else before[:, slab.chunk]
-            run.select(number, by, sums[number], sums[number + 1], f)
-            own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
-            grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)
-            run.launch(run.kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
-    return out, lse, sums
+        for numbers, of_chunk in zip(run.chunks(), saved):
+            for number, sums in zip(numbers, pairwise(places_of_sums(of_chunk, run.of_chunk))):
+                run.select(by, number, *sums, f)
+                own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
+                grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)
+                run.launch(run.kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
+    return out, lse, saved
 
 
 @_forward.register_fake
@@ -321,8 +359,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, queries, heads, _ = query.shape
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    count = len(list(slabs(chunks, queries, _most_rows(batch, key.shape[1]))))
-    return query.new_empty(batch, queries, heads, value.shape[-1]), lse, lse.new_empty(count + 1, batch, key.shape[1])
+    count = saved_sums(batch, key.shape[1], queries // len(chunks))
+    saved = lse.new_empty(len(chunks), count, batch, key.shape[1])
+    return query.new_empty(batch, queries, heads, value.shape[-1]), lse, saved
 
 
 @torch.library.custom_op("swamla_titan::selective_attention_backward", mutates_args=())
@@ -337,7 +376,7 @@ def _backward(
     ends: Tensor,
     out: Tensor,
     lse: Tensor,
-    sums: Tensor,
+    saved: Tensor,
     chunks: list[int],
     head: int,
     scale: float,
@@ -354,12 +393,14 @@ def _backward(
     f, grad = run.pairs(torch.float16), run.pairs(torch.float32)
     with torch.cuda.device_of(query):
         of_heads = _GradientsOfHeads(run, grad_out, query, key, value, out, lse)
-        for number, slab in reversed(list(enumerate(run.slabs))):
-            run.select(number, by, sums[number], unused, f)
-            of_heads.add(number, f, grad)
-            after = none if run.ends_chunk(number) else later
-            before = grad_before[slab.chunk] if run.begins_chunk(number) else later
-            run.grad_selecting(number, by, grad, after, before, True, *grad_by)
+        select = partial(run.select, by)
+        for chunk, numbers in reversed(list(enumerate(run.chunks()))):
+            for number, before in slabs_in_reverse(numbers, saved[chunk], select):
+                select(number, before, unused, f)
+                of_heads.add(number, f, grad)
+                after = none if number == numbers[-1] else later
+                grad_sums = grad_before[chunk] if number == numbers[0] else later
+                run.grad_selecting(number, by, grad, after, grad_sums, True, *grad_by)
     grad_query, grad_key, grad_value = of_heads.results()
     if by_query is None:
         grad_query[:, :, head] += grad_by[0]
@@ -431,7 +472,7 @@ class _GradientsOfHeads:
 @_backward.register_fake
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, by_query: Tensor | None, by_key: Tensor | None,
-    starts: Any, ends: Any, out: Any, lse: Tensor, sums: Any, chunks: list[int], head: int, scale: float,
+    starts: Any, ends: Any, out: Any, lse: Tensor, saved: Any, chunks: list[int], head: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     of_by = [query.new_empty(0 if each is None else each.shape) for each in (by_query, by_key)]
     grad_before = lse.new_empty(query.shape[0], len(chunks), key.shape[1])
@@ -462,13 +503,11 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 @torch.library.custom_op("swamla_titan::selected_sums", mutates_args=())
 def _sums(query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: list[int], scale: float) -> Tensor:
     run = _Pass(query, key, starts, ends, chunks, scale)
-    sums = run.float32(len(chunks), run.batch, run.seq_len)
+    sums = run.float32(len(chunks), run.batch, run.seq_len).zero_()
     with torch.cuda.device_of(query):
         for number, slab in enumerate(run.slabs):
             total = sums[slab.chunk]
-            if run.begins_chunk(number):
-                total.zero_()
-            run.select(number, (query, key), total, total)
+            run.select((query, key), number, total, total)
     return sums.transpose(0, 1).contiguous()
 
 
