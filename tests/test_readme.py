@@ -18,8 +18,8 @@ from swamla_titan.tools.plan import plan
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-MEMORY, CONFIGURATION, WALK, FAULTS = (
-    (ROOT / "docs" / f"{name}.md").read_text() for name in ("memory", "configuration", "walk", "faults")
+MEMORY, CONFIGURATION, WALK, EXTENDING, FAULTS = (
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("memory", "configuration", "walk", "extending", "faults")
 )
 
 
@@ -63,6 +63,14 @@ def test_the_walk_is_short_and_its_doors_are_where_it_says():
     assert len(doors) > 10
     for name, file in doors:
         assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (name, file)
+
+
+def test_the_diffs_of_the_page_on_extending_are_parts_of_patches_that_tests_apply():
+    applied = {line for patch in (ROOT / "tests").rglob("*.patch") for line in patch.read_text().splitlines()}
+    blocks = re.findall(r"^```diff\n(.*?)^```", EXTENDING, flags=re.MULTILINE | re.DOTALL)
+    shown = [line for block in blocks for line in block.splitlines()]
+    assert len(blocks) >= 3
+    assert all(line in applied for line in shown), [line for line in shown if line not in applied]
 
 
 def test_each_fault_is_proved_by_tests_that_exist():
