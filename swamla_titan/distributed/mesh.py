@@ -32,6 +32,7 @@ class World:
     activations: DeviceMesh | None = None
     host_group: dist.ProcessGroup | None = None  # all ranks, by gloo: does not wait for devices
     stage_group: dist.ProcessGroup | None = None  # the ranks that work on this one's pipeline stage, see below
+    request_group: dist.ProcessGroup | None = None  # the same ranks; does not wait for what goes through the other
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> "World":
@@ -51,6 +52,13 @@ class World:
     def with_new_host_group(self) -> "World":
         """The same world with another host group, for a thread that communicates while others do. Collective."""
         return self if self.size == 1 else replace(self, host_group=dist.new_group(backend="gloo"))
+
+    def with_request_group(self) -> "World":
+        """The same world with a request group, unless this process works on its stage alone. Collective."""
+        if self.stage_group is None or self.stage_group.size() == 1:
+            return self
+        assert self.weights is not None
+        return replace(self, request_group=_subgroup(_stages(self.weights)))
 
     @property
     def data_rank(self) -> int:
@@ -104,18 +112,32 @@ def create_stage_group(weights: DeviceMesh) -> dist.ProcessGroup:
 
     They differ from each other along `GRADIENT_DIMENSIONS` alone. Collective; groups that exist are not made again.
     """
-    names = weights.mesh_dim_names or ()
-    summed = [axis for axis, name in enumerate(names) if name in GRADIENT_DIMENSIONS]
-    size = math.prod(weights.size(axis) for axis in summed)
-    if size == weights.size():
+    names, summed = weights.mesh_dim_names or (), _summed_axes(weights)
+    wide = [names[axis] for axis in summed if weights.size(axis) > 1]
+    stages = _stages(weights)
+    if len(stages) == 1:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    wide = [names[axis] for axis in summed if weights.size(axis) > 1]
-    if len(wide) <= 1:
-        return weights.get_group(wide[0] if wide else "shard")
-    others = [axis for axis in range(len(names)) if axis not in summed]
-    groups = weights.mesh.permute(*others, *summed).reshape(-1, size)
-    group, _ = dist.new_subgroups_by_enumeration(groups.tolist())
+    return _subgroup(stages) if len(wide) > 1 else weights.get_group(wide[0] if wide else "shard")
+
+
+def _stages(weights: DeviceMesh) -> list[list[int]]:
+    """The ranks of each stage."""
+    summed = _summed_axes(weights)
+    others = [axis for axis in range(weights.ndim) if axis not in summed]
+    size = math.prod(weights.size(axis) for axis in summed)
+    stages: list[list[int]] = weights.mesh.permute(*others, *summed).reshape(-1, size).tolist()
+    return stages
+
+
+def _summed_axes(weights: DeviceMesh) -> list[int]:
+    names = weights.mesh_dim_names or ()
+    return [axis for axis, name in enumerate(names) if name in GRADIENT_DIMENSIONS]
+
+
+def _subgroup(groups: list[list[int]]) -> dist.ProcessGroup:
+    """A new process group of those of `groups` that this rank is one of. Collective over all processes."""
+    group, _ = dist.new_subgroups_by_enumeration(groups)
     assert group is not None
     return group
 

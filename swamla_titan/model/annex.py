@@ -3,7 +3,8 @@
     x = x + annex(x, what it looks up for the tokens);  x = block(x)
 
 What an annex looks up depends on tokens alone. So it is looked up for all layers before the first block runs, outside
-of what is compiled or recomputed. Ranks that share tables exchange the rows there (parallel/row_tables.py).
+of what is compiled or recomputed; and which rows these are can be known earlier still, see ModelAnnexes.prepare. Ranks
+that share tables exchange the rows there (parallel/row_tables.py).
 
 An annex is a subclass of Annex in a file of its own and a line of ANNEXES (model/annexes.py), with its settings as a
 section of ModelConfig. Initialization, parallel plans, activation checkpointing, compilation, optimizers, FLOPs,
@@ -22,6 +23,7 @@ from torch import Tensor
 from swamla_titan.model.blocks import Regions
 from swamla_titan.model.branch import Branch, Clock
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.row_table import RowTable
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class StreamLayout:
 
 
 class Annex(Branch, is_abstract=True):
-    """The branch before a block. Its constructor takes (config, layer).
+    """The branch before a block, which looks up rows of its `table`. Its constructor takes (config, layer).
 
     `observed` names the tensors [B, t] that `forward` gives beside the stream; their means are metrics. `regions` may
     be replaced, see blocks.Regions; its region is "annex".
     """
 
     observed: ClassVar[tuple[str, ...]] = ()
+    table: RowTable
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,14 +119,14 @@ class Annex(Branch, is_abstract=True):
 
     @abstractmethod
     def indices(self, ids: Tensor, positions: Tensor, pad: int) -> Tensor:
-        """What to look up, int64 [B, T, ...], for compressed ids [B, T] at `positions` [B or 1, T] of documents.
+        """The rows to look up, int64 [B, T, ...], for compressed ids [B, T] at `positions` [B or 1, T] of documents.
 
         Before a document lies the id `pad`.
         """
 
     @abstractmethod
-    def look_up(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The `memory` of these tokens, [B, t, ...] in `dtype`."""
+    def memory(self, rows: Tensor) -> Tensor:
+        """What `forward` is given of the rows that were looked up, [B, t, ..., width]."""
 
     @abstractmethod
     def forward(self, x: Tensor, memory: Tensor, context: StreamContext) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """The registry of annexes, and those of a model together: what they look up for its tokens, and where they stand."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from swamla_titan.model.annex import Annex, StreamContext, StreamLayout
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.engram import Engram
+from swamla_titan.model.row_table import LocalRows, RowRequest, RowTable, look_up, request_rows
 
 
 def registered(annexes: dict[str, type[Annex]]) -> dict[str, type[Annex]]:
@@ -61,6 +63,30 @@ class CompressedIds:
         return self._on_device[tokens.device][tokens]
 
 
+@dataclass(frozen=True)
+class PreparedLookUp:
+    """Which rows the annexes look up for `tokens` [B, T], and their context; made by ModelAnnexes.prepare."""
+
+    tokens: Tensor
+    document_ids: Tensor | None
+    request: RowRequest
+    context: StreamContext
+
+    def require(self, tokens: Tensor, document_ids: Tensor | None) -> None:
+        """Raise ValueError unless it was prepared for these very tensors, because their values may not be there yet."""
+        if not (_is_same(self.tokens, tokens) and _is_same(self.document_ids, document_ids)):
+            raise ValueError(
+                "a look-up was prepared for other tokens than this forward pass is given: give it the tensors of which "
+                "it was prepared"
+            )
+
+
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
 class Memories(NamedTuple):
     """What was looked up for the tokens of a forward pass, by layer and name, and the annexes' context.
 
@@ -106,35 +132,65 @@ class ModelAnnexes(nn.ModuleDict):
             for name, annex in self._of_layer(layer):
                 yield (layer, name), annex
 
-    def look_up(
-        self, tokens: Tensor, document_ids: Tensor | None, dtype: torch.dtype, targets: Tensor | None = None
-    ) -> Memories | None:
-        """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are no annexes.
+    @property
+    def tables(self) -> list[RowTable]:
+        """The table of each annex."""
+        return [annex.table for _, annex in self.each()]
 
-        Metrics do not count sequences that only fill up a micro-batch: those without one of the `targets` [B, T].
+    @property
+    def placement(self) -> LocalRows:
+        """Where the rows of all tables are."""
+        return self.tables[0].placement if len(self) else LocalRows()
+
+    def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> PreparedLookUp | None:
+        """Which rows the annexes look up for this process' tokens, of full sequences [B, T]; None without annexes.
+
+        It reads no row, so it may precede the optimizer step before the forward pass that it is for. Where ranks share
+        tables, all of them call this equally often, and in the same order.
         """
         if not len(self):
             return None
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if document_ids is not None:
             positions = positions - document_starts(document_ids)
+        return PreparedLookUp(tokens, document_ids, *self._request(tokens, positions, 0))
+
+    def look_up(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None,
+        dtype: torch.dtype,
+        targets: Tensor | None = None,
+        prepared: PreparedLookUp | None = None,
+    ) -> Memories | None:
+        """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are no annexes.
+
+        Metrics do not count sequences that only fill up a micro-batch: those without one of the `targets` [B, T].
+        `prepared` is of these tokens, else ValueError; None: it is prepared at once.
+        """
+        prepared = prepared or self.prepare(tokens, document_ids)
+        if prepared is None:
+            return None
+        prepared.require(tokens, document_ids)
         counted = None if targets is None else (targets != IGNORE).any(dim=1)
-        return self._looked_up(tokens, positions, 0, dtype)._replace(counted=counted)
+        return self._memories(prepared.request, prepared.context, dtype)._replace(counted=counted)
 
     def look_up_next(self, tokens: Tensor, cache: DecodeCache, dtype: torch.dtype) -> Memories | None:
         """The same for the next token of each sequence [B, 1] while decoding, which the cache then remembers."""
         if not len(self):
             return None
         newest, positions = cache.remember(tokens)
-        return self._looked_up(newest, positions, newest.shape[1] - 1, dtype)
+        return self._memories(*self._request(newest, positions, newest.shape[1] - 1), dtype)
 
-    def _looked_up(self, tokens: Tensor, positions: Tensor, first: int, dtype: torch.dtype) -> Memories:
+    def _request(self, tokens: Tensor, positions: Tensor, first: int) -> tuple[RowRequest, StreamContext]:
+        """What is looked up for the tokens from number `first` on, and their context."""
         ids, pad, local = self.compressed_ids(tokens), self.compressed_ids.pad, self.layout.local
-        rows = {
-            key: annex.look_up(local(annex.indices(ids, positions, pad)[:, first:]), dtype)
-            for key, annex in self.each()
-        }
-        return Memories(rows, self.layout.context(positions[:, first:]))
+        indices = [local(annex.indices(ids, positions, pad)[:, first:]) for _, annex in self.each()]
+        return request_rows(self.tables, indices), self.layout.context(positions[:, first:])
+
+    def _memories(self, request: RowRequest, context: StreamContext, dtype: torch.dtype) -> Memories:
+        found = look_up(self.tables, request, dtype)
+        return Memories({key: annex.memory(rows) for (key, annex), rows in zip(self.each(), found)}, context)
 
     def before(self, layer: str, x: Tensor, memories: Memories | None) -> Tensor:
         """The stream [B, t, dim] as the block of `layer` gets it."""

@@ -245,9 +245,8 @@ class Engram(Annex):
         """As in Annex: [B, T, tables]."""
         return self.hash.indices(ids, positions, pad)
 
-    def look_up(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """As in Annex: [B, t, tables] -> [B, t, d_mem]."""
-        rows: Tensor = self.table(indices, dtype)
+    def memory(self, rows: Tensor) -> Tensor:
+        """As in Annex: [B, t, tables, width] -> [B, t, d_mem]."""
         return rows.flatten(-2)
 
     def forward(self, x: Tensor, memory: Tensor, context: StreamContext) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
-from swamla_titan.model.annexes import Memories, ModelAnnexes
+from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
@@ -104,6 +104,7 @@ class SWAMLAModel(nn.Module):
         targets: Tensor | None = None,
         document_ids: Tensor | None = None,
         loss_denominator: Tensor | float | None = None,
+        prepared: PreparedLookUp | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab_size] of tokens [B, T] int64, or with `targets` [B, T] the loss, a float32 scalar.
 
@@ -111,7 +112,8 @@ class SWAMLAModel(nn.Module):
         restart in each. The loss is the mean cross-entropy over targets that are not -100 (0 if there are none), or
         their sum over `loss_denominator`: with the global batch's number of valid targets there, the losses of its
         micro-batches add up to the batch's mean, whatever each holds. z_loss and label_smoothing of the config apply in
-        training mode only; eval() gives the plain cross-entropy.
+        training mode only; eval() gives the plain cross-entropy. `prepared` is what `annexes.prepare` gave for these
+        tokens, None: it is prepared now.
 
         Where several processes share each sequence (`sequences`), all are given full ones: each gives the logits of
         its own tokens, or its own share of the loss, and the shares add up to the loss.
@@ -121,7 +123,7 @@ class SWAMLAModel(nn.Module):
         """
         self._check(tokens, targets, document_ids)
         context = self.context(tokens.shape[1], document_ids, tokens.device)
-        memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets)
+        memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets, prepared)
         x = self.run_blocks(self.embed(self.sequences.local(tokens)), context, memories)
         x = self.norm(x)
         if targets is None:

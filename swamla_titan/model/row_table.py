@@ -5,8 +5,8 @@ A table's gradient is never a tensor of the table's shape. Each backward pass le
 (optim/row_adam.py). No operator of a step but these gathers and scatters sees the table.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +44,26 @@ class Segments:
         if not len(values):
             return values
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
+    def places(self) -> Tensor:
+        """The number of each key's run [N], in the order of the unsorted keys."""
+        places = torch.empty_like(self.index)
+        places[self.order] = self.index
+        return places
+
+    def of_kinds(self, keys: Sequence[int], runs: Sequence[int]) -> Iterator["Segments"]:
+        """Where keys of several kinds were concatenated, each kind's larger than those before: the segments of each.
+
+        `keys` and `runs` are how many there are of each kind; `offsets` then has no more than the end of the last run.
+        """
+        key = run = 0
+        for of_kind, runs_of_kind in zip(keys, runs, strict=True):
+            part = Segments.__new__(Segments)
+            at = slice(key, key + of_kind)
+            part.keys, part.order, part.index = self.keys[at], self.order[at] - key, self.index[at] - run
+            part.offsets = self.offsets[run : run + runs_of_kind + 1] - key
+            key, run = key + of_kind, run + runs_of_kind
+            yield part
 
 
 class Piece(NamedTuple):
@@ -116,8 +136,28 @@ class RowGradient:
         self.segments = self.sums = None
 
 
-Backward = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The gradient of what was looked up [N, width] -> rows on this rank [n], and their gradients [n, width]."""
+class RowRequest:
+    """Which rows of some tables are looked up, known before any is read; here all of them are on this rank.
+
+    It depends on the indices alone, so it may be made before the optimizer step that the rows still wait for.
+    """
+
+    def __init__(self, indices: Sequence[Tensor]) -> None:
+        """`indices` [...] int64 of the rows of each table."""
+        self.shapes = [each.shape for each in indices]
+        self._indices = [each.flatten() for each in indices]
+
+    def rows(self) -> list[Tensor]:
+        """Of each table the rows [n] that are to be read on this rank, by their index there; they may repeat."""
+        return self._indices
+
+    def returned(self, read: list[Tensor]) -> list[Tensor]:
+        """What was read of each table's `rows` [n, width] -> what its indices look up [N, width]."""
+        return read
+
+    def summed(self, table: int, gradient: Tensor) -> Tensor:
+        """The gradient of what the indices of table number `table` looked up [N, width] -> of its `rows` [n, width]."""
+        return gradient
 
 
 class Rows(Protocol):
@@ -128,11 +168,21 @@ class Rows(Protocol):
 
 
 class LocalRows:
-    """All rows are on this rank. Where ranks share them, parallel/row_tables.py gives tables another."""
+    """The placement of tables that have all rows on this rank. Ranks that share rows: parallel/row_tables.py."""
 
-    def look_up(self, held: Rows, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
-        """Those `held` on this rank, indices [N] of the whole table -> rows [N, width] of `dtype`, and the backward."""
-        return held.read(indices).to(dtype), lambda gradient: (indices, gradient)
+    def request(self, sizes: Sequence[int], indices: Sequence[Tensor]) -> RowRequest:
+        """The look-up of `indices` in tables of so many rows."""
+        return RowRequest(indices)
+
+    def ahead(self) -> AbstractContextManager[object]:
+        """Within, what is queued for the device waits for nothing that was queued before, if a request needs that."""
+        return nullcontext()
+
+    def hand_over(self, tensors: Iterable[Tensor]) -> None:
+        """Let what is queued from now on use tensors that were made within `ahead`."""
+
+
+_ON_THIS_RANK = LocalRows()
 
 
 class RowTable(nn.Module):
@@ -148,7 +198,7 @@ class RowTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width))
         self.gradient = RowGradient()
-        self.placement = LocalRows()
+        self.placement = _ON_THIS_RANK
         self.stand_in: Rows | None = None
         self.returns_placeholder = False
         self._host_of: torch.device | None = None
@@ -179,24 +229,46 @@ class RowTable(nn.Module):
         Where ranks share the table, all of them call this equally often. Indices must be below `rows`; that is not
         checked, because it would wait for the GPU.
         """
-        found: Tensor = _LookUp.apply(self.weight, indices, dtype or self.weight.dtype, self)
-        return found
+        return look_up([self], request_rows([self], [indices]), dtype or self.weight.dtype)[0]
+
+
+def request_rows(tables: Sequence[RowTable], indices: Sequence[Tensor]) -> RowRequest:
+    """The look-up of `indices` [...] in each of `tables`, which are placed together."""
+    placement = tables[0].placement
+    assert all(table.placement is placement for table in tables), "one request goes to one placement"
+    return placement.request([len(table.weight) for table in tables], indices)
+
+
+def look_up(tables: Sequence[RowTable], request: RowRequest, dtype: torch.dtype) -> list[Tensor]:
+    """What the indices of `request` look up in each table, [..., width] of `dtype`.
+
+    Where ranks share the tables, all of them call this equally often.
+    """
+    found = request.returned([table.read(rows).to(dtype) for table, rows in zip(tables, request.rows(), strict=True)])
+    return [_LookUp.apply(table.weight, table, request, number, found) for number, table in enumerate(tables)]
 
 
 class _LookUp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor, dtype: torch.dtype, table: RowTable) -> Tensor:
-        ctx.table = table
-        found, ctx.rows_of = table.placement.look_up(table, indices.flatten(), dtype)
-        return found.view(*indices.shape, weight.shape[1])
+    """The gradient of one table's rows, so that each is exchanged as soon as it is there.
+
+    Not of all tables together: torch splits a pipeline's backward pass by nodes of the graph, and one node above
+    several layers would have it compute these layers again.
+    """
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        table: RowTable = ctx.table
-        table.gradient.add(*ctx.rows_of(gradient.flatten(0, -2)))
+    def forward(
+        ctx: Any, weight: Tensor, table: RowTable, request: RowRequest, number: int, found: list[Tensor]
+    ) -> Tensor:
+        ctx.table, ctx.request, ctx.number = table, request, number
+        return found[number].view(*request.shapes[number], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        table, request, number = ctx.table, ctx.request, ctx.number
+        table.gradient.add(request.rows()[number], request.summed(number, gradient.flatten(0, -2)))
         weight = table.weight
         placeholder = local(weight).detach().new_zeros(()).expand(weight.shape) if table.returns_placeholder else None
-        return placeholder, None, None, None
+        return placeholder, None, None, None, None
 
 
 def row_tables(model: nn.Module) -> dict[nn.Parameter, RowTable]:

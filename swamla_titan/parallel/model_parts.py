@@ -15,9 +15,11 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weights, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
+from swamla_titan.parallel.look_ahead import look_ups_ahead
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
 from swamla_titan.parallel.pipeline import Pipeline
@@ -77,10 +79,10 @@ class ParallelModel:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
         else:
             loss = torch.zeros((), device=self.world.device)
-            for index, micro_batch in enumerate(micro_batches):
+            for index, (inputs, prepared) in enumerate(self._inputs(micro_batches)):
                 last = index == len(micro_batches) - 1
                 reduce_after_this_backward(self.parts[0], last, self.config.parallel.reduce_every_micro_batch)
-                part = self._loss(micro_batch, loss_denominator)
+                part = self._loss(inputs, loss_denominator, prepared)
                 part.backward()
                 loss += part.detach()
         for table in self._tables:
@@ -95,8 +97,12 @@ class ParallelModel:
             part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with self._prepared_weights(len(micro_batches)):
-            for micro_batch in micro_batches:
-                total += self.pipeline.evaluate(micro_batch) if self.pipeline else self._loss(micro_batch, 1.0)
+            if self.pipeline:
+                for micro_batch in micro_batches:
+                    total += self.pipeline.evaluate(micro_batch)
+            else:
+                for inputs, prepared in self._inputs(micro_batches):
+                    total += self._loss(inputs, 1.0, prepared)
         for part in self.parts:
             part.train()
             if self._gathers_float8:  # the gathered weights are float8, which only linear layers can use
@@ -126,9 +132,12 @@ class ParallelModel:
             for part in parts:
                 forget_casts(part)
 
-    def _loss(self, micro_batch: MicroBatch, denominator: Tensor | float) -> Tensor:
-        inputs = micro_batch.to(self.world.device)
-        loss: Tensor = self.parts[0](inputs.tokens, inputs.targets, inputs.document_ids, loss_denominator=denominator)
+    def _inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, PreparedLookUp | None]]:
+        return look_ups_ahead(self.parts[0].annexes, (batch.to(self.world.device) for batch in micro_batches))
+
+    def _loss(self, inputs: MicroBatch, denominator: Tensor | float, prepared: PreparedLookUp | None = None) -> Tensor:
+        tensors = inputs.tokens, inputs.targets, inputs.document_ids
+        loss: Tensor = self.parts[0](*tensors, loss_denominator=denominator, prepared=prepared)
         return loss
 
     @functools.cached_property
@@ -158,6 +167,8 @@ def build_parts(config: Config, world: World) -> list[SWAMLAModel]:
     with torch.device("meta"):
         pipelined = world.degrees.pipeline > 1
         parts: list[SWAMLAModel] = [*build_stages(config, world)] if pipelined else [SWAMLAModel(config.model)]
+    if annexes_of(config.model):  # of any stage, because all processes must call this
+        world = world.with_request_group()
     for part in parts:
         parallelize(part, config, world)
     return parts

@@ -1,13 +1,15 @@
 """One stage of a pipeline: the model without the layers of other stages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
+from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.annexes import PreparedLookUp
 from swamla_titan.parallel.balance import stage_layers
 from swamla_titan.parallel.schedules import stage_count, stages_of_rank
 
@@ -31,6 +33,7 @@ class ModelStage(SWAMLAModel):
             super().__init__(config)
         self.stage, self.stages = stage, len(layers)
         self.seq_len = seq_len
+        self.look_ups: Iterator[tuple[MicroBatch, PreparedLookUp | None]] = iter(())  # of a step, in its order
         if not self.is_first:
             del self.embedding
         if not self.is_last:
@@ -58,13 +61,14 @@ class ModelStage(SWAMLAModel):
         document_ids: Tensor | None = None,
         tokens: Tensor | None = None,
         targets: Tensor | None = None,
+        prepared: PreparedLookUp | None = None,
     ) -> Tensor:
         """Tokens [B, T] int64, or the activations [B, T, dim] of the stage before -> activations [B, T, dim], or of the
         last stage logits [B, T, padded vocabulary].
 
         `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are `tokens` and `targets`
-        [B, T], for a stage with annexes. Raises ValueError where it has no tokens, and for tensors of a wrong shape or
-        dtype.
+        [B, T], for a stage with annexes, and `prepared`, of these tokens. Raises ValueError where it has no tokens, and
+        for tensors of a wrong shape or dtype.
         """
         if self.is_first:
             self._check(inputs, None, document_ids)
@@ -75,7 +79,7 @@ class ModelStage(SWAMLAModel):
             raise ValueError("a stage with annexes needs the tokens, which its inputs do not show")
         memories = None
         if tokens is not None:
-            memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets)
+            memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets, prepared)
         x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
         x = self.run_blocks(x, context, memories)
         return self.head(self.norm(x)) if self.is_last else x

@@ -5,7 +5,9 @@ their shapes and the loss. All losses are sums over the global batch's count, so
 """
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,8 @@ from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model.annexes import annexes_of
-from swamla_titan.model.row_table import RowTable, placeholder_gradients, row_tables
+from swamla_titan.model.row_table import LocalRows, RowTable, placeholder_gradients, row_tables
+from swamla_titan.parallel.look_ahead import look_ups_ahead
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
 
@@ -80,13 +83,17 @@ class Pipeline:
         """
         size = len(micro_batches[0].tokens)
         count = runnable_micro_batches(self._parallel, len(micro_batches))
-        batches = [batch.to(self._world.device) for batch in micro_batches]
-        batches += [_empty(batches[0])] * (count - len(batches))
+        placement = next((stage.annexes.placement for stage in self.stages if len(stage.annexes)), LocalRows())
+        with placement.ahead():
+            batches = [batch.to(self._world.device) for batch in micro_batches]
+            batches += [_empty(batches[0])] * (count - len(batches))
+            tokens = (torch.cat([batch.tokens for batch in batches]),) if self._first else ()
+            targets = torch.cat([batch.targets for batch in batches]) if self._last else None
+            options = self._of_all_stages(batches)
+        placement.hand_over([*tokens, *options.values(), *([] if targets is None else [targets])])
         self._loss_denominator = loss_denominator
-
-        tokens = (torch.cat([batch.tokens for batch in batches]),) if self._first else ()
-        targets = torch.cat([batch.targets for batch in batches]) if self._last else None
-        options = self._of_all_stages(batches)
+        for stage in self.stages:
+            stage.look_ups = look_ups_ahead(stage.annexes, _split(batches, options))
         losses: list[Tensor] = []
         self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
         if self._tied is not None:
@@ -236,6 +243,10 @@ class _Stage(PipelineStage):
         # torch 2.11 opens connections to both neighbours, but gloo has none from a rank to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
+    def forward_maybe_with_nosync(self, *inputs: Any, **options: Any) -> Any:
+        _, prepared = next(cast(ModelStage, self.submod).look_ups)
+        return super().forward_maybe_with_nosync(*inputs, **options, prepared=prepared)
+
     @functools.cached_property
     def _tables(self) -> list[RowTable]:
         return list(row_tables(self.submod).values())
@@ -245,6 +256,13 @@ class _Stage(PipelineStage):
             return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
         with placeholder_gradients(self._tables):
             return super().backward_maybe_with_nosync(backward_type, *arguments, **options)
+
+
+def _split(batches: list[MicroBatch], options: dict[str, Any]) -> Iterator[MicroBatch]:
+    """The micro-batches, of the tensors that torch gives the stages: slices of `options`."""
+    parts = {name: option.tensor_split(len(batches)) for name, option in options.items()}
+    for index, batch in enumerate(batches):
+        yield replace(batch, **{name: part[index] for name, part in parts.items()})
 
 
 def _empty(like: MicroBatch) -> MicroBatch:

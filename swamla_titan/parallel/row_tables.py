@@ -3,18 +3,24 @@
 All ranks of the stage share them, those of HSDP, DDP, tensor and context parallelism too, because each computes other
 tokens of the residual stream. So a table is never gathered, and its gradient needs no reduction of its own:
 
-    look up     distinct rows of a rank's tokens, sorted -> their owners; the rows come back      (two all-to-alls)
-    backward    gradients summed by distinct row, float32 -> the same owners                      (one all-to-all)
+    request     of all tables: how many distinct rows of a rank's tokens, and which -> their owners (two all-to-alls)
+    look up     the rows of all tables -> who asked for them                                        (one all-to-all)
+    backward    of a table: gradients summed by distinct row, float32 -> the same owners            (one all-to-all)
 
-How many rows go where is known only to the device, and the host needs it to receive them. On CUDA that is counted and
-exchanged on a stream of its own, which begins when all is done that was queued before the look-up, because the indices
-may be among it. So at each look-up the host waits for all that was queued before; a backward pass does not wait. It is
-planned to hash and count ahead of the forward pass, on a stream that waits for the tokens alone.
+How many rows go where is known only to the device, and the host needs it to receive them. A request depends on tokens
+alone. So it is made before the forward pass (look_ahead.py), on CUDA within `ShardedRows.ahead`: on a stream and
+through a process group of their own, which wait for nothing that computes. When the host then needs the counts of a
+micro-batch they have been there since the one before, and of the first one of a step it waits for that little stream
+alone. A request that is made elsewhere is queued, and waited for, like anything else.
 """
 
+import functools
+import math
 import os
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -29,7 +35,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.host_memory import free_memory
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.row_table import Backward, LocalRows, Rows, Segments, row_tables
+from swamla_titan.model.row_table import LocalRows, RowRequest, Segments, row_tables
 
 
 def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None:
@@ -49,9 +55,10 @@ def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None
     if not tables or world.stage_group is None or world.stage_group.size() == 1:
         return
     mesh = DeviceMesh.from_group(world.stage_group, world.device.type, mesh_dim_names=("rows",))
+    placement = ShardedRows(world.stage_group, world.request_group or world.stage_group, world.device)
     for weight, table in tables.items():
         table.weight = nn.Parameter(_sharded(weight, mesh), requires_grad=weight.requires_grad)
-        table.placement = ShardedRows(len(weight), world.stage_group)
+        table.placement = placement
 
 
 def bytes_on_host(model: nn.Module, config: Config) -> int:
@@ -98,70 +105,159 @@ def _sharded(weight: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride())
 
 
-class _Request(NamedTuple):
-    """What this rank asks of each rank, and each rank of it: distinct rows of a look-up, and how many of them."""
-
-    segments: Segments
-    sent: list[int]
-    received: list[int]
-
-
 class ShardedRows(LocalRows):
-    """The placement of a table whose rows are shared by the ranks of `group`."""
+    """The placement of tables whose rows are shared by the ranks of `group`.
 
-    def __init__(self, rows: int, group: dist.ProcessGroup) -> None:
-        self.group, self.size = group, group.size()
-        self._begins = [*(rows_of_rank(rows, self.size, rank).start for rank in range(self.size)), rows]
-        self.begin = self._begins[group.rank()]
-        self._stream: torch.cuda.Stream | None = None
-        self._borders: Tensor | None = None
+    `requests` are the same ranks; requests go through it, rows and gradients through the other.
+    """
 
-    def look_up(self, held: Rows, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Backward]:
-        """As in LocalRows. Collective over the group, and so is the backward."""
-        segments, sent, received = self._request(indices)
-        distinct = segments.keys[segments.offsets[: sum(sent)]]
-        asked = self._exchanged(distinct, sent, received) - self.begin
-        found = self._exchanged(held.read(asked).to(dtype), received, sent)
-        back = torch.empty_like(segments.order)
-        back[segments.order] = segments.index
+    def __init__(self, group: dist.ProcessGroup, requests: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.requests = group, requests
+        self._stream = _stream_of(device) if device.type == "cuda" else None
+        self._on_device: dict[tuple[int, ...], Tensor] = {}
 
-        def backward(gradient: Tensor) -> tuple[Tensor, Tensor]:
-            return asked, self._exchanged(segments.sums(gradient)[: sum(sent)], sent, received)
+    def request(self, sizes: Sequence[int], indices: Sequence[Tensor]) -> RowRequest:
+        """As in LocalRows. Collective over the group."""
+        return ShardedRequest(self, sizes, indices)
 
-        return found[back], backward
+    def ahead(self) -> AbstractContextManager[object]:
+        """As in LocalRows."""
+        return _on(self._stream)
 
-    def _exchanged(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Send consecutive `rows` to each rank, and receive so many."""
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group)
-        return out
+    def hand_over(self, tensors: Iterable[Tensor]) -> None:
+        """As in LocalRows."""
+        _hand_over(self._stream, tensors)
 
-    def _request(self, indices: Tensor) -> _Request:
-        if not indices.is_cuda:
-            segments, counts = self._counted(indices)
-            sent, received = counts.tolist()
-            return _Request(segments, sent, received)
-        self._stream = self._stream or torch.cuda.Stream(indices.device)
-        now = torch.cuda.current_stream(indices.device)
-        self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
-            segments, counts = self._counted(indices)
-            on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-            on_host.copy_(counts, non_blocking=True)
-        self._stream.synchronize()
-        now.wait_stream(self._stream)
-        for each in (segments.keys, segments.order, segments.index, segments.offsets):
-            each.record_stream(now)
-        sent, received = on_host.tolist()
-        return _Request(segments, sent, received)
+    def borders(self, sizes: Sequence[int]) -> list[int]:
+        """Where each rank's rows begin, table by table, counted through all tables, and the end of all.
 
-    def _counted(self, indices: Tensor) -> tuple[Segments, Tensor]:
-        """The distinct rows, and how many of them go to and come from each rank: [2, ranks]."""
-        segments = Segments(indices)
-        if self._borders is None:  # once, because the copy waits
-            self._borders = torch.tensor(self._begins, device=indices.device)
-        first = torch.searchsorted(segments.keys, self._borders)  # of each rank's keys
-        runs = torch.searchsorted(segments.offsets, first)  # that begin before these, also where there are none
-        counts = torch.stack((runs.diff(), torch.zeros_like(runs[1:])))
-        dist.all_to_all_single(counts[1], counts[0], group=self.group)
-        return segments, counts
+        They are tables * ranks + 1.
+        """
+        ranks, firsts = self.group.size(), accumulate(sizes, initial=0)
+        begins = [
+            first + rows_of_rank(size, ranks, r).start for first, size in zip(firsts, sizes) for r in range(ranks)
+        ]
+        return [*begins, sum(sizes)]
+
+    def borders_on(self, device: torch.device, sizes: Sequence[int]) -> Tensor:
+        """The same on the device, copied once, because the copy waits."""
+        if (key := tuple(sizes)) not in self._on_device:
+            self._on_device[key] = torch.tensor(self.borders(sizes), device=device)
+        return self._on_device[key]
+
+
+class ShardedRequest(RowRequest):
+    """A request of rows that the ranks of `shards` share; collective.
+
+    The rows of all tables are counted through, so that one sort finds the distinct ones of each table and rank.
+    """
+
+    def __init__(self, shards: ShardedRows, sizes: Sequence[int], indices: Sequence[Tensor]) -> None:
+        super().__init__(indices)
+        self._shards, self._sizes = shards, sizes
+        self._stream = torch.cuda.current_stream(indices[0].device) if indices[0].is_cuda else None
+        firsts = accumulate(sizes, initial=0)
+        self._all = Segments(torch.cat([each + first for each, first in zip(self._indices, firsts)]))
+        self._counts = _ForHost(self._counted())
+        self._asked: list[Tensor] | None = None
+
+    def rows(self) -> list[Tensor]:
+        """As in RowRequest. The first call waits for the counts, and lets the current stream wait for the rows."""
+        if self._asked is None:
+            with _on(self._stream):
+                self._asked = self._ask(*self._counts.read())
+            of_tables = [each for of_table in self._of_tables for each in (of_table.order, of_table.offsets)]
+            _hand_over(self._stream, [*self._asked, *self._places, *of_tables])
+        return self._asked
+
+    def returned(self, read: list[Tensor]) -> list[Tensor]:
+        """As in RowRequest."""
+        found = _exchanged_together(read, self._received, self._sent, self._shards.group)
+        return [rows[places] for rows, places in zip(found, self._places)]
+
+    def summed(self, table: int, gradient: Tensor) -> Tensor:
+        """As in RowRequest."""
+        sums = self._of_tables[table].sums(gradient)
+        return _exchanged(sums, self._sent[table], self._received[table], self._shards.group)
+
+    def _counted(self) -> Tensor:
+        """How many distinct rows of each table go to each rank, and how many come from each: [2, ranks, tables]."""
+        keys = self._all.keys
+        first = torch.searchsorted(keys, self._shards.borders_on(keys.device, self._sizes))  # of each rank and table
+        runs = torch.searchsorted(self._all.offsets, first)  # that begin before these, also where there are none
+        sent = runs.diff().view(len(self._sizes), -1).T
+        counts = torch.stack((sent, torch.zeros_like(sent)))
+        dist.all_to_all_single(counts[1], counts[0], group=self._shards.requests)
+        return counts
+
+    def _ask(self, *counts: list[list[int]]) -> list[Tensor]:
+        """Send the distinct rows to their owners; what this rank was asked for. `counts` as of `_counted`."""
+        self._sent, self._received = ([list(of_table) for of_table in zip(*each)] for each in counts)
+        self._of_tables = list(self._all.of_kinds(list(map(len, self._indices)), list(map(sum, self._sent))))
+        self._places = [each.places() for each in self._of_tables]
+        distinct = [each.keys[each.offsets[:-1]] for each in self._of_tables]
+        asked = _exchanged_together(distinct, self._sent, self._received, self._shards.requests)
+        begins = self._shards.borders(self._sizes)[self._shards.group.rank() :: self._shards.group.size()]
+        del self._all, self._indices
+        return [keys - begin for keys, begin in zip(asked, begins)]
+
+
+class _ForHost:
+    """Values of a tensor that the host reads later; it waits for them, and for nothing that was queued after them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._is_there = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
+
+    def read(self) -> list[list[list[int]]]:
+        if self._is_there:
+            self._is_there.synchronize()
+        values: list[list[list[int]]] = self._values.tolist()
+        return values
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send consecutive `rows` to each rank, and receive so many."""
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
+
+
+def _exchanged_together(
+    tables: list[Tensor], sent: list[list[int]], received: list[list[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
+    """The same of rows of several tables, `sent[table][rank]` and `received`, in one message."""
+    if len(tables) == 1:
+        return [_exchanged(tables[0], sent[0], received[0], group)]
+    widths = [math.prod(rows.shape[1:]) for rows in tables]
+    sent, received = ([[n * width for n in of] for of, width in zip(each, widths)] for each in (sent, received))
+    pieces = zip(*(rows.flatten().split(of) for rows, of in zip(tables, sent)))
+    flat = torch.cat([piece for of_rank in pieces for piece in of_rank])
+    out = _exchanged(
+        flat, [sum(of_rank) for of_rank in zip(*sent)], [sum(of_rank) for of_rank in zip(*received)], group
+    )
+    found = out.split([size for of_rank in zip(*received) for size in of_rank])
+    return [torch.cat(found[i :: len(tables)]).view(-1, *rows.shape[1:]) for i, rows in enumerate(tables)]
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which requests are prepared. It comes first, because it has little to do."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return torch.cuda.stream(stream) if stream else nullcontext()
+
+
+def _hand_over(stream: torch.cuda.Stream | None, tensors: Iterable[Tensor]) -> None:
+    """Let the current stream wait for `stream`, and use tensors that were made on it."""
+    if stream is None or (now := torch.cuda.current_stream(stream.device)) == stream:
+        return
+    now.wait_stream(stream)
+    for tensor in tensors:
+        tensor.record_stream(now)

@@ -68,8 +68,8 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
             torch._foreach_mul_(gradients, 1e4)
         return loss * torch.nan if kind == "nan loss" else loss
 
-    def loss_of_batch(self: ParallelModel, micro_batch, denominator: float) -> Tensor:
-        loss = model_loss(self, micro_batch, denominator)
+    def loss_of_batch(self: ParallelModel, micro_batch, denominator: float, prepared=None) -> Tensor:
+        loss = model_loss(self, micro_batch, denominator, prepared)
         return loss * torch.nan if mine.get(current) == "nan batch" and loss.requires_grad else loss
 
     TrainStep.__call__, ParallelModel.train_step, ParallelModel._loss = (  # type: ignore[method-assign]
