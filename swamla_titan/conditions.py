@@ -1,19 +1,14 @@
-"""When a setting has an effect: conditions on other settings, declared beside the field itself.
+"""Conditions on a whole configuration, by names like "data.source": when a setting has an effect."""
 
-A field made by `key(..., needs=...)` is refused where it was set and its condition does not hold: whoever wrote it
-expects an effect. Conditions look at a whole configuration, by names like "data.source".
-"""
-
-import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 
 class Condition:
-    """What must hold for a setting to have an effect."""
+    """What must hold for a setting to have an effect; `&` and `|` combine conditions."""
 
     # Whether the default in the setting's place would be the same; else the setting stays where it is tolerated.
     ignorable: bool = True
@@ -25,6 +20,12 @@ class Condition:
     def way_out(self, config: Any) -> str:
         """What would give it one, in words that follow "set"."""
         raise NotImplementedError
+
+    def __and__(self, other: "Condition") -> "Condition":
+        return Several((self, other), all_wanted=True)
+
+    def __or__(self, other: "Condition") -> "Condition":
+        return Several((self, other), all_wanted=False)
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,6 @@ def when_on(name: str, remedy: str = "") -> Condition:
     return One((name,), lambda config: bool(value_at(config, name)), remedy or name)
 
 
-def when_both(*parts: Condition) -> Condition:
-    return Several(parts, all_wanted=True)
-
-
-def when_either(*parts: Condition) -> Condition:
-    return Several(parts, all_wanted=False)
-
-
-def has_effect(config: Any, name: str) -> bool:
-    """Whether the key `section.key` has an effect, by the condition that is declared beside it."""
-    section, _, key = name.rpartition(".")
-    fields = {field.name: field for field in dataclasses.fields(value_at(config, section))}
-    needs = fields[key].metadata["needs"]
-    return needs is None or not needs.obstacles(config)
-
-
 def value_at(config: Any, name: str) -> Any:
     """The value of `section.key`, or a section; a section within another has a dotted name."""
     return reduce(getattr, name.split("."), config)
@@ -100,8 +85,7 @@ def value_at(config: Any, name: str) -> Any:
 def replace_at(config: Any, name: str, value: Any) -> Any:
     """The configuration with another value of `section.key`."""
     first, _, rest = name.partition(".")
-    changed = replace_at(getattr(config, first), rest, value) if rest else value
-    return dataclasses.replace(config, **{first: changed})
+    return replace(config, **{first: replace_at(getattr(config, first), rest, value) if rest else value})
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -1,13 +1,21 @@
-"""One-line declarations of documented, range-checked dataclass fields.
+"""Dataclass fields that say which values they allow and what they mean.
 
-`key()` keeps a setting's default, meaning and allowed values in one place: the config checker refuses by it, and
-`config show` and `--help` print it. It knows nothing of TOML, so the model's own `ModelConfig` uses it as well.
+A field's annotation has its type, `Literal[...]` where it is a choice, and `Limits`; the docstring below the field has
+its meaning. The config checker refuses by the first, and `config show` prints both. Nothing here knows of TOML, so the
+model's own `ModelConfig` uses it as well.
 """
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import json
 import math
+import operator
+import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from swamla_titan.conditions import Condition
 
@@ -21,133 +29,141 @@ HUGE = 1e30
 LONGEST_STRING = 4000  # characters; the longest path that an operating system takes has 4095 bytes
 MOST_ENTRIES = 1000  # of a table
 
+_BOUNDS = {
+    "minimum": (">=", operator.ge),
+    "maximum": ("<=", operator.le),
+    "above": (">", operator.gt),
+    "below": ("<", operator.lt),
+}
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    TABLE: "a table of numbers",
+    INTEGERS: "a list of whole numbers",
+}
 
-def key(
-    default: Any,
-    doc: str,
-    *,
-    choices: tuple[Any, ...] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    needs: Condition | None = None,
-    rule: Rule | None = None,
-    quantity: str | None = None,
-    path: bool = False,
-    any_text: bool = False,
-) -> Any:
-    """A dataclass field with its meaning and its allowed values.
 
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. `choices`
-    lists every allowed value. The numbers of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) are each
-    checked like a number. `needs` says when the setting has an effect, None: always. `rule` holds it against other
-    values. `quantity` says what a number is, for rules that know no key by its name. `path`: a string that names a file
-    or folder. `any_text`: a string that may hold control characters.
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an annotation says beside the type: `Annotated[int, Limits(0, 9)]`; of several the last one counts.
+
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. The numbers
+    of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) are each checked like a number. `needs` says when the
+    setting has an effect, None: always. `rule` holds it against other values. `quantity` says what a number is, for
+    rules that know no key by its name. `path`: a string that names a file or folder. `any_text`: a string that may hold
+    control characters.
     """
-    bounds = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "below": below}
-    metadata: dict[str, Any] = {"doc": doc, "needs": needs, "path": path, "any_text": any_text}
-    metadata |= {"rule": rule, "quantity": quantity}
-    metadata |= {name: bound for name, bound in bounds.items() if bound is not None}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    needs: Condition | None = None
+    rule: Rule | None = None
+    quantity: str | None = None
+    path: bool | None = None
+    any_text: bool | None = None
 
 
-def field_types(cls: type) -> dict[str, type]:
-    """Name -> type (`int`, `float`, `bool`, `str`, TABLE or INTEGERS) of the settings of a dataclass."""
-    return {name: kind for name, kind in _types(cls).items() if not dataclasses.is_dataclass(kind)}
+Factor = Annotated[float, Limits(0, HUGE)]
+Share = Annotated[float, Limits(0, below=1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting(Limits):
+    """A field of a dataclass; `kind` is its type: `int`, `float`, `bool`, `str`, TABLE or INTEGERS."""
+
+    owner: type
+    name: str
+    kind: Any
+    default: Any
+    choices: tuple[Any, ...]
+
+    @property
+    def doc(self) -> str:
+        """Its meaning."""
+        return _docs(self.owner)[self.name]
+
+    @property
+    def expectation(self) -> str:
+        """What a value must be, in words: `a whole number >= 1`, `one of "a", "b"`."""
+        if self.choices:
+            return ("one of " if len(self.choices) > 1 else "only ") + ", ".join(map(json.dumps, self.choices))
+        bounds = ((sign, getattr(self, name)) for name, (sign, _) in _BOUNDS.items())
+        limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+        return f"{_WORDS[self.kind]} {limits}".strip()
+
+    def problem(self, value: Any) -> str | None:
+        """None if `value` has the type and is within the limits, else what was expected.
+
+        A whole number is accepted where a number is asked for; a boolean is never a number, and NaN and infinity are
+        never in range.
+        """
+        kind, each_of = self.kind, [value]
+        if kind == TABLE and isinstance(value, dict):
+            kind, each_of = float, [*value.values()]
+        elif kind == INTEGERS and isinstance(value, (list, tuple)):
+            kind, each_of = int, [*value]
+        if not all(self._fits(kind, each) for each in each_of):
+            return f"expected {self.expectation}"
+        if kind != self.kind and len(each_of) > MOST_ENTRIES:
+            return f"expected at most {MOST_ENTRIES} entries, not {len(each_of)}"
+        texts = [*value] if self.kind == TABLE else [value] if kind is str else []
+        return next(filter(None, (_text_problem(each, bool(self.any_text)) for each in texts)), None)
+
+    def _fits(self, kind: Any, value: Any) -> bool:
+        if kind not in (int, float):
+            return type(value) is kind and (not self.choices or value in self.choices)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            return False
+        # Compared as it is: a whole number may be too large to be made a float.
+        return (type(value) is int or math.isfinite(value)) and all(
+            getattr(self, name) is None or compare(value, getattr(self, name)) for name, (_, compare) in _BOUNDS.items()
+        )
+
+
+def settings(cls: type) -> dict[str, Setting]:
+    """The settings of a dataclass by name; fields that are sections are not among them."""
+    found = {}
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        kind, *extras = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else [hints[field.name]]
+        )
+        if dataclasses.is_dataclass(kind):
+            continue
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        limits = {name: value for extra in extras for name, value in vars(extra).items() if value is not None}
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        kind = type(choices[0]) if choices else kind
+        found[field.name] = Setting(owner=cls, name=field.name, kind=kind, default=default, choices=choices, **limits)
+    return found
 
 
 def sections(cls: type, prefix: str = "") -> dict[str, type]:
     """Dotted name -> dataclass of every field of a dataclass that is one itself, and of theirs, in order."""
     found: dict[str, type] = {}
-    for name, kind in _types(cls).items():
-        if dataclasses.is_dataclass(kind):
+    for name, kind in get_type_hints(cls).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             found |= {prefix + name: kind} | sections(kind, f"{prefix}{name}.")
     return found
 
 
-def settings(cls: type) -> "dict[str, dataclasses.Field[Any]]":
-    """Name -> field of the settings of a dataclass; its sections are not among them."""
-    types = field_types(cls)
-    return {field.name: field for field in dataclasses.fields(cls) if field.name in types}
+@cache
+def _docs(cls: type) -> dict[str, str]:
+    """The docstrings below a dataclass's fields, those that it inherits first."""
+    found: dict[str, str] = {}
+    for each in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        [defined] = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        for field, doc in itertools.pairwise(getattr(defined, "body", [])):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(doc.value).split())
+    return found
 
 
-def _types(cls: type) -> dict[str, type]:
-    hints = get_type_hints(cls)
-    return {field.name: _value_type(hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-def _value_type(hint: Any) -> type:
-    kind: type = type(get_args(hint)[0]) if get_origin(hint) is Literal else hint
-    return kind
-
-
-def expectation(field: "dataclasses.Field[Any]", kind: type) -> str:
-    """What a value of this field must be, in words: `a whole number >= 1`, `one of "a", "b"`."""
-    limits = field.metadata
-    if "choices" in limits:
-        values = limits["choices"]
-        return ("one of " if len(values) > 1 else "only ") + ", ".join(
-            f'"{v}"' if kind is str else str(v) for v in values
-        )
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a string",
-        TABLE: "a table of numbers",
-        INTEGERS: "a list of whole numbers",
-    }[kind]
-    signs = {"minimum": ">=", "maximum": "<=", "above": ">", "below": "<"}
-    parts = [f"{sign} {limits[name]}" for name, sign in signs.items() if name in limits]
-    return " ".join([words, " and ".join(parts)]).strip()
-
-
-def value_problem(field: "dataclasses.Field[Any]", kind: type, value: Any) -> str | None:
-    """None if `value` has the field's type and range, else what was expected.
-
-    A whole number is accepted where a number is asked for; a boolean is never a number, and NaN and infinity are never
-    in range.
-    """
-    if kind == TABLE:
-        fits = isinstance(value, dict) and all(value_problem(field, float, each) is None for each in value.values())
-        if fits and (problem := _table_problem(value)):
-            return problem
-    elif kind == INTEGERS:
-        fits = isinstance(value, (list, tuple)) and all(value_problem(field, int, each) is None for each in value)
-        if fits and len(value) > MOST_ENTRIES:
-            return f"expected at most {MOST_ENTRIES} entries, not {len(value)}"
-    elif kind in (int, float):
-        is_number = type(value) is kind or (kind is float and type(value) is int)
-        fits = is_number and _is_in_range(field.metadata, value)
-    else:
-        fits = type(value) is kind and value in field.metadata.get("choices", (value,))
-        if fits and kind is str and (problem := text_problem(value, field.metadata["any_text"])):
-            return problem
-    return None if fits else f"expected {expectation(field, kind)}"
-
-
-def _is_in_range(limits: Any, value: float) -> bool:
-    """Compared as it is: a whole number may be too large to be made a float."""
-    return (
-        (isinstance(value, int) or math.isfinite(value))
-        and value in limits.get("choices", (value,))
-        and value >= limits.get("minimum", value)
-        and value <= limits.get("maximum", value)
-        and not ("above" in limits and value <= limits["above"])
-        and not ("below" in limits and value >= limits["below"])
-    )
-
-
-def _table_problem(table: dict[str, float]) -> str | None:
-    if len(table) > MOST_ENTRIES:
-        return f"expected at most {MOST_ENTRIES} entries, not {len(table)}"
-    return next(filter(None, (text_problem(name) for name in table)), None)
-
-
-def text_problem(text: str, any_text: bool = False) -> str | None:
+def _text_problem(text: str, any_text: bool = False) -> str | None:
     """Why a string cannot be a setting: it could not be written to config.toml, or no program would take it."""
     if len(text) > LONGEST_STRING:
         return f"expected at most {LONGEST_STRING} characters, not {len(text)}"

@@ -10,7 +10,7 @@ from swamla_titan.cli import main
 from swamla_titan.config import load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import ActivationCheckpoint
-from swamla_titan.fields import field_types
+from swamla_titan.fields import settings
 from swamla_titan.model.sizes import flavor_table
 from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import plan
@@ -51,7 +51,7 @@ def test_what_a_page_names_exists(page):
         assert (ROOT / name).exists(), name
     for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b", text):
         if section in SECTIONS and key != "jsonl" and f"{section}.{key}" not in SECTIONS:
-            assert key in {"flavor", *field_types(SECTIONS[section])}, f"{section}.{key}"
+            assert key in {"flavor", *settings(SECTIONS[section])}, f"{section}.{key}"
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
         assert (ROOT / script).exists(), script
 

@@ -1,75 +1,133 @@
-"""Settings that somebody wrote and that cannot have an effect, by the conditions that sections.py declares.
+"""When keys have an effect; whoever writes a key expects one, so a key without is an error if it is not the default."""
 
-Whoever writes a key expects an effect of it, so one without is an error, if its value is not the default. It is no
-error, but worth a warning, where the file made sense before an override on the command line, and in a file that states
-nearly every key, as `config show` and a run's config.toml do.
-"""
+from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 
-import dataclasses
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
-
-from swamla_titan.conditions import replace_at, value_at
-from swamla_titan.config.sections import Config
+from swamla_titan.conditions import Condition, One, replace_at, value_at, when, when_not, when_on
+from swamla_titan.config.conflict import Conflict
+from swamla_titan.config.sections import KEYS, Config
 from swamla_titan.config.toml import shown
-from swamla_titan.fields import sections, settings
+from swamla_titan.fields import settings
 from swamla_titan.model import FLAVORS, ModelConfig
 
 
-class Given(NamedTuple):
-    """Which keys, as section.key, were written where."""
-
-    in_file: Collection[str]
-    in_overrides: Collection[str]
-    flavor: str | None = None
-
-    def is_tolerable(self, name: str, others: Collection[str]) -> bool:
-        """Whether a key that made sense in its file is at odds with others through an override of one of those.
-
-        So is one of a file that states nearly every key.
-        """
-        states_all = 2 * len(self.in_file) > sum(1 for _ in _fields(Config(), None))
-        return name not in self.in_overrides and (states_all or not set(others).isdisjoint(self.in_overrides))
+def _reads(config: Config, *others: str) -> bool:
+    """Whether some text is read from a file or folder whose name has none of these endings, or from a dataset."""
+    paths = [config.validation.path] if config.validation.path else []
+    paths += [config.data.path] if config.data.source == "local" else []
+    return not all(path.endswith(others) for path in paths)
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """A key without effect, first of `keys`, and those that take it away. `default` may stand in its place."""
+_FILES = when("data.source", "local", "huggingface")
+_FILES_OF_ANY_KIND = _FILES | when_on("validation.path")
+_MUON = when("optimizer.name", "muon")
+_SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")
+_TABLES = reduce(or_, (when_on(f"model.{name}.layers") for name in ModelConfig.annex_configs()))
+_TENSOR = One(("parallel.tensor",), lambda config: config.parallel.tensor > 1, "parallel.tensor to 2 or more")
+_PIPELINE = One(("parallel.pipeline",), lambda config: config.parallel.pipeline > 1, "parallel.pipeline to 2 or more")
+_COMPILED = when_on("compile.enabled", "compile.enabled = true")
+_SELECTIVE = when("activation_checkpoint.mode", "selective")
+_NATIVE = when("float8.recipe", "native", "auto")
+_SKIPPING = when_on("fault_tolerance.skip_bad_steps", "fault_tolerance.skip_bad_steps = true")
 
-    keys: tuple[str, ...]
-    problem: str
-    is_tolerable: bool
-    is_ignorable: bool
-    default: Any
+# Keys, and what must hold for them to have an effect. Those of a kind of block say it themselves, see model/config.py.
+_NEEDS: dict[str, Condition] = {
+    "data.path data.on_error": _FILES,
+    "data.name data.split data.revision": when("data.source", "huggingface"),
+    "data.max_document_mib data.retry_seconds": _FILES_OF_ANY_KIND,
+    "data.text_key": One(  # rows of named fields: not of a single text file, nor of text that ships with Python
+        ("data.source", "data.path"),
+        lambda config: config.data.source == "huggingface" or _reads(config, ".txt", ".md"),
+        'data.source = "huggingface", or a path to jsonl or parquet',
+    ),
+    "data.text_separator": One(
+        ("data.source", "data.path"),
+        lambda config: _reads(config, ".jsonl", ".json", ".parquet"),
+        'data.source = "local" and a path to text files',
+    ),
+    "data.num_workers": One(
+        ("data.streams",), lambda config: config.data.num_workers <= config.data.streams, "data.streams to it or more"
+    ),
+    "training.local_batch_size": One(
+        ("training.global_batch_size",),
+        lambda config: config.training.local_batch_size <= config.training.global_batch_size,
+        "training.global_batch_size to it or more",
+        ignorable=False,
+    ),
+    "optimizer.eps": when_not("optimizer.name", "lion"),
+    "optimizer.decay_embeddings": when_on("optimizer.weight_decay"),
+    "optimizer.lazy_tables parallel.tables_on_host": _TABLES,
+    "optimizer.moments": when_not("optimizer.name", "adamw8bit", "adamw4bit", "adamw_fp8"),
+    "optimizer.muon_momentum optimizer.muon_nesterov optimizer.muon_ns_steps optimizer.muon_adjust_lr_fn": _MUON,
+    "lr_schedule.warmup_steps": One(
+        ("training.steps",),
+        lambda config: config.lr_schedule.warmup_steps <= config.training.steps,
+        "training.steps to it or more: the run would end before its peak",
+        ignorable=False,
+    ),
+    "lr_schedule.decay_steps": when("lr_schedule.name", "wsd"),
+    "parallel.reshard_after_forward parallel.cpu_offload": _SHARDS,
+    "parallel.reduce_every_micro_batch": _SHARDS & when("parallel.pipeline", 1),
+    "parallel.async_tensor": _TENSOR & _COMPILED & when_not("float8.recipe", "native"),
+    "parallel.pipeline_schedule parallel.pipeline_stages_per_rank": _PIPELINE,
+    "compile.cache_folder": _COMPILED,
+    "activation_checkpoint.selective": _SELECTIVE,
+    "activation_checkpoint.every_n_blocks": _SELECTIVE & when("activation_checkpoint.selective", "blocks"),
+    "activation_checkpoint.modules": when_not("activation_checkpoint.mode", "none"),
+    "activation_checkpoint.memory_budget": when("activation_checkpoint.mode", "none") & _COMPILED,
+    "float8.products float8.output_head float8.loss_scaling": when_not("float8.recipe", "off"),
+    "float8.gradient_dtype float8.fast_accumulation": _NATIVE,
+    "float8.fsdp_all_gather": One(
+        ("float8.recipe",),
+        lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # as is anyway
+        'float8.recipe = "tensorwise"',
+    ),
+    "checkpoint.keep_every": when_on("checkpoint.keep_latest", "checkpoint.keep_latest to a number from 1"),
+    "validation.fraction": One(
+        ("validation.path",),
+        lambda config: not config.validation.path or config.validation.fraction == 0,  # as is so anyway
+        'validation.path = ""',
+    ),
+    "validation.max_tokens": when_on("validation.interval") | when_on("validation.path"),
+    "validation.use_ema": when_on("ema.decay", "ema.decay, to 0.999 perhaps") & when_on("validation.interval"),
+    "metrics.wandb_project": when_on("metrics.wandb", "metrics.wandb = true"),
+    "profiling.start_step profiling.num_steps": when_on("profiling.enabled", "profiling.enabled = true"),
+    "fault_tolerance.max_bad_steps fault_tolerance.max_rewinds fault_tolerance.spike_sigma": _SKIPPING,
+    "fault_tolerance.spike_window": _SKIPPING
+    & when_on("fault_tolerance.spike_sigma", "fault_tolerance.spike_sigma = 6"),
+    "fault_tolerance.first_step_timeout": when_on("fault_tolerance.step_timeout"),
+}
+
+NEEDS = {name: setting.needs for name, setting in KEYS.items() if setting.needs}
+NEEDS |= {name: condition for names, condition in _NEEDS.items() for name in names.split()}
+NEEDS |= {
+    f"model.{annex}.{key}": when_on(
+        f"model.{annex}.layers", f"model.{annex}.layers to the numbers of one or more layers"
+    )
+    for annex, kind in ModelConfig.annex_configs().items()
+    for key in settings(kind)
+    if key != "layers"
+}
 
 
-def without_effect(config: Config, given: Given | None = None) -> Iterator[Finding]:
-    """Every key that was given, is not the default and has no effect; `given` None: judge all of them alike."""
-    fields = dict(_fields(config, given.flavor if given else None))
-    in_file, in_overrides = given[:2] if given else (fields.keys(), frozenset())
-    for name, (field, default) in fields.items():
-        value, needs = value_at(config, name), field.metadata["needs"]
-        if needs is None or value == default or (name not in in_file and name not in in_overrides):
-            continue
-        if obstacles := needs.obstacles(config):
+def has_effect(config: Config, name: str) -> bool:
+    """Whether the key has an effect."""
+    return name not in NEEDS or not NEEDS[name].obstacles(config)
+
+
+def without_effect(config: Config, flavor: str | None = None) -> Iterator[Conflict]:
+    """Every key that is not the default, or not the flavor's, and has no effect; first of each is the key itself."""
+    defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
+    for name in filter(NEEDS.get, KEYS):
+        value, needs = value_at(config, name), NEEDS[name]
+        if value != value_at(defaults, name) and (obstacles := needs.obstacles(config)):
             because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in obstacles)
             problem = f"{shown(value)} has no effect with {because}: leave it out, or set {needs.way_out(config)}"
-            tolerable = given is not None and given.is_tolerable(name, obstacles)
-            # A model keeps its value: a checkpoint may have it as well, and a resumed run is held against that.
-            ignorable = needs.ignorable and not name.startswith("model.")
-            yield Finding((name, *obstacles), problem, tolerable, ignorable, default)
+            yield Conflict((name, *obstacles), problem)
 
 
-def without(config: Config, finding: Finding) -> Config:
-    """The configuration with the default in the place of a key without effect."""
-    changed: Config = replace_at(config, finding.keys[0], finding.default)
+def without(config: Config, name: str) -> Config:
+    """The configuration with the default in the place of a key."""
+    changed: Config = replace_at(config, name, KEYS[name].default)
     return changed
-
-
-def _fields(config: Config, flavor: str | None) -> Iterator[tuple[str, tuple["dataclasses.Field[Any]", Any]]]:
-    """Name -> (field, default) of every key."""
-    defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
-    for section, kind in sections(type(config)).items():
-        for key, field in settings(kind).items():
-            name = f"{section}.{key}"
-            yield name, (field, value_at(defaults, name))

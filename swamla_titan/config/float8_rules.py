@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from swamla_titan.config.contradiction import Contradiction
+from swamla_titan.config.conflict import Conflict
 from swamla_titan.config.sections import Config
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE
 
 
-def float8_contradictions(config: Config) -> Iterator[Contradiction]:
+def float8_conflicts(config: Config) -> Iterator[Conflict]:
     """Every set of keys with some of [float8] that cannot all hold."""
     float8, training, parallel = config.float8, config.training, config.parallel
     if float8.recipe == "off":
@@ -15,23 +15,23 @@ def float8_contradictions(config: Config) -> Iterator[Contradiction]:
     # Linear layers that tensor-parallel ranks replicate multiply the tokens of one of them, the others those of all.
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
     if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
-        yield Contradiction(
+        yield Conflict(
             ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
             f'{training.seq_len}: float8.recipe = "{float8.recipe}" needs tokens a rank in multiples of '
             f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
         )
     if float8.output_head and config.kernels.loss == "fused":
-        yield Contradiction(
+        yield Conflict(
             ("float8.output_head", "kernels.loss"),
             'true, but kernels.loss = "fused" computes the head with the loss in full precision: use "plain" or set '
             "this to false",
         )
     if float8.recipe == "tensorwise" and float8.fsdp_all_gather == "always" and (why := why_not_gathered(config)):
-        yield Contradiction(
+        yield Conflict(
             ("float8.fsdp_all_gather", *why), f'"always" cannot be with {" and ".join(why)} as set: use "auto"'
         )
     if float8.loss_scaling and not config.fault_tolerance.skip_bad_steps:
-        yield Contradiction(
+        yield Conflict(
             ("float8.loss_scaling", "fault_tolerance.skip_bad_steps"),
             "true finds its scale by steps that overflow and are skipped, but skip_bad_steps = false: make that true",
         )

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator
 
-from swamla_titan.conditions import has_effect
-from swamla_titan.config.contradiction import Contradiction
+from swamla_titan.config.conflict import Conflict
+from swamla_titan.config.effects import has_effect
 from swamla_titan.config.sections import Config
 
 # Pipeline schedule -> stages that a rank holds if parallel.pipeline_stages_per_rank does not say.
@@ -13,7 +13,7 @@ _SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble")
 _ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two on
 
 
-def parallel_contradictions(config: Config) -> Iterator[Contradiction]:
+def parallel_conflicts(config: Config) -> Iterator[Conflict]:
     """Every set of keys of these sections, the model and the sequence length that cannot all hold."""
     yield from _data_parallel(config)
     yield from _tensor(config)
@@ -21,22 +21,22 @@ def parallel_contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _pipeline(config)
 
 
-def _data_parallel(config: Config) -> Iterator[Contradiction]:
+def _data_parallel(config: Config) -> Iterator[Conflict]:
     kind, shard, replicate = config.parallel.data_parallel, config.parallel.dp_shard, config.parallel.dp_replicate
     both = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.data_parallel")
     for key, value in (("parallel.dp_shard", shard), ("parallel.dp_replicate", replicate)):
         if value == 0:
-            yield Contradiction((key,), "0 ranks are none: expected a number from 1, or -1 for the rest")
+            yield Conflict((key,), "0 ranks are none: expected a number from 1, or -1 for the rest")
     if 0 in (shard, replicate):
         return
     if kind == "fsdp" and replicate != 1:
-        yield Contradiction(
+        yield Conflict(
             ("parallel.dp_replicate", "parallel.data_parallel"),
             f'{replicate}, but data_parallel = "fsdp" keeps one copy of the weights: use "hsdp" for several, each '
             "shared by dp_shard ranks, or leave dp_replicate out",
         )
     if kind == "ddp" and shard not in (-1, 1):
-        yield Contradiction(
+        yield Conflict(
             ("parallel.dp_shard", "parallel.data_parallel"),
             f'{shard}, but with data_parallel = "ddp" each rank has all weights: use "hsdp" to share each copy among '
             f'{shard} ranks, "fsdp" for one copy, or leave dp_shard out',
@@ -44,24 +44,24 @@ def _data_parallel(config: Config) -> Iterator[Contradiction]:
     if kind != "hsdp":
         return
     if replicate == -1 and shard == -1:
-        yield Contradiction(
+        yield Conflict(
             both, "dp_replicate and dp_shard are both -1, the rest: give one, such as dp_shard = the GPUs of a machine"
         )
     elif replicate == 1:
-        yield Contradiction(
+        yield Conflict(
             both,
             '1 copy of the weights is what data_parallel = "fsdp" has: use that, or give the number of copies, such as '
             "the number of machines",
         )
     elif shard == 1 and config.parallel.context == 1:  # the ranks of a sequence share the weights as well
-        yield Contradiction(
+        yield Conflict(
             ("parallel.dp_shard", *both),
             'a copy of the weights on 1 rank each is what data_parallel = "ddp" has: use that, or give the ranks that '
             "share a copy, such as the GPUs of a machine",
         )
 
 
-def _tensor(config: Config) -> Iterator[Contradiction]:
+def _tensor(config: Config) -> Iterator[Conflict]:
     model, tensor = config.model, config.parallel.tensor
     if tensor == 1:
         return
@@ -78,7 +78,7 @@ def _tensor(config: Config) -> Iterator[Contradiction]:
         shared.append(("vocab_size", f"the {padded} rows of the padded vocabulary", padded))
     for key, what, number in shared:
         if problem := why_not_shared(tensor, what, number):
-            yield Contradiction(("parallel.tensor", f"model.{key}", "model.flavor"), problem)
+            yield Conflict(("parallel.tensor", f"model.{key}", "model.flavor"), problem)
 
 
 def why_not_shared(tensor: int, what: str, number: int) -> str | None:
@@ -89,7 +89,7 @@ def why_not_shared(tensor: int, what: str, number: int) -> str | None:
     return f"{tensor} ranks cannot share {what} equally: use tensor = {divisor}, or change the model"
 
 
-def _sequence_length(config: Config) -> Iterator[Contradiction]:
+def _sequence_length(config: Config) -> Iterator[Conflict]:
     length, tensor, context = config.training.seq_len, config.parallel.tensor, config.parallel.context
     # Each rank of `context` takes a stretch from the front of the sequence and one from its end: equal work under a
     # causal mask. The ranks of `tensor` share each rank's tokens between the matrix products.
@@ -100,12 +100,10 @@ def _sequence_length(config: Config) -> Iterator[Contradiction]:
         below, above = length // unit * unit, -(-length // unit) * unit
         choices = f"{below} or {above}" if below else f"{above}"
         keys = ("parallel.context", "parallel.tensor") if context > 1 else ("parallel.tensor",)
-        yield Contradiction(
-            ("training.seq_len", *keys), f"{length} must be a multiple of {names} = {unit}: use {choices}"
-        )
+        yield Conflict(("training.seq_len", *keys), f"{length} must be a multiple of {names} = {unit}: use {choices}")
 
 
-def _pipeline(config: Config) -> Iterator[Contradiction]:
+def _pipeline(config: Config) -> Iterator[Conflict]:
     parallel, layers = config.parallel, config.model.num_layers
     schedule, given = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
     if parallel.pipeline == 1:
@@ -120,12 +118,12 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
         else:
             instead = "leave it out"
         more = " or more" if schedule in _ANY_NUMBER_OF_STAGES else ""
-        yield Contradiction(keys, f'{given}, but pipeline_schedule = "{schedule}" takes {needed}{more}: {instead}')
+        yield Conflict(keys, f'{given}, but pipeline_schedule = "{schedule}" takes {needed}{more}: {instead}')
         return
     per_rank = given or needed
     stages = parallel.pipeline * per_rank
     if layers < stages:
-        yield Contradiction(
+        yield Conflict(
             ("parallel.pipeline", "model.num_layers", "model.flavor", *keys),
             f"{parallel.pipeline} ranks x {per_rank} stages are {stages} stages, more than the {layers} layers of the "
             f"model: use pipeline <= {max(layers // per_rank, 1)}"
@@ -135,28 +133,28 @@ def _pipeline(config: Config) -> Iterator[Contradiction]:
         yield from _split_backward(config)
 
 
-def _split_backward(config: Config) -> Iterator[Contradiction]:
+def _split_backward(config: Config) -> Iterator[Conflict]:
     """What schedules cannot that run a backward pass twice: for the inputs' gradients, and later for the weights'."""
     at, schedule = ("parallel.pipeline_schedule",), f'"{config.parallel.pipeline_schedule}"'
     way_out = 'or use pipeline_schedule = "Interleaved1F1B"'
     if config.compile.enabled:
         # A compiled block is one node of the graph: torch refuses to run it twice (donated buffers), and made to, it
         # computes all its gradients both times.
-        yield Contradiction(
+        yield Conflict(
             (*at, "compile.enabled"),
             f"{schedule} splits backward passes in two, which compiled blocks cannot: set compile.enabled = false, "
             + way_out,
         )
     if config.activation_checkpoint.mode != "none":
         # Right, but a block is computed again for each of its weights, not once.
-        yield Contradiction(
+        yield Conflict(
             (*at, "activation_checkpoint.mode"),
             f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "
             f'"{config.activation_checkpoint.mode}": set that to "none", {way_out}',
         )
     if config.parallel.reshard_after_forward == "always":
         # FSDP2 then frees the weights that the graph refers to before their gradients are computed, and loses those.
-        yield Contradiction(
+        yield Conflict(
             (*at, "parallel.reshard_after_forward"),
             f"{schedule} needs gathered weights until their gradients are computed, late: set reshard_after_forward = "
             f'"auto", {way_out}',

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import chain
 
-from swamla_titan.config.contradiction import Contradiction
-from swamla_titan.config.float8_rules import float8_contradictions
-from swamla_titan.config.optimizer_rules import optimizer_contradictions
-from swamla_titan.config.parallel_rules import parallel_contradictions
+from swamla_titan.config.conflict import Conflict
+from swamla_titan.config.float8_rules import float8_conflicts
+from swamla_titan.config.optimizer_rules import optimizer_conflicts
+from swamla_titan.config.parallel_rules import parallel_conflicts
 from swamla_titan.config.paths import is_no_place_of_its_own
 from swamla_titan.config.sections import MOST_RANKS, Config
 from swamla_titan.config.toml import shown
@@ -31,11 +31,11 @@ _MOST_CUTS = 1 << 26  # that cutting the layers in stages looks at
 _WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 
 
-def contradictions(config: Config) -> Iterator[Contradiction]:
+def conflicts(config: Config) -> Iterator[Conflict]:
     """Every set of keys that cannot all hold."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
     if is_no_place_of_its_own(config.job.dump_folder):
-        yield Contradiction(
+        yield Conflict(
             ("job.dump_folder",),
             f"{shown(config.job.dump_folder)} is the current folder, one above it or the root, and a run would write "
             'among what is there: give it a folder of its own, as in "outputs/run"',
@@ -44,7 +44,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _attention(config)
     yield from _loss(config)
     if training.seq_len > model.max_seq_len:
-        yield Contradiction(
+        yield Conflict(
             ("training.seq_len", "model.max_seq_len", "model.flavor"),
             f"{training.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: raise that or lower this",
         )
@@ -52,44 +52,44 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
         wanted = "a file or folder here"
         if data.source == "huggingface":
             wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
-        yield Contradiction(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
+        yield Conflict(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
     warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
     # A warm-up that alone takes longer has no effect, which effects.py says.
     if schedule.name == "wsd" and schedule.decay_steps and schedule.warmup_steps <= training.steps < warm_up_and_decay:
-        yield Contradiction(
+        yield Conflict(
             ("lr_schedule.decay_steps", "lr_schedule.warmup_steps", "training.steps"),
             f"warm-up and decay take {warm_up_and_decay} steps, more than training.steps = {training.steps}",
             f"it decays in the {training.steps - schedule.warmup_steps} after the warm-up",
         )
     if config.profiling.enabled and config.profiling.start_step > training.steps:
-        yield Contradiction(
+        yield Conflict(
             ("profiling.start_step", "profiling.enabled", "training.steps"),
             f"{config.profiling.start_step} is after the last step, training.steps = {training.steps}",
         )
     if unknown := {name.strip() for name in config.checkpoint.allow.split(",")} - {"", *ALLOWED_DIFFERENCES}:
-        yield Contradiction(
+        yield Conflict(
             ("checkpoint.allow",),
             f"{shown(min(unknown))} is nothing that can be allowed: one or more of {', '.join(ALLOWED_DIFFERENCES)}, "
             "separated by commas",
         )
     if data.retry_seconds > retry_seconds(config):
-        yield Contradiction(
+        yield Conflict(
             ("data.retry_seconds", "fault_tolerance.step_timeout"),
             f"{data.retry_seconds:g} s of waiting for data are more than half of fault_tolerance.step_timeout = "
             f"{config.fault_tolerance.step_timeout:g}, and what waits that long passes for hanging: lower this, or "
             "raise that",
         )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
-        yield Contradiction(
+        yield Conflict(
             ("validation.fraction", "validation.path", "validation.interval"),
             "0 holds nothing out: give validation.path, or set validation.interval = 0",
         )
-    yield from optimizer_contradictions(config)
-    yield from parallel_contradictions(config)
-    yield from float8_contradictions(config)
+    yield from optimizer_conflicts(config)
+    yield from parallel_conflicts(config)
+    yield from float8_conflicts(config)
 
 
-def _attention(config: Config) -> Iterator[Contradiction]:
+def _attention(config: Config) -> Iterator[Conflict]:
     """kernels.attention where no kind of block can be computed by that on any machine.
 
     What computes each kind on a machine is chosen by kernels/attention/dispatch.py, and `validate_attention`
@@ -102,12 +102,12 @@ def _attention(config: Config) -> Iterator[Contradiction]:
     has_windows = any(model.quantities("window", kind) for kind in kinds)
     masked = [kind for kind in kinds if _wants_mask(config, kind)]
     if not masked and asked == "triton" and not has_windows:
-        yield Contradiction(
+        yield Conflict(
             (at, "data.document_mask"),
             '"triton" is for sliding-window blocks, of which this model has none, and for documents: use "auto"',
         )
     elif not masked:
-        yield Contradiction(
+        yield Conflict(
             (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no sequence has any here: use "auto"',
         )
@@ -130,10 +130,10 @@ def _selects(model: ModelConfig, kind: str) -> bool:
     return any(model.quantities("selects", kind).values())
 
 
-def _limits(config: Config, kind: str) -> Iterator[Contradiction]:
+def _limits(config: Config, kind: str) -> Iterator[Conflict]:
     """What our kernels do not take of a kind of block."""
     if config.parallel.context > 1 and not _selects(config.model, kind):
-        yield Contradiction(
+        yield Conflict(
             ("kernels.attention", "parallel.context"),
             '"triton" wants full sequences on each rank: use "flex" or "auto" with context parallelism',
         )
@@ -143,24 +143,24 @@ def _limits(config: Config, kind: str) -> Iterator[Contradiction]:
         yield from _document_kernel(config, kind)
 
 
-def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Contradiction]:
+def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Conflict]:
     """What our kernel for sliding windows does not take of a kind of block."""
     at, widths = "kernels.attention", model.quantities("qk_width", kind)
     keys, width = (tuple(widths), sum(widths.values())) if widths else (("dim", "num_heads"), model.head_dim)
     if width not in WINDOW_WIDTHS:
-        yield Contradiction(
+        yield Conflict(
             (at, *(f"model.{key}" for key in keys)),
             f'"triton" takes heads of {", ".join(map(str, WINDOW_WIDTHS))}, not of {width}: use "flex" or "auto"',
         )
     for key, sinks in model.quantities("sink", kind).items():
         if sinks > WINDOW_SINKS:
-            yield Contradiction(
+            yield Conflict(
                 (at, f"model.{key}"),
                 f'"triton" takes at most {WINDOW_SINKS} sinks, not {sinks}: use "flex" or "auto"',
             )
 
 
-def _document_kernel(config: Config, kind: str) -> Iterator[Contradiction]:
+def _document_kernel(config: Config, kind: str) -> Iterator[Conflict]:
     """What our kernel for documents does not take of a kind of block with widths of its own, as latents have."""
     at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
     sides = (
@@ -168,23 +168,23 @@ def _document_kernel(config: Config, kind: str) -> Iterator[Contradiction]:
         (model.quantities("v_width", kind), DOCUMENT_V_WIDTHS),
     )
     if dtype == "float32" and any(keys for keys, _ in sides):
-        yield Contradiction(
+        yield Conflict(
             (at, "training.compute_dtype"), f'"triton" takes {kind.upper()} in 16 bits, not in {dtype}: use "auto"'
         )
     for keys, taken in sides:
         width = sum(keys.values())
         if keys and width not in taken:
-            yield Contradiction(
+            yield Conflict(
                 (at, *(f"model.{key}" for key in keys)),
                 f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, taken))}, not of {width}: use "flex" or '
                 '"auto"',
             )
 
 
-def _loss(config: Config) -> Iterator[Contradiction]:
+def _loss(config: Config) -> Iterator[Conflict]:
     split = [f"parallel.{name}" for name in ("tensor", "pipeline") if getattr(config.parallel, name) > 1]
     if config.kernels.loss == "fused" and split:
-        yield Contradiction(
+        yield Conflict(
             ("kernels.loss", *split),
             f'"fused" wants the whole head in one place: use "plain" or "auto" with {" and ".join(split)}',
         )
@@ -198,12 +198,12 @@ def retry_seconds(config: Config) -> float:
     return min(wanted, half) if half else wanted
 
 
-def _sizes(config: Config) -> Iterator[Contradiction]:
+def _sizes(config: Config) -> Iterator[Conflict]:
     """Keys, each within its own bounds, whose product would keep `plan` and the start of a run busy for hours."""
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * training.seq_len
     if tokens > _MOST_TOKENS:
-        yield Contradiction(
+        yield Conflict(
             ("training.global_batch_size", "training.seq_len"),
             f"{training.global_batch_size} sequences of {training.seq_len} tokens are more than the {_MOST_TOKENS} "
             "tokens that a step may have: lower one of them",
@@ -212,7 +212,7 @@ def _sizes(config: Config) -> Iterator[Contradiction]:
     heads = model.num_heads * (qk_width + 2 * v_width)
     layer = model.dim * (3 * model.ffn_width + heads + latents)
     if model.num_layers * layer > _MOST_PARAMETERS:
-        yield Contradiction(
+        yield Conflict(
             ("model.num_layers", "model.dim", "model.ffn_hidden_dim", "model.num_heads"),
             f"{model.num_layers} layers of width {model.dim} have more than {_MOST_PARAMETERS} parameters: lower one "
             "of model.num_layers, model.dim, model.ffn_hidden_dim, model.num_heads and the widths of heads",
@@ -224,7 +224,7 @@ def _sizes(config: Config) -> Iterator[Contradiction]:
         ranks *= max(degree, 1)
     if ranks > MOST_RANKS:
         named = {name: degree for name, degree in degrees.items() if degree > 1}
-        yield Contradiction(
+        yield Conflict(
             tuple(f"parallel.{name}" for name in named),
             f"{' x '.join(f'{name} {degree}' for name, degree in named.items())} are more than {MOST_RANKS} ranks: "
             "lower one of them",
@@ -235,13 +235,13 @@ def _sizes(config: Config) -> Iterator[Contradiction]:
     at_a_time = training.local_batch_size * max(parallel.dp_shard, 1) * max(parallel.dp_replicate, 1)
     micro_batches = -(-training.global_batch_size // at_a_time)
     if stages * micro_batches > _MOST_ACTIONS:
-        yield Contradiction(
+        yield Conflict(
             ("training.global_batch_size", "training.local_batch_size", "parallel.pipeline"),
             f"{micro_batches} micro-batches through {stages} stages are more than a schedule of {_MOST_ACTIONS} steps: "
             "raise training.local_batch_size, or lower this",
         )
     if stages * model.num_layers**2 > _MOST_CUTS:
-        yield Contradiction(
+        yield Conflict(
             ("parallel.pipeline", "model.num_layers"),
             f"{model.num_layers} layers cannot be cut in {stages} stages within a reasonable time: lower one of them",
         )
@@ -260,6 +260,6 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
             f'data.tokenizer = "{config.data.tokenizer}"; leave it out to use the tokenizer\'s'
         )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=given or vocab_size))
-    for (section_key, *_), problem, _ in parallel_contradictions(config):
+    for (section_key, *_), problem, _ in parallel_conflicts(config):
         raise UserError(f"{section_key}: {problem}")
     return config

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from swamla_titan.fields import field_types, settings, value_problem
+from swamla_titan.fields import settings
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,8 @@ class AnnexConfig:
     @classmethod
     def problems(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:
         """(key, what is wrong) for each value that is of a wrong type or out of range."""
-        types, found = field_types(cls), []
-        for name, field in settings(cls).items():
-            if problem := value_problem(field, types[name], values[name]):
-                found.append((name, f"{values[name]!r:.100}: {problem}"))
-        return found
+        found = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())
+        return [(name, f"{values[name]!r:.100}: {problem}") for name, problem in found if problem]
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

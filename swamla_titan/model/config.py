@@ -4,10 +4,10 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from swamla_titan.conditions import One, when_on
-from swamla_titan.fields import HUGE, Rule, field_types, key, sections, settings, value_problem
+from swamla_titan.fields import HUGE, Factor, Limits, Rule, Setting, Share, sections, settings
 from swamla_titan.model.annex_config import AnnexConfig
 from swamla_titan.model.engram_config import EngramConfig
 
@@ -99,127 +99,62 @@ class ModelConfig:
     Raises ValueError that lists every problem when the numbers do not fit together.
     """
 
-    num_layers: int = key(12, "Number of blocks.", minimum=1, maximum=MOST_LAYERS)
-    dim: int = key(1024, "Width of the residual stream.", minimum=2, maximum=_WIDEST)
-    num_heads: int = key(
-        16, "Query heads, in both kinds of block.", minimum=1, maximum=_WIDEST, rule=_heads_fit, quantity="heads"
-    )
-    num_kv_heads: int = key(
-        0,
-        "Key/value heads of SWA blocks (grouped-query attention); 0: num_heads.",
-        minimum=0,
-        maximum=_WIDEST,
-        needs=_HAS_SWA,
-        rule=divides("num_heads"),
-        quantity="heads",
-    )
-    vocab_size: int = key(50257, "Real token ids; in a TOML file 0 means the tokenizer's.", minimum=0, maximum=1 << 24)
-    max_seq_len: int = key(2048, "Longest sequence the model accepts, in tokens.", minimum=1, maximum=LONGEST_SEQUENCE)
-    ffn_hidden_dim: int = key(
-        0, "Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256.", minimum=0, maximum=1 << 20
-    )
-    norm: str = key(
-        "rmsnorm", "Normalisation before attention, feed-forward and head.", choices=("rmsnorm", "dynamic_tanh")
-    )
-    tie_embeddings: bool = key(True, "The output head uses the embedding's weight.")
-    swa_layers_per_cycle: int = key(
-        2, "Sliding-window blocks at the start of each cycle of layers.", minimum=0, maximum=MOST_LAYERS
-    )
-    mla_layers_per_cycle: int = key(
-        1,
-        "Latent-attention blocks at the end of each cycle of layers.",
-        minimum=0,
-        maximum=MOST_LAYERS,
-        needs=_ROOM_FOR_MLA,
-    )
-    swa_window: int = key(
-        256,
-        "Keys a query sees in SWA blocks, itself counted.",
-        minimum=1,
-        maximum=LONGEST_SEQUENCE,
-        needs=_HAS_SWA,
-        quantity="window",
-    )
-    swa_sink_size: int = key(
-        4,
-        "First tokens of the document that every later query of it sees in SWA blocks.",
-        minimum=0,
-        maximum=LONGEST_SEQUENCE,
-        needs=_HAS_SWA,
-        quantity="sink",
-    )
-    qk_norm: bool = key(
-        False, "RMSNorm over each query and key head of SWA blocks, before the rotation.", needs=_HAS_SWA
-    )
-    q_lora_rank: int = key(
-        0,
-        "MLA: rank of the query projection; 0: one full matrix.",
-        minimum=0,
-        maximum=_WIDEST,
-        needs=_HAS_MLA,
-        quantity="latent_width",
-    )
-    kv_lora_rank: int = key(
-        256,
-        "MLA: width of the latent that keys and values are made from.",
-        minimum=1,
-        maximum=_WIDEST,
-        needs=_HAS_MLA,
-        quantity="latent_width",
-    )
-    qk_nope_head_dim: int = key(
-        128,
-        "MLA: width of a head's query/key part without position.",
-        minimum=1,
-        maximum=_WIDEST,
-        needs=_HAS_MLA,
-        quantity="qk_width",
-    )
-    qk_rope_head_dim: int = key(
-        64,
-        "MLA: width of the rotary part; its key is shared by all heads.",
-        minimum=2,
-        maximum=_WIDEST,
-        needs=_HAS_MLA,
-        rule=_is_even,
-        quantity="qk_width",
-    )
-    v_head_dim: int = key(
-        128, "MLA: width of a head's value.", minimum=1, maximum=_WIDEST, needs=_HAS_MLA, quantity="v_width"
-    )
-    mla_selective: bool = key(
-        False,
-        "MLA: selective attention. What one head looks at is masked for all heads of later queries.",
-        needs=_HAS_MLA,
-        quantity="selects",
-    )
-    selection_head: int = key(
-        0,
-        "MLA: the head, counted from 0, that selects for mla_selective.",
-        minimum=0,
-        maximum=_WIDEST,
-        needs=_SELECTS,
-        rule=_is_head,
-    )
-    rope_theta: float = key(
-        10000.0,
-        "Base of the rotary frequencies, in both kinds of block.",
-        minimum=_LEAST_THETA,
-        maximum=HUGE,
-        needs=_SHARES_THETA,
-    )
-    swa_rope_theta: float = key(
-        0.0, "Base for SWA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_SWA, rule=_is_theta
-    )
-    mla_rope_theta: float = key(
-        0.0, "Base for MLA blocks alone; 0: rope_theta.", minimum=0, maximum=HUGE, needs=_HAS_MLA, rule=_is_theta
-    )
-    rope_scaling: float = key(
-        1.0, "Linear position scaling: positions are divided by this factor.", minimum=1e-6, maximum=1e6
-    )
-    dropout: float = key(0.0, "Dropout on the output of attention and feed-forward, in training.", minimum=0, below=1)
-    z_loss: float = key(0.0, "Weight of the squared log-partition in the training loss.", minimum=0, maximum=HUGE)
-    label_smoothing: float = key(0.0, "Share of the target spread evenly over the vocabulary.", minimum=0, below=1)
+    num_layers: Annotated[int, Limits(1, MOST_LAYERS)] = 12
+    """Number of blocks."""
+    dim: Annotated[int, Limits(2, _WIDEST)] = 1024
+    """Width of the residual stream."""
+    num_heads: Annotated[int, Limits(1, _WIDEST, rule=_heads_fit, quantity="heads")] = 16
+    """Query heads, in both kinds of block."""
+    num_kv_heads: Annotated[int, Limits(0, _WIDEST, needs=_HAS_SWA, rule=divides("num_heads"), quantity="heads")] = 0
+    """Key/value heads of SWA blocks (grouped-query attention); 0: num_heads."""
+    vocab_size: Annotated[int, Limits(0, 1 << 24)] = 50257
+    """Real token ids; in a TOML file 0 means the tokenizer's."""
+    max_seq_len: Annotated[int, Limits(1, LONGEST_SEQUENCE)] = 2048
+    """Longest sequence the model accepts, in tokens."""
+    ffn_hidden_dim: Annotated[int, Limits(0, 1 << 20)] = 0
+    """Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256."""
+    norm: Literal["rmsnorm", "dynamic_tanh"] = "rmsnorm"
+    """Normalisation before attention, feed-forward and head."""
+    tie_embeddings: bool = True
+    """The output head uses the embedding's weight."""
+    swa_layers_per_cycle: Annotated[int, Limits(0, MOST_LAYERS)] = 2
+    """Sliding-window blocks at the start of each cycle of layers."""
+    mla_layers_per_cycle: Annotated[int, Limits(0, MOST_LAYERS, needs=_ROOM_FOR_MLA)] = 1
+    """Latent-attention blocks at the end of each cycle of layers."""
+    swa_window: Annotated[int, Limits(1, LONGEST_SEQUENCE, needs=_HAS_SWA, quantity="window")] = 256
+    """Keys a query sees in SWA blocks, itself counted."""
+    swa_sink_size: Annotated[int, Limits(0, LONGEST_SEQUENCE, needs=_HAS_SWA, quantity="sink")] = 4
+    """First tokens of the document that every later query of it sees in SWA blocks."""
+    qk_norm: Annotated[bool, Limits(needs=_HAS_SWA)] = False
+    """RMSNorm over each query and key head of SWA blocks, before the rotation."""
+    q_lora_rank: Annotated[int, Limits(0, _WIDEST, needs=_HAS_MLA, quantity="latent_width")] = 0
+    """MLA: rank of the query projection; 0: one full matrix."""
+    kv_lora_rank: Annotated[int, Limits(1, _WIDEST, needs=_HAS_MLA, quantity="latent_width")] = 256
+    """MLA: width of the latent that keys and values are made from."""
+    qk_nope_head_dim: Annotated[int, Limits(1, _WIDEST, needs=_HAS_MLA, quantity="qk_width")] = 128
+    """MLA: width of a head's query/key part without position."""
+    qk_rope_head_dim: Annotated[int, Limits(2, _WIDEST, needs=_HAS_MLA, rule=_is_even, quantity="qk_width")] = 64
+    """MLA: width of the rotary part; its key is shared by all heads."""
+    v_head_dim: Annotated[int, Limits(1, _WIDEST, needs=_HAS_MLA, quantity="v_width")] = 128
+    """MLA: width of a head's value."""
+    mla_selective: Annotated[bool, Limits(needs=_HAS_MLA, quantity="selects")] = False
+    """MLA: selective attention. What one head looks at is masked for all heads of later queries."""
+    selection_head: Annotated[int, Limits(0, _WIDEST, needs=_SELECTS, rule=_is_head)] = 0
+    """MLA: the head, counted from 0, that selects for mla_selective."""
+    rope_theta: Annotated[float, Limits(_LEAST_THETA, HUGE, needs=_SHARES_THETA)] = 10000.0
+    """Base of the rotary frequencies, in both kinds of block."""
+    swa_rope_theta: Annotated[float, Limits(0, HUGE, needs=_HAS_SWA, rule=_is_theta)] = 0.0
+    """Base for SWA blocks alone; 0: rope_theta."""
+    mla_rope_theta: Annotated[float, Limits(0, HUGE, needs=_HAS_MLA, rule=_is_theta)] = 0.0
+    """Base for MLA blocks alone; 0: rope_theta."""
+    rope_scaling: Annotated[float, Limits(1e-6, 1e6)] = 1.0
+    """Linear position scaling: positions are divided by this factor."""
+    dropout: Share = 0.0
+    """Dropout on the output of attention and feed-forward, in training."""
+    z_loss: Factor = 0.0
+    """Weight of the squared log-partition in the training loss."""
+    label_smoothing: Share = 0.0
+    """Share of the target spread evenly over the vocabulary."""
     engram: EngramConfig = dataclasses.field(default=EngramConfig())
 
     def __post_init__(self) -> None:
@@ -238,18 +173,14 @@ class ModelConfig:
 
         `values` of a section within this one are a dict; its fields are named section.field.
         """
-        types = field_types(cls)
-        found = []
-        for name, field in settings(cls).items():
-            problem = value_problem(field, types[name], values[name])
-            if problem:
-                found.append((name, f"{_brief(values[name])}: {problem}"))
+        problems = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())
+        found = [(name, f"{_brief(values[name])}: {problem}") for name, problem in problems if problem]
         inner: dict[str, Any] = {name: values[name] for name in cls.annex_configs()}
         for name, kind in cls.annex_configs().items():
             found += [(f"{name}.{key}", problem) for key, problem in kind.problems(inner[name])]
         if found:
             return found
-        found = list(_conflicts(tuple(settings(cls).values()), values))
+        found = list(_conflicts(settings(cls), values))
         for name, kind in cls.annex_configs().items():
             found += [(f"{name}.{key}", problem) for key, problem in kind.conflicts(inner[name], values)]
         return found
@@ -294,10 +225,11 @@ class ModelConfig:
 
     def quantities(self, quantity: Quantity, kind: str | None = None) -> dict[str, int]:
         """The keys whose numbers are such a quantity, of every kind of block or one, with their values."""
-        fields = [field for field in settings(type(self)).values() if field.metadata["quantity"] == quantity]
-        if kind is not None:
-            fields = [field for field in fields if getattr(field.metadata["needs"], "kind", None) == kind]
-        return {field.name: getattr(self, field.name) for field in fields}
+        return {
+            name: getattr(self, name)
+            for name, setting in settings(type(self)).items()
+            if setting.quantity == quantity and (kind is None or getattr(setting.needs, "kind", None) == kind)
+        }
 
     @property
     def block_kinds(self) -> list[str]:
@@ -313,12 +245,11 @@ def _brief(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def _conflicts(fields: "tuple[dataclasses.Field[Any], ...]", values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _conflicts(fields: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, what is wrong) for values that are each in range, and do not fit together."""
-    for field in fields:
-        rule: Rule | None = field.metadata["rule"]
-        if rule is not None and (problem := rule(values[field.name], values)):
-            yield field.name, problem
-    layers = [field.name for field in fields if field.name.endswith(_LAYERS)]
+    for name, field in fields.items():
+        if field.rule and (problem := field.rule(values[name], values)):
+            yield name, problem
+    layers = [name for name in fields if name.endswith(_LAYERS)]
     if not any(values[name] for name in layers):
         yield layers[0], "a cycle needs at least one layer of either kind"

@@ -2,13 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from swamla_titan.conditions import when_on
-from swamla_titan.fields import key
+from swamla_titan.fields import Limits
 from swamla_titan.model.annex_config import AnnexConfig
-
-_STANDS = when_on("model.engram.layers", "model.engram.layers to the numbers of one or more layers")
 
 
 @dataclass(frozen=True)
@@ -18,39 +15,22 @@ class EngramConfig(AnnexConfig):
     For each of `orders` and each of `heads` a layer has a table of about `table_size` rows.
     """
 
-    layers: tuple[int, ...] = key(
-        (),
-        "Layers, counted from 0 and of either kind, before whose attention an Engram stands; none: no Engram.",
-        minimum=0,
-        maximum=1023,
-    )
-    orders: tuple[int, ...] = key(
-        (2, 3), "Lengths of the n-grams that are looked up, in tokens.", minimum=2, maximum=4, needs=_STANDS
-    )
-    heads: int = key(4, "Tables of each order; they differ in their hash.", minimum=1, maximum=64, needs=_STANDS)
-    d_mem: int = key(
-        512,
-        "Width of what a token looks up: of one row of each table, one after another.",
-        minimum=1,
-        maximum=1 << 17,
-        needs=_STANDS,
-    )
-    table_size: int = key(
-        100_000,
-        "Rows of a table; each has as many as a prime of its own, from this on.",
-        minimum=2,
-        maximum=1 << 32,
-        needs=_STANDS,
-    )
-    kernel: int = key(
-        4, "Taps of the causal convolution; their distance is the largest order.", minimum=1, maximum=64, needs=_STANDS
-    )
-    sharpen_gate: bool = key(
-        False,
-        "Gate by sigmoid(sign(g) sqrt(|g|)), as the authors' demo does, instead of the paper's sigmoid(g).",
-        needs=_STANDS,
-    )
-    seed: int = key(0, "Seed of the hashes.", minimum=0, maximum=2**62, needs=_STANDS)
+    layers: Annotated[tuple[int, ...], Limits(0, 1023)] = ()
+    """Layers, counted from 0 and of either kind, before whose attention an Engram stands; none: no Engram."""
+    orders: Annotated[tuple[int, ...], Limits(2, 4)] = (2, 3)
+    """Lengths of the n-grams that are looked up, in tokens."""
+    heads: Annotated[int, Limits(1, 64)] = 4
+    """Tables of each order; they differ in their hash."""
+    d_mem: Annotated[int, Limits(1, 1 << 17)] = 512
+    """Width of what a token looks up: of one row of each table, one after another."""
+    table_size: Annotated[int, Limits(2, 1 << 32)] = 100_000
+    """Rows of a table; each has as many as a prime of its own, from this on."""
+    kernel: Annotated[int, Limits(1, 64)] = 4
+    """Taps of the causal convolution; their distance is the largest order."""
+    sharpen_gate: bool = False
+    """Gate by sigmoid(sign(g) sqrt(|g|)), as the authors' demo does, instead of the paper's sigmoid(g)."""
+    seed: Annotated[int, Limits(0, 2**62)] = 0
+    """Seed of the hashes."""
 
     presets: ClassVar[dict[str, Any]]  # by name, each of this class
 

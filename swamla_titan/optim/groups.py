@@ -139,7 +139,7 @@ def _kind(
     rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
     if rule == "muon" and not (is_matrix and is_hidden):
         rule = "adamw"
-    moments = config.moments if is_matrix else "float32"
+    moments: str = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
     return Kind(rule, moments, decay, lr_multiplier)

@@ -8,8 +8,8 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.effects import without_effect
-from swamla_titan.config.optimizer_rules import optimizer_contradictions
-from swamla_titan.config.sections import Float8
+from swamla_titan.config.optimizer_rules import optimizer_conflicts
+from swamla_titan.config.sections import Float8, OptimizerName, Recipe
 from swamla_titan.data import micro_batch_size
 from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.degrees import Degrees
@@ -90,18 +90,20 @@ def _chosen(config: Config, why_not: str | None, on: str, begun_with: str | None
         config = replace(config, optimizer=replace(config.optimizer, name=name))
         lines.append(f'optimizer.name = "auto" is "{name}": {why}')
         idle = ((each.keys, each.problem) for each in without_effect(config))
-        unfit = ((each.keys, each.problem) for each in optimizer_contradictions(config))
+        unfit = ((each.keys, each.problem) for each in optimizer_conflicts(config))
         for (key, *_), problem in (*unfit, *idle):
             if key in ("optimizer.name", "optimizer.moments"):
                 raise UserError(f"{key}: {problem}")
     return Resolved(config, lines)
 
 
-def _optimizer(config: Config, begun_with: str | None) -> tuple[str, str]:
+def _optimizer(config: Config, begun_with: str | None) -> tuple[OptimizerName, str]:
     """The optimizer's name, and why."""
     recipe = config.float8.recipe
-    if begun_with in ("adamw", "adamw_fp8"):
-        return begun_with, "the run began with it"
+    may_continue: tuple[OptimizerName, ...] = ("adamw", "adamw_fp8")
+    for name in may_continue:
+        if begun_with == name:
+            return name, "the run began with it"
     if recipe == "off":
         return "adamw", "matmuls are not in float8"
     if config.optimizer.moments != "float32":
@@ -111,7 +113,7 @@ def _optimizer(config: Config, begun_with: str | None) -> tuple[str, str]:
     return "adamw_fp8", f'float8.recipe = "{recipe}"'
 
 
-def _with_recipe(config: Config, recipe: str) -> Config:
+def _with_recipe(config: Config, recipe: Recipe) -> Config:
     return replace(config, float8=replace(config.float8, recipe=recipe))
 
 

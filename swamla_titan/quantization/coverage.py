@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from swamla_titan.config.loss import wants_fused_loss
-from swamla_titan.config.sections import Config, Float8
+from swamla_titan.config.sections import Config, Float8, Recipe
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
@@ -50,7 +50,7 @@ class LinearCoverage:
         return rest.partition(".")[2] if room in ("blocks", "annexes") else self.name
 
 
-def gain(recipe: str, out: int, inner: int, is_cast: bool = False) -> float:
+def gain(recipe: Recipe, out: int, inner: int, is_cast: bool = False) -> float:
     """Seconds per token that a layer's matmuls in float8 save, minus those that casts of input and gradient take.
 
     `is_cast`: the input comes in float8, as a norm's output does in "native". The constants are fitted to
@@ -60,7 +60,7 @@ def gain(recipe: str, out: int, inner: int, is_cast: bool = False) -> float:
     return _saved(recipe) * out * inner - (of_gradient * out + (0 if is_cast else of_input * inner)) / _BYTES
 
 
-def _saved(recipe: str) -> float:
+def _saved(recipe: Recipe) -> float:
     """Seconds that float8 matmuls save for each element of a weight and each token, forward and backward."""
     return 2 * _MATMULS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
 
@@ -97,7 +97,7 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
     return None if odd is None else f"{odd} is no multiple of {MULTIPLE}"
 
 
-def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str], recipe: str) -> set[str]:
+def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str], recipe: Recipe) -> set[str]:
     """The names of layers, of `shapes` [out, in] by name, that would be slower in float8; `readers` read a norm.
 
     `readers` are by name, with the branch that they read it in. With "native" the readers of one norm share the cast of
@@ -119,7 +119,7 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str]
     return small
 
 
-def validate_device(recipe: str, device: torch.device) -> None:
+def validate_device(recipe: Recipe, device: torch.device) -> None:
     """Raise UserError for a GPU without float8 tensor cores, and for "native" without Triton; a CPU emulates float8."""
     if recipe == "off" or device.type != "cuda":
         return
@@ -147,7 +147,7 @@ def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> Non
     )
 
 
-def table(coverage: Sequence[LinearCoverage], recipe: str, emulated: bool = False) -> Iterator[str]:
+def table(coverage: Sequence[LinearCoverage], recipe: Recipe, emulated: bool = False) -> Iterator[str]:
     """Lines for the log: each kind of linear layer, its number, and whether it is in float8 or why not."""
     inside = sum(each.why_not is None for each in coverage)
     how, share = recipe + (", emulated" if emulated else ""), share_of(coverage, recipe)
@@ -198,7 +198,7 @@ def little_gained(coverage: Sequence[LinearCoverage], config: Config, micro_batc
         )
 
 
-def share_of(coverage: Sequence[LinearCoverage], recipe: str) -> float:
+def share_of(coverage: Sequence[LinearCoverage], recipe: Recipe) -> float:
     """The share of all linear layers' operations, forward and backward, that is in float8."""
     total = sum(each.out * each.inner for each in coverage)
     inside = sum(each.out * each.inner for each in coverage if each.why_not is None)

@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.config.sections import Float8
+from swamla_titan.config.sections import Float8, Recipe
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.linear import LinearSpec, spec_of
 from swamla_titan.model.sharding import FULL, Sharding
@@ -95,7 +95,9 @@ def convert_to_float8(
     return coverage
 
 
-def _convert_by_torchao(model: SWAMLAModel, names: set[str], recipe: str, device: torch.device, gathered: bool) -> None:
+def _convert_by_torchao(
+    model: SWAMLAModel, names: set[str], recipe: Recipe, device: torch.device, gathered: bool
+) -> None:
     specs = {name: spec_of(name, model.get_submodule(name)) for name in names}
     plan = Float8LinearConfig.from_recipe_name(recipe)
     plan = dataclasses.replace(plan, emulate=device.type != "cuda")

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from swamla_titan.conditions import replace_at
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
-from swamla_titan.config.rules import contradictions
+from swamla_titan.config.rules import conflicts
+from swamla_titan.config.sections import KEYS
 from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
@@ -111,8 +112,8 @@ def _applied(config: Config, keys: dict[str, Any]) -> tuple[Config, dict[str, An
         if name in keys:
             return None
         if name not in idle_before:
-            changed, keys = without(changed, each), keys | {name: each.default}
-    return None if {*contradictions(changed)} - {*contradictions(config)} else (changed, keys)
+            changed, keys = without(changed, name), keys | {name: KEYS[name].default}
+    return None if {*conflicts(changed)} - {*conflicts(config)} else (changed, keys)
 
 
 def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Iterator[Change]:

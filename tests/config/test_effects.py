@@ -1,4 +1,4 @@
-"""A key that was set and cannot have an effect is refused; sections.py declares when each has one."""
+"""A key that was set and cannot have an effect is refused; effects.py and the model's keys say when each has one."""
 
 import dataclasses
 from pathlib import Path
@@ -8,22 +8,16 @@ import pytest
 
 from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs, to_toml
-from swamla_titan.config.effects import Given, without_effect
-from swamla_titan.config.load import SECTIONS
-from swamla_titan.config.sections import Config
+from swamla_titan.config.effects import NEEDS, without_effect
+from swamla_titan.config.sections import KEYS, SECTIONS, Config
 from swamla_titan.config.toml import toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import INTEGERS, field_types, settings, value_problem
+from swamla_titan.fields import INTEGERS
 from swamla_titan.model import FLAVORS, ModelConfig
 from swamla_titan.optim import lr_factor
 from tests.config.test_every_key_reaches_its_consumer import CASES
 
-FIELDS = {
-    f"{section}.{field.name}": (field, field_types(cls)[field.name])
-    for section, cls in SECTIONS.items()
-    for field in settings(cls).values()
-}
-CONDITIONAL = [name for name, (field, _) in FIELDS.items() if field.metadata["needs"]]
+CONDITIONAL = list(NEEDS)
 
 # What takes a key its effect, where builtin data and the other defaults do not; a beginning stands for all such names.
 OFF: dict[str, dict[str, Any]] = {
@@ -52,25 +46,25 @@ OFF: dict[str, dict[str, Any]] = {
 
 
 def what_takes_its_effect(name: str) -> dict[str, Any]:
-    if kind := getattr(FIELDS[name][0].metadata["needs"], "kind", None):  # of block
+    if kind := getattr(NEEDS[name], "kind", None):  # of block
         return {f"model.{kind}_layers_per_cycle": 0}
     return next((values for beginning, values in OFF.items() if name.startswith(beginning)), {})
 
 
 def another_value(name: str) -> Any:
     """Not the default, in range, and as its rule has it beside the other defaults."""
-    field, kind = FIELDS[name]
-    default, rule = field.default, field.metadata["rule"] or (lambda *_: None)
+    setting = KEYS[name]
+    default, rule = setting.default, setting.rule or (lambda *_: None)
     others = dataclasses.asdict(SECTIONS[name.rpartition(".")[0]]())
-    if "choices" in field.metadata:
-        return next(value for value in field.metadata["choices"] if value != default)
-    candidates = {bool: [not default], str: ["something"], INTEGERS: [[2]]}.get(kind, [2, 3, 4, 0.5, 0.25])
-    fitting = (value for value in candidates if value != default and not value_problem(field, kind, value))
+    if setting.choices:
+        return next(value for value in setting.choices if value != default)
+    candidates = {bool: [not default], str: ["something"], INTEGERS: [[2]]}.get(setting.kind, [2, 3, 4, 0.5, 0.25])
+    fitting = (value for value in candidates if value != default and not setting.problem(value))
     return next(value for value in fitting if not rule(value, others))
 
 
 def as_shown(name: str, value: Any) -> str:
-    return toml(float(value) if FIELDS[name][1] is float else value)
+    return toml(float(value) if KEYS[name].kind is float else value)
 
 
 def write(path: Path, values: dict[str, Any]) -> Path:
@@ -106,7 +100,7 @@ def test_a_key_without_effect_is_refused_with_what_takes_it_away_and_what_to_set
 
 def test_every_key_has_a_condition_or_a_proof_that_it_always_counts():
     """The proof is a case of the every-key test, or for a model's key one of tests/model."""
-    without = FIELDS.keys() - set(CONDITIONAL)
+    without = KEYS.keys() - set(CONDITIONAL)
     assert {name for name in without if not name.startswith("model.")} <= CASES.keys()
     layers = {f"model.{kind}_layers_per_cycle" for kind in ModelConfig.kinds()}
     assert {name for name in without if name.startswith("model.")} == (layers & without) | {
@@ -253,4 +247,4 @@ def test_conditions_look_at_all_that_decides(values: dict[str, Any], counts: boo
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_defaults_alone_are_never_without_effect(flavor: str):
-    assert list(without_effect(Config(model=FLAVORS[flavor]), Given(FIELDS, (), flavor))) == []
+    assert list(without_effect(Config(model=FLAVORS[flavor]), flavor)) == []

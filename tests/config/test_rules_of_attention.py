@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from swamla_titan.config.rules import contradictions
-from swamla_titan.config.sections import Config, Data, Kernels, Parallel, Training
+from swamla_titan.config.rules import conflicts
+from swamla_titan.config.sections import KEYS, Config, Data, Kernels, Parallel, Training
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS
@@ -19,7 +19,7 @@ FITS = ModelConfig(dim=1536, num_heads=16, max_seq_len=2048)  # heads of 96, a w
 
 def found(attention: str, model: ModelConfig = FITS, **sections) -> list[set[str]]:
     config = Config(kernels=Kernels(attention), model=model, **sections)
-    return [set(each.keys) for each in contradictions(config) if each.keys[0].startswith("kernels.")]
+    return [set(each.keys) for each in conflicts(config) if each.keys[0].startswith("kernels.")]
 
 
 def shape(**changes) -> ModelConfig:
@@ -128,12 +128,11 @@ def test_what_any_model_can_have(attention):
 
 
 def test_the_key_has_the_models_own_names():
-    keys = {key.name: key for key in dataclasses.fields(Kernels)}
-    assert keys["attention"].metadata["choices"] == ATTENTION_BACKENDS
+    assert KEYS["kernels.attention"].choices == ATTENTION_BACKENDS
 
 
 @pytest.mark.parametrize("degree", ["tensor", "pipeline"])
 def test_head_and_loss_cannot_be_one_where_ranks_share_them(degree):
     config = Config(kernels=Kernels(loss="fused"), parallel=Parallel(**{degree: 2}))
-    refused = [set(each.keys) for each in contradictions(config) if each.keys[0].startswith("kernels.")]
+    refused = [set(each.keys) for each in conflicts(config) if each.keys[0].startswith("kernels.")]
     assert refused == [{"kernels.loss", f"parallel.{degree}"}]

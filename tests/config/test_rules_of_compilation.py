@@ -2,7 +2,7 @@
 
 import pytest
 
-from swamla_titan.config.rules import contradictions
+from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import (
     ActivationCheckpoint,
     Config,
@@ -52,7 +52,7 @@ from swamla_titan.config.sections import (
 )
 def test_refused(config: Config, keys: set[str]):
     # nothing of these configurations' defaults but what is tested
-    found = [set(each.keys) for each in contradictions(config) if each.keys[0].partition(".")[0] != "data"]
+    found = [set(each.keys) for each in conflicts(config) if each.keys[0].partition(".")[0] != "data"]
     assert found == [keys]
 
 
@@ -63,4 +63,4 @@ def test_allowed():
         parallel=Parallel(context=2),
         activation_checkpoint=ActivationCheckpoint(memory_budget=0.5),
     )
-    assert [each for each in contradictions(config) if each.keys[0].partition(".")[0] != "data"] == []
+    assert [each for each in conflicts(config) if each.keys[0].partition(".")[0] != "data"] == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from swamla_titan.config.optimizer_rules import optimizer_contradictions
+from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.sections import EMA, Config, Optimizer, Parallel, Validation
 from swamla_titan.model import FLAVORS, ModelConfig
 from swamla_titan.model.engram_config import EngramConfig
@@ -45,7 +45,7 @@ OFFLOADED = Parallel(cpu_offload=True)
     ],
 )
 def test_refused(config: Config, keys: tuple[str, ...], way_out: str):
-    [found] = optimizer_contradictions(config)
+    [found] = optimizer_conflicts(config)
     assert found.keys == tuple(key if "." in key else f"optimizer.{key}" for key in keys)
     assert way_out in found.problem
 
@@ -60,4 +60,4 @@ def test_refused(config: Config, keys: tuple[str, ...], way_out: str):
     ],
 )
 def test_allowed(config: Config):
-    assert list(optimizer_contradictions(config)) == []
+    assert list(optimizer_conflicts(config)) == []

@@ -17,7 +17,7 @@ from swamla_titan.fields import settings
 from tests.fuzz.harness import Bench, Case, fuzz
 from tests.tiny_config import TINY
 
-KEYS = [(section, field.name) for section, cls in SECTIONS.items() for field in settings(cls).values()]
+KEYS = [(section, key) for section, cls in SECTIONS.items() for key in settings(cls)]
 KEYS += [(section, key) for section, (key, _) in READY_MADE.items()]
 # Not by the network; what a case overrides comes after these.
 AT_HAND = ("--data.source=builtin", "--data.path=", "--data.name=", "--data.tokenizer=byte")
@@ -168,13 +168,12 @@ def a_value_of(section: str, key: str, rng: random.Random) -> str:
     field = settings(SECTIONS[section]).get(key)
     if field is None or rng.random() < 0.3:
         return a_value(rng)
-    limits = field.metadata
-    if "choices" in limits:
-        return quoted(rng.choice(limits["choices"]))
+    if field.choices:
+        return quoted(rng.choice(field.choices))
     if isinstance(field.default, bool):
         return rng.choice(["true", "false"])
     if isinstance(field.default, (int, float)):
-        edges = [limits[edge] for edge in ("minimum", "maximum", "above", "below") if edge in limits]
+        edges = [each for each in (field.minimum, field.maximum, field.above, field.below) if each is not None]
         value = rng.choice([*edges, field.default, 2 * field.default, field.default / 2, 3, 64])
         return str(int(value)) if isinstance(field.default, int) else str(float(value))
     return a_value(rng)

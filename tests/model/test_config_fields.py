@@ -85,9 +85,9 @@ def observe(config):
 
 
 KEYS = {
-    field.name: field
-    for field in settings(ModelConfig).values()
-    if field.name.endswith("_layers_per_cycle") or hasattr(field.metadata["needs"], "kind")
+    name: setting
+    for name, setting in settings(ModelConfig).items()
+    if name.endswith("_layers_per_cycle") or hasattr(setting.needs, "kind")
 }
 
 
@@ -99,10 +99,10 @@ def test_every_field_has_a_case():
 @pytest.mark.parametrize("name", sorted(KEYS.keys() - CASES.keys() | {"mla_layers_per_cycle", "num_kv_heads"}))
 def test_every_key_of_a_kind_has_an_effect_by_its_declaration(name):
     """With another value that the key allows, in a model of this kind alone, something changes."""
-    kind, base = getattr(KEYS[name].metadata["needs"], "kind", None), replace(TINY, num_layers=8)
+    kind, base = getattr(KEYS[name].needs, "kind", None), replace(TINY, num_layers=8)
     if kind:
         base = replace(base, **{f"{each}_layers_per_cycle": int(each == kind) for each in ModelConfig.kinds()})
-    values, given = (*KEYS[name].metadata.get("choices", ()), True, 1, 2, 3, 4, 8, 24, 0.5), dataclasses.asdict(base)
+    values, given = (*KEYS[name].choices, True, 1, 2, 3, 4, 8, 24, 0.5), dataclasses.asdict(base)
     fitting = [each for each in values if each != given[name] and not ModelConfig.problems(given | {name: each})]
     assert fitting, f"{name}: needs a case in CASES, because no usual value fits"
     before, after = observe(base), observe(replace(base, **{name: fitting[0]}))

@@ -9,7 +9,7 @@ import pytest
 from swamla_titan.config import Config
 from swamla_titan.config.effects import without_effect
 from swamla_titan.config.load import split_overrides
-from swamla_titan.config.rules import contradictions
+from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import (
     ActivationCheckpoint,
     Compile,
@@ -85,7 +85,7 @@ def test_each_number_is_the_difference_of_two_plans_and_its_keys_can_be_set(rank
             )
             changed = replace(changed, **{section: replace(getattr(changed, section), **{key: value})})
         idle, contradict = (
-            {*map(str, rule(changed))} - {*map(str, rule(config))} for rule in (without_effect, contradictions)
+            {*map(str, rule(changed))} - {*map(str, rule(config))} for rule in (without_effect, conflicts)
         )
         assert not idle | contradict, each.line
         assert each.bytes == before - memory_at(changed, ranks, rank).total, each.line

@@ -11,7 +11,7 @@ import torch
 
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without_effect
-from swamla_titan.config.rules import contradictions
+from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.mesh import World
@@ -220,7 +220,7 @@ def test_its_own_keys_are_held_against_others():
     with pytest.raises(ValueError, match=r"^toy_heads: 3 does not divide dim = 64$"):
         replace(HYBRID, toy_heads=3)
     four = replace(CONFIG, model=replace(HYBRID, num_heads=4), parallel=Parallel(tensor=4))
-    (found,) = (each for each in contradictions(four) if "model.toy_heads" in each.keys)
+    (found,) = (each for each in conflicts(four) if "model.toy_heads" in each.keys)
     assert found.keys[0] == "parallel.tensor"
     assert "4 ranks cannot share model.toy_heads = 2 equally: use tensor = 2" in found.problem
     with pytest.raises(UserError, match="toy_heads = 2 equally"):
