@@ -73,7 +73,7 @@ class Origin:
             "; the data start over" if starts_over else "",
             Lines("\n  ".join(map(one_line, changes.values()))),
         )
-        return replace(state, sequences=0, cursors={}) if starts_over else state
+        return replace(state, sequences=0, cursors={}, excluded=[]) if starts_over else state
 
     def _of_another_run(self, refused: list[str], kinds: set[str]) -> UserError:
         way_out = f". To continue from it all the same: --checkpoint.allow {','.join(sorted(kinds))}"

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import platform
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 import swamla_titan
 from swamla_titan.checkpoint.manifest import DATA, MOST_TRAIN_STATE, TRAIN_STATE
-from swamla_titan.data import Corpus, ValidationSet
+from swamla_titan.data import Corpus, Exclusion, ValidationSet, taken_from_cursors
 from swamla_titan.errors import UserError
 from swamla_titan.system.bounded import Count, fit, inflated, key_of, parse_json, read_regular
 
@@ -29,8 +29,9 @@ class TrainState:
     """Where a run stands after `step`: the file train.json.
 
     `sequences` is the index of the next global sequence. `cursors` maps each stream's number to its position; empty
-    means that the data start from the beginning. `fingerprint` has all that must be equal for a run to continue from
-    the checkpoint: the model's shape, data, tokenizer, and what determines the order of the data.
+    means that the data start from the beginning. `excluded` is the job's list of what could not be read; the file has
+    no such key if that is nothing. `fingerprint` has all that must be equal for a run to continue from the checkpoint:
+    the model's shape, data, tokenizer, and what determines the order of the data.
 
     Reading validates the file against the types here, see system/bounded.py.
     """
@@ -41,6 +42,7 @@ class TrainState:
     cursors: dict[int, dict[str, Any]]
     fingerprint: dict[str, Any] = field(metadata={"key": "identity"})
     replaced_bytes: Count = 0
+    excluded: list[Exclusion] = field(default_factory=list)
     versions: dict[str, str] = field(
         default_factory=lambda: {
             "swamla_titan": swamla_titan.__version__,
@@ -51,7 +53,10 @@ class TrainState:
 
     def to_json(self) -> str:
         """The content of train.json."""
-        return json.dumps({key_of(each): getattr(self, each.name) for each in fields(self)}, indent=1)
+        content = {key_of(each): getattr(self, each.name) for each in fields(self)}
+        if not self.excluded:
+            del content["excluded"]
+        return json.dumps(content, indent=1, default=asdict)
 
 
 def read_train_state(checkpoint: Path) -> TrainState:
@@ -59,6 +64,7 @@ def read_train_state(checkpoint: Path) -> TrainState:
     path = checkpoint / TRAIN_STATE
     try:
         state: TrainState = fit(TrainState, parse_json(read_regular(path, MOST_TRAIN_STATE)))
+        state.excluded += taken_from_cursors(state.cursors)  # of checkpoints before 0.2
         _require_consistent(state)
         return state
     except (OSError, ValueError) as error:

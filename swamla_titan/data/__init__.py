@@ -19,19 +19,20 @@ from swamla_titan.data.batches import (
 from swamla_titan.data.compression import CompressedVocabulary, compress
 from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
 from swamla_titan.data.division import described, uneven
-from swamla_titan.data.loader import BatchLoader, prepare_workers
-from swamla_titan.data.skips import Skip, skips_of
+from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
+from swamla_titan.data.loader import BatchLoader
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
 from swamla_titan.data.validation_set import ValidationSet, build_validation_set
+from swamla_titan.data.worker import prepare_workers
 
 __all__ = [
     "IGNORED",
     "BatchLoader",
     "CompressedVocabulary",
     "Corpus",
+    "Exclusion",
     "MicroBatch",
-    "Skip",
     "StepBatch",
     "Tokenizer",
     "ValidationSet",
@@ -48,7 +49,7 @@ __all__ = [
     "pinned",
     "prepare_workers",
     "sequences_per_rank",
-    "skips_of",
+    "taken_from_cursors",
     "uneven",
     "waits_for_streams",
 ]

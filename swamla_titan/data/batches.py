@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from swamla_titan.data.skips import Skip
+from swamla_titan.data.document import Cursor
+from swamla_titan.data.exclusions import Exclusion
 
 IGNORED = -100  # as a target: not counted in the loss
 
@@ -18,7 +19,8 @@ class StepBatch:
 
     The global batch begins with sequence `first`; `sequences` [n] are the numbers of the rows, ascending;
     `document_ids` is there with data.document_mask; `replaced` counts the stretches of bytes that were no UTF-8 in
-    documents begun in this step; `skips` is what the streams found unreadable on the way, and pass over from here on.
+    documents begun in this step; `cursors` are those of all streams that the rank owns, after the batch; `excluded` is
+    what these found unreadable on the way, and exclude from here on.
     """
 
     first: int
@@ -27,7 +29,8 @@ class StepBatch:
     targets: torch.Tensor  # [n, T] int64
     document_ids: torch.Tensor | None  # [n, T] int64
     replaced: int
-    skips: tuple[Skip, ...] = ()
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    excluded: list[Exclusion] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

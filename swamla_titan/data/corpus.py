@@ -15,10 +15,8 @@ from swamla_titan.data.document import Document, Source
 from swamla_titan.data.editions import changed_settings, open_editions
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
-from swamla_titan.data.patience import Patience
-from swamla_titan.data.reading import all_documents
+from swamla_titan.data.retry import Retry, all_documents
 from swamla_titan.data.segments import ORDER, Segments
-from swamla_titan.data.shuffling import permutation
 from swamla_titan.data.sources import open_local, settings
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
 from swamla_titan.errors import UserError
@@ -76,9 +74,9 @@ class Corpus:
         last = len(self.sources) - 1
         return last if edition in (last, last - 1) else edition + 1 + edition % 2
 
-    def new_patience(self, is_over: Callable[[], bool] | None = None) -> Patience:
-        """For a process that reads it, until `is_over()`."""
-        return patience_of(self.data, is_over)
+    def new_retry(self, is_closed: Callable[[], bool] | None = None) -> Retry:
+        """For a process that reads it, until `is_closed()`."""
+        return retry_of(self.data, is_closed)
 
     def record(self) -> dict[str, Any]:
         """What must be remembered (JSON types) to open the same corpus after files were damaged or added, see
@@ -105,8 +103,8 @@ class Corpus:
 
     def _divided(self, source: Source, edition: int) -> Segments:
         order, streams = self._order(source.num_units, edition, _UNITS), self.data.streams
-        patience = self.new_patience()
-        return divide(source, order, streams, self.tokenizer, self.held_out, patience, self.skips_files)
+        retry = self.new_retry()
+        return divide(source, order, streams, self.tokenizer, self.held_out, retry, self.skips_files)
 
     def with_recorded_segments(self, recorded: Iterable[dict[str, Any] | None]) -> "Corpus":
         """The same corpus, divided as a checkpoint says of each edition; ValueError if that does not fit the data."""
@@ -176,14 +174,14 @@ def open_corpus(
     `validation` says now. With data.on_error = "skip_file" that is so also where files were damaged since.
     """
     recorded = recorded or {}
-    patience = patience_of(data)
+    retry = retry_of(data)
     known = recorded.get("editions", [])
     if known and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
         known = []  # of another kind
-    editions = open_editions(data, patience, known)
+    editions = open_editions(data, retry, known)
     source = editions.sources[-1]
     faults = list(source.passed_over)
-    documents = all_documents(source, patience, faults if data.on_error == "skip_file" else None)
+    documents = all_documents(source, retry, faults if data.on_error == "skip_file" else None)
     if all(document.is_empty for document in documents):  # stops at the first text
         if faults:
             raise faults[-1]
@@ -211,6 +209,15 @@ def open_corpus(
     )
 
 
+def permutation(size: int, *seeds: int) -> np.ndarray:
+    """A random order of `size` things that depends on the numbers `seeds` alone, and stays the same for ever.
+
+    It is made of raw bits of a counter-based generator, because numpy promises that those stay the same in later
+    releases, and not what `Generator.permutation` gives.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(seeds)).random_raw(size), kind="stable")
+
+
 def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     """What validation reads, as `validation` says; adds to the corpus' faults what cannot be read."""
     if validation.path:
@@ -219,22 +226,22 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     if validation.fraction == 0:
         return HeldOut(0)
     faults: list[Fault] = list(corpus.source.passed_over)  # it begins again, and comes upon them again
-    documents = all_documents(corpus.source, corpus.new_patience(), faults if corpus.skips_files else None)
+    documents = all_documents(corpus.source, corpus.new_retry(), faults if corpus.skips_files else None)
     found = choose_held_out(documents, validation.fraction, corpus.data.text_separator)
     corpus.faults[:] = faults
     return found
 
 
-def patience_of(data: Data, is_over: Callable[[], bool] | None = None) -> Patience:
+def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:
     """By data.retry_seconds; a trainer has put a number there in place of -1, see config/rules.py."""
-    return Patience(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_over)
+    return Retry(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_closed)
 
 
 def path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """The documents of `validation.path` that validation reads, each with its tokens."""
     # What validation means must not depend on what happens to be readable: nothing is passed over here.
-    patience = patience_of(data)
-    documents = all_documents(open_local(data, validation.path, "validation.path", patience=patience), patience)
+    retry = retry_of(data)
+    documents = all_documents(open_local(data, validation.path, "validation.path", retry=retry), retry)
     return up_to(validation.max_tokens + 1, documents, tokenizer)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from swamla_titan.data.document import MIB, Document, Source
 from swamla_titan.data.faults import DataFault
 from swamla_titan.data.held_out import HeldOut
-from swamla_titan.data.patience import Patience, read_on
-from swamla_titan.data.reading import documents_by_unit
+from swamla_titan.data.retry import Retry, documents_by_unit, read_on
 from swamla_titan.data.segments import Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.tokenizer import Tokenizer
 
@@ -36,16 +35,16 @@ def divide(
     streams: int,
     tokenizer: Tokenizer,
     held_out: HeldOut,
-    patience: Patience,
+    retry: Retry,
     skips_files: bool,
 ) -> Segments:
     """Segments of a source for `streams` streams, its units taken in `order`. Raises a Fault for data that cannot be
     read, unless `skips_files`."""
-    counted = count_tokens(source, tokenizer, held_out, patience, skips_files)
+    counted = count_tokens(source, tokenizer, held_out, retry, skips_files)
     if counted is not None:
         rows = ((part, ordinal, tokens) for part, unit in enumerate(order) for ordinal, tokens in counted.get(unit, []))
         return cut_counted(ring(order, {}), rows, streams)
-    sizes = estimated_sizes(source, tokenizer, patience)
+    sizes = estimated_sizes(source, tokenizer, retry)
     documents = [source.num_documents(unit) for unit in range(source.num_units)]
     return cut_by_size(ring(order, shared_units(sizes, documents, streams)), sizes, documents, streams)
 
@@ -103,7 +102,7 @@ def _spread(sizes: Sequence[float], documents: Sequence[int | None], streams: in
 
 
 def count_tokens(
-    source: Source, tokenizer: Tokenizer, held_out: HeldOut, patience: Patience, skips_files: bool
+    source: Source, tokenizer: Tokenizer, held_out: HeldOut, retry: Retry, skips_files: bool
 ) -> dict[int, list[tuple[int, int]]] | None:
     """{unit: [(ordinal, tokens), ...]} of all documents to train on, end of text counted; None for a large corpus."""
     size = source.text_bytes
@@ -115,7 +114,7 @@ def count_tokens(
         logger.info("data: reading up to %.0f MB of text, to divide them evenly if that is all", COUNTED_BYTES / 1e6)
     texts: list[tuple[int, Document]] = []
     chars = 0
-    for unit, document in documents_by_unit(source, patience, [] if skips_files else None):
+    for unit, document in documents_by_unit(source, retry, [] if skips_files else None):
         if document.is_empty or document in held_out:
             continue
         chars += len(document.text)
@@ -131,7 +130,7 @@ def count_tokens(
     return counted
 
 
-def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) -> list[float]:
+def estimated_sizes(source: Source, tokenizer: Tokenizer, retry: Retry) -> list[float]:
     """About how many tokens each unit has, up to a common factor.
 
     A unit's size in bytes counts by the tokens in a byte of text, as seen at the start of the nearest of some hundred
@@ -147,7 +146,7 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, patience: Patience) ->
         rate = 0.0
         if source.file_of(unit) not in damaged:
             try:
-                rate = _tokens_per_byte(read_on(source, unit, None, 1, 0, patience), tokenizer)
+                rate = _tokens_per_byte(read_on(source, unit, None, 1, 0, retry), tokenizer)
             except DataFault:  # told of when the streams come to it
                 damaged.add(source.file_of(unit))
         rates.append(rate)

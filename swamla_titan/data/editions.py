@@ -6,7 +6,7 @@ from typing import Any
 from swamla_titan.config.sections import Data
 from swamla_titan.data.document import Source
 from swamla_titan.data.local_files import LocalSource
-from swamla_titan.data.patience import Patience
+from swamla_titan.data.retry import Retry
 from swamla_titan.data.sources import open_local, open_source, settings
 
 _NAMED = 5  # files
@@ -31,30 +31,30 @@ class Editions:
         return any(segments is not None for segments in self.segments)
 
 
-def open_editions(data: Data, patience: Patience, recorded: list[dict[str, Any]]) -> Editions:
+def open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> Editions:
     """Opens the training data; `recorded` has of each edition what `Corpus.record` gave, and is empty for a new run.
 
     Files may have been added to a folder: they make two more editions, one of them alone and one of everything.
     UserError if there is no data, or it cannot be read.
     """
     if not recorded:
-        return Editions([open_source(data, patience)], [None])
-    source = open_source(data, patience, recorded[-1]["source"])
+        return Editions([open_source(data, retry)], [None])
+    source = open_source(data, retry, recorded[-1]["source"])
     segments = [edition["segments"] for edition in recorded]
     if source.record() == recorded[-1]["source"]:
-        earlier: list[Source] = [_reopened(data, patience, edition["source"]["files"]) for edition in recorded[:-1]]
+        earlier: list[Source] = [_reopened(data, retry, edition["source"]["files"]) for edition in recorded[:-1]]
         return Editions([*earlier, source], segments)
     before, now = (_by_name(each["files"]) for each in (recorded[-1]["source"], source.record()))
     if not isinstance(source, LocalSource) or any(now.get(name) != entry for name, entry in before.items()):
         return Editions([source], [None], _difference(before, now))
     added = [entry for name, entry in now.items() if name not in before]
-    earlier = [_reopened(data, patience, edition["source"]["files"]) for edition in recorded]
-    sources = [*earlier, _reopened(data, patience, added), source]
+    earlier = [_reopened(data, retry, edition["source"]["files"]) for edition in recorded]
+    sources = [*earlier, _reopened(data, retry, added), source]
     return Editions(sources, [*segments, None, None], added=tuple(entry["name"] for entry in added))
 
 
-def _reopened(data: Data, patience: Patience, entries: list[dict[str, Any]]) -> Source:
-    return open_local(data, data.path, "data.path", data.on_error == "skip_file", patience, entries=entries)
+def _reopened(data: Data, retry: Retry, entries: list[dict[str, Any]]) -> Source:
+    return open_local(data, data.path, "data.path", data.on_error == "skip_file", retry, entries=entries)
 
 
 def changed_settings(before: dict[str, str], data: Data) -> str:

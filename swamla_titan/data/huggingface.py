@@ -8,18 +8,17 @@ import os
 import reprlib
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch.utils.data._utils.worker as torch_worker
 
 from swamla_titan.data.document import Document, Position, replace_surrogates, too_large
 from swamla_titan.data.faults import DataFault, Fault, SetupFault, Unreachable, named, network_fault
 from swamla_titan.data.folder import listed, special_kind
-from swamla_titan.data.patience import Patience
+from swamla_titan.data.retry import Retry
 from swamla_titan.data.text_units import require_text
 from swamla_titan.errors import UserError
 from swamla_titan.system.machine import chain
@@ -41,7 +40,7 @@ class HuggingFaceSource:
         streams: int,
         revision: str = "",
         skip_files: bool = False,
-        patience: Patience | None = None,
+        retry: Retry | None = None,
         recorded: dict[str, Any] | None = None,
     ) -> None:
         import datasets  # takes a second, and only this source needs it
@@ -79,7 +78,7 @@ class HuggingFaceSource:
                     dataset = dataset.reshard()
             return dataset, dataset.column_names, reads_text
 
-        dataset, columns, reads_text = self._loaded(load, patience or Patience())
+        dataset, columns, reads_text = self._loaded(load, retry or Retry())
         if path in _without_commit:
             logger.warning(
                 "data.path: the commit of %s is not known (%s); if it changes, a resumed run will not notice",
@@ -153,8 +152,7 @@ class HuggingFaceSource:
         for ordinal in itertools.count(first):
             place = f"row {ordinal}"
             try:
-                with _outside_of_a_loader_worker():
-                    row = next(rows, None)
+                row = next(rows, None)
             except Fault as fault:
                 fault.file, fault.place = self.file_of(unit), place
                 raise
@@ -191,28 +189,33 @@ class HuggingFaceSource:
             raise too_large(file, place, len(value), self._max_document_bytes)
         return replace_surrogates(value)
 
-    def _loaded(self, load: Callable[[], Any], patience: Patience) -> Any:
-        while True:
+    def _loaded(self, load: Callable[[], Any], retry: Retry) -> Any:
+        file = f"data.path, data.name, data.split: {self._label}"
+
+        def attempt() -> Any:
             try:
                 return load()
             except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
-                file = f"data.path, data.name, data.split: {self._label}"
                 fault = _cache_fault(file, "", error) or network_fault(file, "", error)
                 # A wrong key looks like many things, but a network that is down says so.
-                if isinstance(fault, Unreachable) and patience.again(fault):
-                    continue
-                patience.give_up(fault)
-                if fault.of_machine:
-                    raise fault from error
-                tried = f" ({fault.tried})" if fault.tried else ""
-                # All of it: what there is to choose from stands in later lines.
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:600].rstrip(".:")
-                if isinstance(error, StopIteration):  # of looking for a first row
-                    reason = "its files hold no data"
-                advice = "Check the three keys and the network"
-                if "save_to_disk" in reason:
-                    advice = "Write it as parquet, by the method to_parquet of what load_from_disk gives"
-                raise UserError(f"{fault.file} cannot be loaded: {reason}{tried}. {advice}.") from error
+                fault.may_pass = isinstance(fault, Unreachable)
+                raise fault from error
+
+        try:
+            return retry.call(attempt)
+        except Fault as fault:
+            error = fault.__cause__
+            if fault.of_machine:
+                raise
+            tried = f" ({fault.tried})" if fault.tried else ""
+            # All of it: what there is to choose from stands in later lines.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:600].rstrip(".:")
+            if isinstance(error, StopIteration):  # of looking for a first row
+                reason = "its files hold no data"
+            advice = "Check the three keys and the network"
+            if "save_to_disk" in reason:
+                advice = "Write it as parquet, by the method to_parquet of what load_from_disk gives"
+            raise UserError(f"{file} cannot be loaded: {reason}{tried}. {advice}.") from error
 
     def _require_column(self, columns: list[str]) -> None:
         if self._text_key not in columns:
@@ -369,18 +372,3 @@ _WAITS = {
     "STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL",
     "STREAMING_OPEN_RETRY_INTERVAL",
 }
-
-
-@contextmanager
-def _outside_of_a_loader_worker() -> Iterator[None]:
-    """Hides torch's loader worker from `datasets` while it reads.
-
-    In a worker it would deal the shards out over the workers by itself, and a unit here is one shard: every worker
-    but the first would see an empty data set. Which unit is read by whom is decided by the streams.
-    """
-    info = torch_worker._worker_info
-    torch_worker._worker_info = None
-    try:
-        yield
-    finally:
-        torch_worker._worker_info = info

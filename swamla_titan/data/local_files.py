@@ -12,7 +12,7 @@ from swamla_titan.data.document import Document, Position, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
 from swamla_titan.data.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, listed, special_kind
 from swamla_titan.data.parquet import NoTextColumn, RowGroup, row_groups
-from swamla_titan.data.patience import Patience
+from swamla_titan.data.retry import Retry
 from swamla_titan.data.text_units import FileRange, WholeFile, require_text
 from swamla_titan.errors import UserError
 
@@ -57,13 +57,13 @@ class LocalSource:
         streams: int,
         setting: str = "data.path",
         skip_files: bool = False,
-        patience: Patience | None = None,
+        retry: Retry | None = None,
         recorded: dict[str, Any] | None = None,
         entries: list[dict[str, Any]] | None = None,
     ) -> None:
         self._faults: list[Fault] = []
         self._skip_files = skip_files
-        self._patience = patience or Patience()
+        self._retry = retry or Retry()
         self._may_skip = setting == "data.path"
         self._special: list[str] = []
         looked_for = entries is None  # those that a run had before may be lost by now
@@ -133,18 +133,11 @@ class LocalSource:
 
     def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
         """`work()`, tried again; where it fails for good and files may be skipped, `otherwise`."""
-        while True:
-            try:
-                return work()
-            except Fault as fault:
-                if self._patience.again(fault):
-                    continue
-                self._patience.give_up(fault)
-                # One that merely does not answer is not skipped for a whole run.
-                if not isinstance(fault, DataFault):
-                    raise
-                self._skip(fault)
-                return otherwise
+        try:
+            return self._retry.call(work)
+        except DataFault as fault:  # a file that merely does not answer is not skipped for a whole run
+            self._skip(fault)
+            return otherwise
 
     def _found(self, now: dict[str, int], text_key: str, recorded: dict[str, Any] | None) -> list[dict[str, Any]]:
         """What is to be remembered of each file of `now` (name -> bytes): as it is now, or if the run began with it and

@@ -1,14 +1,16 @@
 """Documents cut to fill sequences: no padding, no target lost, no target twice."""
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from swamla_titan.data.corpus import Corpus
-from swamla_titan.data.patience import Patience
-from swamla_titan.data.skips import Skip, is_skip, skips_of, with_skips
+from swamla_titan.data.document import Cursor
+from swamla_titan.data.exclusions import Exclusion
+from swamla_titan.data.retry import Retry
 from swamla_titan.data.streams import DocumentStream, StreamDocument, data_changed
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
@@ -45,7 +47,16 @@ class TokenCache:
         return with_eot(self._tokenizer, text)
 
 
-class PackedStream:
+class Packed(NamedTuple):
+    """A sequence of a stream, and where the stream stands after it."""
+
+    tokens: np.ndarray  # int32 [T + 1]: [:-1] are inputs, [1:] their targets
+    cursor: Cursor  # of the next sequence's first token
+    replaced: int  # stretches of bytes that were no UTF-8, in documents that begin in this sequence
+    excluded: list[Exclusion]  # what was found unreadable on the way
+
+
+class PackedStream(Iterator[Packed]):
     """A stream's documents, one after the other, cut in sequences of T + 1 tokens that overlap by one.
 
     The last target of a sequence is the first input of the next, so every token but the very first is a target
@@ -58,89 +69,83 @@ class PackedStream:
         stream: int,
         seq_len: int,
         cache: TokenCache,
-        cursor: dict[str, Any] | None = None,
-        patience: Patience | None = None,
+        cursor: Cursor | None = None,
+        excluded: Iterable[Exclusion] = (),
+        retry: Retry | None = None,
     ) -> None:
-        skips = skips_of(stream, cursor)
+        """Continue at `cursor`, or begin; see DocumentStream."""
         if cursor is not None and cursor["sequences"] == 0:
             cursor = None  # of a stream that was never read: the same as none
+        excluded = list(excluded)
         self._seq_len = seq_len
         self._cache = cache
-        self._documents = DocumentStream(corpus, stream, cursor, patience, skips)
+        self._documents = DocumentStream(corpus, stream, cursor, excluded, retry)
+        self._known = sum(each.stream == stream for each in excluded)  # exclusions that were given, or yielded
         self._tokens = np.empty(0, dtype=np.int32)
         self._offset = 0  # of the next sequence's first token, in the document's tokens that are read
-        self.replaced = 0  # stretches of bytes that were no UTF-8, in documents begun so far by this object
+        self._document = initial_cursor()  # the cursor of the document that is being read
         self._sequences = 0
         if cursor is not None:
             self._sequences = cursor["sequences"]
             if self._documents.lost_its_place:
                 return
             # The document was begun, and its replacements counted, before the cursor was saved.
-            self._tokens = cache.tokens(self._documents.next_document())
+            self._begin_next_document()
             self._offset = cursor["token"]
             if self._offset >= len(self._tokens):
                 raise data_changed()
 
-    def next_sequence(self) -> np.ndarray:
-        """int32 [T + 1]: tokens [:-1] are inputs, [1:] their targets."""
+    def __next__(self) -> Packed:
         sequence = np.empty(self._seq_len + 1, dtype=np.int32)
-        filled = 0
-        while filled < self._seq_len:
-            self._begin_next_document_at_end()
-            part = self._tokens[self._offset : self._offset + self._seq_len - filled]
+        filled = replaced = 0
+        # The last target is looked at, not taken, because the next sequence begins with it: so each turn but the last
+        # takes what there is of a document, and the last one leaves the offset where it is.
+        while filled <= self._seq_len:
+            while self._offset >= len(self._tokens):
+                replaced += self._begin_next_document()
+            part = self._tokens[self._offset : self._offset + self._seq_len + 1 - filled]
             sequence[filled : filled + len(part)] = part
             filled += len(part)
             self._offset += len(part)
-        # The last target is looked at, not taken: the next sequence begins with it.
-        self._begin_next_document_at_end()
-        sequence[filled] = self._tokens[self._offset]
+        self._offset -= 1
         self._sequences += 1
-        return sequence
+        cursor = {**self._document, "token": self._offset, "sequences": self._sequences}
+        excluded = self._documents.excluded[self._known :]
+        self._known += len(excluded)
+        return Packed(sequence, cursor, replaced, excluded)
 
-    def cursor(self) -> dict[str, Any]:
-        """The place of the next sequence's first token (JSON types), and how many sequences there were before it."""
-        place = initial_cursor()
-        if self._sequences > 0:
-            place = {**self._documents.cursor(), "token": self._offset, "sequences": self._sequences}
-        return with_skips(place, self._documents.skips)
-
-    def new_skips(self) -> list[Skip]:
-        """What is passed over since the last call, because it could not be read."""
-        return self._documents.new_skips()
-
-    def _begin_next_document_at_end(self) -> None:
-        while self._offset >= len(self._tokens):
-            document = self._documents.next_document()
-            self._tokens = self._cache.tokens(document)
-            self.replaced += document.replaced if not document.begin else 0
-            self._offset = 0
+    def _begin_next_document(self) -> int:
+        """Returns how many stretches of its bytes were no UTF-8; of one that is continued they are counted already."""
+        document, self._document = next(self._documents)
+        self._tokens, self._offset = self._cache.tokens(document), 0
+        return 0 if document.begin else document.replaced
 
 
-def initial_cursor() -> dict[str, Any]:
+def initial_cursor() -> Cursor:
     """The cursor of a stream that was not read yet."""
     return {"edition": 0, "epoch": 0, "item": 0, "position": None, "document": 0, "token": 0, "sequences": 0}
 
 
 def is_cursor(value: Any) -> bool:
     """Whether a value from a checkpoint is made as a cursor is; where it points to is seen when it is read."""
-    if not isinstance(value, dict) or not value.keys() >= (names := initial_cursor()).keys():
+    if not isinstance(value, dict) or value.keys() != initial_cursor().keys():
         return False
-    numbers = [value[name] for name in names if name != "position"]
-    position, skips = value["position"], value.get("skipped", [])
-    return (
-        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        and (position is None or (isinstance(position, dict) and _is_position(position)))
-        and isinstance(skips, list)
-        and all(map(is_skip, skips))
+    numbers = {**value, "position": 0}.values()
+    position = value["position"]
+    return all(map(_is_count, numbers)) and (
+        position is None or (isinstance(position, dict) and _is_position(position))
     )
 
 
 def _is_position(position: dict[str, Any]) -> bool:
     """The number of a document, and what the source adds: numbers of bytes, or a state as text."""
     return "ordinal" in position and all(
-        type(value) is str if name == "state" else type(value) is int and 0 <= value < 2**63
-        for name, value in position.items()
+        type(value) is str if name == "state" else _is_count(value) for name, value in position.items()
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:

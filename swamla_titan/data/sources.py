@@ -9,10 +9,10 @@ from swamla_titan.data.builtin import BuiltinSource
 from swamla_titan.data.document import MIB, Source
 from swamla_titan.data.huggingface import HuggingFaceSource, commit_of
 from swamla_titan.data.local_files import LocalSource
-from swamla_titan.data.patience import Patience
+from swamla_titan.data.retry import Retry
 
 
-def open_source(data: Data, patience: Patience | None = None, recorded: dict[str, Any] | None = None) -> Source:
+def open_source(data: Data, retry: Retry | None = None, recorded: dict[str, Any] | None = None) -> Source:
     """The source that `data.source` and its keys name. UserError if it is not there or cannot be read.
 
     `recorded` is what `Source.record` gave when the run began; it counts with data.on_error = "skip_file" only.
@@ -22,7 +22,7 @@ def open_source(data: Data, patience: Patience | None = None, recorded: dict[str
     if data.source == "builtin":
         return BuiltinSource()
     if data.source == "local":
-        return open_local(data, data.path, "data.path", data.on_error == "skip_file", patience, recorded)
+        return open_local(data, data.path, "data.path", data.on_error == "skip_file", retry, recorded)
     return HuggingFaceSource(
         data.path,
         name=data.name,
@@ -32,7 +32,7 @@ def open_source(data: Data, patience: Patience | None = None, recorded: dict[str
         streams=data.streams,
         revision=data.revision,
         skip_files=data.on_error == "skip_file",
-        patience=patience,
+        retry=retry,
         recorded=recorded,
     )
 
@@ -61,7 +61,7 @@ def open_local(
     path: str,
     setting: str,
     skip_files: bool = False,
-    patience: Patience | None = None,
+    retry: Retry | None = None,
     recorded: dict[str, Any] | None = None,
     entries: list[dict[str, Any]] | None = None,
 ) -> LocalSource:
@@ -74,7 +74,7 @@ def open_local(
         streams=data.streams,
         setting=setting,
         skip_files=skip_files,
-        patience=patience,
+        retry=retry,
         recorded=recorded,
         entries=entries,
     )

@@ -1,22 +1,20 @@
 """The order of documents: each logical stream reads the corpus around, segment by segment, each shuffled by itself.
 
 A stream knows nothing of ranks and loader workers. What it yields is a function of (data, seed, its own number), and
-its cursor, a few numbers, is all that is needed to go on from the same place.
+its cursor, a few numbers, is all that is needed to continue from the same place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from swamla_titan.data.corpus import Corpus
-from swamla_titan.data.document import Document, Position
+from swamla_titan.data.corpus import Corpus, permutation
+from swamla_titan.data.document import Cursor, Document, Position
+from swamla_titan.data.exclusions import Exclusion, Moment, first_excluded
 from swamla_titan.data.faults import Fault
-from swamla_titan.data.patience import Patience, read_on
+from swamla_titan.data.retry import Retry, read_on
 from swamla_titan.data.segments import Slice
-from swamla_titan.data.shuffling import permutation
-from swamla_titan.data.skips import Moment, Skip, added, first_skipped, skips_of
 from swamla_titan.errors import UserError
 
 # A block of documents to be shuffled is closed early at this many characters, so that a thousand long documents do
@@ -53,8 +51,8 @@ class StreamDocument:
         return tokens[begin:finish]
 
 
-class DocumentStream:
-    """The endless sequence of a stream's documents, epoch after epoch, each in another order.
+class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
+    """The endless sequence of a stream's documents, epoch after epoch, each in another order; each with its cursor.
 
     An epoch of a stream is one segment of the corpus; the next epoch is the segment behind it. Within an epoch the
     segment's units come in a shuffled order, and the documents of a unit in shuffled blocks of
@@ -62,26 +60,28 @@ class DocumentStream:
     stands at the end of the one epoch and at the beginning of the next, so that it is read in one piece.
 
     Where data were added to a run, the corpus has several editions, see `Corpus`: at the end of an epoch the stream
-    goes on to the next one that is due.
+    continues with the next one that is due.
 
-    What cannot be read raises its Fault, or with data.on_error = "skip_file" is passed over, with what follows it in
-    its file: from then on for ever, see skips.py. Each stream comes upon damage by itself, at a place in its own order,
-    so that no stream needs to know of the others.
+    What cannot be read raises its Fault, or with data.on_error = "skip_file" is excluded, with what follows it in its
+    file: from then on for ever, see exclusions.py.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         stream: int,
-        cursor: dict[str, Any] | None = None,
-        patience: Patience | None = None,
-        skips: list[Skip] | None = None,
+        cursor: Cursor | None = None,
+        excluded: Iterable[Exclusion] = (),
+        retry: Retry | None = None,
     ) -> None:
-        """`skips`: those of a stream that begins; a cursor holds its own."""
-        self._patience = patience or corpus.new_patience()
-        self._skips = skips_of(stream, cursor) if cursor else list(skips or [])
-        self._new_skips: list[Skip] = []
-        # The document of the cursor could not be read any more: `next_document` gives what comes after its block.
+        """Continue at `cursor`, or begin: the first document is that of the cursor once more.
+
+        `excluded`: what the job has excluded so far. UserError if the cursor points to nothing.
+        """
+        self._retry = retry or corpus.new_retry()
+        # Of this stream; what it finds unreadable is appended.
+        self.excluded = [each for each in excluded if each.stream == stream]
+        # The document of the cursor could not be read any more: the first document is that after its block.
         self.lost_its_place = False
         self._corpus = corpus
         self._stream = stream
@@ -89,7 +89,7 @@ class DocumentStream:
         self._reader: Iterator[Document] | None = None
         self._block: list[StreamDocument | None] = []
         self._order: list[int] = []
-        self._empty_epochs = 0  # in a row
+        self._empty_epochs = 0  # one after another
         self._epoch_has_text = cursor is not None
         self._edition: int = cursor["edition"] if cursor else 0
         self._epoch: int = cursor["epoch"] if cursor else 0
@@ -99,7 +99,7 @@ class DocumentStream:
         if self._edition >= len(corpus.sources):
             raise data_changed()
         self._begin_epoch()
-        self._next = 0  # place in the block of the document that `next_document` will give
+        self._next = 0  # place in the block of the document to come
         self._reloading = cursor is not None
         if cursor is not None:
             self._load_block()
@@ -110,37 +110,23 @@ class DocumentStream:
                     raise data_changed()
         self._reloading = False
 
-    def next_document(self) -> StreamDocument:
-        """The next document. On a stream resumed from a cursor the first one is that of the cursor again."""
+    def __next__(self) -> tuple[StreamDocument, Cursor]:
         if self._next == len(self._block):
             self._load_block()
             self._next = 0
         place = self._order[self._next]
         document = self._block[place]
         assert document is not None, "a document of a block is taken once"
-        self._block[place] = None  # its text is not needed again: resuming re-reads the block
-        self._next += 1
-        return document
-
-    def cursor(self) -> dict[str, Any]:
-        """The place of the document that `next_document` gave last (JSON types)."""
-        return {
+        self._block[place] = None  # its text is not needed again, because resuming reads the block again
+        cursor = {
             "edition": self._edition,
             "epoch": self._epoch,
             "item": self._item,
             "position": self._block_start,
-            "document": self._next - 1,
+            "document": self._next,
         }
-
-    @property
-    def skips(self) -> list[Skip]:
-        """All that is passed over; belongs into the cursor."""
-        return self._skips
-
-    def new_skips(self) -> list[Skip]:
-        """Those added since the last call."""
-        new, self._new_skips = self._new_skips, []
-        return new
+        self._next += 1
+        return document, cursor
 
     def _begin_epoch(self) -> None:
         segments = self._corpus.segments[self._edition]
@@ -167,7 +153,7 @@ class DocumentStream:
             part = piece.part
             if self._reader is None:
                 start = self._after_block or source.position_of(part.unit, piece.first)
-                self._reader = read_on(source, part.unit, start, part.every, part.offset, self._patience)
+                self._reader = read_on(source, part.unit, start, part.every, part.offset, self._retry)
             self._block_start = self._after_block
             if self._read_block(self._reader, piece):
                 self._epoch_has_text = True
@@ -187,8 +173,8 @@ class DocumentStream:
         chars = 0
         unit = piece.part.unit
         file = self._corpus.sources[self._edition].file_of(unit)
-        # What is passed over is not touched: it may stop the reading for minutes, or be whole again by now.
-        ends = [end for end in (first_skipped(self._skips, file, unit, self._moment), piece.end) if end is not None]
+        # What is excluded is not touched: it may stop the reading for minutes, or be whole again by now.
+        ends = [end for end in (first_excluded(self.excluded, file, unit, self._moment), piece.end) if end is not None]
         try:
             while not ends or _ordinal(self._after_block) < min(ends):
                 document = next(reader, None)
@@ -203,22 +189,22 @@ class DocumentStream:
                 if len(self._block) == self._shuffle or chars >= BLOCK_CHARS:
                     break
         except Fault as fault:
-            self._pass_over(fault, file, unit)
+            self._exclude(fault, file, unit)
         return bool(self._block)
 
     @property
     def _moment(self) -> Moment:
         return self._edition, self._epoch, self._item
 
-    def _pass_over(self, fault: Fault, file: str, unit: int) -> None:
-        """The rest of a file, from behind the last document that was read; or raise its fault."""
+    def _exclude(self, fault: Fault, file: str, unit: int) -> None:
+        """Exclude the rest of a file, from behind the last document that was read; or raise its fault."""
         if fault.of_machine:
             raise fault
         if not self._corpus.skips_files:
-            skipping = 'data.on_error = "skip_file" passes over the rest of the file'
+            skipping = 'data.on_error = "skip_file" skips the rest of the file'
             fault.advice = f"{fault.advice}. {skipping}" if fault.advice else skipping
             raise fault
-        if self._patience.is_lost:
+        if self._retry.nothing_answers:
             fault.advice = "Nothing else answers either, so it is not the file; start the same command again later"
             raise fault
         if self._reloading:
@@ -227,9 +213,8 @@ class DocumentStream:
             self.lost_its_place, self._reloading = True, False
             self._after_block = self._block_start
         reason = fault.reason + (f" ({fault.tried})" if fault.tried else "")
-        skip = Skip(self._stream, file, unit, _ordinal(self._after_block), self._moment, fault.place, reason)
-        self._skips = added(self._skips, skip)
-        self._new_skips.append(skip)
+        ordinal = _ordinal(self._after_block)
+        self.excluded.append(Exclusion(self._stream, file, unit, ordinal, *self._moment, fault.place, reason))
 
     def _next_epoch(self) -> None:
         self._empty_epochs = 0 if self._epoch_has_text else self._empty_epochs + 1
@@ -245,10 +230,10 @@ class DocumentStream:
         self._begin_epoch()
 
     def _refuse_nothing(self) -> None:
-        if self._skips:
-            last = self._skips[-1]
+        if self.excluded:
+            last = self.excluded[-1]
             raise UserError(
-                "nothing is left of the training data: every file was passed over because it could not be "
+                "nothing is left of the training data: every file was skipped because it could not be "
                 f"read, the last one, {last.file}, because: {last.reason}"
             )
         raise UserError(

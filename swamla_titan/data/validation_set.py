@@ -12,7 +12,7 @@ from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
 from swamla_titan.data.corpus import Corpus, path_documents, up_to
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.packing import document_ids
-from swamla_titan.data.reading import all_documents
+from swamla_titan.data.retry import all_documents
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
 
@@ -54,7 +54,7 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
         faults: list[Fault] | None = (
             [] if corpus.skips_files else None
         )  # they are told of already, or when training comes upon them
-        readable = all_documents(corpus.source, corpus.new_patience(), faults)
+        readable = all_documents(corpus.source, corpus.new_retry(), faults)
         held_out = (document for document in readable if document in corpus.read_by_validation)
         documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
         missing = (

@@ -1,185 +1,169 @@
-"""What a loader process does: advance its streams, and hand over its part of each step with their cursors."""
+"""Loader processes: each reads its part of the steps ahead of the trainer, and ends with it.
 
-import json
+A fork server makes them: forking the training process itself would copy its threads' locks and its CUDA state, and
+starting each process from nothing would import torch once per process. The server imports once, and because the
+processes are no children of the trainer's, one that dies interrupts nothing.
+"""
+
 import logging
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.util
 import os
+import queue
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from typing import Generic, TypeVar
 
-import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
-
-from swamla_titan.data.corpus import Corpus
-from swamla_titan.data.packing import PackedStream, TokenCache
-from swamla_titan.data.skips import Skip
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.console import LogFormatter, open_console
+from swamla_titan.system.machine import needed
 from swamla_titan.system.process_end import wait_for_end
 
-CURSORS = "stream_cursors"  # key of the cursors in the loader's state
+PREFETCH_STEPS = 4  # that a process may be ahead of what was taken from it
+_LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
+_NEXT = b"next"
+_LONGEST_END = 5.0  # seconds from the end of a process's output to its own
+
+Part = TypeVar("Part")
+
+
+class LoaderProcess(Generic[Part]):
+    """A process that iterates over `parts`, at most PREFETCH_STEPS ahead of `receive`, until `kill`."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        context = _fork_server()
+        self._connection, other_end = context.Pipe()
+        try:
+            with other_end:  # the process has its own copy; while this one is open, the process's end would not be seen
+                self.process = context.Process(target=_read_ahead, args=(os.getpid(), parts, other_end), daemon=True)
+                self.process.start()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def receive(self) -> Part:
+        """The next part; raises RunFailed if the process is gone, and what the iteration raised."""
+        try:
+            self._connection.send_bytes(_NEXT)
+            part = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(_LONGEST_END)
+            code = "" if self.process.exitcode is None else f" (exit code {self.process.exitcode})"
+            raise RunFailed(
+                f"A data loader process ended unexpectedly{code}. Mostly the machine is out of memory: look at the "
+                "kernel's log, lower data.num_workers or data.shuffle_documents, and resume from the last checkpoint."
+            ) from error
+        if isinstance(part, _Broken):
+            raise RuntimeError(f"in a data loader process:\n{part.traceback}")
+        return part
+
+    def kill(self) -> None:
+        """End the process at once; a thread that waits in `receive` is released."""
+        self.process.kill()
+        self.process.join()
+
+    def close(self) -> None:
+        """Free what it held, after `kill`."""
+        self._connection.close()
+        self.process.close()
 
 
 @dataclass
-class Portion:
-    """A worker's part of one step. `error` instead of data where it could not be read."""
+class _Broken:
+    """Sent instead of a part, where a fault of the program ended the iteration."""
 
-    sequences: np.ndarray  # [n] int64, global numbers, ascending
-    tokens: np.ndarray  # [n, T + 1] int32
-    replaced: int
-    skips: list[Skip] = field(default_factory=list)  # found in this step
-    notes: list[str] = field(default_factory=list)  # for the log: what could be read in the end
-    error: UserError | RunFailed | None = None
+    traceback: str
 
 
-def _failed(error: UserError | RunFailed) -> Portion:
-    return Portion(np.empty(0, np.int64), np.empty((0, 0), np.int32), 0, error=error)
+def _read_ahead(trainer: int, parts: Iterable[object], connection: Connection) -> None:
+    """What a loader process does; `trainer` is the PID of the training process."""
+    _settle(trainer)
+    ahead: queue.Queue[object] = queue.Queue(PREFETCH_STEPS - 1)
+    threading.Thread(target=_send, args=(ahead, connection), daemon=True, name="sender").start()
+    try:
+        for part in parts:
+            ahead.put(part)  # with one more part at hand, it waits until there is room
+    except Exception:
+        ahead.put(_Broken(traceback.format_exc()))
+    threading.Event().wait()  # until it is killed, because the sender is not done
 
 
-def settle_worker(trainer: int, worker: int) -> None:
-    """Runs first in every loader process; `trainer` is the PID of the training process.
+def _send(ahead: "queue.Queue[object]", connection: Connection) -> None:
+    """Send a part for each request; the process ends if nobody can ask any more.
 
-    Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes of the job; what follows from them is decided in
-    the training process, which still needs its batches until the last step is saved. It ends the workers itself; where
-    it is killed before it can, they end themselves.
+    Without requests, as many parts as fit in the pipe would be read ahead: hundreds of short ones.
     """
-    open_console()
-    if logging.lastResort is not None:  # what a worker logs goes to standard error, by no handler of its own
-        logging.lastResort.setFormatter(LogFormatter())
+    with suppress(EOFError, OSError):
+        while connection.recv_bytes() == _NEXT:
+            connection.send(ahead.get())
+    os._exit(1)
+
+
+def _settle(trainer: int) -> None:
+    """Ignore the signals that reach all processes of the job, and end with the training process.
+
+    Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes; what follows from them is decided in the training
+    process, which still needs its batches until the last step is saved. It kills the loader processes itself; where it
+    is killed before it can, they end themselves.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: their number is the user's to choose
-    # torch's own watchdog looks at the parent, and that is the fork server, which lives as long as its workers do.
+    open_console()
+    if logging.lastResort is not None:  # what is logged here goes to standard error, by no handler of its own
+        logging.lastResort.setFormatter(LogFormatter())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process, because their number is the user's to choose
+    # The parent is the fork server, which lives as long as its processes do.
     threading.Thread(target=_end_with, args=(trainer,), daemon=True, name="trainer-watch").start()
 
 
 def _end_with(trainer: int) -> None:
-    """Ends this process as soon as the process `trainer` is gone."""
+    """End this process as soon as the process `trainer` is gone."""
     wait_for_end(trainer)
     os._exit(1)
 
 
-class StepDataset(IterableDataset[Portion]):
-    """Endless: item k of a worker is its part of the k-th global batch from sequence `first` on.
+def prepare_workers(count: int) -> None:
+    """Let the fork server of the loader's `count` processes begin to start, which takes seconds.
 
-    It reads the streams numbered `streams`.
+    Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
     """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        streams: list[int],
-        seq_len: int,
-        global_batch_size: int,
-        first: int,
-        cursors: dict[int, dict[str, Any]],
-    ) -> None:
-        self.corpus = corpus
-        self.streams = streams
-        self.seq_len = seq_len
-        self.global_batch_size = global_batch_size
-        self.first = first
-        self.is_closed = False  # set where the reader is a thread of this process, which cannot be ended
-        self.cursors = cursors
-
-    def __iter__(self) -> "StepIterator":
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        return StepIterator(self, self.streams[worker::workers])
+    if count:
+        with needed("the processes that read the data cannot be started"):
+            _fork_server()
+        with suppress(OSError):  # the loader's own start will report it
+            multiprocessing.forkserver.ensure_running()
 
 
-class StepIterator(Iterator[Portion]):
-    """The iterator of one worker; its state is what StatefulDataLoader sends along with every item."""
-
-    def __init__(self, dataset: StepDataset, streams: list[int]) -> None:
-        self._dataset = dataset
-        self._first = dataset.first
-        self._numbers = np.array(streams, dtype=np.int64)
-        self._streams: dict[int, PackedStream] = {}  # opened when first needed
-        self._cache = TokenCache(dataset.corpus.tokenizer)
-        self._patience = dataset.corpus.new_patience(lambda: dataset.is_closed)
-        # As text: they are copied and compared at every step, and only those that moved are written anew.
-        self._cursors = {str(stream): json.dumps(dataset.cursors[stream]) for stream in streams}
-
-    def __next__(self) -> Portion:
-        try:
-            portion = self._portion()
-        except (UserError, RunFailed) as error:
-            # As a value: raised here it would reach the user wrapped in the worker's traceback.
-            portion = _failed(error)
-        except MemoryError:
-            portion = _failed(
-                RunFailed("Reading the data ran out of memory: lower data.num_workers or data.shuffle_documents.")
-            )
-        self._first += self._dataset.global_batch_size
-        return portion
-
-    def state_dict(self) -> dict[str, Any]:
-        return {CURSORS: dict(self._cursors)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        # StatefulDataLoader asks both methods of a stateful iterator, but a resumed loader is built anew from the
-        # cursors of all streams: only so can it have another number of ranks and workers.
-        raise NotImplementedError("a loader is resumed by BatchLoader(cursors=...)")
-
-    def _portion(self) -> Portion:
-        numbers = np.arange(self._first, self._first + self._dataset.global_batch_size, dtype=np.int64)
-        owners = numbers % self._dataset.corpus.data.streams
-        mine = np.isin(owners, self._numbers)
-        rows = np.empty((int(mine.sum()), self._dataset.seq_len + 1), dtype=np.int32)
-        replaced = 0
-        skips: list[Skip] = []
-        self._patience.begin()
-        for row, owner in zip(rows, owners[mine].tolist()):
-            stream = self._stream(owner)
-            before = stream.replaced
-            row[:] = stream.next_sequence()
-            replaced += stream.replaced - before
-            skips += stream.new_skips()
-        for owner in set(owners[mine].tolist()):
-            self._cursors[str(owner)] = json.dumps(self._streams[owner].cursor())
-        return Portion(numbers[mine], rows, replaced, skips, self._patience.notes())
-
-    def _stream(self, number: int) -> PackedStream:
-        if number not in self._streams:
-            dataset = self._dataset
-            self._streams[number] = PackedStream(
-                dataset.corpus, number, dataset.seq_len, self._cache, dataset.cursors[number], self._patience
-            )
-        return self._streams[number]
+def _fork_server() -> ForkServerContext:
+    _make_sockets_where_their_names_fit()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["swamla_titan.data.loader"])
+    return context
 
 
-Result = TypeVar("Result")
+def _make_sockets_where_their_names_fit() -> None:
+    """Let multiprocessing keep its sockets in /tmp where the folder for temporary files has too long a name.
 
-
-class Background(Generic[Result]):
-    """Does `work` in a thread of its own, from now on; whoever wants the result can wait for it a little at a time.
-
-    The thread ends with its work, and does not keep the process alive.
+    The name of a socket has 107 bytes at most, of which Python takes 32, and clusters like to name TMPDIR after jobs.
     """
-
-    def __init__(self, work: Callable[[], Result]) -> None:
-        self._done = threading.Event()
-        self._result: Result
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, args=(work,), daemon=True, name="data").start()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Waits so long, None: to the end; returns whether the work is done."""
-        return self._done.wait(seconds)
-
-    def result(self) -> Result:
-        """What the work gave, once it is done, or raises what it raised."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self, work: Callable[[], Result]) -> None:
-        try:
-            self._result = work()
-        except BaseException as error:
-            self._error = error
-        self._done.set()
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= _LONGEST_TEMPORARY_FOLDER:
+        return
+    kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and remembered
+    except OSError as error:
+        raise UserError(
+            f"the loader's processes talk through sockets, whose names are too long in {usual}, and there can be "
+            f"none in /tmp ({error.strerror}). Set TMPDIR to a folder of at most {_LONGEST_TEMPORARY_FOLDER} bytes"
+        ) from error
+    finally:
+        tempfile.tempdir = kept

@@ -135,7 +135,7 @@ def _python(config: Config, device: torch.device) -> Finding:
 
 def _torch(config: Config, device: torch.device) -> Finding:
     release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("torchao", "torchdata", "datasets"))
+    others = ", ".join(f"{name} {metadata.version(name)}" for name in ("torchao", "datasets"))
     text = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {others}"
     if not (2, 11) <= release < (2, 14):
         return Finding("failure", "torch", text, "install a tested version: pip install 'torch>=2.11,<2.14'")

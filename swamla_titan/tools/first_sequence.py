@@ -48,7 +48,7 @@ def first_sequence(corpus: Corpus, seq_len: int) -> FirstSequence:
         documents=sum(map(bool, pieces)),
         text=" ".join(tokenizer.decode(piece).strip("\ufffd") for piece in pieces if piece),  # halves of cut characters
         lost=tokenizer.decode(lost[0]) if lost else None,
-        skipped_files=len({skip.file for skip in batch.skips}),
+        skipped_files=len({each.file for each in batch.excluded}),
     )
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from swamla_titan.data import BatchLoader, Skip, StepBatch
+from swamla_titan.data import BatchLoader, Exclusion, StepBatch
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError
@@ -11,22 +11,22 @@ from swamla_titan.train.policies.unreadable_data import UnreadableData
 
 POLL_SECONDS = 1.0  # between two checks for a signal, while a rank waits for its data
 
-_READY, _SKIPPED, _WAITING, _FAILED = range(4)  # the state of a rank; the maximum over all ranks decides
+_READY, _EXCLUDED, _WAITING, _FAILED = range(4)  # the state of a rank; the maximum over all ranks decides
 
 
 def next_batch(
-    world: World, loader: BatchLoader, step: int, first: int, stop: StopRequest, unreadable: UnreadableData
+    world: World, loader: BatchLoader, step: int, stop: StopRequest, unreadable: UnreadableData
 ) -> StepBatch | Stop:
-    """This rank's slice of the batch of `step` (from 1), which begins with sequence `first`; all ranks call this.
+    """This rank's slice of the batch of `step` (from 1); all ranks call this.
 
-    Returns a Stop, on every rank, if a rank still waits for its data and a signal came to one of them; the loaders then
-    still have the cursors of before the step. If one rank cannot read its data, all raise its UserError or RunFailed.
-    Ranks that read the same streams must skip the same: where one of them could not read what the others could, these
-    go back to before the step and skip it too. Adds what is skipped to `unreadable`.
+    Returns a Stop, on every rank, if a rank still waits for its data and a signal came to one of them. If one rank
+    cannot read its data, all raise its UserError or RunFailed. Ranks that read the same streams must exclude the same:
+    where one of them could not read what the others could, these go back to before the step and exclude it too. Adds
+    what is excluded to `unreadable`.
     """
     batch: StepBatch | None = None
     error: UserError | RunFailed | None = None
-    found: list[Skip] = []  # in this step, by this rank or by others that read the same streams
+    found: list[Exclusion] = []  # in this step, by this rank or by others that read the same streams
     while True:
         if batch is None and error is None:
             try:
@@ -34,8 +34,8 @@ def next_batch(
             except (UserError, RunFailed) as raised:
                 error = raised
             else:
-                found += batch.skips if batch else ()
-        state = _FAILED if error else _WAITING if batch is None else _SKIPPED if found else _READY
+                found += batch.excluded if batch else []
+        state = _FAILED if error else _WAITING if batch is None else _EXCLUDED if found else _READY
         worst = world.all_reduce_max(state)
         if worst == _READY:
             assert batch is not None
@@ -47,21 +47,21 @@ def next_batch(
             all_ranks_or_raise(world, partial(_raise, error))
         else:
             every = all_gather_dict(world, {world.rank: (world.data_rank, found)})
-            missing = _missing(found, [skips for data_rank, skips in every.values() if data_rank == world.data_rank])
+            missing = _missing(found, [theirs for data_rank, theirs in every.values() if data_rank == world.data_rank])
             if missing:
                 found += missing
-                loader.restart(first, found)
+                loader.restart(found)
                 batch = None
             if not world.all_reduce_max(bool(missing)):
                 assert batch is not None
-                unreadable.add_skips(step, [skip for _, skips in every.values() for skip in skips])
+                unreadable.exclude(step, [each for _, theirs in every.values() for each in theirs])
                 return batch
 
 
-def _missing(own: list[Skip], of_all: list[list[Skip]]) -> list[Skip]:
-    """What other ranks skip and this one does not, each once."""
-    known = {skip.key for skip in own}
-    rest = {skip.key: skip for skips in of_all for skip in skips if skip.key not in known}
+def _missing(own: list[Exclusion], of_all: list[list[Exclusion]]) -> list[Exclusion]:
+    """What other ranks exclude and this one does not, each once."""
+    known = {each.key for each in own}
+    rest = {each.key: each for theirs in of_all for each in theirs if each.key not in known}
     return [rest[key] for key in sorted(rest)]
 
 

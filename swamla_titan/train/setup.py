@@ -95,6 +95,7 @@ class Setup(Inputs):
                     world_size=self.world.degrees.data,
                     num_workers=num_workers,
                     cursors=self.train_state.cursors or None,
+                    excluded=self.train_state.excluded,
                     first=self.train_state.sequences,
                 ),
             )

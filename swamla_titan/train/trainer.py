@@ -55,6 +55,7 @@ class Trainer:
         self.step, self.tokens, self.sequences = start.step, start.tokens, start.sequences
         self.tokens_per_step = self.config.training.global_batch_size * self.config.training.seq_len
         self.loader = setup.open_loader()
+        self.cursors = self.loader.cursors  # of this rank's streams, after `step`
         try:
             if self.step < self.config.training.steps:
                 all_ranks_or_raise(self.world, self.loader.start)  # it reads ahead while the model is built
@@ -113,6 +114,7 @@ class Trainer:
             self.step += 1
             self.tokens += self.tokens_per_step
             self.sequences += config.training.global_batch_size
+            self.cursors = batch.cursors
             for policy in self.policies:
                 policy.after_step(self.step)
 
@@ -157,7 +159,7 @@ class Trainer:
         Where the data cannot be read, the steps so far are saved before the run ends.
         """
         try:
-            batch = next_batch(self.world, self.loader, self.step + 1, self.sequences, self.stop, self.unreadable)
+            batch = next_batch(self.world, self.loader, self.step + 1, self.stop, self.unreadable)
         except (UserError, RunFailed) as error:
             try:
                 self._save_if_new()
@@ -235,10 +237,8 @@ class Trainer:
             logger.warning("step %d is not saved: its weights are no finite numbers; a rewind is due", self.step)
             return
         with self._pause("checkpoint"):
-            # By the sequence, because the loaders of other ranks may be ahead of one that failed to read a batch.
-            cursors = all_gather_dict(self.world, self.loader.state_dict(self.sequences))
-            replaced = self.unreadable.replaced_bytes(self.world)
-            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, replaced)
+            cursors, unreadable = all_gather_dict(self.world, self.cursors), self.unreadable.state(self.world)
+            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, **unreadable)
             self.saver.save(self.state.tensors(), state, self.setup.files, last)
 
     def _may_write(self) -> bool:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from swamla_titan.data import local_files, patience
+from swamla_titan.data import local_files, retry
 from swamla_titan.data.faults import Unreachable
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.train.policies import watchdog
@@ -89,7 +89,7 @@ def retry_seconds(run: Runner) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(local_files, "_status", silent)
             patch.setattr(
-                patience, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
+                retry, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
             )
             timeouts = ("--data.retry_seconds", value, "--fault_tolerance.step_timeout", limit)
             run.with_faults((), 1, *local, *timeouts)

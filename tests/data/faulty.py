@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swamla_titan.data import patience
+from swamla_titan.data import retry
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.document import Document, Position, Source
 from swamla_titan.data.faults import DataFault, Unreachable
@@ -35,7 +35,7 @@ class Flaky:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        patience.FIRST_DELAY = self.delay  # a loader process, too, begins with this
+        retry.FIRST_DELAY = self.delay  # a loader process, too, begins with this
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["source"], name)

@@ -1,7 +1,8 @@
-"""Data that cannot be read: tried again from the exact place, told by file and place, passed over alike everywhere."""
+"""Data that cannot be read: retried from the exact place, reported by file and place, excluded alike everywhere."""
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -12,20 +13,21 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from swamla_titan.checkpoint.train_state import read_train_state
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import parquet, text_units
-from swamla_titan.data import patience as patience_module
-from swamla_titan.data.corpus import all_documents, open_corpus
+from swamla_titan.data import retry as retry_module
+from swamla_titan.data.corpus import open_corpus
+from swamla_titan.data.exclusions import Exclusion, first_excluded, taken_from_cursors
 from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreachable, network_fault, readable
 from swamla_titan.data.packing import initial_cursor
-from swamla_titan.data.patience import Patience, read_on
-from swamla_titan.data.skips import Skip, added, first_skipped, skips_of, with_skips
+from swamla_titan.data.retry import Retry, all_documents, read_on
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.machine import PERMANENT, REMEDIES
 from tests.data.faulty import ALWAYS, Fails, flaky, truncate, write_parquet
-from tests.data.test_loader import all_cursors, global_batch, loaders, read, simulated
+from tests.data.test_loader import all_cursors, all_excluded, global_batch, loaders, read, simulated
 from tests.waiting import HANG, wait_until
 
 SKIP = {"on_error": "skip_file"}
@@ -33,7 +35,7 @@ SKIP = {"on_error": "skip_file"}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(patience_module, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(retry_module, "FIRST_DELAY", 0.001)
 
 
 def text_of(batches, streams=3):
@@ -142,16 +144,16 @@ def test_reading_goes_on_behind_the_last_document(maker, tmp_path, every, offset
     expected = [list(corpus.source.read(unit, None, every, offset)) for unit in range(2)]
     fails = [Fails(0, 1, 1), Fails(0, 4, 5), Fails(0, 7, 2), Fails(1, 13, 3)]
     faulty = flaky(corpus, fails, tmp_path / "counts")
-    patience = Patience(10)
-    assert [list(read_on(faulty.source, unit, None, every, offset, patience)) for unit in range(2)] == expected
+    retry = Retry(10)
+    assert [list(read_on(faulty.source, unit, None, every, offset, retry)) for unit in range(2)] == expected
     seen = [fail for fail in fails if fail.ordinal % every == offset]
     assert len(seen) >= 3
     assert [faulty.source.failed(fail) for fail in seen] == [fail.times for fail in seen]
-    notes = patience.notes()
+    notes = retry.notes()
     assert len(notes) == len(seen)
     assert "part-0.jsonl" in notes[0]
     assert "read on after 1 more try in " in notes[0]
-    assert patience.notes() == []
+    assert retry.notes() == []
 
 
 def test_the_place_of_a_failure_is_told_in_bytes_or_documents(maker, tmp_path):
@@ -162,7 +164,7 @@ def test_the_place_of_a_failure_is_told_in_bytes_or_documents(maker, tmp_path):
     start = [json.dumps({"text": text}) + "\n" for text in maker.texts(2)]
     for unit, place in ((0, f"part-0.jsonl, byte {len(''.join(start))}: "), (1, "rows.parquet, document 4: ")):
         with pytest.raises(Unreachable) as fault:
-            list(read_on(faulty.source, unit, None, 1, 0, corpus.new_patience()))
+            list(read_on(faulty.source, unit, None, 1, 0, corpus.new_retry()))
         assert str(fault.value) == f"{place}did not answer"
 
 
@@ -187,17 +189,17 @@ def test_a_reader_that_fails_for_a_while_gives_the_same_batches_and_cursors(
     assert caplog.text.count("read on after") >= len(fails)
 
 
-def test_patience_ends(maker, tmp_path):
+def test_retrying_ends(maker, tmp_path):
     maker.write(maker.texts(30))
     for seconds in (0.4, 0.0):
         corpus = flaky(maker.open(streams=1, retry_seconds=seconds), [Fails(0, 5)], tmp_path / f"counts-{seconds}")
         start = time.monotonic()
         with pytest.raises(Unreachable) as fault:
-            DocumentStream(corpus, 0).next_document()
+            next(DocumentStream(corpus, 0))
         assert time.monotonic() - start >= seconds
         tries = (tmp_path / f"counts-{seconds}" / "0-5").stat().st_size
         assert tries >= 2 if seconds else tries == 1
-        assert 'data.on_error = "skip_file" passes over the rest of the file' in str(fault.value)
+        assert 'data.on_error = "skip_file" skips the rest of the file' in str(fault.value)
         assert ("given up after" in str(fault.value)) == (seconds > 0)
 
 
@@ -205,74 +207,81 @@ def test_a_pause_while_an_outage_is_waited_for_is_no_part_of_it(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds + 3600))  # Ctrl-Z
-    patience = Patience(200)
+    retry = Retry(200)
     fault = Unreachable("a", "line 1", "no answer")
     for _ in range(8):  # more than are tried whatever the time
-        assert patience.again(fault)
+        assert retry.wait(fault)
 
 
-def test_patience_is_for_a_portion_whatever_the_number_of_files(monkeypatch):
+def test_the_time_is_for_a_step_whatever_the_number_of_files(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    monkeypatch.setattr(patience_module, "FIRST_DELAY", 0.5)
-    patience = Patience(100)
+    monkeypatch.setattr(retry_module, "FIRST_DELAY", 0.5)
+    retry = Retry(100)
     delays = []
-    patience.begin()
+    retry.begin_step()
     for _ in range(3):
         fault = Unreachable("a", "", "silent")
         before = clock[0]
-        while patience.again(fault):
+        while retry.wait(fault):
             delays.append(clock[0] - before)
             before = clock[0]
-        patience.give_up(fault)
-        patience.success()
+        retry.failed(fault)
+        retry.success()
     assert 100 <= clock[0] < 103  # the second and the third file get two quick tries each
     assert delays[0] <= 0.5
     assert max(delays) <= 30
     assert len({round(delay, 6) for delay in delays}) > 5  # by chance
-    patience.begin()
-    assert patience.again(Unreachable("a", "", "silent"))
+    retry.begin_step()
+    assert retry.wait(Unreachable("a", "", "silent"))
 
 
 def test_damage_is_looked_at_a_second_time_and_a_missing_file_is_not(monkeypatch):
     sleeps = []
     monkeypatch.setattr(time, "sleep", sleeps.append)
-    patience = Patience()
-    assert patience.seconds == 300
+    retry = Retry()
+    assert retry.seconds == 300
     missing, damaged = DataFault("a", "", "no such file"), DataFault("a", "", "no parquet", may_pass=True)
-    assert not patience.again(missing)
-    assert [patience.again(damaged) for _ in range(3)] == [True, True, False]
+    assert not retry.wait(missing)
+    assert [retry.wait(damaged) for _ in range(3)] == [True, True, False]
     assert len(sleeps) == 2
 
 
-# passing over
+# exclusions
 
 
-def test_first_skipped():
-    skips = [Skip(0, "a", 3, 7, (0, 1, 2), "", ""), Skip(0, "b", 9, 0, (0, 0, 0), "", "")]
+def exclusion(file, unit, ordinal, since, stream=0, place="", reason=""):
+    return Exclusion(stream, file, unit, ordinal, *since, place, reason)
+
+
+def test_first_excluded():
+    exclusions = [exclusion("a", 3, 7, (0, 1, 2)), exclusion("b", 9, 0, (0, 0, 0))]
     later, before = (0, 1, 3), (0, 1, 1)
-    assert first_skipped(skips, "a", 2, later) is None  # it lies before in the file
-    assert first_skipped(skips, "a", 3, later) == 7
-    assert first_skipped(skips, "a", 4, later) == 0
-    assert first_skipped(skips, "a", 4, before) is None
-    assert first_skipped(skips, "a", 4, (1, 0, 0)) is None  # another edition numbers its units otherwise
-    assert first_skipped([Skip(0, "a", 3, 7, (1, 0, 0), "", "")], "a", 4, (0, 9, 9)) is None
-    assert first_skipped(skips, "c", 4, later) is None
-    lower = Skip(0, "a", 1, 0, (0, 2, 0), "", "")
-    assert added(skips, lower) == [skips[1], lower]
-    higher = Skip(0, "a", 5, 0, (0, 1, 1), "", "")
-    assert added(skips, higher) == [*skips, higher]
-    elsewhere = Skip(0, "a", 0, 0, (1, 0, 0), "", "")
-    assert added(skips, elsewhere) == [*skips, elsewhere]
+    assert first_excluded(exclusions, "a", 2, later) is None  # it lies before in the file
+    assert first_excluded(exclusions, "a", 3, later) == 7
+    assert first_excluded(exclusions, "a", 4, later) == 0
+    assert first_excluded(exclusions, "a", 4, before) is None
+    assert first_excluded(exclusions, "a", 4, (1, 0, 0)) is None  # another edition numbers its units otherwise
+    assert first_excluded([exclusion("a", 3, 7, (1, 0, 0))], "a", 4, (0, 9, 9)) is None
+    assert first_excluded(exclusions, "c", 4, later) is None
+    lower = exclusion("a", 1, 0, (0, 2, 0))
+    assert first_excluded([*exclusions, lower], "a", 2, (0, 2, 0)) == 0
+    assert first_excluded([*exclusions, lower], "a", 2, later) is None
 
 
-def test_skips_in_a_cursor():
-    skips = [Skip(4, "a", 3, 7, (0, 1, 2), "line 3", "no")]
-    cursor = json.loads(json.dumps(with_skips(initial_cursor(), skips)))
-    assert skips_of(4, cursor) == skips
-    assert with_skips(cursor, []) == initial_cursor()
-    assert skips_of(4, None) == skips_of(4, initial_cursor()) == []
+def test_exclusions_that_older_checkpoints_have_in_their_cursors():
+    entry = {"file": "a", "unit": 3, "ordinal": 7, "since": [0, 1, 2], "place": "line 3", "reason": "no"}
+    cursors = {9: {"token": 1}, 4: {"token": 2, "skipped": [dict(entry)]}}
+    assert taken_from_cursors(cursors) == [exclusion("a", 3, 7, (0, 1, 2), 4, "line 3", "no")]
+    assert cursors == {9: {"token": 1}, 4: {"token": 2}}
+    wrong = [{"since": [0, 1]}, {"since": [0, 1, -1]}, {"unit": "3"}, {"unit": -1}, {"more": 1}, {"since": None}]
+    for each in wrong:
+        with pytest.raises(ValueError):
+            taken_from_cursors({4: {"skipped": [entry | each]}})
+    for each in (7, {}, [7]):
+        with pytest.raises(ValueError):
+            taken_from_cursors({4: {"skipped": each}})
 
 
 KINDS = ["truncated parquet", "damaged page", "bad line", "line cut", "vanished", "text cut"]
@@ -323,11 +332,11 @@ def test_a_damaged_file_stops_by_file_and_place(maker, kind):
     with pytest.raises(UserError, match=f"2.{path.suffix[1:]}{place}") as fault:
         read(loaders(corpus, 5, 1)[0], 60)
     assert "given up after" not in str(fault.value)  # nothing was waited for
-    assert 'data.on_error = "skip_file" passes over the rest of the file' in str(fault.value)
+    assert 'data.on_error = "skip_file" skips the rest of the file' in str(fault.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_passed_over_alike_by_any_ranks_and_workers_and_after_a_resume(maker, kind):
+def test_a_damaged_file_is_skipped_alike_by_any_ranks_and_workers_and_after_a_resume(maker, kind):
     corpus, path = write_and_open(maker, kind, **SKIP)
     whole = path.read_bytes()
     recorded = json.loads(json.dumps(corpus.record()))
@@ -346,33 +355,35 @@ def test_a_damaged_file_is_passed_over_alike_by_any_ranks_and_workers_and_after_
         assert not any(f"<2.{i}" in text for i in range(10, 20))
     else:
         assert "<2.29" not in text
-    skipped = {entry["file"] for cursor in cursors.values() for entry in cursor.get("skipped", [])}
-    assert skipped == {path.name}
+    excluded = all_excluded(reference)
+    assert {each.file for each in excluded} == {path.name}
 
     for world_size in (2, 3):
         assert [global_batch(ranks) for ranks in [loaders(corpus, 5, world_size)] for _ in range(70)] == batches
     assert simulated(corpus, 5, 2, 2, 70) == batches
 
-    # Wherever it is resumed, the file whole again or not: what is on the record stays passed over.
+    # Wherever it is resumed, the file whole again or not: what is on the record stays excluded.
     straight = loaders(corpus, 5, 1)
     found = [global_batch(straight) for _ in range(50)]
-    middle = all_cursors(straight)
-    on_record = any("skipped" in cursor for cursor in middle.values())
+    middle, known = all_cursors(straight), all_excluded(straight)
+    assert known
     assert found == batches[:50]
     for healed in (False, True):
         if healed:
             # Each stream has been around: it will not come upon more of the file.
-            assert all(middle[stream].get("skipped") == cursors[stream].get("skipped") for stream in cursors)
+            assert known == excluded
             path.write_bytes(whole)
         again = maker.open(
             streams=3, shuffle_documents=4, retry_seconds=0, recorded=recorded, **SKIP, **_separator(kind)
         )
         assert again.fingerprint() == corpus.fingerprint()
         for world_size in (1, 2):
-            ranks = loaders(again, 5, world_size, 0, middle, 50)
-            assert [global_batch(ranks) for _ in range(20)] == batches[50:]
-            assert all_cursors(ranks) == cursors
-    assert on_record
+            # What was found later than the cursors changes nothing of what is read from there on.
+            for given in (known, excluded):
+                ranks = loaders(again, 5, world_size, 0, middle, 50, given)
+                assert [global_batch(ranks) for _ in range(20)] == batches[50:]
+                assert all_cursors(ranks) == cursors
+                assert all_excluded(ranks) == excluded
 
 
 def _separator(kind):
@@ -384,14 +395,31 @@ def test_in_loader_processes_it_is_the_same(maker):
     damage(path, "truncated parquet")
     reference = loaders(corpus, 5, 1)
     expected = [next(reference[0]) for _ in range(30)]
-    assert any(batch.skips for batch in expected)
+    assert any(batch.excluded for batch in expected)
     for workers in (1, 2):
         with loaders(corpus, 5, 1, workers)[0] as loader:
             for batch in expected:
                 found = next(loader)
                 assert found.tokens.equal(batch.tokens)
-                assert sorted(skip.key for skip in found.skips) == sorted(skip.key for skip in batch.skips)
+                assert sorted(each.key for each in found.excluded) == sorted(each.key for each in batch.excluded)
             assert all_cursors([loader]) == all_cursors(reference)
+
+
+def test_a_run_resumes_from_a_checkpoint_of_before_the_list(maker, tmp_path):
+    """Version 0.1 kept what a stream excludes in its cursor. It wrote this file after 50 steps with a bad line."""
+    corpus, _ = write_and_open(maker, "bad line", **SKIP)  # the file is whole again
+    (tmp_path / "train.json").write_bytes((Path(__file__).parent / "stored" / "train-0.1.json").read_bytes())
+    state = read_train_state(tmp_path)
+    assert [(each.stream, each.file, each.ordinal) for each in state.excluded] == [(i, "2.jsonl", 17) for i in range(3)]
+    for given, same in ((state.excluded, True), ([], False)):
+        for world_size in (1, 2):
+            ranks = loaders(corpus, 5, world_size, 0, state.cursors, 50, given)
+            batches = [sorted(global_batch(ranks).items()) for _ in range(20)]
+            digest = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
+            assert (digest[:16] == "cd3a5b9fd8198f7d") == same  # of the 20 steps that version 0.1 read then
+    (tmp_path / "train.json").write_text(state.to_json())
+    again = read_train_state(tmp_path)
+    assert (again.cursors, again.excluded) == (state.cursors, state.excluded)
 
 
 @pytest.mark.parametrize("kind", ["vanished", "truncated parquet"])
@@ -419,11 +447,11 @@ def test_a_block_that_is_gone_when_a_run_is_resumed_is_left_alike_everywhere(mak
     # and from there once more
     ranks = loaders(again, 5, 2, 0, middle, found)
     first = [global_batch(ranks) for _ in range(7)]
-    ranks = loaders(again, 5, 1, 0, all_cursors(ranks), found + 7)
+    ranks = loaders(again, 5, 1, 0, all_cursors(ranks), found + 7, all_excluded(ranks))
     assert first + [global_batch(ranks) for _ in range(33)] == results[0][0]
 
 
-def test_every_stream_of_a_shared_file_passes_over_from_where_it_comes_upon_the_damage(maker):
+def test_every_stream_of_a_shared_file_skips_from_where_it_finds_the_damage(maker):
     lines = [json.dumps({"text": f"<{i}>"}) for i in range(100)]
     (maker.folder / "a.jsonl").write_text("\n".join(lines))
     (maker.folder / "b.jsonl").write_text("\n".join(json.dumps({"text": f"[{i}]"}) for i in range(20)))
@@ -443,9 +471,9 @@ def test_restart_with_what_another_rank_could_not_read(maker, tmp_path):
     restarted = 0
     for step in range(40):
         batch, other = next(there), next(here)
-        if batch.skips:
-            assert not other.skips
-            here.restart(5 * step, batch.skips)
+        if batch.excluded:
+            assert not other.excluded
+            here.restart(batch.excluded)
             other = next(here)
             restarted += 1
         assert other.tokens.equal(batch.tokens)
@@ -455,26 +483,25 @@ def test_restart_with_what_another_rank_could_not_read(maker, tmp_path):
     here.close()
 
 
-def test_a_file_that_does_not_answer_is_passed_over_but_not_all_that_there_are(maker, tmp_path, caplog):
+def test_a_file_that_does_not_answer_is_skipped_but_not_all_that_there_are(maker, tmp_path, caplog):
     maker.write(maker.texts(60), files=6)
     corpus = maker.open(streams=1, retry_seconds=0.05, **SKIP)
     one = flaky(corpus, [Fails(2, 5)], tmp_path / "one")
     documents = DocumentStream(one, 0)
     for _ in range(60):
-        documents.next_document()
-    (skip,) = documents.new_skips()
-    assert (skip.file, skip.unit, skip.ordinal) == ("part-2.jsonl", 2, 5)
-    assert skip.reason.startswith("did not answer (given up after ")
-    assert documents.skips == [skip]
+        next(documents)
+    (found,) = documents.excluded
+    assert (found.file, found.unit, found.ordinal) == ("part-2.jsonl", 2, 5)
+    assert found.reason.startswith("did not answer (given up after ")
     every = flaky(corpus, [Fails(unit, 0, ALWAYS) for unit in range(6)], tmp_path / "every")
     with pytest.raises(Unreachable, match="Nothing else answers either, so it is not the file"):
-        DocumentStream(every, 0).next_document()
+        next(DocumentStream(every, 0))
 
 
 @pytest.mark.parametrize("number, kind", [(errno.EMFILE, UserError), (errno.ENOMEM, RunFailed)])
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "txt"])
-def test_no_file_is_passed_over_for_a_fault_of_this_machine(tmp_path, monkeypatch, maker, form, number, kind):
-    """Too many open files looked like a source that does not answer, and so all files were passed over."""
+def test_no_file_is_skipped_for_a_fault_of_this_machine(tmp_path, monkeypatch, maker, form, number, kind):
+    """Too many open files looked like a source that does not answer, and so all files were skipped."""
     folder = tmp_path / "data"
     folder.mkdir()
     for index in range(5):
@@ -492,8 +519,8 @@ def test_no_file_is_passed_over_for_a_fault_of_this_machine(tmp_path, monkeypatc
     monkeypatch.setattr(text_units, "open", refuse, raising=False)
     monkeypatch.setattr(parquet.pq, "ParquetFile", refuse)
     with pytest.raises(kind, match=os.strerror(number)):
-        documents.next_document()
-    assert documents.skips == documents.new_skips() == []
+        next(documents)
+    assert documents.excluded == []
 
 
 @pytest.mark.parametrize("below", ["", "hub/x"])
@@ -518,14 +545,14 @@ def test_where_nothing_is_left_the_run_ends(maker, tmp_path):
     corpus = flaky(
         maker.open(streams=2, **SKIP), [Fails(unit, 0, damaged=True) for unit in range(2)], tmp_path / "counts"
     )
-    with pytest.raises(UserError, match=r"every file was passed over .* part-[01]\.jsonl, because: made no sense"):
-        DocumentStream(corpus, 0).next_document()
+    with pytest.raises(UserError, match=r"every file was skipped .* part-[01]\.jsonl, because: made no sense"):
+        next(DocumentStream(corpus, 0))
 
 
 # at the start of a run
 
 
-def test_a_file_damaged_from_the_start_stays_passed_over_when_it_is_mended(maker):
+def test_a_file_damaged_from_the_start_stays_skipped_when_it_is_mended(maker):
     for number in range(3):
         write_parquet(maker.folder / f"{number}.parquet", [f"<{number}.{i}>" for i in range(30)])
     path = maker.folder / "1.parquet"
@@ -588,7 +615,7 @@ def test_what_is_held_out_does_not_change_with_what_can_be_read(maker):
     assert sum(document in found.held_out for document in readable_documents) == round(0.25 * 30)
 
 
-def test_validation_text_is_never_passed_over(maker, tmp_path):
+def test_validation_text_is_never_skipped(maker, tmp_path):
     maker.write(maker.texts(20))
     path = tmp_path / "validation.jsonl"
     path.write_text('{"text": "good"}\n{\n')
@@ -624,14 +651,14 @@ def test_a_truncated_shard_of_hugging_face(hub):
     text = text_of(batches, 2)
     assert all(f"<{number}.29>" in text for number in (0, 2, 3))
     assert "<1.29>" not in text
-    skipped = [entry["file"] for cursor in all_cursors(ranks).values() for entry in cursor.get("skipped", [])]
-    assert skipped
-    assert all(file.endswith("[train], shard 1") for file in skipped)
+    excluded = all_excluded(ranks)
+    assert excluded
+    assert all(each.file.endswith("[train], shard 1") for each in excluded)
     again = open_corpus(data, Validation(fraction=0), 0, recorded=recorded)
     assert again.fingerprint() == corpus.fingerprint()
     ranks = loaders(corpus, 3, 1)
     first = [global_batch(ranks) for _ in range(15)]
-    ranks = loaders(again, 3, 2, 0, all_cursors(ranks), 15)
+    ranks = loaders(again, 3, 2, 0, all_cursors(ranks), 15, all_excluded(ranks))
     assert first + [global_batch(ranks) for _ in range(15)] == batches
 
 
@@ -693,7 +720,7 @@ def test_waiting_hears_nothing_from_a_closed_loader(maker, tmp_path):
         assert not loader.wait(0.1)  # which starts the reader
         wait_until(lambda number=workers + 1: tries.exists() and tries.stat().st_size == number)
         assert not loader.wait(0.1)
-        assert loader.state_dict() == {0: initial_cursor()}
+        assert loader.cursors == {0: initial_cursor()}
         start = time.monotonic()
         loader.close()
         assert time.monotonic() - start < HANG  # of the two that the reader waits

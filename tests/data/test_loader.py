@@ -1,5 +1,7 @@
 """The batch of a step does not depend on ranks, workers and restarts; workers end as they should."""
 
+import errno
+import itertools
 import json
 import multiprocessing.connection
 import os
@@ -12,6 +14,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,10 +22,10 @@ import torch
 
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
-from swamla_titan.data.corpus import all_documents
-from swamla_titan.data.loader import _make_sockets_where_their_names_fit
+from swamla_titan.data.loader import StepReader
 from swamla_titan.data.packing import document_ids
-from swamla_titan.data.worker import StepDataset, StepIterator
+from swamla_titan.data.retry import all_documents
+from swamla_titan.data.worker import PREFETCH_STEPS, LoaderProcess, _make_sockets_where_their_names_fit
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.process_end import wait_for_end
 from tests.waiting import HANG, wait_until
@@ -30,8 +33,8 @@ from tests.waiting import HANG, wait_until
 SEQ_LEN = 32
 
 
-def loaders(corpus, size, world_size, workers=0, cursors=None, steps=0):
-    """Those of all ranks; with the cursors that `steps` steps of this size have left."""
+def loaders(corpus, size, world_size, workers=0, cursors=None, steps=0, excluded=()):
+    """Those of all ranks; with the cursors, and what was excluded, that `steps` steps of this size have left."""
     return [
         BatchLoader(
             corpus,
@@ -41,6 +44,7 @@ def loaders(corpus, size, world_size, workers=0, cursors=None, steps=0):
             world_size=world_size,
             num_workers=workers,
             cursors=cursors,
+            excluded=excluded,
             first=steps * size,
         )
         for rank in range(world_size)
@@ -68,10 +72,14 @@ def all_cursors(ranks):
     """What a checkpoint holds: every stream's cursor, through JSON and so under a string."""
     merged = {}
     for loader in ranks:
-        state = loader.state_dict()
-        assert not state.keys() & merged.keys()
-        merged |= state
+        assert not loader.cursors.keys() & merged.keys()
+        merged |= loader.cursors
     return json.loads(json.dumps(merged))
+
+
+def all_excluded(ranks):
+    """What the loaders of all ranks exclude, in one order."""
+    return sorted({each for loader in ranks for each in loader.excluded}, key=lambda each: each.key)
 
 
 def simulated(corpus, size, world_size, workers, steps):
@@ -81,14 +89,16 @@ def simulated(corpus, size, world_size, workers, steps):
     parts = []
     for rank in range(world_size):
         own = list(range(rank, streams, world_size))
-        dataset = StepDataset(corpus, own, SEQ_LEN, size, 0, {s: cursors[str(s)] for s in own})
-        parts += [StepIterator(dataset, own[worker::workers]) for worker in range(workers)]
+        from_start = {stream: cursors[str(stream)] for stream in own}
+        parts += [
+            iter(StepReader(corpus, own[worker::workers], SEQ_LEN, size, 0, from_start)) for worker in range(workers)
+        ]
     result = []
     for _ in range(steps):
         merged = {}
         for part in parts:
-            portion = next(part)
-            for number, row in zip(portion.sequences.tolist(), portion.tokens.tolist()):
+            read_part = next(part)
+            for number, row in zip(read_part.sequences.tolist(), read_part.tokens.tolist()):
                 assert number not in merged
                 merged[number] = (row[:-1], row[1:])
         result.append(merged)
@@ -118,7 +128,7 @@ def test_worker_processes_give_the_same_batches_and_cursors(corpus):
     reference = loaders(corpus, 5, 1)
     for workers in (1, 3):
         with loaders(corpus, 5, 1, workers)[0] as loader:
-            assert loader.state_dict() == loaders(corpus, 5, 1)[0].state_dict()
+            assert loader.cursors == loaders(corpus, 5, 1)[0].cursors
             for step in range(6):
                 batch, expected = next(loader), next(reference[0])
                 assert batch.first == expected.first == 5 * step
@@ -127,7 +137,7 @@ def test_worker_processes_give_the_same_batches_and_cursors(corpus):
                 assert torch.equal(batch.targets, expected.targets)
                 assert batch.tokens.dtype == batch.targets.dtype == torch.int64
                 # the workers are steps ahead of this cursor
-                assert loader.state_dict() == reference[0].state_dict()
+                assert loader.cursors == batch.cursors == reference[0].cursors
         reference = loaders(corpus, 5, 1)
 
 
@@ -135,20 +145,22 @@ def test_worker_processes_give_the_same_batches_and_cursors(corpus):
 def test_the_place_before_the_last_step_is_remembered_too(corpus, workers):
     """A rank that could read its part goes back there, if another could not."""
     with loaders(corpus, 5, 1, workers)[0] as loader:
-        places = [loader.state_dict(0)]
+        places = [loader.cursors]
         for step in range(1, 5):
-            next(loader)
-            assert loader.state_dict(5 * step - 5) == places[-1]
-            places.append(loader.state_dict(5 * step))
-            assert places[-1] == loader.state_dict() != places[-2]
-        with pytest.raises(AssertionError):
-            loader.state_dict(10)
+            batch = next(loader)
+            places.append(loader.cursors)
+            assert places[-1] == batch.cursors != places[-2]
+            loader.restart([])
+            assert loader.cursors == places[-2]
+            again = next(loader)
+            assert (again.first, again.cursors) == (5 * step - 5, batch.cursors)
+            assert torch.equal(again.tokens, batch.tokens)
 
 
 def test_resume_twice_over_epochs_with_other_ranks_and_workers(corpus):
     straight = loaders(corpus, 5, 1)
     expected = [global_batch(straight) for _ in range(60)]
-    assert max(cursor["epoch"] for cursor in straight[0].state_dict().values()) >= 2
+    assert max(cursor["epoch"] for cursor in straight[0].cursors.values()) >= 2
     ranks = loaders(corpus, 5, 2)
     found = [global_batch(ranks) for _ in range(7)]
     ranks = loaders(corpus, 5, 3, 0, all_cursors(ranks), 7)
@@ -190,7 +202,7 @@ def test_more_ranks_than_streams_leaves_some_empty(corpus):
     batches = [next(loader) for loader in ranks]
     assert [len(batch.tokens) for batch in batches] == [1, 1, 1, 1, 0, 0, 0, 0]
     assert batches[7].tokens.shape == batches[7].targets.shape == (0, SEQ_LEN)
-    assert ranks[7].state_dict() == {}
+    assert ranks[7].cursors == batches[7].cursors == {}
 
 
 def test_no_held_out_text_is_trained_on(maker):
@@ -212,10 +224,9 @@ def test_the_next_batch_is_made_ready_beside_the_step_and_counts_when_it_is_take
         for _ in range(3):
             batch, expected = next(loader), next(reference)
             assert torch.equal(batch.tokens, expected.tokens)
-            place = loader.place()
             assert loader._coming.wait(HANG)  # nobody asked for it
-            assert loader.state_dict() == reference.state_dict() == place()
-        assert loader._coming.result().batch.first == 12
+            assert loader.cursors == reference.cursors == batch.cursors
+        assert loader._coming.result()[0].first == 12
 
 
 def test_document_mask_gives_ids(maker, corpus):
@@ -273,7 +284,7 @@ def test_an_error_in_a_worker_is_the_users_message(maker, workers):
 def test_a_killed_worker_ends_the_run_with_a_message(corpus):
     with loaders(corpus, 4, 1, 1)[0] as loader:
         next(loader)
-        os.kill(loader._items._workers[0].pid, signal.SIGKILL)
+        os.kill(loader._processes[0].process.pid, signal.SIGKILL)
         with pytest.raises(RunFailed, match=r"data loader process ended unexpectedly.*out of memory.*num_workers"):
             read(loader, 100)
 
@@ -281,28 +292,81 @@ def test_a_killed_worker_ends_the_run_with_a_message(corpus):
 def test_workers_outlive_the_schedulers_signals_and_end_with_close(corpus):
     loader = loaders(corpus, 4, 1, 1)[0]
     next(loader)
-    worker = loader._items._workers[0]
+    worker = loader._processes[0].process
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
     for _ in range(20):
         next(loader)
     assert worker.is_alive()
+    pid = worker.pid
     loader.close()
     loader.close()
-    assert not worker.is_alive()
+    wait_for_end(pid)
 
 
-def test_close_does_not_wait_for_a_lock_that_a_killed_worker_took_along(corpus):
+def test_close_does_not_wait_for_a_worker_that_is_stopped(corpus):
     loader = loaders(corpus, 4, 1, 2)[0]
     next(loader)
-    # Stands in for a worker killed while it looked whether it should stop: nobody will release this.
-    taken = threading.Thread(target=loader._items._workers_done_event._cond.acquire)
-    taken.start()
-    taken.join()
+    os.kill(loader._processes[0].process.pid, signal.SIGSTOP)
+    for _ in range(3 * PREFETCH_STEPS):
+        if loader.wait(0.01):
+            next(loader)
     closing = threading.Thread(target=loader.close, daemon=True)
     closing.start()
     closing.join(HANG)
     assert not closing.is_alive()
+
+
+def test_workers_need_no_shared_memory(corpus, monkeypatch):
+    """Containers often have little of it, and multiprocessing's queues and locks take semaphores from there."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", refuse)
+    with loaders(corpus, 4, 1, 1)[0] as loader:
+        assert torch.equal(next(loader).tokens, next(loaders(corpus, 4, 1)[0]).tokens)
+
+
+class _Endless:
+    """Parts that are their numbers; a file has as many bytes as were made."""
+
+    def __init__(self, path, size, last=None):
+        self.path, self.size, self.last = path, size, last
+
+    def __iter__(self):
+        for number in itertools.count():
+            if number == self.last:
+                raise ZeroDivisionError("a fault of the program")
+            with self.path.open("a") as file:
+                file.write("x")
+            yield np.full(self.size, number, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])  # the pipe takes up hundreds of the one, and nothing of the other
+def test_a_worker_is_a_few_steps_ahead_and_no_more(tmp_path, size):
+    process = LoaderProcess(_Endless(tmp_path / "made", size))
+    try:
+        for taken in range(1, 4):
+            assert process.receive()[0] == taken - 1
+            most = taken + PREFETCH_STEPS
+            wait_until(lambda most=most: (tmp_path / "made").stat().st_size == most)
+            time.sleep(0.05)
+            assert (tmp_path / "made").stat().st_size == most
+    finally:
+        process.kill()
+        process.close()
+
+
+def test_a_fault_of_the_program_in_a_worker_is_told_with_its_traceback(tmp_path):
+    process = LoaderProcess(_Endless(tmp_path / "made", 1, last=1))
+    try:
+        process.receive()
+        with pytest.raises(RuntimeError, match=r"(?s)in a data loader process:.*in __iter__.*ZeroDivisionError: a fau"):
+            process.receive()
+    finally:
+        process.kill()
+        process.close()
 
 
 SCRIPT = """
@@ -393,7 +457,7 @@ def test_parquet_and_huggingface_through_workers(tmp_path):
         corpus = open_corpus(Data(source=source, **keys), Validation(fraction=0), 0)
         straight = loaders(corpus, 4, 1)
         expected = [global_batch(straight) for _ in range(30)]
-        # Two workers: `datasets` would by itself deal the shards of every unit out over them.
+        # Two workers: in those of torch, `datasets` would by itself split the shards of every unit among them.
         with loaders(corpus, 4, 1, 2)[0] as loader:
             found = [global_batch([loader]) for _ in range(11)]
             cursors = all_cursors([loader])

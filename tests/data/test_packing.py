@@ -30,7 +30,7 @@ def token_row(corpus, stream, length):
     documents = DocumentStream(corpus, stream)
     row = []
     while len(row) < length:
-        document = documents.next_document()
+        document, _ = next(documents)
         row += document.cut(np.array([*document.text.encode(), EOT])).tolist()
     return row[:length]
 
@@ -41,7 +41,7 @@ def test_targets_are_the_token_row(maker, seq_len):
     corpus = maker.open(shuffle_documents=5)
     stream = open_stream(corpus, 2, seq_len)
     count = 2000 // seq_len
-    sequences = [stream.next_sequence() for _ in range(count)]
+    sequences = [next(stream).tokens for _ in range(count)]
     row = token_row(corpus, 2, seq_len * count + 1)
     assert all(len(sequence) == seq_len + 1 for sequence in sequences)
     assert np.concatenate([sequence[1:] for sequence in sequences]).tolist() == row[1:]
@@ -55,19 +55,20 @@ def test_resume_from_every_sequence(maker, seq_len):
     stream = open_stream(corpus, 0, seq_len)
     cursors, sequences = [initial_cursor()], []
     for _ in range(60):
-        sequences.append(stream.next_sequence().tolist())
-        cursors.append(json.loads(json.dumps(stream.cursor())))
+        tokens, cursor, *_ = next(stream)
+        sequences.append(tokens.tolist())
+        cursors.append(json.loads(json.dumps(cursor)))
     assert [cursor["sequences"] for cursor in cursors] == list(range(61))
     for start in range(0, 60, 7):
-        again = open_stream(corpus, 0, seq_len, cursors[start])
-        assert again.cursor() == cursors[start]
-        assert [again.next_sequence().tolist() for _ in range(60 - start)] == sequences[start:]
+        found = [next(again) for again in [open_stream(corpus, 0, seq_len, cursors[start])] for _ in range(60 - start)]
+        assert [packed.cursor for packed in found] == cursors[start + 1 :]
+        assert [packed.tokens.tolist() for packed in found] == sequences[start:]
 
 
 def test_streams_start_at_different_places_of_one_document(maker):
     (maker.folder / "book.txt").write_text("".join(f"{i:05} " for i in range(5000)))
     corpus = maker.open(streams=8, shuffle_documents=1)
-    first = [open_stream(corpus, stream, 60).next_sequence() for stream in range(8)]
+    first = [next(open_stream(corpus, stream, 60)).tokens for stream in range(8)]
     assert bytes(first[0][:12].astype(np.uint8)) == b"00000 00001 "
     assert len({sequence.tobytes() for sequence in first}) == 8
 
@@ -80,11 +81,11 @@ def test_long_documents_are_tokenized_once_for_all_streams(maker, monkeypatch):
     monkeypatch.setattr(corpus.tokenizer, "encode_array", lambda text: calls.append(1) or encode(text))
     cache = TokenCache(corpus.tokenizer)
     for stream in range(4):
-        PackedStream(corpus, stream, 10, cache).next_sequence()
+        next(PackedStream(corpus, stream, 10, cache))
     assert len(calls) == 1
     # ... and only as many are kept as there is room for
     monkeypatch.setattr(TokenCache, "MAX_TOKENS", 10)
-    other = DocumentStream(corpus, 0).next_document()
+    other, _ = next(DocumentStream(corpus, 0))
     other.key = (0, 5, 0)
     cache.tokens(other)
     assert list(cache._kept) == [(0, 5, 0)]
@@ -94,14 +95,11 @@ def test_replaced_bytes_are_counted_once(maker):
     (maker.folder / "a.txt").write_bytes(b"bad \xff byte" * 10)
     corpus = maker.open(streams=1)
     stream = open_stream(corpus, 0, 50)
-    stream.next_sequence()
-    assert stream.replaced == 10
-    again = open_stream(corpus, 0, 50, stream.cursor())
-    again.next_sequence()
-    assert again.replaced == 0
-    for _ in range(10):
-        again.next_sequence()
-    assert again.replaced >= 10  # the next epoch reads it anew
+    first = next(stream)
+    assert first.replaced == 10
+    again = open_stream(corpus, 0, 50, first.cursor)
+    assert next(again).replaced == 0
+    assert sum(next(again).replaced for _ in range(10)) >= 10  # the next epoch reads it again
 
 
 def test_document_ids():
@@ -166,6 +164,6 @@ def test_streams_that_keep_ranks_waiting_are_said():
 def test_gpt2_tokens_are_packed(maker):
     maker.write(["hello world", "hello world"])
     corpus = maker.open(tokenizer="gpt2", streams=1)
-    sequence = open_stream(corpus, 0, 5).next_sequence()
+    sequence = next(open_stream(corpus, 0, 5)).tokens
     assert sequence.tolist() == [31373, 995, 50256, 31373, 995, 50256]
     assert load_tokenizer("gpt2").decode(sequence.tolist()) == "hello worldhello world"

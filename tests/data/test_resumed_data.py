@@ -87,5 +87,5 @@ def test_added_files_without_text_end_nothing(maker, streams, name, content):
     assert corpus.added_files == (name,)
     stream = PackedStream(corpus, 0, 8, TokenCache(corpus.tokenizer))
     for _ in range(200):
-        stream.next_sequence()
-    assert stream.cursor()["edition"] == 2
+        packed = next(stream)
+    assert packed.cursor["edition"] == 2

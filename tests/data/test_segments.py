@@ -15,7 +15,7 @@ from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import division, open_corpus
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.packing import PackedStream, TokenCache
-from swamla_titan.data.reading import documents_by_unit
+from swamla_titan.data.retry import documents_by_unit
 from swamla_titan.data.segments import Cut, Part, Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.text_units import FileRange
@@ -127,7 +127,7 @@ class Numbered(TokenCache):
         super().__init__(corpus.tokenizer)
         self.starts: dict[tuple[int, int], int] = {}
         self.total = 0
-        for unit, document in documents_by_unit(corpus.source, corpus.new_patience()):
+        for unit, document in documents_by_unit(corpus.source, corpus.new_retry()):
             if not document.is_empty and document not in corpus.held_out:
                 self.starts[unit, document.ordinal] = self.total
                 self.total += len(self._encode(document.text))
@@ -144,7 +144,7 @@ def read_by_epochs(corpus, seq_len: int, epochs: int) -> list[np.ndarray]:
     counts, found, sequences = np.zeros(cache.total, dtype=int), [], 0
     for epoch in range(1, epochs + 1):
         while sequences * seq_len < epoch * cache.total:
-            np.add.at(counts, streams[sequences % len(streams)].next_sequence()[:-1], 1)
+            np.add.at(counts, next(streams[sequences % len(streams)]).tokens[:-1], 1)
             sequences += 1
         found.append(counts.copy())
     return found
@@ -226,7 +226,7 @@ def test_tokens_in_a_byte_are_looked_at_where_a_corpus_is_not_counted(tmp_path, 
     corpus = open_corpus(data, Validation(fraction=0), 0)
     lengths = [
         len(corpus.tokenizer.encode(document.text))
-        for _, document in documents_by_unit(corpus.source, corpus.new_patience())
+        for _, document in documents_by_unit(corpus.source, corpus.new_retry())
     ]
     assert lengths[0] > 2 * lengths[1]
     first = [cut for cut in corpus.segments[0].cuts if cut.part == 0]
@@ -354,7 +354,7 @@ def share_of(corpus, letter, size):
     for number in range(streams):
         stream = PackedStream(corpus, number, SEQ_LEN, TokenCache(corpus.tokenizer))
         for _ in range(size // SEQ_LEN // streams):
-            tokens = stream.next_sequence()[1:]
+            tokens = next(stream).tokens[1:]
             found += int((tokens == ord(letter)).sum())
             total += SEQ_LEN
     return found / total

@@ -17,7 +17,7 @@ from swamla_titan.data.content import other_than_text
 from swamla_titan.data.corpus import all_documents, open_corpus
 from swamla_titan.data.division import estimated_sizes
 from swamla_titan.data.document import MIB
-from swamla_titan.data.patience import Patience
+from swamla_titan.data.retry import Retry
 from swamla_titan.data.sources import open_local, open_source
 from swamla_titan.data.text_units import FileRange
 from swamla_titan.data.tokenizer import ByteTokenizer
@@ -476,7 +476,7 @@ def test_a_file_that_is_damaged_everywhere_is_sampled_once(tmp_path, monkeypatch
     assert source.num_units > 16
     read, units = source.read, []
     monkeypatch.setattr(source, "read", lambda unit, *place: units.append(unit) or read(unit, *place))
-    sizes = estimated_sizes(source, ByteTokenizer(), Patience(0))
+    sizes = estimated_sizes(source, ByteTokenizer(), Retry(0))
     assert units == [0, source.num_units - 1]
     assert len(sizes) == source.num_units
 

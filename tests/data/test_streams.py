@@ -5,10 +5,9 @@ import json
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data.corpus import fingerprint_changes, open_corpus
+from swamla_titan.data.corpus import fingerprint_changes, open_corpus, permutation
 from swamla_titan.data.held_out import HeldOut, text_hash
-from swamla_titan.data.reading import all_documents
-from swamla_titan.data.shuffling import permutation
+from swamla_titan.data.retry import all_documents
 from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream
 from swamla_titan.data.tokenizer import with_eot
 from swamla_titan.errors import UserError
@@ -19,10 +18,10 @@ def pieces(corpus, stream, epoch=0):
     documents = DocumentStream(corpus, stream)
     found = []
     while True:
-        document = documents.next_document()
-        if documents.cursor()["epoch"] > epoch:
+        document, cursor = next(documents)
+        if cursor["epoch"] > epoch:
             return found
-        if documents.cursor()["epoch"] == epoch:
+        if cursor["epoch"] == epoch:
             found.append(document)
 
 
@@ -98,7 +97,7 @@ def test_blocks_are_bounded_in_size(maker, monkeypatch):
     texts = [f"{i}" + "x" * 400 for i in range(30)]
     maker.write(texts)
     documents = DocumentStream(maker.open(streams=1), 0)
-    documents.next_document()
+    next(documents)
     assert len(documents._block) == 3
     assert sorted(one_epoch(maker.open(streams=1), 0)) == sorted(texts)
     assert BLOCK_CHARS <= 64 << 20
@@ -112,12 +111,13 @@ def test_resume_from_every_document(maker, files, shuffle):
     whole = DocumentStream(corpus, 1)
     texts, cursors = [], []
     for _ in range(30):  # more than three epochs
-        texts.append(whole.next_document().text)
-        cursors.append(json.loads(json.dumps(whole.cursor())))
+        document, cursor = next(whole)
+        texts.append(document.text)
+        cursors.append(json.loads(json.dumps(cursor)))
     assert cursors[-1]["epoch"] > 2
     for start, cursor in enumerate(cursors):
         again = DocumentStream(corpus, 1, cursor)
-        assert [again.next_document().text for _ in range(30 - start)] == texts[start:]
+        assert [next(again)[0].text for _ in range(30 - start)] == texts[start:]
 
 
 def test_streams_share_documents_where_those_are_few(maker):
@@ -135,9 +135,8 @@ def test_streams_share_documents_where_those_are_few(maker):
         found += parts
         documents = DocumentStream(corpus, stream)
         for _ in range(9):
-            last = documents.next_document()
-        again = DocumentStream(corpus, stream, documents.cursor())
-        assert again.next_document() == last
+            last, cursor = next(documents)
+        assert next(DocumentStream(corpus, stream, cursor)) == (last, cursor)
     assert sorted(joined(found, corpus.tokenizer)) == sorted(texts)
 
 
@@ -159,7 +158,7 @@ def test_everything_held_out_is_refused(maker):
     corpus = maker.open()
     everything = type(corpus)(corpus.data, corpus.source, corpus.tokenizer, HeldOut(2**64), corpus.seed)
     with pytest.raises(UserError, match="every document of the training data is held out"):
-        DocumentStream(everything, 0).next_document()
+        next(DocumentStream(everything, 0))
 
 
 def test_held_out_share_of_a_small_corpus_is_exact(maker, tmp_path):
@@ -212,10 +211,10 @@ def test_data_that_changed_under_a_cursor_are_refused(maker):
     maker.write(maker.texts(40))
     documents = DocumentStream(maker.open(streams=1, shuffle_documents=10), 0)
     for _ in range(38):
-        documents.next_document()
+        _, cursor = next(documents)
     maker.write(maker.texts(5))
     with pytest.raises(UserError, match="data have changed"):
-        DocumentStream(maker.open(streams=1, shuffle_documents=10), 0, documents.cursor())
+        DocumentStream(maker.open(streams=1, shuffle_documents=10), 0, cursor)
 
 
 def test_fingerprint(maker):

@@ -94,7 +94,7 @@ def test_text_of_validation_path_is_not_trained_on(maker):
     assert held_out == texts[1:6:4]
     assert part.fingerprint() != corpus.fingerprint()
     with pytest.raises(UserError, match="every document of the training data is held out"):
-        DocumentStream(maker.open(Validation(path=str(maker.folder))), 0).next_document()
+        next(DocumentStream(maker.open(Validation(path=str(maker.folder))), 0))
 
 
 def test_nothing_to_validate_on(maker, tmp_path):

@@ -116,8 +116,8 @@ def run_killed_loader(rank: int, step: int, config: str, *overrides: str) -> End
     """`run_and_listen`, with SIGKILL to rank `rank`'s loader processes as step `step` begins."""
 
     def kill(trainer: Trainer) -> None:
-        for worker in trainer.loader._items._workers:  # type: ignore[union-attr]
-            worker.kill()
+        for loader in trainer.loader._processes:
+            loader.process.kill()
 
     if int(os.environ["RANK"]) == rank:
         before_step(step, kill)

@@ -30,7 +30,7 @@ def _message(dies: str) -> str:
     loader = _Loader(dies if world.rank == 1 else None)  # the others would wait for ever
     stop = StopRequest()
     try:
-        next_batch(world, loader, 1, 0, stop, unreadable=None)  # type: ignore[arg-type]
+        next_batch(world, loader, 1, stop, unreadable=None)  # type: ignore[arg-type]
     except RunFailed as error:
         return str(error)
     finally:

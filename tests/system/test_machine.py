@@ -1,7 +1,6 @@
 """What this machine lacks: told in one message, and whether it is worth another start."""
 
 import errno
-import gc
 import multiprocessing.context
 import os
 import resource
@@ -12,7 +11,7 @@ import pytest
 
 from swamla_titan import cli
 from swamla_titan.cli import main
-from swamla_titan.data import loader
+from swamla_titan.data import worker
 from swamla_titan.errors import UserError
 from swamla_titan.launch import worker as launcher
 from swamla_titan.system.machine import REMEDIES, allow_open_files, explain, lack, needed
@@ -99,21 +98,6 @@ def test_what_is_a_fault_of_the_program_is_not_explained_away(monkeypatch):
         main(["config", "ls"])
 
 
-def test_semaphores_without_shared_memory(tiny, monkeypatch, capsys):
-    """The operating system names no file where a semaphore cannot be made."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise system_error(errno.ENOSPC)
-
-    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", fail)
-    assert train(tiny, *FAST[:4], "--data.num_workers", "1") == 2
-    message = one_message(capsys)
-    gc.collect()  # of the loader that is half made
-    assert capsys.readouterr().err == ""
-    assert message.startswith("error: the processes that read the data cannot be started: No space left on device")
-    assert "/dev/shm is too small, or cannot be written: make it larger (docker run --shm-size=1g" in message
-
-
 def test_no_worker_is_left_where_a_later_one_cannot_be_started(tiny, monkeypatch, capsys):
     """The interpreter's end would wait for ever: workers ignore its SIGTERM."""
     started: list[object] = []
@@ -136,7 +120,7 @@ def test_no_temporary_folder(tiny, monkeypatch, capsys):
     def fail() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
-    monkeypatch.setattr(loader.tempfile, "gettempdir", fail)
+    monkeypatch.setattr(worker.tempfile, "gettempdir", fail)
     assert train(tiny, *FAST[:4], "--data.num_workers", "1") == 2
     assert "Set TMPDIR to one that can" in one_message(capsys)
 
@@ -192,9 +176,7 @@ def test_shared_memory_of_a_container(tiny, options):
     )
     if done.returncode == 99 or "unshare" in done.stderr:
         pytest.skip("needs the right to mount")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: the processes that read the data cannot be started: ") == 1
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr  # its loader processes do without
 
 
 @pytest.mark.parametrize("soft, hard, allowed", [(32, 40, False), (32, 4096, True), (2048, 4096, True)])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.cli import main
-from swamla_titan.data import BatchLoader, patience
+from swamla_titan.data import BatchLoader, retry
 from swamla_titan.train import setup
 from tests.data.faulty import Fails, flaky, four_files, truncate
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
@@ -21,7 +21,7 @@ from tests.waiting import HANG
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """And as it was afterwards: a flaky source sets it for the process."""
-    monkeypatch.setattr(patience, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.02)
 
 
 SKIP = ("--data.on_error", "skip_file")
@@ -72,13 +72,13 @@ def test_stop_saves_what_was_learnt_and_names_file_and_place(tiny, corpus, tmp_p
     assert error.startswith(f"error: {corpus}/2.parquet, row 0 of row group ")
     assert "not a whole parquet file" in error
     assert "given up after 2 more tries" in error
-    assert 'data.on_error = "skip_file" passes over the rest of the file' in error
+    assert 'data.on_error = "skip_file" skips the rest of the file' in error
     assert error.count("\n") == 1
     last = max(metrics(tmp_path / "run"))
     assert 1 <= last < 24
     assert checkpoint(tmp_path / "run", last).is_dir()
     assert metrics(tmp_path / "run", "skipped_files") == {}
-    # the same command is refused at once now; passing over the file, it goes on
+    # the same command is refused at once now; skipping the file, it continues
     assert train(tiny, *settings(corpus)) == 2
     assert "2.parquet: not a whole parquet file" in capsys.readouterr().err
     assert train(tiny, *settings(corpus, *SKIP)) == 0
@@ -86,7 +86,7 @@ def test_stop_saves_what_was_learnt_and_names_file_and_place(tiny, corpus, tmp_p
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_skip_file_is_told_once_counted_and_on_record_and_a_resumed_run_passes_over_the_same(
+def test_skip_file_is_reported_once_counted_and_on_record_and_a_resumed_run_skips_the_same(
     tiny, corpus, tmp_path, capsys, workers
 ):
     run, whole, path = tmp_path / "run", tmp_path / "whole", corpus / "2.parquet"
@@ -106,8 +106,8 @@ def test_skip_file_is_told_once_counted_and_on_record_and_a_resumed_run_passes_o
     assert {entry["file"] for entry in record} == {"2.parquet"}
     assert min(entry["step"] for entry in record) == first
     assert all("not a whole parquet file" in entry["reason"] for entry in record)
-    cursors = json.loads((checkpoint(whole, 24) / "train.json").read_text())["cursors"]
-    assert {entry["file"] for cursor in cursors.values() for entry in cursor.get("skipped", [])} == {"2.parquet"}
+    state = json.loads((checkpoint(whole, 24) / "train.json").read_text())
+    assert {entry["file"] for entry in state["excluded"]} == {"2.parquet"}
 
     # Stopped in the middle, then the file is whole again; and with other workers.
     path.write_bytes(intact)
@@ -118,9 +118,9 @@ def test_skip_file_is_told_once_counted_and_on_record_and_a_resumed_run_passes_o
     assert train(tiny, *command, "--data.num_workers", "1", "--lr_schedule.name", "linear") == 0
     assert capsys.readouterr().out.count("the rest of the file is skipped in this run") == 1
     resumed = json.loads((checkpoint(run, 24) / "train.json").read_text())
-    assert resumed["cursors"] == cursors
-    assert resumed["identity"] == json.loads((checkpoint(whole, 24) / "train.json").read_text())["identity"]
-    in_force = sum(len(cursor.get("skipped", [])) for cursor in cursors.values())
+    assert (resumed["cursors"], resumed["excluded"]) == (state["cursors"], state["excluded"])
+    assert resumed["identity"] == state["identity"]
+    in_force = len(state["excluded"])
     assert [entry["step"] for entry in json.loads((run / "skipped_files.json").read_text())] == [None] * in_force
 
 
@@ -231,7 +231,7 @@ def test_a_file_damaged_from_the_start(tiny, corpus, tmp_path, capsys):
     assert snapshot(tmp_path / "run" / "checkpoints") == before
 
 
-def test_longer_patience_than_the_watchdog_has_is_refused(tiny, corpus, capsys):
+def test_a_longer_wait_than_the_watchdog_allows_is_refused(tiny, corpus, capsys):
     assert train(tiny, *settings(corpus), "--data.retry_seconds", "301") == 2
     error = capsys.readouterr().err
     assert "301 s of waiting for data are more than half of fault_tolerance.step_timeout = 600" in error

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ class BadStepPolicy(Policy):
         if self._judge:
             self._rewinding = Rewinding(self._config, setup.checkpoints, self._judge, self._world)
         self._loader = loader
-        # Where in its streams each of the last batches began. `too_many` answers a step late: one more than a streak.
+        # The cursors before each of the last batches. `too_many` answers a step late: one more than a streak.
         steps = setup.config.fault_tolerance.max_bad_steps + 1
-        self._cursors: deque[tuple[int, Callable[[], dict[int, Cursor]]]] = deque(maxlen=steps)
+        self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
 
     def before_step(self, step: int) -> None:
         """Remember where the batch of `step` begins."""
         if self._judge:
-            self._cursors.append((step, self._loader.place()))
+            self._cursors.append((step, self._loader.cursors))
 
     def metrics(self) -> dict[str, float | int]:
         """The steps skipped so far, and the rewinds, if there were any; also warns of newly skipped steps."""
@@ -133,7 +133,7 @@ class BadStepPolicy(Policy):
         """`write_bad_batches` with the cursors of all ranks; all call it. A disk error is only logged."""
         path = self._traces / f"bad-steps-{step}.json"
         size = self._config.training.global_batch_size
-        own = {(step, stream): cursor for step, cursors in self._cursors for stream, cursor in cursors().items()}
+        own = {(step, stream): cursor for step, cursors in self._cursors for stream, cursor in cursors.items()}
         cursors = all_gather_dict(self._world, own)
         if self._world.is_rank_0:
             first = sequences - step * size  # not 0 where checkpoint.allow has changed the batch or the data

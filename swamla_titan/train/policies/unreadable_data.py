@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla_titan.checkpoint.train_state import TrainState
-from swamla_titan.data import Corpus, Skip, skips_of
+from swamla_titan.data import Corpus, Exclusion
 from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.mesh import World
 from swamla_titan.train.policy import Policy
@@ -19,11 +19,11 @@ NAME = "skipped_files.json"
 
 
 class UnreadableData(Policy):
-    """Counts and logs what the run could not read since it began; what is skipped, the same on every rank.
+    """Counts and logs what the run could not read since it began; has the job's list of exclusions, on every rank.
 
     Rank 0 writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this start),
     `place`, `reason`; a file that streams share has an object for each stream that reached it. A resumed run reads the
-    same from the cursors in its checkpoint, so the file may be lost, or not writable.
+    list from its checkpoint, so the file may be lost, or not writable.
     """
 
     def __init__(self, folder: Path, corpus: Corpus, start: TrainState, writes: Callable[[], bool]) -> None:
@@ -41,9 +41,9 @@ class UnreadableData(Policy):
         for fault in corpus.faults:
             if writes() and fault.file not in opened:
                 logger.warning("data: %s; held-out text is taken from the rest", fault)
-        for stream, cursor in sorted(start.cursors.items()):
-            for skip in skips_of(stream, cursor):
-                self._note(None, skip.stream, skip.file, skip.place, skip.reason)
+        self._excluded = list(start.excluded)
+        for each in self._excluded:
+            self._note(None, each.stream, each.file, each.place, each.reason)
         if self._entries:
             self._write()
 
@@ -51,9 +51,10 @@ class UnreadableData(Policy):
         """The number of files of which something is skipped, if there are any."""
         return {"skipped_files": len(self._files)} if self._files else {}
 
-    def replaced_bytes(self, world: World) -> int:
-        """Stretches of bytes that were not UTF-8, read by all ranks since the run began. Collective."""
-        return self._replaced_before + sum(all_gather_dict(world, {world.data_rank: self._replaced}).values())
+    def state(self, world: World) -> dict[str, Any]:
+        """What a TrainState has of it; `replaced_bytes` of all ranks since the run began. Collective."""
+        replaced = self._replaced_before + sum(all_gather_dict(world, {world.data_rank: self._replaced}).values())
+        return {"replaced_bytes": replaced, "excluded": list(self._excluded)}
 
     def add_replaced(self, count: int) -> None:
         """Count stretches of bytes that this rank has read as U+FFFD in a batch; warn of the first."""
@@ -61,10 +62,12 @@ class UnreadableData(Policy):
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self._replaced += count
 
-    def add_skips(self, step: int, skips: Iterable[Skip]) -> None:
-        """Add what is skipped in the batch of `step` (from 1); ranks may have found the same."""
-        for skip in sorted({skip.key: skip for skip in skips}.values(), key=lambda skip: skip.key):
-            self._note(step, skip.stream, skip.file, skip.place, skip.reason)
+    def exclude(self, step: int, found: Iterable[Exclusion]) -> None:
+        """Add what was found unreadable for the batch of `step` (from 1); ranks may have found the same."""
+        new = sorted({each.key: each for each in found}.values(), key=lambda each: each.key)
+        self._excluded += new
+        for each in new:
+            self._note(step, each.stream, each.file, each.place, each.reason)
         self._write()
 
     def _note(self, step: int | None, stream: int | None, file: str, place: str, reason: str) -> None:

@@ -1,0 +1,176 @@
+"""Reading with retries: how often, how long, and from exactly which document on."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from swamla_titan.config.rules import RETRY_SECONDS
+from swamla_titan.data.document import Document, Position, Source
+from swamla_titan.data.faults import DataFault, Fault, Unreachable
+from swamla_titan.errors import RunFailed
+
+logger = logging.getLogger(__name__)
+
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, and some of it by chance
+POLL = 1.0  # seconds between two checks for whether the reader was closed
+LATE = 10.0  # seconds; a process that sleeps for that much longer than POLL was paused
+QUICK_TRIES = 2  # for bytes that make no sense, where a second look is enough
+SILENT_FILES = 3  # that may fail one after another; where more do not answer, it is not the files
+
+Result = TypeVar("Result")
+
+
+class Retry:
+    """When one process retries to read data, with backoff, and when it stops.
+
+    All waiting in one step (from `begin_step` to `begin_step`) is at most `seconds` together, whatever the number of
+    files that do not answer, because other ranks wait for the step and their watchdogs look at the clock. Chance
+    spreads the tries of many processes over time; it decides nothing about the data.
+    """
+
+    def __init__(self, seconds: float = RETRY_SECONDS, is_closed: Callable[[], bool] | None = None) -> None:
+        """`is_closed()`: nobody waits for the data any more."""
+        self.seconds, self._is_closed = seconds, is_closed
+        self._chance = random.Random()
+        self._spent = 0.0  # on outages of this step that are over
+        self._since: float | None = None  # when the outage that lasts began
+        self._tries = 0
+        self._last: Fault | None = None
+        self._silent_files = 0  # that did not answer, one after another
+        self._notes: list[str] = []
+
+    def begin_step(self) -> None:
+        """The data of the next step are read."""
+        self._spent, self._since = 0.0, None
+
+    def call(self, work: Callable[[], Result]) -> Result:
+        """`work()`, retried; raises the Fault that remains, with how often it was tried."""
+        while True:
+            try:
+                result = work()
+            except Fault as fault:
+                if not self.wait(fault):
+                    self.failed(fault)
+                    raise
+            else:
+                self.success()
+                return result
+
+    def wait(self, fault: Fault) -> bool:
+        """Wait until it is time to retry; returns False at once if another try makes no sense.
+
+        Raises RunFailed, at once, where nobody waits for the data any more.
+        """
+        self._require_open()
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        left = self.seconds - self._spent - (now - self._since)
+        quick = self._tries < QUICK_TRIES and self.seconds > 0
+        if not fault.may_pass or not (quick or (isinstance(fault, Unreachable) and left > 0)):
+            return False
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(self._tries, 10)) * self._chance.uniform(0.5, 1)
+        if left > 0:
+            delay = min(delay, left)
+        self._tries += 1
+        self._last = fault
+        logger.warning("%s; trying again in %.1f s", fault, delay)
+        while delay > 0:
+            began = time.monotonic()
+            time.sleep(min(delay, POLL))
+            self._since += max(time.monotonic() - began - LATE, 0)  # a pause of this process is no part of the outage
+            delay -= POLL
+            self._require_open()
+        return True
+
+    def _require_open(self) -> None:
+        if self._is_closed is not None and self._is_closed():
+            raise RunFailed("the reader's loader was closed")
+
+    def success(self) -> None:
+        """Something was read."""
+        self._silent_files = 0
+        if self._since is not None:
+            if self._last is not None:
+                self._notes.append(f"{self._last}; read on after {self._words()}")
+            self._end_outage()
+
+    def failed(self, fault: Fault) -> None:
+        """This file is not tried any more; `fault` then says how often it was."""
+        if self._tries:
+            fault.tried = f"given up after {self._words(timed=isinstance(fault, Unreachable))}"
+        self._silent_files += isinstance(fault, Unreachable)
+        self._end_outage()
+
+    @property
+    def nothing_answers(self) -> bool:
+        """Whether so many files did not answer, one after another, that it cannot be the files' fault."""
+        return self._silent_files > SILENT_FILES
+
+    def notes(self) -> list[str]:
+        """What was read in the end although it first failed, since the last call; a line each."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _end_outage(self) -> None:
+        if self._since is not None:
+            self._spent += time.monotonic() - self._since
+        self._since, self._tries, self._last = None, 0, None
+
+    def _words(self, timed: bool = True) -> str:
+        assert self._since is not None
+        tries = "1 more try" if self._tries == 1 else f"{self._tries} more tries"
+        return f"{tries} in {time.monotonic() - self._since:.1f} s" if timed else tries
+
+
+def read_on(
+    source: Source, unit: int, position: Position | None, every: int, offset: int, retry: Retry
+) -> Iterator[Document]:
+    """`source.read(...)`, retried from behind the last document it gave, so that none is lost and none comes twice.
+
+    Raises the Fault that remains, with how often it was tried.
+    """
+    while True:
+        try:
+            for document in source.read(unit, position, every, offset):
+                retry.success()
+                yield document
+                position = document.position
+            retry.success()
+            return
+        except Fault as fault:
+            if not fault.place and position is not None:
+                fault.place = f"byte {position['byte']}" if "byte" in position else f"document {position['ordinal']}"
+            if not retry.wait(fault):
+                retry.failed(fault)
+                raise
+
+
+def documents_by_unit(
+    source: Source, retry: Retry, faults: list[Fault] | None = None
+) -> Iterator[tuple[int, Document]]:
+    """Every document of a source with the number of its unit, in the source's order.
+
+    With `faults`, a damaged file is left out from the damage on and its fault added there; else the fault is raised. So
+    is that of a file which merely does not answer.
+    """
+    damaged = ""
+    for unit in range(source.num_units):
+        if source.file_of(unit) == damaged:
+            continue
+        try:
+            for document in read_on(source, unit, None, 1, 0, retry):
+                yield unit, document
+        except DataFault as fault:
+            if faults is None:
+                raise
+            faults.append(fault)
+            damaged = source.file_of(unit)
+
+
+def all_documents(source: Source, retry: Retry | None = None, faults: list[Fault] | None = None) -> Iterator[Document]:
+    """Every document of a source, as `documents_by_unit` gives them."""
+    for _, document in documents_by_unit(source, retry or Retry(), faults):
+        yield document
