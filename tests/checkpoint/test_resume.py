@@ -32,14 +32,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return trained
 
 
-def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path, undisturbed):
-    run, whole = tmp_path / "run", undisturbed()
-    process = start(tiny)
+SELECTIVE = ("--model.mla_selective", "true", "--model.selection_head", "1", "--data.document_mask", "true")
+ENGRAM = (
+    *("--model.engram.layers", "0,2", "--model.engram.heads", "2", "--model.engram.d_mem", "16"),
+    *("--model.engram.table_size", "101"),
+)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        (),
+        pytest.param(SELECTIVE, marks=pytest.mark.slow, id="selective"),
+        pytest.param((*SELECTIVE, *ENGRAM), marks=pytest.mark.slow, id="selective and Engram"),
+    ],
+)
+def test_30_steps_equal_15_a_kill_and_15_bit_for_bit(tiny, tmp_path, undisturbed, model):
+    run, whole = tmp_path / "run", undisturbed(*model)
+    process = start(tiny, *model)
     wait_for(checkpoint(run, 15), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not checkpoint(run, 30).exists(), "killed too late"
-    assert train(tiny) == 0
+    assert train(tiny, *model) == 0
     assert_same_checkpoint(checkpoint(run, 30), checkpoint(whole, 30))
     assert metrics(run) == metrics(whole)
     assert metrics(run, "val_loss") == metrics(whole, "val_loss")

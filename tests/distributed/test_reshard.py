@@ -39,8 +39,9 @@ FSDP_2, FSDP_3, FSDP_4 = (2, ()), (3, ()), (4, ())
 DDP_3 = (3, ("--parallel.data_parallel", "ddp"))
 HSDP_2X2 = (4, ("--parallel.data_parallel", "hsdp", "--parallel.dp_replicate", "2"))
 TP_2, TP_2_FSDP_2 = (2, ("--parallel.tensor", "2")), (4, ("--parallel.tensor", "2"))
+PP_3 = (3, ("--parallel.pipeline", "3"))
 PP_2, PP_2_FSDP_2 = (2, ("--parallel.pipeline", "2")), (4, ("--parallel.pipeline", "2"))
-CP_2 = (2, ("--parallel.context", "2"))
+CP_2, CP_3 = (2, ("--parallel.context", "2")), (3, ("--parallel.context", "3"))
 ZBV_2 = (2, ("--parallel.pipeline", "2", "--parallel.pipeline_schedule", "ZBVZeroBubble"))
 CHAINS = {
     "tp-2-fsdp-2, ddp-3, 1": (TENSOR_2, (TP_2_FSDP_2, DDP_3, ALONE)),
@@ -115,18 +116,38 @@ def test_a_run_that_changes_its_plan_again_and_again_equals_one_process(tmp_path
     assert_close(state, expected_state, 1e-4)
 
 
-SAME_PLAN = {"fsdp-2": FSDP_2, "tp-2": TP_2, "pp-2": PP_2, "ddp-3": DDP_3, "hsdp-2x2": HSDP_2X2, "zbv-2": ZBV_2}
-EXPENSIVE = ("tp-2", "pp-2", "ddp-3", "hsdp-2x2", "zbv-2")
+SAME_PLAN = {
+    "fsdp-2": FSDP_2,
+    "tp-2": TP_2,
+    "pp-2": PP_2,
+    "ddp-3": DDP_3,
+    "hsdp-2x2": HSDP_2X2,
+    "zbv-2": ZBV_2,
+    "cp-2": CP_2,
+}
+SELECTIVE = ("--model.mla_selective", "true", "--model.selection_head", "1", "--data.document_mask", "true")
+ENGRAM = (
+    *("--model.engram.layers", "0,2", "--model.engram.orders", "2,4", "--model.engram.heads", "2"),
+    *("--model.engram.d_mem", "16", "--model.engram.table_size", "501"),
+)
 
 
 @pytest.mark.parametrize(
-    "plan", [pytest.param(name, marks=[pytest.mark.slow] if name in EXPENSIVE else []) for name in SAME_PLAN]
+    "plan, model",
+    [
+        ("fsdp-2", ()),
+        *(pytest.param(name, (), marks=pytest.mark.slow) for name in SAME_PLAN if name not in ("fsdp-2", "cp-2")),
+        *(
+            pytest.param(name, (*SELECTIVE, *ENGRAM), marks=pytest.mark.slow, id=f"{name}-selective and Engram")
+            for name in ("fsdp-2", "tp-2", "cp-2", "pp-2")
+        ),
+    ],
 )
-def test_killed_and_started_again_under_the_same_plan_it_is_the_same_bit_for_bit(tmp_path, plan):
+def test_killed_and_started_again_under_the_same_plan_it_is_the_same_bit_for_bit(tmp_path, plan, model):
     """With dropout, whose random states each rank has of its own."""
     ranks, parallel = SAME_PLAN[plan]
     settings = (*COMMON, *parallel, "--model.dropout", "0.1", "--training.steps", "9", "--checkpoint.interval", "4")
-    settings += ("--data.num_workers", "1" if plan == "fsdp-2" else "0")
+    settings += ("--data.num_workers", "1" if plan == "fsdp-2" else "0", *model)
     whole = tmp_path / "whole"
     assert on_ranks(ranks, run, written(tmp_path), *settings, "--job.dump_folder", str(whole)) == [0] * ranks
     with pytest.raises(AssertionError, match="died"):
@@ -142,3 +163,18 @@ def test_killed_and_started_again_under_the_same_plan_it_is_the_same_bit_for_bit
     random = {name: state for name, state in tensors(checkpoint(whole, 9)).items() if name.startswith("random.")}
     assert len(random) == ranks
     assert len({state.numpy().tobytes() for state in random.values()}) == ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [SELECTIVE, (*SELECTIVE, *ENGRAM)], ids=["selective", "selective and Engram"])
+@pytest.mark.parametrize("plan", ["fsdp-2", "fsdp-3", "ddp-3", "tp-2", "cp-2", "cp-3", "pp-2", "pp-3"])
+def test_after_20_steps_of_any_plan_weights_are_those_of_one_process(tmp_path, plan, model):
+    ranks, parallel = (SAME_PLAN | {"fsdp-3": FSDP_3, "cp-3": CP_3, "pp-3": PP_3})[plan]
+    model = (*model, "--training.seq_len", "60")
+    settings = (*COMMON, *model, *parallel, "--training.steps", "20")
+    assert on_ranks(ranks, run, written(tmp_path), *settings) == [0] * ranks
+    curves, state, _ = finished(tmp_path, 20)
+    expected_curves, expected_state, _ = undisturbed(20, *model)
+    for name, values in expected_curves.items():
+        assert curves[name] == pytest.approx(values, rel=1e-5), name
+    assert_close(state, expected_state, 1e-4)

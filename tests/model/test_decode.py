@@ -24,6 +24,7 @@ SHAPES = [
     {"engram": {"layers": [1], "orders": [2, 4], "heads": 1, "d_mem": 8, "table_size": 101, "sharpen_gate": True}},
     {"norm": "dynamic_tanh", "tie_embeddings": False, "rope_scaling": 2.0, "swa_rope_theta": 77.0},
     {"mla_selective": True, "selection_head": 3},
+    {"mla_selective": True, "engram": {"layers": [2], "orders": [2, 3], "heads": 1, "d_mem": 8, "table_size": 31}},
 ]
 
 

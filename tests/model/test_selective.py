@@ -81,9 +81,13 @@ def test_a_full_cache_drops_the_key_of_which_most_was_selected(budget, prompt):
     assert cache.layers["0"].latents.shape == (1, min(budget, len(text)), 12)
 
 
+ENGRAM = {"engram": {"layers": [1, 2], "orders": [2, 3], "heads": 1, "d_mem": 8, "table_size": 31}}
+
+
 @torch.no_grad()
-def test_rows_of_a_batch_drop_each_by_itself_and_padding_first():
-    model = build(**SELECTIVE | {"num_layers": 3, "swa_layers_per_cycle": 2})
+@pytest.mark.parametrize("engram", [{}, ENGRAM], ids=["alone", "with Engram"])
+def test_rows_of_a_batch_drop_each_by_itself_and_padding_first(engram):
+    model = build(**SELECTIVE | {"num_layers": 3, "swa_layers_per_cycle": 2} | engram)
     texts = [random_tokens(length + 20) for length in (3, 11, 14)]
     padded = torch.stack([torch.cat([random_tokens(14 - len(text) + 20), text[:-20]]) for text in texts])
     caches = [DecodeCache(model, 3, 34, 12), *(DecodeCache(model, 1, len(text), 12) for text in texts)]
@@ -93,6 +97,19 @@ def test_rows_of_a_batch_drop_each_by_itself_and_padding_first():
         torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-11)
         together = model.decode(torch.stack([text[-step] for text in texts])[:, None], caches[0])
         apart = [model.decode(text[None, [-step]], cache) for text, cache in zip(texts, caches[1:])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engram", [{}, ENGRAM], ids=["alone", "with Engram"])
+def test_a_budget_of_as_many_tokens_as_come_changes_nothing(engram):
+    model, text = build(**SELECTIVE | {"num_layers": 3, "swa_layers_per_cycle": 1} | engram), random_tokens(2, 30)
+    caches = [DecodeCache(model, 2, 40, budget) for budget in (None, 30, 29)]
+    logits = [model.prefill(text[:, :12], cache) for cache in caches]
+    for t in range(12, 30):
+        assert torch.equal(logits[0], logits[1])
+        logits = [model.decode(text[:, t : t + 1], cache) for cache in caches]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_a_budget_is_refused_where_nothing_can_be_dropped():

@@ -31,13 +31,14 @@ def run(tiny: Path, folder: Path, steps: int, *more: str) -> None:
 
 
 def test_a_run_resumes_bit_for_bit_and_logs_the_gates(tiny: Path, tmp_path: Path):
-    wsd = ("--lr_schedule.decay_steps", "1")
-    run(tiny, tmp_path / "whole", 8, *wsd, "--ema.decay", "0.9")
-    run(tiny, tmp_path / "cut", 8, *wsd, "--ema.decay", "0.9")
+    """Beside selective attention, the average of the weights and a schedule with a decay."""
+    settings = ("--lr_schedule.decay_steps", "1", "--ema.decay", "0.9", "--model.mla_selective", "true")
+    run(tiny, tmp_path / "whole", 8, *settings)
+    run(tiny, tmp_path / "cut", 8, *settings)
     for path in (tmp_path / "cut" / "checkpoints" / "step-00000008").iterdir():
         path.unlink()
     (tmp_path / "cut" / "checkpoints" / "step-00000008").rmdir()
-    run(tiny, tmp_path / "cut", 8, *wsd, "--ema.decay", "0.9")
+    run(tiny, tmp_path / "cut", 8, *settings)
     whole, cut = (tensors(checkpoint(tmp_path / name, 8)) for name in ("whole", "cut"))
     assert any("annexes.0.engram.table.weight" in name for name in whole)
     assert whole.keys() == cut.keys()
