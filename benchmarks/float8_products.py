@@ -48,7 +48,7 @@ def converted(inner: int, out: int, recipe: str) -> One:
     if recipe.startswith("native"):
         model.product = NativeLinear.of(model.product, settings_of("e5m2", False))
         return model
-    convert_to_float8(model, Float8(recipe=recipe, products="all"), torch.device("cuda"))
+    convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), torch.device("cuda"))
     return model
 
 

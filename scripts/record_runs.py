@@ -100,7 +100,7 @@ DDP = "parallel.data_parallel=ddp"
 EVERY = f"parallel.reduce_every_micro_batch=true {ONE_BY_ONE}"
 PIPELINE = f"parallel.pipeline=2 {ONE_BY_ONE}"
 FOUR_LAYERS = "model.num_layers=4"
-FLOAT8 = "float8.products=all float8.recipe="
+FLOAT8 = "float8.linear_layers=all float8.recipe="
 RECOMPUTED = "activation_checkpoint.mode="
 MUON = "optimizer.name=muon"
 
@@ -267,8 +267,8 @@ CUDA: dict[str, Run | tuple[Run, ...]] = {
     "rowwise-eager": Run(f"{FLOAT8}rowwise"),
     "document-mask": Run(f"{COMPILED} data.document_mask=true"),
     "document-mask-flex": Run(f"{COMPILED} data.document_mask=true kernels.attention=flex"),
-    "triton": Run(f"{COMPILED} kernels.attention=triton kernels.pointwise=triton"),
-    "sdpa": Run(f"{COMPILED} kernels.attention=sdpa kernels.pointwise=plain kernels.loss=plain"),
+    "triton": Run(f"{COMPILED} kernels.attention=triton kernels.elementwise=triton"),
+    "sdpa": Run(f"{COMPILED} kernels.attention=sdpa kernels.elementwise=plain kernels.loss=plain"),
     "qk-norm-q-lora": Run(f"{COMPILED} model.qk_norm=true model.q_lora_rank=128"),
     "recomputed": Run(f"{COMPILED} {RECOMPUTED}full"),
     "recomputed-operators": Run(f"{COMPILED} {RECOMPUTED}selective"),

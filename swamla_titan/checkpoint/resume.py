@@ -14,6 +14,7 @@ from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.checkpoint.train_state import TrainState, read_data_record, read_train_state
 from swamla_titan.config import Config
 from swamla_titan.config.rules import ALLOWED_DIFFERENCES
+from swamla_titan.config.sections import RENAMED
 from swamla_titan.data import Corpus, fingerprint_changes
 from swamla_titan.distributed.agreement import all_gather_dict, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World
@@ -59,7 +60,8 @@ class Origin:
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
-        changes = fingerprint_changes(_BEFORE_THE_KEY | state.fingerprint, fingerprint, details)
+        then = _BEFORE_THE_KEY | {RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
+        changes = fingerprint_changes(then, fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
         allowed = {name.strip() for name in allow.split(",")}
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:

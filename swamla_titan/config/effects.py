@@ -76,7 +76,7 @@ _NEEDS: dict[str, Condition] = {
     "activation_checkpoint.every_n_blocks": _SELECTIVE & when("activation_checkpoint.selective", "blocks"),
     "activation_checkpoint.modules": when_not("activation_checkpoint.mode", "none"),
     "activation_checkpoint.memory_budget": when("activation_checkpoint.mode", "none") & _COMPILED,
-    "float8.products float8.output_head float8.loss_scaling": when_not("float8.recipe", "off"),
+    "float8.linear_layers float8.output_head float8.loss_scaling": when_not("float8.recipe", "off"),
     "float8.gradient_dtype float8.fast_accumulation": _NATIVE,
     "float8.fsdp_all_gather": One(
         ("float8.recipe",),

@@ -15,7 +15,7 @@ from swamla_titan.conditions import value_at
 from swamla_titan.config.effects import NEEDS, without, without_effect
 from swamla_titan.config.paths import expanded
 from swamla_titan.config.rules import conflicts
-from swamla_titan.config.sections import KEYS, SECTIONS, Config
+from swamla_titan.config.sections import KEYS, RENAMED, SECTIONS, Config
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
@@ -75,11 +75,13 @@ def load_config(
     """Read and check a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
-    the value, what is allowed and the nearest valid key. `warn` is called with what is merely without effect: where
-    the file made sense before an override, and in a file that states nearly every key, as a run's config.toml does.
+    the value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with what is
+    merely without effect: where the file made sense before an override, and in a file that states nearly every key, as
+    a run's config.toml does.
     """
     path, errors = Path(path), _Errors()
     tables = _read_tables(path, errors)
+    overrides = _with_new_names(tables, overrides, errors, warn)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
     in_overrides = {f"{override.section}.{override.key}" for override in overrides}
     has_data = "data" in tables or in_overrides & {"data.source", "data.path"}
@@ -163,6 +165,32 @@ def _add_table(section: str, table: dict[str, Any], tables: Tables, errors: _Err
     tables[section] = {key: value for key, value in table.items() if key not in inner}
     for key in inner:
         _add_table(f"{section}.{key}", table[key], tables, errors)
+
+
+def _with_new_names(
+    tables: Tables, overrides: Sequence[Override], errors: _Errors, warn: Callable[[str], None]
+) -> list[Override]:
+    """Give keys in `tables` that were RENAMED their new names; returns the overrides with theirs."""
+    for old, new in RENAMED.items():
+        (section, _, key), (new_section, _, new_key) = old.rpartition("."), new.rpartition(".")
+        if key not in tables.get(section, {}):
+            continue
+        value, notice = tables[section].pop(key), f"[{section}] {key} is now called {new}"
+        if new_key in tables.setdefault(new_section, {}):
+            errors.add(str, f"{notice}, which is given as well: leave {key} out")
+            continue
+        warn(f"{notice}; the old name will be refused by a later version")
+        tables[new_section][new_key] = value
+    return [_with_new_name(override, warn) for override in overrides]
+
+
+def _with_new_name(override: Override, warn: Callable[[str], None]) -> Override:
+    old = f"{override.section}.{override.key}"
+    if old not in RENAMED:
+        return override
+    warn(f"--{old} is now called --{RENAMED[old]}; the old name will be refused by a later version")
+    section, _, key = RENAMED[old].rpartition(".")
+    return Override(section, key, override.text)
 
 
 def _apply_override(override: Override, tables: Tables, errors: _Errors) -> None:

@@ -211,8 +211,8 @@ class Float8:
     rowwise_with_gw_hp (and gradients of weights in full precision: most exact). native: by our kernels, which cast
     within the operations before the products, one scale a tensor. auto: native where GPU and shapes gain by it, else
     off."""
-    products: Literal["auto", "all"] = "auto"
-    """auto: the products that are large enough to gain by it on an H100; all: each whose sides are multiples of 16."""
+    linear_layers: Literal["auto", "all"] = "auto"
+    """auto: those that are large enough to gain by it on an H100; all: each whose sides are multiples of 16."""
     output_head: bool = False
     """The output head too, at some cost in exactness of the loss."""
     fsdp_all_gather: Literal["auto", "always", "never"] = "auto"
@@ -238,7 +238,7 @@ class Kernels:
     loss: Literal["auto", "fused", "plain"] = "auto"
     """fused: output head and loss as one, which never holds all logits. auto: fused on GPUs in 16 bits, but not with a
     float8 head, tensor or pipeline parallelism. plain: all logits first."""
-    pointwise: Literal["auto", "triton", "plain"] = "auto"
+    elementwise: Literal["auto", "triton", "plain"] = "auto"
     """SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention is
     by triton, without qk_norm, in MLA where it is by cuDNN, or documents by triton, without context parallel, in both
     without checkpoints of operators (selective = "operators"). auto: these on H100 and H200 in 16 bits. plain: left to
@@ -349,6 +349,8 @@ class Config:
 
 
 SECTIONS: dict[str, type] = sections(Config)
+# Keys of version 0.1 and their names since. The old ones work until version 0.3, with a notice.
+RENAMED = {"float8.products": "float8.linear_layers", "kernels.pointwise": "kernels.elementwise"}
 KEYS: dict[str, Setting] = {
     f"{section}.{name}": setting for section, cls in SECTIONS.items() for name, setting in settings(cls).items()
 }

@@ -68,7 +68,7 @@ def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
     if odd or tokens % FLOAT8_MULTIPLE:
         return f"tokens of a sequence on a rank are no multiple of {FLOAT8_MULTIPLE}"
-    native = replace(config, float8=replace(config.float8, recipe="native", products="auto"))
+    native = replace(config, float8=replace(config.float8, recipe="native", linear_layers="auto"))
     coverage = float8_coverage(native)
     sequences = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     return next(little_gained(coverage, native, sequences), None)

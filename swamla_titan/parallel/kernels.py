@@ -31,7 +31,7 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
     model.attention_backend = config.kernels.attention
     if is_loss_fused(config, device):
         model.loss_head = FusedLossHead(model.config)
-    swiglu_is_ours, choices = are_pointwise_ours(config, device), attention_choices(config, device)
+    swiglu_is_ours, choices = are_elementwise_ours(config, device), attention_choices(config, device)
     for block in model.blocks.values():
         assert isinstance(block, Block)
         if swiglu_is_ours:
@@ -65,8 +65,8 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
 
 def _why_apart(config: Config, device: torch.device) -> str | None:
     """The section or key that keeps the rotation apart from attention in blocks of every kind, or None."""
-    if not are_pointwise_ours(config, device):
-        return "kernels.pointwise"
+    if not are_elementwise_ours(config, device):
+        return "kernels.elementwise"
     checkpointing = config.activation_checkpoint
     # It would keep rotated queries and keys beside those of the linear layer.
     keeps = keeps_operators(checkpointing) and checkpointing.modules != "feed_forward"
@@ -87,13 +87,13 @@ def is_loss_fused(config: Config, device: torch.device) -> bool:
     return wants_fused_loss(config) and (config.kernels.loss == "fused" or is_gpu_with_triton(device))
 
 
-def are_pointwise_ours(config: Config, device: torch.device) -> bool:
+def are_elementwise_ours(config: Config, device: torch.device) -> bool:
     """Whether kernels of ours compute what lies between the linear layers, as far as they can.
 
     By "auto" on H100 and H200.
     """
-    if config.kernels.pointwise != "auto":
-        return config.kernels.pointwise == "triton"
+    if config.kernels.elementwise != "auto":
+        return config.kernels.elementwise == "triton"
     dtype = getattr(torch, config.training.compute_dtype)
     return is_gpu_with_triton(device) and is_tuned_for(device, dtype)
 
@@ -125,12 +125,12 @@ def validate_attention(config: Config, world: World) -> None:
         raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
 
 
-def validate_pointwise(config: Config, world: World) -> None:
-    """Raise UserError if this machine lacks kernels.pointwise; GPUs of another one are not asked."""
-    if world.is_elsewhere or not are_pointwise_ours(config, world.device):
+def validate_elementwise(config: Config, world: World) -> None:
+    """Raise UserError if this machine lacks kernels.elementwise; GPUs of another one are not asked."""
+    if world.is_elsewhere or not are_elementwise_ours(config, world.device):
         return
     if not is_gpu_with_triton(world.device):
-        raise UserError('kernels.pointwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
+        raise UserError('kernels.elementwise = "triton" needs a GPU, and the package triton; "auto" takes what fits')
 
 
 def _why_not(asked: str, choices: dict[str, Choice]) -> str:

@@ -83,7 +83,7 @@ def survey(
     readers = {f"{name}.{each}": name for name, branch in branches.items() for each in branch.input_readers()}
     reasons = {name: _impossible(name, *shape, config) for name, shape in shapes.items()}
     reasons |= {name: "reads a memory" for name, linear in linears.items() if spec_of(name, linear).role.stays_wide}
-    if config.products == "auto":
+    if config.linear_layers == "auto":
         possible = {name: shape for name, shape in shapes.items() if reasons[name] is None}
         small = _too_small(possible, readers if norms_cast else {}, config.recipe)
         reasons |= dict.fromkeys(small, "too small to pay")
@@ -140,7 +140,7 @@ def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> Non
         return
     reasons = "; ".join(dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}: {each.why_not}" for each in blocks))
     small = any(each.why_not == "too small to pay" for each in blocks)
-    hint = ', or float8.products = "all" to convert them nevertheless' if small else ""
+    hint = ', or float8.linear_layers = "all" to convert them nevertheless' if small else ""
     raise UserError(
         f'float8.recipe = "{config.recipe}" would convert none of {len(blocks)} linear layers ({reasons}). Choose '
         f"other widths{hint}, or set it to off"
@@ -170,7 +170,7 @@ def warnings(coverage: Sequence[LinearCoverage], config: Config, micro_batch_siz
         kinds = ", ".join(
             dict.fromkeys(f"{each.kind} {each.inner} -> {each.out}" for each in coverage if each.name in small)
         )
-        yield f'{kinds} in float8 will cost more than they gain: leave them with float8.products = "auto"'
+        yield f'{kinds} in float8 will cost more than they gain: leave them with float8.linear_layers = "auto"'
     if config.float8.output_head and wants_fused_loss(
         replace(config, float8=replace(config.float8, output_head=False))
     ):

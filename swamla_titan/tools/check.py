@@ -41,7 +41,7 @@ from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.setup import VALIDATIONS, rehearse_inputs
-from swamla_titan.train.startup_summary import pointwise_of
+from swamla_titan.train.startup_summary import elementwise_of
 from swamla_titan.train.throughput import peak_flops
 
 _REMEDIES = {"folder": "choose another job.dump_folder"}
@@ -86,7 +86,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
             loaded = load_config(find_config(name), overrides, without_effect.append)
             config, choices = _decided(loaded, device)
             inputs = [_processes, _validated, _folder, _tokenizer, _data(loaded), _model, _optimizer, _stability]
-            inputs += [_products] if config.float8.recipe != "off" else []
+            inputs += [_matmuls] if config.float8.recipe != "off" else []
             about_input = [Finding("ok", "config", f"{name} is valid")]
             about_input += [Finding("warning", "config", line) for line in without_effect]
             about_input += [Finding("ok", "auto", choice) for choice in choices]
@@ -188,7 +188,7 @@ def _float8(config: Config, device: torch.device) -> Finding:
     model = SWAMLAModel(SMALL).to(device)
     model.attention_backend = "reference"
     plain = copy.deepcopy(model)
-    convert_to_float8(model, replace(config.float8, products="all", output_head=False), device)
+    convert_to_float8(model, replace(config.float8, linear_layers="all", output_head=False), device)
     model.compute_dtype = getattr(torch, config.training.compute_dtype)
     error = _gradients_apart(model, plain, config, device)
     text += f"; {recipe}: gradients within {error:.0e} of plain ones"
@@ -201,11 +201,11 @@ def _float8(config: Config, device: torch.device) -> Finding:
 def _attention(config: Config, device: torch.device) -> list[Finding]:
     """What computes attention in the run; and a small model, forward and backward, against plain attention."""
     if device.type != "cuda":  # where a run would be refused, which is not for this line to say
-        config = replace(config, kernels=replace(config.kernels, pointwise="plain"))
+        config = replace(config, kernels=replace(config.kernels, elementwise="plain"))
     choices = attention_choices(config, device)
     chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
-    pointwise = pointwise_of(config, choices, device)
-    chosen.append(attention_summary(choices) + (f"; {pointwise}" if pointwise else ""))
+    elementwise = elementwise_of(config, choices, device)
+    chosen.append(attention_summary(choices) + (f"; {elementwise}" if elementwise else ""))
     small = replace(SMALL, mla_selective=config.model.mla_selective)
     model = SWAMLAModel(small).to(device)
     with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
@@ -351,14 +351,14 @@ def _model(config: Config, device: torch.device) -> Finding:
     return Finding("ok", "model", "; ".join([text, *(annex.summary(model) for annex in annexes_of(model).values())]))
 
 
-def _products(config: Config, device: torch.device) -> Finding:
+def _matmuls(config: Config, device: torch.device) -> Finding:
     """What float8 takes, and whether it will pay."""
     config = _resolved(config)
     coverage = float8_coverage(config)
     text = "\n         ".join(table(coverage, config.float8.recipe))
     sequences = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
     doubts = "; ".join(warnings(coverage, config, sequences))
-    return Finding("warning" if doubts else "ok", "products", text, doubts)
+    return Finding("warning" if doubts else "ok", "matmuls", text, doubts)
 
 
 def _optimizer(config: Config, device: torch.device) -> Finding:

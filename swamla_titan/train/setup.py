@@ -44,7 +44,7 @@ from swamla_titan.optim import validate_optimizer_device
 from swamla_titan.parallel.activation_checkpoint import validate_recomputation
 from swamla_titan.parallel.automatic import resolve_auto
 from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
-from swamla_titan.parallel.kernels import validate_attention, validate_pointwise
+from swamla_titan.parallel.kernels import validate_attention, validate_elementwise
 from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.parallel.row_tables import validate_host_memory
 from swamla_titan.system.machine import allow_open_files_to_train, needed
@@ -115,8 +115,8 @@ VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "files": lambda config, world: validate_open_files(config),
     "compile": lambda config, world: validate_cache_folder(config.compile),
     "attention": validate_attention,
-    "pointwise": validate_pointwise,
-    "products": lambda config, world: validate_float8(config, world.device, world.degrees),
+    "elementwise": validate_elementwise,
+    "matmuls": lambda config, world: validate_float8(config, world.device, world.degrees),
     "recompute": lambda config, world: validate_recomputation(config, world.device),
     "optimizer": lambda config, world: validate_optimizer_device(config.optimizer, world.device),
     "tables": validate_host_memory,

@@ -23,7 +23,7 @@ from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
-from swamla_titan.parallel.kernels import are_pointwise_ours, attention_choices, attention_summary, is_loss_fused
+from swamla_titan.parallel.kernels import are_elementwise_ours, attention_choices, attention_summary, is_loss_fused
 from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.parallel.row_tables import bytes_on_host
 from swamla_titan.quantization.coverage import warnings
@@ -123,13 +123,13 @@ def _log_kernels(config: Config, world: World) -> None:
     logger.info(f"attention: {attention_summary(choices)}")
     if is_loss_fused(config, world.device):
         logger.info("loss: as one with the output head")
-    if pointwise := pointwise_of(config, choices, world.device):
-        logger.info(f"pointwise: {pointwise}")
+    if elementwise := elementwise_of(config, choices, world.device):
+        logger.info(f"fused elementwise: {elementwise}")
 
 
-def pointwise_of(config: Config, choices: Mapping[str, Choice], device: torch.device) -> str | None:
+def elementwise_of(config: Config, choices: Mapping[str, Choice], device: torch.device) -> str | None:
     """What our kernels compute between the linear layers, in words; None: nothing. `choices`: of attention."""
-    if not are_pointwise_ours(config, device):
+    if not are_elementwise_ours(config, device):
         return None
     float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}
     fused = config.float8.recipe == "native" and fuses_activation(float8, "feed_forward")

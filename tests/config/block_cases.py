@@ -169,10 +169,10 @@ def loss(run: Runner) -> None:
     assert '"fused" wants the whole head' in refused
 
 
-def pointwise(run: Runner) -> None:
+def elementwise(run: Runner) -> None:
     """On a CPU it is left to torch; what is chosen on a GPU is seen in tests/parallel/test_kernels.py."""
-    assert run("--kernels.pointwise", "auto").series() == run("--kernels.pointwise", "plain").series()
-    assert 'kernels.pointwise = "triton" needs a GPU' in run.refusal("--kernels.pointwise", "triton")
+    assert run("--kernels.elementwise", "auto").series() == run("--kernels.elementwise", "plain").series()
+    assert 'kernels.elementwise = "triton" needs a GPU' in run.refusal("--kernels.elementwise", "triton")
 
 
 BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
@@ -185,5 +185,5 @@ BLOCK_CASES: dict[str, Callable[[Runner], None]] = {
     "activation_checkpoint.memory_budget": memory_budget,
     "kernels.attention": attention,
     "kernels.loss": loss,
-    "kernels.pointwise": pointwise,
+    "kernels.elementwise": elementwise,
 }

@@ -13,7 +13,7 @@ from swamla_titan.quantization.native import NativeHead, NativeLinear
 from tests.config.runner import Runner, before_every_call_of
 
 ONE_CALL = ("--training.steps", "1", "--training.local_batch_size", "5")
-ALL = ("--float8.products", "all")
+ALL = ("--float8.linear_layers", "all")
 
 
 def recipe(run: Runner) -> None:
@@ -42,7 +42,7 @@ def products(run: Runner) -> None:
     nowhere = ("--data.source", "local", "--data.path", "nowhere")  # it is not looked at
     refused = run.refusal(*ONE_CALL, "--float8.recipe", "native", *nowhere)
     assert "would convert none of 14 linear layers" in refused
-    assert 'float8.products = "all"' in refused
+    assert 'float8.linear_layers = "all"' in refused
     done = run(*ONE_CALL, "--float8.recipe", "native", *ALL)
     assert "in float8 will cost more than they gain" in (done.folder / "logs/rank-0.log").read_text()
     assert "leave it out" in run.refusal(*ALL)
@@ -120,7 +120,7 @@ def loss_scaling(run: Runner) -> None:
 
 FLOAT8_CASES: dict[str, Callable[[Runner], None]] = {
     "float8.recipe": recipe,
-    "float8.products": products,
+    "float8.linear_layers": products,
     "float8.output_head": output_head,
     "float8.fsdp_all_gather": fsdp_all_gather,
     "float8.gradient_dtype": gradient_dtype,

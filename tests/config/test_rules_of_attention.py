@@ -116,7 +116,7 @@ def test_what_is_refused_no_gpu_would_be_chosen_for(monkeypatch, asked, cudnn):
         sections["training"] = Training(seq_len=length, compute_dtype=dtype)
         if found(asked, model, **sections):
             refused.add(name)
-            config = Config(kernels=Kernels(asked, pointwise="plain"), model=model, **sections)
+            config = Config(kernels=Kernels(asked, elementwise="plain"), model=model, **sections)
             choices = attention_choices(config, torch.device("cuda"))
             assert asked not in [each.implementation.label for each in choices.values()], config
     assert refused == MODELS.keys()

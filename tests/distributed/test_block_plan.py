@@ -24,7 +24,7 @@ def _passes(rank: int, size: int, plan: dict[str, Any]) -> tuple[float, dict[str
     """Loss, gradients as numpy arrays, names in a checkpoint, and graphs compiled; a rank reads its rows of 12."""
     torch._dynamo.reset()
     model = small_model(torch.float32)
-    convert_to_float8(model, Float8(recipe=plan.get("float8", "off"), products="all"), CPU)
+    convert_to_float8(model, Float8(recipe=plan.get("float8", "off"), linear_layers="all"), CPU)
     model.to(plan.get("dtype", torch.float64))
     apply_activation_checkpointing(model, MODES[plan.get("mode", "none")])
     backend = plan.get("backend")

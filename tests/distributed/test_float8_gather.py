@@ -44,7 +44,7 @@ def _gathered(choice: str, dtype: str) -> set[torch.dtype]:
     data_parallel._AllGatherOfBytes.__call__ = watched
     config = Config(
         model=ModelConfig(**SMALL),
-        float8=Float8(recipe="tensorwise", products="all", fsdp_all_gather=choice),
+        float8=Float8(recipe="tensorwise", linear_layers="all", fsdp_all_gather=choice),
         training=Training(seq_len=64, compute_dtype=dtype),
         compile=Compile(enabled=False),
     )
@@ -83,7 +83,7 @@ def _moved(settings: list[dict[str, str]], choice: str) -> list[dict[str, Any]]:
     for each in settings:
         config = Config(
             model=ModelConfig(**SMALL),
-            float8=Float8(recipe="tensorwise", products="all", fsdp_all_gather=choice),
+            float8=Float8(recipe="tensorwise", linear_layers="all", fsdp_all_gather=choice),
             optimizer=Optimizer(**each),
             training=Training(seq_len=64),
             compile=Compile(enabled=False),
@@ -121,7 +121,7 @@ def test_every_optimizer_moves_weights_that_are_gathered_in_float8_as_it_does_ot
 
 @pytest.mark.slow
 def test_a_run_with_moments_and_gathered_weights_in_float8_is_resumed_bit_for_bit(tiny: Path, tmp_path: Path):
-    both = ("--float8.recipe", "tensorwise", "--float8.products", "all", "--float8.fsdp_all_gather", "always")
+    both = ("--float8.recipe", "tensorwise", "--float8.linear_layers", "all", "--float8.fsdp_all_gather", "always")
     settings = (*both, "--optimizer.name", "adamw_fp8", "--validation.interval", "0", "--ema.decay", "0.9")
     settings = (*settings, "--lr_schedule.min_lr_ratio", "1", "--checkpoint.interval", "2")
     for steps in ("2", "4"):
@@ -148,7 +148,7 @@ def test_products_are_gathered_in_float8_with_scales_made_at_once(choice, dtype,
 
 def test_weights_that_ranks_cannot_share_evenly_are_not(tiny: Path):
     """torchao sends each rank's part as it is: with parts of several sizes ranks would wait for ever."""
-    float8 = ("--float8.recipe", "tensorwise", "--float8.products", "all", "--training.steps", "1")
+    float8 = ("--float8.recipe", "tensorwise", "--float8.linear_layers", "all", "--training.steps", "1")
     assert on_ranks(3, train, tiny, *float8) == [0] * 3
     ended = on_ranks(3, run_and_listen, str(tiny), *float8, "--float8.fsdp_all_gather", "always")
     assert [each.code for each in ended] == [2] * 3
@@ -163,7 +163,7 @@ def test_native_weights_in_float8_wait_for_the_backward_pass_where_weights_do(re
 def _native(parallel: Parallel) -> Config:
     return Config(
         model=ModelConfig(**SMALL),
-        float8=Float8(recipe="native", products="all"),
+        float8=Float8(recipe="native", linear_layers="all"),
         training=Training(seq_len=64),
         compile=Compile(enabled=False),
         parallel=parallel,
@@ -217,7 +217,7 @@ def test_replicated_weights_are_cast_once_a_step_to_the_same_bits():
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_under_any_recipe(tiny: Path, tmp_path: Path):
-    short = ("--validation.interval", "0", "--checkpoint.interval", "3", "--float8.products", "all")
+    short = ("--validation.interval", "0", "--checkpoint.interval", "3", "--float8.linear_layers", "all")
     steps = 0
     for recipe in ("tensorwise", "native", "rowwise", "tensorwise"):
         steps += 3
@@ -236,7 +236,7 @@ def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[flo
     parallelize.compile_model = lambda model, config, budget: real(model, config, budget, backend="aot_eager")
     config = Config(
         model=ModelConfig(**SMALL),
-        float8=Float8(recipe=recipe, products="all"),
+        float8=Float8(recipe=recipe, linear_layers="all"),
         training=Training(seq_len=64),
         compile=Compile(enabled=compiled, cache_folder=folder),
         parallel=Parallel(reshard_after_forward=reshard),
@@ -270,7 +270,7 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: st
     """Losses and gradient norms of three compiled steps of four micro-batches over all ranks, and a held-out loss."""
     config = Config(
         model=ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=512, max_seq_len=256),
-        float8=Float8(recipe=recipe, products="all"),
+        float8=Float8(recipe=recipe, linear_layers="all"),
         training=Training(seq_len=256),
         compile=Compile(cache_folder=folder),
         parallel=parallel,

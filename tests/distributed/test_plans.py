@@ -248,7 +248,7 @@ def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan, recipe, tol
     asked of the last ones, whatever the processor.
     """
     ranks, overrides = PLANS[plan]
-    recipe = ("--float8.recipe", recipe, "--float8.products", "all")
+    recipe = ("--float8.recipe", recipe, "--float8.linear_layers", "all")
     shape = (*BATCHES["does not"], *recipe)
     assert on_ranks(ranks, run, written(tmp_path), *shape, *overrides) == [0] * ranks
     assert_same_curves(tmp_path, shape, tolerance=tolerance, later=2e-2)
@@ -258,7 +258,7 @@ def test_float8_trains_as_float8_in_one_process_does(tmp_path, plan, recipe, tol
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble"])
 def test_native_float8_trains_alike_where_the_backward_pass_is_split(tmp_path, schedule):
-    recipe = ("--float8.recipe", "native", "--float8.products", "all")
+    recipe = ("--float8.recipe", "native", "--float8.linear_layers", "all")
     shape = (*BATCHES["divides"], "--model.num_layers", "4", *recipe)
     plan = (*PLANS["pp-2"][1], "--parallel.pipeline_schedule", schedule)
     assert on_ranks(2, run, written(tmp_path), *shape, *plan) == [0, 0]

@@ -342,7 +342,7 @@ def _float8(recipe: str) -> None:
     torch.manual_seed(0)
     exact = SWAMLAModel(config(2, dim=64, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16))
     whole = copy.deepcopy(exact)
-    convert_to_float8(whole, Float8(recipe=recipe, products="all"), torch.device("cpu"))
+    convert_to_float8(whole, Float8(recipe=recipe, linear_layers="all"), torch.device("cpu"))
     part = copy.deepcopy(whole)
     apply_tensor_parallel(part, world.weights["tensor"])
     for block in part.blocks.values():

@@ -134,7 +134,7 @@ def test_a_compiled_model_is_near_bfloat16_under_tf32(recipe, tmp_path):
     for each in ("off", recipe):
         with torch.device("meta"):
             model = SWAMLAModel(shape)
-        convert_to_float8(model, Float8(recipe=each, products="all"), CUDA)
+        convert_to_float8(model, Float8(recipe=each, linear_layers="all"), CUDA)
         model.to_empty(device=CUDA)
         model.init_weights(0)
         model.compute_dtype = torch.bfloat16
@@ -152,7 +152,7 @@ def test_weights_cast_once_serve_all_micro_batches(compiled, tmp_path):
     torch._dynamo.reset()
     with torch.device("meta"):
         model = SWAMLAModel(ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256))
-    convert_to_float8(model, Float8(recipe="native", products="all"), CUDA)
+    convert_to_float8(model, Float8(recipe="native", linear_layers="all"), CUDA)
     model.to_empty(device=CUDA)
     model.init_weights(0)
     model.compute_dtype = torch.bfloat16
@@ -188,7 +188,7 @@ def test_what_is_computed_again_is_the_same(kept, tmp_path):
     for each in (1.0, kept):
         with torch.device("meta"):
             model = SWAMLAModel(ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256))
-        convert_to_float8(model, Float8(recipe="native", products="all"), CUDA)
+        convert_to_float8(model, Float8(recipe="native", linear_layers="all"), CUDA)
         model.to_empty(device=CUDA)
         model.init_weights(0)
         model.compute_dtype = torch.bfloat16
@@ -217,7 +217,7 @@ def test_weights_that_are_freed_are_cast_again_and_not_kept(compiled, tmp_path):
     for keeps in (True, False):
         with torch.device("meta"):
             model = SWAMLAModel(ModelConfig(num_layers=3, dim=256, num_heads=2, vocab_size=500, max_seq_len=256))
-        convert_to_float8(model, Float8(recipe="native", products="all"), CUDA)
+        convert_to_float8(model, Float8(recipe="native", linear_layers="all"), CUDA)
         model.to_empty(device=CUDA)
         model.init_weights(0)
         model.compute_dtype = torch.bfloat16

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 def use_ours(model, documents, loss):
-    kernels = Kernels(attention="triton", loss=loss, pointwise="triton")
+    kernels = Kernels(attention="triton", loss=loss, elementwise="triton")
     training = Training(seq_len=512, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
     config = Config(model=model.config, kernels=kernels, training=training, data=Data(document_mask=documents))
     choose_kernels(model, config, model.device)

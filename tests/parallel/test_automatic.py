@@ -68,7 +68,10 @@ def test_native_is_taken_where_gpu_and_shapes_gain(gpu, flavor):
         ({"training": Training(seq_len=256, local_batch_size=1)}, "256 tokens on a rank at a time"),
         ({"training": Training(seq_len=2040)}, "no multiple of 16"),
         ({"model": replace(FLAVORS["debug"], vocab_size=257)}, "takes 0% of the operations"),
-        ({"model": replace(FLAVORS["debug"], vocab_size=257), "float8": Float8("auto", products="all")}, "takes 0%"),
+        (
+            {"model": replace(FLAVORS["debug"], vocab_size=257), "float8": Float8("auto", linear_layers="all")},
+            "takes 0%",
+        ),
         ({"parallel": Parallel(async_tensor=True)}, "parallel.async_tensor = true"),
     ],
 )
@@ -154,7 +157,7 @@ def written(folder: Path) -> Config:
 def test_a_run_writes_what_it_took_and_keeps_its_optimizer(tiny, tmp_path, capsys):
     short = ("--validation.interval", "0", "--data.num_workers", "0", "--optimizer.name", "auto", "--training.steps")
     run = tmp_path / "run"
-    assert train(tiny, *short, "1", "--float8.recipe", "tensorwise", "--float8.products", "all") == 0
+    assert train(tiny, *short, "1", "--float8.recipe", "tensorwise", "--float8.linear_layers", "all") == 0
     assert written(run).optimizer.name == "adamw_fp8"
     assert json.loads((checkpoint(run, 1) / "train.json").read_text())["identity"]["optimizer.name"] == "adamw_fp8"
     # Another recipe, as on another GPU.
@@ -190,7 +193,7 @@ def test_what_is_said_to_be_saved_is_what_plan_counts(ranks, parallel, moments):
         model=model,
         training=Training(seq_len=256, global_batch_size=8),
         parallel=Parallel(**parallel),
-        float8=Float8("native", products="all"),
+        float8=Float8("native", linear_layers="all"),
         optimizer=optimizer,
     )
     before, after = (plan(replace(config, optimizer=each), ranks) for each in (optimizer, Optimizer("adamw_fp8")))
@@ -213,7 +216,7 @@ def test_nothing_is_said_where_products_or_optimizer_are_others(sections):
 def test_the_start_says_it_and_check_does(tiny, tmp_path, capsys):
     from swamla_titan.cli import main
 
-    float8 = ("--float8.recipe", "native", "--float8.products", "all")
+    float8 = ("--float8.recipe", "native", "--float8.linear_layers", "all")
     assert train(tiny, "--training.steps", "1", "--validation.interval", "0", *float8) == 0
     saved = plan(with_vocabulary(load_config(tmp_path / "run/config.toml"), 257), 1).worst.saved_by_float8_moments
     advice = float8_moments_advice(saved)

@@ -122,7 +122,7 @@ def test_a_budget_recomputes_casts_before_float8_products():
     for budget in (0.9, 0.1):
         torch._dynamo.reset()
         model = small_model(torch.float32, num_layers=1)
-        convert_to_float8(model, Float8(recipe="native", products="all"), torch.device("cpu"))
+        convert_to_float8(model, Float8(recipe="native", linear_layers="all"), torch.device("cpu"))
         compile_model(model, Compile(), memory_budget=budget, backend="aot_eager")
         seen = watch_compiled(model, batch(64))
         ours = torch.ops.swamla_titan

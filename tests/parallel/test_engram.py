@@ -42,7 +42,7 @@ def test_float8_takes_all_but_what_reads_a_memory():
     with torch.device("meta"):
         model = SWAMLAModel(ModelConfig(num_layers=3, engram={"layers": [1]}))  # type: ignore[arg-type]
     for recipe in ("native", "rowwise"):
-        coverage = survey(model, Float8(recipe=recipe, products="all"))  # type: ignore[arg-type]
+        coverage = survey(model, Float8(recipe=recipe, linear_layers="all"))  # type: ignore[arg-type]
         assert {each.kind for each in coverage if each.why_not == "reads a memory"} == {"engram.key", "engram.value"}
         assert {each.kind for each in coverage if each.why_not} == {"engram.key", "engram.value", "head"}
 

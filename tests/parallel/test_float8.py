@@ -23,7 +23,7 @@ RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: str, caplog: pytest.LogCaptureFixture):
     model = small_model(torch.float32)
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
-        convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
+        convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 4 + 4 + 6
     assert type(model.head) is Head
     assert model.head.weight is model.embedding.weight
@@ -34,7 +34,7 @@ def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: st
 def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCaptureFixture):
     model = small_model(torch.float32, qk_rope_head_dim=8)  # wkv_a: 64 -> 16 + 8; wq: 64 -> 2 * 40
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
-        convert_to_float8(model, Float8(recipe="rowwise", products="all"), CPU)
+        convert_to_float8(model, Float8(recipe="rowwise", linear_layers="all"), CPU)
     assert type(model.blocks["2"].attention.wkv_a) is Linear
     assert isinstance(model.blocks["2"].attention.wq, Float8Linear)
     assert "13 of 15 linear layers" in caplog.text
@@ -53,7 +53,9 @@ def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pyte
     assert whole["wq"][0] == 48
     assert all(side % 16 == 0 for sides in whole.values() for side in sides)
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
-        convert_to_float8(model, Float8(recipe="rowwise", products="all"), CPU, functools.partial(sides_on_a_rank, 2))
+        convert_to_float8(
+            model, Float8(recipe="rowwise", linear_layers="all"), CPU, functools.partial(sides_on_a_rank, 2)
+        )
     assert type(attention.wq) is Linear
     assert type(attention.wo) is Linear
     assert isinstance(attention.wkv_a, Float8Linear)
@@ -64,7 +66,7 @@ def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pyte
 
 def test_a_recipe_that_converts_nothing_is_refused():
     model = small_model(torch.float32, num_layers=2, dim=72)
-    config = Float8(recipe="rowwise", products="all")
+    config = Float8(recipe="rowwise", linear_layers="all")
     products = convert_to_float8(model, config, CPU)  # which may be a stage of a pipeline
     with pytest.raises(UserError, match="would convert none of 8 linear layers"):
         validate_coverage(products, config)
@@ -80,14 +82,16 @@ def test_a_gpu_without_float8_units_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A40")
     with pytest.raises(UserError, match=r"A40 has 8\.6"):
-        convert_to_float8(small_model(torch.float32), Float8(recipe="rowwise", products="all"), torch.device("cuda", 0))
+        convert_to_float8(
+            small_model(torch.float32), Float8(recipe="rowwise", linear_layers="all"), torch.device("cuda", 0)
+        )
 
 
 def test_on_the_meta_device_names_shapes_and_values_stay_those_of_the_plain_model():
     plain = small_model(torch.float32)
     with torch.device("meta"):
         model = type(plain)(plain.config)
-    convert_to_float8(model, Float8(recipe="tensorwise", products="all"), CPU)
+    convert_to_float8(model, Float8(recipe="tensorwise", linear_layers="all"), CPU)
     model.to_empty(device=CPU)
     model.init_weights(0)
     fresh = type(plain)(plain.config).state_dict()
@@ -104,7 +108,7 @@ def test_on_the_meta_device_names_shapes_and_values_stay_those_of_the_plain_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients_are_near_those_of_the_plain_model(recipe: str, dtype: torch.dtype):
     plain, model = small_model(torch.float32), small_model(torch.float32)
-    convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
+    convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     losses = []
     for each in (plain, model):
         each.compute_dtype = dtype
@@ -122,7 +126,7 @@ def test_loss_and_gradients_are_near_those_of_the_plain_model(recipe: str, dtype
 @pytest.mark.parametrize("recipe, off_by", [("tensorwise", 0.08), ("rowwise", 0.05), ("rowwise_with_gw_hp", 0.05)])
 def test_a_product_is_as_exact_as_its_type(recipe: str, off_by: float):
     plain, model = small_model(torch.float32), small_model(torch.float32)
-    convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
+    convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     x, grad = torch.randn(64, 64), torch.randn(64, 64)
     results = []
     for each in (plain, model):
@@ -141,7 +145,7 @@ def test_float32_weights_under_bfloat16_activations_are_what_bfloat16_weights_ar
     # as FSDP2 with bfloat16 parameters would have it
     master, gathered = small_model(torch.float32), small_model(torch.float32)
     for model in (master, gathered):
-        convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
+        convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     product, low = master.blocks["0"].feed_forward.down, gathered.blocks["0"].feed_forward.down.bfloat16()
     x = torch.randn(2, 16, product.in_features, dtype=torch.bfloat16)
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]

@@ -109,7 +109,7 @@ def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_castin
 
 
 def test_the_head_is_converted_where_it_is_asked_for():
-    assert "head" not in converted("base", recipe="native", products="all")
+    assert "head" not in converted("base", recipe="native", linear_layers="all")
     assert "head" in converted("base", recipe="native", output_head=True)
     assert products_of("base", recipe="off")[1] == []
 
@@ -144,7 +144,7 @@ def test_warnings_come_where_little_is_gained():
         found = list(warnings(products, config, micro_batch_size=8))
         assert len(found) == len(expected), found
         assert all(part in text for part, text in zip(expected, found))
-    config, products = products_of("base", recipe="native", products="all")
+    config, products = products_of("base", recipe="native", linear_layers="all")
     assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(
         warnings(products, config, micro_batch_size=8)
     )
@@ -157,7 +157,7 @@ def test_warnings_come_where_little_is_gained():
     (head,) = warnings(products, config, micro_batch_size=8)
     assert head.startswith("float8.output_head = true")
     assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), micro_batch_size=8))
-    config, products = products_of("150m", recipe="native", products="all")
+    config, products = products_of("150m", recipe="native", linear_layers="all")
     assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, micro_batch_size=32))
 
 
@@ -179,7 +179,7 @@ def test_a_stage_without_any_is_no_error():
     """The last of three, a block of MLA of widths that are no multiples of 16; the others have some."""
     odd = {"kv_lora_rank": 34, "qk_nope_head_dim": 22, "qk_rope_head_dim": 8, "v_head_dim": 33, "ffn_hidden_dim": 68}
     model = ModelConfig(num_layers=3, dim=64, num_heads=2, vocab_size=50, max_seq_len=64, **odd)
-    config = Config(model=model, float8=Float8(recipe="rowwise", products="all"), parallel=Parallel(pipeline=3))
+    config = Config(model=model, float8=Float8(recipe="rowwise", linear_layers="all"), parallel=Parallel(pipeline=3))
     validate_float8(config, torch.device("cpu"))
     found = []
     for rank in range(3):

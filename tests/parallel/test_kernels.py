@@ -16,11 +16,11 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.feed_forward import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
-from swamla_titan.parallel.kernels import attention_choices, choose_kernels, validate_attention, validate_pointwise
-from swamla_titan.train.startup_summary import pointwise_of
+from swamla_titan.parallel.kernels import attention_choices, choose_kernels, validate_attention, validate_elementwise
+from swamla_titan.train.startup_summary import elementwise_of
 
 CPU = torch.device("cpu")
-TRITON = Kernels(attention="triton", pointwise="triton")
+TRITON = Kernels(attention="triton", elementwise="triton")
 
 
 def chosen(
@@ -67,20 +67,20 @@ def chosen(
     [
         ({"own": Kernels()}, ""),
         ({"own": Kernels(loss="fused")}, "loss"),
-        ({"own": Kernels(pointwise="triton")}, "swiglu swa mla"),
-        ({"own": Kernels(pointwise="triton"), "qk_norm": True}, "swiglu mla"),
-        ({"own": Kernels(pointwise="triton"), "documents": True}, "swiglu swa"),
-        ({"own": Kernels(pointwise="triton"), "context": 2}, "swiglu swa"),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective"}, "swiglu"),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective", "selective": "blocks"}, "swiglu swa mla"),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "selective", "modules": "attention"}, "swiglu"),
+        ({"own": Kernels(elementwise="triton")}, "swiglu swa mla"),
+        ({"own": Kernels(elementwise="triton"), "qk_norm": True}, "swiglu mla"),
+        ({"own": Kernels(elementwise="triton"), "documents": True}, "swiglu swa"),
+        ({"own": Kernels(elementwise="triton"), "context": 2}, "swiglu swa"),
+        ({"own": Kernels(elementwise="triton"), "checkpointing": "selective"}, "swiglu"),
+        ({"own": Kernels(elementwise="triton"), "checkpointing": "selective", "selective": "blocks"}, "swiglu swa mla"),
+        ({"own": Kernels(elementwise="triton"), "checkpointing": "selective", "modules": "attention"}, "swiglu"),
         (
-            {"own": Kernels(pointwise="triton"), "checkpointing": "selective", "modules": "feed_forward"},
+            {"own": Kernels(elementwise="triton"), "checkpointing": "selective", "modules": "feed_forward"},
             "swiglu swa mla",
         ),
-        ({"own": Kernels(pointwise="triton"), "checkpointing": "full"}, "swiglu swa mla"),
-        ({"own": Kernels(pointwise="triton", attention="reference")}, "swiglu swa"),
-        ({"own": Kernels(pointwise="triton"), "qk_nope_head_dim": 20}, "swiglu swa"),
+        ({"own": Kernels(elementwise="triton"), "checkpointing": "full"}, "swiglu swa mla"),
+        ({"own": Kernels(elementwise="triton", attention="reference")}, "swiglu swa"),
+        ({"own": Kernels(elementwise="triton"), "qk_nope_head_dim": 20}, "swiglu swa"),
     ],
     ids=str,
 )
@@ -102,10 +102,10 @@ WIDE = ModelConfig(dim=1536, num_heads=16, swa_window=8)
         (H100, {"parallel": Parallel(tensor=2)}, "swiglu swa mla"),
         (H100, {"parallel": Parallel(pipeline=2)}, "swiglu swa mla"),
         (H100, {"float8": Float8(recipe="tensorwise", output_head=True)}, "swiglu swa mla"),
-        (H100, {"kernels": Kernels(loss="plain", pointwise="plain")}, ""),
+        (H100, {"kernels": Kernels(loss="plain", elementwise="plain")}, ""),
         (H100, {"data": Data(document_mask=True)}, "loss swiglu swa mla"),
         (H100, {"data": Data(document_mask=True), "kernels": Kernels(attention="flex")}, "loss swiglu swa"),
-        (A100, {"data": Data(document_mask=True), "kernels": Kernels(pointwise="triton")}, "loss swiglu swa"),
+        (A100, {"data": Data(document_mask=True), "kernels": Kernels(elementwise="triton")}, "loss swiglu swa"),
         (A100, {"data": Data(document_mask=True), "kernels": TRITON}, "loss swiglu swa mla"),
         (None, {}, ""),
     ],
@@ -119,22 +119,22 @@ def test_what_is_chosen_by_itself(monkeypatch, gpu, changes, expected):
     assert chosen(Kernels(), device=torch.device("cuda" if gpu else "cpu"), others=changes) == expected
 
 
-@pytest.mark.parametrize("gpu, pointwise", [(H100, "plain"), (A100, "auto")])
-def test_the_choice_says_that_pointwise_kernels_are_off(monkeypatch, gpu, pointwise):
+@pytest.mark.parametrize("gpu, elementwise", [(H100, "plain"), (A100, "auto")])
+def test_the_choice_says_that_elementwise_kernels_are_off(monkeypatch, gpu, elementwise):
     for module in (kernels, kernel_device):
         monkeypatch.setattr(module, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-    config = Config(model=WIDE, kernels=Kernels(pointwise=pointwise))
+    config = Config(model=WIDE, kernels=Kernels(elementwise=elementwise))
     choices = attention_choices(config, torch.device("cuda"))
-    assert {(choice.fused, choice.why_not_fused) for choice in choices.values()} == {(None, "kernels.pointwise")}
-    ours = attention_choices(replace(config, kernels=Kernels(pointwise="triton")), torch.device("cuda"))
+    assert {(choice.fused, choice.why_not_fused) for choice in choices.values()} == {(None, "kernels.elementwise")}
+    ours = attention_choices(replace(config, kernels=Kernels(elementwise="triton")), torch.device("cuda"))
     assert [choice.fused for choice in ours.values()] == [ROTARY_WINDOW, LATENT]
     assert [c.implementation for c in choices.values()] == [c.implementation for c in ours.values()]
 
 
 def test_without_cudnn_mla_rotates_apart():
-    assert chosen(Kernels(pointwise="triton")) == "swiglu swa"
+    assert chosen(Kernels(elementwise="triton")) == "swiglu swa"
 
 
 @pytest.mark.parametrize(
@@ -154,18 +154,18 @@ def test_what_is_said_of_it(monkeypatch, model, attention, said):
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = Config(model=model, kernels=Kernels(pointwise="triton", attention=attention))
+    config = Config(model=model, kernels=Kernels(elementwise="triton", attention=attention))
     cuda = torch.device("cuda")
 
     def summary(config: Config) -> str | None:
-        return pointwise_of(config, kernels.attention_choices(config, cuda), cuda)
+        return elementwise_of(config, kernels.attention_choices(config, cuda), cuda)
 
     assert summary(config) == f"SwiGLU by triton, rotation of {said}"
     unknown = replace(model, vocab_size=0)  # before the tokenizer is read
     native = replace(config, model=unknown, float8=Float8(recipe="native"))
     assert summary(native) == f"SwiGLU with its cast to float8, rotation of {said}"
     assert summary(replace(config, kernels=Kernels(attention=attention))) == summary(config)
-    assert summary(replace(config, kernels=Kernels(pointwise="plain"))) is None
+    assert summary(replace(config, kernels=Kernels(elementwise="plain"))) is None
 
 
 def test_summaries_say_that_attention_is_selective(monkeypatch):
@@ -191,7 +191,7 @@ def test_flex_beside_selective_attention_computes_the_windows_or_is_refused(monk
 def test_kernels_that_cannot_run_are_refused(monkeypatch, device, triton):
     monkeypatch.setattr(kernels, "has_triton", lambda: triton)
     with pytest.raises(UserError, match="needs a GPU, and the package triton"):
-        validate_pointwise(Config(kernels=Kernels(pointwise="triton")), World.alone(torch.device(device)))
+        validate_elementwise(Config(kernels=Kernels(elementwise="triton")), World.alone(torch.device(device)))
 
 
 def test_a_limit_of_the_kernel_is_reported_before_masks_that_others_of_its_kind_are_for():

@@ -31,7 +31,7 @@ from swamla_titan.quantization.native import (
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch
 
 CPU = torch.device("cpu")
-NATIVE = Float8(recipe="native", products="all")
+NATIVE = Float8(recipe="native", linear_layers="all")
 E4M3 = Settings(torch.float8_e4m3fn)
 
 

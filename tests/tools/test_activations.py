@@ -147,7 +147,7 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_what_checkpointed_blocks_keep(mode, recipe):
     settings, tolerance = MODES[mode]
-    float8 = Float8() if recipe == "off" else Float8(recipe=recipe, products="all")
+    float8 = Float8() if recipe == "off" else Float8(recipe=recipe, linear_layers="all")
 
     def held(layers: int) -> int:
         model = small_model(torch.float32, num_layers=layers)

@@ -262,11 +262,11 @@ def test_a_probe_that_breaks_is_a_line_and_not_the_end(report, monkeypatch):
 def test_float8_that_is_asked_for_is_told_and_what_converts_nothing_is_a_failure(tiny, report):
     code, lines = report(str(tiny), "--float8.recipe", "native")
     assert code == 2
-    assert lines["products"].startswith("failure  products")
-    assert "would convert none of 14 linear layers" in lines["products"]
-    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
+    assert lines["matmuls"].startswith("failure  matmuls")
+    assert "would convert none of 14 linear layers" in lines["matmuls"]
+    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.linear_layers", "all")
     assert code == 0
-    assert lines["products"].startswith("warning  products    float8 (native): 14 of 15 linear layers")
+    assert lines["matmuls"].startswith("warning  matmuls     float8 (native): 14 of 15 linear layers")
 
 
 def _transposed_wrongly(real, quantized, rows, columns):
@@ -281,7 +281,7 @@ def _not_a_number(real, quantized, rows, columns):
 
 @pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise"])
 def test_float8_is_tried_where_it_is_asked_for(tiny, report, recipe):
-    code, lines = report(str(tiny), "--float8.recipe", recipe, "--float8.products", "all")
+    code, lines = report(str(tiny), "--float8.recipe", recipe, "--float8.linear_layers", "all")
     assert code == 0
     assert lines["float8"].startswith("ok       float8")
     assert f"{recipe}: gradients within" in lines["float8"]
@@ -290,7 +290,7 @@ def test_float8_is_tried_where_it_is_asked_for(tiny, report, recipe):
 @pytest.mark.parametrize("fault", [_transposed_wrongly, _not_a_number])
 def test_float8_that_is_wrong_is_found(tiny, report, monkeypatch, fault):
     monkeypatch.setattr(float8, "_with_transposed", functools.partial(fault, float8._with_transposed))
-    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.products", "all")
+    code, lines = report(str(tiny), "--float8.recipe", "native", "--float8.linear_layers", "all")
     assert code == 1
     assert lines["float8"].startswith("failure  float8")
 
@@ -299,7 +299,7 @@ def test_a_gpu_that_cannot_compute_float8_is_a_failure(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     config = module.load_config(
-        tiny, [module.Override("float8", "recipe", "native"), module.Override("float8", "products", "all")]
+        tiny, [module.Override("float8", "recipe", "native"), module.Override("float8", "linear_layers", "all")]
     )
     (finding,) = module._answers([module._validated], config, torch.device("cuda"))
     assert finding.state == "failure"

@@ -11,7 +11,9 @@ from swamla_titan.cli import main
 from tests.train.runs import snapshot, train
 
 NO_DATA = ("--data.source", "local", "--data.path", "nowhere")
-ALWAYS_FLOAT8 = tuple(f"--float8.{each}" for each in ("recipe=tensorwise", "products=all", "fsdp_all_gather=always"))
+ALWAYS_FLOAT8 = tuple(
+    f"--float8.{each}" for each in ("recipe=tensorwise", "linear_layers=all", "fsdp_all_gather=always")
+)
 
 
 @pytest.fixture

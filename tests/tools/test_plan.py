@@ -193,7 +193,7 @@ def test_what_needs_gpus_is_planned_without_them(tiny):
     asking = (
         *parallel(cpu_offload="true", tensor=2, async_tensor="true"),
         ("float8", "recipe", "rowwise"),
-        ("float8", "products", "all"),
+        ("float8", "linear_layers", "all"),
         ("compile", "enabled", "true"),
     )
     found, plain = plan(resolved(tiny, *asking), 4), plan(resolved(tiny, *asking[1:]), 4)
@@ -483,7 +483,7 @@ def test_recomputing_branches_apart_is_in_the_estimate_and_in_the_report(capsys)
 
 
 def test_float8_is_told_with_what_it_leaves_and_a_warning_where_it_will_not_pay(tiny, capsys):
-    assert main(["plan", str(tiny), "--float8.recipe", "native", "--float8.products", "all"]) == 0
+    assert main(["plan", str(tiny), "--float8.recipe", "native", "--float8.linear_layers", "all"]) == 0
     said = capsys.readouterr().out
     assert "float8 (native): 14 of 15 linear layers" in said
     assert "attention.wqkv           2 x 64 -> 192       float8\n" in said
@@ -508,7 +508,7 @@ def test_native_float8_takes_less_memory(gpus):
 
 def test_native_weights_that_are_cast_for_all_micro_batches_take_two_bytes_a_number(tiny):
     def in_use(plan_of: str, batch: int) -> int:
-        float8 = [("float8", "recipe", "native"), ("float8", "products", "all"), ("compile", "enabled", "false")]
+        float8 = [("float8", "recipe", "native"), ("float8", "linear_layers", "all"), ("compile", "enabled", "false")]
         sizes = [("training", "local_batch_size", "2"), ("training", "global_batch_size", str(batch))]
         config = resolved(tiny, *float8, *sizes, ("parallel", "data_parallel", plan_of))
         return plan(config, 2).worst.memory.weights_in_use

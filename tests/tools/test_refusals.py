@@ -16,7 +16,7 @@ ALL = frozenset({"train", "dry run", "check", "preflight"})
 OF_A_RUN = ALL - {"preflight"}
 OF_THIS_MACHINE = OF_A_RUN - {"dry run"}  # which takes the GPUs to be elsewhere where there is none
 OF_PROCESSES = OF_A_RUN - {"check"} | {"preflight"}  # check takes as many as the degrees multiply to
-FLOAT8 = "--float8.recipe=tensorwise --float8.products=all "
+FLOAT8 = "--float8.recipe=tensorwise --float8.linear_layers=all "
 
 
 class Case(NamedTuple):
@@ -31,7 +31,7 @@ CASES = [
     Case("--model.num_heads=5", "num_heads", ALL),
     Case("--parallel.dp_shard=3", "do not fit 1 process", OF_PROCESSES),
     Case("--parallel.cpu_offload=true", "parallel.cpu_offload = true needs GPUs", ALL - {"dry run"}),
-    Case("--kernels.pointwise=triton", 'kernels.pointwise = "triton" needs a GPU', OF_THIS_MACHINE),
+    Case("--kernels.elementwise=triton", 'kernels.elementwise = "triton" needs a GPU', OF_THIS_MACHINE),
     Case("--kernels.attention=triton --model.dim=128", 'kernels.attention = "triton" needs a GPU', OF_THIS_MACHINE),
     Case("--kernels.attention=flex", 'kernels.attention = "flex" needs a GPU', OF_THIS_MACHINE),
     Case("--float8.recipe=native", "would convert none of", OF_A_RUN),

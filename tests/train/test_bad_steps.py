@@ -197,7 +197,7 @@ def test_what_to_try_names_clipping_and_the_recipe_in_use(config, parts):
 
 @pytest.mark.parametrize("skips", [True, False])
 def test_messages_of_runs_name_them(tiny, skips):
-    recipe = ("--float8.recipe", "native", "--float8.products", "all", "--metrics.log_interval", "1")
+    recipe = ("--float8.recipe", "native", "--float8.linear_layers", "all", "--metrics.log_interval", "1")
     policy = ("--fault_tolerance.max_bad_steps", "2") if skips else ("--fault_tolerance.skip_bad_steps", "false")
     faults = (Fault(3, "nan gradient"), Fault(4, "nan loss"))
     ended = run_with_faults(faults, (), str(tiny), *SHORT, *recipe, *policy)

@@ -22,7 +22,7 @@ def test_twenty_steps_stay_near_those_in_bfloat16(recipe, tiny, tmp_path):
     for name in ("off", recipe):
         folder = tmp_path / name
         options = ("--job.dump_folder", str(folder), *same, "--optimizer.lr", "1e-3", "--validation.interval", "0")
-        chosen = ("--float8.recipe", name, "--float8.products", "all") if name != "off" else ()
+        chosen = ("--float8.recipe", name, "--float8.linear_layers", "all") if name != "off" else ()
         assert train(tiny, *options, *chosen) == 0
         losses[name] = list(metrics(folder).values())
     assert len(losses["off"]) == 20
@@ -34,7 +34,7 @@ def test_twenty_steps_stay_near_those_in_bfloat16(recipe, tiny, tmp_path):
 def test_what_is_cast_once_for_a_step_is_cast_anew_when_weights_have_changed():
     config = Config(
         model=ModelConfig(**SMALL),
-        float8=Float8(recipe="native", products="all"),
+        float8=Float8(recipe="native", linear_layers="all"),
         training=Training(seq_len=64),
         compile=Compile(enabled=False),
     )

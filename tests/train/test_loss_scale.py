@@ -37,7 +37,7 @@ def test_it_stays_a_number_whatever_happens():
 def test_backward_passes_are_of_the_scaled_loss_and_gradients_are_not(scale):
     config = Config(
         model=ModelConfig(**SMALL),
-        float8=Float8(recipe="native", products="all"),
+        float8=Float8(recipe="native", linear_layers="all"),
         training=Training(seq_len=64),
         compile=Compile(enabled=False),
     )
@@ -52,7 +52,7 @@ def test_backward_passes_are_of_the_scaled_loss_and_gradients_are_not(scale):
     assert seen[0] == pytest.approx((scale or 1.0) * weight.grad.norm().item(), rel=1e-5)
 
 
-SCALED = ("--float8.recipe", "native", "--float8.products", "all", "--float8.loss_scaling", "true")
+SCALED = ("--float8.recipe", "native", "--float8.linear_layers", "all", "--float8.loss_scaling", "true")
 SHORT = ("--training.steps", "6", "--checkpoint.interval", "3", "--validation.interval", "0")
 
 

@@ -31,7 +31,7 @@ COMPILED = ("--compile.enabled", "true")
         (*COMPILED, "--data.document_mask", "true"),
         (*COMPILED, "--training.global_batch_size", "5"),  # the last micro-batch is of one sequence
         ("--ema.decay", "0.99", "--fault_tolerance.max_bad_steps", "3"),
-        (*COMPILED, "--float8.recipe", "native", "--float8.products", "all", "--float8.loss_scaling", "true"),
+        (*COMPILED, "--float8.recipe", "native", "--float8.linear_layers", "all", "--float8.loss_scaling", "true"),
         ("--optimizer.name", "muon"),
         ("--optimizer.name", "adamw8bit"),
         (*COMPILED, "--model.engram.layers", "0,2", "--model.engram.d_mem", "64", "--ema.decay", "0.99"),

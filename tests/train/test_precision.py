@@ -51,7 +51,7 @@ def test_float8_compiles_under_it(recipe):
     torch._dynamo.reset()
     set_precision_and_determinism(precision("tf32"), CUDA)
     model = small_model(torch.float32, num_layers=1)
-    convert_to_float8(model, Float8(recipe=recipe, products="all"), CPU)
+    convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     for block in model.blocks.values():
         block.compile(fullgraph=True, backend="aot_eager")
     model(batch(), batch()).backward()

@@ -80,7 +80,7 @@ def test_a_refused_start_leaves_none_of_the_compilers_processes(tiny: Path, tmp_
         "train",
         str(tiny),
         *SETTINGS,
-        "--kernels.pointwise",
+        "--kernels.elementwise",
         "triton",
         "--job.dump_folder",
         str(tmp_path / "run"),
@@ -95,7 +95,7 @@ def test_a_refused_start_leaves_none_of_the_compilers_processes(tiny: Path, tmp_
     said, complaint = process.communicate(timeout=HANG)
     assert process.returncode == 2, complaint
     assert "pools 1\n" in said
-    assert 'kernels.pointwise = "triton" needs a GPU' in complaint
+    assert 'kernels.elementwise = "triton" needs a GPU' in complaint
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

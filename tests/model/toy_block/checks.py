@@ -187,7 +187,7 @@ def test_optimizers_and_float8_know_its_weights():
     assert torch.equal(torch.stack([gates, values]).view(2, 2, 32), torch.arange(128).view(2, 2, 32).transpose(0, 1))
     assert column_units(made)[attention.wo.weight] == 32
     assert any("attention.wgv" in row.names for row in group_table(HYBRID, CONFIG.optimizer) if row.kind.rule == "muon")
-    float8 = Float8(recipe="native", products="all")
+    float8 = Float8(recipe="native", linear_layers="all")
     converted = {each.name for each in float8_coverage(replace(CONFIG, float8=float8)) if each.why_not is None}
     assert {f"blocks.{TOY}.attention.{name}" for name in ("wgv", "wo")} <= converted
     convert_to_float8(made, float8, CPU)
@@ -198,7 +198,7 @@ def test_it_trains_in_native_float8():
     config = replace(
         CONFIG,
         training=replace(CONFIG.training, seq_len=32),
-        float8=Float8(recipe="native", products="all"),
+        float8=Float8(recipe="native", linear_layers="all"),
     )
     tokens = torch.randint(0, 50, (2, 32), generator=torch.Generator().manual_seed(1))
     given = MicroBatch(tokens, tokens.roll(-1, 1), None, 2)
