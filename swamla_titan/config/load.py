@@ -257,8 +257,8 @@ def _built(checked: Tables, refused: set[str], errors: _Errors) -> Config:
     unless it was given.
     """
     merged: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {"vocab_size": 0}
-    for section in sorted(READY_MADE.keys() & checked.keys()):  # [model] before what is within it
-        values, (selector, known) = checked.pop(section), READY_MADE[section]
+    for section in sorted(each for each in checked if each.partition(".")[0] == "model"):  # [model] before what is in it
+        values, (selector, known) = checked.pop(section), READY_MADE.get(section, ("", {}))
         chosen = values.pop(selector, None)
         ready = dataclasses.asdict(known[chosen]) | ({"vocab_size": 0} if section == "model" else {}) if chosen else {}
         _, _, inner = section.partition(".")
