@@ -257,7 +257,7 @@ def _built(checked: Tables, refused: set[str], errors: _Errors) -> Config:
     unless it was given.
     """
     merged: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {"vocab_size": 0}
-    for section in sorted(each for each in checked if each.partition(".")[0] == "model"):  # [model] before what is in it
+    for section in sorted(each for each in checked if each.partition(".")[0] == "model"):  # [model] first
         values, (selector, known) = checked.pop(section), READY_MADE.get(section, ("", {}))
         chosen = values.pop(selector, None)
         ready = dataclasses.asdict(known[chosen]) | ({"vocab_size": 0} if section == "model" else {}) if chosen else {}
