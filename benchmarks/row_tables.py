@@ -2,6 +2,7 @@
 
     python benchmarks/row_tables.py                                  # 100M rows of 64, 32,768 tokens x 16 look-ups
     torchrun --nproc-per-node 4 benchmarks/row_tables.py             # its rows shared by four ranks
+    python benchmarks/row_tables.py --host --rows 60000000           # in the memory of the host
     python benchmarks/row_tables.py --device cpu --rows 10000 --tokens 64 --steps 3
 
 Rows are drawn so that a share of the look-ups falls on a few rows, as n-grams of text do (--common). `host` is the
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="do not compile the update")
     parser.add_argument("--all-rows", action="store_true", help="optimizer.lazy_tables = false")
     parser.add_argument("--ema", action="store_true", help="also keep an average of the table")
+    parser.add_argument("--host", action="store_true", help="parallel.tables_on_host = true")
     parser.add_argument("--step-ms", type=float, default=300.0, help="of the model without the table, for the share")
     return parser.parse_args()
 
@@ -91,7 +93,8 @@ def main() -> None:
     model = nn.Module()
     with torch.device("meta"):
         model.table = RowTable(options.rows, options.width)
-    shard_row_tables(model, Parallel(), world)
+    begin = time.perf_counter()
+    shard_row_tables(model, Parallel(tables_on_host=options.host), world)
     model.to_empty(device=device)
     table: RowTable = model.table
     with torch.no_grad():
@@ -101,6 +104,7 @@ def main() -> None:
     average = AveragedWeights([model], 0.999, not options.eager, config.lazy_tables) if options.ema else None
     if average:
         average.restart()
+    made = time.perf_counter() - begin
     bad = torch.zeros((), device=device)
     dtype = getattr(torch, options.dtype)
     reduce: Callable[[Tensor], Tensor] | None = _summed if world.size > 1 else None
@@ -134,6 +138,9 @@ def main() -> None:
     measured = [step(number) for number in range(options.steps + 3)][3:]
     if world.is_rank_0:
         report(options, world, [phases for phases, _ in measured], [host for _, host in measured])
+        print(f"{'made in s':<16}{made:>9.3f}")
+        if device.type == "cuda":
+            print(f"{'peak GiB':<16}{torch.cuda.max_memory_allocated() / 2**30:>9.3f}")
     destroy_distributed()
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from swamla_titan.errors import RankFailed
 
+# Rows of a tile, and programs that together have some 100 KB under way: what PCIe carries in the 2 us of an answer.
+_ROWS, _PROGRAMS_BESIDE_OTHERS = 16, 32
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
 # Large pages are locked faster. No child process inherits the pages, because the kernel would copy those that are
 # locked. Python has these constants where the system does.
@@ -72,6 +74,39 @@ def _message(size: int, reason: str) -> str:
         f"parallel.tables_on_host: {size / 2**30:.1f} GiB more of the host's memory are needed, and {reason}: make the "
         "tables smaller, or share their rows among more machines; `swamla-titan plan CONFIG` counts what they take"
     )
+
+
+def copy_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """`table[rows]` by few programs: as many as keep PCIe busy, and no more, because others compute meanwhile."""
+    if not table.is_cuda or not table.numel():
+        return table[rows]
+    out = table.new_empty(len(rows), table.shape[1])
+    _launch(table, rows, rows, rows, out, True, _PROGRAMS_BESIDE_OTHERS)
+    return out
+
+
+def copy_rows_again(out: Tensor, table: Tensor, rows: Tensor, touched: Tensor, since: Tensor) -> None:
+    """Write `table[rows]` into `out` where a row's `touched` [*, 1], int32, is at least the scalar `since`.
+
+    Of other rows nothing is read from the table.
+    """
+    if not table.is_cuda or not table.numel():
+        out.copy_(torch.where(touched[rows] >= since, table[rows], out))
+        return
+    _launch(table, rows, touched, since, out, False, -(-len(rows) // _ROWS))
+
+
+def _launch(
+    table: Tensor, rows: Tensor, touched: Tensor, since: Tensor, out: Tensor, every: bool, programs: int
+) -> None:
+    from swamla_titan.kernels import host_memory_triton as kernels
+
+    width = table.shape[1]
+    assert table.is_contiguous(), "rows lie one behind the other"
+    sizes = {"WIDTH": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": _ROWS, "ALL": every}
+    if len(rows):
+        with torch.cuda.device_of(table):  # Triton launches on the current one
+            kernels.copy_rows[(programs,)](table, rows, touched, since, out, len(rows), **sizes)
 
 
 def lock_pages(address: int, size: int, device: torch.device) -> int:

@@ -1,6 +1,10 @@
-"""Page-locked memory of the host as tensors of a GPU: what is locked, freed and refused; operators work there."""
+"""Page-locked memory of the host as tensors of a GPU: what is locked, freed and refused; operators work there.
+
+The kernels run with -m gpu, or on a CPU, slowly, with TRITON_INTERPRET=1.
+"""
 
 import gc
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,10 @@ import torch
 from swamla_titan.checkpoint.async_save import Staging
 from swamla_titan.errors import RankFailed
 from swamla_titan.kernels import host_memory
-from swamla_titan.kernels.host_memory import free_memory, zeros_on_host
+from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, free_memory, zeros_on_host
 
 GPU = torch.device("cuda", 0)
-needs_gpu = pytest.mark.gpu
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 class Driver:
@@ -97,7 +101,8 @@ def test_the_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path: Pa
     assert free_memory(tmp_path) == 6000 - 5000 + 500
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_operators_of_a_gpu_work_on_it():
     shape = (1000, 64)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -123,7 +128,8 @@ def test_operators_of_a_gpu_work_on_it():
     assert empty.device == GPU
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
     held = zeros_on_host((1 << 20, 16), torch.float32, GPU)
     staging = Staging(GPU)
@@ -139,10 +145,55 @@ def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
     staging.close()
 
 
-@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_memory_is_free_again_after_its_tensor():
     for _ in range(3):
         held = zeros_on_host((1 << 26,), torch.float32, GPU)
         held.fill_(1.0)
         del held
         gc.collect()
+
+
+def rows_of_a_table(width: int, number: int, device: str) -> tuple[torch.Tensor, ...]:
+    """A table, rows of it with repetitions, and the step that last touched each of its rows."""
+    generator = torch.Generator().manual_seed(width)
+    table = torch.randn(40, width, generator=generator)
+    rows = torch.randint(0, 40, (number,), generator=generator)
+    touched = torch.randint(0, 6, (40, 1), generator=generator, dtype=torch.int32)
+    return table.to(device), rows.to(device), touched.to(device)
+
+
+def test_rows_that_changed_since_are_copied_again():
+    table, rows, touched = rows_of_a_table(6, 50, "cpu")
+    out = copy_rows(table, rows)
+    assert torch.equal(out, table[rows])
+    changed = table + 1
+    copy_rows_again(out, changed, rows, touched, torch.tensor(3.0))
+    assert torch.equal(out, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+    assert 0 < (touched[rows] >= 3).sum() < len(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 16), (96, 1), (4, 0)])
+def test_kernels_copy_rows_and_copy_those_that_changed_since_again(width: int, number: int):
+    table, rows, touched = rows_of_a_table(width, number, DEVICE)
+    out = torch.full((number, width), torch.nan, device=DEVICE)
+    host_memory._launch(table, rows, rows, rows, out, True, 3)
+    assert torch.equal(out, table[rows])
+    changed, since = table + 1, torch.tensor(3.0, device=DEVICE)
+    host_memory._launch(changed, rows, touched, since, out, False, 5)
+    assert torch.equal(out, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
+def test_kernels_read_the_memory_of_the_host():
+    table, rows, touched = rows_of_a_table(64, 5000, DEVICE)
+    held = zeros_on_host(table.shape, table.dtype, GPU)
+    held.copy_(table)
+    out = copy_rows(held, rows)
+    assert torch.equal(out, table[rows])
+    held.add_(1)
+    copy_rows_again(out, held, rows, touched, torch.tensor(3.0, device=GPU))
+    assert torch.equal(out, torch.where(touched[rows] >= 3, table[rows] + 1, table[rows]))
