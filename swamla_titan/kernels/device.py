@@ -1,6 +1,8 @@
-"""What kernels need to be launched: whether they can run, tile sizes, descriptors and strides of tensors."""
+"""What kernels need to be launched: whether they can run, on which stream, tile sizes, descriptors and strides."""
 
-from functools import lru_cache
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -36,6 +38,29 @@ def is_tuned_for(device: torch.device, dtype: torch.dtype) -> bool:
     On earlier GPUs (A100, L40) they would spill registers to memory.
     """
     return dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream beside that of the training step, for the little that must not wait for it; None on a CPU.
+
+    What is queued there comes first.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Within, kernels are queued on this stream; None: on the current one."""
+    return torch.cuda.stream(stream) if stream else nullcontext()
+
+
+def hand_over(stream: torch.cuda.Stream | None, tensors: Iterable[Tensor]) -> None:
+    """Let the current stream wait for `stream`, and use tensors that were made on it."""
+    if stream is None or (now := torch.cuda.current_stream(stream.device)) == stream:
+        return
+    now.wait_stream(stream)
+    for tensor in tensors:
+        tensor.record_stream(now)
 
 
 class Tiles(NamedTuple):

@@ -6,7 +6,7 @@ A table's gradient is never a tensor of the table's shape. Each backward pass le
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
-from swamla_titan.kernels.host_memory import zeros_on_host
+from swamla_titan.kernels.device import hand_over, on_stream, side_stream
+from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
@@ -136,6 +137,31 @@ class RowGradient:
         self.segments = self.sums = None
 
 
+class Rows(Protocol):
+    """What look-ups read on this rank."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Rows [n], int64, by their index on this rank -> their values [n, width]."""
+
+
+class ReadAhead(NamedTuple):
+    """Rows [n, width] that are read while updates of them may still be queued, or under way.
+
+    `since`: the number of the last step that was counted when reading began. What it and later steps change is read
+    again when the rows are looked up: a step is counted before it has written its rows.
+    """
+
+    values: Tensor
+    since: Tensor
+
+
+class RowSteps(NamedTuple):
+    """The number of the step that last changed each row on this rank [rows, 1], int32, and that of the last step."""
+
+    of_rows: Tensor
+    last: Tensor
+
+
 class RowRequest:
     """Which rows of some tables are looked up, known before any is read; here all of them are on this rank.
 
@@ -146,6 +172,17 @@ class RowRequest:
         """`indices` [...] int64 of the rows of each table."""
         self.shapes = [each.shape for each in indices]
         self._indices = [each.flatten() for each in indices]
+        self._ahead: list[ReadAhead | None] = []
+
+    def read_ahead(self, tables: Sequence["RowTable"]) -> list[Tensor]:
+        """Begin to read the rows of tables that lie elsewhere; what is being read. `tables` are those looked up in."""
+        self._ahead = [table.read_ahead(rows) for table, rows in zip(tables, self.rows(), strict=True)]
+        return [tensor for each in self._ahead if each for tensor in each]
+
+    def read(self, tables: Sequence["RowTable"]) -> list[Tensor]:
+        """Of each table the values [n, width] of its `rows`."""
+        ahead, self._ahead = self._ahead or [None] * len(tables), []  # which would be kept for the backward pass
+        return [table.read(rows, early) for table, rows, early in zip(tables, self.rows(), ahead, strict=True)]
 
     def rows(self) -> list[Tensor]:
         """Of each table the rows [n] that are to be read on this rank, by their index there; they may repeat."""
@@ -160,15 +197,12 @@ class RowRequest:
         return gradient
 
 
-class Rows(Protocol):
-    """What look-ups read on this rank."""
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Rows [n], int64, by their index on this rank -> their values [n, width]."""
-
-
 class LocalRows:
     """The placement of tables that have all rows on this rank. Ranks that share rows: parallel/row_tables.py."""
+
+    def __init__(self, ahead_on: torch.device | None = None) -> None:
+        """`ahead_on`: the device on which requests are prepared beside what it computes; None: in line with it."""
+        self._stream = None if ahead_on is None else side_stream(ahead_on)
 
     def request(self, sizes: Sequence[int], indices: Sequence[Tensor]) -> RowRequest:
         """The look-up of `indices` in tables of so many rows."""
@@ -176,10 +210,11 @@ class LocalRows:
 
     def ahead(self) -> AbstractContextManager[object]:
         """Within, what is queued for the device waits for nothing that was queued before, if a request needs that."""
-        return nullcontext()
+        return on_stream(self._stream)
 
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
         """Let what is queued from now on use tensors that were made within `ahead`."""
+        hand_over(self._stream, tensors)
 
 
 _ON_THIS_RANK = LocalRows()
@@ -189,7 +224,8 @@ class RowTable(nn.Module):
     """`rows` embeddings, each `width` wide, of which a step looks up few.
 
     `weight` [rows, width] has no `.grad`: see `gradient`. A plan may replace `placement`, and give the weight a place
-    with `keep_on_host`. `stand_in` may be set: what look-ups read instead of the weight.
+    with `keep_on_host`. Two attributes may be set: `stand_in`, what look-ups read instead of the weight; and by its
+    optimizer `steps`, without which no rows are read ahead.
     """
 
     update_rule = UpdateRule(by_rows=True, lr_multiplier=5.0, decays=False)
@@ -200,6 +236,7 @@ class RowTable(nn.Module):
         self.gradient = RowGradient()
         self.placement = _ON_THIS_RANK
         self.stand_in: Rows | None = None
+        self.steps: RowSteps | None = None
         self.returns_placeholder = False
         self._host_of: torch.device | None = None
 
@@ -219,9 +256,22 @@ class RowTable(nn.Module):
             return super()._apply(lambda weight: self.zeros(weight.shape[1], weight.dtype), recurse)
         return super()._apply(fn, recurse)
 
-    def read(self, rows: Tensor) -> Tensor:
-        """As in Rows: of the weight, or of what stands in for it."""
-        return local(self.weight).detach()[rows] if self.stand_in is None else self.stand_in.read(rows)
+    def read_ahead(self, rows: Tensor) -> ReadAhead | None:
+        """Begin to read rows from the memory of the host; None where the device has them, or reads something else."""
+        if self._host_of is None or self.steps is None or self.stand_in is not None:
+            return None
+        since = self.steps.last.clone()  # before any row is read
+        return ReadAhead(copy_rows(local(self.weight).detach(), rows), since)
+
+    def read(self, rows: Tensor, ahead: ReadAhead | None = None) -> Tensor:
+        """As in Rows: of the weight, or of what stands in for it. `ahead`: what `read_ahead` gave for these rows."""
+        if self.stand_in is not None:
+            return self.stand_in.read(rows)
+        weight = local(self.weight).detach()
+        if ahead is None or self.steps is None:
+            return weight[rows]
+        copy_rows_again(ahead.values, weight, rows, self.steps.of_rows, ahead.since)
+        return ahead.values
 
     def forward(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Indices [...] int64 of rows -> [..., width] of `dtype`, None: the weight's.
@@ -244,7 +294,7 @@ def look_up(tables: Sequence[RowTable], request: RowRequest, dtype: torch.dtype)
 
     Where ranks share the tables, all of them call this equally often.
     """
-    found = request.returned([table.read(rows).to(dtype) for table, rows in zip(tables, request.rows(), strict=True)])
+    found = request.returned([values.to(dtype) for values in request.read(tables)])
     return [_LookUp.apply(table.weight, table, request, number, found) for number, table in enumerate(tables)]
 
 

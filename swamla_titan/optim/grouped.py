@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices
-from swamla_titan.model.row_table import Piece, row_tables
+from swamla_titan.model.row_table import Piece, RowSteps, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.groups import Kind, groups
 from swamla_titan.optim.matrices import column_units, separate_rows
@@ -50,6 +50,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for kind, parameters in of_kind.items():
             for parameter in parameters:
                 self.state[parameter] = new_state(parameter, kind, units.get(parameter, 0), self.tables.get(parameter))
+                if table := self.tables.get(parameter):
+                    state = self.state[parameter]
+                    table.steps = RowSteps(local(state["touched"]), state["step"])
         # Those of AdamW with float32 moments that are worth it; other rules always use our formulas.
         self._by_rule = {each for each in self.state if compiled and _pays(local(each))}
         names = ("adamw", "lion", "muon_momentum", "muon_weight")

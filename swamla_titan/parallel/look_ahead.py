@@ -27,8 +27,10 @@ def look_ups_ahead(
         batch, look_up = following
         tensors = [each for each in (batch.tokens, batch.targets, batch.document_ids) if each is not None]
         if look_up is not None:
-            look_up.request.rows()  # known before the next is prepared, behind which they would have to wait
-            tensors.append(look_up.context.positions)
+            # Known before the next is prepared, behind which they would have to wait.
+            tensors += [look_up.context.positions, *look_up.request.rows()]
+            with placement.ahead():
+                tensors += look_up.request.read_ahead(annexes.tables)
         placement.hand_over(tensors)
         following = prepared()
         yield batch, look_up

@@ -14,11 +14,9 @@ micro-batch they have been there since the one before, and of the first one of a
 alone. A request that is made elsewhere is queued, and waited for, like anything else.
 """
 
-import functools
 import math
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -33,6 +31,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
+from swamla_titan.kernels.device import hand_over, on_stream
 from swamla_titan.kernels.host_memory import free_memory
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.row_table import LocalRows, RowRequest, Segments, row_tables
@@ -50,8 +49,11 @@ def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None
             "parallel.cpu_offload: tables of embeddings are looked up where the tokens are computed, and stay there; "
             "set it to false, or share their rows among more ranks"
         )
-    for table in tables.values() if parallel.tables_on_host else ():
-        table.keep_on_host(world.device)
+    if parallel.tables_on_host:
+        beside = LocalRows(world.device)
+        for table in tables.values():
+            table.keep_on_host(world.device)
+            table.placement = beside
     if not tables or world.stage_group is None or world.stage_group.size() == 1:
         return
     mesh = DeviceMesh.from_group(world.stage_group, world.device.type, mesh_dim_names=("rows",))
@@ -112,21 +114,13 @@ class ShardedRows(LocalRows):
     """
 
     def __init__(self, group: dist.ProcessGroup, requests: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(device)
         self.group, self.requests = group, requests
-        self._stream = _stream_of(device) if device.type == "cuda" else None
         self._on_device: dict[tuple[int, ...], Tensor] = {}
 
     def request(self, sizes: Sequence[int], indices: Sequence[Tensor]) -> RowRequest:
         """As in LocalRows. Collective over the group."""
         return ShardedRequest(self, sizes, indices)
-
-    def ahead(self) -> AbstractContextManager[object]:
-        """As in LocalRows."""
-        return _on(self._stream)
-
-    def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        """As in LocalRows."""
-        _hand_over(self._stream, tensors)
 
     def borders(self, sizes: Sequence[int]) -> list[int]:
         """Where each rank's rows begin, table by table, counted through all tables, and the end of all.
@@ -164,10 +158,10 @@ class ShardedRequest(RowRequest):
     def rows(self) -> list[Tensor]:
         """As in RowRequest. The first call waits for the counts, and lets the current stream wait for the rows."""
         if self._asked is None:
-            with _on(self._stream):
+            with on_stream(self._stream):
                 self._asked = self._ask(*self._counts.read())
             of_tables = [each for of_table in self._of_tables for each in (of_table.order, of_table.offsets)]
-            _hand_over(self._stream, [*self._asked, *self._places, *of_tables])
+            hand_over(self._stream, [*self._asked, *self._places, *of_tables])
         return self._asked
 
     def returned(self, read: list[Tensor]) -> list[Tensor]:
@@ -242,22 +236,3 @@ def _exchanged_together(
     )
     found = out.split([size for of_rank in zip(*received) for size in of_rank])
     return [torch.cat(found[i :: len(tables)]).view(-1, *rows.shape[1:]) for i, rows in enumerate(tables)]
-
-
-@functools.cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which requests are prepared. It comes first, because it has little to do."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return torch.cuda.stream(stream) if stream else nullcontext()
-
-
-def _hand_over(stream: torch.cuda.Stream | None, tensors: Iterable[Tensor]) -> None:
-    """Let the current stream wait for `stream`, and use tensors that were made on it."""
-    if stream is None or (now := torch.cuda.current_stream(stream.device)) == stream:
-        return
-    now.wait_stream(stream)
-    for tensor in tensors:
-        tensor.record_stream(now)

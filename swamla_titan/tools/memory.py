@@ -72,7 +72,8 @@ def memory_of(
     Of tables, of the rows looked up.
     weights_in_use: copies in the compute dtype, with which forward and backward passes multiply.
     logits: of the micro-batches between forward and backward pass, and the gradient of one.
-    activations: those that blocks save, and those that one block at a time recomputes.
+    activations: those that blocks save, those that one block at a time recomputes, and the rows that are read ahead
+    from tables on the host.
     in_turn: with one micro-batch a block's gradients come when its activations are freed, so only the larger of both
     counts; with several, gradients stay beside the activations of the next micro-batch.
     Not counted: communication buffers, float8 values that are not saved, workspaces and fragmentation.
@@ -85,10 +86,12 @@ def memory_of(
     tables = {weight for part in parts for weight in row_tables(part)}
     others = [parameter for parameter in parameters if parameter not in tables]
     gradients = sum(gathered_elements(p) if unreduced else local(p).numel() for p in others)
-    gradients += _looked_up(parts, config, world, micro_batch_size) * micro_batches
+    looked_up = _looked_up(parts, config, world, micro_batch_size)
+    gradients += looked_up * micro_batches
     gradients *= _FLOAT32
     offload = config.parallel.cpu_offload  # of gradients too, as soon as they are reduced
     offloaded = sum(bytes_on_host(part, config) for part in parts)
+    read_ahead = _FLOAT32 * looked_up if config.parallel.tables_on_host else 0
     if offload:
         offloaded = _FLOAT32 * sum(held) + (0 if unreduced else gradients) + state + average
     return Memory(
@@ -98,7 +101,7 @@ def memory_of(
         gradients=gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
         logits=_logits(parts, config, world, micro_batch_size, in_flight.logits),
-        activations=in_flight.activations + in_flight.recomputed,
+        activations=in_flight.activations + in_flight.recomputed + read_ahead,
         in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
         offloaded=offloaded,
     )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.model.row_table import RowTable, Segments, row_tables
+from swamla_titan.model.row_table import RowTable, Segments, look_up, request_rows, row_tables
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim import (
     AveragedWeights,
@@ -388,3 +388,55 @@ def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy, piece, 
         torch.testing.assert_close(table(torch.arange(ROWS)).detach().double(), mean, rtol=1e-5, atol=1e-6)
     assert torch.equal(table.weight, weights)
     assert all(torch.equal(one, other) for one, other in zip(average.of_part(model).values(), held))
+
+
+@pytest.mark.parametrize("begins", ["before", "within"])
+def test_rows_read_ahead_of_an_update_are_those_after_it(begins, monkeypatch):
+    """Also of an update that has been counted, and has written a part of its rows, when reading begins."""
+    monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", 4)
+    model = nn.Module()
+    with torch.device("meta"):
+        model.table = table = RowTable(ROWS, WIDTH)
+    table.keep_on_host(torch.device("cpu"))
+    model.to_empty(device="cpu")
+    nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(3))
+    assert request_rows([table], [lookups(1)]).read_ahead([table]) == [], "nothing updates the rows"
+    optimizer = optimizer_of(model)
+    write, pieces = optimizer._adam_of_rows, 0
+
+    def write_a_piece(*given: Any) -> None:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 2 and begins == "within":
+            request.read_ahead([table])
+        write(*given)
+
+    monkeypatch.setattr(optimizer, "_adam_of_rows", write_a_piece)
+    for step in range(1, 8):
+        bad, pieces = float(step == 4), 0
+        backward(table, lookups(step))
+        request = request_rows([table], [lookups(step + 1)])
+        if begins == "before":
+            request.read_ahead([table])
+        skip_where(optimizer, torch.tensor(bad))
+        optimizer.step()
+        optimizer.zero_grad()
+        rows, weight = lookups(step + 1).flatten(), table.weight.detach()
+        [ahead] = request._ahead
+        assert ahead is not None
+        assert (ahead.values != weight[rows]).any() == (not bad)
+        assert step == 1 or (optimizer.state[table.weight]["touched"][rows] < ahead.since).any(), "rows that are kept"
+        assert torch.equal(look_up([table], request, torch.float32)[0].flatten(0, -2), weight[rows])
+
+
+def test_only_rows_of_the_host_are_read_ahead_and_not_in_place_of_an_average():
+    model, table = with_table()
+    optimizer_of(model)
+    request = request_rows([table], [lookups(1)])
+    assert request.read_ahead([table]) == []
+    table._host_of = torch.device("cpu")
+    assert len(request.read_ahead([table])) == 2
+    average = AveragedWeights([model], 0.9)
+    average.restart()
+    with average.in_place_of_weights():
+        assert request.read_ahead([table]) == []

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.model.row_table import RowTable
+from swamla_titan.model.row_table import LocalRows, RowRequest, RowTable, look_up, request_rows
 from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
@@ -30,6 +30,7 @@ def trained(
         model.table = table = RowTable(ROWS, WIDTH)
     if on_host:
         table.keep_on_host(torch.device(device, 0))
+        table.placement = LocalRows(torch.device(device, 0))
     model.to_empty(device=device)
     with torch.no_grad():
         table.weight.copy_(torch.empty(ROWS, WIDTH).normal_(std=0.02, generator=generator))
@@ -41,11 +42,26 @@ def trained(
     pulls = [torch.randn(2, 4096, 3, WIDTH, generator=generator).to(device, dtype) for _ in range(STEPS)]
     flags = [torch.tensor(float(step == 2), device=device) for step in range(STEPS)]
     batches = [indices.to(device) for indices in drawn]
-    for step, (indices, pull, flag) in enumerate(zip(batches, pulls, flags)):
+
+    def requests(indices: Tensor) -> tuple[list[RowRequest], list[Tensor]]:
+        """Of a step's micro-batches, whose rows are read ahead where they are on the host; and tensors of theirs."""
+        with table.placement.ahead():
+            made = [request_rows([table], [one]) for one in indices]
+            return made, [tensor for each in made for tensor in (*each.rows(), *each.read_ahead([table]))]
+
+    torch.cuda.synchronize()
+    following = requests(batches[0])
+    for step, (pull, flag) in enumerate(zip(pulls, flags)):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
-            for one, other in zip(indices, pull):
-                (table(one, dtype) * other).sum().backward()
+            asked, tensors = following
+            table.placement.hand_over(tensors)
+            for request, other in zip(asked, pull):
+                [found] = look_up([table], request, dtype)
+                (found * other).sum().backward()
+            if on_host:
+                torch.cuda._sleep(20_000_000)  # so that the rows of the next step are read before and in this update
+            following = requests(batches[(step + 1) % STEPS])
             table.gradient.merge()
             set_learning_rate(optimizer, 1e-3)
             clip_gradients(optimizer, gradient_norm([(table.gradient.sums, 1.0)]), 1.0)
