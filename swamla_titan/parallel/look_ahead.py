@@ -12,8 +12,8 @@ def look_ups_ahead(
     """Each micro-batch with what `annexes.prepare` gives for it, prepared before the one before it is given.
 
     `micro_batches` are on the device, or are copied there as they are iterated over, which is within `placement.ahead`.
-    So what computes them must wait for nothing that is queued, or have been waited for. Collective where ranks share
-    tables.
+    So what computes them must wait for nothing that is queued, or have been waited for. Rows of tables on the host are
+    read ahead too. Collective where ranks share tables.
     """
     placement, source = annexes.placement, iter(micro_batches)
 

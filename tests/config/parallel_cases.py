@@ -143,6 +143,11 @@ def tables_on_host(run: Runner) -> None:
     average = ("--ema.decay", "0.9", "--validation.use_ema", "true", "--validation.interval", "1")
     settings = (*engram, *average, "--parallel.tables_on_host")
     made: list[tuple[int, ...]] = []
+    read: list[int] = []
+
+    def copy_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        read.append(len(rows))
+        return table[rows]
 
     def zeros_on_host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made.append(tuple(shape))
@@ -150,13 +155,15 @@ def tables_on_host(run: Runner) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("swamla_titan.model.row_table.zeros_on_host", zeros_on_host)
+        patch.setattr("swamla_titan.model.row_table.copy_rows", copy_rows)
         on_device = run(*settings, "false")
-        assert made == []
+        assert made == read == []
         result = run(*settings, "true")
     found = result.tensors()
     assert result.series("val_loss") == on_device.series("val_loss")
     assert made == [tuple(found["model.annexes.1.engram.table.weight"].shape)] * 4
     assert all(torch.equal(found[name], each) for name, each in on_device.tensors().items())
+    assert len(read) == sum(call.training for call in result.calls), "rows of each micro-batch are read ahead"
     assert "tables: in the memory of the host, at most 0.00 GiB" in (result.folder / "logs/rank-0.log").read_text()
     assert "has no effect" in run.refusal("--parallel.tables_on_host", "true")
     dense = run.refusal(*engram, "--parallel.tables_on_host", "true", "--optimizer.lazy_tables", "false")
