@@ -73,6 +73,16 @@ def test_the_diffs_of_the_page_on_extending_are_parts_of_patches_that_tests_appl
     assert all(line in applied for line in shown), [line for line in shown if line not in applied]
 
 
+def test_entries_of_the_log_open_with_a_verdict_and_are_in_its_index():
+    log = (ROOT / "LOG.md").read_text()
+    entries = re.findall(r"^## (\d{4}-\d\d-\d\d: .*)\n\n(.*)", log, flags=re.MULTILINE)
+    assert len(entries) == log.count("\n## ")
+    for title, opening in entries:
+        assert opening.startswith("**Verdict.** "), title
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        assert f"](#{anchor}) |" in log, f"not in the index: {title}"
+
+
 def test_each_fault_is_proved_by_tests_that_exist():
     faults = re.findall(r"^\| ([A-Z]\d+) \|", FAULTS, flags=re.MULTILINE)
     assert len(faults) == len(set(faults)) > 50
