@@ -1,13 +1,15 @@
 """The residual stream where ranks share each sequence: which tokens a rank holds, and the tokens before them.
 
 Context parallelism gives a rank two chunks of the sequence (sequence_layout.py), tensor parallelism cuts these, one
-after the other, into equal shards. So a rank holds one or two stretches of consecutive tokens, or three. Annexes whose
-result depends on some tokens before a token, as by a convolution, exchange these tokens' values: the halo of a stretch.
+after the other, into equal shards. So a rank holds one or two stretches of consecutive tokens. Annexes whose result
+depends on some tokens before a token, as by a convolution, exchange these tokens' values: the halo of a stretch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,66 +55,66 @@ class HaloExchange:
 def stretches(seq_len: int, context: int, tensor: int, index: int) -> list[range]:
     """The indices in the sequence of the tokens that rank `index` of context x tensor holds."""
     rank, shard = divmod(index, tensor)
-    if context == 1:
-        chunks = [range(seq_len)]
-    else:
+    chunks = [range(seq_len)]
+    if context > 1:
         layout = SequenceLayout(seq_len, context, rank)
         chunks = [range(start, start + layout.chunk) for start in layout.starts]
     size = seq_len // (context * tensor)
-    first, found, before = shard * size, list[range](), 0
+    first, found = shard * size, []
     for chunk in chunks:
-        part = chunk[max(first - before, 0) : max(first + size - before, 0)]
-        found += [part] if part else []
-        before += len(chunk)
-    return found
+        found.append(chunk[max(first, 0) : max(first + size, 0)])
+        first -= len(chunk)
+    return [part for part in found if part]
+
+
+class _Source(NamedTuple):
+    """`length` tokens of those that a rank holds, from `start` on."""
+
+    rank: int
+    start: int
+    length: int
+
+
+def _sources(tokens: range, held: list[list[range]]) -> list[_Source]:
+    """Where `tokens` are, in sequence order, if each rank holds these stretches."""
+    found = []
+    for rank, of_rank in enumerate(held):
+        before = 0
+        for stretch in of_rank:
+            common = range(max(stretch.start, tokens.start), min(stretch.stop, tokens.stop))
+            if common:
+                found.append((common.start, _Source(rank, before + common.start - stretch.start, len(common))))
+            before += len(stretch)
+    return [source for _, source in sorted(found)]
 
 
 @lru_cache(maxsize=32)
 def plan_halos(seq_len: int, context: int, tensor: int, index: int, halo: int) -> HaloExchange:
     """The exchange of rank `index`, for sequences of `seq_len` tokens, which all ranks have in equal shares."""
-    held = [stretches(seq_len, context, tensor, rank) for rank in range(context * tensor)]
+    ranks = range(context * tensor)
+    held = [stretches(seq_len, context, tensor, rank) for rank in ranks]
+    # Of each rank, for each of its stretches.
+    needed = [[_sources(range(max(0, own.start - halo), own.start), held) for own in of_rank] for of_rank in held]
 
-    def pieces(needed: range) -> Iterator[tuple[int, int, range]]:
-        """(rank, start in its tokens, tokens) that make up `needed`, in sequence order."""
-        found = []
-        for rank, of_rank in enumerate(held):
-            before = 0
-            for each in of_rank:
-                common = range(max(each.start, needed.start), min(each.stop, needed.stop))
-                if common:
-                    found.append((rank, before + common.start - each.start, common))
-                before += len(each)
-        return iter(sorted(found, key=lambda piece: piece[2].start))
+    def sent(source: int, to: int) -> tuple[tuple[int, int], ...]:
+        found = (each for each in chain(*needed[to]) if each.rank == source != to)
+        return tuple((start, length) for _, start, length in found)
 
-    def halos_of(rank: int) -> list[list[tuple[int, int, range]]]:
-        return [list(pieces(range(max(0, each.start - halo), each.start))) for each in held[rank]]
+    receives = tuple(sum(length for _, length in sent(rank, index)) for rank in ranks)
+    following = [*accumulate(receives, initial=0)]  # of each rank's tokens among those received, the next
 
-    sends = tuple(
-        tuple(
-            (start, len(tokens))
-            for of_stretch in halos_of(to)
-            for source, start, tokens in of_stretch
-            if source == index
-        )
-        if to != index
-        else ()
-        for to in range(len(held))
+    def piece(source: _Source) -> Piece:
+        if source.rank == index:
+            return Piece(True, source.start, source.length)
+        following[source.rank] += source.length
+        return Piece(False, following[source.rank] - source.length, source.length)
+
+    starts = accumulate(map(len, held[index]), initial=0)
+    found = (
+        (*map(piece, halo_of), Piece(True, start, len(own)))
+        for halo_of, start, own in zip(needed[index], starts, held[index])
     )
-    mine = halos_of(index)
-    receives = [
-        sum(len(tokens) for of_stretch in mine for source, _, tokens in of_stretch if source == rank) * (rank != index)
-        for rank in range(len(held))
-    ]
-    places = [sum(receives[:rank]) for rank in range(len(held))]  # of the next piece from each rank
-    found, done = [], 0
-    for of_stretch, stretch in zip(mine, held[index]):
-        parts = []
-        for source, start, tokens in of_stretch:
-            parts.append(Piece(source == index, start if source == index else places[source], len(tokens)))
-            places[source] += len(tokens)
-        found.append((*parts, Piece(True, done, len(stretch))))
-        done += len(stretch)
-    return HaloExchange(halo, sends, tuple(receives), tuple(found))
+    return HaloExchange(halo, tuple(sent(index, to) for to in ranks), receives, tuple(found))
 
 
 @dataclass(frozen=True)
