@@ -38,7 +38,7 @@ OFF: dict[str, dict[str, Any]] = {
     "validation.max_tokens": {"validation.interval": 0},
     "fault_tolerance.first_step_timeout": {"fault_tolerance.step_timeout": 0},
     "fault_tolerance.": {"fault_tolerance.skip_bad_steps": False},
-    "model.engram.": {"model.engram.layers": []},
+    **{f"model.{annex}.": {f"model.{annex}.layers": []} for annex in ModelConfig.annex_configs()},
     "model.mla_layers_per_cycle": {"model.swa_layers_per_cycle": 99},
     "model.selection_head": {"model.mla_selective": False},
     "model.rope_theta": {"model.swa_rope_theta": 5.0, "model.mla_rope_theta": 5.0},
@@ -103,9 +103,10 @@ def test_every_key_has_a_condition_or_a_proof_that_it_always_counts():
     without = KEYS.keys() - set(CONDITIONAL)
     assert {name for name in without if not name.startswith("model.")} <= CASES.keys()
     layers = {f"model.{kind}_layers_per_cycle" for kind in ModelConfig.kinds()}
+    layers |= {f"model.{annex}.layers" for annex in ModelConfig.annex_configs()}
     assert {name for name in without if name.startswith("model.")} == (layers & without) | {
         *("model.num_layers", "model.dim", "model.num_heads", "model.vocab_size", "model.max_seq_len"),
-        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings", "model.engram.layers"),
+        *("model.ffn_hidden_dim", "model.norm", "model.tie_embeddings"),
         *("model.rope_scaling", "model.dropout", "model.z_loss", "model.label_smoothing"),
     }
 

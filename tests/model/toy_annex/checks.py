@@ -1,55 +1,92 @@
-"""Checks of a package that has one annex more (toy.patch); tests/model/test_toy_annex.py runs them on a copy.
+"""Tests of the toy annex of toy.patch, run by tests/model/test_toy_annex.py in a copy of the package that has it."""
 
-Nothing here, and nothing in the package but what the patch touches, knows what the toy looks up.
-"""
-
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from swamla_titan.config import Config, Override, load_config
+from swamla_titan.cli import main
+from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Optimizer, Training
-from swamla_titan.data.batches import MicroBatch
-from swamla_titan.distributed.mesh import World
-from swamla_titan.errors import UserError
+from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.flops import training_flops
-from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
-from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.tools.plan import plan
-from swamla_titan.tools.plan_report import report
+from swamla_titan.optim import group_table
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.compile import compile_model
+from swamla_titan.tools.activations import block_bytes
+from tests.distributed.ranks import on_ranks
+from tests.model.tiny import TINY
+from tests.tiny_config import tiny_config
+from tests.train.runs import checkpoint, metrics, tensors
 
-WITHOUT = ModelConfig(
-    num_layers=3,
-    dim=64,
-    num_heads=2,
-    vocab_size=50,
-    max_seq_len=64,
-    swa_window=6,
-    swa_sink_size=3,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=16,
+MODEL = replace(TINY, toy={"layers": [0, 2], "rows": 31})
+CURVES = ("loss", "grad_norm", "val_loss", "toy_size_0", "toy_size_2")
+TOY = (
+    *("--model.toy.layers", "0,2", "--model.toy.rows", "101", "--model.toy.width", "6", "--data.document_mask", "true"),
+    *("--model.dropout", "0", "--optimizer.lr", "1e-3", "--data.num_workers", "0", "--training.steps", "12"),
+    *("--checkpoint.interval", "6", "--validation.interval", "6"),
 )
-MODEL = replace(WITHOUT, **{"previous": {"layers": [0, 2], "width": 16}})
-CONFIG = Config(
-    model=MODEL,
-    training=Training(seq_len=24, local_batch_size=2, global_batch_size=2, compute_dtype="float32"),
-    compile=Compile(enabled=False),
-    optimizer=Optimizer(name="muon"),
-)
+PLANS = {
+    "fsdp 2, tensor 2": (4, ("--parallel.tensor", "2")),
+    "pipeline 3": (3, ("--parallel.pipeline", "3", "--training.local_batch_size", "1")),
+    "context 3, recomputed": (3, ("--parallel.context", "3", "--activation_checkpoint.mode", "full")),
+}
 
 
-def batch() -> MicroBatch:
-    tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(1))
-    ids = torch.tensor([[0] * 11 + [1] * 13, [0] * 24])
-    return MicroBatch(tokens, tokens.roll(-1, 1), ids, 2)
+def run(config: str, *overrides: str) -> int:
+    return main(["train", config, *TOY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert run(str(tiny_config(folder))) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_ranks_train_as_one_process(plan, alone, tmp_path):
+    ranks, overrides = PLANS[plan]
+    overrides = (*overrides, "--training.seq_len", "60") if "context" in plan else overrides
+    expected = alone
+    if "context" in plan:
+        expected = tmp_path / "one" / "run"
+        (tmp_path / "one").mkdir()
+        assert run(str(tiny_config(tmp_path / "one")), "--training.seq_len", "60") == 0
+    assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides) == [0] * ranks
+    for name in CURVES:
+        found = metrics(tmp_path / "run", name)
+        assert len(found) == (2 if name == "val_loss" else 12)
+        assert found == pytest.approx(metrics(expected, name), rel=1e-4), name
+
+
+def test_a_run_resumes_bit_for_bit_and_its_start_and_plan_know_it(alone, tmp_path, capsys):
+    config = str(tiny_config(tmp_path))
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run(config) == 0
+    assert list(metrics(tmp_path / "run", "loss")) == list(range(7, 13))
+    whole, resumed = (tensors(checkpoint(folder, 12)) for folder in (alone, tmp_path / "run"))
+    assert "model.annexes.2.toy.table.weight" in whole
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    summary = "pairs of tokens before layers [0, 2]: 101 rows"
+    assert summary in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert main(["plan", config, *TOY, "--gpus", "2"]) == 0
+    assert summary in capsys.readouterr().out
+    assert run(config, "--model.toy.rows", "103") == 2
+    assert "model.toy.rows: 101 in the checkpoint, 103 now" in capsys.readouterr().err
+    assert main(["generate", str(checkpoint(tmp_path / "run", 12)), "--prompt", "The", "--max-new-tokens", "3"]) == 0
 
 
 def model() -> SWAMLAModel:
+    """In float64 and evaluation mode, with matrices large enough for each part to matter."""
     made = SWAMLAModel(MODEL).to(torch.float64).eval()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -58,59 +95,51 @@ def model() -> SWAMLAModel:
     return made
 
 
-def test_documents_do_not_see_each_other():
-    made, given = model(), batch()
-    other = given.tokens.clone()
-    other[0, :11] = 7
-    logits = [made(tokens, None, given.document_ids) for tokens in (given.tokens, other)]
-    assert torch.equal(logits[0][0, 11:], logits[1][0, 11:])
-    assert not torch.equal(logits[0][0, :11], logits[1][0, :11])
-
-
 def test_decoding_equals_the_full_forward_pass():
-    made, text = model(), torch.randint(0, 50, (1, 20))
-    cache = DecodeCache(made, 1, 20)
-    logits = made.prefill(text[:, :8], cache, torch.tensor([8]))
-    for length in range(8, 20):
-        with torch.no_grad():
-            torch.testing.assert_close(logits, made(text[:, :length])[:, -1], rtol=0, atol=1e-11)
-        logits = made.decode(text[:, length : length + 1], cache)
+    made, lengths, new = model(), [2, 9], 12
+    texts = [torch.randint(0, 50, (length + new,)) for length in lengths]
+    padded = torch.zeros(2, 9, dtype=torch.int64)
+    for row, (length, text) in enumerate(zip(lengths, texts)):
+        padded[row, 9 - length :] = text[:length]
+    cache = DecodeCache(made, 2, 9 + new)
+    logits = made.prefill(padded, cache, torch.tensor(lengths))
+    for step in range(new):
+        for row, (length, text) in enumerate(zip(lengths, texts)):
+            with torch.no_grad():
+                full = made(text[None, : length + step])[0, -1]
+            torch.testing.assert_close(logits[row], full, rtol=0, atol=1e-11)
+        logits = made.decode(torch.stack([text[n + step] for n, text in zip(lengths, texts)])[:, None], cache)
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_it_trains_beside_muon_recomputed_or_not(mode):
-    config = replace(CONFIG, activation_checkpoint=ActivationCheckpoint(mode=mode))
-    parallel_model = ParallelModel(config, World.alone(torch.device("cpu")))
-    parallel_model.init_weights(0)
-    (part,) = parallel_model.parts
-    table = part.annexes["0"]["previous"].table.weight
-    before, losses = table.detach().clone(), []
-    optimizer = build_optimizer(part, config.optimizer)
-    set_learning_rate(optimizer, 0.01)
-    for _ in range(4):
-        losses.append(parallel_model.train_step([batch()], 48.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.1
-    moved = (table != before).any(dim=1)
-    looked_up = set(batch().tokens.unique().tolist()) | {50}
-    assert 0 < moved.sum() <= len(looked_up)
-    assert all(row in looked_up for row in moved.nonzero().flatten().tolist())
+def test_it_is_recomputed_and_compiled(tmp_path):
+    tokens, found = torch.randint(0, 50, (2, 24)), []
+    for recomputed, compiled in ((False, False), (True, False), (True, True)):
+        torch._dynamo.reset()
+        made = SWAMLAModel(MODEL)
+        apply_activation_checkpointing(made, ActivationCheckpoint(mode="full" if recomputed else "none"))
+        if compiled:
+            compile_model(made, Compile(cache_folder=str(tmp_path)), backend="aot_eager")
+        made(tokens, tokens).backward()
+        found.append([weight.grad for name, weight in made.named_parameters() if "table" not in name])
+        assert all(gradient.any() for gradient in found[-1])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-7)
 
 
-def test_flops_groups_and_plan_count_it():
-    up = 2 * 16 * 64  # of both layers
-    assert training_flops(MODEL, 24) - training_flops(WITHOUT, 24) == 6 * 24 * up
-    tables = [row for row in group_table(MODEL, CONFIG.optimizer) if row.kind.rule == "rows"]
-    assert sum(row.elements for row in tables) == 2 * 51 * 16
-    assert any("previous.table" in line for line in report(plan(CONFIG, 1)))
+def test_flops_memory_and_optimizers_count_it():
+    linear, sum_of_two = 2 * 8 * TINY.dim, 2 * TINY.dim
+    assert training_flops(MODEL, 24) - training_flops(TINY, 24) == 3 * 2 * 24 * (linear + sum_of_two)
+    held = [
+        block_bytes(Config(model=each, training=Training(seq_len=24, compute_dtype="float32")), Degrees(), range(3))
+        for each in (TINY, MODEL)
+    ]
+    assert held[1] - held[0] == 2 * 24 * 4 * (TINY.dim + 8 + TINY.dim)  # the stream before it, the row, the value
+    rules = {name: row.kind.rule for row in group_table(MODEL, Optimizer(name="muon")) for name in row.names}
+    assert (rules["toy.table"], rules["toy.value"], rules["toy.norm"]) == ("rows", "muon", "adamw")
 
 
-def test_its_keys_come_from_its_section_and_are_held_against_the_model(tmp_path):
-    file = tmp_path / "a.toml"
-    lines = "[data]", 'source = "builtin"', "[training]", "seq_len = 64", "[model]", 'flavor = "debug"'
-    file.write_text("\n".join((*lines, "[model.previous]", "layers = [1]")))
-    assert load_config(file).model.previous.layers == (1,)
-    assert load_config(file, [Override("model.previous", "width", "8")]).model.previous.width == 8
-    with pytest.raises(UserError, match="there is no layer 9"):
-        load_config(file, [Override("model.previous", "layers", "9")])
+def test_mistakes_in_its_keys_are_refused():
+    with pytest.raises(ValueError, match=r"^toy\.layers: \[5\]: there is no layer 5"):
+        ModelConfig(num_layers=3, toy={"layers": [5]})
+    with pytest.raises(ValueError, match=r"^toy\.rows: 1: expected"):
+        ModelConfig(num_layers=3, toy={"layers": [1], "rows": 1})
