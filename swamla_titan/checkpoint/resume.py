@@ -20,14 +20,14 @@ from swamla_titan.distributed.agreement import all_gather_dict, broadcast_from_r
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
+from swamla_titan.fields import settings
+from swamla_titan.model import ModelConfig
 from swamla_titan.system.console import Lines
 
 logger = logging.getLogger(__name__)
 
 # Fields of the model that change how it is trained, not what it is.
 _TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
-# What held before there was a key for it, in the fingerprints of earlier versions.
-_BEFORE_THE_KEY = {"model.mla_selective": False, "model.selection_head": 0}
 # The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
 _KINDS = {"model": "model", "annexes": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
 _WITHOUT_CURSORS = {"data", "tokenizer"}  # kinds of differences that make the cursors meaningless
@@ -60,8 +60,8 @@ class Origin:
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
-        then = _BEFORE_THE_KEY | {RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
-        changes = fingerprint_changes(then, fingerprint, details)
+        then = {RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
+        changes = fingerprint_changes(_with_later_keys(then, fingerprint), fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
         allowed = {name.strip() for name in allow.split(",")}
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
@@ -87,6 +87,22 @@ class Origin:
         )
 
 
+def _with_later_keys(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's fingerprint, with defaults of the model's keys that came after it: they change nothing.
+
+    Of an annex's keys too, if the checkpoint has the annex.
+    """
+    defaults = {f"model.{name}": field.default for name, field in settings(ModelConfig).items()}
+    for annex, kind in ModelConfig.annex_configs().items():
+        if f"model.{annex}.layers" in saved:
+            defaults |= {f"model.{annex}.{name}": _as_json(field.default) for name, field in settings(kind).items()}
+    return {name: value for name, value in defaults.items() if name in current} | saved
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def find_origin(checkpoints: Checkpoints) -> Origin:
     """The newest intact checkpoint, the same on all ranks; raises UserError if there are some and all are damaged."""
     path = checkpoints.newest_intact()
@@ -104,14 +120,10 @@ def run_fingerprint(config: Config, corpus: Corpus, annex_record: AnnexRecord | 
     `annex_record`: of the model's annexes; None: it has none.
     """
     values = asdict(config.model)
-    settings = {name: values.pop(name) for name in config.model.annex_configs()}
+    of_annexes = {name: values.pop(name) for name in config.model.annex_configs()}
     model = {f"model.{name}": value for name, value in values.items() if name not in _TRAINING_ONLY}
     for name in annex_record.hashes if annex_record else ():
-        # as JSON has them
-        model |= {
-            f"model.{name}.{key}": list(value) if isinstance(value, tuple) else value
-            for key, value in settings[name].items()
-        }
+        model |= {f"model.{name}.{key}": _as_json(value) for key, value in of_annexes[name].items()}
     model |= annex_record.fingerprint() if annex_record else {}
     training = {
         "data.document_mask": config.data.document_mask,

@@ -44,7 +44,8 @@ class DecodeCache:
         self.clock = Clock(torch.zeros(batch, dtype=torch.int64, device=model.device))
         dropping = {name for name, block in self.blocks.items() if _drops_tokens(block.attention, config)}
         if memory_budget is not None and not dropping:
-            raise ValueError(f"memory_budget = {memory_budget}: no layer drops tokens without model.mla_selective")
+            keys = " or ".join(f"model.{name}" for name in config.quantities("selects"))
+            raise ValueError(f"memory_budget = {memory_budget}: no layer drops tokens without {keys}")
         if memory_budget is not None and memory_budget < SMALLEST_BUDGET:
             raise ValueError(
                 f"memory_budget = {memory_budget}: expected >= {SMALLEST_BUDGET} (the first token, the newest two)"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -206,7 +206,8 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
     elementwise = elementwise_of(config, choices, device)
     chosen.append(attention_summary(choices) + (f"; {elementwise}" if elementwise else ""))
-    small = replace(SMALL, mla_selective=config.model.mla_selective)
+    selects: dict[str, Any] = config.model.quantities("selects")
+    small = replace(SMALL, **selects)
     model = SWAMLAModel(small).to(device)
     with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
         for parameter in model.parameters():
@@ -221,7 +222,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     text = f"tried on a small model: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
     # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
     # Selective attention adds roundings up over queries: up to 0.1 in 16 bits, where what is wrong is 1 off.
-    limit = 0.2 if small.mla_selective else 2e-2 if dtype == torch.float32 else 7e-2
+    limit = 0.2 if any(selects.values()) else 2e-2 if dtype == torch.float32 else 7e-2
     is_right = error < limit
     remedy = "" if is_right else "these versions of torch and the driver compute attention wrongly"
     found = Finding("ok" if is_right else "failure", "attention", text, remedy)

@@ -20,7 +20,10 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
+from swamla_titan.checkpoint.resume import Origin
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.cli import main
+from swamla_titan.errors import UserError
 from tests.distributed.ranks import on_ranks
 from tests.text import documents, write_text
 from tests.train.runs import metrics
@@ -85,3 +88,15 @@ def test_it_generates(run: Path, capsys: pytest.CaptureFixture[str], weights: tu
     options = ("--prompt", "ba", "--max-new-tokens", "12", "--temperature", "0")
     assert main(["generate", str(run), *options, *weights]) == 0
     assert capsys.readouterr().out == f"ba{letter * 12}\n"
+
+
+@pytest.mark.parametrize(
+    "key, default, other", [("qk_norm", False, True), ("engram.kernel", 4, 3), ("engram.orders", [2, 3], [2])]
+)
+def test_a_key_of_the_model_that_came_after_the_checkpoint_had_its_default(key: str, default: object, other: object):
+    written = {"model.dim": 64, "model.engram.layers": [1]}
+    origin = Origin(Path("old"), TrainState(step=3, tokens=0, sequences=0, cursors={}, fingerprint=written))
+    assert origin.resume(written | {f"model.{key}": default}).step == 3
+    with pytest.raises(UserError) as refused:
+        origin.resume(written | {f"model.{key}": other})
+    assert f"model.{key}: {default!r} in the checkpoint, {other!r} now" in str(refused.value)

@@ -33,8 +33,13 @@ TOY = (
 PLANS = {
     "fsdp 2, tensor 2": (4, ("--parallel.tensor", "2")),
     "pipeline 3": (3, ("--parallel.pipeline", "3", "--training.local_batch_size", "1")),
-    "context 3, recomputed": (3, ("--parallel.context", "3", "--activation_checkpoint.mode", "full")),
+    "context 4, recomputed": (4, ("--parallel.context", "4", "--activation_checkpoint.mode", "full")),
 }
+# On a layer with the toy, and on one without; its rows have another width.
+ENGRAM = (
+    *("--model.engram.layers", "1,2", "--model.engram.heads", "2", "--model.engram.d_mem", "16"),
+    *("--model.engram.table_size", "101"),
+)
 
 
 def run(config: str, *overrides: str) -> int:
@@ -49,20 +54,25 @@ def alone(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def assert_same_curves(found: Path, expected: Path, *more: str) -> None:
+    for name in (*CURVES, *more):
+        values = metrics(found, name)
+        assert len(values) == (2 if name == "val_loss" else 12), name
+        assert values == pytest.approx(metrics(expected, name), rel=1e-4), name
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_ranks_train_as_one_process(plan, alone, tmp_path):
     ranks, overrides = PLANS[plan]
-    overrides = (*overrides, "--training.seq_len", "60") if "context" in plan else overrides
-    expected = alone
-    if "context" in plan:
-        expected = tmp_path / "one" / "run"
-        (tmp_path / "one").mkdir()
-        assert run(str(tiny_config(tmp_path / "one")), "--training.seq_len", "60") == 0
     assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides) == [0] * ranks
-    for name in CURVES:
-        found = metrics(tmp_path / "run", name)
-        assert len(found) == (2 if name == "val_loss" else 12)
-        assert found == pytest.approx(metrics(expected, name), rel=1e-4), name
+    assert_same_curves(tmp_path / "run", alone)
+
+
+def test_ranks_train_two_annexes_as_one_process(tmp_path):
+    config, one = str(tiny_config(tmp_path)), tmp_path / "one"
+    assert run(config, *ENGRAM, "--job.dump_folder", str(one)) == 0
+    assert on_ranks(4, run, config, *ENGRAM, "--parallel.tensor", "2") == [0] * 4
+    assert_same_curves(tmp_path / "run", one, "engram_gate_1", "engram_gate_2")
 
 
 def test_a_run_resumes_bit_for_bit_and_its_start_and_plan_know_it(alone, tmp_path, capsys):
