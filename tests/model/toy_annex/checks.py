@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
-from swamla_titan.config import Config
+from swamla_titan.config import Config, Override, load_config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Optimizer, Training
 from swamla_titan.distributed.degrees import Degrees
+from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.flops import training_flops
@@ -121,6 +122,15 @@ def test_decoding_equals_the_full_forward_pass():
         logits = made.decode(torch.stack([text[n + step] for n, text in zip(lengths, texts)])[:, None], cache)
 
 
+def test_documents_do_not_see_each_other():
+    made, tokens = model(), torch.randint(0, 50, (1, 24))
+    documents, other = torch.tensor([[0] * 11 + [1] * 13]), tokens.clone()
+    other[0, :11] = 7
+    logits = [made(each, None, documents) for each in (tokens, other)]
+    assert torch.equal(logits[0][:, 11:], logits[1][:, 11:])
+    assert not torch.equal(logits[0][:, :11], logits[1][:, :11])
+
+
 def test_it_is_recomputed_and_compiled(tmp_path):
     tokens, found = torch.randint(0, 50, (2, 24)), []
     for recomputed, compiled in ((False, False), (True, False), (True, True)):
@@ -148,7 +158,15 @@ def test_flops_memory_and_optimizers_count_it():
     assert (rules["toy.table"], rules["toy.value"], rules["toy.norm"]) == ("rows", "muon", "adamw")
 
 
-def test_mistakes_in_its_keys_are_refused():
+def test_its_keys_come_from_its_section_and_mistakes_are_refused(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text(
+        '[data]\nsource = "builtin"\n[training]\nseq_len = 64\n[model]\nflavor = "debug"\n[model.toy]\nlayers = [1]\n'
+    )
+    assert load_config(file).model.toy.layers == (1,)
+    assert load_config(file, [Override("model.toy", "width", "9")]).model.toy.width == 9
+    with pytest.raises(UserError, match=r"\[model.toy\] preset = \"a\": unknown key"):
+        load_config(file, [Override("model.toy", "preset", "a")])
     with pytest.raises(ValueError, match=r"^toy\.layers: \[5\]: there is no layer 5"):
         ModelConfig(num_layers=3, toy={"layers": [5]})
     with pytest.raises(ValueError, match=r"^toy\.rows: 1: expected"):
