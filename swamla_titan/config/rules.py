@@ -111,6 +111,11 @@ def _attention(config: Config) -> Iterator[Conflict]:
             (at, *(f"model.{key}" for key in model.quantities("window")), "training.seq_len", "data.document_mask"),
             f'"{asked}" is for windows and documents, and no sequence has any here: use "auto"',
         )
+    elif asked == "flex" and all(_selects(model, kind) for kind in masked):
+        yield Conflict(
+            (at, *(f"model.{key}" for key in model.quantities("selects"))),
+            '"flex" does not take selective attention, and no other attention here has a mask: use "auto"',
+        )
     elif asked == "triton":
         limits = [[*_limits(config, kind)] for kind in masked]
         if all(limits):
@@ -171,13 +176,13 @@ def _document_kernel(config: Config, kind: str) -> Iterator[Conflict]:
         yield Conflict(
             (at, "training.compute_dtype"), f'"triton" takes {kind.upper()} in 16 bits, not in {dtype}: use "auto"'
         )
+    others = '"auto"' if _selects(model, kind) else '"flex" or "auto"'
     for keys, taken in sides:
         width = sum(keys.values())
         if keys and width not in taken:
             yield Conflict(
                 (at, *(f"model.{key}" for key in keys)),
-                f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, taken))}, not of {width}: use "flex" or '
-                '"auto"',
+                f'"triton" takes {" + ".join(keys)} of {", ".join(map(str, taken))}, not of {width}: use {others}',
             )
 
 

@@ -71,6 +71,9 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
         ("triton", SELECTIVE, {"training": Training(seq_len=1)}, []),
         ("triton", SELECTIVE, {"training": Training(compute_dtype="float32")}, [{AT, "training.compute_dtype"}]),
         ("flex", SELECTIVE, {}, [MASKS]),
+        ("flex", SELECTIVE, DOCUMENTS, [{AT, "model.mla_selective"}]),
+        ("flex", SELECTIVE, {"parallel": Parallel(context=2)}, [{AT, "model.mla_selective"}]),
+        ("flex", shape(mla_selective=True), DOCUMENTS, []),
         ("flex", shape(swa_layers_per_cycle=0), {}, [MASKS]),
         ("flex", shape(swa_layers_per_cycle=0), {"data": Data(document_mask=True)}, []),
         ("flex", shape(swa_layers_per_cycle=0), {"parallel": Parallel(context=2)}, []),
@@ -86,6 +89,14 @@ MASKS = {"kernels.attention", "model.swa_window", "training.seq_len", "data.docu
 )
 def test_refused_with_the_keys_that_cannot_hold_together(attention, model, sections, expected):
     assert found(attention, model, **sections) == expected
+
+
+@pytest.mark.parametrize("selects, others", [(False, 'use "flex" or "auto"'), (True, 'use "auto"')])
+def test_what_takes_no_selective_attention_is_not_advised_for_it(selects, others):
+    model = shape(swa_layers_per_cycle=0, v_head_dim=96, mla_selective=selects)
+    found = conflicts(Config(kernels=Kernels("triton"), model=model, data=Data(document_mask=True)))
+    (problem,) = (each.problem for each in found if each.keys[0] == "kernels.attention")
+    assert problem == f'"triton" takes v_head_dim of 16, 32, 64, 128, not of 96: {others}'
 
 
 MODELS = {

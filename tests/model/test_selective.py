@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import ALL_MLA, build, random_tokens
 
+from benchmarks.memory_budget import losses
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.generation import generate
 
@@ -110,6 +112,19 @@ def test_a_budget_of_as_many_tokens_as_come_changes_nothing(engram):
         logits = [model.decode(text[:, t : t + 1], cache) for cache in caches]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [3, 9, 29])
+def test_losses_under_a_budget_are_those_of_tokens_that_are_decoded_with_it(budget):
+    """As benchmarks/memory_budget.py computes them."""
+    model, text = build(**SELECTIVE | {"num_layers": 3, "swa_layers_per_cycle": 1}), random_tokens(2, 30)
+    cache, found = DecodeCache(model, 2, 30, budget), []
+    logits = model.prefill(text[:, :1], cache)
+    for t in range(1, 30):
+        found.append(F.cross_entropy(logits.float(), text[:, t], reduction="none"))
+        logits = model.decode(text[:, t : t + 1], cache)
+    torch.testing.assert_close(losses(model, text, budget), torch.stack(found, dim=1))
 
 
 def test_a_budget_is_refused_where_nothing_can_be_dropped():

@@ -107,6 +107,11 @@ def reference_selected_sums(query: Tensor, key: Tensor, rule: SelectionRule, sca
     return torch.stack([torch.stack(each).sum(dim=0) for each in found], dim=1)
 
 
+def reference_selected_before(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
+    """F [B, T, T] of full sequences, from the selecting head's queries and keys [B, T, D]."""
+    return _earlier(_selected(query, key, rule, Slab(0, 0, 0, query.shape[1]), scale))
+
+
 def selecting_head(
     query: Tensor, key: Tensor, by_query: Tensor | None, by_key: Tensor | None, head: int
 ) -> tuple[Tensor, Tensor]:
