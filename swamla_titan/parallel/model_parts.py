@@ -19,7 +19,7 @@ from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
-from swamla_titan.parallel.look_ahead import look_ups_ahead
+from swamla_titan.parallel.look_ahead import Inputs, look_ups_ahead
 from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
 from swamla_titan.parallel.pipeline import Pipeline
@@ -132,7 +132,7 @@ class ParallelModel:
             for part in parts:
                 forget_casts(part)
 
-    def _inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, PreparedLookUp | None]]:
+    def _inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Inputs]:
         return look_ups_ahead(self.parts[0].annexes, (batch.to(self.world.device) for batch in micro_batches))
 
     def _loss(self, inputs: MicroBatch, denominator: Tensor | float, prepared: PreparedLookUp | None = None) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
-from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import PreparedLookUp
 from swamla_titan.parallel.balance import stage_layers
+from swamla_titan.parallel.look_ahead import Inputs
 from swamla_titan.parallel.schedules import stage_count, stages_of_rank
 
 
@@ -33,7 +33,7 @@ class ModelStage(SWAMLAModel):
             super().__init__(config)
         self.stage, self.stages = stage, len(layers)
         self.seq_len = seq_len
-        self.look_ups: Iterator[tuple[MicroBatch, PreparedLookUp | None]] = iter(())  # of a step, in its order
+        self.look_ups: Iterator[Inputs] = iter(())  # of the micro-batches of a step, in their order
         if not self.is_first:
             del self.embedding
         if not self.is_last:

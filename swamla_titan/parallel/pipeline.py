@@ -77,9 +77,10 @@ class Pipeline:
     def train_step(self, micro_batches: list[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         """Add the gradients of the micro-batches to every stage's; returns the sum of their losses, on every rank.
 
-        The micro-batches have one shape, are at least one, and on any device. The losses are sums over valid targets
-        divided by `loss_denominator`. Gradients of tied weights are summed when it returns. Where the schedule cannot
-        run that many micro-batches, empty ones follow, which add 0 to the loss and the gradients.
+        The micro-batches have one shape, are at least one, and on any device, which must not still compute them. The
+        losses are sums over valid targets divided by `loss_denominator`. Gradients of tied weights are summed when it
+        returns. Where the schedule cannot run that many micro-batches, empty ones follow, which add 0 to the loss and
+        the gradients.
         """
         size = len(micro_batches[0].tokens)
         count = runnable_micro_batches(self._parallel, len(micro_batches))
@@ -96,6 +97,8 @@ class Pipeline:
             stage.look_ups = look_ups_ahead(stage.annexes, _split(batches, options))
         losses: list[Tensor] = []
         self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
+        for stage in self.stages:
+            stage.look_ups = iter(())  # the last one keeps memory
         if self._tied is not None:
             self._tied.reduce()
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)

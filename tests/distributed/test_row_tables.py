@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,15 @@ from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.engram_config import EngramConfig
-from swamla_titan.model.row_table import RowTable
+from swamla_titan.model.row_table import RowTable, look_up, request_rows
 from swamla_titan.optim import AveragedWeights, build_optimizer
-from swamla_titan.parallel.row_tables import bytes_on_host, rows_of_rank, shard_row_tables, validate_host_memory
+from swamla_titan.parallel.row_tables import (
+    ShardedRows,
+    bytes_on_host,
+    rows_of_rank,
+    shard_row_tables,
+    validate_host_memory,
+)
 from swamla_titan.tools.generate import _loaded
 from tests.distributed.job import run_killed
 from tests.distributed.ranks import on_ranks
@@ -97,6 +104,70 @@ def test_look_ups_and_gradients_are_those_of_one_process(size, rows):
     on_ranks(size, _looked_up, rows)
 
 
+def _looked_up_together(sizes: tuple[int, ...]) -> None:
+    """The first table has the width of one number, the next of two, and so on."""
+    world = init_distributed(Parallel()).with_request_group()
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.tables = torch.nn.ModuleList(RowTable(rows, width) for width, rows in enumerate(sizes, 1)).double()
+    shard_row_tables(model, Parallel(), world)
+    model.to_empty(device=world.device)
+    tables: list[RowTable] = list(model.tables)
+    leaves = []
+    for rows, table in zip(sizes, tables):
+        draw = torch.Generator().manual_seed(rows)
+        full = torch.randn(rows, table.weight.shape[1], dtype=torch.float64, generator=draw).to(world.device)
+        own = rows_of_rank(rows, world.size, world.rank)
+        local(table.weight).data.copy_(full[own.start : own.stop])
+        leaves.append(full.requires_grad_())
+
+    def indices(rank: int, micro_batch: int) -> list[Tensor]:
+        return [indices_of(rank, (micro_batch + t) % 5, rows).to(world.device) for t, rows in enumerate(sizes)]
+
+    placement = tables[0].placement
+    assert isinstance(placement, ShardedRows)
+    for micro_batch in range(5):
+        with exchanges() as through:
+            request = request_rows(tables, indices(world.rank, micro_batch))
+            assert through == [placement.requests], "counts, once for all tables"
+            found = look_up(tables, request, torch.float64)
+            assert through == [placement.requests, placement.requests, placement.group], "which rows, and the rows"
+            torch.stack([pull(each) for each in found]).sum().backward()
+            assert through[3:] == [placement.group] * len(tables)
+        for values, leaf, looked_up in zip(found, leaves, indices(world.rank, micro_batch)):
+            assert torch.equal(values, leaf[looked_up])
+    every = [indices(rank, batch) for rank in range(world.size) for batch in range(5)]
+    torch.stack([pull(F.embedding(i, leaf)) for each in every for i, leaf in zip(each, leaves)]).sum().backward()
+    for rows, table, leaf in zip(sizes, tables, leaves):
+        assert leaf.grad is not None
+        own = rows_of_rank(rows, world.size, world.rank)
+        table.gradient.merge()
+        expected = leaf.grad[own.start : own.stop]
+        torch.testing.assert_close(table.gradient.dense(len(own)), expected, rtol=0, atol=1e-12)
+
+
+@contextlib.contextmanager
+def exchanges() -> Iterator[list[Any]]:
+    """Within, collects the group of each all-to-all."""
+    through, exchange = [], dist.all_to_all_single
+
+    def counted(*arguments: Any, group: Any, **options: Any) -> Any:
+        through.append(group)
+        return exchange(*arguments, group=group, **options)
+
+    dist.all_to_all_single = counted
+    try:
+        yield through
+    finally:
+        dist.all_to_all_single = exchange
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_tables_are_looked_up_in_the_messages_of_one(size):
+    """In each micro-batch another of them is one of which a rank, or nobody, asks for a row; 1 row is on one rank."""
+    on_ranks(size, _looked_up_together, (37, 1, 4, 101))
+
+
 TWO_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
@@ -106,6 +177,11 @@ TWO_GPUS = [
 @pytest.mark.parametrize("rows", [pytest.param(rows, marks=TWO_GPUS) for rows in (5000, 1)])
 def test_gpus_look_up_and_give_gradients_as_one_process_does(rows):
     on_ranks(2, _looked_up, rows)
+
+
+@pytest.mark.parametrize("sizes", [pytest.param((5000, 1, 40, 20_000), marks=TWO_GPUS)])
+def test_gpus_look_up_several_tables_in_the_messages_of_one(sizes):
+    on_ranks(2, _looked_up_together, sizes)
 
 
 @pytest.mark.parametrize("trained", [True, False])
