@@ -1,6 +1,7 @@
 """Compressed vocabularies: which tokens share an id."""
 
 import base64
+import unicodedata
 from collections import defaultdict
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_gpt2_is_compressed_by_34_percent():
     own = compress(tokenizer)
     assert own.ids.shape == (50_257,)
     assert set(own.ids.tolist()) == set(range(own.size))
-    assert abs(own.size - 32_974) < 10  # exactly, by Unicode 14 of Python 3.11
+    assert abs(own.size - 32_974) < (1 if unicodedata.unidata_version == "14.0.0" else 10)  # that of Python 3.11
     assert compress(tokenizer) is own
 
 

@@ -1,14 +1,16 @@
 """Engram against code that was written from the paper's text, with loops over tokens, and integers of any size."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from tiny import TINY, build, random_tokens
 
-from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.model.annex import StreamContext
+from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.model.engram import hashes, ngram_hashes, primes_from
 from swamla_titan.model.engram_config import EngramConfig
 from swamla_titan.model.flops import training_flops
@@ -151,9 +153,25 @@ def test_the_hashes_are_what_they_were():
     assert ngram_hashes(shape((2,), (2, 3), 4, 100_000, 1), 50_257)[2].multipliers != first.multipliers
 
 
-def test_the_preset_has_the_published_numbers_of_rows():
-    preset = ModelConfig(num_layers=15, engram=ModelConfig().engram.presets["deepseek-v4.1-flash"])
-    assert [each.rows for each in hashes(preset).values()] == [384_006_168, 384_016_682]
+def test_presets_have_the_published_sizes():
+    known = EngramConfig.presets
+    deepseek = ModelConfig(num_layers=15, engram=known["deepseek-v4.1-flash"])
+    assert [each.rows for each in hashes(deepseek).values()] == [384_006_168, 384_016_682]
+    assert (deepseek.engram.num_tables, deepseek.engram.row_width) == (3 * 8, 256)
+    qwen = ModelConfig(num_layers=3, engram=known["qwen3.8-flash-next"])
+    ((layer, own),) = hashes(qwen).items()
+    assert (layer, qwen.engram.num_tables) == (2, 16)
+    assert own.rows * qwen.engram.row_width == pytest.approx(51e9, rel=0.001)
+
+
+def test_it_stands_on_any_layer_of_every_flavor():
+    for flavor in FLAVORS.values():
+        layers = 0, flavor.num_layers - 1
+        with torch.device("meta"):
+            own = ModelAnnexes(replace(flavor, engram=EngramConfig(layers)))
+        assert [(layer, annex.value.weight.shape) for (layer, _), annex in own.each()] == [
+            (str(layer), (flavor.dim, 512)) for layer in layers
+        ]
 
 
 def test_random_ngrams_hit_all_rows_alike():

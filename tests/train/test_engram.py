@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,17 @@ from swamla_titan.checkpoint.annex_record import compressed_vocabulary, read_ann
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, MANIFEST
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.cli import main
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Training
 from swamla_titan.data import CompressedVocabulary, compress, load_tokenizer
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
+from swamla_titan.model import FLAVORS
 from swamla_titan.model.annexes import ModelAnnexes
+from swamla_titan.tools import check
 from swamla_titan.tools.generate import _loaded
+from swamla_titan.tools.plan import plan
+from swamla_titan.tools.plan_report import report
 from tests.train.runs import checkpoint, metrics, tensors, train
 
 ENGRAM = (
@@ -60,6 +67,15 @@ def test_a_run_may_keep_tables_on_the_host_or_not_from_one_start_to_the_next(tin
     assert whole.keys() == moved.keys()
     assert all(torch.equal(whole[name], moved[name]) for name in whole)
     assert main(["generate", str(tmp_path / "moved"), "--ema", "--prompt", "The", "--max-new-tokens", "2"]) == 0
+
+
+def test_plan_and_check_say_what_it_comes_to():
+    engram = {"layers": [1, 4], "table_size": 1009}
+    model = replace(FLAVORS["debug"], vocab_size=1000, engram=engram)  # type: ignore[arg-type]
+    config = Config(model=model, training=Training(seq_len=64))
+    text = "engram before layers 1, 4: 16 tables of about 1,009 rows of 64 for n-grams of 2, 3 tokens"
+    assert text in check._model(config, torch.device("cpu")).text
+    assert any(text in line for line in report(plan(config, 1)))
 
 
 def test_another_hash_is_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

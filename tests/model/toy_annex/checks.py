@@ -165,7 +165,7 @@ def test_its_keys_come_from_its_section_and_mistakes_are_refused(tmp_path):
     )
     assert load_config(file).model.toy.layers == (1,)
     assert load_config(file, [Override("model.toy", "width", "9")]).model.toy.width == 9
-    with pytest.raises(UserError, match="model.toy.preset a: unknown key"):
+    with pytest.raises(UserError, match=r"model\.toy\.preset a: unknown key"):
         load_config(file, [Override("model.toy", "preset", "a")])
     with pytest.raises(ValueError, match=r"^toy\.layers: \[5\]: there is no layer 5"):
         ModelConfig(num_layers=3, toy={"layers": [5]})
