@@ -71,7 +71,7 @@ def test_a_run_may_keep_tables_on_the_host_or_not_from_one_start_to_the_next(tin
 
 def test_plan_and_check_say_what_it_comes_to():
     engram = {"layers": [1, 4], "table_size": 1009}
-    model = replace(FLAVORS["debug"], engram=engram)  # type: ignore[arg-type]
+    model = replace(FLAVORS["debug"], vocab_size=50257, engram=engram)  # type: ignore[arg-type]
     config = Config(model=model, training=Training(seq_len=64))
     text = "engram before layers 1, 4: 16 tables of about 1,009 rows of 64 for n-grams of 2, 3 tokens"
     assert text in check._model(config, torch.device("cpu")).text
