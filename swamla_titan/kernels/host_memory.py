@@ -21,6 +21,7 @@ from swamla_titan.errors import RankFailed
 
 # Rows of a tile, and programs that together have some 100 KB under way: what PCIe carries in the 2 us of an answer.
 _ROWS, _PROGRAMS_BESIDE_OTHERS = 16, 32
+_ALL, _CHANGING, _SINCE = range(3)  # of rows, as the kernel's WHERE
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
 # Large pages are locked faster. No child process inherits the pages, because the kernel would copy those that are
 # locked. Python has these constants where the system does.
@@ -76,37 +77,62 @@ def _message(size: int, reason: str) -> str:
     )
 
 
-def copy_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """`table[rows]` by few programs: as many as keep PCIe busy, and no more, because others compute meanwhile."""
+def copy_rows(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tensor:
+    """`table[rows]`; of rows for which `stays` [n, 1] is not 0 zeros, without reading them.
+
+    Without `stays` by few programs: as many as keep PCIe busy, and no more, because others compute meanwhile.
+    """
     if not table.is_cuda or not table.numel():
-        return table[rows]
-    out = table.new_empty(len(rows), table.shape[1])
-    _launch(table, rows, rows, rows, out, True, _PROGRAMS_BESIDE_OTHERS)
-    return out
+        return table[rows] if stays is None else table[rows].where(stays == 0, 0)
+    if stays is None:
+        values = table.new_empty(len(rows), table.shape[1])
+        _launch(table, rows, values, rows, rows, _ALL, programs=_PROGRAMS_BESIDE_OTHERS)
+    else:
+        values = table.new_zeros(len(rows), table.shape[1])
+        _launch(table, rows, values, stays, stays, _CHANGING)
+    return values
 
 
-def copy_rows_again(out: Tensor, table: Tensor, rows: Tensor, touched: Tensor, since: Tensor) -> None:
-    """Write `table[rows]` into `out` where a row's `touched` [*, 1], int32, is at least the scalar `since`.
+def copy_rows_again(values: Tensor, table: Tensor, rows: Tensor, touched: Tensor, since: Tensor) -> None:
+    """Write `table[rows]` into `values` where a row's `touched` [*, 1], int32, is at least the scalar `since`.
 
     Of other rows nothing is read from the table.
     """
     if not table.is_cuda or not table.numel():
-        out.copy_(torch.where(touched[rows] >= since, table[rows], out))
-        return
-    _launch(table, rows, touched, since, out, False, -(-len(rows) // _ROWS))
+        values.copy_(torch.where(touched[rows] >= since, table[rows], values))
+    else:
+        _launch(table, rows, values, touched, since, _SINCE)
+
+
+def write_rows(table: Tensor, rows: Tensor, stays: Tensor, values: Tensor) -> None:
+    """Write `values` [n, width] into rows of the table for which `stays` [n, 1] is 0, which are all different."""
+    if not table.is_cuda or not table.numel():
+        [places] = torch.where(stays[:, 0] == 0)
+        table.index_copy_(0, rows[places], values[places])
+    else:
+        _launch(table, rows, values, stays, stays, _CHANGING, writes=True)
 
 
 def _launch(
-    table: Tensor, rows: Tensor, touched: Tensor, since: Tensor, out: Tensor, every: bool, programs: int
+    table: Tensor,
+    rows: Tensor,
+    values: Tensor,
+    flag: Tensor,
+    since: Tensor,
+    where: int,
+    writes: bool = False,
+    programs: int | None = None,
 ) -> None:
     from swamla_titan.kernels import host_memory_triton as kernels
 
     width = table.shape[1]
     assert table.is_contiguous(), "rows lie one behind the other"
-    sizes = {"WIDTH": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": _ROWS, "ALL": every}
+    sizes = {"WIDTH": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": _ROWS}
     if len(rows):
+        programs = programs or -(-len(rows) // _ROWS)
+        given = table, rows, values.contiguous(), flag.contiguous(), since, len(rows)
         with torch.cuda.device_of(table):  # Triton launches on the current one
-            kernels.copy_rows[(programs,)](table, rows, touched, since, out, len(rows), **sizes)
+            kernels.copy_rows[(programs,)](*given, **sizes, WHERE=where, WRITES=writes)
 
 
 def lock_pages(address: int, size: int, device: torch.device) -> int:

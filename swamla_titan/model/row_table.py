@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
 from swamla_titan.kernels.device import hand_over, on_stream, side_stream
-from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, zeros_on_host
+from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, write_rows, zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
@@ -72,17 +72,24 @@ class Piece(NamedTuple):
 
     The last row of all is repeated to the end. So what is computed of a row, and written, must be the same each time.
     `is_idle` [n, 1]: there is nothing to do, because the gradient is zero, as that of padding, or the repetition began
-    in an earlier piece.
+    in an earlier piece. `first` is the number of the first of these rows, and `last` that of the last row of all.
     """
 
     rows: Tensor
     gradients: Tensor
     is_idle: Tensor
+    first: int
+    last: Tensor
 
     def stays(self, bad: Tensor | None) -> Tensor:
         """1 for each row [n, 1] that stays as it is, else 0, float32; `bad`: 1 if all do."""
         is_idle = self.is_idle.float()
         return is_idle if bad is None else torch.maximum(is_idle, bad)
+
+    def repeats(self) -> Tensor:
+        """Which rows [n, 1] repeat the last one of all."""
+        numbers = torch.arange(self.first, self.first + len(self.rows), device=self.last.device)
+        return (numbers > self.last)[:, None]
 
 
 class RowGradient:
@@ -121,7 +128,7 @@ class RowGradient:
             numbers = torch.minimum(numbers, last)  # the host does not know how many there are
             gradients = self.sums[numbers]
             is_idle = (gradients == 0).all(dim=1, keepdim=True) | (last < begin)
-            yield Piece(segments.keys[segments.offsets[numbers]], gradients, is_idle)
+            yield Piece(segments.keys[segments.offsets[numbers]], gradients, is_idle, begin, last)
 
     def dense(self, rows: int) -> Tensor:
         """The gradient as a tensor [rows, width], of the `rows` that are on this rank."""
@@ -272,6 +279,19 @@ class RowTable(nn.Module):
             return weight[rows]
         copy_rows_again(ahead.values, weight, rows, self.steps.of_rows, ahead.since)
         return ahead.values
+
+    def gather(self, held: Tensor, piece: Piece, stays: Tensor) -> Tensor:
+        """The rows [n, width] of a tensor like the weight. From the host only those that change are read."""
+        if self._host_of is None:
+            return held[piece.rows]
+        return copy_rows(held, piece.rows, torch.maximum(stays, piece.repeats()))
+
+    def scatter(self, held: Tensor, piece: Piece, stays: Tensor, values: Tensor) -> None:
+        """Write them. Of those that stay `values` must be what `gather` gave; to the host they are not written."""
+        if self._host_of is None:
+            held.index_copy_(0, piece.rows, values)
+        else:
+            write_rows(held, piece.rows, torch.maximum(stays, piece.repeats()), values)
 
     def forward(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Indices [...] int64 of rows -> [..., width] of `dtype`, None: the weight's.

@@ -111,13 +111,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
 
     def _adam_of_rows(self, group: dict[str, Any], parameter: nn.Parameter, piece: Piece, stays: Tensor) -> None:
-        state = self.state[parameter]
+        state, table = self.state[parameter], self.tables[parameter]
         held = [local(each).detach() for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-        weight, *moments = moved = [each[piece.rows] for each in held]
+        weight, *moments = moved = [table.gather(each, piece, stays) for each in held]
         factors = self._factors_of_adamw(group, weight.device, stays)
         self._updates["adamw"](weight, piece.gradients, state["step"], [[each] for each in moments], *factors)
         for each, values in zip(held, moved):
-            each.index_copy_(0, piece.rows, values)
+            table.scatter(each, piece, stays, values)
 
     def _fused_adamw(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         """torch's kernel: few launches for all, and 32 bytes per element when it clips, where ours has 28."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
-from swamla_titan.model.row_table import RowTable
+from swamla_titan.model.row_table import Piece, RowTable
 
 _ROWS_AT_A_TIME = 1 << 20  # of a pass over all rows, which needs memory for copies of them
 
@@ -52,10 +52,12 @@ class RowAverage:
         gradient = self._table.gradient
         if self._lazy:
             for piece in gradient.pieces():
-                self._bring_up_to_date(piece.rows, piece.stays(bad))
+                self._bring_up_to_date(piece, piece.stays(bad))
         elif gradient.sums is not None:
             for rows in _blocks(local(self.mean)):
-                self._bring_up_to_date(rows, bad)
+                values = self.read(rows), self.log_decay.expand(len(rows), 1)
+                for held, new in zip((local(self.mean), local(self.log_decay_of_rows)), values):
+                    held.index_copy_(0, rows, new if bad is None else new.where(bad == 0, held[rows]))
 
     def advance(self, decay: float, bad: Tensor | None) -> None:
         """Count a step of this decay, after the update; not where the scalar `bad` is 1."""
@@ -77,10 +79,12 @@ class RowAverage:
         weight, mean, at = (local(each).detach()[rows] for each in held)
         return up_to_date(weight, mean, at, self.log_decay)
 
-    def _bring_up_to_date(self, rows: Tensor, bad: Tensor | None) -> None:
-        values = self.read(rows), self.log_decay.expand(len(rows), 1)
-        for held, new in zip((local(self.mean), local(self.log_decay_of_rows)), values):
-            held.index_copy_(0, rows, new if bad is None else new.where(bad == 0, held[rows]))
+    def _bring_up_to_date(self, piece: Piece, stays: Tensor) -> None:
+        table, held, decays = self._table, local(self.mean), local(self.log_decay_of_rows)
+        mean, at = table.gather(held, piece, stays), decays[piece.rows]
+        new = up_to_date(table.gather(local(table.weight).detach(), piece, stays), mean, at, self.log_decay)
+        table.scatter(held, piece, stays, new.where(stays == 0, mean))
+        decays.index_copy_(0, piece.rows, self.log_decay.where(stays == 0, at))
 
 
 def up_to_date(weight: Tensor, mean: Tensor, log_decay_of_rows: Tensor, log_decay: Tensor) -> Tensor:

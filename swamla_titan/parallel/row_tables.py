@@ -73,7 +73,7 @@ def bytes_on_host(model: nn.Module, config: Config) -> int:
 
 
 def validate_host_memory(config: Config, world: World) -> None:
-    """Raise UserError if the tables of the ranks of this machine need more of its memory than is free.
+    """Raise UserError if the tables of the ranks of this machine, and copies for checkpoints, are more than is free.
 
     What each rank then takes can still fail (kernels/host_memory.py): the machine has other programs.
     """
@@ -86,11 +86,14 @@ def validate_host_memory(config: Config, world: World) -> None:
     with torch.device("meta"):
         model = SWAMLAModel(replace(config.model, vocab_size=config.model.vocab_size or 1))
     size, free = bytes_on_host(model, config) * here // ranks, free_memory()
-    if free is not None and size > free:
+    copied = config.checkpoint.async_mode == "async"
+    if free is not None and size * (1 + copied) > free:
+        copies = " as much for copies of them (checkpoint.async_mode)," if copied else ""
+        way_out = 'set checkpoint.async_mode = "disabled", ' if copied else ""
         raise UserError(
             f"parallel.tables_on_host: the tables of the {here} rank(s) of this machine take {size / 2**30:.1f} GiB of "
-            f"its memory, with moments and average, and {free / 2**30:.1f} are free: make them smaller, or share their "
-            "rows among more machines"
+            f"its memory, with moments and average,{copies} and {free / 2**30:.1f} are free: {way_out}make them "
+            "smaller, or share their rows among more machines"
         )
 
 

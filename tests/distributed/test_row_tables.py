@@ -16,7 +16,7 @@ from torch import Tensor
 
 import swamla_titan.model.init
 from swamla_titan.config import Config
-from swamla_titan.config.sections import EMA, Optimizer, Parallel
+from swamla_titan.config.sections import EMA, Checkpoint, Optimizer, Parallel
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, fake_world
@@ -222,7 +222,11 @@ def test_a_rank_keeps_its_rows_on_the_host_with_their_moments_and_average(monkey
 
 def test_tables_that_the_machines_memory_cannot_hold_are_refused_with_the_numbers(monkeypatch):
     engram = EngramConfig((1,), d_mem=512, table_size=1_000_000)  # 8 tables of rows of 64: 2 GB, and 4 GB of moments
-    config = Config(model=ModelConfig(engram=engram), parallel=Parallel(tables_on_host=True))
+    config = Config(
+        model=ModelConfig(engram=engram),
+        parallel=Parallel(tables_on_host=True),
+        checkpoint=Checkpoint(async_mode="disabled"),
+    )
     world = World.planned(Degrees(shard=4), GPU)
     for ranks, free, is_refused in (("4", 5, True), ("4", 6, False), ("2", 2, True), ("2", 3, False)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
@@ -230,6 +234,9 @@ def test_tables_that_the_machines_memory_cannot_hold_are_refused_with_the_number
         message = f"of the {ranks} rank.* take {'5.7' if ranks == '4' else '2.9'} GiB .* and {free}.0 are free"
         with pytest.raises(UserError, match=message) if is_refused else contextlib.nullcontext():
             validate_host_memory(config, world)
+    monkeypatch.setattr("swamla_titan.parallel.row_tables.free_memory", lambda: 5 << 30)
+    with pytest.raises(UserError, match=r"2.9 GiB .* as much for copies .* 5.0 are free: set checkpoint.async_mode"):
+        validate_host_memory(replace(config, checkpoint=Checkpoint()), world)
     for other in (replace(world, device=torch.device("cpu")), World.planned(Degrees(shard=2, pipeline=2), GPU)):
         monkeypatch.setattr("swamla_titan.parallel.row_tables.free_memory", lambda: 0)
         validate_host_memory(config, other)

@@ -16,7 +16,7 @@ import torch
 from swamla_titan.checkpoint.async_save import Staging
 from swamla_titan.errors import RankFailed
 from swamla_titan.kernels import host_memory
-from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, free_memory, zeros_on_host
+from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, free_memory, write_rows, zeros_on_host
 
 GPU = torch.device("cuda", 0)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -164,6 +164,16 @@ def rows_of_a_table(width: int, number: int, device: str) -> tuple[torch.Tensor,
     return table.to(device), rows.to(device), touched.to(device)
 
 
+def test_rows_that_stay_are_not_written():
+    table, rows, touched = rows_of_a_table(6, 50, "cpu")
+    rows, before = rows.unique(), table.clone()
+    stays = (touched[rows] > 2).float()
+    assert torch.equal(copy_rows(table, rows, stays), torch.where(stays > 0, 0.0, table[rows]))
+    write_rows(table, rows, stays, before[rows] + 1)
+    assert torch.equal(table[rows], before[rows] + (stays == 0))
+    assert torch.equal(table.sum(), (before.index_add(0, rows, (stays == 0).float().expand(-1, 6))).sum())
+
+
 def test_rows_that_changed_since_are_copied_again():
     table, rows, touched = rows_of_a_table(6, 50, "cpu")
     out = copy_rows(table, rows)
@@ -178,12 +188,27 @@ def test_rows_that_changed_since_are_copied_again():
 @pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 16), (96, 1), (4, 0)])
 def test_kernels_copy_rows_and_copy_those_that_changed_since_again(width: int, number: int):
     table, rows, touched = rows_of_a_table(width, number, DEVICE)
-    out = torch.full((number, width), torch.nan, device=DEVICE)
-    host_memory._launch(table, rows, rows, rows, out, True, 3)
-    assert torch.equal(out, table[rows])
+    values = torch.full((number, width), torch.nan, device=DEVICE)
+    host_memory._launch(table, rows, values, rows, rows, host_memory._ALL, programs=3)
+    assert torch.equal(values, table[rows])
     changed, since = table + 1, torch.tensor(3.0, device=DEVICE)
-    host_memory._launch(changed, rows, touched, since, out, False, 5)
-    assert torch.equal(out, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+    host_memory._launch(changed, rows, values, touched, since, host_memory._SINCE)
+    assert torch.equal(values, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (96, 1)])
+def test_kernels_read_and_write_rows_that_change_alone(width: int, number: int):
+    table, rows, touched = rows_of_a_table(width, number, DEVICE)
+    rows = rows.unique()
+    stays, before = (touched[rows] > 2).float(), table.clone()
+    values = torch.full((len(rows), width), 7.0, device=DEVICE)
+    host_memory._launch(table, rows, values, stays, stays, host_memory._CHANGING)
+    assert torch.equal(values, torch.where(stays > 0, 7.0, table[rows]))
+    host_memory._launch(table, rows, values + 1, stays, stays, host_memory._CHANGING, writes=True)
+    expected = before.clone()
+    expected[rows] = torch.where(stays > 0, before[rows], before[rows] + 1)
+    assert torch.equal(table, expected)
 
 
 @pytest.mark.gpu
@@ -197,3 +222,8 @@ def test_kernels_read_the_memory_of_the_host():
     held.add_(1)
     copy_rows_again(out, held, rows, touched, torch.tensor(3.0, device=GPU))
     assert torch.equal(out, torch.where(touched[rows] >= 3, table[rows] + 1, table[rows]))
+    rows, before = rows.unique(), held.clone()
+    stays = (touched[rows] > 2).float()
+    write_rows(held, rows, stays, 2 * copy_rows(held, rows, stays))
+    before[rows] = torch.where(stays > 0, before[rows], 2 * before[rows])
+    assert torch.equal(held, before)

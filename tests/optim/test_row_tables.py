@@ -390,6 +390,32 @@ def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy, piece, 
     assert all(torch.equal(one, other) for one, other in zip(average.of_part(model).values(), held))
 
 
+@pytest.mark.parametrize("piece", [4, 1 << 18])
+def test_a_table_on_the_host_moves_by_the_same_bits(piece, monkeypatch):
+    """Rows that stay are not read: neither those of padding, whose gradient is zero, nor any of a bad step."""
+    monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", piece)
+    found = []
+    for on_host in (False, True):
+        model, table = with_table()
+        table._host_of = torch.device("cpu") if on_host else None
+        optimizer, average = optimizer_of(model), AveragedWeights([model], 0.8)
+        average.restart()
+        for step in range(1, 12):
+            flag = torch.tensor(float(step in (3, 4)))
+            padding = table(torch.tensor([ROWS - 1, 0, step])) * torch.tensor([0.0, 0.0, 1.0])[:, None]
+            padding.sum().backward()
+            backward(table, lookups(step))
+            skip_where(optimizer, flag)
+            average.before_update(flag)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(step, flag)
+        state = optimizer.state[table.weight]
+        assert state["touched"][ROWS - 1] == 0
+        found.append([table.weight.detach(), *state.values(), *average.of_part(model).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("begins", ["before", "within"])
 def test_rows_read_ahead_of_an_update_are_those_after_it(begins, monkeypatch):
     """Also of an update that has been counted, and has written a part of its rows, when reading begins."""
