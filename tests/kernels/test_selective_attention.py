@@ -305,7 +305,7 @@ def test_slabs_come_in_reverse_with_the_sums_before_each_from_few_that_are_saved
 
     saved = torch.full((selective._saved_of(count), 1), float("nan"))
     saved[0] = 0
-    for number, sums in zip(range(count), pairwise(selective.places_of_sums(saved, count))):
+    for number, sums in zip(range(count), pairwise(selective.buffers_of_sums(saved, count))):
         select(number, *sums)
     assert len(saved) <= 4
     selections = 0

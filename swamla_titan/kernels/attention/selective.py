@@ -41,12 +41,12 @@ why_not_selective_kernel = why_not_document_kernel  # heads and types are the sa
 
 
 class Slab(NamedTuple):
-    """Consecutive queries of one chunk: its number, their first row, where that stands in the sequence, how many."""
+    """Consecutive queries of one chunk."""
 
-    chunk: int
-    row: int
-    position: int
-    rows: int
+    chunk: int  # its number
+    row: int  # the index of their first one in the tensor of queries
+    position: int  # and in the sequence
+    rows: int  # how many
 
 
 def slabs(chunks: Sequence[int], queries: int, most_rows: int) -> Iterator[Slab]:
@@ -171,7 +171,7 @@ def selection_tiles() -> tuple[Tiles, Tiles]:
 
 
 def _most_rows(batch: int, seq_len: int) -> int:
-    """Of a slab."""
+    """The queries of a slab, if its chunk has as many."""
     return max(MOST_ELEMENTS // (batch * seq_len) // _ROWS, 1) * _ROWS
 
 
@@ -186,10 +186,10 @@ def _saved_of(count: int) -> int:
     return -(-count // every)
 
 
-def places_of_sums(saved: Tensor, count: int) -> list[Tensor]:
-    """Where the sums before each of `count` slabs go, and those after the last.
+def buffers_of_sums(saved: Tensor, count: int) -> list[Tensor]:
+    """Where the sums before each of `count` slabs are written, and those after the last.
 
-    Before every n-th that is a place of its own in `saved`; the others share one, each overwriting the one before.
+    Those before every n-th slab have a buffer of their own, in `saved`; the others share one and overwrite each other.
     """
     every, shared = -(-count // len(saved)), torch.empty_like(saved[0])
     return [shared if number % every else saved[number // every] for number in range(count)] + [shared]
@@ -200,18 +200,19 @@ def slabs_in_reverse(
 ) -> Iterator[tuple[int, Tensor]]:
     """Slabs, by number, from the last on, with the sums before each, of which `saved` has those before every n-th.
 
-    `select(slab, before, after)` makes the sums after a slab. The slabs between two saved sums are selected again, and
-    their sums saved likewise: no more than MOST_SAVED at a time, or in more than MOST_SAVED^2 slabs twice as many.
+    `select(number, before, after)` computes the sums after a slab from those before it. It is called again for the
+    slabs between two saved sums, a stretch at a time, whose sums are saved likewise: at most MOST_SAVED of them, and
+    of more than MOST_SAVED^2 slabs twice as many.
     """
     every = -(-len(numbers) // len(saved))
-    for place, before in reversed(list(enumerate(saved))):
-        stretch = numbers[place * every : (place + 1) * every]
+    for index, before in reversed(list(enumerate(saved))):
+        stretch = numbers[index * every : (index + 1) * every]
         if len(stretch) == 1:
             yield stretch[0], before
         else:
             again = saved.new_empty(_saved_of(len(stretch)), *before.shape)
             again[0] = before
-            for number, sums in zip(stretch[:-1], pairwise(places_of_sums(again, len(stretch)))):
+            for number, sums in zip(stretch[:-1], pairwise(buffers_of_sums(again, len(stretch)))):
                 select(number, *sums)
             yield from slabs_in_reverse(stretch, again, select)
 
@@ -244,11 +245,11 @@ class _Pass:
         return [range(first, first + self.of_chunk) for first in range(0, len(self.slabs), self.of_chunk)]
 
     def float32(self, *shape: int) -> Tensor:
-        """Memory without values."""
+        """An uninitialized tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def pairs(self, dtype: torch.dtype) -> Tensor:
-        """Memory for a number for each query of a slab and each key."""
+        """An uninitialized tensor with an element for each query of a slab and each key, [B, room, row_width]."""
         return torch.empty(self.batch, self.room, self.row_width, dtype=dtype, device=self.device)
 
     def by_keys(self, tiles: Tiles, *heads: int) -> tuple[int, ...]:
@@ -349,7 +350,7 @@ def _forward(
     with torch.cuda.device_of(query):  # Triton launches on the current one
         read = *tma_descriptors(key, tiles.keys, run.split), *tma_descriptors(value, tiles.keys, (v_width,))
         for numbers, of_chunk in zip(run.chunks(), saved):
-            for number, sums in zip(numbers, pairwise(places_of_sums(of_chunk, run.of_chunk))):
+            for number, sums in zip(numbers, pairwise(buffers_of_sums(of_chunk, run.of_chunk))):
                 run.select(by, number, *sums, f)
                 own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
                 grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)

@@ -1,16 +1,19 @@
 """Triton kernels of selective attention (selective.py): what a head selects, attention under that, and the gradients.
 
-Queries come in slabs: `rows` queries from row `row` of their tensors on, which stand at `position` of the sequence; the
-keys are those of the whole sequence. F of a slab is stored once, in [B, room, width], and serves all heads:
+Queries come in slabs: `rows` queries from row `row` of their tensors on, which are at `position` of the sequence; the
+keys are those of the full sequence. F of a slab is stored once, in [B, room, width], and serves all heads. The gradient
+of the logits, summed over heads, has the same shape in float32, and grad_selected replaces it by that of the scores:
 
-             keys 0 ... S            select_keys        a column of tiles, first query first: its sums want that order
-           +--------------+          selective_forward  a row of tiles, one head, as any attention
-    slab   | F, in tiles  | queries  selection_grad     one tile, all heads: the sum of their logits' gradients
-           | of BM x BN   | in order grad_selected      a column of tiles, last query first
-           +--------------+          grad_selecting     a row of tiles
+             keys 0 ... S            select_keys               a column of tiles, first query first; writes F
+           +--------------+          selective_forward         a row of tiles, one head, as in any attention
+    slab   | F, in tiles  | queries  selective_grad_query      a row of tiles, one head
+           | of BM x BN   | in order selective_grad_key_value  a column of tiles, one head
+           +--------------+          selection_grad            one tile, all heads; writes the gradient's sum
+                                     grad_selected             a column of tiles, last query first; replaces it
+                                     grad_selecting            a row of tiles
 
 As in document_triton.py nothing is added atomically, so gradients are the same in every run; a head of 192 is
-multiplied as 128 + 64; what no query sees of a tile is not computed, and not read: F holds no values there.
+multiplied as 128 + 64; tiles that no query sees are neither computed nor read, because F holds no values there.
 """
 
 import triton
@@ -45,8 +48,8 @@ def _store_tile(base, tile, batch, local, key, rows, room, width, seq_len):
 
 @triton.jit
 def _column(starts_ptr, ends_ptr, first, position, rows, seq_len, BM: tl.constexpr, BN: tl.constexpr):
-    """Of a tile of keys: the keys, whether each may be selected at all, where its document ends; and the rows of the
-    slab, in whole tiles, that see any of them."""
+    """Of a tile of keys: the keys, whether each may be selected (all but the first of a document), where its document
+    ends; and the rows of the slab, from the beginning of a tile on, that see any of the keys."""
     key = first + tl.arange(0, BN)
     inside = key < seq_len
     selectable = (tl.load(starts_ptr + key, mask=inside, other=seq_len) < key) & inside
@@ -58,8 +61,8 @@ def _column(starts_ptr, ends_ptr, first, position, rows, seq_len, BM: tl.constex
 
 @triton.jit
 def _row(starts_ptr, first, position, rows, BM: tl.constexpr):
-    """Of a tile of queries: the rows of the slab, the queries, where each one's document begins, that of the first and
-    of the last; and the end of their keys."""
+    """Of a tile of queries: their rows in the slab and indices in the sequence; where each one's document begins, and
+    that of the first and of the last query; and the end of the keys that they see."""
     local = first + tl.arange(0, BM)
     last = position + tl.minimum(first + BM, rows)
     start = tl.load(starts_ptr + position + local, mask=local < rows, other=0)
@@ -75,6 +78,13 @@ def select_keys(
     """F of a slab for a tile of keys, and the sums [B, S] of what was selected before and after it.
 
     From the selecting head's q and k. Grid: [tiles of keys, batch].
+
+                     first
+        k, before    [ BN ]     read once
+        q, begin     [ BM x BN ]   F: the sum so far, and what earlier queries of the tile select
+           ...       [ BM x BN ]   each tile adds what its queries select to the sum so far
+        q, stop      [ BM x BN ]
+        after        [ BN ]     written once
     """
     first = tl.program_id(0) * BN
     batch = tl.program_id(1).to(tl.int64)
@@ -91,7 +101,7 @@ def select_keys(
         may = selectable[None, :] & (key[None, :] < query[:, None]) & (query[:, None] < end[None, :])
         selected = tl.where(may & (local < rows)[:, None], tl.maximum(scores, 0.0), 0.0)
         if STORED:
-            f = total[None, :] + (tl.cumsum(selected, 0) - selected)
+            f = total[None, :] + (tl.cumsum(selected, 0) - selected)  # a query is not masked by itself
             _store_tile(f_ptr, tl.minimum(f, MOST), batch, local, key, rows, room, width, seq_len)
         total += tl.sum(selected, 0)
     tl.store(after_ptr + batch * seq_len + key, total, mask=key < seq_len)
@@ -104,7 +114,12 @@ def selective_forward(
     starts_batch, row, position, rows, room, width, queries, heads, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. Grid: [tiles of queries, heads, batch], those with the most keys first."""
+    """Output and lse of a tile of queries of one head. Grid: [tiles of queries, heads, batch], most keys first.
+
+              document                        last
+    k, v, F   [ BN | BN | BN | BN | BN | BN ]         read in turn, with a running softmax; of F the tile's BM rows
+    q, out    .                    [   BM   ]         first ...: read and written once
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     local, query, start, document, newest, last = _row(starts_ptr + batch * starts_batch, first, position, rows, BM)
@@ -141,7 +156,12 @@ def selective_grad_query(
     dq_batch, dq_token, dq_head, starts_batch, row, position, rows, room, width, queries, heads, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries, and delta [B, H, Q], the sum over a row of out * its gradient. Grid as above."""
+    """Gradient of a tile of queries, and delta [B, H, Q], the sum over a row of out * its gradient. Grid as above.
+
+              document                        last
+    k, v, F   [ BN | BN | BN | BN | BN | BN ]         read in turn
+    q, out, do, dq                 [   BM   ]         first ...: read, and dq and delta written, once
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     local, query, start, document, newest, last = _row(starts_ptr + batch * starts_batch, first, position, rows, BM)
@@ -193,6 +213,10 @@ def selective_grad_key_value(
     """Gradients of a tile of keys and values from a slab's queries, ADDED to those of other slabs.
 
     Grid: [tiles of keys, heads, batch]; the first have the most queries.
+
+                           begin             stop
+    q, do, lse, delta, F     [ BM | BM | BM | BM ]      read in turn; of F the tile's BN columns
+    k, v, dk, dv           [ BN ]                       first ...: read and written once
     """
     first = tl.program_id(0) * BN
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -242,6 +266,10 @@ def selection_grad(
     """The sum over heads of the gradients of a tile's logits, into [B, rows, S] float32: minus the gradient of F.
 
     Grid: [tiles of keys, tiles of queries, batch]. Pairs that do not see each other get any value.
+
+                     begin
+           k, v, F   [ BN ]     read for each head in turn, F once
+    first  q, do  [ BM x BN ]   written once, after the last head
     """
     begin, first = tl.program_id(0) * BN, (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     batch = tl.program_id(2).to(tl.int64)
@@ -276,6 +304,13 @@ def grad_selected(
 
     `after` [B, S] is the gradient of the sums behind the slab, and `before` becomes that of those before it. OF_F: F
     has a gradient as well. The keys' gradients [B, S, D] are float32. Grid: [tiles of keys, batch].
+
+                     first
+        before, dk   [ BN ]     written once
+        q, begin     [ BM x BN ]   the gradient of the scores takes the place of that of the logits
+           ...       [ BM x BN ]   last queries first, because a query's selection masks for all later ones
+        q, stop      [ BM x BN ]
+        k, after     [ BN ]     read once
     """
     first = tl.program_id(0) * BN
     batch = tl.program_id(1).to(tl.int64)
@@ -299,7 +334,7 @@ def grad_selected(
             logits = _load_tile(grad_ptr, batch, local, key, rows, room, width, seq_len)
             logits = tl.where(within & (key[None, :] <= query[:, None]), logits, 0.0)
             total = tl.sum(logits, 0)
-            grad -= total[None, :] - tl.cumsum(logits, 0)
+            grad -= total[None, :] - tl.cumsum(logits, 0)  # minus those of later queries of the tile
             later -= total
         may = within & selectable[None, :] & (key[None, :] < query[:, None])
         grad = tl.where(may & (scores > 0), grad, 0.0)
@@ -321,7 +356,12 @@ def grad_selecting(
     starts_batch, row, position, rows, room, width, queries, seq_len, scale,
     D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of the selecting head's queries, [B, Q, D] in float32. Grid: [tiles of queries, batch]."""
+    """Gradients of a tile of the selecting head's queries, [B, Q, D] in float32. Grid: [tiles of queries, batch].
+
+              document                        last
+    k, grad   [ BN | BN | BN | BN | BN | BN ]         read in turn; grad_selected wrote the tile's BM rows of it
+    dq        .                    [   BM   ]         first ...: written once
+    """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     batch = tl.program_id(1).to(tl.int64)
     local, query, start, document, _, last = _row(starts_ptr + batch * starts_batch, first, position, rows, BM)
