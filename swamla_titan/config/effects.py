@@ -19,7 +19,7 @@ def _reads(config: Config, *others: str) -> bool:
     return not all(path.endswith(others) for path in paths)
 
 
-_FILES = when("data.source", "local", "huggingface")
+_FILES = when("data.source", *(each for each in KEYS["data.source"].choices if each != "builtin"))
 _FILES_OF_ANY_KIND = _FILES | when_on("validation.path")
 _MUON = when("optimizer.name", "muon")
 _SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")

@@ -16,8 +16,9 @@ from swamla_titan.data.batches import (
     sequences_per_rank,
     waits_for_streams,
 )
+from swamla_titan.data.changes import fingerprint_changes
 from swamla_titan.data.compression import CompressedVocabulary, compress
-from swamla_titan.data.corpus import Corpus, fingerprint_changes, open_corpus
+from swamla_titan.data.corpus import Corpus, open_corpus
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
 from swamla_titan.data.loader import BatchLoader

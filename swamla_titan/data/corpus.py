@@ -1,23 +1,24 @@
 """Everything the order of the data depends on, opened and checked once at start-up."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.config.sections import Data, Validation
+from swamla_titan.data.changes import changed_files, changed_settings, files_by_name
 from swamla_titan.data.division import divide
 from swamla_titan.data.document import Document, Source
-from swamla_titan.data.editions import changed_settings, open_editions
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
 from swamla_titan.data.retry import Retry, all_documents
 from swamla_titan.data.segments import ORDER, Segments
-from swamla_titan.data.sources import open_local, settings
+from swamla_titan.data.sources import open_source
+from swamla_titan.data.sources.local import open_local
 from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
 from swamla_titan.errors import UserError
 
@@ -39,7 +40,7 @@ class Corpus:
     held_out: HeldOut
     seed: int
     fraction: float = 0.0  # of the documents that was asked to be held out
-    # Found while it was opened, and passed over; the streams come upon them again, each where it reads.
+    # Found while it was opened, and skipped; the streams find them again, each where it reads.
     faults: list[Fault] = field(default_factory=list, compare=False)
     earlier: tuple[Source, ...] = ()
     # What validation reads of the source, if that is not what training leaves out: the setting was changed in between.
@@ -52,7 +53,7 @@ class Corpus:
 
     @property
     def skips_files(self) -> bool:
-        """Whether what cannot be read is passed over, file by file."""
+        """Whether what cannot be read is skipped, file by file."""
         return self.data.on_error == "skip_file"
 
     @property
@@ -78,13 +79,18 @@ class Corpus:
         """For a process that reads it, until `is_closed()`."""
         return retry_of(self.data, is_closed)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of [data] that decide what is read as text: where any of them changes, the data are others."""
+        return {name: getattr(self.data, name) for name in ("source", *self.source.keys)}
+
     def record(self) -> dict[str, Any]:
         """What must be remembered (JSON types) to open the same corpus after files were damaged or added, see
         `open_corpus`."""
         return {
-            "settings": settings(self.data),
+            "settings": self.settings,
             "editions": [
-                {"source": source.record(), "segments": segments.to_json()}
+                {"source": source.record, "segments": segments.to_json()}
                 for source, segments in zip(self.sources, self.segments)
             ],
             "fraction": self.fraction,
@@ -170,7 +176,7 @@ def open_corpus(
     `data.tokenizer`, where the caller has it already.
 
     `recorded` is what `Corpus.record` gave at the last checkpoint. If the data are those of then, or with more files,
-    the run goes on with what it began with: the same segments, and the same documents held out of training whatever
+    the run continues with what it began with: the same segments, and the same documents held out of training whatever
     `validation` says now. With data.on_error = "skip_file" that is so also where files were damaged since.
     """
     recorded = recorded or {}
@@ -178,17 +184,18 @@ def open_corpus(
     known = recorded.get("editions", [])
     if known and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
         known = []  # of another kind
-    editions = open_editions(data, retry, known)
+    editions = _open_editions(data, retry, known)
     source = editions.sources[-1]
-    faults = list(source.passed_over)
+    faults = list(source.unreadable)
     documents = all_documents(source, retry, faults if data.on_error == "skip_file" else None)
     if all(document.is_empty for document in documents):  # stops at the first text
         if faults:
             raise faults[-1]
-        raise UserError(f"{_described(data)}: there is no text in it, only empty documents.")
+        where = "data.source = builtin" if data.source == "builtin" else f"data.path: {data.path}"
+        raise UserError(f"{where}: there is no text in it, only empty documents.")
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults)
-    if editions.are_recorded:
+    if any(segments is not None for segments in editions.segments):
         before = dataclasses.replace(
             corpus,
             held_out=HeldOut(recorded["held_out"], frozenset(recorded["held_out_texts"])),
@@ -205,8 +212,46 @@ def open_corpus(
         corpus,
         held_out=_held_out(corpus, validation),
         fraction=0.0 if validation.path else validation.fraction,
-        change=changed_settings(recorded.get("settings", {}), data) or editions.change,
+        change=changed_settings(recorded.get("settings", {}), corpus.settings) or editions.change,
     )
+
+
+class _Editions(NamedTuple):
+    """The sources of a run, see `Corpus.earlier`.
+
+    `segments` are the recorded ones, None where an edition is new; `change` says what differs from the recorded data,
+    where the run cannot continue with them; `added` names the files that were added.
+    """
+
+    sources: list[Source]
+    segments: list[dict[str, Any] | None]
+    change: str = ""
+    added: tuple[str, ...] = ()
+
+
+def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> _Editions:
+    """Opens the training data; `recorded` has of each edition what `Corpus.record` gave, and is empty for a new run.
+
+    Files may have been added to a folder: they make two more editions, one of them alone and one of everything.
+    UserError if there is no data, or it cannot be read.
+    """
+    if not recorded:
+        return _Editions([open_source(data, retry)], [None])
+
+    def reopened(entries: list[dict[str, Any]]) -> Source:
+        return open_local(data, data.path, retry=retry, entries=entries)
+
+    source = open_source(data, retry, recorded[-1]["source"])
+    segments = [edition["segments"] for edition in recorded]
+    earlier = [edition["source"].get("files", []) for edition in recorded]
+    if source.record == recorded[-1]["source"]:
+        return _Editions([*map(reopened, earlier[:-1]), source], segments)
+    before, now = files_by_name(recorded[-1]["source"]), files_by_name(source.record)
+    if data.source != "local" or any(now.get(name) != entry for name, entry in before.items()):
+        return _Editions([source], [None], changed_files(before, now))
+    added = {name: entry for name, entry in now.items() if name not in before}
+    sources = [*map(reopened, earlier), reopened(list(added.values())), source]
+    return _Editions(sources, [*segments, None, None], added=tuple(added))
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:
@@ -225,7 +270,7 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
         return HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
     if validation.fraction == 0:
         return HeldOut(0)
-    faults: list[Fault] = list(corpus.source.passed_over)  # it begins again, and comes upon them again
+    faults: list[Fault] = list(corpus.source.unreadable)  # it begins again, and finds them again
     documents = all_documents(corpus.source, corpus.new_retry(), faults if corpus.skips_files else None)
     found = choose_held_out(documents, validation.fraction, corpus.data.text_separator)
     corpus.faults[:] = faults
@@ -239,7 +284,7 @@ def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:
 
 def path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """The documents of `validation.path` that validation reads, each with its tokens."""
-    # What validation means must not depend on what happens to be readable: nothing is passed over here.
+    # What validation means must not depend on what happens to be readable: nothing is skipped here.
     retry = retry_of(data)
     documents = all_documents(open_local(data, validation.path, "validation.path", retry=retry), retry)
     return up_to(validation.max_tokens + 1, documents, tokenizer)
@@ -255,39 +300,3 @@ def up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> I
         tokens -= len(row)
         if tokens <= 0:
             return
-
-
-def fingerprint_changes(
-    saved: dict[str, Any], current: dict[str, Any], details: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """What differs between two fingerprints: name -> a line about it; empty if cursors of one fit the other.
-
-    `details` says in words what differs of some names, "" for nothing.
-    """
-    changes: dict[str, str] = {}
-    names = saved.keys() | current.keys()
-    if saved.get("source") != current.get("source"):
-        names -= {"held out"}  # of other data other documents are
-    for name in sorted(names):
-        detail = (details or {}).get(name)
-        if detail:
-            changes[name] = f"{name}: {detail}"
-        elif saved.get(name) == current.get(name):
-            continue
-        elif name == "tokenizer" and _first_word(saved.get(name)) == _first_word(current.get(name)):
-            changes[name] = "data.tokenizer: its vocabulary is another than when the run began"
-        elif name == "source" and _first_word(saved.get(name)) == _first_word(current.get(name)) == "builtin":
-            changes[name] = "data.source: this Python's documentation is another than when the run began"
-        elif name == "order":
-            changes[name] = "order: this version reads data in another order than the one that wrote the checkpoint"
-        else:
-            changes[name] = f"{name}: {saved.get(name)!r} in the checkpoint, {current.get(name)!r} now"
-    return changes
-
-
-def _first_word(value: Any) -> str:
-    return str(value).partition(" ")[0]
-
-
-def _described(data: Data) -> str:
-    return "data.source = builtin" if data.source == "builtin" else f"data.path: {data.path}"

@@ -144,11 +144,11 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, retry: Retry) -> list[
     damaged: set[str] = set()  # files, of which no further part is looked at: each may take as long to be found so
     for unit in range(0, len(sizes), step):
         rate = 0.0
-        if source.file_of(unit) not in damaged:
+        if source.unit_files[unit] not in damaged:
             try:
                 rate = _tokens_per_byte(read_on(source, unit, None, 1, 0, retry), tokenizer)
             except DataFault:  # told of when the streams come to it
-                damaged.add(source.file_of(unit))
+                damaged.add(source.unit_files[unit])
         rates.append(rate)
     known = [rate for rate in rates if rate]
     mean = sum(known) / len(known) if known else 1.0

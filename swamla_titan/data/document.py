@@ -1,7 +1,7 @@
-"""A document, and what every source of documents can do."""
+"""A document, and a source of documents with its units."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from swamla_titan.data.faults import DataFault, Fault
@@ -35,62 +35,62 @@ class Document:
         return not self.text or self.text.isspace()
 
 
-class Source(Protocol):
-    """A fixed, ordered list of units (files, parts of files, shards) that can be read independently."""
+class Unit(Protocol):
+    """A part of a source that is read independently of the others: a file, a part of one, a shard."""
 
     @property
-    def num_units(self) -> int: ...
-
-    @property
-    def unit_sizes(self) -> Sequence[int]:
-        """How much text each unit holds, about: in bytes, or where `text_bytes` is None in any measure. Follows from
-        what the fingerprint covers."""
+    def num_documents(self) -> int | None:
+        """How many documents it has; reading can begin at any of them. None: that is known only after reading."""
         ...
+
+    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
+        """Its documents from `position` (None: its start) on, but only those with `ordinal % every == offset`.
+
+        The others are skipped as cheaply as possible. Raises DataFault for input that cannot be used, Unreachable where
+        a disk or a server does not answer; both are a Fault.
+        """
+        ...
+
+
+@dataclass
+class Source:
+    """A fixed, ordered list of units. Loader processes get a copy of it.
+
+    `unit_sizes` says how much text each unit holds, about: in bytes, or where `sizes_are_known` is False in any
+    measure. `unit_files` names the file that a unit is part of; units of one file follow each other, in the order of
+    the file. `fingerprint` changes with the content as far as names and sizes tell, not with the folder it lies in;
+    sizes follow from what it covers. `description` says what there is to read, and what is not read, in a line for the
+    log. `keys` are those of [data] that decide what is read as text. `record` has what must be remembered of the files
+    (JSON types) to divide them into the same units once more, also when some of them cannot be read any more.
+    `unreadable` says why files have no units: they could not be opened, and the policy is to continue without them.
+    """
+
+    units: Sequence[Unit]
+    unit_sizes: Sequence[int]
+    unit_files: Sequence[str]
+    fingerprint: str
+    description: str
+    sizes_are_known: bool = True
+    keys: Sequence[str] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+    unreadable: list[Fault] = field(default_factory=list)
+
+    @property
+    def num_units(self) -> int:
+        return len(self.units)
 
     @property
     def text_bytes(self) -> int | None:
         """How many bytes of text there are in all, about; None where that is known only after reading."""
-        ...
+        return sum(self.unit_sizes) if self.sizes_are_known else None
 
     def num_documents(self, unit: int) -> int | None:
-        """How many documents a unit has, if that is known without reading it; None means that it is not."""
-        ...
-
-    def position_of(self, unit: int, ordinal: int) -> Position | None:
-        """From where to read to begin at or before document `ordinal` of a unit; None: from the unit's start."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the content as far as names and sizes tell, not with the folder it lies in."""
-        ...
-
-    def describe(self) -> str:
-        """What there is to read, and what is passed over, in a line for the log."""
-        ...
-
-    def file_of(self, unit: int) -> str:
-        """Name of the file that a unit is part of. Units of one file follow each other, in the order of the file."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """What must be remembered of the files (JSON types) to divide them into the same units once more, also when
-        some of them cannot be read any more: the parameter `recorded` of the source."""
-        ...
-
-    @property
-    def passed_over(self) -> Sequence[Fault]:
-        """Why files have no units: they could not be opened, and the policy is to go on without them."""
-        ...
+        """How many documents a unit has, if that is known without reading it."""
+        return self.units[unit].num_documents
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
-        """Documents of a unit from `position` (None: its start) on.
-
-        Only those with `ordinal % every == offset` are given, the others are passed over as cheaply as possible.
-        Raises DataFault for input that cannot be used, Unreachable where a disk or a server does not answer; both are
-        a Fault.
-        """
-        ...
+        """Documents of a unit, see `Unit.read`."""
+        return self.units[unit].read(position, every, offset)
 
 
 def decode_utf8(data: bytes) -> tuple[str, int]:

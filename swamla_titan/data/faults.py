@@ -117,7 +117,7 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return next((line[:most] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def named(error: BaseException) -> str:
+def with_name(error: BaseException) -> str:
     """An error's name and the first line of its message."""
     name = type(error).__name__
     return f"{name}: {one_line(error)}" if str(error).strip() else name
@@ -125,7 +125,7 @@ def named(error: BaseException) -> str:
 
 def network_fault(file: str, place: str, error: Exception) -> Fault:
     """What a library that reads remote files raised, as the kind of Fault that it is."""
-    reason = named(error)
+    reason = with_name(error)
     if fault := fault_of_machine(file, place, error):
         return fault
     for each in chain(error, contexts=False):

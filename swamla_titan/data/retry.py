@@ -158,7 +158,7 @@ def documents_by_unit(
     """
     damaged = ""
     for unit in range(source.num_units):
-        if source.file_of(unit) == damaged:
+        if source.unit_files[unit] == damaged:
             continue
         try:
             for document in read_on(source, unit, None, 1, 0, retry):
@@ -167,7 +167,7 @@ def documents_by_unit(
             if faults is None:
                 raise
             faults.append(fault)
-            damaged = source.file_of(unit)
+            damaged = source.unit_files[unit]
 
 
 def all_documents(source: Source, retry: Retry | None = None, faults: list[Fault] | None = None) -> Iterator[Document]:

@@ -152,7 +152,9 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
             piece = self._slices[self._item]
             part = piece.part
             if self._reader is None:
-                start = self._after_block or source.position_of(part.unit, piece.first)
+                start = self._after_block
+                if start is None and source.num_documents(part.unit) is not None:
+                    start = {"ordinal": piece.first}
                 self._reader = read_on(source, part.unit, start, part.every, part.offset, self._retry)
             self._block_start = self._after_block
             if self._read_block(self._reader, piece):
@@ -172,7 +174,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         self._block = []
         chars = 0
         unit = piece.part.unit
-        file = self._corpus.sources[self._edition].file_of(unit)
+        file = self._corpus.sources[self._edition].unit_files[unit]
         # What is excluded is not touched: it may stop the reading for minutes, or be whole again by now.
         ends = [end for end in (first_excluded(self.excluded, file, unit, self._moment), piece.end) if end is not None]
         try:

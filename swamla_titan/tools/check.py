@@ -330,8 +330,8 @@ def _data(loaded: Config) -> Probe:
 def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
     """What was opened; and the first sequence of it."""
     where = f"{config.data.source} {config.data.path}".strip()
-    text = f"{where}: {corpus.source.describe()}"
-    faults = {fault.file: fault for fault in [*corpus.source.passed_over, *corpus.faults]}
+    text = f"{where}: {corpus.source.description}"
+    faults = {fault.file: fault for fault in [*corpus.source.unreadable, *corpus.faults]}
     state, remedy = "ok", ""
     if faults:
         state = "warning"

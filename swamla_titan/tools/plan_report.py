@@ -71,7 +71,7 @@ def _print_dry_run(setup: Setup, found: Plan) -> None:
     print("\n".join(report(found)))
     for advice in stability_advice(config):
         print(f"warning: {one_line(advice)}")
-    data = f"{corpus.source.describe()}; {described(corpus.segments[-1])}"
+    data = f"{corpus.source.description}; {described(corpus.segments[-1])}"
     run = one_line(f"{Path(config.job.dump_folder)} {begin}")
     print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
     if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):

@@ -80,7 +80,7 @@ def _log_model(config: Config) -> None:
 
 def _log_data(corpus: Corpus, seq_len: int) -> None:
     segments = corpus.segments[-1]
-    logger.info(f"data: {corpus.source.describe()}; {described(segments)}")
+    logger.info(f"data: {corpus.source.description}; {described(segments)}")
     if corpus.added_files:
         names = ", ".join(corpus.added_files[:3]) + (", ..." if len(corpus.added_files) > 3 else "")
         logger.warning(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from swamla_titan.data import local_files, retry
+from swamla_titan.data import retry
 from swamla_titan.data.faults import Unreachable
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.train.policies import watchdog
@@ -87,7 +87,7 @@ def retry_seconds(run: Runner) -> None:
     for value, limit, waited in (("0", "600", 0.0), ("1", "600", 1.0), ("-1", "4", 2.0), ("-1", "600", 300.0)):
         clock = [0.0]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local_files, "_status", silent)
+            patch.setattr(local, "_status", silent)
             patch.setattr(
                 retry, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
             )

@@ -48,8 +48,8 @@ class Flaky:
                 with (self.folder / f"{unit}-{document.ordinal}").open("a") as file:
                     file.write("x")
                 if fail.damaged:
-                    raise DataFault(self.source.file_of(unit), f"document {document.ordinal}", "made no sense")
-                raise Unreachable(self.source.file_of(unit), "", "did not answer")
+                    raise DataFault(self.source.unit_files[unit], f"document {document.ordinal}", "made no sense")
+                raise Unreachable(self.source.unit_files[unit], "", "did not answer")
             yield document
 
     def failed(self, fail: Fails) -> int:

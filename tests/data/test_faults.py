@@ -15,14 +15,14 @@ import pytest
 
 from swamla_titan.checkpoint.train_state import read_train_state
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import parquet, text_units
 from swamla_titan.data import retry as retry_module
 from swamla_titan.data.corpus import open_corpus
 from swamla_titan.data.exclusions import Exclusion, first_excluded, taken_from_cursors
 from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreachable, network_fault, readable
 from swamla_titan.data.packing import initial_cursor
 from swamla_titan.data.retry import Retry, all_documents, read_on
-from swamla_titan.data.sources import open_source
+from swamla_titan.data.sources import open_source, parquet
+from swamla_titan.data.sources import text as text_source
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.machine import PERMANENT, REMEDIES
@@ -516,7 +516,7 @@ def test_no_file_is_skipped_for_a_fault_of_this_machine(tmp_path, monkeypatch, m
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number), "file")
 
-    monkeypatch.setattr(text_units, "open", refuse, raising=False)
+    monkeypatch.setattr(text_source, "open", refuse, raising=False)
     monkeypatch.setattr(parquet.pq, "ParquetFile", refuse)
     with pytest.raises(kind, match=os.strerror(number)):
         next(documents)
@@ -561,15 +561,15 @@ def test_a_file_damaged_from_the_start_stays_skipped_when_it_is_mended(maker):
     with pytest.raises(UserError, match=r"1\.parquet: not a whole parquet file .*given up after 2 more tries"):
         maker.open()
     corpus = maker.open(**SKIP)
-    (fault,) = corpus.source.passed_over
+    (fault,) = corpus.source.unreadable
     assert fault.file == str(path)
-    assert corpus.source.describe().startswith("2 files")
+    assert corpus.source.description.startswith("2 files")
     expected = [global_batch(ranks) for ranks in [loaders(corpus, 4, 1)] for _ in range(20)]
     assert "<1." not in text_of(expected, 4)
     path.write_bytes(whole)
     again = maker.open(recorded=json.loads(json.dumps(corpus.record())), **SKIP)
     assert again.fingerprint() == corpus.fingerprint()
-    assert [fault.file for fault in again.source.passed_over] == ["1.parquet"]
+    assert [fault.file for fault in again.source.unreadable] == ["1.parquet"]
     assert [global_batch(ranks) for ranks in [loaders(again, 4, 1)] for _ in range(20)] == expected
     assert maker.open(**SKIP).fingerprint() != corpus.fingerprint()  # of a run that begins now
 
@@ -682,7 +682,7 @@ def test_a_server_that_does_not_answer_for_a_while(hub, monkeypatch):
     assert datasets.config.STREAMING_READ_RETRY_INTERVAL == 0
 
     expected = [global_batch(ranks) for ranks in [loaders(corpus, 3, 1)] for _ in range(10)]
-    shard, broken = type(corpus.source._dataset).shard, [0]
+    shard, broken = type(corpus.source.units[0].dataset).shard, [0]
 
     class Breaks:
         def __init__(self, rows):
@@ -698,7 +698,9 @@ def test_a_server_that_does_not_answer_for_a_while(hub, monkeypatch):
         def __getattr__(self, name):
             return getattr(self._rows, name)
 
-    monkeypatch.setattr(type(corpus.source._dataset), "shard", lambda *args, **keys: Breaks(shard(*args, **keys)))
+    monkeypatch.setattr(
+        type(corpus.source.units[0].dataset), "shard", lambda *args, **keys: Breaks(shard(*args, **keys))
+    )
     assert [global_batch(ranks) for ranks in [loaders(corpus, 3, 1)] for _ in range(10)] == expected
     assert broken == [9]
 

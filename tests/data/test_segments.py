@@ -18,7 +18,7 @@ from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.retry import documents_by_unit
 from swamla_titan.data.segments import Cut, Part, Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.sources import open_source
-from swamla_titan.data.text_units import FileRange
+from swamla_titan.data.sources.text import FileRange
 from swamla_titan.data.tokenizer import ByteTokenizer
 
 SEQ_LEN = 1024
@@ -249,7 +249,7 @@ def test_what_else_stands_in_a_line_is_no_text_where_a_corpus_is_not_counted(tmp
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 1000)
     data = Data(source="local", path=str(tmp_path), tokenizer="byte", streams=8, shuffle_documents=1)
     corpus = open_corpus(data, Validation(fraction=0), 0)
-    units = [unit for unit in range(corpus.source.num_units) if corpus.source.file_of(unit) == "a.jsonl"]
+    units = [unit for unit in range(corpus.source.num_units) if corpus.source.unit_files[unit] == "a.jsonl"]
     within = [cut for cut in corpus.segments[0].cuts if cut.part < len(units)]
     assert len(within) == 8  # 1,001 of 1,082 tokens are of this file
 

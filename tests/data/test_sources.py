@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data.corpus import all_documents, open_corpus
+from swamla_titan.data.corpus import open_corpus
 from swamla_titan.data.document import MIB
-from swamla_titan.data.local_files import LocalSource
+from swamla_titan.data.retry import all_documents
 from swamla_titan.data.sources import open_source, pinned
-from swamla_titan.data.text_units import FileRange
+from swamla_titan.data.sources.text import FileRange
 from swamla_titan.errors import RunFailed, UserError
 
 
@@ -97,7 +97,7 @@ def test_a_separator_that_overlaps_itself_loses_and_doubles_nothing(tmp_path, cu
 
 
 def test_separated_files_and_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("swamla_titan.data.text_units.CHUNK", 5)
+    monkeypatch.setattr("swamla_titan.data.sources.text.CHUNK", 5)
     documents = [f"doc {i} " + "y" * (i * 7 % 31) for i in range(30)]
     (tmp_path / "a.txt").write_text("<|sep|>".join(documents))
     source = local(tmp_path, text_separator="<|sep|>")
@@ -106,14 +106,14 @@ def test_separated_files_and_chunks(tmp_path, monkeypatch):
 
 
 def test_large_jsonl_is_cut_in_units(tmp_path, monkeypatch):
-    monkeypatch.setattr("swamla_titan.data.local_files.RANGES_PER_STREAM", 4)
+    monkeypatch.setattr("swamla_titan.data.sources.local.RANGES_PER_STREAM", 4)
     rows = [f"{i} " + "z" * 997 for i in range(1000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     source = local(tmp_path, streams=2)  # a megabyte in ranges of an eighth
     assert source.num_units == 8
     assert texts(source) == rows
     assert local(tmp_path, streams=64).num_units == 62  # never less than 16 KiB each
-    large = LocalSource(str(tmp_path), text_key="text", text_separator="", max_document_bytes=MIB, streams=2)
+    large = local(tmp_path, streams=2, max_document_mib=1)
     assert large.fingerprint == source.fingerprint
 
 
@@ -160,16 +160,16 @@ def test_unknown_kind(tmp_path):
         assert ".jsonl" in message
 
 
-def test_what_is_read_and_what_is_passed_over_is_described(tmp_path):
+def test_what_is_read_and_what_is_left_out_is_described(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1200)
     (tmp_path / "notes.doc").write_text("x")
-    assert local(tmp_path).describe() == "1 file, 1.2 kB in 1 unit; passed over: 1 file of unknown kind (notes.doc)"
-    assert local(tmp_path / "a.txt").describe() == "1 file, 1.2 kB in 1 unit"
-    assert "topics" in open_source(Data(source="builtin")).describe()
-    assert "units" not in open_source(Data(source="huggingface", path=str(tmp_path))).describe()
+    assert local(tmp_path).description == "1 file, 1.2 kB in 1 unit; left out: 1 file of unknown kind (notes.doc)"
+    assert local(tmp_path / "a.txt").description == "1 file, 1.2 kB in 1 unit"
+    assert "topics" in open_source(Data(source="builtin")).description
+    assert "units" not in open_source(Data(source="huggingface", path=str(tmp_path))).description
 
 
-def test_compressed_files_are_not_passed_over(tmp_path):
+def test_compressed_files_are_not_left_out(tmp_path):
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "b.jsonl.gz").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "b.jsonl.gz"):
@@ -392,7 +392,7 @@ def test_huggingface_that_stops_answering_is_no_users_error(dataset_folder, monk
         def state_dict(self):
             return {}
 
-    monkeypatch.setattr(type(source._dataset), "shard", lambda *args, **keys: Broken())
+    monkeypatch.setattr(type(source.units[0].dataset), "shard", lambda *args, **keys: Broken())
     reader = source.read(0)
     assert next(reader).text == "first"
     with pytest.raises(RunFailed, match=r"shard 0, row 1: reading stopped.*reset by peer"):

@@ -12,14 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import text_units
-from swamla_titan.data.content import other_than_text
 from swamla_titan.data.corpus import all_documents, open_corpus
 from swamla_titan.data.division import estimated_sizes
 from swamla_titan.data.document import MIB
 from swamla_titan.data.retry import Retry
-from swamla_titan.data.sources import open_local, open_source
-from swamla_titan.data.text_units import FileRange
+from swamla_titan.data.sources import open_source
+from swamla_titan.data.sources import text as text_source
+from swamla_titan.data.sources.content import other_than_text
+from swamla_titan.data.sources.local import open_local
+from swamla_titan.data.sources.text import FileRange
 from swamla_titan.data.tokenizer import ByteTokenizer
 from swamla_titan.errors import UserError
 
@@ -58,7 +59,7 @@ def is_skipped_among_good_files(folder, name, write):
     assert name in message
     assert 'data.on_error = "skip_file"' in message
     assert texts(folder, on_error="skip_file") == ["good one", "good two"] * 2
-    assert [os.path.basename(fault.file) for fault in opened(folder, on_error="skip_file").source.passed_over] == [name]
+    assert [os.path.basename(fault.file) for fault in opened(folder, on_error="skip_file").source.unreadable] == [name]
     return message
 
 
@@ -249,7 +250,7 @@ def test_bytes_that_are_text_or_nearly_so(data):
 
 
 def test_a_character_that_the_sample_cuts_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("swamla_titan.data.text_units.HEAD_BYTES", 4)
+    monkeypatch.setattr("swamla_titan.data.sources.text.HEAD_BYTES", 4)
     (tmp_path / "a.txt").write_text("a漢字漢字")
     assert texts(tmp_path) == ["a漢字漢字"]
 
@@ -275,7 +276,7 @@ def test_files_about_the_data_are_left_out_beside_them(tmp_path, shard):
     else:
         (tmp_path / shard).write_text('{"text": "good one"}\n{"text": "good two"}\n')
     assert sorted(texts(tmp_path)) == ["good one", "good two", "is data"]
-    described = opened(tmp_path).source.describe()
+    described = opened(tmp_path).source.description
     assert f"{len(ABOUT)} files about the data (CHANGELOG.md, " in described
     assert "2 files of unknown kind (LICENSE.txt.gz, _SUCCESS)" in described
 
@@ -303,7 +304,7 @@ def test_pipes_sockets_and_devices_are_not_opened(tmp_path, monkeypatch):
         assert "there is no regular file (link.jsonl: a pipe, pipe.txt: a pipe, socket.md: a socket" in refused(".")
         (tmp_path / "good.txt").write_text("good")
         assert texts(".") == ["good"]
-        assert "4 files not regular (link.jsonl: a pipe, " in opened(".").source.describe()
+        assert "4 files not regular (link.jsonl: a pipe, " in opened(".").source.description
         for path, what in [("pipe.txt", "a pipe"), ("socket.md", "a socket"), ("zero.parquet", "a device")]:
             assert f"data.path: {path} is no regular file but {what}" in refused(path)
     with pytest.raises(UserError, match=r"validation\.path: pipe\.txt is no regular file"):
@@ -343,15 +344,15 @@ def test_names_of_all_kinds(tmp_path):
 
 
 def test_a_file_that_goes_while_the_folder_is_read(tmp_path, monkeypatch):
-    from swamla_titan.data import local_files
+    from swamla_titan.data.sources import local
 
     def list_and_remove(path, setting):
         listing = find_files(path, setting)
         (tmp_path / "folder/b.txt").unlink()
         return listing
 
-    find_files = local_files.find_files
-    monkeypatch.setattr(local_files, "find_files", list_and_remove)
+    find_files = local.find_files
+    monkeypatch.setattr(local, "find_files", list_and_remove)
 
     def write(path):
         path.write_text("soon gone")
@@ -363,7 +364,7 @@ def test_a_file_that_goes_while_the_folder_is_read(tmp_path, monkeypatch):
         if on_error == "stop":
             assert "b.txt: cannot be read: No such file" in refused(tmp_path / "folder")
         else:
-            assert [fault.reason for fault in opened(tmp_path / "folder", on_error=on_error).source.passed_over] == [
+            assert [fault.reason for fault in opened(tmp_path / "folder", on_error=on_error).source.unreadable] == [
                 "cannot be read: No such file or directory"
             ]
 
@@ -373,7 +374,7 @@ def test_each_lost_file_has_its_own_reason(tmp_path):
     (tmp_path / "b.txt").symlink_to("b.txt")
     (tmp_path / "c.txt").write_text("good")
     reasons = {
-        entry["name"]: entry.get("lost") for entry in opened(tmp_path, on_error="skip_file").source.record()["files"]
+        entry["name"]: entry.get("lost") for entry in opened(tmp_path, on_error="skip_file").source.record["files"]
     }
     assert "No such file" in reasons["a.txt"]
     assert "symbolic links" in reasons["b.txt"]
@@ -407,7 +408,7 @@ def test_home_and_trailing_slash(tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.txt").write_text("x")
     source = opened("~/corpus").source
-    again = open_local(Data(), "~/corpus", "data.path", entries=source.record()["files"])
+    again = open_local(Data(), "~/corpus", "data.path", entries=source.record["files"])
     assert [document.text for document in again.read(0)] == ["x"]
     assert texts("~/corpus") == texts(f"{tmp_path}/corpus/") == texts("~/corpus/a.txt") == ["x"]
     assert opened("~/corpus").fingerprint() == opened(tmp_path / "corpus").fingerprint()
@@ -438,8 +439,8 @@ def test_any_ranges_cut_any_text_by_any_separator_alike(tmp_path, monkeypatch):
     for _ in range(600):
         letters = chance.choice(["ab", "a", "abc", "a\n", "\n"])
         separator, data = ("".join(chance.choices(letters, k=chance.randint(1, most))).encode() for most in (6, 60))
-        monkeypatch.setattr(text_units, "CHUNK", chance.choice([1, 2, 3, 7, 1 << 18]))
-        monkeypatch.setattr(text_units, "BEYOND", chance.choice([1, 2, 5, 1 << 14]))
+        monkeypatch.setattr(text_source, "CHUNK", chance.choice([1, 2, 3, 7, 1 << 18]))
+        monkeypatch.setattr(text_source, "BEYOND", chance.choice([1, 2, 5, 1 << 14]))
         with open(path, "wb") as file:
             file.write(data)
         step = chance.randint(1, len(data) + 1)
@@ -614,7 +615,7 @@ def test_what_hugging_face_leaves_out_and_what_there_is_to_choose(tmp_path):
     for name in ("x.jsonl", "y.jsonl"):
         (tmp_path / "mixed" / name).write_text(f'{{"text": "{name[0]}"}}\n')
     (tmp_path / "mixed/c.csv").write_text("text\ny\n")
-    assert "passed over: 1 of the folder's files (c.csv)" in opened(tmp_path / "mixed", **HUB).source.describe()
+    assert "left out: 1 of the folder's files (c.csv)" in opened(tmp_path / "mixed", **HUB).source.description
     (tmp_path / "mixed/README.md").write_text(
         "---\nconfigs:\n- config_name: one\n  data_files: x.jsonl\n- config_name: two\n  data_files: y.jsonl\n---\n"
     )

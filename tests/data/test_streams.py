@@ -5,7 +5,8 @@ import json
 import pytest
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data.corpus import fingerprint_changes, open_corpus, permutation
+from swamla_titan.data.changes import fingerprint_changes
+from swamla_titan.data.corpus import open_corpus, permutation
 from swamla_titan.data.held_out import HeldOut, text_hash
 from swamla_titan.data.retry import all_documents
 from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream

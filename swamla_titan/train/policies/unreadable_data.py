@@ -35,9 +35,9 @@ class UnreadableData(Policy):
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
         self._entries: list[dict[str, Any]] = []
-        for fault in corpus.source.passed_over:
+        for fault in corpus.source.unreadable:
             self._note(None, None, fault.file, fault.place, fault.reason)
-        opened = {fault.file for fault in corpus.source.passed_over}
+        opened = {fault.file for fault in corpus.source.unreadable}
         for fault in corpus.faults:
             if writes() and fault.file not in opened:
                 logger.warning("data: %s; held-out text is taken from the rest", fault)

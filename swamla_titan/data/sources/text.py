@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
 from swamla_titan.data.faults import DataFault, cut_short, of_another_size, readable
-from swamla_titan.data.folder import listed
+from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
+from swamla_titan.data.sources.folder import listed
 
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 18  # bytes read at a time while looking for a separator

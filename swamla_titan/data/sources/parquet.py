@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swamla_titan.data.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.document import Document, Position, decode_utf8, too_large
 from swamla_titan.data.faults import (
     DataFault,
@@ -19,7 +18,8 @@ from swamla_titan.data.faults import (
     readable,
     refused,
 )
-from swamla_titan.data.folder import listed
+from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
+from swamla_titan.data.sources.folder import listed
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
 MOST_ROWS = 256  # the same, in rows: equal texts may be stored once, so a row may hold more than its share of the bytes

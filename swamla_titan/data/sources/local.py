@@ -1,0 +1,234 @@
+"""Files and folders on disk."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from swamla_titan.config.sections import Data
+from swamla_titan.data.document import MIB, Source, Unit, too_large
+from swamla_titan.data.faults import DataFault, Fault, readable
+from swamla_titan.data.retry import Retry
+from swamla_titan.data.sources.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, listed, special_kind
+from swamla_titan.data.sources.parquet import NoTextColumn, RowGroup, row_groups
+from swamla_titan.data.sources.text import FileRange, WholeFile, require_text
+from swamla_titan.errors import UserError
+
+# Files of many documents are cut in ranges of this many bytes. A stream of a corpus that is not counted reads whole
+# ranges: enough of them that half a range more or less is little, not so many that opening files costs more than
+# reading them.
+MIN_RANGE, MAX_RANGE = 16 << 10, 16 << 20
+RANGES_PER_STREAM = 64
+
+SKIPPING = 'data.on_error = "skip_file" skips such files'
+
+Entry = dict[str, Any]  # what is remembered of a file: name, bytes, of parquet its row groups, "lost" where unreadable
+Result = TypeVar("Result")
+
+
+def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None) -> Source:
+    """A file, or every file below a folder that holds data (see folder.py), sorted by path.
+
+    A file that cannot be opened raises its DataFault, or with data.on_error = "skip_file" has no units. `recorded` is
+    the `Source.record` of when the run began: files that were there then are divided as they were, those of another
+    size or gone as well, because reading finds the damage. That, too, is for "skip_file" only; others are to see that
+    their data have changed.
+    """
+    return open_local(data, data.path, retry=retry, recorded=recorded)
+
+
+def open_local(
+    data: Data,
+    path: str,
+    setting: str = "data.path",
+    retry: Retry | None = None,
+    recorded: dict[str, Any] | None = None,
+    entries: list[Entry] | None = None,
+) -> Source:
+    """Local files at `path`, which the key `setting` names; see `open_source`.
+
+    `entries`, from `Source.record`, names the files to read instead of looking for them.
+    """
+    looked_for = entries is None  # those that a run had before may be lost by now
+    if entries is None:
+        opening = _Opening(data, setting, retry or Retry(), find_files(path, setting))
+        entries = opening.entries(recorded)
+    else:
+        path = os.path.expanduser(path)
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        listing = Listing(folder, [entry["name"] for entry in entries], [], [])
+        opening = _Opening(data, setting, retry or Retry(), listing)
+        opening.faults += _lost(entries)
+    units, sizes, files = [], [], []
+    for entry, unit, size in opening.units(entries):
+        units.append(unit)
+        sizes.append(size)
+        files.append(entry["name"])
+    if not units and opening.faults and looked_for:
+        raise opening.faults[0]
+    return Source(
+        units,
+        sizes,
+        files,
+        fingerprint=_digest(entries, data.text_key, data.text_separator),
+        description=opening.description(entries, len(units)),
+        keys=("text_key", "text_separator"),
+        record={"files": entries},
+        unreadable=opening.faults,
+    )
+
+
+class _Opening:
+    """Looks at files, and remembers those that cannot be read, where they may be skipped."""
+
+    def __init__(self, data: Data, setting: str, retry: Retry, listing: Listing) -> None:
+        self._data, self._setting, self._retry, self._listing = data, setting, retry, listing
+        self._may_skip = setting == "data.path"
+        self._skips = self._may_skip and data.on_error == "skip_file"
+        self.faults: list[Fault] = []
+        self._special: list[str] = []  # names of what is no regular file
+
+    def entries(self, recorded: dict[str, Any] | None) -> list[Entry]:
+        """What is to be remembered of each file: as it is now, or if the run began with it and some of those files are
+        still whole, as it was then."""
+        now = self._sizes()
+        before = {entry["name"]: entry for entry in (recorded or {}).get("files", [])}
+        if not any(now.get(name) == entry["bytes"] for name, entry in before.items() if "lost" not in entry):
+            before = {}
+        self.faults += _lost(list(before.values()))
+        new = {name: size for name, size in now.items() if name not in before}
+        try:
+            found = {name: self._entry(self._path(name), name, size) for name, size in new.items()}
+        except NoTextColumn as fault:
+            self._compare_with_others(fault, now)
+            raise
+        return [entry for _, entry in sorted({**before, **found}.items())]
+
+    def _sizes(self) -> dict[str, int]:
+        """{name: bytes, -1 where it cannot be looked at} of the files listed; only regular ones are ever opened, as
+        reading a pipe or a device may never end."""
+        sizes: dict[str, int] = {}
+        for name in self._listing.names:
+            found = self._opened(partial(_status, os.path.join(self._listing.root, name)), None)
+            if found is not None and not stat.S_ISREG(found.st_mode):
+                self._special.append(f"{name}: {special_kind(found.st_mode)}")
+            else:
+                sizes[name.replace(os.sep, "/")] = -1 if found is None else found.st_size
+        if not sizes:
+            raise UserError(f"{self._setting}: there is no regular file ({listed(self._special)}). Give files of text.")
+        return sizes
+
+    def _entry(self, file: str, name: str, size: int) -> Entry:
+        """What is to be remembered of a file as it is now."""
+        entry: Entry = {"name": name, "bytes": max(0, size)}
+        is_good: bool | None = size >= 0
+        if size >= 0 and name.lower().endswith(PARQUET):
+            entry["groups"] = self._opened(lambda: row_groups(file, self._data.text_key), None)
+            is_good = entry["groups"] is not None
+        elif size > 0:
+            is_good = self._opened(partial(require_text, file), None)
+        if not is_good:
+            entry["lost"] = next(fault.reason for fault in self.faults if fault.file == file)
+        return entry
+
+    def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
+        """`work()`, retried; where it fails for good and files may be skipped, `otherwise`."""
+        try:
+            return self._retry.call(work)
+        except DataFault as fault:  # a file that merely does not answer is not skipped for a whole run
+            self._skip(fault)
+            return otherwise
+
+    def _skip(self, fault: DataFault) -> None:
+        """Remember the fault of a file that is skipped, or raise it."""
+        if not self._skips:
+            if self._may_skip and len(self._listing.names) > 1 and not isinstance(fault, NoTextColumn):
+                fault.advice = ". ".join(part for part in (fault.advice, SKIPPING) if part)
+            raise fault
+        self.faults.append(fault)
+
+    def _compare_with_others(self, fault: NoTextColumn, now: dict[str, int]) -> None:
+        """Where another file has the column of text, the fault is the file's, not the key's."""
+        for name in now:
+            file = self._path(name)
+            if not name.lower().endswith(PARQUET) or file == fault.file:
+                continue
+            with suppress(Fault):
+                row_groups(file, self._data.text_key)
+                advice = f"Remove it, or write it again with the column that other files have, such as {name}"
+                fault.advice = f"{advice}. {SKIPPING}" if self._may_skip else advice
+                return
+
+    def units(self, entries: list[Entry]) -> Iterator[tuple[Entry, Unit, int]]:
+        """(file, unit, bytes of text) of each unit of the files."""
+        data, most = self._data, self._data.max_document_mib * MIB
+        cut_in_ranges = (*JSON_LINES, *TEXT) if data.text_separator else JSON_LINES
+        total = sum(entry["bytes"] for entry in entries if entry["name"].lower().endswith(cut_in_ranges))
+        range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * data.streams))))
+        for entry in entries:
+            name, size, file = entry["name"].lower(), entry["bytes"], self._path(entry["name"])
+            if "lost" in entry:
+                continue
+            if name.endswith(PARQUET):
+                for number, (group_bytes, rows) in enumerate(entry["groups"]):
+                    if rows:
+                        yield entry, RowGroup(file, size, number, rows, data.text_key, most), group_bytes
+            elif name.endswith(cut_in_ranges):
+                json_key = data.text_key if name.endswith(JSON_LINES) else None
+                separator = b"\n" if json_key is not None else data.text_separator.encode(errors="surrogateescape")
+                for start in range(0, size, range_size):
+                    end = min(size, start + range_size)
+                    yield entry, FileRange(file, size, start, end, separator, most, json_key), end - start
+            elif size > most:
+                too_long = too_large(file, "", size, most, ", or split the file by data.text_separator")
+                self._skip(too_long)
+                entry["lost"] = too_long.reason
+            elif size > 0:
+                yield entry, WholeFile(file, size), size
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._listing.root, name.replace("/", os.sep))
+
+    def description(self, entries: list[Entry], num_units: int) -> str:
+        """What there is to read, and what is not read, in a line for the log."""
+        whole = [entry["bytes"] for entry in entries if "lost" not in entry]
+        found = f"{counted(len(whole), 'file')}, {readable_size(sum(whole))} in {counted(num_units, 'unit')}"
+        listing = self._listing
+        left = [(listing.unknown, "of unknown kind"), (listing.about, "about the data"), (self._special, "not regular")]
+        left_out = [f"{counted(len(names), 'file')} {what} ({listed(names)})" for names, what in left if names]
+        return f"{found}; left out: {', '.join(left_out)}" if left_out else found
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def readable_size(size: int) -> str:
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (1000, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return counted(size, "byte")
+
+
+def _lost(entries: list[Entry]) -> list[Fault]:
+    return [DataFault(entry["name"], "", entry["lost"]) for entry in entries if "lost" in entry]
+
+
+def _digest(entries: list[Entry], text_key: str, text_separator: str) -> str:
+    digest = hashlib.blake2b(repr((text_key, text_separator)).encode(errors="surrogateescape"), digest_size=16)
+    for entry in entries:
+        digest.update(f"{entry['name']}\0{entry['bytes']}\0".encode("utf-8", errors="surrogateescape"))
+    for entry in entries:
+        if "lost" in entry:
+            digest.update(b"lost\0")
+        elif "groups" in entry:
+            digest.update(repr(entry["groups"]).encode())
+    return digest.hexdigest()
+
+
+def _status(path: str) -> os.stat_result:
+    with readable(path):  # a link may point to nothing
+        return os.stat(path)
