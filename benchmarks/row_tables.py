@@ -31,7 +31,7 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model.row_table import RowRequest, RowTable, look_up, request_rows
-from swamla_titan.optim import AveragedWeights, build_optimizer, clip_gradients, gradient_norm, skip_where
+from swamla_titan.optim import AveragedWeights, build_optimizer, clip_divisor, gradient_norm
 from swamla_titan.parallel.row_tables import shard_row_tables
 
 CYCLES_A_MS = 1_900_000  # of an H200, or a bit less
@@ -151,13 +151,11 @@ def main() -> None:
         table.gradient.merge()
         norm = gradient_norm([(table.gradient.sums, 1.0)], reduce)
         clock.mark()
-        clip_gradients(optimizer, norm, 1.0)
-        skip_where(optimizer, bad)
         if average:
             average.before_update(bad)
             average.update(number + 1, bad)
         clock.mark()
-        optimizer.step()
+        optimizer.step(config.lr, clip_divisor(norm, 1.0), bad)
         optimizer.zero_grad()
         clock.mark()
         host = 1000 * (time.perf_counter() - begin)

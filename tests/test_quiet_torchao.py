@@ -13,7 +13,7 @@ from swamla_titan.optim import build_optimizer
 model = torch.nn.Linear(64, 128)
 optimizer = build_optimizer(model, Optimizer(name="adamw_fp8"))
 model(torch.ones(1, 64)).sum().backward()
-optimizer.step()
+optimizer.step(3e-4)
 """
 FLOAT8 = "import swamla_titan.quantization.float8"
 

@@ -31,7 +31,7 @@ def _moments(config: Config) -> Iterator[Conflict]:
     optimizer = config.optimizer
     if optimizer.moments == "float32" or optimizer.name in _QUANTIZED:
         return
-    for key in _DECAYS[optimizer.name]:
+    for key in _DECAYS.get(optimizer.name, ()):
         decay = getattr(optimizer, key)
         if decay > _LARGEST_IN_BFLOAT16:
             yield Conflict(

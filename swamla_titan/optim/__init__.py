@@ -1,14 +1,13 @@
 """Parameter groups, optimizers, the moving average of the weights, and learning-rate schedules."""
 
 from swamla_titan.optim.ema import AveragedWeights, bytes_of_average
-from swamla_titan.optim.gradients import gradient_norm
+from swamla_titan.optim.gradients import clip_divisor, gradient_norm
 from swamla_titan.optim.groups import group_table, trained_parameters
-from swamla_titan.optim.optimizers import (
+from swamla_titan.optim.optimizer import (
+    GroupedOptimizer,
+    Optimizers,
     build_optimizer,
-    clip_gradients,
     lr_factor,
-    set_learning_rate,
-    skip_where,
     state_bytes,
     validate_optimizer_device,
 )
@@ -16,15 +15,15 @@ from swamla_titan.optim.row_average import names_of_decays, up_to_date
 
 __all__ = [
     "AveragedWeights",
+    "GroupedOptimizer",
+    "Optimizers",
     "build_optimizer",
     "bytes_of_average",
-    "clip_gradients",
+    "clip_divisor",
     "gradient_norm",
     "group_table",
     "lr_factor",
     "names_of_decays",
-    "set_learning_rate",
-    "skip_where",
     "state_bytes",
     "trained_parameters",
     "up_to_date",

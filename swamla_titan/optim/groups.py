@@ -1,7 +1,6 @@
 """Parameter groups: each parameter's update rule, format of moments, weight decay and learning-rate multiplier."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -14,37 +13,14 @@ from swamla_titan.model.init import plain_name
 from swamla_titan.model.row_table import RowTable
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim.matrices import column_units
+from swamla_titan.optim.rules import RULES, Kind
+from swamla_titan.optim.state import BLOCKS, block_size
 
-# optimizer.name -> the largest block of elements with one scale, for optimizers with quantized moments; torchao's
-# sizes.
-BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
-_SMALLEST_BLOCK = 32  # in smaller ones the scales of both moments take more than a quarter of a byte per element
 # Matrices with one row per token of the vocabulary, and what else is looked up, are no hidden layers' matrices: Muon
 # leaves them to AdamW, and by default they do not decay, because the norm after an embedding makes up for any scale of
 # its rows, and rows that are rarely looked up would fade.
 _VOCABULARY = ("embedding.weight", "head.weight")
-_RULES = {"rows": "adam of the rows looked up", "all_rows": "adam of all rows"}  # in log lines
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The settings that the parameters of a group share.
-
-    `rule`: adamw, lion, muon, or of a RowTable rows or all_rows: Adam of the rows that a step looked up, or of all.
-    `moments`: float32, bfloat16, or the name of the optimizer that quantizes them.
-    """
-
-    rule: str
-    moments: str
-    weight_decay: float
-    lr_multiplier: float
-
-    def __str__(self) -> str:
-        kept = "" if self.moments == "float32" else f" with moments of {self.moments.removeprefix('adamw').lstrip('_')}"
-        decay = f"decay {self.weight_decay:g}" if self.weight_decay else "no decay"
-        rule = _RULES.get(self.rule, self.rule)
-        return f"{rule}{kept}, {decay}" + (f", lr x {self.lr_multiplier:g}" if self.lr_multiplier != 1 else "")
 
 
 def groups(model: nn.Module, config: Optimizer) -> dict[Kind, list[nn.Parameter]]:
@@ -105,17 +81,6 @@ def group_table(config: ModelConfig, optimizer: Optimizer) -> list[GroupSummary]
     ]
 
 
-def block_size(name: str, columns: int, unit: int) -> int:
-    """How many consecutive elements of a matrix row share a scale under optimizer `name`; 0: it is not quantized.
-
-    The largest size up to the optimizer's own that divides the row, or `unit`, if ranks may split rows at its
-    multiples. So no block is split between ranks, and the quantized values are the same under every plan.
-    """
-    unsplit = unit or columns
-    fitting = [size for size in range(_SMALLEST_BLOCK, BLOCKS[name] + 1, 2) if unsplit % size == 0]
-    return max(fitting, default=0)
-
-
 def multiplier(name: str, patterns: Mapping[str, float]) -> float:
     """The value of the last pattern (fnmatch) that matches the name; 1 if none does."""
     return next((factor for pattern, factor in reversed(list(patterns.items())) if fnmatchcase(name, pattern)), 1.0)
@@ -136,9 +101,8 @@ def _kind(
     decay = config.weight_decay if decays else 0.0
     if declared.by_rows:
         return Kind("rows" if config.lazy_tables else "all_rows", "float32", decay, lr_multiplier)
-    rule = {"lion": "lion", "muon": "muon"}.get(config.name, "adamw")
-    if rule == "muon" and not (is_matrix and is_hidden):
-        rule = "adamw"
+    is_own = config.name in RULES and (not RULES[config.name].of_hidden_matrices or (is_matrix and is_hidden))
+    rule = config.name if is_own else "adamw"
     moments: str = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
         moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla_titan.optim.moments import dequantize, quantize
+from swamla_titan.optim.state import dequantize, quantize
 
 
 def adamw(

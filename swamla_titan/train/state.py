@@ -7,7 +7,7 @@ import torch
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World
-from swamla_titan.optim import AveragedWeights, build_optimizer
+from swamla_titan.optim import AveragedWeights, Optimizers, build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train.bad_steps import BadSteps
 from swamla_titan.train.loss_scale import LossScale
@@ -30,7 +30,9 @@ class RunState(State):
             self.model.init_weights(config.job.seed)
         parts = self.model.parts
         compiled = config.compile.enabled and not config.parallel.cpu_offload
-        self.optimizers = [build_optimizer(part, config.optimizer, world.stage_group, compiled) for part in parts]
+        self.optimizers = Optimizers(
+            build_optimizer(part, config.optimizer, world.stage_group, compiled) for part in parts
+        )
         lazy = config.optimizer.lazy_tables
         self.ema = AveragedWeights(parts, config.ema.decay, compiled, lazy) if config.ema.decay else None
         weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device

@@ -8,7 +8,7 @@ from torch import Tensor
 from swamla_titan.config import Config
 from swamla_titan.data import StepBatch, micro_batch_count, micro_batches
 from swamla_titan.distributed.mesh import World
-from swamla_titan.optim import clip_gradients, lr_factor, set_learning_rate, skip_where
+from swamla_titan.optim import lr_factor
 from swamla_titan.train.state import RunState
 
 
@@ -67,12 +67,7 @@ class TrainStep:
             state.loss_scale.update(grad_norm)
         if state.ema:
             state.ema.before_update(is_bad)
-        for optimizer in state.optimizers:
-            set_learning_rate(optimizer, lr)
-            clip_gradients(optimizer, grad_norm, training.max_grad_norm)
-            skip_where(optimizer, is_bad)
-            optimizer.step()
-            optimizer.zero_grad()
+        state.optimizers.step(lr, grad_norm, training.max_grad_norm, is_bad)
         if state.ema:
             state.ema.update(step, is_bad)
         return StepOutcome(loss, grad_norm, lr)

@@ -16,7 +16,7 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
-from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
+from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel import data_parallel, parallelize
 from swamla_titan.parallel import model_parts as parallel_model
 from swamla_titan.parallel.model_parts import ParallelModel
@@ -98,9 +98,7 @@ def _moved(settings: list[dict[str, str]], choice: str) -> list[dict[str, Any]]:
             model.train_step([MicroBatch(tokens, tokens, None, tokens.numel())], tokens.numel())
             for name, parameter in part.named_parameters():
                 parameter.grad = as_held(parameter, whole_gradient(name, parameter.shape, step))
-            set_learning_rate(optimizer, 0.01)
-            skip_where(optimizer, torch.tensor(float(step == 1)))
-            optimizer.step()
+            optimizer.step(0.01, bad=torch.tensor(float(step == 1)))
             optimizer.zero_grad()
         groups = Weights(model.parts), OptimizerStates(model.parts, [optimizer], config.optimizer)
         tensors = groups[0].state_dict() | groups[1].state_dict()
@@ -201,7 +199,7 @@ def _casts_of_weights(data_parallel: str, once: bool) -> tuple[int, list[float],
         losses.append(model.train_step([micro_batch] * 3, 6 * tokens.numel()).item())
         of_down = casts.count(model.parts[0].blocks["0"].feed_forward.down.weight.shape)
         norms.append(model.gradient_norm().item())
-        optimizer.step()
+        optimizer.step(config.optimizer.lr)
         optimizer.zero_grad()
         losses.append(model.evaluate([micro_batch] * 2).item())
     return of_down, losses, norms
@@ -250,7 +248,7 @@ def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[flo
     for _ in range(3):
         loss = model.train_step([micro_batch, micro_batch], 2 * tokens.numel())
         found += [loss.item(), model.gradient_norm().item()]
-        optimizer.step()
+        optimizer.step(config.optimizer.lr)
         optimizer.zero_grad()
     return [*found, model.evaluate([micro_batch]).item()]
 
@@ -287,7 +285,7 @@ def _trained_on_gpus(recipe: str, parallel: Parallel, folder: str, optimizer: st
     for _ in range(3):
         loss = model.train_step(micro_batches, 4 * tokens.numel())
         found += [loss.item(), model.gradient_norm().item()]
-        moved_by.step()
+        moved_by.step(config.optimizer.lr)
         moved_by.zero_grad()
     return [*found, model.evaluate(micro_batches[: 2 // world.degrees.data]).item()]
 

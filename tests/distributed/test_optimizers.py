@@ -17,7 +17,7 @@ from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.init import plain_name
-from swamla_titan.optim import build_optimizer, set_learning_rate, skip_where
+from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel.model_parts import ParallelModel
 from tests.distributed.ranks import init_gloo, on_ranks
 from tests.optim import test_against_others as others
@@ -55,8 +55,7 @@ def sharded_steps(names: list[str]) -> dict[str, list[Tensor]]:
         for lr, _ in zip(others.learning_rates(), others.gradients(whole)):
             for parameter, of_whole in zip(model.parameters(), whole.parameters()):
                 parameter.grad = as_held(parameter, of_whole.grad)
-            set_learning_rate(optimizer, lr)
-            optimizer.step()
+            optimizer.step(lr)
         found[name] = [sendable(parameter) for parameter in others.matrices(model)]
     return found
 
@@ -145,9 +144,7 @@ def moved(settings: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Tenso
         for step in range(STEPS):
             for name, parameter in part.named_parameters():
                 parameter.grad = as_held(parameter, whole_gradient(plain_name(name, False), parameter.shape, step))
-            set_learning_rate(optimizer, 0.02 * (step + 1))
-            skip_where(optimizer, torch.tensor(float(step == 1), device=world.device))
-            optimizer.step()
+            optimizer.step(0.02 * (step + 1), bad=torch.tensor(float(step == 1), device=world.device))
         for name, parameter in part.named_parameters():
             for kind, value in ({"": parameter.detach()} | optimizer.state[parameter]).items():
                 found[f"{plain_name(name, False)} {kind}"] = value

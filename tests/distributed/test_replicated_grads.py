@@ -18,7 +18,7 @@ from swamla_titan.distributed.dtensor import copy_from_full, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.optim import build_optimizer, clip_gradients
+from swamla_titan.optim import build_optimizer, clip_divisor
 from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads
 from swamla_titan.parallel.model_parts import ParallelModel
@@ -153,8 +153,7 @@ def _held(parallel: dict[str, Any], shape: ModelConfig) -> Held:
         model.train_step(batches(world, step), ROWS * T)
         norm = model.gradient_norm()
         for optimizer in optimizers:
-            clip_gradients(optimizer, norm, 1.0)
-            optimizer.step()
+            optimizer.step(config.optimizer.lr, clip_divisor(norm, 1.0))
             optimizer.zero_grad()
     model.train_step(batches(world), ROWS * T)
     messages = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.optim import build_optimizer, grouped, set_learning_rate, skip_where, updates
+from swamla_titan.optim import build_optimizer, rules, updates
 
 STEPS = 20
 HYPER = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.3}
@@ -42,10 +42,8 @@ def gradients(model: nn.Module) -> Iterator[None]:
 
 def trained(model: nn.Module, settings: dict, flag: Tensor | None = None, compiled: bool = False) -> nn.Module:
     optimizer = build_optimizer(model, Optimizer(**{**HYPER, **settings}), compiled=compiled)
-    skip_where(optimizer, flag)
     for lr, _ in zip(learning_rates(), gradients(model)):
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
+        optimizer.step(lr, bad=flag)
     return model
 
 
@@ -98,7 +96,7 @@ def test_a_step_is_about_that_of_adamw(settings):
     for model, hyper in ((ours, {**HYPER, **settings}), (theirs, HYPER)):
         optimizer = build_optimizer(model, Optimizer(**hyper))
         next(gradients(model))
-        optimizer.step()
+        optimizer.step(HYPER["lr"])
     for one, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -106,7 +104,7 @@ def test_a_step_is_about_that_of_adamw(settings):
 @pytest.mark.parametrize("compiled, pays, by_rule", [(True, True, True), (True, False, False), (False, True, False)])
 def test_adamw_is_torchs(compiled, pays, by_rule, monkeypatch):
     """By the rule that is compiled for large weights on GPUs, and by the kernel for the others."""
-    monkeypatch.setattr(grouped, "_pays", lambda weight: pays)
+    monkeypatch.setattr(rules, "_pays", lambda weight: pays)
     calls, rule = [], updates.adamw
     monkeypatch.setattr(updates, "adamw", lambda *arguments: calls.append(rule(*arguments)))
     ours, theirs = two()
@@ -151,10 +149,10 @@ def test_a_model_of_the_family_moves_as_by_other_implementations_with_its_groups
             made[1] = made[1] | {"params": [theirs.head.weight]}
         others = [kind(made, lr, betas), *(torch.optim.AdamW([each], lr, betas) for each in apart)]
     optimizer = build_optimizer(ours, Optimizer(**{**HYPER, "name": name, "decay_embeddings": decays}))
-    set_learning_rate(optimizer, lr)
     for _, _, _ in zip(gradients(ours), gradients(theirs), range(2)):
         with torch.compiler.set_stance("force_eager"):
-            for each in (optimizer, *others):
+            optimizer.step(lr)
+            for each in others:
                 each.step()
     for (key, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters()):
         # Of the blocks' matrices Muon's are fused, and blocks of moments are cut as ranks may cut rows.
@@ -225,9 +223,7 @@ def test_a_learning_rate_may_be_a_tensor(settings):
     trained(ours, settings)
     optimizer = build_optimizer(theirs, Optimizer(**{**HYPER, **settings}))
     for lr, _ in zip(learning_rates(), gradients(theirs)):
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(lr, dtype=torch.float64)
-        optimizer.step()
+        optimizer.step(torch.tensor(lr, dtype=torch.float64))
     for one, other in zip(ours.parameters(), theirs.parameters()):
         assert torch.equal(one, other)
 
@@ -253,19 +249,17 @@ def test_a_bad_step_changes_no_bit_whatever_the_gradients_hold(settings):
     optimizer = build_optimizer(model, Optimizer(**HYPER | settings))
     steps = gradients(model)
     next(steps)
-    optimizer.step()  # a good one before, so that there are moments
+    optimizer.step(HYPER["lr"])  # a good one before, so that there are moments
     for value in (torch.nan, torch.inf, -torch.inf, 0.0, 1e30):
         next(steps)
         before = held(optimizer, model)
         for parameter in model.parameters():
             parameter.grad.view(-1)[::3] = value
-        skip_where(optimizer, torch.ones(()))
-        optimizer.step()
+        optimizer.step(HYPER["lr"], bad=torch.ones(()))
         assert_same_bits(held(optimizer, model), before)
-    skip_where(optimizer, torch.zeros(()))
     optimizer.zero_grad()
     next(steps)
-    optimizer.step()
+    optimizer.step(HYPER["lr"], bad=torch.zeros(()))
     assert not any(torch.equal(one, other) for one, other in zip(held(optimizer, model), before) if one.ndim == 2)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.optim import AveragedWeights, build_optimizer, grouped, set_learning_rate, skip_where
+from swamla_titan.optim import AveragedWeights, build_optimizer, rules
 
 
 def model() -> nn.Module:
@@ -21,9 +21,7 @@ def steps(name: str, compiled: bool) -> nn.Module:
     for step in range(4):
         for parameter in weights.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        set_learning_rate(optimizer, 1e-3 * (step + 1))
-        skip_where(optimizer, torch.tensor(float(step == 2)))
-        optimizer.step()
+        optimizer.step(1e-3 * (step + 1), bad=torch.tensor(float(step == 2)))
     return weights
 
 
@@ -33,7 +31,7 @@ def steps(name: str, compiled: bool) -> nn.Module:
     "name, graphs", [("adamw", 1), ("lion", 1), ("muon", 2), ("adamw8bit", 1), ("adamw4bit", 1), ("adamw_fp8", 1)]
 )
 def test_a_rule_is_compiled_once_and_takes_the_same_steps(name, graphs, monkeypatch):
-    monkeypatch.setattr(grouped, "_pays", lambda weight: True)
+    monkeypatch.setattr(rules, "_pays", lambda weight: True)
     torch._dynamo.reset()
     counters.clear()
     compiled = steps(name, compiled=True)

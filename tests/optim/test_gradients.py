@@ -7,7 +7,7 @@ import torch
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.optim import build_optimizer, clip_gradients, gradient_norm, grouped
+from swamla_titan.optim import build_optimizer, gradient_norm, rules
 from swamla_titan.optim.gradients import clip_divisor
 
 SHAPES = ((64, 7), (5,), (), (0, 3), (33, 2))
@@ -60,14 +60,14 @@ def test_a_step_is_that_of_gradients_clipped_by_torch(name, max_norm, device):
         for model in (mine, theirs):
             model(tokens, tokens, loss_denominator=tokens.numel()).backward()
         norm = gradient_norm((weight.grad, 1.0) for weight in mine.parameters())
-        clip_gradients(optimizers[0], norm, max_norm)
+        divisors = [clip_divisor(norm, max_norm) if max_norm > 0 else None, None]
         if max_norm > 0:
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
         for weight, other in zip(mine.parameters(), theirs.parameters()):
             assert torch.equal(weight.grad, other.grad) == (max_norm != 0.05)
         before = copy.deepcopy(mine.state_dict())
-        for optimizer in optimizers:
-            optimizer.step()
+        for optimizer, divisor in zip(optimizers, divisors):
+            optimizer.step(config.lr, divisor)
         for (path, weight), other in zip(mine.named_parameters(), theirs.parameters()):
             if max_norm == 0.05:
                 # Muon's bfloat16 makes more of a last bit: of single numbers as much as they move, 1e-3, but of few.
@@ -83,7 +83,7 @@ def test_a_step_is_that_of_gradients_clipped_by_torch(name, max_norm, device):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adamw8bit", "adamw4bit", "adamw_fp8"])
 def test_gradients_divided_in_the_rule_are_those_divided_before_it(name, compiled, monkeypatch):
-    monkeypatch.setattr(grouped, "_pays", lambda weight: weight.numel() >= 4096)
+    monkeypatch.setattr(rules, "_pays", lambda weight: weight.numel() >= 4096)
     models = []
     for before in (False, True):
         torch._dynamo.reset()  # it counts what the other optimizers' rules made it compile
@@ -97,8 +97,7 @@ def test_gradients_divided_in_the_rule_are_those_divided_before_it(name, compile
                 weight.grad = torch.randn_like(weight)
             if before:
                 torch._foreach_div_([weight.grad for weight in model.parameters()], divisor)
-            optimizer.grad_scale = None if before else divisor
-            optimizer.step()
+            optimizer.step(1e-2, None if before else divisor)
         models.append(model)
     for weight, other in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(weight, other, rtol=1e-6 if compiled else 0, atol=1e-7 if compiled else 0)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.optim import AveragedWeights, build_optimizer, grouped, set_learning_rate, skip_where
+from swamla_titan.optim import AveragedWeights, build_optimizer, rules
 from tests.optim.test_against_others import EVERY
 
 pytestmark = pytest.mark.gpu
@@ -26,20 +26,18 @@ def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
         # The first step compiles; later ones, of other learning rates, must only submit work.
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
-            set_learning_rate(optimizer, 1e-3 * (step + 1))
-            skip_where(optimizer, flag)
-            optimizer.step()
+            optimizer.step(1e-3 * (step + 1), bad=flag)
             ema.update(step + 1, flag)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    model.averages, model.by_rule = list(ema.of_part(model).values()), len(optimizer._by_rule)
+    model.averages, model.by_rule = list(ema.of_part(model).values()), len(optimizer.rules["adamw"].large)
     return model
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("settings", EVERY, ids=str)
 def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled, monkeypatch):
-    monkeypatch.setattr(grouped, "_LARGE", 1000)
+    monkeypatch.setattr(rules, "_LARGE", 1000)
     found, expected = moved(settings, "cuda", compiled), moved(settings, "cpu", False)
     assert found.by_rule == (2 if compiled else 0)
     assert expected.by_rule == 0

@@ -19,10 +19,8 @@ from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
     bytes_of_average,
-    clip_gradients,
+    clip_divisor,
     gradient_norm,
-    set_learning_rate,
-    skip_where,
     state_bytes,
 )
 from swamla_titan.optim.groups import Kind, groups
@@ -64,9 +62,7 @@ def reference(weight: Tensor, *of_micro_batches: Tensor) -> Tensor:
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> Any:
-    optimizer = build_optimizer(model, Optimizer(lr=LR, **settings))
-    set_learning_rate(optimizer, LR)
-    return optimizer
+    return build_optimizer(model, Optimizer(lr=LR, **settings))
 
 
 def test_value_and_gradient_are_those_of_an_embedding_and_no_dense_gradient_is_made():
@@ -130,7 +126,7 @@ def test_lazy_adam_is_torch_sparse_adam(piece, monkeypatch):
         other.step()
         before = table.weight.detach().clone()
         backward(table, indices)
-        optimizer.step()
+        optimizer.step(LR)
         optimizer.zero_grad()
         torch.testing.assert_close(table.weight.detach(), weight.detach(), rtol=1e-5, atol=1e-6)
         untouched = [row for row in range(ROWS) if row not in indices]
@@ -150,7 +146,7 @@ def test_a_row_that_padding_alone_looked_up_stays_because_other_numbers_of_ranks
         before = [each.clone() for each in (table.weight.detach(), *optimizer.state[table.weight].values())]
         (table(indices) * factors[:, None]).sum().backward()
         table.gradient.merge()
-        optimizer.step()
+        optimizer.step(LR)
         optimizer.zero_grad()
     after = [table.weight.detach(), *optimizer.state[table.weight].values()]
     for one, other in zip(before[:-1], after[:-1]):
@@ -167,7 +163,7 @@ def test_adam_of_all_rows_is_adamw_without_decay():
         weight.grad = reference(weight, indices)
         other.step()
         backward(table, indices)
-        optimizer.step()
+        optimizer.step(LR)
         optimizer.zero_grad()
         torch.testing.assert_close(table.weight.detach(), weight.detach(), rtol=1e-5, atol=1e-6)
 
@@ -179,7 +175,7 @@ def test_where_all_rows_are_looked_up_lazy_adam_is_adam_of_all_rows():
         optimizer = optimizer_of(model, lazy_tables=lazy)
         for step in range(4):
             backward(table, torch.cat((torch.arange(ROWS), lookups(step).flatten())))
-            optimizer.step()
+            optimizer.step(LR)
             optimizer.zero_grad()
         found.append([table.weight.detach(), *optimizer.state[table.weight].values()])
     for one, other in zip(*found):
@@ -225,7 +221,7 @@ def test_a_table_that_declares_decay_decays_where_it_moves(lazy):
             model.table.weight.copy_(start)
         optimizer = optimizer_of(model, lazy_tables=lazy, weight_decay=0.5)
         backward(model.table, lookups(1))
-        optimizer.step()
+        optimizer.step(LR)
         found.append(model.table.weight.detach())
     moved = torch.zeros(ROWS, 1)
     moved[lookups(1).unique() if lazy else slice(None)] = 1
@@ -271,11 +267,9 @@ def test_clipping_divides_and_a_bad_step_changes_no_bit(lazy):
         if spoil:
             table.gradient.sums[0, 0] = math.nan
         norm = gradient_norm([(table.gradient.sums, 1.0)])
-        clip_gradients(optimizer, norm, 0.5)
         flag = torch.tensor(bad)
-        skip_where(optimizer, flag)
         average.before_update(flag)
-        optimizer.step()
+        optimizer.step(LR, clip_divisor(norm, 0.5), flag)
         optimizer.zero_grad()
         average.update(number, flag)
 
@@ -296,7 +290,7 @@ def test_a_table_that_was_not_looked_up_stays_as_it_is():
     model, table = with_table()
     optimizer, before = optimizer_of(model), table.weight.detach().clone()
     table.gradient.merge()
-    optimizer.step()
+    optimizer.step(LR)
     assert torch.equal(table.weight, before)
     assert optimizer.state[table.weight]["step"] == 0
 
@@ -331,10 +325,8 @@ def test_no_operator_of_a_step_sees_the_table_but_gathers_and_scatters():
             backward(table, lookups(number), lookups(number + 5))
             norm = gradient_norm([(table.gradient.sums, 1.0)])
             torch._foreach_mul_([table.gradient.sums], torch.tensor(0.5))  # as loss scaling does
-            clip_gradients(optimizer, norm, 1.0)
-            skip_where(optimizer, bad)
             average.before_update(bad)
-            optimizer.step()
+            optimizer.step(LR, clip_divisor(norm, 1.0), bad)
             optimizer.zero_grad()
             average.update(number, bad)
     assert shapes.found == GATHERS_AND_SCATTERS
@@ -351,12 +343,9 @@ def test_compiled_adam_moves_rows_as_eager_adam_does_and_is_compiled_once_for_an
     for compiled in (False, True):
         model, table = with_table()
         optimizer = build_optimizer(model, Optimizer(), compiled=compiled)
-        set_learning_rate(optimizer, LR)
         for step in range(1, 6):
             backward(table, lookups(step)[:, :step])
-            clip_gradients(optimizer, torch.tensor(3.0), 1.0)
-            skip_where(optimizer, torch.tensor(0.0))
-            optimizer.step()
+            optimizer.step(LR, clip_divisor(torch.tensor(3.0), 1.0), torch.tensor(0.0))
             optimizer.zero_grad()
         found.append([table.weight.detach(), *optimizer.state[table.weight].values()])
     for one, other in zip(*found):
@@ -375,9 +364,8 @@ def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy, piece, 
     for step in range(1, 30):
         flag = torch.tensor(float(step in (3, 4)))
         backward(table, lookups(step))
-        skip_where(optimizer, flag)
         average.before_update(flag)
-        optimizer.step()
+        optimizer.step(LR, bad=flag)
         optimizer.zero_grad()
         average.update(step, flag)
         if not flag:
@@ -405,9 +393,8 @@ def test_a_table_on_the_host_moves_by_the_same_bits(piece, monkeypatch):
             padding = table(torch.tensor([ROWS - 1, 0, step])) * torch.tensor([0.0, 0.0, 1.0])[:, None]
             padding.sum().backward()
             backward(table, lookups(step))
-            skip_where(optimizer, flag)
             average.before_update(flag)
-            optimizer.step()
+            optimizer.step(LR, bad=flag)
             optimizer.zero_grad()
             average.update(step, flag)
         state = optimizer.state[table.weight]
@@ -428,7 +415,8 @@ def test_rows_read_ahead_of_an_update_are_those_after_it(begins, monkeypatch):
     nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(3))
     assert request_rows([table], [lookups(1)]).read_ahead([table]) == [], "nothing updates the rows"
     optimizer = optimizer_of(model)
-    write, pieces = optimizer._adam_of_rows, 0
+    rule, pieces = optimizer.rules["rows"], 0
+    write = rule.move_piece
 
     def write_a_piece(*given: Any) -> None:
         nonlocal pieces
@@ -437,15 +425,14 @@ def test_rows_read_ahead_of_an_update_are_those_after_it(begins, monkeypatch):
             request.read_ahead([table])
         write(*given)
 
-    monkeypatch.setattr(optimizer, "_adam_of_rows", write_a_piece)
+    monkeypatch.setattr(rule, "move_piece", write_a_piece)
     for step in range(1, 8):
         bad, pieces = float(step == 4), 0
         backward(table, lookups(step))
         request = request_rows([table], [lookups(step + 1)])
         if begins == "before":
             request.read_ahead([table])
-        skip_where(optimizer, torch.tensor(bad))
-        optimizer.step()
+        optimizer.step(LR, bad=torch.tensor(bad))
         optimizer.zero_grad()
         rows, weight = lookups(step + 1).flatten(), table.weight.detach()
         [ahead] = request._ahead

@@ -9,10 +9,8 @@ from swamla_titan.model.row_table import LocalRows, RowRequest, RowTable, look_u
 from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
-    clip_gradients,
+    clip_divisor,
     gradient_norm,
-    set_learning_rate,
-    skip_where,
 )
 
 pytestmark = pytest.mark.gpu
@@ -63,11 +61,9 @@ def trained(
                 torch.cuda._sleep(20_000_000)  # so that the rows of the next step are read before and in this update
             following = requests(batches[(step + 1) % STEPS])
             table.gradient.merge()
-            set_learning_rate(optimizer, 1e-3)
-            clip_gradients(optimizer, gradient_norm([(table.gradient.sums, 1.0)]), 1.0)
-            skip_where(optimizer, flag)
+            divisor = clip_divisor(gradient_norm([(table.gradient.sums, 1.0)]), 1.0)
             average.before_update(flag)
-            optimizer.step()
+            optimizer.step(1e-3, divisor, flag)
             optimizer.zero_grad()
             average.update(step + 1, flag)
         finally:

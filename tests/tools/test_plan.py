@@ -322,7 +322,7 @@ def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[st
         for parameter in part.parameters():
             parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:
-        optimizer.step()
+        optimizer.step(config.optimizer.lr)
     parameters = {name: parameter for part in model.parts for name, parameter in part.named_parameters()}
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     found["shapes"] = {name: (tuple(p.shape), tuple(local(p).shape)) for name, p in parameters.items()}

@@ -44,7 +44,7 @@ def run_with_faults(faults: tuple[Fault, ...], unapplied: tuple[int, ...], confi
         current = step
         if current in unapplied:
             for optimizer in self.state.optimizers:
-                optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
+                optimizer.step = lambda *_: None  # type: ignore[method-assign,assignment]
         outcome = take_step(self, batch, step)
         if current in unapplied:
             for optimizer in self.state.optimizers:

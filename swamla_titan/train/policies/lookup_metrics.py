@@ -11,7 +11,7 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
-from swamla_titan.optim.grouped import GroupedOptimizer
+from swamla_titan.optim import GroupedOptimizer
 from swamla_titan.train.policy import Policy
 from swamla_titan.train.state import RunState
 

@@ -20,7 +20,7 @@ from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.flops import block_flops, training_flops
-from swamla_titan.optim import build_optimizer, group_table, set_learning_rate
+from swamla_titan.optim import build_optimizer, group_table
 from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.balance import stage_costs
@@ -113,13 +113,12 @@ def _steps(
     parallel_model.init_weights(0)
     (part,) = parallel_model.parts
     optimizer = build_optimizer(part, config.optimizer, world.stage_group)
-    set_learning_rate(optimizer, 0.01)
     losses, gradients = [], {}
     for step in range(4):
         losses.append(parallel_model.train_step([given], float(given.targets.numel())).item())
         for name, parameter in part.named_parameters() if step == 0 else ():
             gradients[name] = getattr(parameter.grad, "full_tensor", parameter.grad.clone)()
-        optimizer.step()
+        optimizer.step(0.01)
         optimizer.zero_grad()
     return losses, gradients
 
