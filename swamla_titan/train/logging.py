@@ -18,7 +18,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class MetricsLogger(Policy):
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Advance the progress bar."""
         self._bar.update()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, StepOutcome
 
 _FIRST = 2.0**16
 _INTERVAL = 2000  # finite steps before the scale is doubled
@@ -31,9 +31,9 @@ class LossScale(StateGroup, Policy):
         return {"value": self.value, "good_steps": self._good}
 
     @torch.no_grad()
-    def update(self, grad_norm: Tensor) -> None:
-        """Adapt the scale after a step; `grad_norm` is that of the gradients divided by `value`."""
-        finite = grad_norm.detach().to(self.value.device).isfinite()
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
+        """Adapt the scale; the gradient norm is that of the gradients divided by `value`."""
+        finite = outcome.grad_norm.detach().to(self.value.device).isfinite()
         self._good.add_(1).mul_(finite)
         grown = self._good >= _INTERVAL
         self._good.mul_(~grown)

@@ -2,6 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class StepOutcome(NamedTuple):
+    """The mean loss over the global batch's targets, the gradient norm before clipping, and the learning rate.
+
+    Loss and norm are scalars on the device, which may still compute them.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
 
 
 class Policy:
@@ -17,7 +31,7 @@ class Policy:
     def before_step(self, step: int) -> None:
         """The batch of `step` (from 1) is about to be taken from the loader."""
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         """`step` was submitted to the device, which may still compute it."""
 
     def metrics(self) -> dict[str, float | int]:

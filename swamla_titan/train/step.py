@@ -1,7 +1,6 @@
 """A training step, as the trainer and the benchmarks take it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,18 +8,8 @@ from swamla_titan.config import Config
 from swamla_titan.data import StepBatch, micro_batch_count, micro_batches
 from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import lr_factor
+from swamla_titan.train.policy import StepOutcome
 from swamla_titan.train.state import RunState
-
-
-class StepOutcome(NamedTuple):
-    """The mean loss over the global batch's targets, the gradient norm before clipping, and the learning rate.
-
-    Loss and norm are scalars on the device, which may still compute them.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    lr: float
 
 
 class TrainStep:
@@ -63,8 +52,6 @@ class TrainStep:
         grad_norm = state.model.gradient_norm()
         self.before_update()
         is_bad = state.bad_steps.judge(step, loss, grad_norm) if state.bad_steps else None
-        if state.loss_scale:
-            state.loss_scale.update(grad_norm)
         if state.ema:
             state.ema.before_update(is_bad)
         state.optimizers.step(lr, grad_norm, training.max_grad_norm, is_bad)

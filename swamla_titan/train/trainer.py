@@ -116,7 +116,7 @@ class Trainer:
             self.sequences += config.training.global_batch_size
             self.cursors = batch.cursors
             for policy in self.policies:
-                policy.after_step(self.step)
+                policy.after_step(self.step, self.outcome)
 
             # Asked once: a signal that comes later in this step ends the next one.
             stop = self.stop.agreed(self.world.all_reduce_max)

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from swamla_titan.cli import main
 from swamla_titan.data import Corpus, StepBatch
 from swamla_titan.train import setup
 from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.step import StepOutcome
 from swamla_titan.train.trainer import Trainer
+
+OUTCOME = StepOutcome(torch.ones(()), torch.ones(()), 0.1)  # of steps that nobody took
 
 
 class Ended(NamedTuple):
@@ -109,7 +113,7 @@ def limit_of_a_second(trainer: Trainer) -> None:
     """Called by `before_step`: this step, and those after it, may take a second."""
     [watchdog] = [policy for policy in trainer.policies if isinstance(policy, Watchdog)]
     watchdog._config = dataclasses.replace(watchdog._config, step_timeout=1.0)
-    watchdog.after_step(trainer.step)
+    watchdog.after_step(trainer.step, OUTCOME)
 
 
 def run_killed_loader(rank: int, step: int, config: str, *overrides: str) -> Ended:

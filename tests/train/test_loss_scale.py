@@ -11,9 +11,14 @@ from swamla_titan.model import ModelConfig
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.train import loss_scale as module
 from swamla_titan.train.loss_scale import LossScale
+from swamla_titan.train.policy import StepOutcome
 from tests.parallel.plan import SMALL, batch
 from tests.train.faults import Fault, run_with_faults
 from tests.train.runs import checkpoint, metrics, tensors, train
+
+
+def outcome(grad_norm: float) -> StepOutcome:
+    return StepOutcome(torch.tensor(1.0), torch.tensor(grad_norm), 0.1)
 
 
 def test_it_halves_at_once_and_doubles_after_enough_good_steps(monkeypatch):
@@ -21,7 +26,7 @@ def test_it_halves_at_once_and_doubles_after_enough_good_steps(monkeypatch):
     scale = LossScale(torch.device("cpu"))
     values = []
     for norm in (1.0, float("nan"), 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0, 1.0):
-        scale.update(torch.tensor(norm))
+        scale.after_step(1, outcome(norm))
         values.append(scale.value.item() / 2**16)
     assert values == [1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5]
 
@@ -29,7 +34,7 @@ def test_it_halves_at_once_and_doubles_after_enough_good_steps(monkeypatch):
 def test_it_stays_a_number_whatever_happens():
     scale = LossScale(torch.device("cpu"))
     for _ in range(200):
-        scale.update(torch.tensor(float("nan")))
+        scale.after_step(1, outcome(float("nan")))
     assert scale.value == 2.0**-60
 
 

@@ -28,7 +28,7 @@ from swamla_titan.train.policies.watchdog import (
     write_stacks,
 )
 from swamla_titan.train.trainer import Trainer
-from tests.distributed.job import before_step, limit_of_a_second
+from tests.distributed.job import OUTCOME, before_step, limit_of_a_second
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train
 from tests.waiting import HANG, wait_until
 
@@ -59,12 +59,12 @@ def test_the_start_the_first_step_and_pauses_have_the_long_limit_and_steps_the_s
     time.sleep(0.8)
     watchdog.begin(7)
     time.sleep(0.8)
-    watchdog.after_step(8)
+    watchdog.after_step(8, OUTCOME)
     slowest = 0.0  # on a busy machine a step may take too long indeed
     for step in range(9, 12):
         begin = time.monotonic()
         time.sleep(0.2)
-        watchdog.after_step(step)
+        watchdog.after_step(step, OUTCOME)
         slowest = max(slowest, time.monotonic() - begin)
     with watchdog.pause("validation"):
         time.sleep(0.8)
@@ -141,14 +141,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_pause_is_no_hang_in_the_moment_it_ends_and_a_hang_after_it_is_one(tmp_path, ends, clock, progress):
     watchdog = watch(tmp_path, step_timeout=2)
     watchdog.begin(0)
-    watchdog.after_step(1)
+    watchdog.after_step(1, OUTCOME)
     for pause in (1000, 5):
         time.sleep(0.7)
         clock[0] += pause
         if progress == "after":
-            watchdog.after_step(2)
+            watchdog.after_step(2, OUTCOME)
         time.sleep(0.7)
-        watchdog.after_step(3)
+        watchdog.after_step(3, OUTCOME)
     assert ends == []
     clock[0] += 1000
     before = time.monotonic()
@@ -163,7 +163,7 @@ def test_a_pause_just_after_a_step_is_none_either(tmp_path, ends, clock):
     watchdog = watch(tmp_path, step_timeout=4)  # it looks every second
     watchdog.begin(0)
     for step in range(1, 5):
-        watchdog.after_step(step)
+        watchdog.after_step(step, OUTCOME)
         clock[0] += 100
         time.sleep(1.2)
     assert ends == []
@@ -181,7 +181,7 @@ def test_a_process_of_the_run_that_is_stopped_is_waited_for_and_named_once(tmp_p
             wait_until(lambda: stopped(other.pid))
             watchdog = watch(tmp_path / "traces", step_timeout=1)
             watchdog.begin(0)
-            watchdog.after_step(1)
+            watchdog.after_step(1, OUTCOME)
             time.sleep(2.5)
             assert ends == []
             other.send_signal(signal.SIGCONT)

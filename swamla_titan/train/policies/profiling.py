@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config.sections import Profiling
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class StepProfiler(Policy):
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Stop and write after the last step to record."""
         self._last_step = step
         if step == self.config.start_step + self.config.num_steps - 1:

@@ -25,10 +25,9 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed
 from swamla_titan.train.bad_steps import BadStep
 from swamla_titan.train.policies.rewinding import Rewinding
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, StepOutcome
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.state import RunState
-from swamla_titan.train.step import StepOutcome
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from swamla_titan.launch.worker import local_worker_pids
 from swamla_titan.system.backstop import Backstop, stopped
 from swamla_titan.system.console import Lines
 from swamla_titan.system.running_time import RunningTime
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Watchdog(Policy):
                     self._backstop.write_to(self._file, self._backstop_path)
         self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Expect the next step."""
         self._expect(_Progress(step, "step", self._config.step_timeout, time.monotonic()))
 
