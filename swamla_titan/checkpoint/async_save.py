@@ -21,7 +21,7 @@ from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import RunFailed
-from swamla_titan.kernels.host_memory import lock_pages, unlock_pages
+from swamla_titan.kernels.host_memory import copy_within_host, is_on_host, lock_pages, unlock_pages
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,10 @@ class Staging:
         begin, size = used[0], own.numel() * own.element_size()
         used[0] += aligned_bytes(own)
         buffer = self._memory[begin : begin + size].view(own.dtype).view(own.shape)
-        buffer.copy_(own, non_blocking=self._pinned)
+        if self._pinned and is_on_host(own):
+            copy_within_host(buffer, own)
+        else:
+            buffer.copy_(own, non_blocking=self._pinned)
         if self._stream is not None and own.is_cuda:
             own.record_stream(self._stream)  # it may be freed before the copy is done
         if not isinstance(tensor, DTensor):

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,8 +40,36 @@ def zeros_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     return torch.as_tensor(_Pages(size, device), device=device).view(dtype).view(shape)
 
 
-class _Pages:
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a tensor of a GPU is one of `zeros_on_host`, or a view of one."""
+    return tensor.is_cuda and tensor.untyped_storage().data_ptr() in _Pages.addresses
+
+
+def copy_within_host(target: Tensor, source: Tensor) -> None:
+    """Copy a float32 tensor that `is_on_host` into a page-locked one of the CPU, in the order of the current stream.
+
+    By a kernel, because CUDA's own copy from memory of the host to memory of the host makes the host wait.
+    """
+    there = _Addressed(target.data_ptr(), target.nbytes)
+    on_device = torch.as_tensor(there, device=source.device).view(torch.int32)
+    torch.bitwise_or(source.view(torch.int32).flatten(), 0, out=on_device)
+
+
+class _Addressed:
+    """Page-locked memory of the host, as torch.as_tensor reads it for a GPU."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self._address, self._size = address, size
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {"shape": (self._size,), "typestr": "|u1", "data": (self._address, False), "version": 3}
+
+
+class _Pages(_Addressed):
     """Zeroed and page-locked memory for as long as this exists, which the tensor made of it keeps alive."""
+
+    addresses: ClassVar[set[int]] = set()  # of all that exist
 
     def __init__(self, size: int, device: torch.device) -> None:
         free = free_memory()
@@ -52,21 +81,18 @@ class _Pages:
                 memory.madvise(getattr(mmap, advice))
         of_bytes = torch.frombuffer(memory, dtype=torch.uint8)
         of_bytes[:: mmap.PAGESIZE].zero_()  # by all cores, where locking alone would fetch one page after another
-        self._size, self._address = size, of_bytes.data_ptr()
+        super().__init__(of_bytes.data_ptr(), size)
         if refused := lock_pages(self._address, size, device):
             raise RankFailed(_message(size, f"it cannot be locked (CUDA error {refused}; see ulimit -l)"))
+        self.addresses.add(self._address)
         # Not at the end of the process, which frees all, and when CUDA may be gone.
         weakref.finalize(self, _unlock_and_free, memory, self._address, device).atexit = False
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, object]:
-        """What torch.as_tensor reads."""
-        return {"shape": (self._size,), "typestr": "|u1", "data": (self._address, False), "version": 3}
 
 
 def _unlock_and_free(memory: mmap.mmap, address: int, device: torch.device) -> None:
     """`memory` is freed when the caller lets go of it."""
     torch.cuda.synchronize(device)  # kernels may still use it
+    _Pages.addresses.remove(address)
     unlock_pages(address)
 
 

@@ -4,6 +4,7 @@ The kernels run with -m gpu, or on a CPU, slowly, with TRITON_INTERPRET=1.
 """
 
 import gc
+import math
 import os
 import types
 from pathlib import Path
@@ -57,6 +58,7 @@ def test_pages_are_locked_for_as_long_as_their_tensor_exists(monkeypatch: pytest
     [interface] = made
     assert interface == {"shape": (60,), "typestr": "|u1", "data": (*driver.locked, False), "version": 3}
     assert list(driver.locked.values()) == [60]
+    assert host_memory._Pages.addresses == {*driver.locked}
     row = tensor[2]
     del tensor
     gc.collect()
@@ -64,7 +66,8 @@ def test_pages_are_locked_for_as_long_as_their_tensor_exists(monkeypatch: pytest
     assert row.tolist() == [0, 0, 0, 0, 1]
     del row
     gc.collect()
-    assert driver.locked == {}
+    assert not driver.locked
+    assert not host_memory._Pages.addresses
 
 
 def test_a_host_that_lacks_memory_or_does_not_lock_it_is_said_so(monkeypatch: pytest.MonkeyPatch):
@@ -132,14 +135,21 @@ def test_operators_of_a_gpu_work_on_it():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
     held = zeros_on_host((1 << 20, 16), torch.float32, GPU)
-    staging = Staging(GPU)
+    staging = Staging(GPU, 1 << 27)
+    staging._prepared()
     torch.cuda._sleep(100_000_000)
-    held.fill_(1.0)
-    copies = staging.copy({"table": held})
+    held.fill_(-0.0)
+    held[1:].fill_(math.nan)
+    expected = torch.full(held.shape, math.nan)
+    expected[0] = -0.0
+    copies = staging.copy({"table": held, "part": held[5:7]})
+    assert staging._copied is not None
+    assert not staging._copied.query(), "the host waits for nothing"
     staging.before_update()
     held.fill_(2.0)
     staging.wait()
-    assert (copies["table"] == 1).all()
+    assert torch.equal(copies["table"].view(torch.int32), expected.view(torch.int32))
+    assert copies["part"].isnan().all()
     torch.cuda.synchronize()
     assert (held == 2).all()
     staging.close()
