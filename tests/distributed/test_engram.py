@@ -1,5 +1,6 @@
 """Engram where ranks share sequences, layers, rows or weights: gradients of one process, from weights that matter."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -148,8 +149,11 @@ def test_stages_of_several_layers_and_split_backward_passes_give_the_same_gradie
     check(on_ranks(4, errors, plan, "none", False, DEEP), layers=5)
 
 
-def test_compiled_annexes_of_all_layers_are_one_graph():
-    check(on_ranks(4, errors, PLANS["tensor 2, context 2"][1], "none", True))
+@pytest.mark.parametrize(
+    "parallel", [{"context": 2}, pytest.param({"tensor": 2, "context": 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_compiled_annexes_of_all_layers_are_one_graph(parallel: dict[str, Any]):
+    check(on_ranks(math.prod(parallel.values()), errors, parallel, "none", True))
 
 
 @pytest.mark.slow

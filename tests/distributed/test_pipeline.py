@@ -218,11 +218,8 @@ def assert_same_norm(pipeline, reference, world):
     torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-9, atol=0)
 
 
-# In CI every schedule but the simplest, both kinds of sharding, and weights that are freed between passes and that are
-# not.
-SHARDED_IN_CI = {
-    *(("1F1B", "fsdp"), ("Interleaved1F1B", "hsdp"), ("InterleavedZeroBubble", "fsdp"), ("ZBVZeroBubble", "hsdp")),
-}
+# In CI both kinds of sharding, passes that are whole and split, weights that are freed between passes and that are not.
+SHARDED_IN_CI = {("Interleaved1F1B", "hsdp"), ("InterleavedZeroBubble", "fsdp")}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +269,7 @@ def test_tied_copies_stay_alike_to_the_last_bit(schedule, ranks):
 
 
 def compiled_step(schedule):
-    config = configured(schedule, 2, layers=6)
+    config = configured(schedule, 2, layers=4)
     world = init_distributed(config.parallel)
     stages = [with_values(stage).float() for stage in build_stages(config, world)]
     for stage in stages:

@@ -184,12 +184,13 @@ def _findings(plan: str) -> tuple[list[str], list[str], Held]:
 COVERED = (
     "fsdp-2",
     "fsdp-4",
+    "tp-2",
     "ddp-3",
     "hsdp-2x2-every",
     "ddp-2-cp-2",
     "ddp-2-tp-2",
     "fsdp-2-pp-2",
-)  # by others that divide the same way
+)  # by others that divide the same way, or by compositions
 
 
 @pytest.mark.parametrize(

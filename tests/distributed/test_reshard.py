@@ -13,13 +13,13 @@ from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, tensors
 
-LEG = 5  # steps a plan takes before the next one goes on
-# The learning rate must not depend on training.steps, which each leg raises: constant after a warm-up over two legs.
+LEG = 3  # steps a plan takes before the next one goes on
+# The learning rate must not depend on training.steps, which each leg raises: constant after a warm-up.
 COMMON = (
-    *("--lr_schedule.warmup_steps", "4", "--lr_schedule.min_lr_ratio", "1", "--optimizer.lr", "1e-3"),
+    *("--lr_schedule.warmup_steps", "2", "--lr_schedule.min_lr_ratio", "1", "--optimizer.lr", "1e-3"),
     *("--model.dropout", "0", "--model.num_layers", "4", "--data.streams", "7", "--data.num_workers", "0"),
     *("--training.global_batch_size", "5", "--training.local_batch_size", "1", "--checkpoint.interval", "100"),
-    *("--validation.interval", "5", "--validation.max_tokens", "1000"),
+    *("--validation.interval", "3", "--validation.max_tokens", "1000"),
 )
 # Odd numbers of rows, which no number of ranks divides; 257 ids are padded to 384.
 _NARROW_MLA = (

@@ -18,7 +18,7 @@ COMMON = (
     *("--fault_tolerance.max_bad_steps", "3", "--fault_tolerance.max_rewinds", "1"),
 )
 ROW = (Fault(5, "nan gradient", 0), Fault(6, "spike", 1), Fault(7, "nan loss", 1))
-SLOW = {"ddp-2", "cp-2", "fsdp-2-tp-2", "fsdp-2-pp-2", "hsdp-2x2", "fsdp-3", "tp-2"}
+SLOW = {"ddp-2", "cp-2", "fsdp-2-tp-2", "fsdp-2-pp-2", "hsdp-2x2", "fsdp-3", "tp-2", "pp-2"}
 
 
 @pytest.mark.parametrize("plan", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PLANS])

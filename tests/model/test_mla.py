@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import ALL_MLA, ALL_SWA, build, random_tokens
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import LATENT, REFERENCE
@@ -81,6 +80,8 @@ def test_all_mla_model_equals_deepseek(q_lora_rank):
 
 def deepseek_of(model):
     config = model.config
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # takes seconds to import
+
     theirs = DeepseekV3ForCausalLM(
         DeepseekV3Config(
             vocab_size=config.padded_vocab_size,

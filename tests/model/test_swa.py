@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import ALL_SWA, build, random_tokens
-from transformers import MistralConfig, MistralForCausalLM
 
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import ROTARY_WINDOW, WINDOW
@@ -62,6 +61,8 @@ def test_all_swa_model_equals_mistral(kv_heads):
 
 def mistral_of(model):
     config = model.config
+    from transformers import MistralConfig, MistralForCausalLM  # takes seconds to import
+
     theirs = MistralForCausalLM(
         MistralConfig(
             vocab_size=config.padded_vocab_size,

@@ -239,7 +239,7 @@ def test_bytes_that_are_not_utf8_are_replaced_counted_and_reported_once(tiny, co
     assert record["replaced_bytes"] == 12
 
 
-@pytest.mark.parametrize("workers", ["0", "1", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_malformed_line_in_the_middle_saves_what_was_learnt(tiny, corpus, tmp_path, capsys, workers):
     """Two streams, a file each; five sequences of 64 a step. The other stream's worker reads on undisturbed."""
     run, whole = tmp_path / "run", tmp_path / "whole"

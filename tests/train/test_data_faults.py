@@ -85,7 +85,7 @@ def test_stop_saves_what_was_learnt_and_names_file_and_place(tiny, corpus, tmp_p
     assert metrics(tmp_path / "run", "skipped_files")[24] == 1
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_skip_file_is_reported_once_counted_and_on_record_and_a_resumed_run_skips_the_same(
     tiny, corpus, tmp_path, capsys, workers
 ):

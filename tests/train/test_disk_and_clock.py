@@ -26,7 +26,9 @@ import swamla_titan
 from swamla_titan.data import StepBatch
 from swamla_titan.system.line_file import LineFile
 from swamla_titan.train.step import StepOutcome, TrainStep
-from tests.distributed.job import before_step
+from tests.distributed.job import run as run_command
+from tests.distributed.job import run_killed
+from tests.distributed.ranks import on_ranks
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, snapshot, train
 
 FAST = ("--data.num_workers", "0", "--training.steps", "8", "--validation.interval", "0", "--checkpoint.interval", "4")
@@ -126,10 +128,8 @@ def test_a_line_cut_short_is_ended_before_the_next(tmp_path, before, after):
 def test_a_metrics_file_cut_by_a_crash_keeps_its_whole_lines_and_gets_whole_ones(tiny, tmp_path, cut):
     """By the command in a process of its own, killed after step 5; the file loses its last bytes as in a power cut."""
     waited_for = ("--checkpoint.async_mode", "disabled")  # else the kill may come before the checkpoint of step 4
-    slow = "import os, signal; from tests.train.test_disk_and_clock import killed_at; killed_at(6)"
-    program = f"{slow}; from swamla_titan.cli import main; main({['train', str(tiny), *FAST, *waited_for]!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == -9, done.stdout + done.stderr
+    with pytest.raises(AssertionError, match="rank 0 died"):
+        on_ranks(1, run_killed, 6, str(tiny), *FAST, *waited_for)
     path = tmp_path / "run" / "metrics.jsonl"
     whole = path.read_bytes()
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
@@ -144,11 +144,6 @@ def test_a_metrics_file_cut_by_a_crash_keeps_its_whole_lines_and_gets_whole_ones
         except ValueError:
             assert whole[:-cut].endswith(line.encode())  # the half one, and nothing glued to it
     assert parsed == ([1, 2, 3, 4, 5] if cut == 1 else [1, 2, 3, 4]) + [5, 6, 7, 8]
-
-
-def killed_at(step: int) -> None:
-    """From now on this process is killed as step `step` begins."""
-    before_step(step, lambda _: os.kill(os.getpid(), 9))
 
 
 # a disk that is full in mid-run
@@ -258,8 +253,8 @@ def refused(capsys: pytest.CaptureFixture[str], config: Path) -> str:
 def test_a_read_only_folder_is_refused_and_left_as_it_is(tiny, tmp_path, small_disk, capsys):
     run = tmp_path / "run"
     small_disk(run, "size=16m")
-    command = [sys.executable, "-m", "swamla_titan", "train", str(tiny), *FAST, "--training.steps", "4"]
-    subprocess.run(command, check=True, capture_output=True)  # one that leaves no file open
+    # in a process that leaves no file open
+    assert on_ranks(1, run_command, str(tiny), *FAST, "--training.steps", "4") == [0]
     before = snapshot(run)
     subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
     assert refused(capsys, tiny) == f"error: job.dump_folder = {run}: cannot be written (Read-only file system)\n"
