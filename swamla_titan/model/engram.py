@@ -26,7 +26,7 @@ from swamla_titan.model.branch import Clock, Saved
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.engram_config import EngramConfig
 from swamla_titan.model.linear import Linear, Role
-from swamla_titan.model.norms import PerChannel, RMSNorm
+from swamla_titan.model.norms import PerChannel, RMSNorm, inverse_rms
 from swamla_titan.model.row_table import RowTable
 
 _LEAST_GATE = 1e-6  # of |g| under the root of the sharpened gate
@@ -141,16 +141,21 @@ class ShortConvolution(PerChannel):
     def forward(self, x: Tensor, context: StreamContext) -> Tensor:
         """[B, t, dim] -> [B, t, dim]."""
         done, out = 0, []
-        for section in context.with_halos(self.norm(x), self.halo):
+        for section in context.with_halos(self.normed(x), self.halo):
             length = section.shape[1] - self.halo
             out.append(self.of_section(section, context.positions[:, done : done + length]))
             done += length
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
+    def normed(self, x: Tensor) -> Tensor:
+        """x / rms(x), [B, t, dim]; the norm's gain is applied to the taps, which are fewer."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * inverse_rms(wide)[..., None]).to(x.dtype)
+
     def of_section(self, section: Tensor, positions: Tensor) -> Tensor:
         """Normed values of a halo and n tokens, [B, halo + n, dim], and the tokens' positions -> [B, n, dim]."""
         wide = torch.promote_types(section.dtype, torch.float32)
-        taps = self.sharding.parameter(self.weight).to(wide).view(self.kernel, -1)
+        taps = self.sharding.parameter(self.weight).to(wide).view(self.kernel, -1) * self.norm.gain(wide)
         total = section[:, self.halo :].to(wide) * taps[0]
         for k in range(1, self.kernel):
             lag = k * self.dilation
@@ -266,14 +271,16 @@ class Engram(Annex):
     def decode(self, x: Tensor, memory: Tensor, context: StreamContext, cache: EngramCache) -> Tensor:
         """As in Annex."""
         value, _ = self.gated(x, memory)
-        section = cache.append(self.convolution.norm(value))
+        section = cache.append(self.convolution.normed(value))
         return x + value + self.convolution.of_section(section, context.positions)
 
     def gated(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Stream [B, t, dim] and memory [B, t, d_mem] -> gated values [B, t, dim] and the gate [B, t]."""
-        query, key = self.query_norm(x), self.key_norm(self.key(memory))
         wide = torch.promote_types(x.dtype, torch.float32)
-        score = (query.to(wide) * key.to(wide)).sum(dim=-1) / math.sqrt(x.shape[-1])
+        query, key = x.to(wide), self.key(memory).to(wide)
+        # Sums over dim of what is not yet normed: one pass over both, and none in the backward pass.
+        score = (query * key * (self.query_norm.gain(wide) * self.key_norm.gain(wide))).sum(dim=-1)
+        score = score * inverse_rms(query) * inverse_rms(key) / math.sqrt(x.shape[-1])
         if self.sharpen_gate:
             score = score.sign() * score.abs().clamp(min=_LEAST_GATE).sqrt()
         gate = score.sigmoid()

@@ -22,6 +22,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), EPS).to(x.dtype)
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + 1e-6) of x [..., dim] in x's dtype, [...]: RMSNorm for who scales a sum over dim instead."""
+    return torch.rsqrt(x.square().mean(dim=-1) + EPS)
+
+
 def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh(alpha x) * w + b (Zhu et al., arXiv:2503.10622); x [..., dim], alpha [1], weight and bias [dim]."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -60,6 +65,10 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         return rms_norm(x, self.sharding.parameter(self.weight))
+
+    def gain(self, dtype: torch.dtype) -> Tensor:
+        """The weight that this process computes with, [dim]."""
+        return self.sharding.parameter(self.weight).to(dtype)
 
 
 class DynamicTanh(Norm):
