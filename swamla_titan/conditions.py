@@ -4,77 +4,68 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 
-class Condition:
-    """What must hold for a setting to have an effect; `&` and `|` combine conditions."""
-
-    # Whether the default in the setting's place would be the same; else the setting stays where it is tolerated.
-    ignorable: bool = True
-
-    def obstacles(self, config: Any) -> list[str]:
-        """The keys, as section.key, that stand in its way; none: it has an effect."""
-        raise NotImplementedError
-
-    def way_out(self, config: Any) -> str:
-        """What would give it one, in words that follow "set"."""
-        raise NotImplementedError
-
-    def __and__(self, other: "Condition") -> "Condition":
-        return Several((self, other), all_wanted=True)
-
-    def __or__(self, other: "Condition") -> "Condition":
-        return Several((self, other), all_wanted=False)
-
-
-@dataclass(frozen=True)
-class One(Condition):
-    """A predicate over a configuration, and the keys that decide it."""
+class Missing(NamedTuple):
+    """The keys, as section.key, that take a setting its effect, and what would give it one, to follow "set"."""
 
     keys: tuple[str, ...]
-    holds: Callable[[Any], bool]
     remedy: str
-    ignorable: bool = True
-
-    def obstacles(self, config: Any) -> list[str]:
-        return [] if self.holds(config) else list(self.keys)
-
-    def way_out(self, config: Any) -> str:
-        return self.remedy
 
 
 @dataclass(frozen=True)
-class Several(Condition):
-    """All of some conditions, or any of them."""
+class Condition:
+    """What must hold for a setting to have an effect; `&` and `|` combine conditions.
 
-    parts: tuple[Condition, ...]
-    all_wanted: bool
+    `missing`: configuration -> what does not hold, None: it does. `ignorable`: the default in the setting's place would
+    be the same; else the setting stays where it is tolerated.
+    """
 
-    def obstacles(self, config: Any) -> list[str]:
-        found = [part.obstacles(config) for part in self.parts]
-        if not self.all_wanted and not all(found):
-            return []
-        return list(dict.fromkeys(key for keys in found for key in keys))
+    missing: Callable[[Any], Missing | None]
+    ignorable: bool = True
 
-    def way_out(self, config: Any) -> str:
-        missing = [part.way_out(config) for part in self.parts if part.obstacles(config)]
-        return (" and " if self.all_wanted else " or ").join(missing)
+    def __and__(self, other: "Condition") -> "Condition":
+        return Condition(lambda config: _joined(" and ", self.missing(config), other.missing(config)))
+
+    def __or__(self, other: "Condition") -> "Condition":
+        def missing(config: Any) -> Missing | None:
+            one, two = self.missing(config), other.missing(config)
+            return one and two and _joined(" or ", one, two)
+
+        return Condition(missing)
+
+
+def decided_by(keys: tuple[str, ...], holds: Callable[[Any], bool], remedy: str, ignorable: bool = True) -> Condition:
+    """A predicate over a configuration, and the keys that decide it."""
+    return Condition(lambda config: None if holds(config) else Missing(keys, remedy), ignorable)
 
 
 def when(name: str, *values: object) -> Condition:
     """The key `name` has one of these values."""
-    return One((name,), lambda config: value_at(config, name) in values, f"{name} = {_listed(values)}")
+    return decided_by((name,), lambda config: value_at(config, name) in values, f"{name} = {_listed(values)}")
 
 
 def when_not(name: str, *values: object) -> Condition:
     """The key `name` has none of these values."""
-    return One((name,), lambda config: value_at(config, name) not in values, f"{name} other than {_listed(values)}")
+    remedy = f"{name} other than {_listed(values)}"
+    return decided_by((name,), lambda config: value_at(config, name) not in values, remedy)
 
 
 def when_on(name: str, remedy: str = "") -> Condition:
     """The key `name` is true, not 0, not empty."""
-    return One((name,), lambda config: bool(value_at(config, name)), remedy or name)
+    return decided_by((name,), lambda config: bool(value_at(config, name)), remedy or name)
+
+
+def when_many(name: str) -> Condition:
+    """The key `name` is 2 or more."""
+    return decided_by((name,), lambda config: value_at(config, name) > 1, f"{name} to 2 or more")
+
+
+def when_within(name: str, other: str, ignorable: bool = True, why: str = "") -> Condition:
+    """The key `name` is at most the key `other`."""
+    remedy = f"{other} to it or more{why}"
+    return decided_by((other,), lambda config: value_at(config, name) <= value_at(config, other), remedy, ignorable)
 
 
 def value_at(config: Any, name: str) -> Any:
@@ -86,6 +77,12 @@ def replace_at(config: Any, name: str, value: Any) -> Any:
     """The configuration with another value of `section.key`."""
     first, _, rest = name.partition(".")
     return replace(config, **{first: replace_at(getattr(config, first), rest, value) if rest else value})
+
+
+def _joined(word: str, *parts: Missing | None) -> Missing | None:
+    found = [each for each in parts if each]
+    keys = tuple(dict.fromkeys(key for each in found for key in each.keys))
+    return Missing(keys, word.join(each.remedy for each in found)) if found else None
 
 
 def _listed(values: tuple[object, ...]) -> str:

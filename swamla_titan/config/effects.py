@@ -4,7 +4,17 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 
-from swamla_titan.conditions import Condition, One, replace_at, value_at, when, when_not, when_on
+from swamla_titan.conditions import (
+    Condition,
+    decided_by,
+    replace_at,
+    value_at,
+    when,
+    when_many,
+    when_not,
+    when_on,
+    when_within,
+)
 from swamla_titan.config.conflict import Conflict
 from swamla_titan.config.sections import KEYS, Config
 from swamla_titan.config.toml import shown
@@ -24,8 +34,6 @@ _FILES_OF_ANY_KIND = _FILES | when_on("validation.path")
 _MUON = when("optimizer.name", "muon")
 _SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")
 _TABLES = reduce(or_, (when_on(f"model.{name}.layers") for name in ModelConfig.annex_configs()))
-_TENSOR = One(("parallel.tensor",), lambda config: config.parallel.tensor > 1, "parallel.tensor to 2 or more")
-_PIPELINE = One(("parallel.pipeline",), lambda config: config.parallel.pipeline > 1, "parallel.pipeline to 2 or more")
 _COMPILED = when_on("compile.enabled", "compile.enabled = true")
 _SELECTIVE = when("activation_checkpoint.mode", "selective")
 _NATIVE = when("float8.recipe", "native", "auto")
@@ -36,41 +44,31 @@ _NEEDS: dict[str, Condition] = {
     "data.path data.on_error": _FILES,
     "data.name data.split data.revision": when("data.source", "huggingface"),
     "data.max_document_mib data.retry_seconds": _FILES_OF_ANY_KIND,
-    "data.text_key": One(  # rows of named fields: not of a single text file, nor of text that ships with Python
+    "data.text_key": decided_by(  # rows of named fields: not of a single text file, nor of text that ships with Python
         ("data.source", "data.path"),
         lambda config: config.data.source == "huggingface" or _reads(config, ".txt", ".md"),
         'data.source = "huggingface", or a path to jsonl or parquet',
     ),
-    "data.text_separator": One(
+    "data.text_separator": decided_by(
         ("data.source", "data.path"),
         lambda config: _reads(config, ".jsonl", ".json", ".parquet"),
         'data.source = "local" and a path to text files',
     ),
-    "data.num_workers": One(
-        ("data.streams",), lambda config: config.data.num_workers <= config.data.streams, "data.streams to it or more"
-    ),
-    "training.local_batch_size": One(
-        ("training.global_batch_size",),
-        lambda config: config.training.local_batch_size <= config.training.global_batch_size,
-        "training.global_batch_size to it or more",
-        ignorable=False,
-    ),
+    "data.num_workers": when_within("data.num_workers", "data.streams"),
+    "training.local_batch_size": when_within("training.local_batch_size", "training.global_batch_size", False),
     "optimizer.eps": when_not("optimizer.name", "lion"),
     "optimizer.decay_embeddings": when_on("optimizer.weight_decay"),
     "optimizer.lazy_tables parallel.tables_on_host": _TABLES,
     "optimizer.moments": when_not("optimizer.name", "adamw8bit", "adamw4bit", "adamw_fp8"),
     "optimizer.muon_momentum optimizer.muon_nesterov optimizer.muon_ns_steps optimizer.muon_adjust_lr_fn": _MUON,
-    "lr_schedule.warmup_steps": One(
-        ("training.steps",),
-        lambda config: config.lr_schedule.warmup_steps <= config.training.steps,
-        "training.steps to it or more: the run would end before its peak",
-        ignorable=False,
+    "lr_schedule.warmup_steps": when_within(
+        "lr_schedule.warmup_steps", "training.steps", False, ": the run would end before its peak"
     ),
     "lr_schedule.decay_steps": when("lr_schedule.name", "wsd"),
     "parallel.reshard_after_forward parallel.cpu_offload": _SHARDS,
     "parallel.reduce_every_micro_batch": _SHARDS & when("parallel.pipeline", 1),
-    "parallel.async_tensor": _TENSOR & _COMPILED & when_not("float8.recipe", "native"),
-    "parallel.pipeline_schedule parallel.pipeline_stages_per_rank": _PIPELINE,
+    "parallel.async_tensor": when_many("parallel.tensor") & _COMPILED & when_not("float8.recipe", "native"),
+    "parallel.pipeline_schedule parallel.pipeline_stages_per_rank": when_many("parallel.pipeline"),
     "compile.cache_folder": _COMPILED,
     "activation_checkpoint.selective": _SELECTIVE,
     "activation_checkpoint.every_n_blocks": _SELECTIVE & when("activation_checkpoint.selective", "blocks"),
@@ -78,13 +76,13 @@ _NEEDS: dict[str, Condition] = {
     "activation_checkpoint.memory_budget": when("activation_checkpoint.mode", "none") & _COMPILED,
     "float8.linear_layers float8.output_head float8.loss_scaling": when_not("float8.recipe", "off"),
     "float8.gradient_dtype float8.fast_accumulation": _NATIVE,
-    "float8.fsdp_all_gather": One(
+    "float8.fsdp_all_gather": decided_by(
         ("float8.recipe",),
         lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # as is anyway
         'float8.recipe = "tensorwise"',
     ),
     "checkpoint.keep_every": when_on("checkpoint.keep_latest", "checkpoint.keep_latest to a number from 1"),
-    "validation.fraction": One(
+    "validation.fraction": decided_by(
         ("validation.path",),
         lambda config: not config.validation.path or config.validation.fraction == 0,  # as is so anyway
         'validation.path = ""',
@@ -113,7 +111,7 @@ NEEDS |= {
 
 def has_effect(config: Config, name: str) -> bool:
     """Whether the key has an effect."""
-    return name not in NEEDS or not NEEDS[name].obstacles(config)
+    return name not in NEEDS or NEEDS[name].missing(config) is None
 
 
 def without_effect(config: Config, flavor: str | None = None) -> Iterator[Conflict]:
@@ -121,10 +119,10 @@ def without_effect(config: Config, flavor: str | None = None) -> Iterator[Confli
     defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
     for name in filter(NEEDS.get, KEYS):
         value, needs = value_at(config, name), NEEDS[name]
-        if value != value_at(defaults, name) and (obstacles := needs.obstacles(config)):
-            because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in obstacles)
-            problem = f"{shown(value)} has no effect with {because}: leave it out, or set {needs.way_out(config)}"
-            yield Conflict((name, *obstacles), problem)
+        if value != value_at(defaults, name) and (missing := needs.missing(config)):
+            because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in missing.keys)
+            problem = f"{shown(value)} has no effect with {because}: leave it out, or set {missing.remedy}"
+            yield Conflict((name, *missing.keys), problem)
 
 
 def without(config: Config, name: str) -> Config:

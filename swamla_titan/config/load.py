@@ -37,6 +37,9 @@ READY_MADE: dict[str, tuple[str, Mapping[str, Any]]] = {
     **{name: ("preset", kind.presets) for name, kind in SECTIONS.items() if hasattr(kind, "presets")},
 }
 Tables = dict[str, dict[str, Any]]
+Errors = list[tuple[Any, ...]]
+"""A function and its arguments each, asked for words as long as they will be shown: to look for the nearest key takes
+time."""
 
 
 class Override(NamedTuple):
@@ -45,28 +48,6 @@ class Override(NamedTuple):
     section: str
     key: str
     text: str
-
-
-class _Errors:
-    """What is wrong; the first of it in words."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.lines: list[str] = []
-
-    def add(self, words: Callable[..., str], *arguments: Any, more: Sequence[str] = ()) -> None:
-        """`words` are asked for as long as they will be shown, because to look for the nearest key takes time; `more`
-        lines follow."""
-        self.count += 1
-        if self.count <= _MOST_ERRORS:
-            self.lines += [words(*arguments), *more]
-
-    def raise_if_any(self, path: Path) -> None:
-        if not self.count:
-            return
-        count = "1 error" if self.count == 1 else f"{self.count} errors"
-        more = [f"... and {self.count - _MOST_ERRORS} more"] if self.count > _MOST_ERRORS else []
-        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in self.lines + more))
 
 
 def load_config(
@@ -79,7 +60,7 @@ def load_config(
     merely without effect: where the file made sense before an override, and in a file that states nearly every key, as
     a run's config.toml does.
     """
-    path, errors = Path(path), _Errors()
+    path, errors = Path(path), Errors()
     tables = _read_tables(path, errors)
     overrides = _with_new_names(tables, overrides, errors, warn)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
@@ -98,14 +79,18 @@ def load_config(
         first, *others = each.keys
         is_tolerable = first not in in_overrides and (states_all or not in_overrides.isdisjoint(others))
         if first == "data.path" and not has_data:
-            errors.add(lambda: _FINEWEB[0], more=_FINEWEB[1:])
+            errors.append(("\n".join, _FINEWEB))
         elif refused.intersection(each.keys):
             continue
         elif is_tolerable and (each.consequence or each in idle):
             tolerated.append(each)
         else:
-            errors.add(_at, first, each.problem)
-    errors.raise_if_any(path)
+            errors.append((_at, first, each.problem))
+    if errors:
+        lines = [line for words, *arguments in errors[:_MOST_ERRORS] for line in words(*arguments).split("\n")]
+        lines += [f"... and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in lines))
     for each in tolerated:
         warn(_at(each.keys[0], ": ".join(filter(None, (each.problem, each.consequence)))))
         # A model keeps its value: a checkpoint may have it as well, and a resumed run is held against that.
@@ -142,21 +127,21 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
     return overrides, rest
 
 
-def _read_tables(path: Path, errors: _Errors) -> Tables:
+def _read_tables(path: Path, errors: Errors) -> Tables:
     """The file's tables by their sections; those that do not exist are reported, with the nearest that does."""
     tables: Tables = {}
     for section, table in read_toml(path).items():
         if isinstance(table, dict):
             _add_table(section, table, tables, errors)
         else:
-            errors.add(_stray, section, table)
+            errors.append((_stray, section, table))
     return tables
 
 
-def _add_table(section: str, table: dict[str, Any], tables: Tables, errors: _Errors) -> None:
+def _add_table(section: str, table: dict[str, Any], tables: Tables, errors: Errors) -> None:
     """Add a table, and those within it that are sections or may be meant as such."""
     if section not in SECTIONS:
-        errors.add(_unknown_section, f"[{name(section)}]", section)
+        errors.append((_unknown_section, f"[{name(section)}]", section))
         return
     has_sections = any(each.startswith(f"{section}.") for each in SECTIONS)
     inner = {
@@ -168,7 +153,7 @@ def _add_table(section: str, table: dict[str, Any], tables: Tables, errors: _Err
 
 
 def _with_new_names(
-    tables: Tables, overrides: Sequence[Override], errors: _Errors, warn: Callable[[str], None]
+    tables: Tables, overrides: Sequence[Override], errors: Errors, warn: Callable[[str], None]
 ) -> list[Override]:
     """Give keys in `tables` that were RENAMED their new names; returns the overrides with theirs."""
     for old, new in RENAMED.items():
@@ -177,7 +162,7 @@ def _with_new_names(
             continue
         value, notice = tables[section].pop(key), f"[{section}] {key} is now called {new}"
         if new_key in tables.setdefault(new_section, {}):
-            errors.add(str, f"{notice}, which is given as well: leave {key} out")
+            errors.append((str, f"{notice}, which is given as well: leave {key} out"))
             continue
         warn(f"{notice}; the old name will be refused by a later version")
         tables[new_section][new_key] = value
@@ -193,15 +178,15 @@ def _with_new_name(override: Override, warn: Callable[[str], None]) -> Override:
     return Override(section, key, override.text)
 
 
-def _apply_override(override: Override, tables: Tables, errors: _Errors) -> None:
+def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
     """Put a command-line value, converted to the key's type, over the file's."""
     section, key, text = override
     where = shortened(f"--{section}.{key} {text}")
     where = where if where.isprintable() else shown(where)
     if section not in SECTIONS:
-        errors.add(_unknown_section, where, section)
+        errors.append((_unknown_section, where, section))
     elif key not in _keys(section):
-        errors.add(_unknown_key, where, section, key)
+        errors.append((_unknown_key, where, section, key))
     else:
         tables.setdefault(section, {})[key] = _parsed(text, _keys(section)[key])
 
@@ -221,21 +206,21 @@ def _parsed(text: str, kind: Any) -> Any:
         return text
 
 
-def _checked_values(section: str, table: dict[str, Any], errors: _Errors) -> dict[str, Any]:
+def _checked_values(section: str, table: dict[str, Any], errors: Errors) -> dict[str, Any]:
     """The table's values with the types of their keys; mistakes are reported."""
     checked = {}
     selector, known = READY_MADE.get(section, ("", {}))
     for key, value in table.items():
         where = f"[{section}] {name(key)} = {shown(value)}"
         if key not in _keys(section):
-            errors.add(_unknown_key, where, section, key)
+            errors.append((_unknown_key, where, section, key))
         elif key == selector and not (isinstance(value, str) and value in known):
-            errors.add(_unknown_name, where, value, key, known)
+            errors.append((_unknown_name, where, value, key, known))
         else:
             try:
                 checked[key] = value if key == selector else _converted(KEYS[f"{section}.{key}"], value)
             except ValueError as problem:
-                errors.add(str, f"{where}: {problem}")
+                errors.append((str, f"{where}: {problem}"))
     return checked
 
 
@@ -250,7 +235,7 @@ def _converted(setting: Setting, value: Any) -> Any:
     return expanded(value) if setting.path else setting.kind(value)
 
 
-def _built(checked: Tables, refused: set[str], errors: _Errors) -> Config:
+def _built(checked: Tables, refused: set[str], errors: Errors) -> Config:
     """The configuration of the values by their sections; with the default model where its values do not fit together.
 
     The model's sections take a flavor or preset, then the keys that were given. The vocabulary is the tokenizer's
@@ -269,7 +254,7 @@ def _built(checked: Tables, refused: set[str], errors: _Errors) -> Config:
     problems = ModelConfig.problems(merged)
     for key, problem in problems:
         refused.add(f"model.{key}")
-        errors.add(_at, f"model.{key}", problem)
+        errors.append((_at, f"model.{key}", problem))
     model = ModelConfig() if problems else ModelConfig(**merged)
     config = Config(model=model, **{section: SECTIONS[section](**values) for section, values in checked.items()})
     warmup = warmup_steps(config.lr_schedule, config.training.steps)

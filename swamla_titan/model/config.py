@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from swamla_titan.conditions import One, when_on
+from swamla_titan.conditions import Condition, decided_by, when_on
 from swamla_titan.fields import HUGE, Factor, Limits, Rule, Setting, Share, sections, settings
 from swamla_titan.model.annex_config import AnnexConfig
 from swamla_titan.model.engram_config import EngramConfig
@@ -37,7 +37,7 @@ Quantity = Literal["heads", "qk_width", "v_width", "latent_width", "window", "si
 
 
 @dataclass(frozen=True)
-class HasLayers(One):
+class HasLayers(Condition):
     """Of the keys of one kind of block: the model has layers of this kind."""
 
     kind: str = ""
@@ -47,7 +47,8 @@ def has_layers(kind: str, *others: str) -> HasLayers:
     """The condition of a kind's keys; `others` are keys, beside the number of its layers, that can leave it none."""
     keys = f"model.{kind}{_LAYERS}", *others
     remedy = f"{keys[0]} to 1 or more" + (", within the layers" if others else "")
-    return HasLayers(keys, lambda config: kind in config.model.block_kinds, remedy, kind=kind)
+    there = decided_by(keys, lambda config: kind in config.model.block_kinds, remedy)
+    return HasLayers(there.missing, kind=kind)
 
 
 def divides(other: str) -> Rule:
@@ -81,13 +82,13 @@ def _is_theta(value: float, _: Mapping[str, Any]) -> str | None:
 # When keys have an effect, see conditions.py: `config` is the whole configuration, of which this one is `model`.
 _CYCLE = ("model.swa_layers_per_cycle", "model.mla_layers_per_cycle", "model.num_layers")
 _HAS_SWA, _HAS_MLA = has_layers("swa"), has_layers("mla", "model.num_layers")
-_ROOM_FOR_MLA = One(
+_ROOM_FOR_MLA = decided_by(
     (_CYCLE[0], _CYCLE[2]),
     lambda config: config.model.mla_layers_per_cycle == 0 or "mla" in config.model.block_kinds,
     f"{_CYCLE[2]} to more than {_CYCLE[0]}",
 )
 _SELECTS = when_on("model.mla_selective", "model.mla_selective = true")
-_SHARES_THETA = One(
+_SHARES_THETA = decided_by(
     ("model.swa_rope_theta", "model.mla_rope_theta"), _shares_theta, "one of the others to 0, which means this one"
 )
 
