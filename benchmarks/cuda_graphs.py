@@ -48,7 +48,9 @@ class Passes:
     def __init__(self, take_step: TrainStep, batch: MicroBatch) -> None:
         self.model, self.targets = take_step.state.model, take_step.targets
         self.parameters = [parameter for part in self.model.parts for parameter in part.parameters()]
-        self.place = MicroBatch(*(None if x is None else x.clone() for x in tensors_of(batch)), rows=batch.rows)
+        self.place = MicroBatch(
+            *(None if x is None else x.clone() for x in tensors_of(batch)), sequences=batch.sequences
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:

@@ -17,7 +17,7 @@ IGNORED = -100  # as a target: not counted in the loss
 class StepBatch:
     """One rank's part of a step's global batch; it may be empty.
 
-    The global batch begins with sequence `first`; `sequences` [n] are the numbers of the rows, ascending;
+    The global batch begins with sequence `first`; `sequences` [n] are the numbers of its sequences here, ascending;
     `document_ids` is there with data.document_mask; `replaced` counts the stretches of bytes that were no UTF-8 in
     documents begun in this step; `cursors` are those of all streams that the rank owns, after the batch; `excluded` is
     what these found unreadable on the way, and exclude from here on.
@@ -35,27 +35,26 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """[local_batch_size, T]; rows from `rows` on are fillers whose targets are all -100."""
+    """[local_batch_size, T]; sequences from number `sequences` on are fillers whose targets are all -100."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     document_ids: torch.Tensor | None
-    rows: int
+    sequences: int
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; the copy does not wait where the memory is pinned."""
         ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         tokens, targets = (part.to(device, non_blocking=True) for part in (self.tokens, self.targets))
-        return MicroBatch(tokens, targets, ids, self.rows)
+        return MicroBatch(tokens, targets, ids, self.sequences)
 
 
 def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterator[MicroBatch]:
     """A rank's sequences in `count` micro-batches: the same shape and number on every rank, filled up where short."""
     assert len(batch.tokens) <= local_batch_size * count, "count comes from micro_batch_count"
     for index in range(count):
-        rows = slice(index * local_batch_size, (index + 1) * local_batch_size)
-        ids = batch.document_ids
-        yield fill_rows(batch.tokens[rows], batch.targets[rows], None if ids is None else ids[rows], local_batch_size)
+        own = slice(index * local_batch_size, (index + 1) * local_batch_size)
+        yield micro_batch(batch.tokens, batch.targets, batch.document_ids, own, local_batch_size)
 
 
 def micro_batch_count(first: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
@@ -86,7 +85,7 @@ def distinct_steps(global_batch_size: int, streams: int) -> int:
 
 
 def waits_for_streams(global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> str | None:
-    """What to tell the user if ranks wait for others that own more streams, for over a tenth of the time; else None."""
+    """A warning if ranks wait for others that own more streams, for over a tenth of the time; else None."""
     steps = distinct_steps(global_batch_size, streams)
     counts = [
         micro_batch_count(step * global_batch_size, global_batch_size, streams, world_size, local_batch_size)
@@ -103,16 +102,18 @@ def waits_for_streams(global_batch_size: int, streams: int, world_size: int, loc
     )
 
 
-def fill_rows(tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, rows: int) -> MicroBatch:
-    """A micro-batch of `rows` rows: those given, then fillers without targets."""
-    given, seq_len = tokens.shape
-    if given == rows:
-        return MicroBatch(tokens, targets, document_ids, given)
+def micro_batch(
+    tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, chosen: slice, size: int
+) -> MicroBatch:
+    """A micro-batch of `size` sequences: those chosen of [n, T], then fillers without targets."""
+    given = len(tokens[chosen])
 
     def filled(part: torch.Tensor, value: int) -> torch.Tensor:
-        whole = torch.full((rows, seq_len), value, dtype=part.dtype, pin_memory=part.is_pinned())
-        whole[:given] = part
-        return whole
+        if given == size:
+            return part[chosen]
+        full = torch.full((size, part.shape[1]), value, dtype=part.dtype, pin_memory=part.is_pinned())
+        full[:given] = part[chosen]
+        return full
 
     ids = None if document_ids is None else filled(document_ids, 0)
     return MicroBatch(filled(tokens, 0), filled(targets, IGNORED), ids, given)

@@ -1,4 +1,4 @@
-"""Everything the order of the data depends on, opened and checked once at start-up."""
+"""The corpus: all that the order of the data depends on, opened and checked once at the start."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -29,9 +29,9 @@ _UNITS, _STREAMS = 2, 3  # what a permutation is for; streams.py has others
 class Corpus:
     """The training data: its sources, how they are tokenized and divided into segments, and what is held out of them.
 
-    `source` is all there is to read. Where files were added to a run, `earlier` has the editions of before: the files
-    that it began with, then those that were added, and so on. A stream finishes the epoch it is in, reads once what was
-    added, and from then on everything, see `edition_after`.
+    `source` is all there is to read. Where files were added to a run, `earlier` has the earlier editions: the files
+    that it began with, then those that were added, and so on. A stream finishes its epoch, reads once what was added,
+    and from then on everything, see `edition_after`.
     """
 
     data: Data
@@ -47,7 +47,7 @@ class Corpus:
     validated: HeldOut | None = None
     # Of each edition, where they are known: from the checkpoint, or from the process that counted.
     known_segments: tuple[Segments | None, ...] = field(default=(None,), compare=False)
-    # Since the checkpoint was written: files that came, and what differs where the run cannot go on with its data.
+    # Since the checkpoint was written: files that were added, and what differs where the run cannot continue with it.
     added_files: tuple[str, ...] = ()
     change: str = ""
 
@@ -76,7 +76,7 @@ class Corpus:
         return last if edition in (last, last - 1) else edition + 1 + edition % 2
 
     def new_retry(self, is_closed: Callable[[], bool] | None = None) -> Retry:
-        """For a process that reads it, until `is_closed()`."""
+        """The retries of a process that reads it, until `is_closed()`."""
         return retry_of(self.data, is_closed)
 
     @property
@@ -169,7 +169,7 @@ def open_corpus(
     tokenizer: Tokenizer | None = None,
     recorded: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Opens the training data. UserError if it is missing, unreadable or empty, at start-up and not hours later.
+    """Open the training data; UserError if it is missing, unreadable or empty, at the start and not hours later.
 
     Held out are the documents of `validation.path` that validation reads, wherever copies of them stand in the
     training data, or without a path a share of the training data itself. `tokenizer` is the loaded
@@ -230,7 +230,7 @@ class _Editions(NamedTuple):
 
 
 def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> _Editions:
-    """Opens the training data; `recorded` has of each edition what `Corpus.record` gave, and is empty for a new run.
+    """Open the training data; `recorded` has of each edition what `Corpus.record` gave, and is empty for a new run.
 
     Files may have been added to a folder: they make two more editions, one of them alone and one of everything.
     UserError if there is no data, or it cannot be read.
@@ -255,7 +255,7 @@ def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> 
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:
-    """A random order of `size` things that depends on the numbers `seeds` alone, and stays the same for ever.
+    """A random order of `size` things that depends on the numbers `seeds` alone, in every version.
 
     It is made of raw bits of a counter-based generator, because numpy promises that those stay the same in later
     releases, and not what `Generator.permutation` gives.
@@ -278,7 +278,7 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
 
 
 def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:
-    """By data.retry_seconds; a trainer has put a number there in place of -1, see config/rules.py."""
+    """Retries of `data.retry_seconds`, where a trainer has replaced -1 by a number, see config/rules.py."""
     return Retry(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_closed)
 
 

@@ -38,8 +38,10 @@ def divide(
     retry: Retry,
     skips_files: bool,
 ) -> Segments:
-    """Segments of a source for `streams` streams, its units taken in `order`. Raises a Fault for data that cannot be
-    read, unless `skips_files`."""
+    """Segments of a source for `streams` streams, with its units in `order`.
+
+    Raises a Fault for data that cannot be read, unless `skips_files`.
+    """
     counted = count_tokens(source, tokenizer, held_out, retry, skips_files)
     if counted is not None:
         rows = ((part, ordinal, tokens) for part, unit in enumerate(order) for ordinal, tokens in counted.get(unit, []))
@@ -58,8 +60,7 @@ def described(segments: Segments) -> str:
 
 
 def uneven(source: Source, segments: Segments, seq_len: int) -> str | None:
-    """What to tell the user if the streams cannot read the data evenly from the first epoch on, and with how many they
-    would; else None."""
+    """A warning if the streams cannot read the data evenly from the first epoch on, with how many would; else None."""
     streams = len(segments.cuts)
     if segments.tokens is not None:
         if segments.tokens >= streams * seq_len or streams == 1:
@@ -118,7 +119,7 @@ def count_tokens(
         if document.is_empty or document in held_out:
             continue
         chars += len(document.text)
-        if chars > COUNTED_BYTES:  # larger than it said, as what is compressed may be; nothing was tokenized in vain
+        if chars > COUNTED_BYTES:  # more than its size, as what is compressed may be; nothing was tokenized yet
             return None
         texts.append((unit, document))
     counted: dict[int, list[tuple[int, int]]] = {}
@@ -141,13 +142,13 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, retry: Retry) -> list[
         return sizes  # one unit is as large as another, for all that is known
     step = max(1, len(sizes) // _SAMPLED_UNITS)
     rates: list[float] = []
-    damaged: set[str] = set()  # files, of which no further part is looked at: each may take as long to be found so
+    damaged: set[str] = set()  # files, of which no further unit is read, because each may be retried as long
     for unit in range(0, len(sizes), step):
         rate = 0.0
         if source.unit_files[unit] not in damaged:
             try:
                 rate = _tokens_per_byte(read_on(source, unit, None, 1, 0, retry), tokenizer)
-            except DataFault:  # told of when the streams come to it
+            except DataFault:  # reported when the streams find it
                 damaged.add(source.unit_files[unit])
         rates.append(rate)
     known = [rate for rate in rates if rate]

@@ -8,7 +8,7 @@ from swamla_titan.data.faults import DataFault, Fault
 
 MIB = 1 << 20
 
-# Where to go on reading inside a unit: small, made of JSON types. "ordinal" is the number, within the unit, of the
+# Where reading continues inside a unit: small, made of JSON types. "ordinal" is the number, within the unit, of the
 # document read next; the other keys are the source's own.
 Position = dict[str, Any]
 
@@ -17,7 +17,7 @@ Cursor = dict[str, Any]  # where a stream stands, see packing.py; made of JSON t
 
 @dataclass(frozen=True)
 class Document:
-    """One text, with what is needed to read on behind it.
+    """One text, with what is needed to continue after it.
 
     `ordinal` numbers the documents of a unit from 0; `position` is the place just after this document; `label` says
     where it came from; `replaced` counts the stretches of bytes that were not UTF-8 and became U+FFFD.
@@ -58,7 +58,7 @@ class Source:
 
     `unit_sizes` says how much text each unit holds, about: in bytes, or where `sizes_are_known` is False in any
     measure. `unit_files` names the file that a unit is part of; units of one file follow each other, in the order of
-    the file. `fingerprint` changes with the content as far as names and sizes tell, not with the folder it lies in;
+    the file. `fingerprint` changes with the content as far as names and sizes show, not with the folder it lies in;
     sizes follow from what it covers. `description` says what there is to read, and what is not read, in a line for the
     log. `keys` are those of [data] that decide what is read as text. `record` has what must be remembered of the files
     (JSON types) to divide them into the same units once more, also when some of them cannot be read any more.

@@ -1,7 +1,7 @@
-"""What can go wrong with a file of the training data, told with the file and the place in it.
+"""Faults of the training data, each with its file and the place in it.
 
-Whose fault it is decides what follows: one of the file (DataFault) is passed over with data.on_error = "skip_file", one
-of a network, disk or server (Unreachable) is waited for first, one of this machine (of_machine) never costs a file.
+What is at fault decides what follows: a file (DataFault) is skipped with data.on_error = "skip_file", a network, disk
+or server (Unreachable) is retried first, and for this machine (of_machine) no file is ever skipped.
 """
 
 import errno
@@ -21,8 +21,8 @@ _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, 
 class Fault(Exception):
     """`file` cannot be read at `place` ("line 21"; "" where it is the whole file), for `reason`.
 
-    `advice` is a sentence on what to do about it. `may_pass`: to read once more may help, as with bytes that a network
-    mixed up; False for what is plainly there and wrong.
+    `advice` is a sentence on what to do about it. `may_pass`: a retry may help, as with bytes that a network corrupted;
+    False for what is plainly there and wrong.
     """
 
     has_safe_lines = True
@@ -45,11 +45,11 @@ class Fault(Exception):
 
 
 class DataFault(Fault, UserError):
-    """The file is damaged, gone, or not what it should be; no waiting mends that."""
+    """The file is damaged, gone, or not what it should be; waiting does not help."""
 
 
 class Unreachable(Fault, RunFailed):
-    """Network, disk or server do not answer. It may pass, so it is worth waiting for."""
+    """Network, disk or server do not answer. It may pass, so reading is retried."""
 
     def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = True) -> None:
         super().__init__(file, place, reason, advice, may_pass)
@@ -62,14 +62,14 @@ class MachineFault(Unreachable):
 
 
 class SetupFault(Fault, UserError):
-    """This machine does not let the process read on, until somebody raises a limit."""
+    """This machine does not let the process read any more, until somebody raises a limit."""
 
     of_machine = True
 
 
 @contextmanager
 def readable(path: str, place: str = "") -> Iterator[None]:
-    """Turns the operating system's refusal to read `path` into a Fault: final ones, and those that may pass."""
+    """Turn errors of the operating system while reading `path` into the Fault that they are."""
     try:
         yield
     except OSError as error:
@@ -77,7 +77,7 @@ def readable(path: str, place: str = "") -> Iterator[None]:
 
 
 def refused(path: str, place: str, error: OSError) -> Fault:
-    """The fault for what the operating system says of `path`."""
+    """The fault for an error of the operating system with `path`."""
     kind = DataFault if error.errno in _FINAL else Unreachable
     return fault_of_machine(path, place, error) or kind(
         path, place, f"cannot be read: {error.strerror or one_line(error)}"
@@ -85,7 +85,7 @@ def refused(path: str, place: str, error: OSError) -> Fault:
 
 
 def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | None:
-    """The fault for what this machine lacked, and not the file, where `error` was raised; None: it is about else."""
+    """The fault if `error` was raised because this machine lacks something; None: it has another cause."""
     number = lack(error)
     if number is None:
         return None
@@ -141,7 +141,7 @@ def _status(error: BaseException) -> Any:
 
 
 def _is_final(error: BaseException) -> bool:
-    """There is nobody to wait for: no such file, no permission, offline by the user's own wish."""
+    """Whether a retry cannot help: no such file, no permission, offline by the user's own setting."""
     status = _status(error)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in (408, 425, 429)  # too slow, too early, too often

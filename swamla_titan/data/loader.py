@@ -2,16 +2,16 @@
 
 import atexit
 import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from swamla_titan.data.background import in_background, is_done
 from swamla_titan.data.batches import StepBatch
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.document import Cursor
@@ -24,8 +24,6 @@ from swamla_titan.system.machine import needed
 logger = logging.getLogger(__name__)
 
 _LONGEST_CLOSE = 0.5  # seconds
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -151,7 +149,7 @@ class BatchLoader(Iterator[StepBatch]):
         self._before = self.cursors, self._first  # the same before the batch that was delivered last
         self._readers: list[StepReader] = []
         self._processes: list[LoaderProcess[Part]] = []
-        self._coming: _Background[tuple[StepBatch, list[str]]] | None = None  # the batch to come, if it was asked for
+        self._coming: Future[tuple[StepBatch, list[str]]] | None = None  # the batch to come, if it was asked for
 
     def start(self) -> None:
         """Start the processes and their reading ahead, so that it runs beside other preparations; else the first batch
@@ -180,11 +178,11 @@ class BatchLoader(Iterator[StepBatch]):
         if self._coming is None:
             self._ask()
         assert self._coming is not None
-        return self._coming.wait(seconds)
+        return is_done(self._coming, seconds)
 
     def _ask(self) -> None:
         device = torch.cuda.current_device() if self._pin else None  # threads begin with the first one
-        self._coming = _Background(partial(self._make_ready, self._first, self.cursors, device))
+        self._coming = in_background(partial(self._make_ready, self._first, self.cursors, device))
 
     def __next__(self) -> StepBatch:
         self.wait()
@@ -218,7 +216,9 @@ class BatchLoader(Iterator[StepBatch]):
         for process in self._processes:
             process.kill()
         if self._coming:
-            self._coming.wait(_LONGEST_CLOSE)  # of a dead process it fails at once; what a thread reads may take longer
+            is_done(
+                self._coming, _LONGEST_CLOSE
+            )  # of a dead process it fails at once; what a thread reads may take longer
         for process in self._processes:
             process.close()
         self._readers, self._processes, self._coming = [], [], None
@@ -262,37 +262,6 @@ class BatchLoader(Iterator[StepBatch]):
         return batch, [note for part in parts for note in part.notes]
 
 
-class _Background(Generic[Result]):
-    """Does `work` in a thread of its own, from now on; whoever wants the result can wait for it a little at a time.
-
-    The thread ends with its work, and does not keep the process alive.
-    """
-
-    def __init__(self, work: Callable[[], Result]) -> None:
-        self._done = threading.Event()
-        self._result: Result
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, args=(work,), daemon=True, name="data").start()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait so long, None: to the end; returns whether the work is done."""
-        return self._done.wait(seconds)
-
-    def result(self) -> Result:
-        """What the work gave, once it is done, or raises what it raised."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self, work: Callable[[], Result]) -> None:
-        try:
-            self._result = work()
-        except BaseException as error:
-            self._error = error
-        self._done.set()
-
-
 def _check_cursors(cursors: dict[int, Cursor], streams: int, first: int) -> None:
     """Streams take turns: at sequence `first` each has given one for every g < first with g % streams = its number."""
     if cursors.keys() != set(range(streams)):
@@ -309,6 +278,6 @@ def _check_cursors(cursors: dict[int, Cursor], streams: int, first: int) -> None
     if any(cursor["sequences"] != len(range(stream, first, streams)) for stream, cursor in cursors.items()):
         total = sum(cursor["sequences"] for cursor in cursors.values())
         raise Damaged(
-            f"The checkpoint's record goes on with sequence {first} of the data, but its streams stand at {total}: "
+            f"The checkpoint's record continues with sequence {first} of the data, but its streams stand at {total}: "
             "it was not written by this program. Use another checkpoint, or start a new run."
         )

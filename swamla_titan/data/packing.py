@@ -16,9 +16,9 @@ from swamla_titan.data.tokenizer import Tokenizer, with_eot
 
 
 class TokenCache:
-    """Tokens of documents; the last few long ones are kept, for streams of one process that read parts of the same one.
+    """Tokens of documents; the last few long ones are kept for streams of the same process that read other parts.
 
-    64 streams over one book would tokenize it 64 times.
+    Without it, 64 streams over one book would tokenize it 64 times.
     """
 
     LONG_CHARS = 1 << 18
@@ -98,8 +98,8 @@ class PackedStream(Iterator[Packed]):
     def __next__(self) -> Packed:
         sequence = np.empty(self._seq_len + 1, dtype=np.int32)
         filled = replaced = 0
-        # The last target is looked at, not taken, because the next sequence begins with it: so each turn but the last
-        # takes what there is of a document, and the last one leaves the offset where it is.
+        # Take from one document after the other. The last target is put back afterwards, because the next sequence
+        # begins with it.
         while filled <= self._seq_len:
             while self._offset >= len(self._tokens):
                 replaced += self._begin_next_document()
@@ -127,7 +127,7 @@ def initial_cursor() -> Cursor:
 
 
 def is_cursor(value: Any) -> bool:
-    """Whether a value from a checkpoint is made as a cursor is; where it points to is seen when it is read."""
+    """Whether a value from a checkpoint has the form of a cursor; reading shows whether it points to something."""
     if not isinstance(value, dict) or value.keys() != initial_cursor().keys():
         return False
     numbers = {**value, "position": 0}.values()

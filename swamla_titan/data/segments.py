@@ -2,7 +2,7 @@
 
 Every stream reads at the same speed: one sequence in turn. So streams read a corpus evenly only if their segments hold
 equally many tokens, whatever the files are; a segment may therefore begin and end inside a document. A stream reads a
-segment an epoch and goes on with the next one around the ring. So segments of unequal size, where tokens are not
+segment an epoch and continues with the next one around the ring. So segments of unequal size, where tokens are not
 counted, do not add up over epochs: after n epochs' worth of tokens every token was read n times, but for the seams,
 which is where the streams stand.
 """
@@ -20,7 +20,8 @@ from swamla_titan.system.bounded import Count, Within, fit
 
 ORDER = 3  # in the fingerprint: a new number where cursors of older checkpoints would mean other places
 
-# Of a unit that cannot be cut, as it tells its documents only when it is read, a part may exceed a segment by this.
+# A unit that cannot be cut, because its documents are known only once it is read, is split into parts that may be this
+# many segments long.
 _LARGEST_PART = 1.5
 
 
@@ -193,7 +194,7 @@ def _laid_out(parts: list[Part], sizes: Sequence[float]) -> tuple[list[float], l
 def shared_units(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> dict[int, int]:
     """Units that must be read by several streams, and in how many parts: those of an unknown number of documents that
     are larger than a segment, or where there are fewer units than streams, as they cannot be cut. Each part is read by
-    passing over the others.
+    skipping the others.
     """
     counts = [1] * len(sizes)
     largest = [(-sizes[unit], unit) for unit in range(len(sizes)) if documents[unit] is None]

@@ -1,6 +1,6 @@
-"""The order of documents: each logical stream reads the corpus around, segment by segment, each shuffled by itself.
+"""The order of documents: each logical stream reads the corpus segment by segment, and shuffles within each.
 
-A stream knows nothing of ranks and loader workers. What it yields is a function of (data, seed, its own number), and
+A stream knows nothing of ranks and loader processes. What it yields is a function of (data, seed, its own number), and
 its cursor, a few numbers, is all that is needed to continue from the same place.
 """
 
@@ -34,9 +34,9 @@ def data_changed() -> UserError:
 
 @dataclass
 class StreamDocument:
-    """A document on its way to the tokenizer, or the tokens of it from `begin` to `finish`, see `Slice`.
+    """A document to be tokenized, of which the tokens from `begin` to `finish` are read, see `Slice`.
 
-    `key` tells it from every other document.
+    `key` identifies it among all documents.
     """
 
     text: str
@@ -63,7 +63,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
     continues with the next one that is due.
 
     What cannot be read raises its Fault, or with data.on_error = "skip_file" is excluded, with what follows it in its
-    file: from then on for ever, see exclusions.py.
+    file, in this and in all later epochs, see exclusions.py.
     """
 
     def __init__(
@@ -140,10 +140,10 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         return (self._corpus.seed, self._edition, self._segment, self._epoch, purpose, *more)
 
     def _load_block(self) -> None:
-        """Reads the next block that holds a document of this stream."""
+        """Read the next block that holds a document of this stream."""
         source = self._corpus.sources[self._edition]
         while True:
-            if self._item >= len(self._slices):
+            if self._item >= len(self._slices):  # the epoch ends; one without text is followed by the next
                 if self._reloading:
                     raise data_changed()
                 self._next_epoch()
@@ -151,7 +151,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
                 continue
             piece = self._slices[self._item]
             part = piece.part
-            if self._reader is None:
+            if self._reader is None:  # of this slice nothing was read; else its last block was not its end
                 start = self._after_block
                 if start is None and source.num_documents(part.unit) is not None:
                     start = {"ordinal": piece.first}
@@ -170,7 +170,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
             self._item += 1
 
     def _read_block(self, reader: Iterator[Document], piece: Slice) -> bool:
-        """Fills the block; False if the slice has no further document."""
+        """Fill the block; returns False if the slice has no further document."""
         self._block = []
         chars = 0
         unit = piece.part.unit
@@ -182,7 +182,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
                 document = next(reader, None)
                 if document is None or (ends and document.ordinal >= min(ends)):
                     break
-                self._after_block = document.position
+                self._after_block = document.position  # the block ends behind it, also where it is not part of it
                 if document.ordinal < piece.first or document.is_empty or document in self._corpus.held_out:
                     continue
                 key = (self._edition, unit, document.ordinal)
@@ -210,7 +210,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
             fault.advice = "Nothing else answers either, so it is not the file; start the same command again later"
             raise fault
         if self._reloading:
-            # Their order is known only with all of a block's documents, so none of them has a place any more.
+            # The order within a block follows from how many documents it has, so none of them has a place any more.
             self._block = []
             self.lost_its_place, self._reloading = True, False
             self._after_block = self._block_start

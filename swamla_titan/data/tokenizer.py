@@ -8,7 +8,6 @@ import importlib.util
 import os
 import re
 import stat
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
+from swamla_titan.data.background import in_background, is_done
 from swamla_titan.errors import UserError
 
 TIKTOKEN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
@@ -201,23 +201,11 @@ def _load_gpt2() -> Tokenizer:
 
 
 def _get_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's own cache or download, given up after DOWNLOAD_SECONDS (tiktoken itself sets no time limit)."""
-    result: list[tiktoken.Encoding | Exception] = []
-
-    def fetch() -> None:
-        try:
-            result.append(tiktoken.get_encoding(name))
-        except Exception as error:
-            result.append(error)
-
-    thread = threading.Thread(target=fetch, daemon=True, name="tokenizer-download")
-    thread.start()
-    thread.join(DOWNLOAD_SECONDS)
-    if not result:
+    """From tiktoken's own cache, or downloaded; TimeoutError after DOWNLOAD_SECONDS, as tiktoken sets no time limit."""
+    encoding = in_background(lambda: tiktoken.get_encoding(name))
+    if not is_done(encoding, DOWNLOAD_SECONDS):
         raise TimeoutError(f"no answer within {DOWNLOAD_SECONDS} s")
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
+    return encoding.result()
 
 
 def _load_file(path: str) -> Tokenizer:

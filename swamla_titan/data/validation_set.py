@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from swamla_titan.config.sections import Validation
-from swamla_titan.data.batches import IGNORED, MicroBatch, fill_rows
+from swamla_titan.data.batches import IGNORED, MicroBatch, micro_batch
 from swamla_titan.data.corpus import Corpus, path_documents, up_to
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.packing import document_ids
@@ -36,9 +36,8 @@ class ValidationSet:
         """Sequences rank, rank + world_size, ... in micro-batches; every rank gets equally many, filled up if short."""
         most = -(-len(self.tokens) // world_size)
         for start in range(0, most, local_batch_size):
-            rows = slice(rank + start * world_size, rank + (start + local_batch_size) * world_size, world_size)
-            ids = self.document_ids
-            yield fill_rows(self.tokens[rows], self.targets[rows], None if ids is None else ids[rows], local_batch_size)
+            own = slice(rank + start * world_size, rank + (start + local_batch_size) * world_size, world_size)
+            yield micro_batch(self.tokens, self.targets, self.document_ids, own, local_batch_size)
 
 
 def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -> ValidationSet | None:
@@ -51,9 +50,8 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
         documents = path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
-        faults: list[Fault] | None = (
-            [] if corpus.skips_files else None
-        )  # they are told of already, or when training comes upon them
+        # What cannot be read was reported already, or is when training finds it.
+        faults: list[Fault] | None = [] if corpus.skips_files else None
         readable = all_documents(corpus.source, corpus.new_retry(), faults)
         held_out = (document for document in readable if document in corpus.read_by_validation)
         documents = up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
@@ -63,20 +61,20 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
         )
     else:
         return None
-    rows = [np.empty(0, dtype=np.int32), *(tokens for _, tokens in documents)]
-    row = np.concatenate(rows)[: validation.max_tokens + 1]
-    if len(row) < 2:
+    text = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for _, tokens in documents)])
+    text = text[: validation.max_tokens + 1]
+    if len(text) < 2:
         raise UserError(missing)
-    return pack(row, seq_len, corpus.tokenizer, corpus.data.document_mask)
+    return pack(text, seq_len, corpus.tokenizer, corpus.data.document_mask)
 
 
-def pack(row: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: bool) -> ValidationSet:
-    """A row of tokens as sequences of `seq_len`: every token but the first is a target once, the rest is padded."""
-    count = -(-(len(row) - 1) // seq_len)
+def pack(text: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: bool) -> ValidationSet:
+    """Tokens as sequences of `seq_len`: every token but the first is a target once, the rest is padded."""
+    count = -(-(len(text) - 1) // seq_len)
     tokens = np.full(count * seq_len, tokenizer.eot_id, dtype=np.int64)
     targets = np.full(count * seq_len, IGNORED, dtype=np.int64)
-    tokens[: len(row) - 1] = row[:-1]
-    targets[: len(row) - 1] = row[1:]
+    tokens[: len(text) - 1] = text[:-1]
+    targets[: len(text) - 1] = text[1:]
     lengths = np.where(targets == IGNORED, 0, tokenizer.byte_lengths[np.maximum(targets, 0)])
     packed = torch.from_numpy(tokens).view(count, seq_len)
     return ValidationSet(

@@ -22,6 +22,7 @@ import torch
 
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data.background import is_done
 from swamla_titan.data.loader import StepReader
 from swamla_titan.data.packing import document_ids
 from swamla_titan.data.retry import all_documents
@@ -224,7 +225,7 @@ def test_the_next_batch_is_made_ready_beside_the_step_and_counts_when_it_is_take
         for _ in range(3):
             batch, expected = next(loader), next(reference)
             assert torch.equal(batch.tokens, expected.tokens)
-            assert loader._coming.wait(HANG)  # nobody asked for it
+            assert is_done(loader._coming, HANG)  # nobody asked for it
             assert loader.cursors == reference.cursors == batch.cursors
         assert loader._coming.result()[0].first == 12
 

@@ -123,12 +123,12 @@ def test_micro_batches_have_one_shape_and_keep_every_row(rows, ids):
     assert len(parts) == 2
     for part in parts:
         assert part.tokens.shape == part.targets.shape == (4, 3)
-        assert part.targets[part.rows :].eq(IGNORED).all()
-        assert not part.targets[: part.rows].eq(IGNORED).any()
+        assert part.targets[part.sequences :].eq(IGNORED).all()
+        assert not part.targets[: part.sequences].eq(IGNORED).any()
         assert (part.document_ids is None) == (not ids)
         assert part.tokens.dtype == part.targets.dtype == torch.int64
     for name in ("tokens", "targets", "document_ids")[: 3 if ids else 2]:
-        kept = torch.cat([getattr(part, name)[: part.rows] for part in parts])
+        kept = torch.cat([getattr(part, name)[: part.sequences] for part in parts])
         assert torch.equal(kept, getattr(batch, name))
 
 

@@ -388,7 +388,7 @@ def test_each_lost_file_has_its_own_reason(tmp_path):
         ("a.txt,b.txt", "Give one file or folder"),
         ("a.txt b.txt", "does not exist."),
         ("https://example.org/a.txt", 'data.source = "huggingface"'),
-        ("owner/dataset", 'If it is a data set of the Hub, set data.source = "huggingface"'),
+        ("owner/dataset", 'If it is a dataset of the Hub, set data.source = "huggingface"'),
         ("a.txt/", "does not exist"),
         ("a.txt/b", "does not exist"),
         ("x" * 300, "File name too long"),

@@ -124,7 +124,7 @@ def test_ranks_get_equally_many_micro_batches(maker, world_size, local):
     parts = [list(found.micro_batches(rank, world_size, local)) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     assert all(batch.tokens.shape == (local, SEQ_LEN) for part in parts for batch in part)
-    kept = [row for part in parts for batch in part for row in batch.targets[: batch.rows].tolist()]
+    kept = [row for part in parts for batch in part for row in batch.targets[: batch.sequences].tolist()]
     assert sorted(kept) == sorted(found.targets.tolist())
-    filler = [batch.targets[batch.rows :] for part in parts for batch in part]
+    filler = [batch.targets[batch.sequences :] for part in parts for batch in part]
     assert torch.cat(filler).eq(IGNORED).all()

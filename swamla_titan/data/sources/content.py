@@ -1,8 +1,8 @@
-"""What the first bytes of a file say: text in UTF-8, or something that must not be trained on."""
+"""What a file is, by its first bytes: text in UTF-8, or something that must not be trained on."""
 
 from typing import NamedTuple
 
-HEAD_BYTES = 64 << 10  # looked at of each file, once, when the data are opened
+HEAD_BYTES = 64 << 10  # of each file that are checked, once, when the data are opened
 
 # Above these shares, and above FEW, a file is not text in UTF-8; below them what is wrong is replaced and counted.
 # Latin-1 spends 1 to 5% of its bytes on accented letters; UTF-16 of any script has a control byte in every other word.

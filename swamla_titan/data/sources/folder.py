@@ -109,13 +109,13 @@ def _hint(path: str) -> str:
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
     if "://" in path:
-        return ' Only files on disk are read here; data.source = "huggingface" streams a data set of the Hub.'
+        return ' Only files on disk are read here; data.source = "huggingface" streams a dataset of the Hub.'
     if re.search(r"[*?\[{]", path):
         return " Patterns are not expanded: give the folder; it is read with all that is below it."
     if any(os.path.exists(part.strip()) for part in re.split("[,;:]", path) if part.strip()):
         return " Give one file or folder: lay the files, or links to them, in one folder."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return ' If it is a data set of the Hub, set data.source = "huggingface".'
+        return ' If it is a dataset of the Hub, set data.source = "huggingface".'
     return ""
 
 

@@ -42,7 +42,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
     is_folder, skips_files = os.path.isdir(path), data.on_error == "skip_file"
     files = _names_and_sizes(path) if is_folder else []
     label = " ".join(part for part in (path, data.name, f"[{data.split}]") if part)
-    _leave_retrying_to_us()
+    _disable_retries()
     text_alone = datasets.Features({key: datasets.Value("string")})
     dataset, builder = _loaded(label, partial(_load, data, path, text_alone), retry)
     unread = _unread(path, files, builder)
@@ -131,7 +131,7 @@ class Shard:
     num_documents: None = None
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
-        _leave_retrying_to_us()
+        _disable_retries()
         shard = self.dataset.shard(num_shards=self.count, index=self.number)
         first = 0
         if position:
@@ -152,7 +152,7 @@ class Shard:
             if row is None:
                 return
             if ordinal % every == offset:
-                # The state as text: it is stored as it stands, and nothing else looks into it.
+                # The state as text, because it is stored as it is, and nothing else reads it.
                 after = {"ordinal": ordinal + 1, "state": json.dumps(shard.state_dict())}
                 text, replaced = self._text(row, place)
                 yield Document(text, ordinal, after, f"{self.file}, {place}", replaced)
@@ -229,7 +229,7 @@ def _cache_fault(file: str, place: str, error: Exception) -> Fault | None:
 
 
 def commit_of(path: str, revision: str) -> str:
-    """The commit that a revision (empty: the newest) of a data set means, so that a whole run reads the same one.
+    """The commit that a revision (empty: the newest) of a dataset means, so that a whole run reads the same one.
 
     For a folder, and where the Hub cannot be asked, the revision as it is.
     """
@@ -239,17 +239,17 @@ def commit_of(path: str, revision: str) -> str:
         return revision
     try:
         return HfApi().dataset_info(path, revision=revision or None, timeout=30).sha or revision
-    except Exception as error:  # offline, or no such data set: loading it says which
+    except Exception as error:  # offline, or no such dataset: loading it shows which
         _without_commit[path] = with_name(error)
         return revision
 
 
-# Data sets whose commit could not be asked for, and why: a warning once they are open, beside no error of theirs.
+# Datasets whose commit could not be asked for, and why: a warning once they are open, beside no error of theirs.
 _without_commit: dict[str, str] = {}
 
 
 def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
-    """Of the files below a folder. UserError for a pipe or a device: `datasets` would open it, and wait for ever."""
+    """(name, bytes) of the files below a folder; UserError for a pipe or a device, on which `datasets` would hang."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -266,7 +266,7 @@ def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
 
 
 def _builder_of(dataset: Any) -> Any:
-    """What reads the files of a streamed data set; None where that is no builder of tables."""
+    """What reads the files of a streamed dataset; None where that is no builder of tables."""
     return getattr(getattr(getattr(dataset, "_ex_iterable", None), "generate_tables_fn", None), "__self__", None)
 
 
@@ -335,7 +335,7 @@ def _as_recorded(
     recorded: dict[str, Any] | None, files: list[tuple[str, int]], num_units: int
 ) -> list[tuple[str, int]]:
     """The files of a folder as they were when the run began, if they are those but for their sizes: a file that was cut
-    is still the run's. Otherwise as they are now, which makes it another data set."""
+    is still the run's. Otherwise as they are now, which makes it another dataset."""
     before = [(name, size) for name, size in (recorded or {}).get("files", [])]
     if (recorded or {}).get("units") != num_units or [name for name, _ in before] != [name for name, _ in files]:
         return files
@@ -345,9 +345,9 @@ def _as_recorded(
     return before
 
 
-def _leave_retrying_to_us() -> None:
-    """Has `datasets` report what fails at once. By itself it tries for minutes, during which nothing is told, and the
-    data might be given up although nobody chose that time."""
+def _disable_retries() -> None:
+    """Have `datasets` raise errors at once, because its own retries take minutes without a log line and end at a time
+    that nobody has set."""
     import datasets
 
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it would log of a fault, the fault itself says

@@ -108,7 +108,7 @@ class _Opening:
         return [entry for _, entry in sorted({**before, **found}.items())]
 
     def _sizes(self) -> dict[str, int]:
-        """{name: bytes, -1 where it cannot be looked at} of the files listed; only regular ones are ever opened, as
+        """{name: bytes, -1 where that cannot be read} of the files listed. Only regular ones are ever opened, because
         reading a pipe or a device may never end."""
         sizes: dict[str, int] = {}
         for name in self._listing.names:

@@ -50,7 +50,7 @@ def row_groups(path: str, column: str) -> list[list[int]]:
                 _require_text(path, column, file)
     except Fault:
         raise
-    except Exception as error:  # pyarrow finds many words for bytes that make no sense
+    except Exception as error:  # pyarrow raises many kinds for bytes that make no sense
         raise _fault(path, "", error) from error
     return found
 
@@ -112,7 +112,7 @@ def _require_text(path: str, column: str, file: pq.ParquetFile) -> None:
                 break
             value = value.as_py() or b""
             head += value[:HEAD_BYTES]
-            # A signature stands at the beginning of a value, and the first one is mostly like all others.
+            # A signature stands at the beginning of a value, and the first one is usually like all others.
             if other := other_than_text(head):
                 raise DataFault(path, f'column "{column}"', f"it holds {other.what}", other.advice)
         if head:
@@ -129,7 +129,7 @@ def _values(batch: pa.RecordBatch, column: str) -> Any:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows of one row group; a document is a row. Reading on from a row passes over the rows before it."""
+    """The rows of one row group; a document is a row. To continue from a row, the rows before it are decoded too."""
 
     path: str
     size: int  # of the file
@@ -151,7 +151,7 @@ class RowGroup:
                     raise DataFault(self.path, place, f"{found} where there were more when the run began")
                 row_group = file.metadata.row_group(self.group)
                 rows = max(1, row_group.num_rows)
-                # total_byte_size covers all columns, so mostly a batch holds at most about BATCH_BYTES.
+                # total_byte_size covers all columns, so a batch usually holds at most about BATCH_BYTES.
                 batch_size = max(1, min(MOST_ROWS, BATCH_BYTES * rows // max(1, row_group.total_byte_size)))
                 for batch in file.iter_batches(batch_size, [self.group], [self.column], use_threads=False):
                     if ordinal + batch.num_rows > start:
@@ -159,7 +159,7 @@ class RowGroup:
                     ordinal += batch.num_rows
         except Fault:
             raise
-        except Exception as error:  # pyarrow finds many words for bytes that make no sense
+        except Exception as error:  # pyarrow raises many kinds for bytes that make no sense
             raise _fault(self.path, f"row {ordinal} of {place}", error) from error
 
     def _documents(self, values: Any, first: int, start: int, every: int, offset: int) -> Iterator[Document]:
@@ -178,7 +178,7 @@ def _fault(path: str, place: str, error: Exception) -> Fault:
     """What is wrong with a file that pyarrow does not read."""
     if fault := fault_of_machine(path, place, error):
         return fault
-    # Of pages that make no sense pyarrow speaks as of an OSError without a number.
+    # For pages that make no sense pyarrow raises an OSError without a number.
     if isinstance(error, OSError) and error.errno is not None:
         return refused(path, place, error)
     with readable(path), open(path, "rb") as file:

@@ -179,7 +179,7 @@ class FileRange:
             )
         value = row[self.json_key]
         if value is None:
-            return "", replaced  # a missing text, as data sets have them: an empty document
+            return "", replaced  # a missing text, as datasets have them: an empty document
         if not isinstance(value, str):
             raise self._fault(
                 at,

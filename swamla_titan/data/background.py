@@ -1,0 +1,27 @@
+"""Work in a thread that does not keep the process alive."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def in_background(work: Callable[[], Result]) -> "Future[Result]":
+    """The result of `work`, which begins now; an executor's threads would delay the end of the interpreter."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="data").start()
+    return future
+
+
+def is_done(future: "Future[Result]", seconds: float | None) -> bool:
+    """Whether the work is done, after a wait of at most `seconds`; None: to its end."""
+    return future in wait([future], seconds).done
