@@ -19,8 +19,11 @@ from swamla_titan.model.row_table import row_tables
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.parallel.row_tables import ShardedRows
 from swamla_titan.parallel.schedules import runnable_micro_batches
+from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
+from tests.distributed.test_plans import COMMON, written
 from tests.distributed.test_row_tables import exchanges
+from tests.train.runs import checkpoint, tensors
 
 T = 24
 # Halos of 3 * 4 tokens: more than some ranks hold, and more than a stretch of any.
@@ -161,6 +164,31 @@ def test_compiled_annexes_of_all_layers_are_one_graph(parallel: dict[str, Any]):
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputed_annexes_give_the_same_gradients(mode: str, compiled: bool):
     check(on_ranks(2, errors, {"context": 2}, mode, compiled))
+
+
+ENGRAM = (
+    *("--model.engram.layers", "0,2", "--model.engram.heads", "2", "--model.engram.d_mem", "16"),
+    *("--model.engram.table_size", "101", "--ema.decay", "0.8", "--data.num_workers", "0"),
+    *("--lr_schedule.warmup_steps", "0", "--lr_schedule.min_lr_ratio", "1", "--checkpoint.interval", "3"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [(), ("--parallel.tensor", "2"), ("--parallel.pipeline", "2")], ids=str)
+def test_tables_on_the_host_train_by_the_same_bits_and_one_process_continues_either(tmp_path, plan):
+    split = ("--training.local_batch_size", "1") if "--parallel.pipeline" in plan else ()
+
+    def trained(name: str, ranks: int, steps: int, on_host: str, *plan: str) -> dict[str, Tensor]:
+        where = ("--job.dump_folder", str(tmp_path / name), "--parallel.tables_on_host", on_host)
+        settings = (*COMMON, *ENGRAM, *split, *plan, *where, "--training.steps", str(steps))
+        assert on_ranks(ranks, run, written(tmp_path), *settings) == [0] * ranks
+        return tensors(checkpoint(tmp_path / name, steps))
+
+    for ranks, steps, swapped, of_plan in ((2, 6, False, plan), (1, 9, True, ())):
+        one = trained("one", ranks, steps, str(swapped).lower(), *of_plan)
+        other = trained("other", ranks, steps, str(not swapped).lower(), *of_plan)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(other[name], each) for name, each in one.items())
 
 
 def check(of_ranks: list[dict[str, float]], layers: int = 2) -> None:

@@ -21,6 +21,7 @@ from swamla_titan.config.sections import (
 )
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
+from swamla_titan.model.engram_config import EngramConfig
 from swamla_titan.tools.plan import memory_at, plan
 from swamla_titan.tools.plan_report import size
 from swamla_titan.tools.savings import advice, savings
@@ -56,6 +57,13 @@ def test_changes_are_in_the_order_of_what_they_save_and_none_saves_nothing():
     ):
         assert key in keys
     assert keys[0] == 'activation_checkpoint.mode = "full"'  # activations are most of it here
+
+
+def test_tables_may_go_to_the_host():
+    engram = EngramConfig((1,), table_size=100_000)
+    config = replace(BASE, model=replace(BASE.model, engram=engram))
+    assert "parallel.tables_on_host = true" in advised(config)
+    assert "parallel.tables_on_host = true" not in advised(config, device="cpu") + advised(BASE)
 
 
 def test_where_moments_are_most_they_come_first():
