@@ -57,7 +57,6 @@ def test_both_names_at_once_and_wrong_values_are_refused(path: Path):
 
 def test_a_checkpoint_that_recorded_a_key_under_its_old_name_is_continued(monkeypatch):
     monkeypatch.setattr(resume, "RENAMED", {"data.mask": "data.document_mask"})
-    monkeypatch.setattr(resume, "_BEFORE_THE_KEY", {})
     state = TrainState(step=1, tokens=1, sequences=1, cursors={}, fingerprint={"data.mask": True})
     assert Origin(Path("run"), state).resume({"data.document_mask": True}) is state
     with pytest.raises(UserError, match=r"data\.document_mask"):
