@@ -125,7 +125,7 @@ def while_the_gpu_is_busy(size: int) -> None:
         try:
             # Not the whole model, because the host waits where 1,024 launches are queued.
             for batch, prepared in inputs(model, batches, device, ahead):
-                model.annexes.look_up(batch.tokens, batch.document_ids, torch.float32, prepared)
+                model.annexes.look_up(batch.tokens, batch.document_ids, torch.float32, prepared=prepared)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         was_busy.append(not done.query())
