@@ -58,7 +58,9 @@ def test_a_run_resumes_bit_for_bit_and_logs_the_gates(tiny: Path, tmp_path: Path
     assert "engram before layers 0, 2: 8 tables of about 101 rows of 4 for n-grams of 2, 3 tokens" in log
 
 
-def test_a_run_may_keep_tables_on_the_host_or_not_from_one_start_to_the_next(tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("of", ["any device", pytest.param("a GPU", marks=pytest.mark.gpu)])
+def test_a_run_may_keep_tables_on_the_host_or_not_from_one_start_to_the_next(tiny: Path, tmp_path: Path, of: str):
+    assert of == "any device" or torch.cuda.is_available()
     settings = ("--ema.decay", "0.9", "--lr_schedule.warmup_steps", "0", "--lr_schedule.min_lr_ratio", "1")
     run(tiny, tmp_path / "whole", 20, *settings)
     for steps, on_host in ((12, "true"), (16, "false"), (20, "true")):

@@ -20,6 +20,7 @@ SHAPE = [
     *("--training.compute_dtype", "bfloat16", "--job.deterministic", "false"),
 ]
 FEW = ["--training.steps", "12", "--metrics.log_interval", "100", "--validation.interval", "0"]
+ENGRAM = ("--model.engram.layers", "0,2", "--model.engram.d_mem", "64")
 COMPILED = ("--compile.enabled", "true")
 
 
@@ -34,7 +35,8 @@ COMPILED = ("--compile.enabled", "true")
         (*COMPILED, "--float8.recipe", "native", "--float8.linear_layers", "all", "--float8.loss_scaling", "true"),
         ("--optimizer.name", "muon"),
         ("--optimizer.name", "adamw8bit"),
-        (*COMPILED, "--model.engram.layers", "0,2", "--model.engram.d_mem", "64", "--ema.decay", "0.99"),
+        (*COMPILED, *ENGRAM, "--ema.decay", "0.99"),
+        (*COMPILED, *ENGRAM, "--ema.decay", "0.99", "--parallel.tables_on_host", "true"),
     ],
     ids=str,
 )
