@@ -21,7 +21,8 @@ With --profile three more steps follow, and their kernels are summed up by kind,
 "exposed" is the time in which communication ran and no other kernel did, "busy" that in which any ran, "idle" the rest.
 (The first of the three follows a pause, in which a GPU at its power limit rests; its kernels may be faster.) --top
 lists the kernels that take longest, the longest times in which none ran, and the matmuls of each shape with their
-TFLOP/s, of all three steps.
+TFLOP/s, of all three steps; and of each run but the first the kernels whose time differs most from the first run's. A
+run that is listed again, to see how figures spread, is profiled once.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -165,7 +167,7 @@ class Stopwatch:
             self.step_seconds = (self.wait_for_gpu() - self.begun_steady) / (self.steps - self.half)
 
 
-def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+def measure(plan: str, arguments: argparse.Namespace, folder: Path, profiled: bool) -> dict[str, Any]:
     config = configuration(plan, arguments, folder)
     world = init_distributed(config.parallel)
     launched = time.perf_counter()
@@ -183,7 +185,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             clock.before(step)
             losses.append(take_step(batch, step + 1).loss)
             clock.after(step)
-        kernels = profile_steps(take_step, loader, arguments, losses) if arguments.profile else {}
+        kernels = profile_steps(take_step, loader, arguments, losses) if profiled else {}
     memory = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
     return {
         "attention": attention_summary(attention_choices(setup.config, world.device)),
@@ -201,7 +203,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 def profile_steps(
     take_step: TrainStep, loader: BatchLoader, arguments: argparse.Namespace, losses: list[torch.Tensor]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Take PROFILED more steps; returns the summary of their kernels, on rank 0."""
     batch = next(loader)
     kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -218,8 +220,8 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in kernel.lower() for word in words)), "other")
 
 
-def summary(profiler: profile, top: int) -> dict[str, object]:
-    """Milliseconds a step of kernels by kind, and of communication with nothing beside it."""
+def summary(profiler: profile, top: int) -> dict[str, Any]:
+    """Milliseconds a step of kernels by kind, and of communication with nothing beside it; with `top` by name too."""
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     kernels: dict[str, list[float]] = defaultdict(list)
@@ -241,6 +243,7 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
         print(f"{idle / 1e3:8.2f} ms of nothing between {before[:60]} and {after[:60]}")
     if top:
         print_matmuls(profiler)
+    by_name = {name: sum(each) / PROFILED for name, each in kernels.items()}
     every = spans[True] + spans[False]
     took = max(end for _, end in every) - min(start for start, _ in every) if every else 0.0
     return {
@@ -248,7 +251,16 @@ def summary(profiler: profile, top: int) -> dict[str, object]:
         "exposed_ms": (both - covered(spans[False])) / 1e3 / PROFILED,
         "busy_ms": both / 1e3 / PROFILED,
         "idle_ms": (took - both) / 1e3 / PROFILED,
+        **({"kernels": by_name} if top else {}),
     }
+
+
+def print_differences(first: dict[str, float], kernels: dict[str, float], top: int) -> None:
+    """Print the kernels whose milliseconds a step differ most from those of the first run."""
+    found = {name: kernels.get(name, 0.0) - first.get(name, 0.0) for name in {**first, **kernels}}
+    print(f"{sum(found.values()):+8.2f} ms a step of kernels against the first run, of which")
+    for name, difference in sorted(found.items(), key=lambda item: -abs(item[1]))[:top]:
+        print(f"{difference:+8.2f} ms {name[:110]}")
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -299,11 +311,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     arguments.corpus = arguments.corpus.resolve()
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, dict[str, float]] = {}  # of each profiled run, by name
     with tempfile.TemporaryDirectory() as folder:
         for plan in arguments.runs:
             try:
-                results[plan] = measure(plan, arguments, Path(folder))
+                results[plan] = measure(plan, arguments, Path(folder), arguments.profile and plan not in results)
             except torch.cuda.OutOfMemoryError:
                 if "RANK" in os.environ:  # the others may wait for this rank for ever; torchrun ends them
                     print(plan, "out of memory", flush=True)
@@ -314,7 +327,11 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            if found := results[plan].pop("kernels", None):
+                kernels[plan] = found
             if launched_rank() == 0:
+                if found and len(kernels) > 1:
+                    print_differences(next(iter(kernels.values())), found, arguments.top)
                 print(
                     plan, {k: round(v, 2) if isinstance(v, float) else v for k, v in results[plan].items()}, flush=True
                 )
