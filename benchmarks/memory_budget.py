@@ -92,16 +92,16 @@ class ForgetfulAttention(InnerAttention):
 
 
 @torch.no_grad()
-def losses(model: SWAMLAModel, tokens: Tensor, budget: int | None, leaves: Leaves = "selected") -> Tensor:
+def losses(model: SWAMLAModel, tokens: Tensor, budget: int, leaves: Leaves = "selected") -> Tensor:
     """Of each token of `tokens` [B, T] but the first, [B, T - 1]."""
     for block in model.blocks.values():
         if block.attention.selecting_head is not None:
-            block.attention.inner_attention = InnerAttention() if budget is None else ForgetfulAttention(budget, leaves)
+            block.attention.inner_attention = ForgetfulAttention(budget, leaves)
     logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none")
 
 
-def cache_bytes(model: SWAMLAModel, tokens: int, budget: int | None) -> int:
+def cache_bytes(model: SWAMLAModel, tokens: int, budget: int) -> int:
     """Of all layers, for one sequence."""
     layers = DecodeCache(model, 1, tokens, budget).layers.values()
     return sum(each.nbytes for layer in layers for each in vars(layer).values() if isinstance(each, Tensor))
@@ -136,15 +136,15 @@ def main() -> None:
         parser.error(f"{len(found)} sequences of {length} tokens: give more text, or --seq-len beyond all budgets")
     batches = torch.tensor(found, device=model.device).split(arguments.together)
 
-    def of_late_tokens(budget: int | None, leaves: Leaves = "selected") -> Tensor:
+    def of_late_tokens(budget: int, leaves: Leaves = "selected") -> Tensor:
         """The mean loss of each sequence, [sequences] float64."""
         torch.manual_seed(0)
         return torch.cat([losses(model, each, budget, leaves)[:, -late:].double().mean(dim=1) for each in batches])
 
-    whole = of_late_tokens(None)
+    whole = of_late_tokens(length)
     print(f"{len(found)} sequences of {length} tokens: loss of the last {late}, and what a budget adds to it")
     print("budget  MiB a sequence" + "".join(f"{leaves:>20}" for leaves in get_args(Leaves)))
-    print(f"  none  {cache_bytes(model, length, None) / 2**20:>14.3f}{whole.mean():>20.4f}", flush=True)
+    print(f"  none  {cache_bytes(model, length, length) / 2**20:>14.3f}{whole.mean():>20.4f}", flush=True)
     for budget in sorted(arguments.budgets, reverse=True):
         print(f"{budget:>6}  {cache_bytes(model, length, budget) / 2**20:>14.3f}", end="")
         for leaves in get_args(Leaves):
