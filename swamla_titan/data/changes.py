@@ -52,6 +52,7 @@ def fingerprint_changes(
     if saved.get("source") != current.get("source"):
         names -= {"held out"}  # of other data other documents are
     for name in sorted(names):
+        # Fingerprints are hashes, which tell a user nothing: where it is known what they stand for, that is named.
         detail = (details or {}).get(name)
         if detail:
             changes[name] = f"{name}: {detail}"

@@ -134,6 +134,7 @@ def read_on(
     """
     while True:
         try:
+            # Each attempt begins behind the last document that was yielded, not at the unit's start.
             for document in source.read(unit, position, every, offset):
                 retry.success()
                 yield document
@@ -158,7 +159,7 @@ def documents_by_unit(
     """
     damaged = ""
     for unit in range(source.num_units):
-        if source.unit_files[unit] == damaged:
+        if source.unit_files[unit] == damaged:  # training excludes what follows the damage, readable or not
             continue
         try:
             for document in read_on(source, unit, None, 1, 0, retry):

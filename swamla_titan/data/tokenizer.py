@@ -219,6 +219,7 @@ def _load_file(path: str) -> Tokenizer:
     for number, line in enumerate(_read_file(path).splitlines(), start=1):
         if not line.strip():
             continue
+        # What is wrong is reported with its line. A dict alone would keep the last of two equal tokens, silently.
         where = f"data.tokenizer: {path}, line {number}"
         token, rank = _entry_of(line)
         if not token or rank is None:

@@ -101,10 +101,14 @@ def _send(ahead: "queue.Queue[object]", connection: Connection) -> None:
 
     Without requests, as many parts as fit in the pipe would be read ahead: hundreds of short ones.
     """
-    with suppress(EOFError, OSError):
-        while connection.recv_bytes() == _NEXT:
-            connection.send(ahead.get())
-    os._exit(1)
+    try:
+        with suppress(EOFError, OSError):
+            while connection.recv_bytes() == _NEXT:
+                connection.send(ahead.get())
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def _settle(trainer: int) -> None:

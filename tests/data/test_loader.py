@@ -359,6 +359,19 @@ def test_a_worker_is_a_few_steps_ahead_and_no_more(tmp_path, size):
         process.close()
 
 
+class _Unsendable:
+    def __iter__(self):
+        yield lambda: None  # which pickle refuses
+
+
+def test_a_part_that_cannot_be_sent_ends_the_worker_and_not_in_a_hang():
+    process = LoaderProcess(_Unsendable())
+    with pytest.raises(RunFailed, match=r"ended unexpectedly \(exit code 1\)"):
+        process.receive()
+    process.kill()
+    process.close()
+
+
 def test_a_fault_of_the_program_in_a_worker_is_told_with_its_traceback(tmp_path):
     process = LoaderProcess(_Endless(tmp_path / "made", 1, last=1))
     try:

@@ -252,7 +252,7 @@ def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
     """(name, bytes) of the files below a folder; UserError for a pipe or a device, on which `datasets` would hang."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk continues with what is left here
         for name in sorted(files):
             path = os.path.join(place, name)
             if name.startswith(".") or not os.path.exists(path):

@@ -170,7 +170,7 @@ class _Opening:
         range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * data.streams))))
         for entry in entries:
             name, size, file = entry["name"].lower(), entry["bytes"], self._path(entry["name"])
-            if "lost" in entry:
+            if "lost" in entry:  # it has no units, also when it is readable again: the order must not change in a run
                 continue
             if name.endswith(PARQUET):
                 for number, (group_bytes, rows) in enumerate(entry["groups"]):
@@ -179,6 +179,7 @@ class _Opening:
             elif name.endswith(cut_in_ranges):
                 json_key = data.text_key if name.endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else data.text_separator.encode(errors="surrogateescape")
+                # Each range finds where its first document begins, so that the file need not be read here.
                 for start in range(0, size, range_size):
                     end = min(size, start + range_size)
                     yield entry, FileRange(file, size, start, end, separator, most, json_key), end - start

@@ -118,6 +118,7 @@ class FileRange:
         while at < self.end:
             found = buffer.find(self.separator, searched)
             if found < 0:
+                # What was searched is not searched again, but for a separator that the next chunk may complete.
                 searched = max(0, len(buffer) - len(self.separator) + 1)
                 if len(buffer) - len(self.separator) > self.max_document_bytes:
                     raise self._too_large(at)
