@@ -120,7 +120,7 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp-2x2": (4, {"data_parallel": "hsdp", "dp_replicate": 2}),
     "fsdp-2-pp-2": (4, {"pipeline": 2}),
 }
-SLOW = {"tp-2", "pp-2", "ddp-2", "hsdp-2x2", "fsdp-2-pp-2"}
+SLOW = {"fsdp-3", "tp-2", "pp-2", "ddp-2", "hsdp-2x2", "fsdp-2-pp-2"}
 
 
 def whole_gradient(name: str, shape: torch.Size, step: int) -> Tensor:

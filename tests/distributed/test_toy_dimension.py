@@ -135,11 +135,11 @@ def _with_weights(root: Path, weights: str) -> Path:
 @pytest.mark.parametrize(
     "plans",
     [
-        # Every rank has all weights, and this dimension's own sum is the only one; or FSDP2 shards the weights over
-        # these ranks too, and sums the gradients of matrices.
-        [(2, "shared_backward"), (2, "shard")],
-        # FSDP2 over pairs, and the sum beside it.
-        pytest.param([(4, "shared_backward")], marks=pytest.mark.slow),
+        # Every rank has all weights, and this dimension's own sum is the only one.
+        [(2, "shared_backward")],
+        # FSDP2 shards the weights over these ranks too, and sums the gradients of matrices; or it shards over pairs,
+        # and the sum is beside it.
+        pytest.param([(2, "shard"), (4, "shared_backward")], marks=pytest.mark.slow),
     ],
 )
 def test_gradients_of_ranks_that_share_the_same_tokens_are_summed(plans, tmp_path):
