@@ -24,7 +24,7 @@ INTEGERS = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Any]], "str | None"]
 """(value, all values of the section by name) -> what is wrong with the value beside the others, None: nothing."""
 
-# For a number without a natural bound, such as a factor: beyond it float32 overflows, and nobody means it.
+# Bound of a number without a natural one, such as a factor: beyond it float32 overflows.
 HUGE = 1e30
 LONGEST_STRING = 4000  # characters; the longest path that an operating system takes has 4095 bytes
 MOST_ENTRIES = 1000  # of a table
@@ -164,7 +164,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 
 def _text_problem(text: str, any_text: bool = False) -> str | None:
-    """Why a string cannot be a setting: it could not be written to config.toml, or no program would take it."""
+    """Why a string is not allowed as a setting: it could not be written to config.toml, or passed to a program."""
     if len(text) > LONGEST_STRING:
         return f"expected at most {LONGEST_STRING} characters, not {len(text)}"
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -1,4 +1,4 @@
-"""What a rule of config/rules.py or effects.py finds."""
+"""A conflict between keys, which config/rules.py and effects.py find."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 class Conflict(NamedTuple):
     """`keys` (as section.key) cannot hold together; the first is the one to report it at.
 
-    `consequence`: what a run does all the same, where only an override on the command line brought it about; None:
-    it is refused there too.
+    `consequence`: what a run does nevertheless, if only an override on the command line caused the conflict; None: that
+    is an error too.
     """
 
     keys: tuple[str, ...]

@@ -23,7 +23,7 @@ from swamla_titan.model import FLAVORS, ModelConfig
 
 
 def _reads(config: Config, *others: str) -> bool:
-    """Whether some text is read from a file or folder whose name has none of these endings, or from a dataset."""
+    """Whether not all files that are read have one of these endings; a folder may hold any."""
     paths = [config.validation.path] if config.validation.path else []
     paths += [config.data.path] if config.data.source == "local" else []
     return not all(path.endswith(others) for path in paths)
@@ -39,7 +39,7 @@ _SELECTIVE = when("activation_checkpoint.mode", "selective")
 _NATIVE = when("float8.recipe", "native", "auto")
 _SKIPPING = when_on("fault_tolerance.skip_bad_steps", "fault_tolerance.skip_bad_steps = true")
 
-# Keys, and what must hold for them to have an effect. Those of a kind of block say it themselves, see model/config.py.
+# Keys, and the condition under which they have an effect. Keys of a kind of block declare it in model/config.py.
 _NEEDS: dict[str, Condition] = {
     "data.path data.on_error": _FILES,
     "data.name data.split data.revision": when("data.source", "huggingface"),
@@ -126,6 +126,6 @@ def without_effect(config: Config, flavor: str | None = None) -> Iterator[Confli
 
 
 def without(config: Config, name: str) -> Config:
-    """The configuration with the default in the place of a key."""
+    """The configuration with a key set to its default."""
     changed: Config = replace_at(config, name, KEYS[name].default)
     return changed

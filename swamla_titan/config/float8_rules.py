@@ -8,11 +8,11 @@ from swamla_titan.kernels.limits import FLOAT8_MULTIPLE
 
 
 def float8_conflicts(config: Config) -> Iterator[Conflict]:
-    """Every set of keys with some of [float8] that cannot all hold."""
+    """Conflicts between [float8] and other keys."""
     float8, training, parallel = config.float8, config.training, config.parallel
     if float8.recipe == "off":
         return
-    # Linear layers that tensor-parallel ranks replicate multiply the tokens of one of them, the others those of all.
+    # Replicated linear layers multiply the tokens of one tensor-parallel rank, sharded ones those of all.
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
     if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
         yield Conflict(
@@ -28,7 +28,7 @@ def float8_conflicts(config: Config) -> Iterator[Conflict]:
         )
     if float8.recipe == "tensorwise" and float8.fsdp_all_gather == "always" and (why := why_not_gathered(config)):
         yield Conflict(
-            ("float8.fsdp_all_gather", *why), f'"always" cannot be with {" and ".join(why)} as set: use "auto"'
+            ("float8.fsdp_all_gather", *why), f'"always" is not possible with {" and ".join(why)} as set: use "auto"'
         )
     if float8.loss_scaling and not config.fault_tolerance.skip_bad_steps:
         yield Conflict(
@@ -38,7 +38,7 @@ def float8_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def why_not_gathered(config: Config) -> list[str]:
-    """Keys that keep FSDP2 from gathering weights in float8, as far as the number of ranks does not matter."""
+    """Keys that prevent FSDP2 from all-gathering weights in float8, whatever the number of ranks."""
     parallel = config.parallel
     keys = {
         "float8.recipe": config.float8.recipe != "tensorwise",

@@ -56,9 +56,9 @@ def load_config(
     """Read and check a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
-    the value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with what is
-    merely without effect: where the file made sense before an override, and in a file that states nearly every key, as
-    a run's config.toml does.
+    the value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys
+    without effect that are no error: in a file that made sense before an override, and in one that states nearly every
+    key, as a run's config.toml does.
     """
     path, errors = Path(path), Errors()
     tables = _read_tables(path, errors)
@@ -128,7 +128,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
 
 
 def _read_tables(path: Path, errors: Errors) -> Tables:
-    """The file's tables by their sections; those that do not exist are reported, with the nearest that does."""
+    """The file's tables by section; an unknown section is an error that names the nearest known one."""
     tables: Tables = {}
     for section, table in read_toml(path).items():
         if isinstance(table, dict):
@@ -139,7 +139,7 @@ def _read_tables(path: Path, errors: Errors) -> Tables:
 
 
 def _add_table(section: str, table: dict[str, Any], tables: Tables, errors: Errors) -> None:
-    """Add a table, and those within it that are sections or may be meant as such."""
+    """Add a table, and tables within it that are sections or may be meant as sections."""
     if section not in SECTIONS:
         errors.append((_unknown_section, f"[{name(section)}]", section))
         return
@@ -192,7 +192,7 @@ def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
 
 
 def _parsed(text: str, kind: Any) -> Any:
-    """A value of this type, or the text itself where it is none."""
+    """The text as a value of this type, or the text itself if it is none."""
     try:
         if kind is bool:
             return {"true": True, "false": False}.get(text, text)
@@ -207,7 +207,7 @@ def _parsed(text: str, kind: Any) -> Any:
 
 
 def _checked_values(section: str, table: dict[str, Any], errors: Errors) -> dict[str, Any]:
-    """The table's values with the types of their keys; mistakes are reported."""
+    """The table's values, converted to the types of their keys; errors are added."""
     checked = {}
     selector, known = READY_MADE.get(section, ("", {}))
     for key, value in table.items():

@@ -1,10 +1,10 @@
-"""What the configuration says of the output head and the loss together."""
+"""Whether output head and loss are one operation, by the configuration."""
 
 from swamla_titan.config.sections import Config
 
 
 def wants_fused_loss(config: Config) -> bool:
-    """Whether they are one on a GPU: "auto" wants that wherever it can be, in 16 bits."""
+    """Whether they are one operation on a GPU; "auto": wherever it is possible, in 16 bits."""
     if config.kernels.loss != "auto":
         return config.kernels.loss == "fused"
     parallel, float8 = config.parallel, config.float8

@@ -10,7 +10,7 @@ from swamla_titan.config.sections import Config
 from swamla_titan.config.toml import shown
 
 _QUANTIZED = ("adamw8bit", "adamw4bit", "adamw_fp8")
-# Of the decay of an average that is kept in bfloat16: nearer to 1, steps are of the size of its last bit or less.
+# The largest decay of a moment in bfloat16: beyond it, updates are of the size of the last bit or less.
 _LARGEST_IN_BFLOAT16 = 0.99
 _DECAYS = {
     "adamw": ("beta1", "beta2"),
@@ -21,7 +21,7 @@ _DECAYS = {
 
 
 def optimizer_conflicts(config: Config) -> Iterator[Conflict]:
-    """Every set of keys of these sections that cannot all hold."""
+    """Conflicts between [optimizer] and other keys."""
     yield from _moments(config)
     yield from _offloaded(config)
     yield from _multipliers(config)
@@ -79,5 +79,5 @@ def _multipliers(config: Config) -> Iterator[Conflict]:
         tied = "; the head is the embedding's (model.tie_embeddings)" if "head" in pattern else ""
         yield Conflict(
             ("optimizer.lr_multipliers", "model.flavor", "model.num_layers"),
-            f"{shown(pattern)} fits no parameter{tied}; among them are {', '.join(near)}",
+            f"{shown(pattern)} matches no parameter{tied}; among them are {', '.join(near)}",
         )

@@ -14,7 +14,7 @@ _ANY_NUMBER_OF_STAGES = ("Interleaved1F1B", "InterleavedZeroBubble")  # from two
 
 
 def parallel_conflicts(config: Config) -> Iterator[Conflict]:
-    """Every set of keys of these sections, the model and the sequence length that cannot all hold."""
+    """Conflicts between [parallel], the model and the sequence length."""
     yield from _data_parallel(config)
     yield from _tensor(config)
     yield from _sequence_length(config)
@@ -26,7 +26,7 @@ def _data_parallel(config: Config) -> Iterator[Conflict]:
     both = ("parallel.dp_replicate", "parallel.dp_shard", "parallel.data_parallel")
     for key, value in (("parallel.dp_shard", shard), ("parallel.dp_replicate", replicate)):
         if value == 0:
-            yield Conflict((key,), "0 ranks are none: expected a number from 1, or -1 for the rest")
+            yield Conflict((key,), "0: expected a number of ranks from 1, or -1 for all that are left")
     if 0 in (shard, replicate):
         return
     if kind == "fsdp" and replicate != 1:
@@ -82,7 +82,7 @@ def _tensor(config: Config) -> Iterator[Conflict]:
 
 
 def why_not_shared(tensor: int, what: str, number: int) -> str | None:
-    """Why so many tensor-parallel ranks cannot share `what`, of which there are `number`; None: they can."""
+    """Why `number` units of `what` do not divide evenly among tensor-parallel ranks; None: they do."""
     if number % tensor == 0:
         return None
     divisor = next(degree for degree in range(tensor - 1, 0, -1) if number % degree == 0)
@@ -91,8 +91,8 @@ def why_not_shared(tensor: int, what: str, number: int) -> str | None:
 
 def _sequence_length(config: Config) -> Iterator[Conflict]:
     length, tensor, context = config.training.seq_len, config.parallel.tensor, config.parallel.context
-    # Each rank of `context` takes a stretch from the front of the sequence and one from its end: equal work under a
-    # causal mask. The ranks of `tensor` share each rank's tokens between the matrix products.
+    # Each rank of `context` takes a slice from the front of the sequence and one from its end: equal work under a
+    # causal mask. Between linear layers the ranks of `tensor` shard the tokens of each rank.
     parts = {"2 x context": 2 * context if context > 1 else 1, "tensor": tensor}
     unit = math.prod(parts.values())
     if length % unit:
@@ -134,19 +134,19 @@ def _pipeline(config: Config) -> Iterator[Conflict]:
 
 
 def _split_backward(config: Config) -> Iterator[Conflict]:
-    """What schedules cannot that run a backward pass twice: for the inputs' gradients, and later for the weights'."""
+    """Conflicts of schedules that split a backward pass: gradients of inputs first, those of weights later."""
     at, schedule = ("parallel.pipeline_schedule",), f'"{config.parallel.pipeline_schedule}"'
     way_out = 'or use pipeline_schedule = "Interleaved1F1B"'
     if config.compile.enabled:
-        # A compiled block is one node of the graph: torch refuses to run it twice (donated buffers), and made to, it
-        # computes all its gradients both times.
+        # A compiled block is one node of the graph: torch raises when it runs twice (donated buffers), and forced to,
+        # it computes all its gradients both times.
         yield Conflict(
             (*at, "compile.enabled"),
             f"{schedule} splits backward passes in two, which compiled blocks cannot: set compile.enabled = false, "
             + way_out,
         )
     if config.activation_checkpoint.mode != "none":
-        # Right, but a block is computed again for each of its weights, not once.
+        # Correct, but a block would be recomputed for each of its weights, not once.
         yield Conflict(
             (*at, "activation_checkpoint.mode"),
             f"{schedule} would recompute a block once for each of its weights with activation_checkpoint.mode = "

@@ -1,4 +1,4 @@
-"""Strings of a configuration that name files and folders."""
+"""Checks and expansion of paths in a configuration."""
 
 import os
 import re
@@ -8,7 +8,7 @@ _VARIABLE = re.compile(r"(?:^|/)\$(?:\w+|\{\w+\})")
 
 
 def expanded(path: str) -> str:
-    """The path with `~` and `~user` replaced; ValueError for what names no file. Variables are not replaced."""
+    """The path with `~` and `~user` expanded; ValueError if it cannot name a file. Variables are not expanded."""
     if found := _VARIABLE.search(path):
         variable = found[0].lstrip("/")
         raise ValueError(
@@ -24,6 +24,6 @@ def expanded(path: str) -> str:
     return found_home
 
 
-def is_no_place_of_its_own(path: str) -> bool:
-    """Whether a folder's name means the current folder, one above it, or the root of the file system."""
+def is_shared_folder(path: str) -> bool:
+    """Whether a path means the current folder, one above it, or the root of the file system."""
     return not set(os.path.normpath(path or ".").split("/")) - {"", ".", ".."}

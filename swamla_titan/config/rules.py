@@ -8,7 +8,7 @@ from swamla_titan.config.conflict import Conflict
 from swamla_titan.config.float8_rules import float8_conflicts
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.parallel_rules import parallel_conflicts
-from swamla_titan.config.paths import is_no_place_of_its_own
+from swamla_titan.config.paths import is_shared_folder
 from swamla_titan.config.sections import MOST_RANKS, Config
 from swamla_titan.config.toml import shown
 from swamla_titan.distributed.degrees import DIMENSIONS
@@ -27,14 +27,14 @@ RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limit
 _MOST_TOKENS = 1 << 36  # of a step: 69 billion
 _MOST_PARAMETERS = 1 << 47  # 140 trillion
 _MOST_ACTIONS = 1 << 18  # of a pipeline's schedule
-_MOST_CUTS = 1 << 26  # that cutting the layers in stages looks at
+_MOST_CUTS = 1 << 26  # candidates when layers are divided into stages
 _WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 
 
 def conflicts(config: Config) -> Iterator[Conflict]:
-    """Every set of keys that cannot all hold."""
+    """All conflicts between keys."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
-    if is_no_place_of_its_own(config.job.dump_folder):
+    if is_shared_folder(config.job.dump_folder):
         yield Conflict(
             ("job.dump_folder",),
             f"{shown(config.job.dump_folder)} is the current folder, one above it or the root, and a run would write "
@@ -76,8 +76,8 @@ def conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("data.retry_seconds", "fault_tolerance.step_timeout"),
             f"{data.retry_seconds:g} s of waiting for data are more than half of fault_tolerance.step_timeout = "
-            f"{config.fault_tolerance.step_timeout:g}, and what waits that long passes for hanging: lower this, or "
-            "raise that",
+            f"{config.fault_tolerance.step_timeout:g}, and a step that waits that long counts as hanging: lower this, "
+            "or raise that",
         )
     if config.validation.interval and not config.validation.path and config.validation.fraction == 0:
         yield Conflict(
@@ -90,10 +90,10 @@ def conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _attention(config: Config) -> Iterator[Conflict]:
-    """kernels.attention where no kind of block can be computed by that on any machine.
+    """Conflicts of kernels.attention with a model none of whose blocks it can compute, on any machine.
 
-    What computes each kind on a machine is chosen by kernels/attention/dispatch.py, and `validate_attention`
-    (parallel/kernels.py) refuses by its choice. Nothing is refused here that it could choose.
+    kernels/attention/dispatch.py chooses the implementation on a machine, and `validate_attention`
+    (parallel/kernels.py) raises by its choice. Nothing is an error here that it could choose.
     """
     asked, model = config.kernels.attention, config.model
     if asked not in ("triton", "flex"):
@@ -136,11 +136,11 @@ def _selects(model: ModelConfig, kind: str) -> bool:
 
 
 def _limits(config: Config, kind: str) -> Iterator[Conflict]:
-    """What our kernels do not take of a kind of block."""
+    """Conflicts of our kernels with a kind of block."""
     if config.parallel.context > 1 and not _selects(config.model, kind):
         yield Conflict(
             ("kernels.attention", "parallel.context"),
-            '"triton" wants full sequences on each rank: use "flex" or "auto" with context parallelism',
+            '"triton" needs full sequences on each rank: use "flex" or "auto" with context parallelism',
         )
     elif config.model.quantities("window", kind):
         yield from _window_kernel(config.model, kind)
@@ -149,7 +149,7 @@ def _limits(config: Config, kind: str) -> Iterator[Conflict]:
 
 
 def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Conflict]:
-    """What our kernel for sliding windows does not take of a kind of block."""
+    """Conflicts of our sliding-window kernel with a kind of block."""
     at, widths = "kernels.attention", model.quantities("qk_width", kind)
     keys, width = (tuple(widths), sum(widths.values())) if widths else (("dim", "num_heads"), model.head_dim)
     if width not in WINDOW_WIDTHS:
@@ -166,7 +166,7 @@ def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Conflict]:
 
 
 def _document_kernel(config: Config, kind: str) -> Iterator[Conflict]:
-    """What our kernel for documents does not take of a kind of block with widths of its own, as latents have."""
+    """Conflicts of our document kernel with a kind of block that has head widths of its own, as MLA has."""
     at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
     sides = (
         (model.quantities("qk_width", kind), DOCUMENT_WIDTHS),
@@ -191,20 +191,20 @@ def _loss(config: Config) -> Iterator[Conflict]:
     if config.kernels.loss == "fused" and split:
         yield Conflict(
             ("kernels.loss", *split),
-            f'"fused" wants the whole head in one place: use "plain" or "auto" with {" and ".join(split)}',
+            f'"fused" needs the full output head on each rank: use "plain" or "auto" with {" and ".join(split)}',
         )
 
 
 def retry_seconds(config: Config) -> float:
-    """How long a step may wait for data: `data.retry_seconds`, -1 replaced, and not above the limit."""
+    """Maximum time that a step waits for data: `data.retry_seconds` with -1 resolved, at most half the step's limit."""
     wanted = config.data.retry_seconds
-    half = config.fault_tolerance.step_timeout / 2  # the last try, and the step itself, take time as well
+    half = config.fault_tolerance.step_timeout / 2  # the last attempt, and the step itself, take time too
     wanted = RETRY_SECONDS if wanted < 0 else wanted
     return min(wanted, half) if half else wanted
 
 
 def _sizes(config: Config) -> Iterator[Conflict]:
-    """Keys, each within its own bounds, whose product would keep `plan` and the start of a run busy for hours."""
+    """Values within their own bounds that together would make `plan` and the start of a run take hours."""
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * training.seq_len
     if tokens > _MOST_TOKENS:

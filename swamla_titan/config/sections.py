@@ -1,6 +1,6 @@
 """The sections of a TOML file: one dataclass each, whose fields say which values they allow and what they mean.
 
-effects.py says when a key has an effect, rules.py which keys contradict each other.
+effects.py says when a key has an effect, rules.py which keys conflict.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from swamla_titan.fields import HUGE, Factor, Limits, Setting, Share, sections, 
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.config import LONGEST_SEQUENCE, MOST_LAYERS, ModelConfig
 
-# Upper bounds that nobody meets who means it; what is larger would only keep programs busy, or their memory full.
+# Upper bounds beyond any real use; larger values would only cost time and memory.
 MOST_RANKS = 1 << 15
 _MOST_STEPS = 99_999_999  # as many digits as a checkpoint's name has
 _LONGEST_WAIT = 31_536_000.0  # seconds: a year
@@ -31,7 +31,7 @@ class Job:
     seed: Annotated[int, Limits(0, 2**62)] = 0
     """Seed of the initial weights, dropout and the order of the data."""
     deterministic: bool = False
-    """Bit-identical results on repetition, at some cost in speed."""
+    """Repeated runs give bit-identical results, at some cost in speed."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Data:
     text_key: str = "text"
     """Field that holds a document's text in jsonl, parquet and Hugging Face rows."""
     text_separator: Annotated[str, Limits(any_text=True)] = ""
-    """String between the documents of a text file, literally; empty: a file is one document."""
+    """String between the documents of a text file, taken literally; empty: a file is one document."""
     max_document_mib: Annotated[int, Limits(1, 1 << 20)] = 64
-    """Largest document accepted, in MiB of text."""
+    """Maximum size of a document, in MiB of text."""
     tokenizer: _Path = "gpt2"
     """byte; gpt2 or another tiktoken encoding (r50k_base, p50k_base, cl100k_base, o200k_base); or the path of a
     .tiktoken file."""
     streams: Annotated[int, Limits(1, 1 << 16)] = 64
-    """Logical streams that the corpus is divided among; part of the order of the data."""
+    """Logical streams that the corpus is divided into; part of the data order."""
     shuffle_documents: Annotated[int, Limits(1, 10_000_000)] = 1000
     """Documents shuffled together within a stream; 1: keep the order of the files."""
     num_workers: Annotated[int, Limits(0, 1024)] = 1
@@ -64,31 +64,31 @@ class Data:
     document_mask: bool = False
     """Attention and positions stop at document boundaries."""
     on_error: Literal["stop", "skip_file"] = "stop"
-    """What cannot be read, also after trying again: stop: save and end the run; skip_file: pass over the rest of the
-    file, in every later epoch too, tell so, and go on."""
+    """What happens when data cannot be read, after all retries. stop: save a checkpoint and end the run; skip_file:
+    exclude the rest of the file, in later epochs too, log a warning, and continue."""
     retry_seconds: Annotated[float, Limits(-1, _LONGEST_WAIT)] = -1.0
-    """Longest time that a step waits for a network or disk that does not answer, trying again; 0: never try again, -1:
-    300, or half of fault_tolerance.step_timeout if that is less. Missing files are not waited for."""
+    """Maximum time that a step waits for a network or disk that does not answer, with retries; 0: no retries, -1: 300,
+    or half of fault_tolerance.step_timeout if that is less. Missing files are not waited for."""
 
 
 @dataclass(frozen=True)
 class Training:
     seq_len: Annotated[int, Limits(1, LONGEST_SEQUENCE)] = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     local_batch_size: Annotated[int, Limits(1, 1 << 16)] = 8
-    """Sequences a rank computes at a time (one micro-batch)."""
+    """Sequences per micro-batch of a rank."""
     global_batch_size: Annotated[int, Limits(1, 1 << 20)] = 8
-    """Sequences a step, over all ranks and micro-batches."""
+    """Sequences per step, over all ranks and micro-batches."""
     steps: _Steps = 1000
     """Optimizer steps of the whole run."""
     max_grad_norm: Factor = 1.0
-    """Gradients are scaled down to this global norm; 0: never."""
+    """Global norm that gradients are clipped to; 0: no clipping."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and products; weights are kept in float32."""
+    """Dtype of activations and matmuls; weights are kept in float32."""
     fp32_precision: Literal["tf32", "ieee"] = "tf32"
-    """How CUDA multiplies float32 matrices: tf32 is fast, ieee is exact."""
+    """Precision of float32 matmuls on CUDA: tf32 is fast, ieee is exact."""
     gc_interval: _StepsOr0 = 100
-    """Steps between runs of Python's garbage collector, beside those at checkpoints; 0: leave it automatic."""
+    """Steps between runs of Python's garbage collector, in addition to those at checkpoints; 0: automatic."""
 
 
 @dataclass(frozen=True)
@@ -96,43 +96,43 @@ class Optimizer:
     name: OptimizerName = "adamw"
     """adamw; lion: a third of AdamW's lr and three times its weight_decay are usual; adamw8bit, adamw4bit, adamw_fp8:
     AdamW with quantized moments of matrices; muon: orthogonalized updates of the blocks' matrices, AdamW for embedding,
-    head and norms; auto: adamw_fp8 where products are in float8, else adamw, and in a run that is resumed what it began
-    with."""
+    head and norms; auto: adamw_fp8 if matmuls are in float8, else adamw; a resumed run keeps what it began with."""
     lr: Factor = 3e-4
     """Peak learning rate."""
     beta1: Share = 0.9
-    """Decay of the first moment; lion: its share in the direction."""
+    """Decay of the first moment; lion: weight of the momentum in the update direction."""
     beta2: Share = 0.95
-    """Decay of the second moment; lion: of its momentum, where 0.99 is usual."""
+    """Decay of the second moment; lion: decay of the momentum, where 0.99 is usual."""
     eps: Annotated[float, Limits(above=0, maximum=HUGE)] = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: Factor = 0.1
     """Decoupled weight decay of the blocks' matrices; embedding, head, norms and biases have none."""
     decay_embeddings: bool = False
-    """Weight decay of the embedding and the output head, tied or not, as well."""
+    """Apply weight decay to the embedding and the output head too, tied or not."""
     lazy_tables: bool = True
-    """Tables of embeddings move by Adam: true: the rows that a step looked up, others keep weights and moments; false:
-    all rows, as AdamW without decay moves them, at the cost of a pass over the tables each step."""
+    """true: Adam updates the rows of embedding tables that a step looked up, other rows keep weights and moments;
+    false: all rows, as AdamW without weight decay, at the cost of reading and writing the tables in each step."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Type of the moments of matrices (adamw, lion, muon); norms and tables keep float32."""
+    """Dtype of the moments of matrices (adamw, lion, muon); norms and tables keep float32."""
     lr_multipliers: Annotated[dict[str, float], Limits(0, HUGE)] = field(default_factory=dict)
-    """Factors of the learning rate, by patterns (*, ?) of parameters' names: {"embedding.weight" = 0.5, "*.wo.weight" =
-    2.0}. Of several that fit a name the last one counts."""
+    """Learning-rate multipliers by patterns (*, ?) of parameter names: {"embedding.weight" = 0.5, "*.wo.weight" = 2.0}.
+    If several match a name, the last one counts."""
     muon_momentum: Share = 0.95
     """muon: decay of the momentum."""
     muon_nesterov: bool = True
-    """muon: Nesterov's momentum."""
+    """muon: Nesterov momentum."""
     muon_ns_steps: Annotated[int, Limits(1, 99)] = 5
     """muon: Newton-Schulz iterations."""
     muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """muon: how lr follows a matrix's shape. match_rms_adamw: updates as large as AdamW's, one lr serves both;
-    original: by sqrt(max(1, rows / columns)), with an lr of its own through lr_multipliers."""
+    """muon: how lr scales with the shape of a matrix. match_rms_adamw: updates have the RMS of AdamW's, so one lr
+    serves both; original: by sqrt(max(1, rows / columns)), with an lr of its own through lr_multipliers."""
 
 
 @dataclass(frozen=True)
 class EMA:
     decay: Share = 0.0
-    """Decay a step of a float32 average of the weights, which checkpoints keep as well; 0: none, 0.999 is usual."""
+    """Decay per step of a float32 moving average of the weights, which checkpoints hold too; 0: no average, 0.999 is
+    usual."""
 
 
 @dataclass(frozen=True)
@@ -144,46 +144,47 @@ class LRSchedule:
     decay_steps: _StepsOr0 = 0
     """wsd: steps of the final decay; 0: a tenth of training.steps."""
     min_lr_ratio: Annotated[float, Limits(0, 1)] = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
 class Parallel:
     data_parallel: Literal["fsdp", "hsdp", "ddp"] = "fsdp"
-    """fsdp: ranks share one copy of the weights; ddp: each has its own; hsdp: dp_replicate copies, each shared by
-    dp_shard ranks."""
+    """fsdp: one copy of the weights, sharded over all ranks; ddp: each rank has a full copy; hsdp: dp_replicate copies,
+    each sharded over dp_shard ranks."""
     dp_shard: Annotated[int, Limits(-1, MOST_RANKS)] = -1
-    """Ranks that share one copy of the weights; -1: the rest (ddp: 1)."""
+    """Ranks that each copy of the weights is sharded over; -1: all that are left (ddp: 1)."""
     dp_replicate: Annotated[int, Limits(-1, MOST_RANKS)] = 1
-    """Copies of the weights; -1: the rest (ddp: 1 and -1 are the rest)."""
+    """Copies of the weights; -1: all ranks that are left (ddp: 1 and -1 mean that)."""
     tensor: Annotated[int, Limits(1, 1024)] = 1
-    """Ranks that share each matrix product (tensor and sequence parallel)."""
+    """Ranks that each linear layer is sharded over (tensor and sequence parallel)."""
     context: Annotated[int, Limits(1, 1024)] = 1
-    """Ranks that share each sequence (context parallel)."""
+    """Ranks that each sequence is sharded over (context parallel)."""
     pipeline: Annotated[int, Limits(1, 128)] = 1
-    """Ranks that share the layers (pipeline parallel)."""
+    """Ranks that the layers are divided over (pipeline parallel)."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    """Free a block's gathered weights after its forward pass, and gather them again; auto: if all would take more than
-    4 GiB of a GPU, and never under pipelines."""
+    """Free a block's gathered weights after its forward pass, and all-gather them again in the backward pass; auto: if
+    all gathered weights would take more than 4 GiB of a GPU, and never with pipelines."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients after each micro-batch, not only the last: less memory, more communication (fsdp, hsdp)."""
+    """Reduce-scatter gradients after each micro-batch and not only the last: less memory, more communication (fsdp,
+    hsdp)."""
     cpu_offload: bool = False
-    """Keep weights and optimizer state in the memory of the host (fsdp and hsdp on GPUs)."""
+    """Keep weights and optimizer state in host memory (fsdp and hsdp on GPUs)."""
     tables_on_host: bool = False
-    """Keep tables of embeddings, their moments and their average in the memory of the host, where GPUs read and write
-    the rows of a step; the same results. A CPU has no other memory."""
+    """Keep embedding tables, their moments and their average in host memory, where GPUs read and write the rows of a
+    step; results are the same. Has no effect on a CPU."""
     async_tensor: bool = False
-    """Overlap tensor-parallel communication with the products (GPUs with peer access, compiled)."""
+    """Overlap tensor-parallel communication with matmuls (GPUs with peer access, compiled)."""
     pipeline_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"] = "1F1B"
-    """Order of forward and backward passes in a pipeline, by torch.distributed.pipelining's names."""
+    """Order of forward and backward passes in a pipeline, by the names of torch.distributed.pipelining."""
     pipeline_stages_per_rank: Annotated[int, Limits(0, 32)] = 0
-    """Stages a pipeline rank holds; 0: what the schedule needs (1, or 2 for those that interleave)."""
+    """Pipeline stages per rank; 0: what the schedule needs (1, or 2 for interleaved schedules)."""
 
 
 @dataclass(frozen=True)
 class Compile:
     enabled: bool = True
-    """torch.compile each block, the loss and what moves the weights."""
+    """torch.compile each block, the loss and the optimizer's updates."""
     cache_folder: _Path = ""
     """Folder that keeps compiled kernels between runs; empty: TORCHINDUCTOR_CACHE_DIR, or ~/.cache/swamla-titan."""
 
@@ -191,57 +192,58 @@ class Compile:
 @dataclass(frozen=True)
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass: of no block, of all, or as `selective` says."""
+    """Recompute activations in the backward pass: of no block (none), of all blocks (full), or as `selective` says."""
     selective: Literal["operators", "blocks"] = "operators"
-    """operators: keep the results of attention and of most matrix products, recompute the rest; blocks: recompute every
+    """operators: keep the outputs of attention and of most matmuls, recompute the rest; blocks: recompute every
     `every_n_blocks`-th block."""
     every_n_blocks: Annotated[int, Limits(1, MOST_LAYERS)] = 2
-    """selective = "blocks": each n-th block is recomputed."""
+    """selective = "blocks": every n-th block is recomputed."""
     modules: Literal["block", "attention", "feed_forward", "both"] = "block"
-    """What of a block is recomputed. block: all of it, as one; attention or feed_forward: that alone, with the norm
-    before it; both: each by itself, which keeps one residual more a block and recomputes half a block at a time."""
+    """What of a block is recomputed. block: the whole block at once; attention or feed_forward: that part with the norm
+    before it; both: each part by itself, which keeps one more residual per block and recomputes half a block at a
+    time."""
     memory_budget: Annotated[float, Limits(0, 1)] = 1.0
-    """mode = "none", compiled: share of activation memory to use; the compiler recomputes what is cheapest."""
+    """mode = "none", compiled: fraction of activation memory to use; the compiler recomputes what is cheapest."""
 
 
 @dataclass(frozen=True)
 class Float8:
     recipe: Recipe = "off"
-    """Products of the blocks in float8. By torchao: tensorwise (one scale a tensor), rowwise (one a row),
-    rowwise_with_gw_hp (and gradients of weights in full precision: most exact). native: by our kernels, which cast
-    within the operations before the products, one scale a tensor. auto: native where GPU and shapes gain by it, else
-    off."""
+    """Matmuls of the blocks in float8. By torchao: tensorwise (one scale per tensor), rowwise (one per row),
+    rowwise_with_gw_hp (and weight gradients in full precision: most exact). native: by our kernels, which cast within
+    the operations before the matmuls, one scale per tensor. auto: native where GPU and shapes gain by it, else off."""
     linear_layers: Literal["auto", "all"] = "auto"
-    """auto: those that are large enough to gain by it on an H100; all: each whose sides are multiples of 16."""
+    """auto: convert linear layers that are large enough to gain by it on an H100; all: each whose sides are multiples
+    of 16."""
     output_head: bool = False
-    """The output head too, at some cost in exactness of the loss."""
+    """Convert the output head too, at some cost in the precision of the loss."""
     fsdp_all_gather: Literal["auto", "always", "never"] = "auto"
-    """tensorwise: FSDP2 gathers weights in float8, half the bytes, with scales computed for all at once before each
-    step. auto: where that can be: with fsdp or hsdp and weights whose rows all ranks can share evenly, without tensor
-    parallelism and offloading; always: refused where it cannot be."""
+    """tensorwise: FSDP2 all-gathers weights in float8, half the bytes, with all scales computed at once before each
+    step. auto: where it is possible: with fsdp or hsdp and weights whose rows divide evenly among all ranks, without
+    tensor parallelism and offloading; always: an error where it is not possible."""
     gradient_dtype: Literal["e5m2", "e4m3"] = "e5m2"
-    """native: type of gradients; e5m2 has more range, e4m3 a bit more precision."""
+    """native: dtype of gradients; e5m2 has more range, e4m3 one more bit of precision."""
     fast_accumulation: bool = False
-    """native: sum products of gradients, too, in the tensor cores' short registers: faster, less exact."""
+    """native: accumulate gradient matmuls in the tensor cores' short registers too: faster, less exact."""
     loss_scaling: bool = False
-    """Multiply the loss by a dynamic scale in the backward pass. Not needed: each tensor of gradients has its own
+    """Multiply the loss by a dynamic scale in the backward pass. Not needed, because each gradient tensor has its own
     scale."""
 
 
 @dataclass(frozen=True)
 class Kernels:
     attention: AttentionBackend = "auto"
-    """auto: what is fastest on this device. triton: our kernels for sliding windows and for documents in MLA, which
-    auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA). sdpa: PyTorch's
-    attention under boolean masks. reference: plain and slow. All but reference take our kernels for mla_selective
-    (CUDA, 16 bits)."""
+    """auto: the fastest implementation on this device. triton: our kernels for sliding windows and for documents in
+    MLA, which auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA).
+    sdpa: PyTorch's attention with boolean masks. reference: plain and slow. All but reference take our kernels for
+    mla_selective (CUDA, 16 bits)."""
     loss: Literal["auto", "fused", "plain"] = "auto"
-    """fused: output head and loss as one, which never holds all logits. auto: fused on GPUs in 16 bits, but not with a
-    float8 head, tensor or pipeline parallelism. plain: all logits first."""
+    """fused: output head and loss in one operation, which never materializes all logits. auto: fused on GPUs in 16
+    bits, but not with a float8 head, tensor or pipeline parallelism. plain: all logits first."""
     elementwise: Literal["auto", "triton", "plain"] = "auto"
-    """SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); for rotation in SWA where attention is
-    by triton, without qk_norm, in MLA where it is by cuDNN, or documents by triton, without context parallel, in both
-    without checkpoints of operators (selective = "operators"). auto: these on H100 and H200 in 16 bits. plain: left to
+    """Fused elementwise kernels: SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); rotation in
+    SWA if attention is by triton, without qk_norm; in MLA if it is by cuDNN, or documents by triton, without context
+    parallel; in both without selective = "operators". auto: these on H100 and H200 in 16 bits. plain: left to
     torch.compile."""
 
 
@@ -250,17 +252,17 @@ class Checkpoint:
     interval: _Steps = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_latest: _CountOr0 = 3
-    """Checkpoints kept; 0: all."""
+    """Number of checkpoints kept; 0: all."""
     keep_every: _StepsOr0 = 0
-    """Besides, checkpoints of steps that this divides are kept for good; 0: none."""
+    """Also keep, permanently, checkpoints of steps that this divides; 0: none."""
     async_mode: Literal["async", "disabled"] = "async"
-    """async: copy the tensors to the memory of the host and write them while training goes on, one checkpoint at a
-    time; disabled: training waits."""
+    """async: copy the tensors to host memory and write them while training continues, one checkpoint at a time;
+    disabled: training waits."""
     max_failures: _Count = 3
-    """Checkpoints in a row that cannot be written before the run ends; the last of a run must be."""
+    """Consecutive checkpoints that fail to be written before the run ends; the last one of a run must succeed."""
     allow: str = ""
-    """What of the checkpoint may differ from this run, as in "data,batch": model (what leaves the weights their
-    shapes), data and tokenizer (the data start over), batch (sequences a step, or their length)."""
+    """Which differences between the checkpoint and this run are allowed, as in "data,batch": model (what leaves the
+    shapes of weights), data and tokenizer (the data start over), batch (sequences per step, or their length)."""
 
 
 @dataclass(frozen=True)
@@ -270,12 +272,12 @@ class Validation:
     path: _Path = ""
     """Validation text, read like data.path; empty: documents held out of the training data."""
     fraction: Share = 0.01
-    """Share of documents held out of training, chosen by their text; only without validation.path. They stay held out
-    with interval = 0 too; 0: train on all."""
+    """Fraction of documents held out of training, chosen by their text; only without validation.path. They stay held
+    out with interval = 0 too; 0: train on all."""
     max_tokens: Annotated[int, Limits(1, 1 << 33)] = 262_144
-    """Most tokens a validation uses."""
+    """Maximum number of tokens per validation."""
     use_ema: bool = False
-    """Validate the average of the weights (ema.decay) in their place."""
+    """Validate the average of the weights (ema.decay) instead of the weights."""
 
 
 @dataclass(frozen=True)
@@ -305,29 +307,29 @@ class Profiling:
 @dataclass(frozen=True)
 class FaultTolerance:
     skip_bad_steps: bool = True
-    """Pass over a step whose loss or gradient is no finite number, or a spike: weights and optimizer stay as they are.
+    """Skip a step whose loss or gradient norm is not finite, or a spike: weights and optimizer state stay as they are.
     false: the run fails at the first one that is not finite."""
     max_bad_steps: _Count = 10
-    """Bad steps in a row after which the run is saved and stopped."""
+    """Consecutive bad steps after which the run is saved and stopped."""
     max_rewinds: _CountOr0 = 0
-    """How often such a run goes on instead, with the weights of the newest checkpoint that has other ones, and with the
-    next batch; one checkpoint more than keep_latest is kept for it. 0: never."""
-    # Off: what clipping lets through of a spike is bounded, and a rule that drops data is for its user to ask for.
+    """How often such a run continues instead, from the weights of the newest checkpoint that has other weights, with
+    the next batch; one more checkpoint than keep_latest is kept for that. 0: never."""
+    # Off by default, because clipping bounds what a spike does, and a user should ask for a rule that drops data.
     spike_sigma: Factor = 0.0
-    """A gradient norm above the mean of the last good steps by this many standard deviations is a spike; 0: none is, 6
-    is cautious."""
+    """A gradient norm this many standard deviations above the mean of the last good steps is a spike; 0: none is, 6 is
+    cautious."""
     spike_window: Annotated[int, Limits(2, 1_000_000)] = 128
-    """Good steps that a spike is measured by; before there are as many, nothing is one."""
+    """Number of good steps that spikes are measured by; until there are as many, no step is a spike."""
     step_timeout: Annotated[float, Limits(0, _LONGEST_WAIT)] = 600.0
-    """Longest time between two steps, in seconds; then stacks go to traces/ and the processes end, to be started again.
-    Choose several times the slowest step; 0: wait for ever."""
+    """Maximum time between two steps, in seconds; after it, stacks are written to traces/ and the processes end, to be
+    restarted. Choose several times the slowest step; 0: no limit."""
     first_step_timeout: Annotated[float, Limits(above=0, maximum=_LONGEST_WAIT)] = 1800.0
-    """The same for the start, for the first step, which compiles, and for each validation and checkpoint."""
+    """The same limit for the start, for the first step, which compiles, and for each validation and checkpoint."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole, checked configuration. `model.vocab_size` 0 stands for the tokenizer's vocabulary."""
+    """A complete, checked configuration. `model.vocab_size` 0 stands for the tokenizer's vocabulary."""
 
     job: Job = field(default_factory=Job)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,4 @@
-"""TOML, read with bounds and written: a file is a regular file of moderate size, and a value is shown in one line."""
+"""Reading TOML files of limited size, and writing values as TOML."""
 
 import json
 import os
@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LARGEST_FILE = 1 << 20  # bytes; a file with every key and its meaning has 20,000
+LARGEST_FILE = 1 << 20  # bytes; a file with every key and its docs has 20,000
 _MOST_DOTS = 1000  # of a line; the reader takes time with the square of a dotted key's parts
 _SHOWN = 100  # characters of a value in a message
 _BARE = re.compile(r"[\w-]+", re.ASCII)
@@ -50,7 +50,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes:
-    """Of a regular file; what else may stand there could keep a reader waiting for ever, or never end."""
+    """The content of a regular file; reading a pipe or a device might block or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
@@ -101,7 +101,7 @@ def _escaped(character: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: in one line that is not too long."""
+    """A value as one short line, for a message."""
     if isinstance(value, str):
         return (
             shortened(toml(value[:_SHOWN]))
@@ -122,6 +122,6 @@ def shortened(text: str, most: int = _SHOWN) -> str:
 
 
 def name(text: str | os.PathLike[str]) -> str:
-    """A name that somebody gave, of a key, a section or a file, as it can be printed."""
+    """The name of a key, section or file as the user gave it, made printable."""
     text = os.fspath(text)
     return text if text.isprintable() and len(text) <= 300 else shown(text)

@@ -14,7 +14,7 @@ from swamla_titan.model.engram_config import EngramConfig
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
 FFN_MULTIPLE = 256
 
-# Upper bounds that nobody meets who means it.
+# Upper bounds beyond any real use.
 MOST_LAYERS = 1024
 LONGEST_SEQUENCE = 1 << 24
 _WIDEST = 1 << 17
@@ -115,7 +115,7 @@ class ModelConfig:
     ffn_hidden_dim: Annotated[int, Limits(0, 1 << 20)] = 0
     """Hidden width of SwiGLU; 0: 8/3 of dim rounded up to a multiple of 256."""
     norm: Literal["rmsnorm", "dynamic_tanh"] = "rmsnorm"
-    """Normalisation before attention, feed-forward and head."""
+    """Normalization before attention, feed-forward and head."""
     tie_embeddings: bool = True
     """The output head uses the embedding's weight."""
     swa_layers_per_cycle: Annotated[int, Limits(0, MOST_LAYERS)] = 2

@@ -166,7 +166,7 @@ def loss(run: Runner) -> None:
         assert ("loss: as one with the output head" in said) == (name == "fused")
     assert losses["auto"] == losses["plain"] == pytest.approx(losses["fused"], rel=1e-5)
     refused = run.refusal("--kernels.loss", "fused", "--parallel.pipeline", "2")
-    assert '"fused" wants the whole head' in refused
+    assert '"fused" needs the full output head' in refused
 
 
 def elementwise(run: Runner) -> None:

@@ -99,7 +99,7 @@ def lr_multipliers(run: Runner) -> None:
         factor = 0.0 if key.endswith("wo.weight") else 0.5 if "blocks." in key else 1.0
         torch.testing.assert_close(weight - start[key], factor * (usual[key] - start[key]), rtol=1e-3, atol=1e-6)
     error = run.refusal("--optimizer.lr_multipliers", '{"*.wo.wait" = 0.5}')
-    assert '"*.wo.wait" fits no parameter; among them are ' in error
+    assert '"*.wo.wait" matches no parameter; among them are ' in error
     assert "blocks.*.attention.wo.weight" in error
     assert "expected a table of numbers >= 0" in run.refusal("--optimizer.lr_multipliers", '{"*" = -1}')
 

@@ -38,7 +38,7 @@ def data_parallel(run: Runner) -> None:
 
 
 def dp_shard(run: Runner) -> None:
-    assert "0 ranks are none" in run.refusal("--parallel.dp_shard", "0")
+    assert "0: expected a number of ranks" in run.refusal("--parallel.dp_shard", "0")
     for number, degrees in ((2, "2"), (3, "-1")):
         for seen in run.on_ranks(number, "--parallel.dp_shard", degrees):
             assert seen.shapes[QKV] == (192 // number, 64)

@@ -15,8 +15,11 @@ ZERO_BUBBLE = "--model.num_layers=4 --parallel.pipeline=2 --parallel.pipeline_sc
 
 # `tiny`: 3 layers, 2 heads, feed-forward 256 = 8 groups of 32, 64 tokens, compile.enabled = false
 REFUSED = [
-    ("--parallel.dp_shard=0", "[parallel] dp_shard: 0 ranks are none: expected a number from 1, or -1"),
-    ("--parallel.dp_replicate=0", "[parallel] dp_replicate: 0 ranks are none: expected a number from 1, or -1"),
+    ("--parallel.dp_shard=0", "[parallel] dp_shard: 0: expected a number of ranks from 1, or -1"),
+    (
+        "--parallel.dp_replicate=0",
+        "[parallel] dp_replicate: 0: expected a number of ranks from 1, or -1",
+    ),
     (
         "--parallel.dp_replicate=2",
         '[parallel] dp_replicate: 2, but data_parallel = "fsdp" keeps one copy',

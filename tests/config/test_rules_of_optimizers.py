@@ -35,7 +35,7 @@ OFFLOADED = Parallel(cpu_offload=True)
         (
             Config(optimizer=Optimizer(lr_multipliers={"norm.weight": 1.0, "blocks.9.*": 2.0}), model=FLAVORS["debug"]),
             ("lr_multipliers", "model.flavor", "model.num_layers"),
-            '"blocks.9.*" fits no parameter',
+            '"blocks.9.*" matches no parameter',
         ),
         (
             Config(optimizer=Optimizer(lr_multipliers={"head.*": 2.0}), model=FLAVORS["debug"]),
