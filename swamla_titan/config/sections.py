@@ -17,6 +17,8 @@ _LONGEST_WAIT = 31_536_000.0  # seconds: a year
 
 OptimizerName = Literal["adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", "muon", "auto"]
 Recipe = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native", "auto"]
+MuonAdjustment = Literal["match_rms_adamw", "original"]
+GradientDtype = Literal["e5m2", "e4m3"]
 _Path = Annotated[str, Limits(path=True)]
 _Steps = Annotated[int, Limits(1, _MOST_STEPS)]
 _StepsOr0 = Annotated[int, Limits(0, _MOST_STEPS)]
@@ -123,7 +125,7 @@ class Optimizer:
     """muon: Nesterov momentum."""
     muon_ns_steps: Annotated[int, Limits(1, 99)] = 5
     """muon: Newton-Schulz iterations."""
-    muon_adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    muon_adjust_lr_fn: MuonAdjustment = "match_rms_adamw"
     """muon: how lr scales with the shape of a matrix. match_rms_adamw: updates have the RMS of AdamW's, so one lr
     serves both; original: by sqrt(max(1, rows / columns)), with an lr of its own through lr_multipliers."""
 
@@ -221,7 +223,7 @@ class Float8:
     """tensorwise: FSDP2 all-gathers weights in float8, half the bytes, with all scales computed at once before each
     step. auto: where it is possible: with fsdp or hsdp and weights whose rows divide evenly among all ranks, without
     tensor parallelism and offloading; always: an error where it is not possible."""
-    gradient_dtype: Literal["e5m2", "e4m3"] = "e5m2"
+    gradient_dtype: GradientDtype = "e5m2"
     """native: dtype of gradients; e5m2 has more range, e4m3 one more bit of precision."""
     fast_accumulation: bool = False
     """native: accumulate gradient matmuls in the tensor cores' short registers too: faster, less exact."""

@@ -14,7 +14,7 @@ from swamla_titan.model.row_table import RowTable
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.rules import RULES, Kind
-from swamla_titan.optim.state import BLOCKS, block_size
+from swamla_titan.optim.state import BLOCKS, Format, block_size
 
 _FEWEST_TO_QUANTIZE = 4096  # elements of a matrix, as bitsandbytes and torchao have it
 # Matrices with one row per token of the vocabulary, and what else is looked up, are no hidden layers' matrices: Muon
@@ -103,9 +103,10 @@ def _kind(
         return Kind("rows" if config.lazy_tables else "all_rows", "float32", decay, lr_multiplier)
     is_own = config.name in RULES and (not RULES[config.name].of_hidden_matrices or (is_matrix and is_hidden))
     rule = config.name if is_own else "adamw"
-    moments: str = config.moments if is_matrix else "float32"
+    moments: Format = config.moments if is_matrix else "float32"
     if config.name in BLOCKS and quantized and is_matrix and parameter.numel() >= _FEWEST_TO_QUANTIZE:
-        moments = config.name if block_size(config.name, parameter.shape[-1], unit) else "float32"
+        fitting = (form for form in BLOCKS if form == config.name and block_size(form, parameter.shape[-1], unit))
+        moments = next(fitting, "float32")
     return Kind(rule, moments, decay, lr_multiplier)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from swamla_titan.config.sections import MuonAdjustment
 from swamla_titan.distributed.dtensor import is_replicated, local, num_shards, slices_at
 
 # Coefficients of the quintic iteration, and the epsilon of its initial norm: Jordan's, as in torch.optim.Muon.
@@ -50,7 +51,7 @@ def orthogonalize_fused(matrix: Tensor, rows: Sequence[Tensor], steps: int) -> T
     return out
 
 
-def step_sizes(shape: torch.Size, rows: Sequence[Tensor], adjust_lr_fn: str) -> Tensor:
+def step_sizes(shape: torch.Size, rows: Sequence[Tensor], adjust_lr_fn: MuonAdjustment) -> Tensor:
     """The factor of the learning rate for each row, float32 [rows, 1], by the shape of the matrix that has the row.
 
     original: sqrt(max(1, rows / columns)). match_rms_adamw: 0.2 sqrt(max(rows, columns)), which makes the update's root

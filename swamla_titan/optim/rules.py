@@ -20,7 +20,7 @@ from swamla_titan.model.row_table import Piece, RowSteps, RowTable, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.matrices import separate_rows
 from swamla_titan.optim.muon import Orthogonalizer, step_sizes
-from swamla_titan.optim.state import BLOCKS, code_tables, layout, moments_in
+from swamla_titan.optim.state import BLOCKS, Format, code_tables, layout, moments_in
 from swamla_titan.optim.updates import fuse_elementwise
 from swamla_titan.quiet_torchao import quiet_torchao
 
@@ -33,11 +33,11 @@ _LARGE = 1 << 22
 class Kind:
     """The settings that the parameters of a group share.
 
-    `rule`: its name in RULES. `moments`: float32, bfloat16, or the name of the optimizer that quantizes them.
+    `rule`: its name in RULES. `moments`: their format.
     """
 
     rule: str
-    moments: str
+    moments: Format
     weight_decay: float
     lr_multiplier: float
 

@@ -9,19 +9,20 @@ pickled classes and resharded to any number of ranks, because no block is split 
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from swamla_titan.distributed.dtensor import local
 
-# optimizer.name -> the largest block of elements with one scale, for optimizers with quantized moments; torchao's
-# sizes.
-BLOCKS = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
+Format = Literal["float32", "bfloat16", "adamw8bit", "adamw4bit", "adamw_fp8"]
+# Quantized formats, named after their optimizers -> the largest block of elements with one scale; torchao's sizes.
+BLOCKS: dict[Format, int] = {"adamw8bit": 256, "adamw4bit": 128, "adamw_fp8": 256}
 _SMALLEST_BLOCK = 32  # in smaller ones the scales of both moments take more than a quarter of a byte per element
 
 
-def layout(names: Sequence[str], form: str, columns: int, unit: int) -> dict[str, tuple[torch.dtype, int]]:
+def layout(names: Sequence[str], form: Format, columns: int, unit: int) -> dict[str, tuple[torch.dtype, int]]:
     """For each tensor by name that keeps moments of these names in a format, its dtype, and how many of a parameter's
     `columns` one of its has; `unit` as in `block_size`."""
     if form not in BLOCKS:
@@ -30,7 +31,7 @@ def layout(names: Sequence[str], form: str, columns: int, unit: int) -> dict[str
     return codes | {f"{name}_scale": (torch.float32, block_size(form, columns, unit)) for name in names}
 
 
-def block_size(name: str, columns: int, unit: int) -> int:
+def block_size(name: Format, columns: int, unit: int) -> int:
     """How many consecutive elements of a matrix row share a scale under optimizer `name`; 0: it is not quantized.
 
     The largest size up to the optimizer's own that divides the row, or `unit`, if ranks may split rows at its
@@ -41,7 +42,7 @@ def block_size(name: str, columns: int, unit: int) -> int:
     return max(fitting, default=0)
 
 
-def moments_in(state: Mapping[str, Tensor], names: Sequence[str], form: str) -> list[list[Tensor]]:
+def moments_in(state: Mapping[str, Tensor], names: Sequence[str], form: Format) -> list[list[Tensor]]:
     """Views of each moment's local shard: [values], flat, or [codes [blocks, codes of one], scales [blocks]]."""
     if form not in BLOCKS:
         return [[local(state[name]).view(-1)] for name in names]
@@ -52,13 +53,13 @@ def moments_in(state: Mapping[str, Tensor], names: Sequence[str], form: str) -> 
     return found
 
 
-def code_tables(names: Sequence[str], form: str, device: torch.device) -> tuple[Tensor | None, ...]:
+def code_tables(names: Sequence[str], form: Format, device: torch.device) -> tuple[Tensor | None, ...]:
     """The value of each code, float32, for each moment; None where the moments have no codes, or float8 ones."""
     signed = (True, False)  # the second moment is a mean of squares
     return tuple(_code_table(form, each, device) for each, _ in zip(signed, names))
 
 
-def dequantize(kept: list[Tensor], name: str, table: Tensor | None) -> Tensor:
+def dequantize(kept: list[Tensor], name: Format, table: Tensor | None) -> Tensor:
     """A moment in float32: [blocks, block], or in the kept shape if it is not quantized."""
     if len(kept) == 1:
         return kept[0].float()
@@ -71,7 +72,7 @@ def dequantize(kept: list[Tensor], name: str, table: Tensor | None) -> Tensor:
     return table[codes.int()] * scale.view(-1, 1)
 
 
-def quantize(moment: Tensor, name: str, table: Tensor | None) -> list[Tensor]:
+def quantize(moment: Tensor, name: Format, table: Tensor | None) -> list[Tensor]:
     """The inverse of `dequantize`: the tensors in which a float32 moment is kept."""
     if name == "float32":
         return [moment]
@@ -90,7 +91,7 @@ def quantize(moment: Tensor, name: str, table: Tensor | None) -> list[Tensor]:
 
 
 @functools.cache
-def _code_table(name: str, signed: bool, device: torch.device) -> Tensor | None:
+def _code_table(name: Format, signed: bool, device: torch.device) -> Tensor | None:
     if name not in ("adamw8bit", "adamw4bit"):
         return None
     from torchao.optim import subclass_4bit, subclass_8bit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla_titan.optim.state import dequantize, quantize
+from swamla_titan.optim.state import Format, dequantize, quantize
 
 
 def adamw(
@@ -23,7 +23,7 @@ def adamw(
     divisor: Tensor | None,
     bad: Tensor | None,
     lr: Tensor,
-    moments: str,
+    moments: Format,
     beta1: float,
     beta2: float,
     eps: float,
@@ -54,7 +54,7 @@ def lion(
     bad: Tensor | None,
     lr: Tensor,
     decay: Tensor,
-    moments: str,
+    moments: Format,
     beta1: float,
     beta2: float,
 ) -> None:
@@ -74,7 +74,7 @@ def muon_momentum(
     kept: list[Tensor],
     divisor: Tensor | None,
     bad: Tensor | None,
-    moments: str,
+    moments: Format,
     momentum: float,
     nesterov: bool,
 ) -> Tensor:

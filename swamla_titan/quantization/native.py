@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.config.sections import GradientDtype
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.kernels.float8.casts import float8_cast, scale_for
 from swamla_titan.kernels.float8.linear import (
@@ -157,7 +158,7 @@ def forget_casts(model: nn.Module) -> None:
             module.cast = None
 
 
-def settings_of(gradient_dtype: str, fast_accumulation: bool) -> Settings:
+def settings_of(gradient_dtype: GradientDtype, fast_accumulation: bool) -> Settings:
     """The kernels' settings from the configuration's choices."""
     gradients = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}[gradient_dtype]
     return Settings(gradients, fast_accumulation)
