@@ -193,6 +193,8 @@ def open_corpus(
             raise faults[-1]
         where = "data.source = builtin" if data.source == "builtin" else f"data.path: {data.path}"
         raise UserError(f"{where}: there is no text in it, only empty documents.")
+    if recorded and recorded["fingerprint"]["source"] == f"{data.source} {source.old_fingerprint}":
+        source = dataclasses.replace(source, fingerprint=source.old_fingerprint)  # the run keeps what it began with
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults)
     if any(segments is not None for segments in editions.segments):

@@ -19,14 +19,13 @@ Cursor = dict[str, Any]  # where a stream stands, see packing.py; made of JSON t
 class Document:
     """One text, with what is needed to continue after it.
 
-    `ordinal` numbers the documents of a unit from 0; `position` is the place just after this document; `label` says
-    where it came from; `replaced` counts the stretches of bytes that were not UTF-8 and became U+FFFD.
+    `ordinal` numbers the documents of a unit from 0; `position` is the place just after this document; `replaced`
+    counts the stretches of bytes that were not UTF-8 and became U+FFFD.
     """
 
     text: str
     ordinal: int
     position: Position
-    label: str
     replaced: int = 0
 
     @property
@@ -59,10 +58,11 @@ class Source:
     `unit_sizes` says how much text each unit holds, about: in bytes, or where `sizes_are_known` is False in any
     measure. `unit_files` names the file that a unit is part of; units of one file follow each other, in the order of
     the file. `fingerprint` changes with the content as far as names and sizes show, not with the folder it lies in;
-    sizes follow from what it covers. `description` says what there is to read, and what is not read, in a line for the
-    log. `keys` are those of [data] that decide what is read as text. `record` has what must be remembered of the files
-    (JSON types) to divide them into the same units once more, also when some of them cannot be read any more.
-    `unreadable` says why files have no units: they could not be opened, and the policy is to continue without them.
+    sizes follow from what it covers. `old_fingerprint` is what an earlier version had in its place. `description` says
+    what there is to read, and what is not read, in a line for the log. `keys` are those of [data] that decide what is
+    read as text. `record` has what must be remembered of the files (JSON types) to divide them into the same units once
+    more, also when some of them cannot be read any more. `unreadable` says why files have no units: they could not be
+    opened, and the policy is to continue without them.
     """
 
     units: Sequence[Unit]
@@ -74,6 +74,7 @@ class Source:
     keys: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
     unreadable: list[Fault] = field(default_factory=list)
+    old_fingerprint: str = ""
 
     @property
     def num_units(self) -> int:

@@ -56,6 +56,24 @@ def test_files_of_a_folder_of_hugging_face_are_named(maker):
     }
 
 
+@pytest.mark.parametrize("before", ["stop", "skip_file"])
+def test_a_run_on_a_folder_of_hugging_face_continues_whatever_on_error_says(maker, before):
+    """Version 0.1 had two fingerprints for the same folder; a run that began with the wrong one keeps it."""
+    for number in range(2):
+        lines = [json.dumps({"text": f"<{number}.{i}>"}) + "\n" for i in range(20)]
+        (maker.folder / f"{number}.jsonl").write_text("".join(lines))
+    keys = {"source": "huggingface", "streams": 2}
+    corpus = maker.open(**keys, on_error=before)
+    of_version_0_1 = {"stop": "2e1fce62738657c1da6f6b7c11bdca9e", "skip_file": "b981a11cc5d970ac9f1bcd28f335c000"}
+    recorded = json.loads(json.dumps(corpus.record()))
+    for fingerprint in (corpus.source.fingerprint, of_version_0_1[before]):
+        recorded["fingerprint"]["source"] = f"huggingface {fingerprint}"
+        for now in ("stop", "skip_file"):
+            again = maker.open(**keys, on_error=now, recorded=recorded)
+            assert fingerprint_changes(recorded["fingerprint"], again.fingerprint(), {"source": again.change}) == {}
+            assert again.segments == corpus.segments
+
+
 def test_another_vocabulary_is_told_by_its_key(maker, tmp_path):
     maker.write(maker.texts(9))
     path = tmp_path / "v.tiktoken"

@@ -23,7 +23,7 @@ class Topic:
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
             return
-        yield Document(self.text, 0, {"ordinal": 1}, f"topic {self.name} of Python {platform.python_version()}")
+        yield Document(self.text, 0, {"ordinal": 1})
 
 
 def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None) -> Source:

@@ -21,6 +21,7 @@ from swamla_titan.data.document import MIB, Document, Position, Source, replace_
 from swamla_titan.data.faults import DataFault, Fault, SetupFault, Unreachable, network_fault, with_name
 from swamla_titan.data.retry import Retry
 from swamla_titan.data.sources.folder import listed, special_kind
+from swamla_titan.data.sources.parquet import STRING_TYPES, is_any
 from swamla_titan.data.sources.text import require_text
 from swamla_titan.errors import UserError
 from swamla_titan.system.machine import chain
@@ -67,10 +68,10 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
                 require_text(os.path.join(path, name))  # what decodes may still be none, as UTF-16 often does
     files = _as_recorded(recorded, files, count) if is_folder else []
     content = files if is_folder else (path, data.revision or None)  # a folder may move
-    # Of a folder of which no file may be skipped, the last file's name stands there in place of data.name: a mistake of
-    # the first version, which is kept because checkpoints hold the result.
-    named = files[-1][0] if files and not skips_files else data.name
-    identity = repr((content, named, data.split, key, count))
+
+    def digest(name: str) -> str:
+        return hashlib.blake2b(repr((content, name, data.split, key, count)).encode(), digest_size=16).hexdigest()
+
     found = f"{label}, {count} shard" + ("" if count == 1 else "s")
     if unread:
         found += f"; left out: {len(unread)} of the folder's files ({listed(unread)})"
@@ -79,11 +80,13 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
         [Shard(dataset, number, count, f"{label}, shard {number}", label, key, most) for number in range(count)],
         unit_sizes=[1] * count,  # unknown before they are read
         unit_files=[f"{label}, shard {number}" for number in range(count)],
-        fingerprint=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        fingerprint=digest(data.name),
         description=found,
         sizes_are_known=False,
         keys=("name", "split", "text_key") if is_folder else ("name", "split", "text_key", "path", "revision"),
         record={"files": [list(each) for each in files], "units": count},
+        # Version 0.1 took the last file's name for data.name, unless files may be skipped.
+        old_fingerprint=digest(files[-1][0]) if files else "",
     )
 
 
@@ -155,7 +158,7 @@ class Shard:
                 # The state as text, because it is stored as it is, and nothing else reads it.
                 after = {"ordinal": ordinal + 1, "state": json.dumps(shard.state_dict())}
                 text, replaced = self._text(row, place)
-                yield Document(text, ordinal, after, f"{self.file}, {place}", replaced)
+                yield Document(text, ordinal, after, replaced)
 
     def _text(self, row: dict[str, Any], place: str) -> tuple[str, int]:
         if self.text_key not in row:
@@ -314,7 +317,7 @@ def _only_column(text_key: str, table: pa.Table, **unused: Any) -> pa.Table:
 
 def _as_strings(text_key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     values = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if any(getattr(pa.types, name)(values) for name in _STRINGS if hasattr(pa.types, name)):
+    if is_any(column.type, STRING_TYPES):
         return column.cast(pa.string())
     value = next((value for value in column if value.is_valid), None)
     found = values if value is None else reprlib.repr(value.as_py())[:60]
@@ -328,7 +331,6 @@ def _as_strings(text_key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 _PLAIN_TEXT = (".txt", ".json", ".jsonl", ".csv", ".tsv")
 _OTHERS = "Where other files have it, correct this one or remove it; else set data.text_key to the column of the text"
-_STRINGS = ["is_string", "is_large_string", "is_string_view"]  # the view came later than the oldest pyarrow supported
 
 
 def _as_recorded(

@@ -46,7 +46,7 @@ def row_groups(path: str, column: str) -> list[list[int]]:
                 group = metadata.row_group(number)
                 size = group.total_byte_size if leaf is None else group.column(leaf).total_uncompressed_size
                 found.append([max(1, size), group.num_rows])
-            if _is_any(file.schema_arrow.field(column).type, _BINARY_TYPES):
+            if is_any(file.schema_arrow.field(column).type, _BINARY_TYPES):
                 _require_text(path, column, file)
     except Fault:
         raise
@@ -55,15 +55,17 @@ def row_groups(path: str, column: str) -> list[list[int]]:
     return found
 
 
-def _is_any(kind: pa.DataType, names: list[str]) -> bool:
+def is_any(kind: pa.DataType, names: list[str]) -> bool:
+    """Whether a column's type is one of these (names of functions of pyarrow.types), or a dictionary of such values."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     # The views came later than the oldest pyarrow supported.
     return any(getattr(pa.types, name)(values) for name in names if hasattr(pa.types, name))
 
 
+STRING_TYPES = ["is_string", "is_large_string", "is_string_view"]
 _BINARY_TYPES = ["is_binary", "is_large_binary", "is_binary_view"]
 # A column of nulls alone is what writers make of texts that are all missing: so many empty documents.
-_TEXT_TYPES = ["is_string", "is_large_string", "is_string_view", "is_null", *_BINARY_TYPES]
+_TEXT_TYPES = [*STRING_TYPES, "is_null", *_BINARY_TYPES]
 
 
 def _require_text_column(path: str, column: str, schema: pa.Schema) -> None:
@@ -72,14 +74,14 @@ def _require_text_column(path: str, column: str, schema: pa.Schema) -> None:
         raise DataFault(
             path, "", f'{count} columns are named "{column}"', "Write it again, with other names for all but one"
         )
-    text = [field.name for field in schema if _is_any(field.type, _TEXT_TYPES)]
+    text = [field.name for field in schema if is_any(field.type, _TEXT_TYPES)]
     if count == 0:
         advice = "It has no column of text: remove it"
         if text:
             advice = f"Set data.text_key to one of the columns there that hold text: {listed(text, 20)}"
         raise NoTextColumn(path, "", f'no column "{column}" among {listed(schema.names, 20) or "none"}', advice)
     kind = schema.field(column).type
-    if not _is_any(kind, _TEXT_TYPES):
+    if not is_any(kind, _TEXT_TYPES):
         others = f": {listed(text, 20)}" if text else "; this file has none"
         raise NoTextColumn(
             path,
@@ -171,7 +173,7 @@ class RowGroup:
             if len(data) > self.max_document_bytes:
                 raise too_large(self.path, place, len(data), self.max_document_bytes)
             text, replaced = decode_utf8(data)
-            yield Document(text, ordinal, {"ordinal": ordinal + 1}, f"{self.path}, {place}", replaced)
+            yield Document(text, ordinal, {"ordinal": ordinal + 1}, replaced)
 
 
 def _fault(path: str, place: str, error: Exception) -> Fault:

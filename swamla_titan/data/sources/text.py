@@ -35,7 +35,7 @@ class WholeFile:
         if len(data) != self.size:
             raise of_another_size(self.path, self.size)
         text, replaced = decode_utf8(data.removeprefix(BOM))
-        yield Document(text, 0, {"ordinal": 1}, self.path, replaced)
+        yield Document(text, 0, {"ordinal": 1}, replaced)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class FileRange:
                     continue
                 if ordinal % every == offset:
                     text, replaced = self._parse(data, at)
-                    yield Document(
-                        text, ordinal, {"ordinal": ordinal + 1, "byte": after}, f"{self.path}, byte {at}", replaced
-                    )
+                    yield Document(text, ordinal, {"ordinal": ordinal + 1, "byte": after}, replaced)
                 ordinal += 1
 
     def _first_start(self, file: BinaryIO) -> int:
