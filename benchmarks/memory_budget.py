@@ -97,8 +97,8 @@ def losses(model: SWAMLAModel, tokens: Tensor, budget: int, leaves: Leaves = "se
     for block in model.blocks.values():
         if block.attention.selecting_head is not None:
             block.attention.inner_attention = ForgetfulAttention(budget, leaves)
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none")
+    each = zip(model(tokens[:, :-1]), tokens[:, 1:])  # a sequence at a time, because logits in float32 are large
+    return torch.stack([F.cross_entropy(logits.float(), targets, reduction="none") for logits, targets in each])
 
 
 def cache_bytes(model: SWAMLAModel, tokens: int, budget: int) -> int:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 1536])
     parser.add_argument("--seq-len", type=int, default=0, help="default: training.seq_len")
     parser.add_argument("--sequences", type=int, default=64, help="at most")
-    parser.add_argument("--together", type=int, default=16, help="sequences computed at a time")
+    parser.add_argument("--together", type=int, default=8, help="sequences whose scores of all heads exist at a time")
     arguments = parser.parse_args()
     config, tokenizer, model = _loaded(find_checkpoint(arguments.checkpoint), ema=False)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
