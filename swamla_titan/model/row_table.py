@@ -2,7 +2,7 @@
 
 A table's gradient is never a tensor of the table's shape. Each backward pass leaves pairs of a row and its gradient;
 `RowGradient.merge` sums them by row once a step, and the optimizer gathers, moves and scatters these rows alone
-(optim/row_adam.py). No operator of a step but these gathers and scatters sees the table.
+(optim/rules.py), on a GPU in one kernel. Nothing else of a step sees the table.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices, zeros_sharded_like
+from swamla_titan.kernels.device import why_no_kernels
 from swamla_titan.model.row_table import Piece, RowSteps, RowTable, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.matrices import separate_rows
@@ -215,19 +216,22 @@ class AdamOfAllRows(AdamW):
         """Move tables in which this rank has looked rows up, or other ranks this rank's rows."""
         for kind, parameters in self.groups.items():
             for parameter in parameters:
-                gradient, state = self._tables[parameter].gradient, self.optimizer.state[parameter]
-                if gradient.sums is None:
-                    continue
-                self.move(kind, [parameter], step)
-                for piece in gradient.pieces():
-                    stays = piece.stays(step.bad)
-                    self.move_piece(kind, parameter, piece, stays, step)
-                    touched = local(state["touched"])
-                    touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
+                if self._tables[parameter].gradient.sums is not None:
+                    self.move(kind, [parameter], step)
+                    self.move_rows(kind, parameter, step)
 
     def move(self, kind: Kind, parameters: Sequence[nn.Parameter], step: Step) -> None:
         """Count the step, and move what moves without regard to rows."""
         self._move(kind, parameters, step)
+
+    def move_rows(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
+        """Move the rows that were looked up, and set their `touched`."""
+        state = self.optimizer.state[parameter]
+        touched = local(state["touched"])
+        for piece in self._tables[parameter].gradient.pieces():
+            stays = piece.stays(step.bad)
+            self.move_piece(kind, parameter, piece, stays, step)
+            touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
 
     def move_piece(self, kind: Kind, parameter: nn.Parameter, piece: Piece, stays: Tensor, step: Step) -> None:
         """Move rows that were looked up, but for those that stay: where `stays` [rows, 1] is 1."""
@@ -238,19 +242,38 @@ class AdamOfRows(AdamOfAllRows):
 
     words = "adam of the rows looked up"
 
+    def __init__(self, given: Given) -> None:
+        super().__init__(given)
+        self._is_fused = given.compiled
+
     def move(self, kind: Kind, parameters: Sequence[nn.Parameter], step: Step) -> None:
         """Count the step."""
         _count([self.optimizer.state[parameter]["step"] for parameter in parameters], step.bad)
 
+    def move_rows(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
+        """As in AdamOfAllRows; on a GPU by one kernel, if updates are fused."""
+        if not self._is_fused or why_no_kernels(local(parameter).device):
+            super().move_rows(kind, parameter, step)
+            return
+        config, state = self.config, self.optimizer.state[parameter]
+        held, gradient = [*self._held(parameter), local(state["touched"])], self._tables[parameter].gradient
+        rates = _scalar(_rate(kind, step)), config.beta1, config.beta2, config.eps, _scalar(kind.weight_decay)
+        updates.adam_of_rows(held, gradient, state["step"], step.divisor, step.bad, *rates)
+
     def move_piece(self, kind: Kind, parameter: nn.Parameter, piece: Piece, stays: Tensor, step: Step) -> None:
         """As in AdamOfAllRows."""
-        state, table = self.optimizer.state[parameter], self._tables[parameter]
-        held = [local(each).detach() for each in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        table, held = self._tables[parameter], self._held(parameter)
         weight, *moments = moved = [table.gather(each, piece, stays) for each in held]
         factors = self._factors(kind, weight.device, step._replace(bad=stays))
-        self._update(weight, piece.gradients, state["step"], [[each] for each in moments], *factors)
+        number = self.optimizer.state[parameter]["step"]
+        self._update(weight, piece.gradients, number, [[each] for each in moments], *factors)
         for each, values in zip(held, moved):
             table.scatter(each, piece, stays, values)
+
+    def _held(self, parameter: nn.Parameter) -> list[Tensor]:
+        """This rank's rows of weight and moments."""
+        state = self.optimizer.state[parameter]
+        return [local(each).detach() for each in (parameter, *(state[name] for name in self.moments))]
 
 
 class Lion(Rule):

@@ -1,0 +1,116 @@
+"""Adam of a table's rows by one kernel against its formula. Run with -m gpu, or on a CPU with TRITON_INTERPRET=1."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from swamla_titan.model.row_table import RowGradient
+from swamla_titan.optim import updates
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ROWS, STEP, EPS = 50, 3, 1e-8
+
+
+def gradient_of(rows: Tensor, values: Tensor) -> RowGradient:
+    gradient = RowGradient()
+    gradient.add(rows.to(DEVICE), values.to(DEVICE))
+    gradient.merge()
+    return gradient
+
+
+def table(width: int, rows: int = ROWS) -> list[Tensor]:
+    """Weight, both moments and `touched`."""
+    generator = torch.Generator().manual_seed(width)
+    weight, first, second = torch.randn(3, rows, width, generator=generator)
+    return [each.to(DEVICE) for each in (weight, 0.1 * first, 0.01 * second**2, torch.ones(rows, 1, dtype=torch.int32))]
+
+
+def move(
+    held: Sequence[Tensor],
+    gradient: RowGradient,
+    divisor: float | None = None,
+    bad: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    decay: float = 0.0,
+) -> None:
+    scalars = [None if each is None else torch.tensor(each, device=DEVICE) for each in (divisor, bad)]
+    step, lr = torch.tensor(float(STEP), device=DEVICE), torch.tensor(0.01)
+    updates.adam_of_rows(held, gradient, step, *scalars, lr, *betas, EPS, torch.tensor(decay))
+
+
+def expected(
+    held: Sequence[Tensor], dense: Tensor, divisor: float, betas: tuple[float, float], decay: float
+) -> list[Tensor]:
+    """In float64, from the paper's formulas; rows without gradient stay."""
+    weight, first, second = (each.double() for each in held[:3])
+    dense, moves = dense.double() / divisor, (dense != 0).any(dim=1, keepdim=True)
+    first = betas[0] * first + (1 - betas[0]) * dense
+    second = betas[1] * second + (1 - betas[1]) * dense**2
+    moved = weight - 0.01 * decay * weight
+    moved -= 0.01 * first / (1 - betas[0] ** STEP) / ((second / (1 - betas[1] ** STEP)).sqrt() + EPS)
+    new = moved, first, second, torch.full_like(held[3], STEP)
+    return [torch.where(moves, one, old) for one, old in zip(new, held)]
+
+
+@pytest.mark.parametrize("width, number", [(64, 200), (6, 33), (1, 16), (96, 1), (1500, 7)])
+@pytest.mark.parametrize("betas, decay", [((0.9, 0.95), 0.0), ((0.3, 0.5), 0.1)])
+def test_rows_that_were_looked_up_move_as_in_float64_and_others_keep_their_bits(width, number, betas, decay):
+    held, generator = table(width), torch.Generator().manual_seed(number)
+    rows, values = (
+        torch.randint(0, ROWS, (number,), generator=generator),
+        torch.randn(number, width, generator=generator),
+    )
+    rows[-1], values[rows == rows[0]] = rows[0], 0.0  # of a row that padding alone looked up
+    found, gradient = [each.clone() for each in held], gradient_of(rows, values)
+    dense = gradient.dense(ROWS)
+    move(found, gradient, 2.5, 0.0, betas, decay)
+    for one, other, old in zip(found, expected(held, dense, 2.5, betas, decay), held):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-6, atol=1e-6)
+        stays = (dense == 0).all(dim=1)
+        assert torch.equal(one[stays], old[stays])
+    assert (found[3][:, 0] == STEP).sum() == len(rows.unique()) - 1
+
+
+def test_a_bad_step_changes_no_bit_and_a_gradient_that_is_not_finite_is_none_of_zero():
+    held, rows, values = table(6), torch.arange(10).repeat(2), torch.ones(20, 6)
+    values[3] = torch.tensor([math.nan, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found, gradient = [each.clone() for each in held], gradient_of(rows, values)
+    move(found, gradient, 1.0, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(found, held))
+    move(found, gradient, 1.0, 0.0)
+    assert found[0][3].isnan().tolist() == [True] + [False] * 5
+    assert found[3][:, 0].tolist() == [STEP] * 10 + [1] * (ROWS - 10)
+
+
+def test_the_bits_are_the_same_again_whatever_else_was_looked_up():
+    held, values = table(64), torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    rows, found = torch.arange(200) % 40, [[each.clone() for each in held] for _ in range(3)]
+    for one in found[:2]:
+        move(one, gradient_of(rows, values), 1.5)
+    move(found[2], gradient_of(rows[rows > 8], values[rows > 8]), 1.5)
+    for one, again, fewer in zip(*found):
+        assert torch.equal(one, again)
+        assert torch.equal(one[9:], fewer[9:])
+
+
+def test_nothing_is_done_where_no_row_was_looked_up():
+    held = table(8)
+    found = [each.clone() for each in held]
+    move(found, gradient_of(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8)))
+    assert all(torch.equal(one, other) for one, other in zip(found, held))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes 26 GB")
+def test_a_table_of_more_than_two_to_the_31_elements():
+    rows = (1 << 31) // 64 + 100
+    held = [torch.zeros(rows, 64, device=DEVICE) for _ in range(3)]
+    held.append(torch.zeros(rows, 1, dtype=torch.int32, device=DEVICE))
+    looked_up = torch.tensor([rows - 1, 0, rows - 1, rows - 50])
+    move(held, gradient_of(looked_up, torch.ones(4, 64)))
+    for each in held:
+        assert each.any(dim=1).nonzero().flatten().tolist() == [0, rows - 50, rows - 1]
