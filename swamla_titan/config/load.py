@@ -38,8 +38,8 @@ READY_MADE: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 Tables = dict[str, dict[str, Any]]
 Errors = list[tuple[Any, ...]]
-"""A function and its arguments each, asked for words as long as they will be shown: to look for the nearest key takes
-time."""
+"""Of each error the function that puts it into words, and its arguments; called for errors that are listed alone,
+because to look for the nearest key takes time."""
 
 
 class Override(NamedTuple):
@@ -86,17 +86,22 @@ def load_config(
             tolerated.append(each)
         else:
             errors.append((_at, first, each.problem))
-    if errors:
-        lines = [line for words, *arguments in errors[:_MOST_ERRORS] for line in words(*arguments).split("\n")]
-        lines += [f"... and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
-        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-        raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in lines))
+    _raise_if_any(errors, path)
     for each in tolerated:
         warn(_at(each.keys[0], ": ".join(filter(None, (each.problem, each.consequence)))))
         # A model keeps its value: a checkpoint may have it as well, and a resumed run is held against that.
         if each in idle and NEEDS[each.keys[0]].ignorable and not each.keys[0].startswith("model."):
             config = without(config, each.keys[0])
     return config
+
+
+def _raise_if_any(errors: Errors, path: Path) -> None:
+    if not errors:
+        return
+    lines = [line for words, *arguments in errors[:_MOST_ERRORS] for line in words(*arguments).split("\n")]
+    lines += [f"... and {len(errors) - _MOST_ERRORS} more"] if len(errors) > _MOST_ERRORS else []
+    count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+    raise UserError(f"{path}: {count} in the configuration", *(f"  {line}" for line in lines))
 
 
 def _at(section_key: str, problem: str) -> str:

@@ -353,7 +353,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = sections(Config)
-# Keys of version 0.1 and their names since. The old ones work until version 0.3, with a notice.
+# Names of keys in version 0.1 -> their names since. The old ones work until version 0.3, with a notice.
 RENAMED = {"float8.products": "float8.linear_layers", "kernels.pointwise": "kernels.elementwise"}
 KEYS: dict[str, Setting] = {
     f"{section}.{name}": setting for section, cls in SECTIONS.items() for name, setting in settings(cls).items()
