@@ -20,8 +20,7 @@ from tests.patches import apply_patch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CHECKS = (
-    "tests/model/toy_block/checks.py",
+OF_KEYS = (
     "tests/model/test_config_fields.py::test_every_field_has_a_case",
     "tests/model/test_config_fields.py::test_every_key_of_a_kind_has_an_effect_by_its_declaration",
     "tests/model/test_config_fields.py::test_what_keys_say_of_a_kind_is_what_its_class_declares",
@@ -31,15 +30,19 @@ CHECKS = (
 )
 
 
-def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path):
+# The tests of keys import far more than the toy's own.
+@pytest.mark.parametrize(
+    "checks", [("tests/model/toy_block/checks.py",), pytest.param(OF_KEYS, marks=pytest.mark.slow)], ids=["own", "keys"]
+)
+def test_a_toy_kind_touches_three_files_and_works_everywhere(tmp_path, checks):
     for name in ("swamla_titan", "tests", "train_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     touched = apply_patch(HERE / "toy_block" / "toy.patch", tmp_path)
     assert len(touched) <= 3, touched
     assert all(path.startswith("swamla_titan/") for path in touched), touched
-    checks = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CHECKS]
-    ran = subprocess.run(checks, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *checks]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

@@ -5,18 +5,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.patches import apply_patch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def test_a_toy_optimizer_touches_two_files_and_works_everywhere(tmp_path):
+@pytest.fixture
+def patched(tmp_path: Path) -> Path:
+    """A folder with the package and its tests, and the toy in it."""
     for name in ("swamla_titan", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     touched = apply_patch(HERE / "toy_optimizer" / "toy.patch", tmp_path)
     assert touched == ["swamla_titan/config/sections.py", "swamla_titan/optim/rules.py"]
+    return tmp_path
+
+
+def test_a_toy_touches_two_files(patched: Path):
+    assert "class SGD(Rule)" in (patched / "swamla_titan/optim/rules.py").read_text()
+
+
+@pytest.mark.slow
+def test_a_toy_works_everywhere(patched: Path):
     command = [
         sys.executable,
         "-m",
@@ -27,5 +40,5 @@ def test_a_toy_optimizer_touches_two_files_and_works_everywhere(tmp_path):
         "no:cacheprovider",
         "tests/optim/toy_optimizer/checks.py",
     ]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=patched, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

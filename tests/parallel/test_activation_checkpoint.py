@@ -234,8 +234,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Seen]:
 @pytest.mark.parametrize(
     "mode",
     [
-        *("blocks", "operators", "full", "both"),
-        *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("attention", "feed_forward", "operators of both")),
+        *("operators", "both"),
+        *(
+            pytest.param(mode, marks=pytest.mark.slow)
+            for mode in ("blocks", "full", "attention", "feed_forward", "operators of both")
+        ),
     ],
 )
 def test_compiled_blocks_keep_and_recompute_the_same(

@@ -55,8 +55,9 @@ def _train_validate_train(layers: int, mode: str) -> int:
 @pytest.mark.parametrize(
     "layers, mode",
     [
-        *((3, "none"), (6, "none"), (6, "operators"), (6, "full")),
-        *(pytest.param(3, mode, marks=pytest.mark.slow) for mode in ("operators", "full")),
+        *((6, "none"), (6, "operators")),
+        pytest.param(6, "full", marks=pytest.mark.slow),
+        *(pytest.param(3, mode, marks=pytest.mark.slow) for mode in ("none", "operators", "full")),
     ],
 )
 def test_graphs_do_not_grow_with_depth(layers: int, mode: str):

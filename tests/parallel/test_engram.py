@@ -47,7 +47,9 @@ def test_float8_takes_all_but_what_reads_a_memory():
         assert {each.kind for each in coverage if each.why_not} == {"engram.key", "engram.value", "head"}
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "mode", ["none", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("full", "selective"))]
+)
 def test_it_is_one_more_compiled_graph(mode: str, tmp_path):
     graphs = []
     for config in (TINY, MODEL):
