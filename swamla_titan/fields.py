@@ -126,6 +126,11 @@ class Setting(Limits):
 
 def settings(cls: type) -> dict[str, Setting]:
     """The settings of a dataclass by name; fields that are sections are not among them."""
+    return _settings(cls)
+
+
+@cache
+def _settings(cls: type) -> dict[str, Setting]:
     found = {}
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
