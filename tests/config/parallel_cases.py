@@ -187,9 +187,7 @@ def async_tensor(run: Runner) -> None:
 def pipeline_schedule(run: Runner) -> None:
     settings = ("--parallel.pipeline", "2", "--model.num_layers", "4", "--training.local_batch_size", "1")
     for schedule, parts, has_last in (
-        ("1F1B", 1, False),
         ("GPipe", 1, False),
-        ("Interleaved1F1B", 2, False),
         ("InterleavedZeroBubble", 2, False),
         ("ZBVZeroBubble", 2, True),  # there and back: the first rank has the last stage too
     ):

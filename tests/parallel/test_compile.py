@@ -236,7 +236,9 @@ print(compilation())
 
 
 # A product by itself needs no C++ compiler. A SWA block and the loss take half a minute, or minutes on a busy machine.
-@pytest.mark.parametrize("script, graphs", [(ACCOUNT, 1), pytest.param(RUN, 2, marks=pytest.mark.slow)])
+# That a run's code lies in the folder is a case of compile.cache_folder.
+@pytest.mark.slow
+@pytest.mark.parametrize("script, graphs", [(ACCOUNT, 1), (RUN, 2)])
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path, script: str, graphs: int):
     said = []
     for _ in range(2):

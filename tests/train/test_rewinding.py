@@ -104,11 +104,17 @@ def test_without_rewinds_the_metric_is_absent_and_nothing_more_is_kept(tiny, tmp
     assert saved(tmp_path / "kept") == [4, 6]
 
 
-@pytest.mark.parametrize("keep", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_killed_at_every_step_it_comes_to_the_same_end(tiny, tmp_path, undisturbed, keep):
+@pytest.mark.parametrize(
+    "keep, steps",
+    [
+        ("1", (6, 7, 8, 9)),
+        *(pytest.param(keep, range(4, 12), marks=pytest.mark.slow, id=f"{keep}-every") for keep in ("1", "2")),
+    ],
+)
+def test_killed_at_step_after_step_it_comes_to_the_same_end(tiny, tmp_path, undisturbed, keep, steps):
     """One kill after the other, within the row, at its notice and behind the rewind; little is kept."""
     settings = (str(tiny), *COMMON, *REWINDS, "--checkpoint.keep_latest", keep)
-    for step in range(4, 12):
+    for step in steps:
         with pytest.raises(AssertionError, match="rank 0 died"):
             on_ranks(1, run_with_faults_and_signal, ROW, signal.SIGKILL, step, *settings)
     assert run_with_faults(ROW, (), *settings).code == 0
