@@ -4,6 +4,7 @@ A rule is a subclass of `Rule` and its line of `RULES`. optimizer.name chooses i
 them (model/update_rule.py).
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,8 @@ class Rule:
     words: ClassVar[str] = ""  # of log lines, in place of its name
 
     def __init__(self, given: Given) -> None:
-        self.groups, self.optimizer, self.config = given.groups, given.optimizer, given.config
+        self.groups, self.config = given.groups, given.config
+        self.optimizer = weakref.proxy(given.optimizer)  # which has this rule: a cycle would keep freed states alive
 
     def __call__(self, step: Step) -> None:
         """Move each parameter; either all parameters of a group have gradients, or none."""
