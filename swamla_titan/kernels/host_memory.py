@@ -103,6 +103,15 @@ def _message(size: int, reason: str) -> str:
     )
 
 
+def rows_as(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`table[rows].to(dtype)`, of a contiguous table of a GPU in one pass; rows do not count from the end."""
+    if not table.is_cuda or not table.numel() or not table.is_contiguous():
+        return table[rows].to(dtype)
+    values = table.new_empty(len(rows), table.shape[1], dtype=dtype)
+    _launch(table, rows, values, rows, rows, _ALL)
+    return values
+
+
 def copy_rows(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tensor:
     """`table[rows]`; of rows for which `stays` [n, 1] is not 0 zeros, without reading them.
 
@@ -156,7 +165,7 @@ def _launch(
     sizes = {"WIDTH": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": _ROWS}
     if len(rows):
         programs = programs or -(-len(rows) // _ROWS)
-        given = table, rows, values.contiguous(), flag.contiguous(), since, len(rows)
+        given = table, rows.contiguous(), values.contiguous(), flag.contiguous(), since, len(rows)
         with torch.cuda.device_of(table):  # Triton launches on the current one
             kernels.copy_rows[(programs,)](*given, **sizes, WHERE=where, WRITES=writes)
 

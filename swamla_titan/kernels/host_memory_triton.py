@@ -1,4 +1,4 @@
-"""Triton kernel that copies rows of a table in the memory of the host to the device, or back."""
+"""Triton kernel that copies rows of a table, in the memory of the host or of the device, or writes them there."""
 
 import triton
 import triton.language as tl
@@ -11,13 +11,14 @@ def copy_rows(
 ):  # fmt: skip
     """table [*, WIDTH] at rows [number] -> values [number, WIDTH]; with WRITES the other way.
 
-                 rows          table, on the host             values
+                 rows          table                          values
     program 0    ROWS   ->    [ WIDTH ] ... [ WIDTH ]   ->    ROWS of [ WIDTH ]     tile 0
     program 1    ROWS   ->    [ WIDTH ] ... [ WIDTH ]   ->    ROWS of [ WIDTH ]     tile 1
     program 0    ROWS   ->    ...                                                   tile 2, if there are 2 programs
 
     WHERE: 0: all; 1: where flag [number] is 0; 2: where flag [*] of the row is at least `since`. Of other rows neither
-    table nor values are read or written. COLUMNS is the power of two from WIDTH on.
+    table nor values are read or written. What is written is rounded to its dtype. COLUMNS is the power of two from
+    WIDTH on.
     """
     column = tl.arange(0, COLUMNS)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(number, ROWS), tl.num_programs(0)):

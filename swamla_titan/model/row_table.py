@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
 from swamla_titan.kernels.device import hand_over, on_stream, side_stream
-from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, write_rows, zeros_on_host
+from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, rows_as, write_rows, zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
@@ -41,7 +41,7 @@ class Segments:
 
         Those behind the last run are zeros. The same bits on every call: a run is summed from its first key on.
         """
-        values = values[self.order].to(torch.promote_types(values.dtype, torch.float32))
+        values = rows_as(values, self.order, torch.promote_types(values.dtype, torch.float32))
         if not len(values):
             return values
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
@@ -186,10 +186,10 @@ class RowRequest:
         self._ahead = [table.read_ahead(rows) for table, rows in zip(tables, self.rows(), strict=True)]
         return [tensor for each in self._ahead if each for tensor in each]
 
-    def read(self, tables: Sequence["RowTable"]) -> list[Tensor]:
-        """Of each table the values [n, width] of its `rows`."""
+    def read(self, tables: Sequence["RowTable"], dtype: torch.dtype) -> list[Tensor]:
+        """Of each table the values [n, width] of its `rows`, of `dtype`."""
         ahead, self._ahead = self._ahead or [None] * len(tables), []  # which would be kept for the backward pass
-        return [table.read(rows, early) for table, rows, early in zip(tables, self.rows(), ahead, strict=True)]
+        return [table.read(rows, dtype, early) for table, rows, early in zip(tables, self.rows(), ahead, strict=True)]
 
     def rows(self) -> list[Tensor]:
         """Of each table the rows [n] that are to be read on this rank, by their index there; they may repeat."""
@@ -270,15 +270,18 @@ class RowTable(nn.Module):
         since = self.steps.last.clone()  # before any row is read
         return ReadAhead(copy_rows(local(self.weight).detach(), rows), since)
 
-    def read(self, rows: Tensor, ahead: ReadAhead | None = None) -> Tensor:
-        """As in Rows: of the weight, or of what stands in for it. `ahead`: what `read_ahead` gave for these rows."""
+    def read(self, rows: Tensor, dtype: torch.dtype, ahead: ReadAhead | None = None) -> Tensor:
+        """The values [n, width] of rows [n], int64, of the weight, or of what stands in for it.
+
+        `ahead`: what `read_ahead` gave for these rows.
+        """
         if self.stand_in is not None:
-            return self.stand_in.read(rows)
+            return self.stand_in.read(rows).to(dtype)
         weight = local(self.weight).detach()
         if ahead is None or self.steps is None:
-            return weight[rows]
+            return rows_as(weight, rows, dtype)
         copy_rows_again(ahead.values, weight, rows, self.steps.of_rows, ahead.since)
-        return ahead.values
+        return ahead.values.to(dtype)
 
     def gather(self, held: Tensor, piece: Piece, stays: Tensor) -> Tensor:
         """The rows [n, width] of a tensor like the weight. From the host only those that change are read."""
@@ -314,7 +317,7 @@ def look_up(tables: Sequence[RowTable], request: RowRequest, dtype: torch.dtype)
 
     Where ranks share the tables, all of them call this equally often.
     """
-    found = request.returned([values.to(dtype) for values in request.read(tables)])
+    found = request.returned(request.read(tables, dtype))
     return [_LookUp.apply(table.weight, table, request, number, found) for number, table in enumerate(tables)]
 
 

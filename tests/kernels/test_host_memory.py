@@ -207,6 +207,21 @@ def test_kernels_copy_rows_and_copy_those_that_changed_since_again(width: int, n
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("one, other", [("float32", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 1)])
+def test_the_kernel_rounds_rows_as_torch_does(width: int, number: int, one: str, other: str):
+    if DEVICE == "cpu" and other == "bfloat16":
+        pytest.skip("not in Triton's interpreter")
+    table, rows, _ = rows_of_a_table(width, number, DEVICE)
+    table, rows = table.to(getattr(torch, one)), rows.repeat_interleave(2)[::2]  # not contiguous
+    values = torch.empty(number, width, dtype=getattr(torch, other), device=DEVICE)
+    host_memory._launch(table, rows, values, rows, rows, host_memory._ALL)
+    assert torch.equal(values, table[rows].to(values.dtype))
+    assert torch.equal(host_memory.rows_as(table, rows, values.dtype), values)
+    assert torch.equal(host_memory.rows_as(table[:1].expand(40, -1), rows, values.dtype)[0], table[0].to(values.dtype))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (96, 1)])
 def test_kernels_read_and_write_rows_that_change_alone(width: int, number: int):
     table, rows, touched = rows_of_a_table(width, number, DEVICE)
