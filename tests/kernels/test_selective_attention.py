@@ -166,7 +166,7 @@ def test_in_several_slabs(shape, monkeypatch):
 def test_sums_that_are_selected_again_are_those_that_were_not_saved(chunks, monkeypatch):
     monkeypatch.setattr(selective, "MOST_ELEMENTS", 1)
     monkeypatch.setattr(selective, "_ROWS", 4)
-    given, ids = inputs((40, 1, 32, 16, 20), torch.float16, DEVICE)
+    given, ids = inputs((40, 1, 32, 16, 20), torch.float16, DEVICE, rows=1)
     upstream, found = torch.randn_like(given[2]), []
     for most in (64, 2):  # 10 slabs, or 3 of each chunk
         monkeypatch.setattr(selective, "MOST_SAVED", most)
@@ -183,7 +183,7 @@ def test_sums_that_are_selected_again_are_those_that_were_not_saved(chunks, monk
 def test_chunks_need_the_sums_of_others_alone(documents, monkeypatch):
     monkeypatch.setattr(selective, "MOST_ELEMENTS", 1)
     monkeypatch.setattr(selective, "_ROWS", 24)  # two slabs a chunk
-    given, ids = inputs((152, 2, 48, 32, documents), torch.float16, DEVICE)
+    given, ids = inputs((152, 2, 48, 32, documents), torch.float16, DEVICE, rows=1)
     ours = in_chunks(selective_attention, selected_sums, given, ids, 1, 0.2, PAIRS)
     assert_exact(ours, given, ids, 1, 0.2, TOLERANCE[torch.float16])
 
