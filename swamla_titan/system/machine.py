@@ -16,8 +16,7 @@ OPEN_FILES = 65536
 _FILES_OF_A_PROCESS, _FILES_OF_A_WORKER = 64, 8  # open files; with too few the server that forks the workers dies
 SHARED_MEMORY = "/dev/shm"
 _SHARED_MEMORY_REMEDY = (
-    f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host), "
-    "or read the data in the training process itself (data.num_workers = 0)"
+    f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host)"
 )
 
 # Error numbers that mean a lack of resources, and not a fault of the file or server.
