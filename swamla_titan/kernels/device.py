@@ -78,6 +78,12 @@ class Tiles(NamedTuple):
         return constants if self.registers is None else constants | {"maxnreg": self.registers}
 
 
+def tile_of_rows(width: int) -> dict[str, int]:
+    """The constants of a kernel whose programs take some rows of a table each, about 1,024 elements."""
+    columns = 1 << (width - 1).bit_length()
+    return {"WIDTH": width, "COLUMNS": columns, "ROWS": max(1024 // columns, 1)}
+
+
 class SplitWidth(NamedTuple):
     """A head's width as a sum of powers of two, because Triton's tiles are powers of two; the second may be 0."""
 

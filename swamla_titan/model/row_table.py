@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
-from swamla_titan.kernels.device import hand_over, on_stream, side_stream
+from swamla_titan.kernels.device import hand_over, on_stream, side_stream, tile_of_rows, why_no_kernels
 from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, rows_as, write_rows, zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
+_VALUES_AT_ONCE = 4  # of a run, in the kernel that sums them
 
 
 class Segments:
@@ -41,10 +42,25 @@ class Segments:
 
         Those behind the last run are zeros. The same bits on every call: a run is summed from its first key on.
         """
-        values = rows_as(values, self.order, torch.promote_types(values.dtype, torch.float32))
+        dtype = torch.promote_types(values.dtype, torch.float32)
         if not len(values):
-            return values
+            return values.to(dtype)
+        if not why_no_kernels(values.device):
+            return self._sums_by_kernel(values.contiguous(), dtype)
+        values = values[self.order].to(dtype)
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
+
+    def _sums_by_kernel(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        from swamla_titan.kernels import row_table_triton as kernels
+
+        runs, width = len(self.offsets) - 1, values.shape[1]
+        sums, tile = values.new_empty(runs, width, dtype=dtype), tile_of_rows(width)
+        if runs:
+            with torch.cuda.device_of(values):  # Triton launches on the current one
+                kernels.sum_runs[(-(-runs // tile["ROWS"]),)](
+                    values, self.order, self.offsets, sums, runs, **tile, AT_ONCE=_VALUES_AT_ONCE
+                )
+        return sums
 
     def places(self) -> Tensor:
         """The number of each key's run [N], in the order of the unsorted keys."""

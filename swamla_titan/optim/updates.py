@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.device import tile_of_rows
 from swamla_titan.model.row_table import RowGradient
 from swamla_titan.optim.state import Format, dequantize, quantize
-
-_ELEMENTS = 1024  # of a table, per program
 
 
 def adamw(
@@ -67,7 +66,7 @@ def adam_of_rows(
     that move; in the memory of the GPU or of the host. Operations are those of `adamw` in the same order, each rounded
     to the nearest.
     """
-    from swamla_titan.kernels import row_adam_triton as kernels
+    from swamla_titan.kernels import row_table_triton as kernels
 
     assert gradient.sums is not None, "nothing was looked up"
     assert gradient.segments is not None
@@ -75,17 +74,15 @@ def adam_of_rows(
     segments, (runs, width) = gradient.segments, gradient.sums.shape
     if not runs:
         return
+    tile = tile_of_rows(width)
     divisor = step.new_ones(()) if divisor is None else divisor
     bad = step.new_zeros(()) if bad is None else bad
     of_runs = segments.keys, segments.offsets, segments.index[-1], gradient.sums
     of_step = step, divisor, bad, 1 - beta1**step, (1 - beta2**step).sqrt()
     factors = _lerp_factor(1 - beta1), _lerp_factor(1 - beta2), lr.item(), (lr * weight_decay).item(), eps
-    columns = 1 << (width - 1).bit_length()
-    rows = max(_ELEMENTS // columns, 1)
     with torch.cuda.device_of(gradient.sums):  # Triton launches on the current one
-        kernels.adam_of_rows[(-(-runs // rows),)](
-            *(*held, *of_runs, *of_step, *factors),
-            **{"WIDTH": width, "COLUMNS": columns, "ROWS": rows, "enable_fp_fusion": False},
+        kernels.adam_of_rows[(-(-runs // tile["ROWS"]),)](
+            *held, *of_runs, *of_step, *factors, **tile, enable_fp_fusion=False
         )
 
 

@@ -1,4 +1,7 @@
-"""Adam of a table's rows by one kernel against its formula. Run with -m gpu, or on a CPU with TRITON_INTERPRET=1."""
+"""Sums of a table's gradient by row, and Adam of its rows, by our kernels against formulas.
+
+Run with -m gpu, or on a CPU with TRITON_INTERPRET=1.
+"""
 
 import math
 import os
@@ -8,12 +11,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from swamla_titan.model.row_table import RowGradient
+from swamla_titan.model.row_table import RowGradient, Segments
 from swamla_titan.optim import updates
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROWS, STEP, EPS = 50, 3, 1e-8
+
+
+@pytest.mark.parametrize("width, number, keys", [(64, 300, 20), (6, 33, 33), (1, 40, 1), (1500, 9, 2), (4, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_runs_are_summed_from_the_first_value_on(width, number, keys, dtype):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("not in Triton's interpreter")
+    generator = torch.Generator().manual_seed(number)
+    found, values = torch.randint(0, keys, (number,), generator=generator), torch.randn(number, width).to(dtype)
+    values[0] = -0.0
+    expected = torch.zeros(number, width, dtype=torch.promote_types(dtype, torch.float32))
+    for run, key in enumerate(found.unique()):
+        for value in values[found == key]:
+            expected[run] += value
+    segments = Segments(found.to(DEVICE))
+    sums = segments._sums_by_kernel(values.to(DEVICE), expected.dtype)
+    assert torch.equal(sums.cpu(), expected)
+    parts = segments.of_kinds([number], [len(found.unique())])  # whose runs are counted
+    assert torch.equal(next(parts)._sums_by_kernel(values.to(DEVICE), expected.dtype).cpu(), expected[: run + 1])
 
 
 def gradient_of(rows: Tensor, values: Tensor) -> RowGradient:

@@ -1,7 +1,38 @@
-"""Triton kernel of Adam of the rows of a table that a step looked up: each is read once and written once."""
+"""Triton kernels of a table of embeddings: its gradient's sums by row, and Adam of the rows that a step looked up."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def sum_runs(
+    values_ptr, order_ptr, offsets_ptr, sums_ptr, runs, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """values [*, WIDTH] -> their sums by run of equal keys [runs, WIDTH], of the dtype of the sums.
+
+                 runs of equal keys, sorted            order, value after value         sums
+    program 0    ROWS  ->  offsets, of each and next   [ WIDTH ] + [ WIDTH ] + ...  ->  ROWS of [ WIDTH ]
+    program 1    ROWS  ->  offsets, of each and next   [ WIDTH ] + [ WIDTH ] + ...  ->  ROWS of [ WIDTH ]
+
+    Each run is summed from its first value on, so a sum's bits depend on nothing else. AT_ONCE values of each run are
+    loaded before they are added, because one load waits some hundred times as long as one addition.
+    COLUMNS is the power of two from WIDTH on.
+    """
+    run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_run = run < runs
+    begin = tl.load(offsets_ptr + run, mask=is_run, other=0)
+    length = tl.load(offsets_ptr + run + 1, mask=is_run, other=0) - begin
+    column = tl.arange(0, COLUMNS)[None, :]
+    kind = sums_ptr.dtype.element_ty
+    total = tl.zeros((ROWS, COLUMNS), kind)
+    for first in range(0, tl.max(length, axis=0), AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            wanted = first + i < length
+            source = tl.load(order_ptr + begin + first + i, mask=wanted, other=0)
+            inside = wanted[:, None] & (column < WIDTH)
+            total += tl.load(values_ptr + source[:, None] * WIDTH + column, mask=inside, other=0.0).to(kind)
+    tl.store(sums_ptr + run[:, None] * WIDTH + column, total, mask=is_run[:, None] & (column < WIDTH))
 
 
 @triton.jit
