@@ -17,13 +17,12 @@ judged by the longest so far. Other SECTION.KEY overrides are for all runs.
 With `--together N` so many runs share the GPU once each variant has run alone, because a run of minutes spends half of
 its time on start-up and compilation. Losses are the same; speeds are those of the runs alone.
 
-Equal tokens: the validation loss at the end, mean over seeds and standard deviation. Equal time: the same at the time
-at which the fastest variant ends, because that is the latest that all have validations of; interpolated between the two
-validations around it. Time is that of training at a variant's speed, the median of its runs' logged intervals after
-their first third, so start, compilation and validation do not count. A slower variant is then judged before its
-learning rate has reached its end, which is to its disadvantage; with `--lr_schedule.min_lr_ratio 1` the rate is
-constant after warm-up, and there is no such disadvantage. Differences to plain are in units of the spread: the root of
-the two variances' mean.
+Equal tokens: the validation loss at the end, mean over seeds and standard deviation. Equal time: the same when each has
+trained as long as the fastest variant. Time is that of training at a variant's speed, the median of its runs' logged
+intervals after their first third, so start, compilation and validation do not count. Without `--equal-time` that loss
+is interpolated between two validations of the same runs, where a slower variant's learning rate has not reached its
+end, which is to its disadvantage; with it each slower variant is also trained for fewer steps, so that its schedule
+ends then. Differences to plain are in units of the spread: the root of the two variances' mean.
 
 A corpus should have as many tokens as a run reads, because tables memorize what comes twice.
 """
@@ -40,7 +39,6 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,20 +92,35 @@ def difference(losses: list[float], plain: list[float]) -> str:
     return f"{mean:+.4f} ({mean / unit:+.1f} spreads)" if unit > 0 else f"{mean:+.4f}"
 
 
+def speeds_of(results: dict[str, Any]) -> dict[str, float]:
+    """Tokens/s of each variant that has run alone."""
+    return {
+        name: statistics.median(alone)
+        for name, runs in results["runs"].items()
+        if (alone := [run["tokens_per_second"] for run in runs.values() if run["is_alone"]])
+    }
+
+
+def at_equal_time(results: dict[str, Any], name: str, share: float) -> list[float]:
+    """Losses of a variant's seeds after `share` of its tokens: of runs that end there, or else on the way."""
+    runs = results["runs"][name]
+    ending = results["timed_runs"].get(name, {})
+    if set(ending) == set(runs):
+        return [ending[seed]["curve"][-1][1] for seed in runs]
+    return [at_tokens(run["curve"], share * run["curve"][-1][0]) for run in runs.values()]
+
+
 def table(results: dict[str, Any]) -> list[str]:
     """Rows of a Markdown table of the variants that have runs, and a line that says what equal time is."""
     runs = {name: list(by_seed.values()) for name, by_seed in results["runs"].items() if by_seed}
-    speeds = {
-        name: statistics.median(run["tokens_per_second"] for run in each if run["is_alone"])
-        for name, each in runs.items()
-    }
+    speeds = speeds_of(results)
     tokens = max((run["curve"][-1][0] for each in runs.values() for run in each), default=0)
     fastest = max(speeds, key=lambda name: speeds[name], default=None)
-    losses = {  # of each variant, at equal tokens and at equal time
-        name: [
-            [at_tokens(run["curve"], end) for run in each]
-            for end in (tokens, tokens * (speeds[name] / speeds[fastest]))
-        ]
+    losses = {
+        name: (
+            [run["curve"][-1][1] for run in each],
+            at_equal_time(results, name, speeds[name] / speeds[fastest]),
+        )
         for name, each in runs.items()
     }
     lines = [
@@ -152,10 +165,11 @@ def overrides_of(arguments: argparse.Namespace) -> dict[str, list[str]]:
     return {name: sets[name] for name in arguments.variants}
 
 
-def one_run(overrides: list[str], seed: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
+def one_run(overrides: list[str], seed: int, steps: int, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Train a variant with a seed; returns its speed and curve, or None if it failed."""
-    begun, steps = time.monotonic(), arguments.steps
+    begun = time.monotonic()
     own = {
+        "training.steps": steps,
         "job.seed": seed,
         "checkpoint.interval": steps,  # the last step alone, which is always saved
         "lr_schedule.warmup_steps": -1,
@@ -186,7 +200,7 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out.exists() and not arguments.continues:
         raise SystemExit(f"{arguments.out} exists: add --continue, or choose another --out")
     if not arguments.out.exists():
-        return {"settings": settings, "parameters": {}, "runs": {}}
+        return {"settings": settings, "parameters": {}, "runs": {}, "timed_runs": {}}
     results = json.loads(arguments.out.read_text())
     other = [name for name in SETTINGS if results["settings"][name] != settings[name]]
     if other:
@@ -208,32 +222,47 @@ def run_all(results: dict[str, Any], arguments: argparse.Namespace) -> bool:
     for name, overrides in variants.items():
         results["parameters"][name], _ = parameter_counts(model_of(overrides, arguments))
         results["runs"].setdefault(name, {})
+        results["timed_runs"].setdefault(name, {})
 
-    def train_one(seed: int, name: str, together: int) -> bool:
+    def train_one(kind: str, name: str, seed: int, steps: int, together: int) -> bool:
         ended = [run for each in results["runs"].values() for run in each.values()]
         longest = max((run["wall_seconds"] * (together if run["is_alone"] else 1) for run in ended), default=0)
         if arguments.minutes and time.monotonic() - begun + longest > 60 * arguments.minutes:
             return False
-        found = one_run(variants[name], seed, arguments)
+        found = one_run(variants[name], seed, steps, arguments)
         if found is None:
             print(f"{name}, seed {seed}: failed", file=sys.stderr)
             return False
         with _WRITING:
-            results["runs"][name][str(seed)] = {**found, "is_alone": together == 1}
+            results[kind][name][str(seed)] = {**found, "is_alone": together == 1}
             write(results, arguments.out)
         return True
 
-    def missing(names: Iterable[str]) -> list[tuple[int, str]]:
-        return [(seed, name) for seed in arguments.seeds for name in names if str(seed) not in results["runs"][name]]
+    def train_missing(kind: str, steps: dict[str, int], together: int) -> bool:
+        runs = [(name, seed) for seed in arguments.seeds for name in steps if str(seed) not in results[kind][name]]
+        with ThreadPoolExecutor(together) as pool:
+            return all(list(pool.map(lambda run: train_one(kind, *run, steps[run[0]], together), runs)))
 
-    done = True
+    is_complete = True
     for name in variants:
-        if not any(run["is_alone"] for run in results["runs"][name].values()):
-            done = all(train_one(seed, name, 1) for seed, _ in missing([name])[:1]) and done
-    alone = [name for name in variants if any(run["is_alone"] for run in results["runs"][name].values())]
-    with ThreadPoolExecutor(arguments.together) as pool:
-        rest = list(pool.map(lambda run: train_one(*run, arguments.together), missing(alone)))
-    return done and all(rest)
+        if name not in speeds_of(results):
+            seed = next(seed for seed in arguments.seeds if str(seed) not in results["runs"][name])
+            is_complete = train_one("runs", name, seed, arguments.steps, 1) and is_complete
+    speeds = {name: speed for name, speed in speeds_of(results).items() if name in variants}
+    is_complete = train_missing("runs", dict.fromkeys(speeds, arguments.steps), arguments.together) and is_complete
+    if arguments.equal_time and is_complete:
+        is_complete = train_missing("timed_runs", steps_at_equal_time(speeds, arguments), arguments.together)
+    return is_complete
+
+
+def steps_at_equal_time(speeds: dict[str, float], arguments: argparse.Namespace) -> dict[str, int]:
+    """How many steps the variants take that are slower than the fastest, while that takes arguments.steps."""
+    fastest, validations = max(speeds.values()), arguments.validations
+    return {
+        name: validations * round(arguments.steps * speed / fastest / validations)
+        for name, speed in speeds.items()
+        if speed < fastest
+    }
 
 
 def main() -> None:
@@ -246,6 +275,9 @@ def main() -> None:
     parser.add_argument("--continue", dest="continues", action="store_true", help="train what is not in --out yet")
     parser.add_argument("--minutes", type=float, help="begin no run that would end later")
     parser.add_argument("--together", type=int, default=1, help="runs that share the GPU, after those for the speeds")
+    parser.add_argument(
+        "--equal-time", action="store_true", help="train slower variants also for as long as the fastest"
+    )
     parser.add_argument("--flavor", default="small")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--engram", nargs="+", default=["preset=design"], metavar="KEY=VALUE", help="of [model.engram]")

@@ -43,6 +43,7 @@ def test_slower_variants_are_read_earlier_at_equal_time():
             "engram": {"0": result(75, 5, 3.0), "1": result(75, 5, 3.2)},
             "wide": {},
         },
+        "timed_runs": {"engram": {"0": result(75, 9.0)}},  # not of all seeds
     }
     _, _, plain, engram, _, end = ablations.table(results)
     assert plain == "| plain | 1.0M | 100 | 3 | 4.2000 ± 0.2000 |  | 4.2000 ± 0.2000 |  |"
@@ -50,6 +51,8 @@ def test_slower_variants_are_read_earlier_at_equal_time():
     beside = [" -1.1000 (-6.4 spreads) ", " 4.0500 ± 0.0707 ", " -0.1500 (-1.0 spreads) "]
     assert engram.split("|")[1:-1] == [" engram ", " 2.0M ", " 75 ", " 2 ", " 3.1000 ± 0.1414 ", *beside]
     assert end == "Equal tokens: 200. Equal time: 2.0 s of training, when `plain` ends."
+    results["timed_runs"]["engram"] = {"1": result(75, 5, 3.4), "0": result(75, 5, 3.2)}
+    assert " 3.3000 ± 0.1414 " in ablations.table(results)[3].split("|"), "of the runs that end then"
 
 
 def test_a_wider_ffn_has_as_many_parameters():
@@ -62,7 +65,7 @@ def test_a_wider_ffn_has_as_many_parameters():
 
 def arguments(out: Path, **other: object) -> argparse.Namespace:
     values = dict.fromkeys(ablations.SETTINGS, 1) | {"corpus": Path("text.jsonl"), "seeds": [0, 1]}
-    values |= {"minutes": None, "together": 1}
+    values |= {"minutes": None, "together": 1, "equal_time": False, "steps": 100, "validations": 10}
     return argparse.Namespace(**values | {"out": out, "continues": True} | other)
 
 
@@ -70,7 +73,7 @@ def test_a_run_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
     trained, out = [], tmp_path / "results.json"
     outcomes = iter([result(100, 5), KeyboardInterrupt(), result(100, 4), None, result(100, 3), result(100, 2)])
 
-    def one_run(overrides, seed, _):
+    def one_run(overrides, seed, steps, _):
         trained.append((*overrides, seed))
         outcome = next(outcomes)
         if isinstance(outcome, KeyboardInterrupt):
@@ -101,7 +104,7 @@ def test_runs_share_the_gpu_once_each_variant_has_a_speed(tmp_path, monkeypatch)
     trained, out = [], tmp_path / "results.json"
     both = threading.Barrier(2, timeout=60)
 
-    def one_run(overrides, seed, _):
+    def one_run(overrides, seed, steps, _):
         trained.append((*overrides, seed))
         if seed:
             both.wait()  # fails unless two run at once
@@ -118,6 +121,26 @@ def test_runs_share_the_gpu_once_each_variant_has_a_speed(tmp_path, monkeypatch)
     results = json.loads(out.read_text())
     assert not results["runs"]["plain"]["1"]["is_alone"]
     assert "| plain | 0.0M | 100 | 2 |" in ablations.table(results)[2], "the speed is that of the run alone"
+
+
+def test_slower_variants_are_trained_for_as_long_as_the_fastest(tmp_path, monkeypatch):
+    trained, out = [], tmp_path / "results.json"
+
+    def one_run(overrides, seed, steps, _):
+        trained.append((*overrides, seed, steps))
+        return result(100 if overrides == ["plain"] else 77, 5)
+
+    monkeypatch.setattr(ablations, "one_run", one_run)
+    monkeypatch.setattr(ablations, "overrides_of", lambda _: {"plain": ["plain"], "selective": ["selective"]})
+    monkeypatch.setattr(ablations, "model_of", lambda *_: None)
+    monkeypatch.setattr(ablations, "parameter_counts", lambda _: (1, 1))
+    given = arguments(out, equal_time=True)
+    assert ablations.run_all(ablations.begin(given), given)
+    assert trained[4:] == [("selective", 0, 80), ("selective", 1, 80)]  # 77, in whole intervals of validation
+    results = json.loads(out.read_text())
+    assert list(results["timed_runs"]["selective"]) == ["0", "1"]
+    assert ablations.run_all(results, given)
+    assert len(trained) == 6
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
