@@ -37,7 +37,7 @@ interval = 15
 [validation]
 interval = 10
 fraction = 0.1
-max_tokens = 2048
+max_tokens = 640
 [metrics]
 log_interval = 1
 tensorboard = false
