@@ -11,6 +11,7 @@ import pytest
 
 from swamla_titan.data import retry
 from swamla_titan.data.faults import Unreachable
+from swamla_titan.data.sources import local as local_source
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.train.policies import watchdog
 from swamla_titan.train.policies.watchdog import Watchdog
@@ -87,7 +88,7 @@ def retry_seconds(run: Runner) -> None:
     for value, limit, waited in (("0", "600", 0.0), ("1", "600", 1.0), ("-1", "4", 2.0), ("-1", "600", 300.0)):
         clock = [0.0]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local, "_status", silent)
+            patch.setattr(local_source, "_status", silent)
             patch.setattr(
                 retry, "time", SimpleNamespace(monotonic=partial(advance, clock, 0), sleep=partial(advance, clock))
             )
