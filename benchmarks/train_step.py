@@ -44,7 +44,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, StepBatch
-from swamla_titan.launch.process_group import destroy_distributed, init_distributed, launched_rank
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed
+from swamla_titan.launch.worker import rank_info
 from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.compile import compilation
@@ -329,7 +330,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             if found := results[plan].pop("kernels", None):
                 kernels[plan] = found
-            if launched_rank() == 0:
+            if rank_info().rank == 0:
                 if found and len(kernels) > 1:
                     print_differences(next(iter(kernels.values())), found, arguments.top)
                 print(

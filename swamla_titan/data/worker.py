@@ -25,7 +25,7 @@ from typing import Generic, TypeVar
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.console import LogFormatter, open_console
 from swamla_titan.system.machine import needed
-from swamla_titan.system.process_end import wait_for_end
+from swamla_titan.system.process import wait_for_end
 
 PREFETCH_STEPS = 4  # that a process may be ahead of what was taken from it
 _LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes

@@ -51,7 +51,7 @@ from swamla_titan.launch.rendezvous import BACKEND, open_store, use_store
 from swamla_titan.launch.worker import any_bad_input, re_rendezvous
 from swamla_titan.system.console import open_console
 from swamla_titan.system.machine import needed
-from swamla_titan.system.running_time import RunningTime
+from swamla_titan.system.process import RunningTime
 
 logger = logging.getLogger(__name__)
 

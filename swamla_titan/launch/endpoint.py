@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swamla_titan.errors import UserError
-from swamla_titan.system.running_time import RunningTime
+from swamla_titan.system.process import RunningTime
 
 LOOPBACK = "127.0.0.1"
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces

@@ -20,11 +20,6 @@ from swamla_titan.launch.worker import RankInfo, rank_info
 COLLECTIVE_TIMEOUT = timedelta(days=7)
 
 
-def launched_rank() -> int:
-    """This process's rank, before the process group is initialized."""
-    return rank_info().rank
-
-
 def validate_launch(
     parallel: Parallel, sizes: Sequence[int], local_size: int, gpus: int | None = None, asked: int | None = None
 ) -> None:

@@ -16,8 +16,7 @@ from swamla_titan.launch.worker import (
     early_handler,
     early_signal,
     in_re_rendezvous,
-    launched_size,
-    machines,
+    rank_info,
     stop_requested,
 )
 
@@ -85,14 +84,14 @@ class StopRequest:
         requested = stop_requested()
         if number == signal.SIGTERM and in_re_rendezvous() and not requested:
             self.re_rendezvous = True
-            if not self.finish_step_first and machines() == 1:
+            if not self.finish_step_first and rank_info().machines == 1:
                 raise SystemExit(EXIT_RE_RENDEZVOUS)
             return
         self.received = requested or signal.Signals(number)
         acknowledge_stop()  # before the second signal becomes deadly
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if not self.finish_step_first and (launched_size() == 1 or (requested and machines() == 1)):
+        if not self.finish_step_first and (rank_info().size == 1 or (requested and rank_info().machines == 1)):
             logger.info("stopped by %s before training began: %s", self.received.name, NOTHING_TO_SAVE)
             raise SystemExit(EXIT_STOPPED)
 

@@ -31,7 +31,7 @@ from types import FrameType
 
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RE_RENDEZVOUS, EXIT_STOPPED, UserError
 from swamla_titan.escaping import one_line
-from swamla_titan.system.process_end import wait_for_end
+from swamla_titan.system.process import wait_for_end
 
 FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 RE_RENDEZVOUS = "re-rendezvous"
@@ -147,7 +147,7 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
     _write(_file("pid"), str(os.getpid()))
     if _early_signal:
         acknowledge_stop()
-    if stop_requested() and machines() == 1:
+    if stop_requested() and rank_info().machines == 1:
         code: object = EXIT_STOPPED
     else:
         try:
@@ -220,19 +220,9 @@ def early_handler(number: int, frame: FrameType | None) -> None:
     acknowledge_stop()
     for each in FORWARDED:
         signal.signal(each, signal.SIG_DFL)
-    if requested and machines() == 1:
+    if requested and rank_info().machines == 1:
         _write(_file("code"), str(EXIT_STOPPED))
         os._exit(EXIT_DONE)
-
-
-def launched_size() -> int:
-    """How many processes the launcher started, on all machines; 1 without one."""
-    return rank_info().size
-
-
-def machines() -> int:
-    """On how many machines they run; 1 without a launcher."""
-    return rank_info().machines
 
 
 def local_worker_pids() -> list[int]:

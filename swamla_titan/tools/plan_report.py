@@ -16,8 +16,8 @@ from swamla_titan.distributed.degrees import DIMENSIONS, fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
-from swamla_titan.launch.process_group import device_here, launched_rank
-from swamla_titan.launch.worker import launched_size
+from swamla_titan.launch.process_group import device_here
+from swamla_titan.launch.worker import rank_info
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.sizes import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
@@ -51,12 +51,12 @@ def dry_run(config: Config, gpus: int | None) -> None:
     Writes nothing. Where there is no GPU here, those of the run are elsewhere, and what only they can tell is left out.
     Under a launcher rank 0 prints.
     """
-    ranks = _positive(gpus) or launched_size()
+    ranks = _positive(gpus) or rank_info().size
     here = device_here()
     world = World.planned(fit_degrees(config.parallel, ranks), here if here.type == "cuda" else ELSEWHERE)
     setup = rehearse(config, world)
     found = dataclasses.replace(plan(setup.config, ranks), choices=setup.choices)
-    if launched_rank() == 0:
+    if rank_info().rank == 0:
         _print_dry_run(setup, found)
 
 

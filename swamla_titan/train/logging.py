@@ -18,11 +18,9 @@ from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
-from swamla_titan.train.policy import Policy, StepOutcome
+from swamla_titan.train.policy import Policy, StepOutcome, Values
 
 logger = logging.getLogger(__name__)
-
-Values = dict[str, float | int]
 
 _FORMAT = LogFormatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
-from swamla_titan.train.policy import Policy, StepOutcome
+from swamla_titan.train.policy import Policy, StepOutcome, Values
 
 _FIRST = 2.0**16
 _INTERVAL = 2000  # finite steps before the scale is doubled
@@ -40,7 +40,7 @@ class LossScale(StateGroup, Policy):
         factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
         self.value.mul_(factor).clamp_(_LEAST, _MOST)
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """The scale; waits for the device."""
         return {"loss_scale": self.value.item()}
 

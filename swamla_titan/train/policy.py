@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Values = dict[str, float | int]
+"""Metrics by name."""
+
 
 class StepOutcome(NamedTuple):
     """The mean loss over the global batch's targets, the gradient norm before clipping, and the learning rate.
@@ -34,7 +37,7 @@ class Policy:
     def after_step(self, step: int, outcome: StepOutcome) -> None:
         """`step` was submitted to the device, which may still compute it."""
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """This policy's values for the line of a step that is logged. The device is idle."""
         return {}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from swamla_titan.config.sections import Data
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, Values
 
 SHARE = 0.05  # of the steps' time; less is not worth a warning
 LEAST_STEPS = 10  # for which a share is computed
@@ -115,7 +115,7 @@ class Throughput(Policy):
         yield
         self._paused += time.perf_counter() - start
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """Values for metrics.jsonl, averaged over the steps since the last call, which `interval` then holds.
 
         The device must be idle.
@@ -123,7 +123,7 @@ class Throughput(Policy):
         step_seconds = (time.perf_counter() - self._start - self._paused) / self._steps
         self.interval = Interval(self._steps, step_seconds * self._steps, self._stalled())
         rate = self.tokens_per_step / step_seconds
-        values: dict[str, float | int] = {
+        values: Values = {
             "tokens_per_second": rate,
             "data_seconds": self._data / self._steps,
             "step_seconds": step_seconds,

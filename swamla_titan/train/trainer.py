@@ -17,7 +17,7 @@ from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserEr
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.flops import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
-from swamla_titan.train.logging import MetricsLogger, Values, step_line
+from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
@@ -25,7 +25,7 @@ from swamla_titan.train.policies.profiling import StepProfiler
 from swamla_titan.train.policies.streaks import BadStepPolicy
 from swamla_titan.train.policies.unreadable_data import UnreadableData
 from swamla_titan.train.policies.watchdog import Watchdog
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, Values
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.startup_summary import log_startup_summary
 from swamla_titan.train.step import TrainStep

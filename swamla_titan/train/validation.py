@@ -8,6 +8,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.optim import AveragedWeights
 from swamla_titan.parallel.model_parts import ParallelModel
+from swamla_titan.train.policy import Values
 
 
 class Validator:
@@ -27,7 +28,7 @@ class Validator:
                 "validation.fraction, give a longer validation.path, or set validation.interval = 0"
             )
 
-    def __call__(self, model: ParallelModel, average: AveragedWeights | None = None) -> dict[str, float | int]:
+    def __call__(self, model: ParallelModel, average: AveragedWeights | None = None) -> Values:
         """`val_loss`: mean cross-entropy in nats a target token; `val_bits_per_byte`: the same in bits a byte of text.
 
         The end-of-text token counts in the loss and adds no bytes. With `average` the model computes with its weights.
@@ -40,7 +41,7 @@ class Validator:
         }
 
 
-def validation_line(values: dict[str, float | int], is_of_average: bool) -> str:
+def validation_line(values: Values, is_of_average: bool) -> str:
     """The console's line for a validation."""
     of = "validation of the average" if is_of_average else "validation"
     return f"{of}: loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"

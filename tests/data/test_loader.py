@@ -28,7 +28,7 @@ from swamla_titan.data.packing import document_ids
 from swamla_titan.data.retry import all_documents
 from swamla_titan.data.worker import PREFETCH_STEPS, LoaderProcess, _make_sockets_where_their_names_fit
 from swamla_titan.errors import RunFailed, UserError
-from swamla_titan.system.process_end import wait_for_end
+from swamla_titan.system.process import wait_for_end
 from tests.waiting import HANG, wait_until
 
 SEQ_LEN = 32

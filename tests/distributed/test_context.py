@@ -13,7 +13,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.masks import MaskSpec, dense_mask, dense_mask_of, document_starts
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.launch.worker import launched_size
+from swamla_titan.launch.worker import rank_info
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.cache import DecodeCache
@@ -96,7 +96,7 @@ def largest_error(ours, exact):
 
 def join():
     """A world whose ranks are one context group."""
-    return init_distributed(Parallel(context=launched_size()))
+    return init_distributed(Parallel(context=rank_info().size))
 
 
 def errors_of_models(names, documents, compiler=None, kernel=None):

@@ -36,7 +36,7 @@ import json, os, sys
 from pathlib import Path
 from swamla_titan.config.sections import Parallel
 from swamla_titan.launch.process_group import init_distributed, destroy_distributed
-from swamla_titan.system.process_end import end_process
+from swamla_titan.system.process import end_process
 from tests.listening import listening
 world = init_distributed(Parallel())
 assert world.all_reduce_max(float(world.rank)) == world.size - 1

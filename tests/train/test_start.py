@@ -60,7 +60,7 @@ import sys
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile, _pool_set
 from swamla_titan.cli import main
-from swamla_titan.system.process_end import end_process
+from swamla_titan.system.process import end_process
 from swamla_titan.train import setup
 
 def start_pool(*_):

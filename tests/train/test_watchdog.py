@@ -18,7 +18,7 @@ from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.worker import FOLDER
 from swamla_titan.system.backstop import STACKS, stopped
-from swamla_titan.system.running_time import RunningTime
+from swamla_titan.system.process import RunningTime
 from swamla_titan.train.policies import watchdog as module
 from swamla_titan.train.policies.watchdog import (
     Watchdog,

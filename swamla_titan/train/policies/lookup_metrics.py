@@ -12,7 +12,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import GroupedOptimizer
-from swamla_titan.train.policy import Policy
+from swamla_titan.train.policy import Policy, Values
 from swamla_titan.train.state import RunState
 
 
@@ -37,7 +37,7 @@ class AnnexMetrics(Policy):
         ]
         self._world = world
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """See Policy; all ranks call this."""
         taken = {key: annex.take_observed() for key, annex in self._annexes.items()}
         sums = [taken.get((layer, name), {}).get(observed, (0.0, 0.0)) for layer, name, observed in self._keys]
@@ -78,7 +78,7 @@ class TouchedRows(Policy):
         if doing == "rewind":
             self.begin(0)
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """The two shares; waits for the device. All ranks call this."""
         counts = torch.zeros(3, dtype=torch.float64, device=self._world.device)
         for state, since in zip(self._states, self._since):

@@ -25,7 +25,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed
 from swamla_titan.train.bad_steps import BadStep
 from swamla_titan.train.policies.rewinding import Rewinding
-from swamla_titan.train.policy import Policy, StepOutcome
+from swamla_titan.train.policy import Policy, StepOutcome, Values
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.state import RunState
 
@@ -55,12 +55,12 @@ class BadStepPolicy(Policy):
         if self._judge:
             self._cursors.append((step, self._loader.cursors))
 
-    def metrics(self) -> dict[str, float | int]:
+    def metrics(self) -> Values:
         """The steps skipped so far, and the rewinds, if there were any; also warns of newly skipped steps."""
         self.report()
         if not self._judge:
             return {}
-        values: dict[str, float | int] = {"skipped_steps": self._judge.skipped}
+        values: Values = {"skipped_steps": self._judge.skipped}
         return values | ({"rewinds": self._judge.rewinds} if self._judge.rewinds else {})
 
     def report(self) -> None:

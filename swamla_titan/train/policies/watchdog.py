@@ -34,7 +34,7 @@ from swamla_titan.errors import EXIT_FAILED
 from swamla_titan.launch.worker import local_worker_pids
 from swamla_titan.system.backstop import Backstop, stopped
 from swamla_titan.system.console import Lines
-from swamla_titan.system.running_time import RunningTime
+from swamla_titan.system.process import RunningTime
 from swamla_titan.train.policy import Policy, StepOutcome
 
 logger = logging.getLogger(__name__)

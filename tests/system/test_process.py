@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import atexit, sys
-from swamla_titan.system.process_end import end_process
+from swamla_titan.system.process import end_process
 
 class LeftBehind:
     def __del__(self):

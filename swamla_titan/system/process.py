@@ -1,4 +1,7 @@
-"""Ends this process, and waits for the end of one that is not a child. Standard library only: workers begin with it."""
+"""This process, how long it ran and how it ends, and the end of another one.
+
+Standard library only: workers begin with it.
+"""
 
 import atexit
 import os
@@ -42,3 +45,24 @@ def wait_for_end(pid: int) -> None:
         except PermissionError:
             return  # not ours: another process has the PID now
         time.sleep(1)
+
+
+class RunningTime:
+    """Counts the seconds in which this process ran, from frequent readings of the clock.
+
+    The time between two readings counts for `longest` seconds at most, because in a longer one the process was paused:
+    stopped (Ctrl-Z, `scontrol suspend`), frozen with its container, or moved with its machine. No clock of the system
+    leaves all of that out.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._last = time.monotonic()
+        self.seconds = 0.0
+
+    def update(self) -> float:
+        """The seconds up to now; to be called every `longest` seconds, or more often."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, self._longest)
+        self._last = now
+        return self.seconds
