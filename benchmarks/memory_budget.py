@@ -34,7 +34,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import AttentionContext
 from swamla_titan.model.inner_attention import InnerAttention
-from swamla_titan.tools.generate import _loaded, find_checkpoint
+from swamla_titan.tools.generate import find_checkpoint, load_model
 
 Leaves = Literal["selected", "oldest", "random"]
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="at most")
     parser.add_argument("--together", type=int, default=8, help="sequences whose scores of all heads exist at a time")
     arguments = parser.parse_args()
-    config, tokenizer, model = _loaded(find_checkpoint(arguments.checkpoint), ema=False)
+    config, tokenizer, model = load_model(find_checkpoint(arguments.checkpoint), ema=False)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     length = arguments.seq_len or config.training.seq_len
     found = list(sequences(arguments.text, tokenizer, length, arguments.sequences))

@@ -81,6 +81,9 @@ class Learned(StateGroup):
     def begin(self) -> None:
         """Initialize where there is no checkpoint, once the weights have their values."""
 
+    def rewritten(self) -> None:
+        """Called when tensors of any group were written, by `begin` or from a checkpoint."""
+
     @staticmethod
     def problem(state: dict[str, Tensor], step: int) -> str | None:
         """Nothing: the configuration determines the shapes, and loading looks for values that are not finite."""
@@ -111,6 +114,12 @@ class Weights(Learned):
     def size(self) -> int:
         """See StateGroup."""
         return sum(aligned_bytes(local(weight)) for part in self._parts for weight in part.parameters())
+
+    def rewritten(self) -> None:
+        """See Learned. Tables read rows ahead, on a stream that does not wait for what writes them."""
+        for part in self._parts:
+            for table in row_tables(part).values():
+                table.rewritten()
 
 
 class OptimizerStates(Learned):
@@ -243,6 +252,7 @@ class State:
         """Initialize what does not come from a checkpoint, once the weights have their values."""
         for each in self._learned:
             each.begin()
+        self._rewritten()
 
     def load(self, path: Path, step: int) -> None:
         """Load all groups from a checkpoint and continue after `step`."""
@@ -259,18 +269,28 @@ class State:
         """
         there = all_ranks_or_raise(self._world, lambda: stored_groups(path))
         absent = [each for each in self._learned if each.if_absent and each.group not in there]
-        parts = {each.group: each.parts() for each in self._learned if each not in absent}
-        for index in range(max(map(len, parts.values()))):
-            tensors = {group: found[index] for group, found in parts.items()}
-            load_tensors(path, tensors, self._world, optional)
-            require_finite(path, tensors, self._world)
-        for each in absent:
-            each.begin()
+        try:
+            self._load_parts(path, [each for each in self._learned if each not in absent], optional)
+            for each in absent:
+                each.begin()
+        finally:
+            self._rewritten()
         own = {each.group for each in self._learned}
         dropped = [cls for name, cls in self._known.items() if name in there - own and issubclass(cls, Learned)]
         for message in (*(each.if_absent for each in absent), *(cls.if_dropped for cls in dropped)):
             if message and self._world.is_rank_0:
                 logger.warning("%s %s", path, message)
+
+    def _load_parts(self, path: Path, groups: Sequence[Learned], optional: Mapping[str, dict[str, Tensor]]) -> None:
+        parts = {each.group: each.parts() for each in groups}
+        for index in range(max(map(len, parts.values()))):
+            tensors = {group: found[index] for group, found in parts.items()}
+            load_tensors(path, tensors, self._world, optional)
+            require_finite(path, tensors, self._world)
+
+    def _rewritten(self) -> None:
+        for each in self._learned:
+            each.rewritten()
 
 
 def require_weights(path: Path, model: nn.Module, ema: bool = False) -> None:

@@ -69,16 +69,26 @@ class PreparedLookUp:
 
     tokens: Tensor
     document_ids: Tensor | None
+    versions: tuple[int | None, ...]
     request: RowRequest
     context: StreamContext
 
     def require(self, tokens: Tensor, document_ids: Tensor | None) -> None:
-        """Raise ValueError unless it was prepared for these very tensors, because their values may not be there yet."""
-        if not (_is_same(self.tokens, tokens) and _is_same(self.document_ids, document_ids)):
+        """Raise ValueError unless it was prepared for these very tensors, which nobody has written to since.
+
+        Their values are not compared, because they may not be there yet.
+        """
+        same = _is_same(self.tokens, tokens) and _is_same(self.document_ids, document_ids)
+        if not same or self.versions != _versions(tokens, document_ids):
             raise ValueError(
                 "a look-up was prepared for other tokens than this forward pass is given: give it the tensors of which "
                 "it was prepared"
             )
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    """How often each was written to, views of one tensor counted together; None where torch does not count."""
+    return tuple(None if each is None or each.is_inference() else each._version for each in tensors)
 
 
 def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -153,7 +163,9 @@ class ModelAnnexes(nn.ModuleDict):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if document_ids is not None:
             positions = positions - document_starts(document_ids)
-        return PreparedLookUp(tokens, document_ids, *self._request(tokens, positions, 0))
+        return PreparedLookUp(
+            tokens, document_ids, _versions(tokens, document_ids), *self._request(tokens, positions, 0)
+        )
 
     def look_up(
         self,

@@ -25,8 +25,8 @@ def generate(
     """Continue each prompt: the new tokens alone, without the stop token that ended them.
 
     `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
-    fewest of those whose probabilities (after top_k) add up to top_p. A row ends at `stop_token` or after
-    `max_new_tokens`. `memory_budget`: tokens of a row that layers with selective attention keep (DecodeCache).
+    fewest of those whose probabilities (after top_k) add up to top_p. A sequence ends at `stop_token` or after
+    `max_new_tokens`. `memory_budget`: tokens of a sequence that layers with selective attention keep (DecodeCache).
     `generator` must live on the model's device. The model is in evaluation mode meanwhile.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
@@ -58,16 +58,16 @@ def generate(
             logits = model.decode(token[:, None], cache)
     finally:
         model.train(training)
-    rows: list[list[int]] = torch.stack(new, dim=1).tolist()
+    continuations: list[list[int]] = torch.stack(new, dim=1).tolist()
     if stop_token is None:
-        return rows
-    return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
+        return continuations
+    return [each[: each.index(stop_token)] if stop_token in each else each for each in continuations]
 
 
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One token id per row, [B] int64, from logits [B, V]; the options as in `generate`."""
+    """One token id per sequence, [B] int64, from logits [B, V]; the options as in `generate`."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)

@@ -44,7 +44,7 @@ class MLACache:
 
 
 class SelectiveMLACache(MLACache):
-    """The same with one number a token: what later ones have selected of it (kernels/attention/selective.py).
+    """The same with one value per token: what later ones have selected of it (kernels/attention/selective.py).
 
     A cache with room for fewer tokens than come drops those of which most was selected, of each sequence by itself, but
     never the first token of a sequence, nor the newest. Padding counts as selected without end, so it goes first.

@@ -62,11 +62,11 @@ class Segments:
                 )
         return sums
 
-    def places(self) -> Tensor:
+    def runs(self) -> Tensor:
         """The number of each key's run [N], in the order of the unsorted keys."""
-        places = torch.empty_like(self.index)
-        places[self.order] = self.index
-        return places
+        runs = torch.empty_like(self.index)
+        runs[self.order] = self.index
+        return runs
 
     def of_kinds(self, keys: Sequence[int], runs: Sequence[int]) -> Iterator["Segments"]:
         """Where keys of several kinds were concatenated, each kind's larger than those before: the segments of each.
@@ -171,11 +171,13 @@ class ReadAhead(NamedTuple):
     """Rows [n, width] that are read while updates of them may still be queued, or under way.
 
     `since`: the number of the last step that was counted when reading began. What it and later steps change is read
-    again when the rows are looked up: a step is counted before it has written its rows.
+    again when the rows are looked up: a step is counted before it has written its rows. `generation`: how often the
+    table had been `rewritten`.
     """
 
     values: Tensor
     since: Tensor
+    generation: int
 
 
 class RowSteps(NamedTuple):
@@ -200,7 +202,7 @@ class RowRequest:
     def read_ahead(self, tables: Sequence["RowTable"]) -> list[Tensor]:
         """Begin to read the rows of tables that lie elsewhere; what is being read. `tables` are those looked up in."""
         self._ahead = [table.read_ahead(rows) for table, rows in zip(tables, self.rows(), strict=True)]
-        return [tensor for each in self._ahead if each for tensor in each]
+        return [tensor for each in self._ahead if each for tensor in (each.values, each.since)]
 
     def read(self, tables: Sequence["RowTable"], dtype: torch.dtype) -> list[Tensor]:
         """Of each table the values [n, width] of its `rows`, of `dtype`."""
@@ -239,6 +241,11 @@ class LocalRows:
         """Let what is queued from now on use tensors that were made within `ahead`."""
         hand_over(self._stream, tensors)
 
+    def catch_up(self) -> None:
+        """Let what is queued within `ahead` from now on wait, once, for what was queued before."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
 
 _ON_THIS_RANK = LocalRows()
 
@@ -246,9 +253,9 @@ _ON_THIS_RANK = LocalRows()
 class RowTable(nn.Module):
     """`rows` embeddings, each `width` wide, of which a step looks up few.
 
-    `weight` [rows, width] has no `.grad`: see `gradient`. A plan may replace `placement`, and give the weight a place
-    with `keep_on_host`. Two attributes may be set: `stand_in`, what look-ups read instead of the weight; and by its
-    optimizer `steps`, without which no rows are read ahead.
+    `weight` [rows, width] has no `.grad`: see `gradient`. A plan may replace `placement`, and keep the weight in the
+    memory of the host (`keep_on_host`). Two attributes may be set: `stand_in`, what look-ups read instead of the
+    weight; and by its optimizer `steps`, without which no rows are read ahead.
     """
 
     update_rule = UpdateRule(by_rows=True, lr_multiplier=5.0, decays=False)
@@ -262,6 +269,7 @@ class RowTable(nn.Module):
         self.steps: RowSteps | None = None
         self.returns_placeholder = False
         self._host_of: torch.device | None = None
+        self._generation = 0  # how often `rewritten` was called
 
     def keep_on_host(self, device: torch.device) -> None:
         """Let `to_empty` make the weight in the memory of the host, where `device` reads it; while it is on "meta"."""
@@ -279,12 +287,21 @@ class RowTable(nn.Module):
             return super()._apply(lambda weight: self.zeros(weight.shape[1], weight.dtype), recurse)
         return super()._apply(fn, recurse)
 
+    def rewritten(self) -> None:
+        """To be called when the weight or `steps` were written by anything but optimizer steps, as from a checkpoint.
+
+        What was read ahead before is then not used, because `steps` may not know what has changed; and reading ahead
+        waits for what was queued before this call, as it does not otherwise.
+        """
+        self._generation += 1
+        self.placement.catch_up()
+
     def read_ahead(self, rows: Tensor) -> ReadAhead | None:
         """Begin to read rows from the memory of the host; None where the device has them, or reads something else."""
         if self._host_of is None or self.steps is None or self.stand_in is not None:
             return None
         since = self.steps.last.clone()  # before any row is read
-        return ReadAhead(copy_rows(local(self.weight).detach(), rows), since)
+        return ReadAhead(copy_rows(local(self.weight).detach(), rows), since, self._generation)
 
     def read(self, rows: Tensor, dtype: torch.dtype, ahead: ReadAhead | None = None) -> Tensor:
         """The values [n, width] of rows [n], int64, of the weight, or of what stands in for it.
@@ -294,7 +311,7 @@ class RowTable(nn.Module):
         if self.stand_in is not None:
             return self.stand_in.read(rows).to(dtype)
         weight = local(self.weight).detach()
-        if ahead is None or self.steps is None:
+        if ahead is None or self.steps is None or ahead.generation != self._generation:
             return rows_as(weight, rows, dtype)
         copy_rows_again(ahead.values, weight, rows, self.steps.of_rows, ahead.since)
         return ahead.values.to(dtype)

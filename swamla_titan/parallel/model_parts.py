@@ -71,8 +71,13 @@ class ParallelModel:
         return self._passes(micro_batches, loss_denominator)
 
     def _passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
-        with self._prepared_weights(len(micro_batches)):
-            return self._prepared_passes(micro_batches, loss_denominator)
+        try:
+            with self._prepared_weights(len(micro_batches)):
+                return self._prepared_passes(micro_batches, loss_denominator)
+        except BaseException:
+            for table in self._tables:
+                table.gradient.clear()  # else the next step would add what this one has left
+            raise
 
     def _prepared_passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         if self.pipeline:
@@ -98,8 +103,8 @@ class ParallelModel:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         with self._prepared_weights(len(micro_batches)):
             if self.pipeline:
-                for micro_batch in micro_batches:
-                    total += self.pipeline.evaluate(micro_batch)
+                for loss in self.pipeline.evaluate(micro_batches):
+                    total += loss
             else:
                 for inputs, prepared in self._inputs(micro_batches):
                     total += self._loss(inputs, 1.0, prepared)

@@ -5,7 +5,7 @@ their shapes and the loss. All losses are sums over the global batch's count, so
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.row_table import LocalRows, RowTable, placeholder_gradients, row_tables
-from swamla_titan.parallel.look_ahead import look_ups_ahead
+from swamla_titan.parallel.look_ahead import Inputs, look_ups_ahead
 from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
 
@@ -90,36 +90,49 @@ class Pipeline:
             batches += [_empty(batches[0])] * (count - len(batches))
             tokens = (torch.cat([batch.tokens for batch in batches]),) if self._first else ()
             targets = torch.cat([batch.targets for batch in batches]) if self._last else None
-            options = self._of_all_stages(batches)
+            of_batches = [self._of_all_stages(batch) for batch in batches]
+            options: dict[str, Any] = {name: torch.cat([each[name] for each in of_batches]) for name in of_batches[0]}
         placement.hand_over([*tokens, *options.values(), *([] if targets is None else [targets])])
         self._loss_denominator = loss_denominator
         for stage in self.stages:
             stage.look_ups = look_ups_ahead(stage.annexes, _split(batches, options))
         losses: list[Tensor] = []
-        self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
-        for stage in self.stages:
-            stage.look_ups = iter(())  # the last one keeps memory
+        try:
+            self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
+        finally:
+            for stage in self.stages:
+                stage.look_ups = iter(())  # the last one keeps memory
         if self._tied is not None:
             self._tied.reduce()
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)
 
     @torch.no_grad()
-    def evaluate(self, micro_batch: MicroBatch, loss_denominator: Tensor | float = 1.0) -> Tensor:
-        """The loss of a micro-batch in evaluation mode, on every rank: a sum over valid targets / `loss_denominator`.
+    def evaluate(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float = 1.0) -> Iterator[Tensor]:
+        """The loss of each micro-batch in evaluation mode, on every rank: a sum over targets / `loss_denominator`.
 
-        Forward only, one micro-batch at a time through all stages. Weights that FSDP2 gathered are freed again.
+        Only valid targets count. Forward only, one micro-batch at a time through all stages; each stage prepares the
+        look-ups of the next one meanwhile. Weights that FSDP2 gathered are freed again.
         """
-        batch = micro_batch.to(self._world.device)
-        mine = {stage.stage: stage for stage in self.stages}
-        loss, x = None, batch.tokens
-        for number, stage in mine.items():
+        of_stages = [
+            look_ups_ahead(stage.annexes, (batch.to(self._world.device) for batch in micro_batches))
+            for stage in self.stages
+        ]
+        for inputs in zip(*of_stages):
+            yield self._evaluate_one(inputs, loss_denominator)
+
+    def _evaluate_one(self, inputs: Sequence[Inputs], loss_denominator: Tensor | float) -> Tensor:
+        """The loss of a micro-batch, of which each stage of this rank has a copy and its look-up in `inputs`."""
+        mine = {stage.stage for stage in self.stages}
+        loss, x = None, inputs[0][0].tokens
+        for stage, (batch, prepared) in zip(self.stages, inputs, strict=True):
+            number = stage.stage
             was_training = stage.training
             stage.eval()
             if number > 0 and number - 1 not in mine:
                 shape = len(batch.tokens), self._activation_len, self._dim
                 x = torch.empty(shape, dtype=self._dtype, device=self._world.device)
                 dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
-            x = stage(x, **self._of_all_stages([batch]))
+            x = stage(x, **self._of_all_stages(batch), prepared=prepared)
             if stage.is_last:
                 loss = stage.loss(x, batch.targets, loss_denominator)
             elif number + 1 not in mine:
@@ -128,15 +141,10 @@ class Pipeline:
             free_gathered_weights(stage)
         return self._from_last_stage(loss)
 
-    def _of_all_stages(self, batches: list[MicroBatch]) -> dict[str, Any]:
-        """What every stage is given of these micro-batches beside its input."""
-        found: dict[str, Any] = {}
-        if batches[0].document_ids is not None:
-            found["document_ids"] = torch.cat([batch.document_ids for batch in batches])  # type: ignore[misc]
-        if self._has_annexes:
-            found["tokens"] = torch.cat([batch.tokens for batch in batches])
-            found["targets"] = torch.cat([batch.targets for batch in batches])
-        return found
+    def _of_all_stages(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """What every stage is given of a micro-batch beside its input."""
+        found = {"tokens": batch.tokens, "targets": batch.targets} if self._has_annexes else {}
+        return found if batch.document_ids is None else {"document_ids": batch.document_ids, **found}
 
     def _from_last_stage(self, loss: Tensor | None) -> Tensor:
         """Broadcast the loss of the rank that has one; the others are given None."""

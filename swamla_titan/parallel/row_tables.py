@@ -164,13 +164,13 @@ class ShardedRequest(RowRequest):
             with on_stream(self._stream):
                 self._asked = self._ask(*self._counts.read())
             of_tables = [each for of_table in self._of_tables for each in (of_table.order, of_table.offsets)]
-            hand_over(self._stream, [*self._asked, *self._places, *of_tables])
+            hand_over(self._stream, [*self._asked, *self._runs, *of_tables])
         return self._asked
 
     def returned(self, read: list[Tensor]) -> list[Tensor]:
         """As in RowRequest."""
         found = _exchanged_together(read, self._received, self._sent, self._shards.group)
-        return [rows[places] for rows, places in zip(found, self._places)]
+        return [rows[runs] for rows, runs in zip(found, self._runs)]
 
     def summed(self, table: int, gradient: Tensor) -> Tensor:
         """As in RowRequest."""
@@ -191,7 +191,7 @@ class ShardedRequest(RowRequest):
         """Send the distinct rows to their owners; what this rank was asked for. `counts` as of `_counted`."""
         self._sent, self._received = ([list(of_table) for of_table in zip(*each)] for each in counts)
         self._of_tables = list(self._all.of_kinds(list(map(len, self._indices)), list(map(sum, self._sent))))
-        self._places = [each.places() for each in self._of_tables]
+        self._runs = [each.runs() for each in self._of_tables]
         distinct = [each.keys[each.offsets[:-1]] for each in self._of_tables]
         asked = _exchanged_together(distinct, self._sent, self._received, self._shards.requests)
         begins = self._shards.borders(self._sizes)[self._shards.group.rank() :: self._shards.group.size()]

@@ -46,7 +46,7 @@ def find_checkpoint(name: str, usable: Callable[[Path], object] = lambda path: N
     return newest
 
 
-class _Found(NamedTuple):
+class LoadedModel(NamedTuple):
     """What a checkpoint holds of what is needed here; the tokenizer only where it came from a file."""
 
     config: Config
@@ -54,7 +54,7 @@ class _Found(NamedTuple):
     model: SWAMLAModel
 
 
-def _loaded(path: Path, ema: bool) -> _Found:
+def load_model(path: Path, ema: bool) -> LoadedModel:
     """The content of a checkpoint; UserError if it does not fit together."""
     config = load_config(path / CONFIG)
     if not config.model.vocab_size:
@@ -72,7 +72,7 @@ def _loaded(path: Path, ema: bool) -> _Found:
     use_annex_record(path, config, model, tokenizer)
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
-    return _Found(config, tokenizer, model.eval())
+    return LoadedModel(config, tokenizer, model.eval())
 
 
 def generate_from_checkpoint(
@@ -94,11 +94,11 @@ def generate_from_checkpoint(
     and for sampling values or lengths out of range.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
-    found: dict[Path, _Found] = {}
+    found: dict[Path, LoadedModel] = {}
 
     def load(path: Path) -> None:
         if not ema or Average.group in stored_groups(path):
-            found[path] = _loaded(path, ema)
+            found[path] = load_model(path, ema)
 
     path = find_checkpoint(checkpoint, load)
     if path not in found:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Parallel, Training
 from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import copy_from_full, local, local_slices
+from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.row_table import row_tables
+from swamla_titan.model.annexes import ModelAnnexes
+from swamla_titan.model.row_table import RowGradient, row_tables
 from swamla_titan.parallel.model_parts import ParallelModel
+from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.pipeline import Pipeline
 from swamla_titan.parallel.row_tables import ShardedRows
 from swamla_titan.parallel.schedules import runnable_micro_batches
 from tests.distributed.job import run
@@ -164,6 +169,70 @@ def test_compiled_annexes_of_all_layers_are_one_graph(parallel: dict[str, Any]):
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputed_annexes_give_the_same_gradients(mode: str, compiled: bool):
     check(on_ranks(2, errors, {"context": 2}, mode, compiled))
+
+
+def order_of_evaluation() -> list[str]:
+    """What a rank of a pipeline does for three micro-batches: prepare look-ups, and compute."""
+    torch.manual_seed(0)
+    found: list[str] = []
+    prepare, look_up = ModelAnnexes.prepare, ModelAnnexes.look_up
+
+    def preparing(*given: Any) -> Any:
+        found.append("prepare")
+        return prepare(*given)
+
+    def computing(*given: Any) -> Any:
+        found.append("compute")
+        return look_up(*given)
+
+    ModelAnnexes.prepare, ModelAnnexes.look_up = preparing, computing  # type: ignore[method-assign]
+    try:
+        model = ParallelModel(config_of({"pipeline": 2}), init_distributed(Parallel(pipeline=2)))
+        model.init_weights(0)
+        model.evaluate([*batches(), batches()[0]])
+    finally:
+        ModelAnnexes.prepare, ModelAnnexes.look_up = prepare, look_up  # type: ignore[method-assign]
+    return found
+
+
+def test_evaluation_in_a_pipeline_prepares_look_ups_ahead():
+    order = ["prepare", "prepare", "compute", "prepare", "compute", "compute"]
+    assert on_ranks(2, order_of_evaluation) == [order, order], "and prepares none twice"
+
+
+class _Fails(Exception):
+    pass
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_was_abandoned_adds_nothing_to_the_next(ranks: int):
+    on_ranks(ranks, after_abandoned_steps, {"pipeline": 2} if ranks == 2 else {})
+
+
+def after_abandoned_steps(parallel: dict[str, Any]) -> None:
+    world = init_distributed(Parallel(**parallel)) if parallel else World.alone()
+    model = ParallelModel(config_of(parallel), world)
+    model.init_weights(0)
+    stages = [part for part in model.parts if isinstance(part, ModelStage)]
+
+    def gradients() -> list[Tensor]:
+        model.train_step(batches(), 2.0 * T)
+        found = [table.gradient.dense(len(table.weight)) for part in model.parts for table in row_tables(part).values()]
+        for part in model.parts:
+            for table in row_tables(part).values():
+                table.gradient.clear()
+        return found
+
+    def fail(*given: Any) -> None:
+        raise _Fails
+
+    expected = gradients()
+    assert any(gradient.any() for gradient in expected)
+    for owner, method in [(RowGradient, "merge"), *([(Pipeline, "schedule")] if stages else [])]:
+        with mock.patch.object(owner, method, fail), pytest.raises(_Fails):
+            model.train_step(batches(), 2.0 * T)
+        assert not any(list(stage.look_ups) for stage in stages)
+        assert all(torch.equal(one, other) for one, other in zip(gradients(), expected, strict=True)), method
 
 
 ENGRAM = (

@@ -132,7 +132,8 @@ def assert_evaluates(pipeline, reference, micro_batch):
     with torch.no_grad():
         expected = reference(micro_batch.tokens, micro_batch.targets, micro_batch.document_ids, 1.0)
     reference.train()
-    torch.testing.assert_close(pipeline.evaluate(micro_batch), expected, rtol=1e-12, atol=1e-12)
+    [loss] = pipeline.evaluate([micro_batch])
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert all(stage.training for stage in pipeline.stages)
     assert all(parameter.grad is None for stage in pipeline.stages for parameter in stage.parameters())
 

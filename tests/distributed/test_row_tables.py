@@ -33,7 +33,7 @@ from swamla_titan.parallel.row_tables import (
     shard_row_tables,
     validate_host_memory,
 )
-from swamla_titan.tools.generate import _loaded
+from swamla_titan.tools.generate import load_model
 from tests.distributed.job import run_killed
 from tests.distributed.ranks import on_ranks
 from tests.distributed.table_model import models_with_tables, run_with_tables
@@ -392,7 +392,7 @@ def test_a_bad_step_changes_no_row_and_a_rewind_restores_them(tmp_path):
 def _averages_of(paths: list[Path]) -> list[list[list[float]]]:
     """The average of the first table as `generate --ema` loads it, from each checkpoint."""
     with models_with_tables():
-        models: list[Any] = [_loaded(path, ema=True).model for path in paths]
+        models: list[Any] = [load_model(path, ema=True).model for path in paths]
     return [model.token_table.weight.tolist() for model in models]
 
 

@@ -88,7 +88,7 @@ ENGRAM = {"engram": {"layers": [1, 2], "orders": [2, 3], "heads": 1, "d_mem": 8,
 
 @torch.no_grad()
 @pytest.mark.parametrize("engram", [{}, ENGRAM], ids=["alone", "with Engram"])
-def test_rows_of_a_batch_drop_each_by_itself_and_padding_first(engram):
+def test_each_sequence_of_a_batch_drops_tokens_by_itself_and_padding_first(engram):
     model = build(**SELECTIVE | {"num_layers": 3, "swa_layers_per_cycle": 2} | engram)
     texts = [random_tokens(length + 20) for length in (3, 11, 14)]
     padded = torch.stack([torch.cat([random_tokens(14 - len(text) + 20), text[:-20]]) for text in texts])

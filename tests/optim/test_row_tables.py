@@ -12,8 +12,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from swamla_titan.checkpoint.state import OF_MODELS, OptimizerStates, State, Weights
+from swamla_titan.checkpoint.store import Checkpoints
+from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.model.row_table import RowTable, Segments, look_up, request_rows, row_tables
+from swamla_titan.distributed.mesh import World
+from swamla_titan.model.row_table import LocalRows, RowTable, Segments, look_up, request_rows, row_tables
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim import (
     AveragedWeights,
@@ -440,6 +444,47 @@ def test_rows_read_ahead_of_an_update_are_those_after_it(begins, monkeypatch):
         assert (ahead.values != weight[rows]).any() == (not bad)
         assert step == 1 or (optimizer.state[table.weight]["touched"][rows] < ahead.since).any(), "rows that are kept"
         assert torch.equal(look_up([table], request, torch.float32)[0].flatten(0, -2), weight[rows])
+
+
+class Waits(LocalRows):
+    """Counts how often the stream of requests was to wait."""
+
+    count = 0
+
+    def catch_up(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("writes", ["load", "begin"])
+def test_rows_that_were_read_ahead_of_a_load_are_not_used_after_it(writes, tmp_path):
+    """Because `touched` and the last step are then from before the rows that were read."""
+    model, table = with_table()
+    table._host_of, table.placement = torch.device("cpu"), Waits()
+    optimizer = optimizer_of(model)
+    state = State([Weights([model]), OptimizerStates([model], [optimizer], Optimizer())], OF_MODELS, World.alone())
+    store = Checkpoints(tmp_path, 0, known=OF_MODELS)
+    for step in range(1, 5):
+        backward(table, lookups(step))
+        optimizer.step(LR)
+        optimizer.zero_grad()
+        if step == 1:
+            train_state = TrainState(step, tokens=0, sequences=0, cursors={}, fingerprint={})
+            path = store.save(state.tensors(), train_state, {})
+    request = request_rows([table], [torch.arange(ROWS)])
+    request.read_ahead([table])
+    assert table.placement.count == 0
+    if writes == "load":
+        state.load_learned(path, {})
+    else:
+        with torch.no_grad():
+            table.weight.neg_()
+        state.begin()
+    assert table.placement.count == 1
+    weight = table.weight.detach()
+    [ahead] = request._ahead
+    assert ahead is not None
+    assert (ahead.values != weight).any()
+    assert torch.equal(look_up([table], request, torch.float32)[0], weight)
 
 
 def test_only_rows_of_the_host_are_read_ahead_and_not_in_place_of_an_average():

@@ -79,6 +79,16 @@ def test_a_look_up_of_other_tokens_is_an_error():
         stage(other.tokens, other.document_ids, other.tokens, prepared=prepared)
 
 
+def test_a_look_up_of_tokens_that_were_refilled_in_place_is_an_error():
+    model = SWAMLAModel(TINY)
+    for refilled in ("tokens", "document_ids"):
+        one, other = batches(2)
+        prepared = model.annexes.prepare(one.tokens, one.document_ids)
+        getattr(one, refilled).copy_(getattr(other, refilled))
+        with pytest.raises(ValueError, match="prepared for other tokens"):
+            model.annexes.look_up(one.tokens, one.document_ids, torch.float32, prepared=prepared)
+
+
 def test_without_annexes_nothing_is_prepared():
     model = SWAMLAModel(ModelConfig(**{**vars(TINY), "engram": {}}))
     assert [prepared for _, prepared in look_ups_ahead(model.annexes, batches(2))] == [None, None]

@@ -21,7 +21,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.tools import check
-from swamla_titan.tools.generate import _loaded
+from swamla_titan.tools.generate import load_model
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.train.runs import checkpoint, metrics, tensors, train
@@ -105,7 +105,7 @@ def test_a_checkpoint_keeps_the_ids_and_generation_uses_them(tiny: Path, tmp_pat
     assert record is not None
     assert record.vocabulary.ids.tolist() == compress(tokenizer).ids.tolist()
     assert compressed_vocabulary(tokenizer, record) is record.vocabulary
-    model = _loaded(path, ema=False).model
+    model = load_model(path, ema=False).model
     assert model.annexes.compressed_ids(torch.tensor([[65, 97]])).unique().numel() == 1
     assert main(["generate", str(path), "--prompt", "The", "--max-new-tokens", "3"]) == 0
 
