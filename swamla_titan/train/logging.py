@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -48,6 +48,14 @@ def log_to_console(level: int = logging.INFO) -> None:
     package.addHandler(console)
 
 
+class _Destination(NamedTuple):
+    """TensorBoard or Weights & Biases; whatever its functions raise, the run continues."""
+
+    name: str
+    write: Callable[[int, Values], object]
+    close: Callable[[], object]
+
+
 class MetricsLogger(Policy):
     """Sends the metrics of a step to every destination that the configuration asks for; exists on rank 0.
 
@@ -60,10 +68,10 @@ class MetricsLogger(Policy):
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
         self._folder = folder
         with self._disk():
-            self._wandb = _start_wandb(config, folder, run_config) if config.wandb else None
+            wandb = _open_wandb(config, folder, run_config) if config.wandb else None
             self._file = LineFile(folder / "metrics.jsonl")
-            self._tensorboard = _start_tensorboard(folder / "tensorboard", step) if config.tensorboard else None
-            self._of_tensorboard = os.stat(folder / "tensorboard") if self._tensorboard else None
+            tensorboard = _open_tensorboard(folder / "tensorboard", step) if config.tensorboard else None
+        self._destinations = [each for each in (tensorboard, wandb) if each]
         show = config.progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
 
@@ -81,24 +89,15 @@ class MetricsLogger(Policy):
         for news in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
             if news:
                 logger.warning("%s", news)
-        if self._tensorboard:
+        for each in list(self._destinations):
             try:
-                # TensorBoard would continue to write to a deleted file without noticing.
-                there = os.stat(self._folder / "tensorboard")
-                if self._of_tensorboard and not os.path.samestat(there, self._of_tensorboard):
-                    raise FileNotFoundError("its folder was replaced")
-                for name, value in values.items():
-                    self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()  # its own timer reads a clock that users can set
-            except Exception as error:  # of its thread: a full disk, a removed folder
-                _drop("TensorBoard", self._tensorboard.close, error)
-                self._tensorboard = None
-        if self._wandb:
-            try:
-                self._wandb.log(values, step=step)
-            except Exception as error:  # whatever the service's client raises
-                _drop("Weights & Biases", self._wandb.finish, error)
-                self._wandb = None
+                each.write(step, values)
+            except Exception as error:  # a full disk, a removed folder, or whatever a service's client raises
+                warning = "%s gets no more metrics until the next start (%s); metrics.jsonl has them all"
+                logger.warning(warning, each.name, error)
+                self._destinations.remove(each)
+                with suppress(Exception):
+                    each.close()
         logger.info(line)
 
     def close(self, discard: bool = False) -> None:
@@ -107,13 +106,11 @@ class MetricsLogger(Policy):
         lost = self._file.close()
         if lost:
             logger.warning("%s", lost)
-        destinations = [self._tensorboard.close] if self._tensorboard else []
-        destinations += [self._wandb.finish] if self._wandb else []
-        for close in destinations:
+        for each in self._destinations:
             try:
-                close()
+                each.close()
             except Exception as error:  # no reason to fail: training is over, or ends with an error that says more
-                logger.warning("the last numbers in %s may be missing (%s)", self._folder, error)
+                logger.warning("the last metrics in %s may be missing (%s)", self._folder, error)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -122,7 +119,7 @@ class MetricsLogger(Policy):
             yield
         except OSError as error:
             raise UserError(
-                f"job.dump_folder = {self._folder}: the numbers of the run cannot be written there ({error}). Make "
+                f"job.dump_folder = {self._folder}: the metrics of the run cannot be written there ({error}). Make "
                 "room or allow it, and start the same command again: it continues from the newest checkpoint"
             ) from error
 
@@ -154,13 +151,6 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _drop(name: str, close: Callable[[], object], error: Exception) -> None:
-    """Warn that a destination gets no more metrics, and close it, whatever that raises."""
-    logger.warning("%s gets no more numbers until the next start (%s); metrics.jsonl has them all", name, error)
-    with suppress(Exception):
-        close()
-
-
 def require_wandb() -> Any:
     """The package `wandb`; raises UserError if it is not installed, or does not work."""
     try:
@@ -175,18 +165,31 @@ def require_wandb() -> Any:
     return wandb
 
 
-def _start_tensorboard(folder: Path, step: int) -> Any:
-    """A writer for steps after `step`; None, with a warning, where TensorBoard cannot use the folder's name."""
+def _open_tensorboard(folder: Path, step: int) -> _Destination | None:
+    """For steps after `step`; None, with a warning, where TensorBoard cannot use the folder's name."""
     from torch.utils.tensorboard import SummaryWriter  # imported late because it takes a second
 
     try:
-        return SummaryWriter(str(folder), purge_step=step + 1)
+        writer = SummaryWriter(str(folder), purge_step=step + 1)
     except UnicodeEncodeError:
-        logger.warning("TensorBoard gets no numbers, for its folder's name is not UTF-8; metrics.jsonl has them all")
+        logger.warning(
+            "TensorBoard gets no metrics, because its folder's name is not UTF-8; metrics.jsonl has them all"
+        )
         return None
+    opened = os.stat(folder)
+
+    def write(step: int, values: Values) -> None:
+        # TensorBoard would continue to write to a deleted file without noticing.
+        if not os.path.samestat(os.stat(folder), opened):
+            raise FileNotFoundError("its folder was replaced")
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()  # its own timer reads a clock that users can set
+
+    return _Destination("TensorBoard", write, writer.close)
 
 
-def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> Any:
+def _open_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> _Destination | None:
     """The W&B run; None, with a warning, if the service does not answer. Raises UserError without an account.
 
     The id is stored in the dump folder, so a resumed run continues its own W&B run. The folder's name does not identify
@@ -199,7 +202,7 @@ def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> A
     wandb = require_wandb()
     try:
         with _without_terminal():
-            return wandb.init(
+            run = wandb.init(
                 project=config.wandb_project,
                 name=one_line(folder.resolve().name),
                 id=id_file.read_text().strip(),
@@ -207,27 +210,23 @@ def _start_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> A
                 dir=folder,
                 config=run_config,
             )
-    except OSError as error:
-        if isinstance(error, ConnectionError | TimeoutError):
-            return _without_wandb(error)
-        raise
     except Exception as error:  # whatever the service's client raises
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+            raise
         if {kind.__name__ for kind in type(error).__mro__} & {"UsageError", "AuthenticationError"}:
             raise UserError(
-                f"metrics.wandb = true, but Weights & Biases takes no run from here ({' '.join(str(error).split())}). "
+                f"metrics.wandb = true, but Weights & Biases accepts no run here ({' '.join(str(error).split())}). "
                 "Log in (`wandb login`, or the variable WANDB_API_KEY), set WANDB_MODE=offline to upload later, or set "
                 "metrics.wandb to false"
             ) from error
-        return _without_wandb(error)
-
-
-def _without_wandb(error: Exception) -> None:
-    logger.warning(
-        "Weights & Biases gets no numbers until the next start (%s: %s); metrics.jsonl has them all. Set "
-        "WANDB_MODE=offline where it cannot be reached",
-        type(error).__name__,
-        error,
-    )
+        logger.warning(
+            "Weights & Biases gets no metrics until the next start (%s: %s); metrics.jsonl has them all. Set "
+            "WANDB_MODE=offline where it cannot be reached",
+            type(error).__name__,
+            error,
+        )
+        return None
+    return _Destination("Weights & Biases", lambda step, values: run.log(values, step=step), run.finish)
 
 
 @contextmanager

@@ -234,5 +234,5 @@ def test_a_folder_of_tensorboard_that_was_removed_is_told_of(tiny, tmp_path, mon
     folder = tmp_path / "run" / "tensorboard"
     with at_steps(monkeypatch, {3: lambda: shutil.rmtree(folder)}):
         assert train(tiny, *FAST, "--metrics.tensorboard", "true") == 0
-    assert "TensorBoard gets no more numbers until the next start" in capsys.readouterr().out
+    assert "TensorBoard gets no more metrics until the next start" in capsys.readouterr().out
     assert sorted(metrics(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]

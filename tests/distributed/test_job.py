@@ -174,7 +174,7 @@ def test_numbers_that_have_no_place_are_refused_on_all_before_the_first_step(tmp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("a file where a folder should be")
     ended = on_ranks(ranks, run_and_listen, config, *SHORT, "--metrics.tensorboard", "true")
-    message = f"error: job.dump_folder = {tmp_path}/run: the numbers of the run cannot be written there ("
+    message = f"error: job.dump_folder = {tmp_path}/run: the metrics of the run cannot be written there ("
     assert assert_all_end(ended, 2).startswith(message)
     assert saved(tmp_path / "run") == []
 

@@ -191,7 +191,7 @@ def test_a_full_disk_under_tensorboard_is_told_of_once(tiny, tmp_path, monkeypat
         # So many numbers that they leave the page that the file has already.
         assert train(tiny, *FAST, "--metrics.tensorboard", "true", "--training.steps", "40") == 0
     shown = capsys.readouterr().out
-    assert shown.count("TensorBoard gets no more numbers until the next start ([Errno 28]") == 1
+    assert shown.count("TensorBoard gets no more metrics until the next start ([Errno 28]") == 1
     assert shown.count("No space left on device") == 1
     assert sorted(metrics(run)) == list(range(1, 41))
 
@@ -204,7 +204,7 @@ def test_weights_and_biases_that_fail_are_told_of_once(tiny, tmp_path, wandb, mo
 
     monkeypatch.setattr(wandb, "log", fail)
     assert train(tiny, *FAST, "--metrics.wandb", "true") == 0
-    assert capsys.readouterr().out.count("Weights & Biases gets no more numbers until the next start") == 1
+    assert capsys.readouterr().out.count("Weights & Biases gets no more metrics until the next start") == 1
     assert wandb.finished == 1
     assert sorted(metrics(tmp_path / "run")) == list(range(1, 9))
 

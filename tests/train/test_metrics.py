@@ -303,7 +303,7 @@ def test_a_service_that_does_not_answer_ends_no_run(tiny, tmp_path, wandb, capsy
 
     monkeypatch.setattr(wandb, "init", init)
     assert train(tiny, *FAST, "--metrics.wandb", "true") == 0
-    said = f"Weights & Biases gets no numbers until the next start ({type(error).__name__}: {error})"
+    said = f"Weights & Biases gets no metrics until the next start ({type(error).__name__}: {error})"
     assert capsys.readouterr().out.count(said) == 1
     assert lines(tmp_path / "run")
 
