@@ -3,6 +3,10 @@
 A fork server makes them: forking the training process itself would copy its threads' locks and its CUDA state, and
 starting each process from nothing would import torch once per process. The server imports once, and because the
 processes are no children of the trainer's, one that dies interrupts nothing.
+
+torch's DataLoader and torchdata's are not used, because a stop must end what hangs in a read: they end their workers by
+an Event whose lock a worker that was killed may hold, and then hang themselves (a comment in `_shutdown_workers` of
+torch/utils/data/dataloader.py says so). Nothing public of theirs goes around that.
 """
 
 import logging
