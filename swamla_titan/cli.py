@@ -1,4 +1,4 @@
-"""The command `swamla-titan`: parses, then calls a room."""
+"""The command `swamla-titan`: parses its arguments, then calls the room that does the work."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Train:
-    """Train, or go on from the newest checkpoint in job.dump_folder.
+    """Train, or continue from the newest checkpoint in job.dump_folder.
 
     Any key of the file can be overridden: `--section.key value`. `swamla-titan config show CONFIG` lists all keys.
     """
@@ -139,31 +139,31 @@ Command = (
 )
 
 
-_SHOWN = 300  # characters of an argument that a complaint may quote as they are
+_SHOWN = 300  # characters of an argument that the parser's error may quote as they are
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `swamla_titan.errors`)."""
     open_console()
-    spoken = True
+    logs = True
     try:
-        spoken = logs_to_console()
+        logs = logs_to_console()
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         _refuse_numbers(rest)
         command = _parsed(rest)
         if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
-        return code if isinstance(command, Train) else _with_all_its_output(code)
+        return code if isinstance(command, Train) else _or_failed_output(code)
     except UserError as error:
-        if spoken:
+        if logs:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except RunFailed as error:
-        if spoken or isinstance(error, RankFailed):  # nobody else says it
+        if logs or isinstance(error, RankFailed):  # which no other rank reports
             print(f"failed: {error}", file=sys.stderr)
         return EXIT_FAILED
-    except MemoryError:  # too little is left for more than this
+    except MemoryError:  # of which too little is left for a longer message
         print("error: this machine, or a limit set for the process (ulimit -v), has no more memory", file=sys.stderr)
         report_bad_input()
         return EXIT_BAD_INPUT
@@ -177,11 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse_numbers(arguments: list[str]) -> None:
-    """UserError for numbers without a name, as other launchers take them; else the parser's complaint comes."""
+    """Raise UserError for numbers without a name, which other launchers accept; the parser's error names no remedy."""
     if arguments[:1] not in (["train"], ["plan"], ["check"]):
         return
     keys = "training.local_batch_size", "training.seq_len", "training.steps"
-    takes_none = "--dry-run", "--json"  # of the options, which take a number else
+    takes_none = "--dry-run", "--json"  # of the options; behind each other one a number is its value
     numbers = [
         each
         for before, each in zip(["", *arguments], arguments)
@@ -193,7 +193,7 @@ def _refuse_numbers(arguments: list[str]) -> None:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command. Raises SystemExit, tyro's, with its help or its complaint printed."""
+    """The command. Raises tyro's SystemExit after its help or its error was printed."""
 
     def parse() -> Any:
         return tyro.cli(
@@ -206,24 +206,24 @@ def _parsed(arguments: list[str]) -> Any:
 
     if all(argument.isprintable() and len(argument) <= _SHOWN for argument in arguments):
         return parse()
-    said = io.StringIO()  # it quotes arguments as they are
+    printed = io.StringIO()  # because tyro quotes arguments without escaping them
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return parse()
     except SystemExit:
-        print(_brief(several_lines(said.getvalue())), end="", file=sys.stderr)
+        print(_brief(several_lines(printed.getvalue())), end="", file=sys.stderr)
         raise
 
 
 def _brief(text: str) -> str:
-    """The text without the middle of what is long."""
+    """The text without its middle lines if there are many, and without the middle of long lines."""
     lines = text.splitlines(keepends=True)
     lines = lines if len(lines) <= 60 else [*lines[:20], "...\n", *lines[-20:]]
     return "".join(line if len(line) <= 400 else f"{line[:200]} ... {line[-100:]}" for line in lines)
 
 
-def _with_all_its_output(code: int) -> int:
-    """`code`, or 1 if the disk did not take what was printed; a reader that has seen enough, like `head`, is fine."""
+def _or_failed_output(code: int) -> int:
+    """`code`, or 1 if standard output could not be written; but a reader such as `head` may close it early."""
     lost = lost_output()
     if lost is None or lost.errno in (errno.EPIPE, errno.EIO):
         return code
@@ -232,13 +232,13 @@ def _with_all_its_output(code: int) -> int:
 
 
 def _memory_advice(config: Config, world: "World") -> list[str]:
-    from swamla_titan.tools.savings import advice  # only where it is asked for
+    from swamla_titan.tools.savings import advice  # here, because most runs need it never
 
     return advice(config, world)
 
 
 def _run(command: object, overrides: list[Override]) -> int:
-    # The rooms are imported here: torch and its companions take seconds that `--help` should not cost.
+    # The rooms are imported here, because torch and other packages take seconds, which `--help` need not cost.
     warnings: list[str] = []
 
     def load(name: str) -> Config:
@@ -279,7 +279,7 @@ def _run(command: object, overrides: list[Override]) -> int:
             print(to_toml(load(name), comments=True))
         case ConfigCopy(config=name, destination=destination):
             _copy_config(name, destination)
-    for line in warnings if logs_to_console() else ():  # last: a command that is refused says one thing
+    for line in warnings if logs_to_console() else ():  # last, because a refused command prints its error alone
         print(f"warning: {one_line(line)}", file=sys.stderr)
     return EXIT_DONE
 

@@ -1,13 +1,11 @@
-"""Saving in the background: tensors are copied to memory of the host, and a thread writes the copies.
+"""Saving in the background: tensors are copied to the host's memory, and a thread writes the copies.
 
-What follows from a failure is decided here too.
+`Saver` also decides whether training continues after a failure.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +42,8 @@ class Saver:
         `checkpoints` must have a process group of its own, because the thread communicates while training does.
         """
         self._config, self._checkpoints = config, checkpoints
-        self._staging = Staging(device, expected if config.async_mode != "disabled" else 0)
-        self._device = device
+        self._in_background = config.async_mode != "disabled"
+        self._staging = Staging(device, expected if self._in_background else 0)
         self._saved = step
         self._failures = 0
         self._thread: threading.Thread | None = None
@@ -68,9 +66,9 @@ class Saver:
         last = last or self._failures >= max(1, self._config.max_failures - 1)  # one more failure ends the run
         begin = time.monotonic()
         self._attempted, self._outcome = state.step, None
-        if self._config.async_mode != "disabled":
+        if self._in_background:
             tensors = self._staging.copy(tensors)
-        if self._config.async_mode == "disabled" or last:
+        if last or not self._in_background:
             self._staging.wait()
             self._outcome = self._attempt(tensors, state, files, begin)
             self.settle()
@@ -156,19 +154,19 @@ class Staging:
             self._preparing.start()
 
     @torch.no_grad()
-    def copy(self, tensors: Any) -> dict[str, Any]:
-        """Begin to copy `tensors`, in nested dictionaries, as they are once the work submitted so far is done.
+    def copy(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+        """Begin to copy `tensors` as they are once the work submitted so far is done.
 
-        Returns the same dictionaries of copies, of DTensors on the same mesh. They are valid from `wait` to the next
-        call.
+        Returns the copies by the same groups and names, of DTensors on the same mesh. They are valid from `wait` to the
+        next call.
         """
         self._prepared()
-        self._reserve(sum(aligned_bytes(local(each)) for each in _leaves(tensors)))
+        self._reserve(sum(aligned_bytes(local(each)) for group in tensors.values() for each in group.values()))
         if self._stream is None:
-            return self._copied_to_host(tensors, [0])
+            return self._copied_to_host(tensors)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copies = self._copied_to_host(tensors, [0])
+            copies = self._copied_to_host(tensors)
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._awaited = False
@@ -225,18 +223,19 @@ class Staging:
                 refused,
             )
 
-    def _copied_to_host(self, tensors: dict[str, Any], used: list[int]) -> dict[str, Any]:
-        """`used`: a single number, the bytes of the buffer that are taken."""
-        return {
-            name: self._copied_to_host(each, used) if isinstance(each, dict) else self._copy_of(each, used)
-            for name, each in tensors.items()
-        }
+    def _copied_to_host(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+        copies: dict[str, dict[str, Tensor]] = {}
+        begin = 0  # of the next copy in the buffer
+        for group, members in tensors.items():
+            copies[group] = {}
+            for name, tensor in members.items():
+                copies[group][name] = self._copy_of(tensor, begin)
+                begin += aligned_bytes(local(tensor))
+        return copies
 
-    def _copy_of(self, tensor: Tensor, used: list[int]) -> Tensor:
+    def _copy_of(self, tensor: Tensor, begin: int) -> Tensor:
         own = local(tensor)
-        begin, size = used[0], own.numel() * own.element_size()
-        used[0] += aligned_bytes(own)
-        buffer = self._memory[begin : begin + size].view(own.dtype).view(own.shape)
+        buffer = self._memory[begin : begin + own.numel() * own.element_size()].view(own.dtype).view(own.shape)
         if self._pinned and is_on_host(own):
             copy_within_host(buffer, own)
         else:
@@ -247,11 +246,3 @@ class Staging:
             return buffer
         # Not with from_local, because it would move the copy to the mesh's device.
         return DTensor(buffer, tensor._spec, requires_grad=False)
-
-
-def _leaves(tensors: dict[str, Any]) -> Iterator[Tensor]:
-    for each in tensors.values():
-        if isinstance(each, dict):
-            yield from _leaves(each)
-        else:
-            yield each

@@ -121,8 +121,8 @@ def _expected(config: Config) -> dict[str, torch.Tensor]:
     try:
         with torch.device("meta"):
             parts = [SWAMLAModel(config.model)]
-        optimizers = [build_optimizer(part, config.optimizer, None, False) for part in parts]
-        groups = [Weights(parts), OptimizerStates(parts, optimizers, config.optimizer)]
+        optimizer = build_optimizer(parts[0], config.optimizer, None, False)
+        groups = [Weights(parts), OptimizerStates(parts, [optimizer], config.optimizer)]
         if config.ema.decay:
             groups.append(Average(parts, AveragedWeights(parts, config.ema.decay, False)))
         return {f"{each.group}.{name}": tensor for each in groups for name, tensor in each.state_dict().items()}

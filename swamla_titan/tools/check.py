@@ -1,11 +1,13 @@
-"""`check`: is this machine, and a configuration, fit for training? One line each, with a remedy where it is not."""
+"""`check`: whether this machine and a configuration are fit for training; one line each, with a remedy if not."""
 
 import copy
+import json
 import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,11 @@ from swamla_titan.checkpoint.resume import Origin
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import Corpus, load_tokenizer, micro_batch_size
+from swamla_titan.data import BatchLoader, Corpus, Tokenizer, load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
-from swamla_titan.escaping import several_lines
+from swamla_titan.escaping import one_line, several_lines
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.launch.process_group import device_here, validate_launch
 from swamla_titan.model import ModelConfig, SWAMLAModel
@@ -37,15 +39,15 @@ from swamla_titan.parallel.kernels import attention_choices, attention_summary, 
 from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
-from swamla_titan.tools.first_sequence import first_sequence
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.setup import VALIDATIONS, rehearse_inputs
 from swamla_titan.train.startup_summary import elementwise_of
 from swamla_titan.train.throughput import peak_flops
 
-_REMEDIES = {"folder": "choose another job.dump_folder"}
 SAMPLE = "naïve café → 漢字 🙂\n\tdef f(x):  return x**2\n<|endoftext|>"
+_SHOWN = 200  # characters of the data
+_OTHER_TOKENIZER = "choose another data.tokenizer"
 
 # One block of each kind.
 SMALL = ModelConfig(
@@ -69,6 +71,10 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         text = f"{self.state:<8} {self.subject:<11} {self.text}" + (f"  -> {self.remedy}" if self.remedy else "")
         return several_lines(text)
+
+
+def _failure(subject: str, error: UserError) -> Finding:
+    return Finding("failure", subject, str(error), "choose another job.dump_folder" if subject == "folder" else "")
 
 
 Probe = Callable[[Config, torch.device], Finding | list[Finding]]
@@ -102,7 +108,7 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
     failed = {finding.subject for finding in about_input if finding.state == "failure"}
-    if len(failed) > 1:  # what else a run would refuse may be for the same reasons
+    if len(failed) > 1:  # because what else a run would refuse may have the same reasons
         about_input = [each for each in about_input if each.subject != "run"]
     about_input = [each for each in about_input if each.state == "failure" or each.subject not in failed]
     for finding in about_machine + about_input:
@@ -118,18 +124,18 @@ def _answers(probes: Sequence[Probe], config: Config, device: torch.device) -> l
 
 
 def _answer(probe: Probe, config: Config, device: torch.device) -> Finding | list[Finding]:
-    """A probe's findings; one that breaks is itself a failure to report, not the end of the report."""
+    """A probe's findings; an error of the probe is a failure that is reported, and the report continues."""
+    subject = probe.__name__.removeprefix("_")
     try:
         return probe(config, device)
     except UserError as error:
-        subject = probe.__name__.removeprefix("_")
-        return Finding("failure", subject, str(error), _REMEDIES.get(subject, ""))
+        return _failure(subject, error)
     except Exception as error:
-        return Finding("failure", probe.__name__.removeprefix("_"), f"{type(error).__name__}: {error}")
+        return Finding("failure", subject, f"{type(error).__name__}: {error}")
 
 
 def _python(config: Config, device: torch.device) -> Finding:
-    # An older Python than the package allows cannot get as far as this.
+    # Always ok, because the package cannot be installed under an older Python than it supports.
     return Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
 
 
@@ -159,7 +165,7 @@ def _gpu(config: Config, device: torch.device) -> Finding:
 
 
 def _tf32(config: Config, device: torch.device) -> Finding:
-    """Measured, not only read from the switch: TF32 keeps 10 bits of mantissa, so matmuls show it."""
+    """The precision of float32 matmuls, measured: TF32 keeps 10 bits of mantissa, which the error shows."""
     switch = f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()}"
     if device.type == "cpu":
         return Finding("ok", "tf32", f"float32 matmuls are exact on the CPU; {switch}")
@@ -176,7 +182,7 @@ def _tf32(config: Config, device: torch.device) -> Finding:
 
 
 def _float8(config: Config, device: torch.device) -> Finding:
-    """Whether this machine can, and, if a recipe is asked for, whether what it computes by it is near the plain."""
+    """Whether this machine has float8, and if a recipe is set, whether its gradients are close to those without it."""
     text, recipe = "no GPU: emulated only", config.float8.recipe
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -199,8 +205,8 @@ def _float8(config: Config, device: torch.device) -> Finding:
 
 
 def _attention(config: Config, device: torch.device) -> list[Finding]:
-    """What computes attention in the run; and a small model, forward and backward, against plain attention."""
-    if device.type != "cuda":  # where a run would be refused, which is not for this line to say
+    """What computes attention in the run; and gradients of a small model, compared with those of plain attention."""
+    if device.type != "cuda":  # because a run would be refused there, which another line reports
         config = replace(config, kernels=replace(config.kernels, elementwise="plain"))
     choices = attention_choices(config, device)
     chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
@@ -209,7 +215,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     selects: dict[str, Any] = config.model.quantities("selects")
     small = replace(SMALL, **selects)
     model = SWAMLAModel(small).to(device)
-    with torch.no_grad():  # or attention would be so even that nothing depends on which keys are seen
+    with torch.no_grad():  # because with smaller weights attention is too even to depend on which keys are seen
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
@@ -220,8 +226,8 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     dtype = model.compute_dtype = getattr(torch, config.training.compute_dtype)
     error = _gradients_apart(model, plain, config, device)
     text = f"tried on a small model: {config.training.compute_dtype} gradients within {error:.0e} of plain ones"
-    # What is wrong, like a gradient that is not there, other heads' keys or no sinks, is 0.1 and more off.
-    # Selective attention adds roundings up over queries: up to 0.1 in 16 bits, where what is wrong is 1 off.
+    # Faults, such as a missing gradient, other heads' keys or no sinks, give errors of 0.1 and more. Selective
+    # attention accumulates rounding errors over queries: up to 0.1 in 16 bits, where faults give 1.
     limit = 0.2 if any(selects.values()) else 2e-2 if dtype == torch.float32 else 7e-2
     is_right = error < limit
     remedy = "" if is_right else "these versions of torch and the driver compute attention wrongly"
@@ -230,7 +236,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
 
 
 def _gradients_apart(model: SWAMLAModel, plain: SWAMLAModel, config: Config, device: torch.device) -> float:
-    """The norm of the difference over the norm, of the worst matrix; NaN where any is."""
+    """The largest relative error of a matrix' gradient, by norms; NaN if any is."""
     tokens = torch.randint(SMALL.vocab_size, (2, SMALL.max_seq_len), device=device)
     documents = (torch.rand(tokens.shape, device=device) < 0.01).cumsum(1) if config.data.document_mask else None
     for each in (model, plain):
@@ -263,7 +269,7 @@ def _disk(config: Config, device: torch.device) -> Finding:
     try:
         resolved = _resolved(config)
     except UserError:
-        return _free_disk(config, device)  # the lines on tokenizer and model say why nothing is known of its size
+        return _free_disk(config, device)  # the lines on tokenizer and model report why the size is unknown
     total, _ = parameter_counts(resolved.model)
     existing = _existing(config)
     free = shutil.disk_usage(existing).free
@@ -291,7 +297,7 @@ def _validated(config: Config, device: torch.device) -> list[Finding]:
         try:
             validation(config, world)
         except UserError as error:
-            found.append(Finding("failure", subject, str(error), _REMEDIES.get(subject, "")))
+            found.append(_failure(subject, error))
     return found
 
 
@@ -305,12 +311,12 @@ def _tokenizer(config: Config, device: torch.device) -> Finding:
     ids = tokenizer.encode(SAMPLE)
     text = f"{config.data.tokenizer}: {tokenizer.vocab_size} tokens, sample of {len(SAMPLE)} characters in {len(ids)}"
     if tokenizer.decode(ids) != SAMPLE:
-        return Finding("failure", "tokenizer", f"{text} does not decode to itself", "choose another data.tokenizer")
+        return Finding("failure", "tokenizer", f"{text} does not decode to itself", _OTHER_TOKENIZER)
     return Finding("ok", "tokenizer", f"{text}, round trip exact")
 
 
 def _data(loaded: Config) -> Probe:
-    """A probe of the data and of what the run continues from; `loaded` has "auto" where a run has it."""
+    """A probe of the data and of what the run continues from; `loaded` still has each "auto" of the file."""
 
     def data(config: Config, device: torch.device) -> list[Finding]:
         opened: list[Origin | Corpus] = []
@@ -328,7 +334,7 @@ def _data(loaded: Config) -> Probe:
 
 
 def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
-    """What was opened; and the first sequence of it."""
+    """The line of the data, and that of their first sequence."""
     where = f"{config.data.source} {config.data.path}".strip()
     text = f"{where}: {corpus.source.description}"
     faults = {fault.file: fault for fault in [*corpus.source.unreadable, *corpus.faults]}
@@ -336,13 +342,44 @@ def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Fin
     if faults:
         state = "warning"
         remedy = f"{len(faults)} of its files cannot be read and are skipped: {next(iter(faults.values()))}"
+    return [Finding(state, "data", text, remedy), *_answers([_sequence(corpus)], config, device)]
+
+
+def _sequence(corpus: Corpus) -> Probe:
+    """A probe of the first sequence that a run would train on: decoding and encoding it once more must give it back."""
 
     def sequence(config: Config, device: torch.device) -> Finding:
-        found = first_sequence(corpus, config.training.seq_len)
-        state = "failure" if found.lost is not None else "warning" if found.skipped_files else "ok"
-        return Finding(state, "sequence", str(found), "choose another data.tokenizer" if found.lost is not None else "")
+        with BatchLoader(corpus, seq_len=config.training.seq_len, global_batch_size=1, num_workers=0) as loader:
+            batch = next(loader)
+        tokenizer, tokens = corpus.tokenizer, batch.tokens[0].tolist()
+        ends = [index for index, token in enumerate(tokens) if token == tokenizer.eot_id]
+        pieces = [tokens[begin + 1 : end] for begin, end in pairwise([-1, *ends, len(tokens)])]
+        count = sum(map(bool, pieces))
+        found = f"{len(tokens)} tokens of {count} document" + ("" if count == 1 else "s")
+        if lost := _lost(tokenizer, pieces):
+            text = f"{found}; decoded and encoded once more they are others: {_quoted(tokenizer.decode(lost[0]))}"
+            return Finding("failure", "sequence", text, _OTHER_TOKENIZER)
+        # Without the halves of characters that the sequence cuts.
+        text = " ".join(tokenizer.decode(piece).strip("\ufffd") for piece in pieces if piece)
+        text = f"{found}, decoded and encoded once more without loss; it begins: {_quoted(text)}"
+        return Finding("warning" if batch.excluded else "ok", "sequence", text)
 
-    return [Finding(state, "data", text, remedy), *_answers([sequence], config, device)]
+    return sequence
+
+
+def _lost(tokenizer: Tokenizer, pieces: list[list[int]]) -> list[list[int]]:
+    """Of the tokens between ends of text, the pieces that decoding and encoding once more do not give back."""
+    texts = [tokenizer.decode(piece) for piece in pieces]
+    again = [tokenizer.encode(text) for text in texts]
+    # The sequence may cut the first and the last inside of a word, whose tokens then are others, but not the text.
+    full = slice(1, len(pieces) - 1)
+    lost = [piece for piece, tokens in zip(pieces[full], again[full]) if tokens != piece]
+    return lost + [piece for piece, text, tokens in zip(pieces, texts, again) if tokenizer.decode(tokens) != text]
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text on one line."""
+    return one_line(json.dumps(text[:_SHOWN], ensure_ascii=False)) + ("..." if len(text) > _SHOWN else "")
 
 
 def _model(config: Config, device: torch.device) -> Finding:
@@ -353,7 +390,7 @@ def _model(config: Config, device: torch.device) -> Finding:
 
 
 def _matmuls(config: Config, device: torch.device) -> Finding:
-    """What float8 takes, and whether it will pay."""
+    """Which linear layers float8 converts, and what may make it slower than bfloat16."""
     config = _resolved(config)
     coverage = float8_coverage(config)
     text = "\n         ".join(table(coverage, config.float8.recipe))
@@ -380,17 +417,17 @@ def _stability(config: Config, device: torch.device) -> Finding:
 
 
 def _state_bytes(config: Config) -> int:
-    """Of the optimizer of a whole model."""
+    """The bytes of the optimizer's state, over all shards of the model."""
     with torch.device("meta"):
         return state_bytes(SWAMLAModel(config.model), config.optimizer)
 
 
 def _decided(config: Config, device: torch.device) -> Resolved:
-    """What "auto" would be taken to be here."""
+    """The configuration with each "auto" resolved for this machine."""
     try:
         sized = _resolved(config)
     except UserError:
-        sized = config  # the lines on tokenizer and model say why
+        sized = config  # the lines on tokenizer and model report why
     choice = resolve_auto_for(sized, fit_degrees(config.parallel, _ranks(config)), device)
     return Resolved(replace(choice.config, model=config.model), choice.lines)
 

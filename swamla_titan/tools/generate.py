@@ -105,6 +105,7 @@ def generate_from_checkpoint(
         raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
     config, tokenizer, model = found[path]
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    prompt = tuple(map(_as_text, prompt))
     prompts = _prompts(prompt, tokenizer, config.data.document_mask)
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -1,11 +1,12 @@
-"""`plan`: what a configuration means on so many ranks, found out on any machine, without processes or GPUs.
+"""`plan`: what a configuration means on so many ranks, computed on any machine, without processes or GPUs.
 
-Nothing is imitated: the run's own code lays out the model for some of the ranks, on the meta device and in a process
-group that only pretends, and what it gives is counted. The ranks are the first and the last of each pipeline place:
-cut unevenly, the first one holds the most and the last the least.
+The run's own code lays out the model for some of the ranks, on the meta device and in a fake process group, and the
+result is counted. The ranks are the first and the last of each pipeline coordinate, because where shards are uneven
+the first rank holds the largest and the last rank the smallest.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -43,8 +44,7 @@ from swamla_titan.parallel.schedules import (
 )
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
 from swamla_titan.quantization.coverage import LinearCoverage
-from swamla_titan.tools.activations import block_bytes, recomputed_bytes
-from swamla_titan.tools.memory import InFlight, Memory, memory_of
+from swamla_titan.tools.memory import InFlight, Memory, block_bytes, memory_of, recomputed_bytes
 
 Shape = tuple[int, ...]
 
@@ -59,9 +59,9 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's work. `fewest` and `most` micro-batches of `rows` sequences, on each rank alike; steps may differ.
+    """A step has from `fewest` to `most` micro-batches of `rows` sequences, as many on each rank.
 
-    What a rank reads for them may be more or less: from `least_read` to `most_read` sequences.
+    For these a rank reads from `least_read` to `most_read` sequences.
     """
 
     rows: int
@@ -73,17 +73,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one rank has: the part of each parameter by name, and bytes."""
+    """What one rank holds: its shard of each parameter, and bytes."""
 
     rank: int
-    shapes: dict[str, tuple[Shape, Shape]]  # whole, and on this rank
+    shapes: dict[str, tuple[Shape, Shape]]  # by name: of the full parameter, and of this rank's shard
     memory: Memory
     saved_by_float8_moments: int  # of the optimizer's state
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `plan` finds out. `config` has the tokenizer's vocabulary."""
+    """The result of `plan`. `config` has the tokenizer's vocabulary."""
 
     config: Config
     degrees: Degrees
@@ -91,9 +91,9 @@ class Plan:
     batch: Batch
     key_exchanges: dict[str, Traffic]  # by kind: of a layer's forward pass over a micro-batch between context ranks
     bubble: float | None  # share of the ranks' time; None without a pipeline
-    holdings: list[Holding]  # of the first and last rank of each pipeline place
+    holdings: list[Holding]  # of the first and last rank of each pipeline coordinate
     coverage: list[LinearCoverage]  # by float8.recipe
-    choices: list[str]  # what "auto" was taken to be
+    choices: list[str]  # how "auto" was resolved
     attention: dict[str, AttentionChoice]  # of each kind of block, on the device here
 
     @property
@@ -110,8 +110,8 @@ def ranks_asked_for(parallel: Parallel) -> int:
 def plan(config: Config, ranks: int) -> Plan:
     """The plan of a configuration, whose vocabulary is known, on `ranks` ranks.
 
-    This process must be in no process group. Raises UserError where the run itself would for the layout; what this
-    machine lacks, GPUs above all, is no reason.
+    This process must be in no process group. Raises UserError where the run itself would because of the layout, but not
+    because of what this machine lacks, such as GPUs.
     """
     degrees = fit_degrees(config.parallel, ranks)
     config, choices = resolve_auto_for(config, degrees, ELSEWHERE)
@@ -121,18 +121,14 @@ def plan(config: Config, ranks: int) -> Plan:
     mesh: list[Neighbours] = []
     order: Order = {}
     holdings = []
-    place_size = degrees.size // degrees.pipeline  # places of a pipeline are whole stretches of ranks
-    for place in range(degrees.pipeline):
-        for rank in sorted({place * place_size, (place + 1) * place_size - 1}):
-            with fake_world(degrees, config.parallel.data_parallel, rank) as world:
-                parts = build_parts(laid_out, world)
-                if rank == 0:
-                    mesh = list(_neighbours(world))
-                    order = _pipeline_order(laid_out, world, parts, batch)
-                in_flight = _in_flight(config, degrees, place, batch, order)
-                memory = memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
-                saved = saved_by_float8_moments(parts, config)
-                holdings.append(Holding(rank, _shapes(parts), memory, saved))
+    for rank in itertools.chain.from_iterable(ends_of_coordinates(degrees)):
+        with fake_world(degrees, config.parallel.data_parallel, rank) as world:
+            parts = build_parts(laid_out, world)
+            if rank == 0:
+                mesh = list(_neighbours(world))
+                order = _pipeline_order(laid_out, world, parts, batch)
+            memory, saved = _memory(parts, config, world, batch, order), saved_by_float8_moments(parts, config)
+            holdings.append(Holding(rank, _shapes(parts), memory, saved))
     bubble = None
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
@@ -143,20 +139,28 @@ def plan(config: Config, ranks: int) -> Plan:
 
 
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:
-    """The memory of one rank of a configuration without "auto"; else as `plan`."""
+    """The memory of one rank, as `plan` counts it; the configuration must have no "auto" left."""
     degrees = fit_degrees(config.parallel, ranks)
     validate_float8(config, ELSEWHERE, degrees)
     batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
     with fake_world(degrees, config.parallel.data_parallel, rank) as world:
         parts = build_parts(laid_out, world)
-        order = _pipeline_order(laid_out, world, parts, batch)
-        place = rank // (degrees.size // degrees.pipeline)
-        in_flight = _in_flight(config, degrees, place, batch, order)
-        return memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
+        return _memory(parts, config, world, batch, _pipeline_order(laid_out, world, parts, batch))
+
+
+def ends_of_coordinates(degrees: Degrees) -> list[list[int]]:
+    """The first and the last rank of each pipeline coordinate; one rank where these are the same."""
+    size = degrees.size // degrees.pipeline  # the ranks of one are consecutive, because of the order in `Degrees`
+    return [sorted({first, first + size - 1}) for first in range(0, degrees.size, size)]
+
+
+def _memory(parts: list[SWAMLAModel], config: Config, world: World, batch: Batch, order: Order) -> Memory:
+    in_flight = _in_flight(config, world, batch, order)
+    return memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
 
 
 def _for_any_machine(config: Config) -> Config:
-    """Without what changes no shape, and asks for a compiler or a GPU."""
+    """The configuration without what needs a compiler or a GPU and changes no shape."""
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, async_tensor=False),
@@ -165,7 +169,7 @@ def _for_any_machine(config: Config) -> Config:
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:
-    """How the trainer cuts a step's batch."""
+    """How the trainer divides the batches of steps."""
     training, streams = config.training, config.data.streams
     rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     size = training.global_batch_size
@@ -223,19 +227,22 @@ def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batc
     return order_of(parallel.pipeline_schedule, parallel.pipeline, count, schedule)
 
 
-def _in_flight(config: Config, degrees: Degrees, place: int, batch: Batch, order: Order) -> InFlight:
-    """Of a rank at a place of the pipeline."""
+def _in_flight(config: Config, world: World, batch: Batch, order: Order) -> InFlight:
+    """What the rank of `world` keeps between forward and backward passes, by the `order` of the pipeline."""
+    degrees, coordinate = world.degrees, world.coordinate("pipeline")
     if degrees.pipeline == 1:
         layers = range(config.model.num_layers)
         kept, again = (count(config, degrees, layers, batch.rows) for count in (block_bytes, recomputed_bytes))
         return InFlight(batch.rows * kept, batch.rows * again, logits=1)
     stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
-    mine: Mapping[int, range] = {number: stages[number].layers for number in stages_of_rank(config.parallel, place)}
+    mine: Mapping[int, range] = {
+        number: stages[number].layers for number in stages_of_rank(config.parallel, coordinate)
+    }
     of_stage = {number: block_bytes(config, degrees, layers, batch.rows) for number, layers in mine.items()}
     again = max(recomputed_bytes(config, degrees, layers, batch.rows) for layers in mine.values())
     last = {number: int(number == len(stages) - 1) for number in mine}
-    most = most_in_flight(order[place], of_stage)
-    return InFlight(batch.rows * most, batch.rows * again, logits=most_in_flight(order[place], last))
+    most = most_in_flight(order[coordinate], of_stage)
+    return InFlight(batch.rows * most, batch.rows * again, logits=most_in_flight(order[coordinate], last))
 
 
 def _shapes(parts: list[SWAMLAModel]) -> dict[str, tuple[Shape, Shape]]:

@@ -1,4 +1,4 @@
-"""The commands `plan` and `train --dry-run`: what would be trained, as text, and whether the run can begin."""
+"""The commands `plan` and `train --dry-run`: print what would be trained, and raise what the run would refuse."""
 
 import dataclasses
 from collections import Counter
@@ -25,17 +25,17 @@ from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.kernels import attention_summary
 from swamla_titan.parallel.schedules import stage_count, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
-from swamla_titan.tools.activations import recomputed_share
-from swamla_titan.tools.plan import Plan, Shape, folded, plan, ranks_asked_for, run_count
+from swamla_titan.tools.memory import recomputed_share
+from swamla_titan.tools.plan import Plan, Shape, ends_of_coordinates, folded, plan, ranks_asked_for, run_count
 from swamla_titan.train.setup import Setup, rehearse
 
 _MEANING = {"data": "read different sequences"} | {each.name: each.ranks for each in DIMENSIONS}
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
-    """Print the plan on `gpus` ranks, None: as many as the degrees of the configuration multiply to.
+    """Print the plan on `gpus` ranks; None: on as many as the degrees of the configuration multiply to.
 
-    Raises UserError if the degrees do not fit, or the tokenizer, whose vocabulary the model needs, cannot be had.
+    Raises UserError if the degrees do not fit, or if the tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
     ranks = _positive(gpus) or ranks_asked_for(config.parallel)
     config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
@@ -46,10 +46,10 @@ def print_plan(config: Config, gpus: int | None) -> None:
 
 
 def dry_run(config: Config, gpus: int | None) -> None:
-    """Raise UserError for what `train` would refuse on `gpus` ranks (None: those that the launcher started); print.
+    """Print the plan of a run on `gpus` ranks (None: those that the launcher started), and where the run would begin.
 
-    Writes nothing. Where there is no GPU here, those of the run are elsewhere, and what only they can tell is left out.
-    Under a launcher rank 0 prints.
+    Raises UserError for what `train` would refuse. Writes nothing. Without a GPU here the run's GPUs are taken to be on
+    another machine, and what depends on them is left out. Under a launcher rank 0 prints.
     """
     ranks = _positive(gpus) or rank_info().size
     here = device_here()
@@ -162,16 +162,14 @@ def _parameters(plan: Plan) -> Iterator[str]:
     kinds: Counter[tuple[str, Shape, str]] = Counter()
     counted = set()
     by_rank = {holding.rank: holding.shapes for holding in plan.holdings}
-    place_size = plan.degrees.size // plan.degrees.pipeline
-    for place in range(plan.degrees.pipeline):
-        first, last = by_rank[place * place_size], by_rank[(place + 1) * place_size - 1]
-        for name, (whole, most) in first.items():
-            least = last[name][1]
+    for ranks in ends_of_coordinates(plan.degrees):
+        for name, (full, most) in by_rank[ranks[0]].items():
+            least = by_rank[ranks[-1]][name][1]
             on_rank = _times(most) if most == least else f"{_times(most)} to {_times(least)}"
-            assert name not in counted, "no two pipeline places hold a parameter of the same name"
+            assert name not in counted, "no two pipeline coordinates hold a parameter of the same name"
             counted.add(name)
-            kinds[folded(name), whole, on_rank] += 1
-    rows = [(name, str(count), _times(whole), on_rank) for (name, whole, on_rank), count in kinds.items()]
+            kinds[folded(name), full, on_rank] += 1
+    rows = [(name, str(count), _times(full), on_rank) for (name, full, on_rank), count in kinds.items()]
     yield "\nparameters"
     yield from _table([("name", "count", "whole", "on a rank"), *rows])
 
@@ -224,7 +222,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _recomputed(config: Config) -> str:
-    """What activation checkpointing is asked for, and what it costs."""
+    """The mode of activation checkpointing, and the operations that it adds."""
     settings = config.activation_checkpoint
     text = f"activation_checkpoint.mode = {settings.mode}"
     if settings.mode == "none":
@@ -248,11 +246,9 @@ def listed(ranks: list[int]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as GiB, or smaller units for what would show as nothing."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit or name == "KiB":
-            return f"{count / unit:,.2f} {name}"
-    raise AssertionError
+    """Bytes in GiB, or in a smaller unit if that would round to nothing."""
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB") if count >= 2**20 else (2**10, "KiB")
+    return f"{count / unit:,.2f} {name}"
 
 
 def _times(shape: Iterable[int]) -> str:

@@ -1,4 +1,4 @@
-"""What would save memory on a rank, and how much: each change of a configuration counted as `plan` counts a run."""
+"""Which changes of a configuration save memory on a rank, and how much: counted as `plan` counts a run."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from swamla_titan.parallel.automatic import resolve_auto_for
 from swamla_titan.tools.plan import memory_at
 from swamla_titan.tools.plan_report import size
 
-_LEAST = 0.005  # of what the rank needs now; what saves less is not worth a restart
-_SECONDS = 120.0  # that the other ranks wait, and the watchdog with them
+_LEAST = 0.005  # of what the rank needs now; smaller savings are not worth a restart
+_SECONDS = 120.0  # for which the other ranks and the watchdog wait
 
-_NEW_RUN = "a new run, for states of one optimizer are none of another's"
+_NEW_RUN = "a new run, because an optimizer cannot load the states of another"
 
 
 class Change(NamedTuple):
-    """Keys to set, as section.key, on so many ranks, and what else is to be known of it."""
+    """Keys to set, as section.key, the ranks of the run then, and what the change costs."""
 
     keys: dict[str, Any]
     note: str
@@ -38,16 +38,16 @@ class Change(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """Bytes on this rank, and the line that says so."""
+    """Bytes saved on the rank, and the line that reports the change."""
 
     bytes: int
     line: str
 
 
 def advice(config: Config, world: World) -> list[str]:
-    """Changes that save memory on this rank, those that save most first.
+    """Lines with changes that save memory on this rank, the largest savings first.
 
-    Only this rank need come here. With others it computes in a process of its own, for `plan` pretends to be in a
+    The other ranks need not call it. In a process group it computes in another process, because `plan` needs a fake
     process group.
     """
     has_float8 = world.device.type == "cuda" and (
@@ -75,9 +75,9 @@ def _send_savings(sender: Connection, arguments: tuple[Config, int, int, str, bo
 
 
 def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_float8: bool = True) -> list[Saving]:
-    """What each change saves rank `rank` of `ranks`, the most first; those that save nothing are left out.
+    """What each change saves on rank `rank` of `ranks`, the largest first, without those that save nothing.
 
-    `has_float8`: whether the GPUs multiply in it. This process must be in no process group.
+    `has_float8`: whether the GPUs have float8 matmuls. This process must be in no process group.
     """
     degrees = fit_degrees(config.parallel, ranks)
     if not config.model.vocab_size:
@@ -91,7 +91,7 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
             continue
         try:
             saved = now - memory_at(applied[0], change.ranks, rank).total
-        except UserError:  # ranks cannot share it so
+        except UserError:  # because ranks cannot divide it
             continue
         if saved >= _LEAST * now:
             found.append(Saving(saved, f"{_toml(applied[1])}: saves {size(saved)}; {change.note}"))
@@ -99,9 +99,9 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
 
 
 def _applied(config: Config, keys: dict[str, Any]) -> tuple[Config, dict[str, Any]] | None:
-    """The configuration with these keys, and all keys that then are to be set; None if it would be refused.
+    """The configuration with these keys, and all keys to set; None if the configuration would be refused.
 
-    What has no effect any more beside them is set to its default.
+    A key that has no effect beside them is set to its default.
     """
     changed = config
     for name, value in keys.items():
@@ -118,7 +118,7 @@ def _applied(config: Config, keys: dict[str, Any]) -> tuple[Config, dict[str, An
 
 def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Iterator[Change]:
     parallel, degrees = config.parallel, fit_degrees(config.parallel, ranks)
-    for keys, note in (*_of_batch(config, degrees), *_of_numbers(config, has_float8)):
+    for keys, note in (*_fewer_activations(config, degrees), *_fewer_bytes(config, has_float8)):
         yield Change(keys, note, ranks)
     if ranks > 1 and parallel.data_parallel == "ddp":
         keys = {"parallel.data_parallel": "fsdp", "parallel.dp_replicate": 1}
@@ -137,23 +137,23 @@ def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Itera
     if parallel.data_parallel != "ddp":
         yield Change({"parallel.dp_shard": 2 * degrees.shard}, f"{note}, which share the weights", more)
     yield Change({"parallel.context": 2 * parallel.context}, f"{note}, which share each sequence", more)
-    yield Change({"parallel.tensor": 2 * parallel.tensor}, f"{note}, which share each matrix product", more)
+    yield Change({"parallel.tensor": 2 * parallel.tensor}, f"{note}, which share each matmul", more)
 
 
-def _of_batch(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any], str]]:
-    """Of activations: fewer at a time, or computed again."""
+def _fewer_activations(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes that keep fewer activations at a time, or recompute them."""
     training, settings = config.training, config.activation_checkpoint
     rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     if rows > 1:
         note = "the global batch stays what it is, in more micro-batches"
         yield {"training.local_batch_size": rows // 2}, note
         if training.global_batch_size <= rows * degrees.data and degrees.weight_shards > 1:
-            # Else the gradients of the first of several micro-batches wait unsharded.
+            # Because otherwise the gradients of the first of several micro-batches wait unsharded.
             in_shards = {"parallel.reduce_every_micro_batch": True}
             yield {"training.local_batch_size": rows // 2} | in_shards, f"{note}, whose gradients wait in shards"
     if training.seq_len > 1:
         yield {"training.seq_len": training.seq_len // 2}, "other sequences: a new run, or --checkpoint.allow batch"
-    at, again = "activation_checkpoint.", "computed again in the backward pass"
+    at, again = "activation_checkpoint.", "recomputed in the backward pass"
     if settings.mode == "none":
         yield {f"{at}mode": "selective"}, f"what is cheap is {again}"
         for branch in ("attention", "feed_forward"):
@@ -165,24 +165,24 @@ def _of_batch(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any]
         yield {f"{at}modules": "both"}, f"half a block at a time is {again}"
     if settings.mode == "none" and config.compile.enabled and settings.memory_budget:
         keys = {"activation_checkpoint.memory_budget": settings.memory_budget / 2}
-        yield keys, "the compiler computes again what is cheapest"
+        yield keys, "the compiler recomputes what is cheapest"
 
 
-def _of_numbers(config: Config, has_float8: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Fewer bytes for what is kept."""
+def _fewer_bytes(config: Config, has_float8: bool) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes that keep the same elements in fewer bytes."""
     optimizer, float8 = config.optimizer, config.float8
     if config.training.compute_dtype == "float32":
         yield {"training.compute_dtype": "bfloat16"}, "activations of half the size"
     if not config.compile.enabled:
         yield {"compile.enabled": True}, "fused operations keep less for the backward pass"
     if float8.recipe == "off" and has_float8:
-        yield {"float8.recipe": "native"}, "inputs of products are kept in 8 bits"
+        yield {"float8.recipe": "native"}, "inputs of linear layers are kept in 8 bits"
     if float8.output_head:
         yield {"float8.output_head": False}, "head and loss are one then, and all logits are never held"
     if config.kernels.loss == "plain":
         yield {"kernels.loss": "fused"}, "head and loss are one then, and all logits are never held"
     if optimizer.moments == "float32":
-        yield {"optimizer.moments": "bfloat16"}, "moments of half the size; the run may go on"
+        yield {"optimizer.moments": "bfloat16"}, "moments of half the size; the run may continue"
     if optimizer.name == "adamw":
         in_8_bits = "adamw_fp8" if float8.recipe != "off" else "adamw8bit"
         yield {"optimizer.name": in_8_bits}, f"moments in 8 bits; {_NEW_RUN}"

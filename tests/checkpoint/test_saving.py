@@ -55,11 +55,11 @@ def test_on_a_gpu_the_copy_is_of_the_moment_and_the_next_update_waits_for_it(exp
     device = torch.device("cuda")
     weight = torch.zeros(1 << 26, device=device)  # 256 MB: the copy takes milliseconds
     staging = Staging(device, expected)
-    staging.copy({"weight": weight})  # the memory is pinned by now
+    staging.copy({"model": {"weight": weight}})  # the memory is pinned by now
     assert len(staging._memory) == max(expected, 1 << 28)
     for i in range(1, 6):
         weight.fill_(i)
-        copy = staging.copy({"weight": weight})["weight"]
+        copy = staging.copy({"model": {"weight": weight}})["model"]["weight"]
         staging.before_update()
         weight.fill_(-1)
         staging.wait()

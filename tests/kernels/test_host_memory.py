@@ -142,7 +142,7 @@ def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
     held[1:].fill_(math.nan)
     expected = torch.full(held.shape, math.nan)
     expected[0] = -0.0
-    copies = staging.copy({"table": held, "part": held[5:7]})
+    copies = staging.copy({"model": {"table": held, "part": held[5:7]}})["model"]
     assert staging._copied is not None
     assert not staging._copied.query(), "the host waits for nothing"
     staging.before_update()

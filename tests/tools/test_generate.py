@@ -208,6 +208,11 @@ def test_what_would_drive_a_terminal_is_printed_escaped(trained, generate):
     assert text.startswith("a\\x1b]0;title\\x07b\tc\nd\\x9b")
 
 
+def test_a_prompt_is_read_as_utf_8_under_every_locale(trained, generate):
+    escaped = "caf\udcc3\udca9"  # the bytes of an argument as Python gives them where the locale has no UTF-8
+    assert generate(trained, "--prompt", escaped, "--max-new-tokens", "1").startswith("café")
+
+
 def test_sampling_options_reach_the_sampler(trained, generate):
     greedy = generate(trained, "--max-new-tokens", "20", "--temperature", "0")
     for narrow in (("--top-k", "1"), ("--top-p", "1e-6"), ("--temperature", "1e-6")):

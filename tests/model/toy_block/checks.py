@@ -29,7 +29,7 @@ from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeRMSNorm
 from swamla_titan.tools import check
-from swamla_titan.tools.activations import block_bytes, kept_elements, recomputed_operations
+from swamla_titan.tools.memory import block_bytes, kept_elements, recomputed_operations
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.ranks import on_ranks

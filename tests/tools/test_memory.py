@@ -19,7 +19,7 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, save_transposed_weights
-from swamla_titan.tools.activations import (
+from swamla_titan.tools.memory import (
     EAGER_FACTOR,
     block_bytes,
     has_operators,
