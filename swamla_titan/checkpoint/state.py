@@ -24,7 +24,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.optim import AveragedWeights, names_of_decays, state_bytes, trained_parameters, up_to_date
+from swamla_titan.optim import AveragedWeights, bring_up_to_date, names_of_decays, state_bytes, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -309,17 +309,22 @@ def load_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
     require_finite(path, _weights_of(model, ema), World.alone())
 
 
-@torch.no_grad()
 def _bring_tables_up_to_date(path: Path, model: nn.Module) -> None:
-    """Checkpoints keep the averages of tables as optim/row_average.py does."""
+    """Checkpoints keep the averages of tables as optim/row_average.py does.
+
+    The weights behind them are read into the memory of the host, a table at a time: a GPU may have no room for both.
+    """
     tables = row_tables(model)
     for name, average in trained_parameters(model):
         if average in tables:
-            weight, of_rows = torch.empty_like(average), average.new_empty(len(average), 1, dtype=torch.float64)
-            of_steps = of_rows.new_empty(())
+            weight = torch.empty_like(average, device="cpu", requires_grad=False)
+            of_rows, of_steps = (
+                weight.new_empty(len(weight), 1, dtype=torch.float64),
+                weight.new_empty((), dtype=torch.float64),
+            )
             decays = dict(zip(names_of_decays(name), (of_rows, of_steps)))
             load_tensors(path, {Weights.group: {name: weight}, Average.group: decays})
-            average.copy_(up_to_date(weight, average, of_rows, of_steps))
+            bring_up_to_date(average.detach(), weight, of_rows, of_steps)
 
 
 def _weights_of(model: nn.Module, ema: bool) -> dict[str, dict[str, Tensor]]:

@@ -272,7 +272,10 @@ class RowTable(nn.Module):
         self._generation = 0  # how often `rewritten` was called
 
     def keep_on_host(self, device: torch.device) -> None:
-        """Let `to_empty` make the weight in the memory of the host, where `device` reads it; while it is on "meta"."""
+        """Let `to_empty` make the weight in the memory of the host, where `device` reads it; while it is on "meta".
+
+        There it stays, in its dtype, whatever `to` is called with later: rows are rounded when they are read.
+        """
         assert self.weight.is_meta, "the weight is somewhere else already"
         self._host_of = device
 
@@ -283,9 +286,11 @@ class RowTable(nn.Module):
         return zeros_sharded_like(self.weight, width, dtype, partial(zeros_on_host, device=self._host_of))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowTable":
-        if self._host_of is not None and self.weight.is_meta:  # to_empty, which would fill a GPU
+        if self._host_of is None:
+            return super()._apply(fn, recurse)
+        if self.weight.is_meta:  # to_empty, which would fill a GPU, as would copies of what is there
             return super()._apply(lambda weight: self.zeros(weight.shape[1], weight.dtype), recurse)
-        return super()._apply(fn, recurse)
+        return self
 
     def rewritten(self) -> None:
         """To be called when the weight or `steps` were written by anything but optimizer steps, as from a checkpoint.

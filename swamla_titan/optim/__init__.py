@@ -11,12 +11,13 @@ from swamla_titan.optim.optimizer import (
     state_bytes,
     validate_optimizer_device,
 )
-from swamla_titan.optim.row_average import names_of_decays, up_to_date
+from swamla_titan.optim.row_average import bring_up_to_date, names_of_decays
 
 __all__ = [
     "AveragedWeights",
     "GroupedOptimizer",
     "Optimizers",
+    "bring_up_to_date",
     "build_optimizer",
     "bytes_of_average",
     "clip_divisor",
@@ -26,6 +27,5 @@ __all__ = [
     "names_of_decays",
     "state_bytes",
     "trained_parameters",
-    "up_to_date",
     "validate_optimizer_device",
 ]

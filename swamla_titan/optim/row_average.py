@@ -92,6 +92,14 @@ def up_to_date(weight: Tensor, mean: Tensor, log_decay_of_rows: Tensor, log_deca
     return weight + (mean - weight) * (log_decay - log_decay_of_rows).exp().to(weight.dtype)
 
 
+@torch.no_grad()
+def bring_up_to_date(mean: Tensor, weight: Tensor, log_decay_of_rows: Tensor, log_decay: Tensor) -> None:
+    """`up_to_date` of all rows, written into `mean`; some rows at a time, so that all else may be on the host."""
+    tensors = mean, weight, log_decay_of_rows
+    for old, *others in zip(*(each.split(_ROWS_AT_A_TIME) for each in tensors)):
+        old.copy_(up_to_date(*(each.to(old.device) for each in (others[0], old, others[1], log_decay))))
+
+
 def bytes_of_decays(weight: Tensor) -> int:
     """Bytes of what a RowAverage keeps on this rank beside the mean; `weight` may be on the meta device."""
     return 8 * (len(local(weight)) + 1)

@@ -20,6 +20,7 @@ from swamla_titan.errors import Damaged, UserError
 from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
+from swamla_titan.model.row_table import row_tables
 from swamla_titan.train.state import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -55,7 +56,10 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(path: Path, ema: bool) -> LoadedModel:
-    """The content of a checkpoint; UserError if it does not fit together."""
+    """The content of a checkpoint; UserError if it does not fit together.
+
+    Tables of embeddings are kept in the memory of the host if the run kept them there, or if a GPU has no room.
+    """
     config = load_config(path / CONFIG)
     if not config.model.vocab_size:
         raise UserError(f"{path / CONFIG} lacks model.vocab_size")
@@ -67,12 +71,22 @@ def load_model(path: Path, ema: bool) -> LoadedModel:
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
     require_weights(path, model, ema)  # before there is memory for what nobody stored
+    if config.parallel.tables_on_host or not _fits(model, device):
+        for table in row_tables(model).values():
+            table.keep_on_host(device)
     model.to_empty(device=device)
     load_weights(path, model, ema)
     use_annex_record(path, config, model, tokenizer)
     if device.type == "cuda":  # a CPU is exact, and no slower, in float32
         model.to(getattr(torch, config.training.compute_dtype))
     return LoadedModel(config, tokenizer, model.eval())
+
+
+def _fits(model: SWAMLAModel, device: torch.device) -> bool:
+    """Whether a device has memory for all weights in float32, as checkpoints hold them."""
+    return (
+        device.type != "cuda" or sum(each.nbytes for each in model.parameters()) <= torch.cuda.mem_get_info(device)[0]
+    )
 
 
 def generate_from_checkpoint(

@@ -40,7 +40,7 @@ from swamla_titan.parallel.data_parallel import layer_units, reshards_after_forw
 from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.parallel.row_tables import bytes_on_host
 
-_FLOAT32 = 4
+_FLOAT32, _INT64 = 4, 8
 
 # Peak bytes per logit of a loss that is not compiled, measured: float32 intermediates and the gradient.
 EAGER_LOSS_BYTES = 20
@@ -61,13 +61,15 @@ class Memory:
     logits: int
     activations: int
     in_turn: int  # of gradients and activations, the part that never exists beside the rest of them
+    merging: int  # what merging the gradients of tables needs beyond logits and activations, which are gone by then
     offloaded: int  # of the first four, the part that is kept on the host
 
     @property
     def total(self) -> int:
         """All bytes on the GPU."""
         training = self.parameters + self.optimizer + self.average + self.gradients
-        return training + self.weights_in_use + self.logits + self.activations - self.in_turn - self.offloaded
+        passes = self.logits + self.activations - self.in_turn
+        return training + self.weights_in_use + passes + self.merging - self.offloaded
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def memory_of(
     from tables on the host.
     in_turn: with one micro-batch a block's gradients come when its activations are freed, so only the larger of both
     counts; with several, gradients stay beside the activations of the next micro-batch.
+    merging: as `merge_bytes`, where that is more.
     Not counted: communication buffers, float8 values that are not saved, workspaces and fragmentation.
     """
     parameters = [parameter for part in parts for parameter in part.parameters()]
@@ -107,7 +110,8 @@ def memory_of(
     tables = {weight for part in parts for weight in row_tables(part)}
     others = [parameter for parameter in parameters if parameter not in tables]
     gradients = sum(gathered_elements(p) if unreduced else local(p).numel() for p in others)
-    looked_up = _looked_up(parts, config, world, micro_batch_size)
+    of_tables = _looked_up(parts, config, world, micro_batch_size)
+    looked_up = sum(rows * width for rows, width in of_tables)
     gradients += looked_up * micro_batches
     gradients *= _FLOAT32
     offload = config.parallel.cpu_offload  # of gradients too, as soon as they are reduced
@@ -115,23 +119,46 @@ def memory_of(
     read_ahead = _FLOAT32 * looked_up if config.parallel.tables_on_host else 0
     if offload:
         offloaded = _FLOAT32 * sum(held) + (0 if unreduced else gradients) + state + average
+    logits = _logits(parts, config, world, micro_batch_size, in_flight.logits)
+    activations = in_flight.activations + in_flight.recomputed + read_ahead
+    in_turn = min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0
+    shared = world.stage_group is not None and world.stage_group.size() > 1  # then ranks exchange float32
+    merging = merge_bytes(of_tables, micro_batches, _FLOAT32 if shared else _itemsize(config))
     return Memory(
         parameters=_FLOAT32 * sum(held),
         optimizer=state,
         average=average,
         gradients=gradients,
         weights_in_use=sum(weights_in_use(part, config, world, micro_batches) for part in parts),
-        logits=_logits(parts, config, world, micro_batch_size, in_flight.logits),
-        activations=in_flight.activations + in_flight.recomputed + read_ahead,
-        in_turn=min(gradients, in_flight.activations) if micro_batches == 1 and not offload else 0,
+        logits=logits,
+        activations=activations,
+        in_turn=in_turn,
+        merging=max(merging - (logits + activations - in_turn), 0),
         offloaded=offloaded,
     )
 
 
-def _looked_up(parts: Sequence[SWAMLAModel], config: Config, world: World, micro_batch_size: int) -> int:
-    """Elements that a rank looks up in tables for a micro-batch."""
+def _looked_up(
+    parts: Sequence[SWAMLAModel], config: Config, world: World, micro_batch_size: int
+) -> list[tuple[int, int]]:
+    """Of each table, how many rows a rank looks up for a micro-batch, and their width."""
     tokens = micro_batch_size * config.training.seq_len // (world.degrees.context * world.degrees.tensor)
-    return tokens * sum(annex.looked_up(config.model) for part in parts for _, annex in part.annexes.each())
+    annexes = [annex for part in parts for _, annex in part.annexes.each()]
+    widths = [annex.table.weight.shape[1] for annex in annexes]
+    return [(tokens * annex.looked_up(config.model) // width, width) for annex, width in zip(annexes, widths)]
+
+
+def merge_bytes(looked_up: Sequence[tuple[int, int]], micro_batches: int, itemsize: int) -> int:
+    """The most that exists beside the sums while the gradients of tables are merged (RowGradient.merge), on a GPU.
+
+    `looked_up` is the (rows, width) of each table for a micro-batch, `itemsize` that of the gradients before they are
+    summed. Of the table being merged: rows and values of all micro-batches, concatenated. Of each: its Segments, four
+    numbers per row, which stay until the optimizer has moved the table.
+    """
+    segments = sum(4 * _INT64 * rows for rows, _ in looked_up)
+    return micro_batches * (
+        segments + max((rows * (width * itemsize + _INT64) for rows, width in looked_up), default=0)
+    )
 
 
 def gathered_elements(parameter: Tensor) -> int:

@@ -203,6 +203,11 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("logits", memory.logits, "with their gradient"),
         ("activations", memory.activations, f"estimate; {_recomputed(config)}"),
         (
+            "merging",
+            memory.merging,
+            "of the gradients of tables, beyond logits and activations, which are gone by then",
+        ),
+        (
             "sum",
             memory.total,
             f"on the GPU{larger}; buffers of communication, workspaces and fragmentation come on top",

@@ -116,6 +116,7 @@ MODELS = {
 # In CI a plan runs once, with the batch that does not divide and one of the models; these with the untied one.
 UNTIED_IN_CI = {"fsdp-2-every", "hsdp-2x2", "pp-3", "fsdp-2-cp-2"}
 ENGRAM_IN_CI = {"tp-2-cp-2", "pp-3"}
+SELECTIVE_IN_CI = {"cp-2"}  # whose ranks share what is summed over earlier queries
 # Each of these is part of a composition of three below, is two plans that run on their own, or runs with the
 # fused loss or with Engram; what two ranks share three or four share too, and pipelines of two are among the schedules;
 # DDP of three is DDP of two with a batch that does not divide.
@@ -128,8 +129,8 @@ assert PLANS.keys() > UNTIED_IN_CI | COVERED
 
 
 def is_in_ci(plan: str, batch: str, model: str) -> bool:
-    if model == "engram":
-        return plan in ENGRAM_IN_CI and batch == "does not"
+    if of_model := {"engram": ENGRAM_IN_CI, "selective": SELECTIVE_IN_CI}.get(model):
+        return plan in of_model and batch == "does not"
     return plan not in COVERED and batch == "does not" and model == ("untied" if plan in UNTIED_IN_CI else "tied")
 
 

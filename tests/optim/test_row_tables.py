@@ -21,6 +21,7 @@ from swamla_titan.model.row_table import LocalRows, RowTable, Segments, look_up,
 from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim import (
     AveragedWeights,
+    bring_up_to_date,
     build_optimizer,
     bytes_of_average,
     clip_divisor,
@@ -28,6 +29,7 @@ from swamla_titan.optim import (
     state_bytes,
 )
 from swamla_titan.optim.groups import Kind, groups
+from swamla_titan.optim.row_average import up_to_date
 
 ROWS, WIDTH, LR = 40, 6, 0.01
 
@@ -380,6 +382,28 @@ def test_the_average_is_that_of_a_pass_over_the_table_in_each_step(lazy, piece, 
         torch.testing.assert_close(table(torch.arange(ROWS)).detach().double(), mean, rtol=1e-5, atol=1e-6)
     assert torch.equal(table.weight, weights)
     assert all(torch.equal(one, other) for one, other in zip(average.of_part(model).values(), held))
+
+
+def test_the_average_of_a_full_table_is_brought_up_to_date_some_rows_at_a_time(monkeypatch):
+    rows = 10 * ROWS
+    mean, weight, of_rows = torch.randn(rows, WIDTH), torch.randn(rows, WIDTH), -torch.rand(rows, 1).double()
+    now = torch.tensor(-1.5, dtype=torch.float64)
+    expected = up_to_date(weight, mean, of_rows, now)
+    monkeypatch.setattr("swamla_titan.optim.row_average._ROWS_AT_A_TIME", 7)
+    with Shapes(rows) as shapes:
+        bring_up_to_date(mean, weight, of_rows, now)
+    assert shapes.found <= {"split", "slice"}, "which copy nothing"
+    assert torch.equal(mean, expected)
+
+
+def test_a_table_on_the_host_keeps_its_dtype_and_its_rows_are_rounded_when_they_are_read():
+    """So a model may be cast, of which the tables do not fit on the GPU: a cast would make a copy there."""
+    model, table = with_table()
+    cast = with_table()[1].to(torch.bfloat16)
+    table._host_of = torch.device("cpu")
+    model.to(torch.bfloat16)
+    assert (model.linear.weight.dtype, table.weight.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(table(lookups(1), torch.bfloat16), cast(lookups(1)))
 
 
 @pytest.mark.parametrize("piece", [4, 1 << 18])

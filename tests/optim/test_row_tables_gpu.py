@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.model.row_table import LocalRows, RowRequest, RowTable, look_up, request_rows
+from swamla_titan.kernels.host_memory import copy_rows
+from swamla_titan.model.row_table import LocalRows, RowRequest, RowSteps, RowTable, look_up, request_rows
 from swamla_titan.optim import (
     AveragedWeights,
     build_optimizer,
@@ -93,6 +94,45 @@ def test_a_table_on_the_host_moves_by_the_same_bits_without_waiting(dtype, compi
     for one, other in zip(on_host, trained("cuda", compiled, dtype=dtype), strict=True):
         assert one.is_cuda
         assert torch.equal(one, other)
+
+
+def read_slowly(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tensor:
+    """As copy_rows; what is read ahead, with breaks: reading begins before an update, and ends after it."""
+    if stays is not None:
+        return copy_rows(table, rows, stays)
+    pieces = []
+    for some in rows.split(512):  # 24 of each micro-batch, of about 1 ms, while the other stream sleeps for 10
+        torch.cuda._sleep(2_000_000)
+        pieces.append(copy_rows(table, some))
+    return torch.cat(pieces)
+
+
+def test_rows_that_are_read_while_they_are_updated_are_those_after_the_update(monkeypatch):
+    expected = trained("cuda", True)
+    monkeypatch.setattr("swamla_titan.model.row_table.copy_rows", read_slowly)
+    for one, other in zip(trained("cuda", True, on_host=True), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_reading_ahead_waits_for_what_a_checkpoint_has_written():
+    device = torch.device("cuda", 0)
+    with torch.device("meta"):
+        table = RowTable(ROWS, WIDTH)
+    table.keep_on_host(device)
+    table.placement = LocalRows(device)
+    table.to_empty(device=device)
+    weight, loaded = table.weight.detach(), torch.randn(ROWS, WIDTH, device=device)
+    # By which no row has changed since the last step.
+    table.steps = RowSteps(torch.zeros(ROWS, 1, dtype=torch.int32, device=device), torch.ones((), device=device))
+    request = request_rows([table], [torch.arange(ROWS, device=device)])
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    weight.copy_(loaded)
+    table.rewritten()
+    with table.placement.ahead():
+        tensors = request.read_ahead([table])
+    table.placement.hand_over(tensors)
+    assert torch.equal(look_up([table], request, torch.float32)[0], loaded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

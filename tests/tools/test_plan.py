@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.cli import main
@@ -21,10 +22,11 @@ from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.row_table import RowGradient, Segments
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.tools.memory import EAGER_LOSS_BYTES, Memory
+from swamla_titan.tools.memory import EAGER_LOSS_BYTES, Memory, merge_bytes
 from swamla_titan.tools.plan import Plan, plan, ranks_asked_for
 from swamla_titan.tools.plan_report import listed, report, size
 from tests.config.test_shipped import stated_processes
@@ -379,18 +381,56 @@ def test_a_real_run_holds_what_the_plan_says(tiny, name):
 # Against measurements
 
 
+class Peak(Witness):
+    """Also knows the most that was held at a time."""
+
+    most = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(operator, types, args, kwargs)
+        self.most = max(self.most, self.held())
+        return out
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_merging_the_gradients_of_tables(dtype, micro_batches, monkeypatch):
+    def sums(segments: Segments, values: Tensor) -> Tensor:
+        """As a GPU's kernel, which reads the values in order, and needs no sorted copy of them."""
+        return values.new_zeros(len(segments.offsets) - 1, values.shape[1], dtype=torch.float32)
+
+    monkeypatch.setattr(Segments, "sums", sums)
+    shapes = [(3000, 16), (2000, 64)]
+    gradients = [RowGradient() for _ in shapes]
+    with Peak() as peak:
+        for _ in range(micro_batches):
+            for gradient, (rows, width) in zip(gradients, shapes):
+                gradient.add(torch.randint(0, 99, (rows,)), torch.ones(rows, width, dtype=dtype))
+        for gradient in gradients:
+            gradient.merge()
+    of_sums = micro_batches * sum(4 * rows * width for rows, width in shapes)
+    assert peak.most - of_sums == pytest.approx(merge_bytes(shapes, micro_batches, dtype.itemsize), rel=0.02)
+
+
+def test_merging_counts_where_it_needs_more_than_the_passes_did(tiny):
+    few = [("training", "local_batch_size", "1"), ("training", "global_batch_size", "12")]
+    few += [("model.engram", "layers", "0"), ("activation_checkpoint", "mode", "full")]
+    memory = {
+        width: plan(resolved(tiny, *few, ("model.engram", "d_mem", str(width))), 1).worst.memory for width in (16, 4096)
+    }
+    assert memory[16].merging == 0
+    wide = memory[4096]
+    rows = 64 * 8  # of two orders and four heads
+    passes = wide.logits + wide.activations - wide.in_turn
+    assert wide.merging == merge_bytes([(rows, 4096 // 8)], 12, 4) - passes > 0
+    beside = wide.parameters + wide.optimizer + wide.average + wide.gradients + wide.weights_in_use
+    assert wide.total == beside + merge_bytes([(rows, 4096 // 8)], 12, 4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_an_eager_loss(dtype):
     logits = torch.randn(256, 1024, dtype=getattr(torch, dtype), requires_grad=True)
     targets = torch.randint(0, 1000, (256,))
-
-    class Peak(Witness):
-        most = 0
-
-        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = super().__torch_dispatch__(operator, types, args, kwargs)
-            self.most = max(self.most, self.held())
-            return out
 
     with Peak() as peak:
         cross_entropy(logits * 1, targets, 1000).backward()

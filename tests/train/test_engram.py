@@ -20,6 +20,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.annexes import ModelAnnexes
+from swamla_titan.model.row_table import row_tables
 from swamla_titan.tools import check
 from swamla_titan.tools.generate import load_model
 from swamla_titan.tools.plan import plan
@@ -89,6 +90,23 @@ def test_another_hash_is_another_run(tiny: Path, tmp_path: Path, capsys: pytest.
     assert "model.engram.seed: 0 in the checkpoint, 1 now" in message
     assert train(tiny, *common, "--data.num_workers", "0") == 2
     assert "model.engram.layers: [0, 2] in the checkpoint, None now" in capsys.readouterr().err
+
+
+def test_generation_keeps_tables_on_the_host_where_they_do_not_fit_on_a_gpu(
+    tiny: Path, tmp_path: Path, monkeypatch, capsys
+):
+    run(tiny, tmp_path / "run", 2)
+    capsys.readouterr()
+    models, texts = [], []
+    for fits in (True, False):
+        monkeypatch.setattr("swamla_titan.tools.generate._fits", lambda model, device, fits=fits: fits)
+        models.append(load_model(checkpoint(tmp_path / "run", 2), ema=False).model)
+        assert main(["generate", str(tmp_path / "run"), "--prompt", "The", "--max-new-tokens", "9"]) == 0
+        texts.append(capsys.readouterr().out)
+    of_gpu, of_host = (list(row_tables(model).values()) for model in models)
+    assert [table._host_of is None for table in (*of_gpu, *of_host)] == [True, True, False, False]
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(of_gpu, of_host, strict=True))
+    assert texts[0] == texts[1]
 
 
 def rewritten(path: Path, **changes: object) -> None:
