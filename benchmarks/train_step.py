@@ -51,8 +51,7 @@ from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.parallel.kernels import attention_choices, attention_summary
 from swamla_titan.train.setup import Setup, set_up
-from swamla_titan.train.state import RunState
-from swamla_titan.train.step import TrainStep
+from swamla_titan.train.step import RunState, TrainStep
 
 PROFILED = 3  # steps
 KINDS = {

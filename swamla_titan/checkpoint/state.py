@@ -2,7 +2,7 @@
 
 Each group knows its own tensors: which to save, which to load into, how many bytes, and what of a stored group is
 invalid. Saving, loading, rewinding and verification iterate over the groups. To add one, derive from `StateGroup`, and
-put the class and its instance into train/state.py.
+put the class and its instance into train/step.py.
 """
 
 import logging

@@ -21,7 +21,7 @@ from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.train.state import GROUPS
+from swamla_titan.train.step import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 

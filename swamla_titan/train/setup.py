@@ -50,7 +50,7 @@ from swamla_titan.parallel.row_tables import validate_host_memory
 from swamla_titan.system.machine import allow_open_files_to_train, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
-from swamla_titan.train.state import GROUPS, RunState
+from swamla_titan.train.step import GROUPS, RunState
 from swamla_titan.train.validation import Validator
 
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from swamla_titan.checkpoint import store as checkpoint_module
 from swamla_titan.checkpoint.manifest import FORMAT, damage_of, digested
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.errors import UserError
-from swamla_titan.train.state import GROUPS
+from swamla_titan.train.step import GROUPS
 from tests.train.runs import assert_same_checkpoint, checkpoint, snapshot, train
 
 FILES = (".metadata", "__0_0.distcp", "train.json", "config.toml", "manifest.json")

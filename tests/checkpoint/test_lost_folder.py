@@ -12,7 +12,7 @@ import pytest
 from swamla_titan.checkpoint import dump_folder
 from swamla_titan.checkpoint.dump_folder import FolderLost, exclusive
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.train.state import GROUPS
+from swamla_titan.train.step import GROUPS
 from tests.train.runs import checkpoint, metrics, snapshot, train
 from tests.train.test_disk_and_clock import at_steps
 from tests.waiting import HANG

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.train.state import GROUPS
+from swamla_titan.train.step import GROUPS
 from tests.distributed.job import run_killed
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config

@@ -30,7 +30,7 @@ from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.cli import main
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.train.state import GROUPS
+from swamla_titan.train.step import GROUPS
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, tensors, train
 

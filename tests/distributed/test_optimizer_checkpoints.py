@@ -10,7 +10,7 @@ from swamla_titan.config import Config, Override, load_config, with_vocabulary
 from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.train.startup_summary import changed_settings
-from swamla_titan.train.state import RunState
+from swamla_titan.train.step import RunState
 from tests.distributed.job import run, run_and_listen, run_killed
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config

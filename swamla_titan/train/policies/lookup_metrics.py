@@ -13,7 +13,7 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import GroupedOptimizer
 from swamla_titan.train.policy import Policy, Values
-from swamla_titan.train.state import RunState
+from swamla_titan.train.step import RunState
 
 
 def lookup_metrics(config: ModelConfig, state: RunState, world: World) -> list[Policy]:

@@ -27,7 +27,7 @@ from swamla_titan.train.bad_steps import BadStep
 from swamla_titan.train.policies.rewinding import Rewinding
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 from swamla_titan.train.setup import Setup
-from swamla_titan.train.state import RunState
+from swamla_titan.train.step import RunState
 
 logger = logging.getLogger(__name__)
 
