@@ -16,7 +16,7 @@ from swamla_titan.config import find_config, load_config, split_overrides
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from swamla_titan.launch.process_group import validate_launch
 from swamla_titan.system.console import open_console
-from swamla_titan.system.machine import allow_open_files_to_train, needed
+from swamla_titan.system.machine import allow_open_files, needed
 
 
 def preflight(arguments: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def preflight(arguments: Sequence[str]) -> None:
         raise UserError(f"{' '.join(rest[3:])}: not known; overrides are written --section.key value")
     processes, gpus, name = rest
     config = load_config(find_config(name), overrides)
-    allow_open_files_to_train(config.data.num_workers)
+    allow_open_files(config.data.num_workers)
     asked = int(gpus)
     sizes = [int(size) for size in processes.split(",")]
     validate_launch(config.parallel, sizes, asked, torch.cuda.device_count() if asked else 0, asked)

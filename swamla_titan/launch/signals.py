@@ -71,7 +71,7 @@ class StopRequest:
     def exit_without_peers(self) -> None:
         """Called while this rank waits for the others. Raises SystemExit if it has a stop request and times out.
 
-        Under scripts/torchrun.sh the other machines usually connect soon, and would wait for this rank in vain, so it
+        Under scripts/torchrun.sh the other machines usually connect soon, and would wait for this rank for ever, so it
         waits for `PEERS_TIMEOUT`.
         """
         if not self.received and not self.re_rendezvous:

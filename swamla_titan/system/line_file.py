@@ -91,12 +91,13 @@ class LineFileHandler(logging.Handler):
         if self._file is None:
             return
         try:
-            news = self._file.write(self.format(record))
+            warning = self._file.write(self.format(record))
         except Exception:  # arguments do not fit the message's format: logging reports it
             self.handleError(record)
             return
-        if news:
-            logging.getLogger(__name__).warning("%s", news)  # comes here again, and then is no warning any more
+        if warning:
+            # This record comes here too; writing it gives no second warning.
+            logging.getLogger(__name__).warning("%s", warning)
 
     def close(self) -> None:
         """Write what is in memory, if that is possible now, and close."""

@@ -70,14 +70,10 @@ def explain(error: BaseException) -> str | None:
     return f"{what} ({_noticed_at(error)}). {remedy}"
 
 
-def allow_open_files_to_train(num_workers: int) -> None:
-    """`allow_open_files` for a training process with this many data workers."""
-    allow_open_files(_FILES_OF_A_PROCESS + num_workers * _FILES_OF_A_WORKER)
+def allow_open_files(num_workers: int) -> None:
+    """Raise this process's limit of open files as far as allowed.
 
-
-def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files as far as allowed; raises OSError if it is less than `count`.
-
+    Raises OSError if that is too few for a training process with this many data workers.
     The usual soft limit of 1,024 is for programs that use select(); the hard limit is the system's.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -86,6 +82,7 @@ def allow_open_files(count: int) -> None:
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     with suppress(OSError, ValueError):  # macOS has a limit of its own
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    count = _FILES_OF_A_PROCESS + num_workers * _FILES_OF_A_WORKER
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), f"ulimit -n is {wanted}, and a run needs {count}")
 

@@ -29,7 +29,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record above the progress bar.
 
-        What the console does not take is dropped (system/console.py), because the log in the dump folder has it too.
+        What the console does not accept is dropped (system/console.py), because the log in the dump folder has it too.
         """
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
@@ -61,7 +61,7 @@ class MetricsLogger(Policy):
 
     metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError
     where a destination cannot be opened, except a Weights & Biases service that does not answer. Later no destination
-    ends the run: lines of metrics.jsonl that a full disk does not take wait in memory, and TensorBoard or Weights &
+    ends the run: lines of metrics.jsonl that a full disk does not accept wait in memory, and TensorBoard or Weights &
     Biases, if they fail, get no more metrics until the next start.
     """
 
@@ -86,15 +86,15 @@ class MetricsLogger(Policy):
         """
         # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for news in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
-            if news:
-                logger.warning("%s", news)
+        for warning in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
+            if warning:
+                logger.warning("%s", warning)
         for each in list(self._destinations):
             try:
                 each.write(step, values)
             except Exception as error:  # a full disk, a removed folder, or whatever a service's client raises
-                warning = "%s gets no more metrics until the next start (%s); metrics.jsonl has them all"
-                logger.warning(warning, each.name, error)
+                text = "%s gets no more metrics until the next start (%s); metrics.jsonl has them all"
+                logger.warning(text, each.name, error)
                 self._destinations.remove(each)
                 with suppress(Exception):
                     each.close()
@@ -114,7 +114,7 @@ class MetricsLogger(Policy):
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Makes a UserError of what the disk refuses, because it would refuse it at the next start as well."""
+        """Turns an error of the disk into a UserError, because the next start would meet it too."""
         try:
             yield
         except OSError as error:

@@ -36,7 +36,7 @@ _LAST = "a smaller model; `swamla-titan plan CONFIG` estimates the memory before
 
 @contextmanager
 def explained_out_of_memory(config: Callable[[], Config], world: World, traces: Path, advise: Advise) -> Iterator[None]:
-    """Makes a RankFailed, with what to change, of an out-of-memory error inside.
+    """Turns an out-of-memory error inside into a RankFailed that says what to change.
 
     `config()` is called then. The allocator's full table goes to traces/oom-rank-R.txt. The other ranks wait for this
     one, until the launcher ends them because this one has ended.

@@ -70,9 +70,9 @@ def build_trainer(config: Config, world: World, stop: StopRequest, watchdog: Wat
 
 @contextmanager
 def _explained_shortage() -> Iterator[None]:
-    """Makes a RankFailed of what this machine lacks while it trains, because the next start may find it again.
+    """Turns a lack of resources while training into a RankFailed, because the next start may have them again.
 
-    What it lacks before that is a UserError, or ends in cli.py with 2.
+    A lack before that is a UserError, or ends in cli.py with 2.
     """
     try:
         yield

@@ -47,7 +47,7 @@ from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
 from swamla_titan.parallel.kernels import validate_attention, validate_elementwise
 from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.parallel.row_tables import validate_host_memory
-from swamla_titan.system.machine import allow_open_files_to_train, needed
+from swamla_titan.system.machine import allow_open_files, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.step import GROUPS, RunState
@@ -128,7 +128,7 @@ VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
 def validate_open_files(config: Config) -> None:
     """Raise this process's limit of open files; UserError if it may not open as many as a run needs."""
     with needed("the run cannot be started"):
-        allow_open_files_to_train(config.data.num_workers)
+        allow_open_files(config.data.num_workers)
 
 
 def validate(config: Config, world: World) -> None:

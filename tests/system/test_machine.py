@@ -185,10 +185,10 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch, soft, h
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
     if allowed:
-        allow_open_files(1000)
+        allow_open_files(num_workers=117)
     else:
         with pytest.raises(OSError, match="ulimit -n is 40, and a run needs 1000"):
-            allow_open_files(1000)
+            allow_open_files(num_workers=117)
     assert limits[-1] == (hard, hard)
 
 

@@ -1,7 +1,7 @@
 """Python's garbage collection at steps that all ranks share (training.gc_interval).
 
-A collection at a random moment on one rank would delay all ranks. What exists before the first step is never looked
-through, and neither is compiled code, so that even a full collection takes milliseconds.
+A collection at a random moment on one rank would delay all ranks. What exists before the first step is never scanned,
+and neither is compiled code, so that even a full collection takes milliseconds.
 """
 
 import gc

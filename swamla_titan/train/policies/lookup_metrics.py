@@ -73,7 +73,7 @@ class TouchedRows(Policy):
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """A rewind takes the numbers of steps back."""
+        """Count from here on again after a rewind, because it restores older numbers of steps."""
         yield
         if doing == "rewind":
             self.begin(0)

@@ -179,11 +179,11 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def warning(news: Sequence[BadStep], in_all: int) -> str:
+def warning(skipped: Sequence[BadStep], in_all: int) -> str:
     """The warning for the steps skipped since the last one."""
-    shown = ", ".join(map(str, news[:_NAMED]))
-    more = f" and {len(news) - _NAMED} more" if len(news) > _NAMED else ""
-    return f"skipped as bad, changing nothing: step{'s' * (len(news) > 1)} {shown}{more}; {in_all} in all"
+    shown = ", ".join(map(str, skipped[:_NAMED]))
+    more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+    return f"skipped as bad, changing nothing: step{'s' * (len(skipped) > 1)} {shown}{more}; {in_all} in all"
 
 
 def remedies(config: Config) -> str:
