@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.checkpoint.dump_folder import FolderLost
 from swamla_titan.checkpoint.reader import Tensors
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.state import aligned_bytes
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import RunFailed

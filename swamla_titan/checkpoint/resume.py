@@ -9,9 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swamla_titan.checkpoint.annex_record import AnnexRecord, read_annex_record
+from swamla_titan.checkpoint.records import (
+    AnnexRecord,
+    TrainState,
+    read_annex_record,
+    read_data_record,
+    read_train_state,
+)
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState, read_data_record, read_train_state
 from swamla_titan.config import Config
 from swamla_titan.config.rules import ALLOWED_DIFFERENCES
 from swamla_titan.config.sections import RENAMED

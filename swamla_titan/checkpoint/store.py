@@ -40,8 +40,8 @@ from swamla_titan.checkpoint.manifest import (
     remove,
 )
 from swamla_titan.checkpoint.reader import Tensors, load_tensors
+from swamla_titan.checkpoint.records import TrainState, read_train_state
 from swamla_titan.checkpoint.state import OF_MODELS, Declared
-from swamla_titan.checkpoint.train_state import TrainState, read_train_state
 from swamla_titan.checkpoint.verification import require_intact
 from swamla_titan.config import Config, load_config
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import metadata
 
-from swamla_titan.checkpoint.annex_record import read_annex_record
 from swamla_titan.checkpoint.manifest import CONFIG, Entries, first_changed, holds_tensors, misnamed, read_manifest
 from swamla_titan.checkpoint.reader import Reader, load_tensors
+from swamla_titan.checkpoint.records import TrainState, read_annex_record, read_data_record, read_train_state
 from swamla_titan.checkpoint.state import Average, Declared, Learned, OptimizerStates, Weights
 from swamla_titan.checkpoint.tensor_index import chunk_problem, require_stored
-from swamla_titan.checkpoint.train_state import TrainState, read_data_record, read_train_state
 from swamla_titan.config import Config, load_config
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.mesh import World

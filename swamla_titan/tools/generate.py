@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from swamla_titan.checkpoint.annex_record import use_annex_record
 from swamla_titan.checkpoint.manifest import CONFIG, MANIFEST, VOCABULARY
 from swamla_titan.checkpoint.reader import stored_groups
+from swamla_titan.checkpoint.records import use_annex_record
 from swamla_titan.checkpoint.state import Average, load_weights, require_weights
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.checkpoint.verification import require_intact

@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swamla_titan.checkpoint.annex_record import AnnexRecord, compressed_vocabulary
 from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, CONFIG, DATA, VOCABULARY
+from swamla_titan.checkpoint.records import (
+    AnnexRecord,
+    TrainState,
+    compressed_vocabulary,
+    data_record,
+    validation_record,
+)
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
-from swamla_titan.checkpoint.train_state import TrainState, data_record, validation_record
 from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import (

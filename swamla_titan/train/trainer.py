@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swamla_titan.checkpoint.async_save import Saver
 from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder, prepare_folder
-from swamla_titan.checkpoint.train_state import TrainState
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.config import to_toml
 from swamla_titan.data import StepBatch
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.resume import Origin
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.cli import main
 from swamla_titan.errors import UserError
 from tests.distributed.ranks import on_ranks

@@ -11,8 +11,8 @@ from torch import Tensor
 from swamla_titan.checkpoint import store as checkpoint_module
 from swamla_titan.checkpoint.async_save import Saver, Staging
 from swamla_titan.checkpoint.reader import load_tensors
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Checkpoint
 from swamla_titan.errors import RunFailed
 from tests.train.runs import assert_same_checkpoint, checkpoint, metrics, train

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.manifest import name_of
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.state import Learned, State, StateGroup, declared
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 

@@ -23,10 +23,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata
 
 from swamla_titan.checkpoint.manifest import commit, name_of
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.state import State, StateGroup, declared
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.checkpoint.tensor_index import Window, record_sizes
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.cli import main
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError

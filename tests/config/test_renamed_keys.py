@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from swamla_titan.checkpoint import resume
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.resume import Origin
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.conditions import value_at
 from swamla_titan.config import load_config, split_overrides
 from swamla_titan.config.sections import KEYS, RENAMED

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from swamla_titan.checkpoint.train_state import read_train_state
+from swamla_titan.checkpoint.records import read_train_state
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import retry as retry_module
 from swamla_titan.data.corpus import open_corpus

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from swamla_titan.checkpoint import manifest
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RunFailed, UserError

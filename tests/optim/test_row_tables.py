@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.checkpoint.state import OF_MODELS, OptimizerStates, State, Weights
 from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.train_state import TrainState
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model.row_table import LocalRows, RowTable, Segments, look_up, request_rows, row_tables

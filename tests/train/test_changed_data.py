@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from swamla_titan.checkpoint.train_state import read_data_record
+from swamla_titan.checkpoint.records import read_data_record
 from swamla_titan.config import load_config
 from swamla_titan.train.setup import open_data
 from tests.checkpoint.test_allow import rows_fed

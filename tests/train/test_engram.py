@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from swamla_titan.checkpoint.annex_record import compressed_vocabulary, read_annex_record
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, MANIFEST
+from swamla_titan.checkpoint.records import compressed_vocabulary, read_annex_record
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.cli import main
 from swamla_titan.config import Config
@@ -165,7 +165,7 @@ def test_a_run_looks_up_by_compressed_ids_and_a_resumed_one_by_those_that_it_beg
     ids[65] = own.size
     other = CompressedVocabulary(ids, own.size + 1, own.tokenizer)
     with monkeypatch.context() as another_python:
-        another_python.setattr("swamla_titan.checkpoint.annex_record.compress", lambda tokenizer: other)
+        another_python.setattr("swamla_titan.checkpoint.records.compress", lambda tokenizer: other)
         run(tiny, tmp_path / "other", 4)
     run(tiny, tmp_path / "other", 8)
     assert ids_of_a() == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from swamla_titan.checkpoint.train_state import TrainState
+from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.data import Corpus, Exclusion
 from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.mesh import World
