@@ -167,9 +167,9 @@ def test_killed_and_started_again_under_the_same_plan_it_is_the_same_bit_for_bit
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [SELECTIVE, (*SELECTIVE, *ENGRAM)], ids=["selective", "selective and Engram"])
-@pytest.mark.parametrize("plan", [*PLANS, "cp-3"])
+@pytest.mark.parametrize("plan", [*PLANS, "cp-3", "zbv-2"])
 def test_after_20_steps_of_any_plan_weights_tables_and_moments_are_those_of_one_process(tmp_path, plan, model):
-    ranks, parallel = CP_3 if plan == "cp-3" else PLANS[plan]
+    ranks, parallel = (PLANS | {"cp-3": CP_3, "zbv-2": ZBV_2})[plan]
     model = (*model, "--training.seq_len", "60") if plan == "cp-3" else model  # which 3 ranks divide
     settings = (*COMMON, *model, *parallel, "--training.steps", "20")
     assert on_ranks(ranks, run, written(tmp_path), *settings) == [0] * ranks
