@@ -14,10 +14,11 @@ import torch
 from swamla_titan.config.sections import Data
 from swamla_titan.train.policy import Policy, Values
 
-SHARE = 0.05  # of the steps' time; less is not worth a warning
-LEAST_STEPS = 10  # for which a share is computed
-WORSE = 1.5  # times the share of the last warning: warn again
-LONG = 2000  # steps after the last warning: warn again
+# The warning that steps wait for data.
+_LEAST_SHARE = 0.05  # of the steps' time
+_LEAST_STEPS = 10  # for which a share is computed
+_REPEAT_AT = 1.5  # times the share of the last warning
+_REPEAT_AFTER = 2000  # steps
 
 # Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. Of several names whose words all occur in
 # the device's name, the longest one counts.
@@ -48,9 +49,12 @@ class Interval:
     In `waited` of these seconds the device was idle, because the steps' data were not there.
     """
 
-    steps: int
-    seconds: float
-    waited: float
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def __add__(self, other: "Interval") -> "Interval":
+        return Interval(self.steps + other.steps, self.seconds + other.seconds, self.waited + other.waited)
 
 
 class Throughput(Policy):
@@ -153,7 +157,7 @@ class DataWait:
     def __init__(self, advice: str) -> None:
         self._advice = advice
         self._begun = False
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0  # since the last share was computed
+        self._unjudged = Interval()  # since the last share was computed
         self._warned_share = 0.0
         self._since_warning = 0  # steps
 
@@ -167,16 +171,14 @@ class DataWait:
         if not self._begun:
             self._begun = True
             return None
-        self._steps += interval.steps
-        self._seconds += interval.seconds
-        self._waited += interval.waited
-        if self._steps < LEAST_STEPS or self._seconds <= 0:
+        self._unjudged += interval
+        if self._unjudged.steps < _LEAST_STEPS or self._unjudged.seconds <= 0:
             return None
-        share = self._waited / self._seconds
-        self._since_warning += self._steps
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        is_due = not self._warned_share or share > WORSE * self._warned_share or self._since_warning >= LONG
-        if share <= SHARE or not is_due:
+        share = self._unjudged.waited / self._unjudged.seconds
+        self._since_warning += self._unjudged.steps
+        self._unjudged = Interval()
+        is_worse = share > _REPEAT_AT * self._warned_share  # as the first one is
+        if share <= _LEAST_SHARE or not (is_worse or self._since_warning >= _REPEAT_AFTER):
             return None
         self._warned_share, self._since_warning = share, 0
         return f"steps wait for data {share:.0%} of their time. {self._advice}"
