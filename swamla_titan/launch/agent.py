@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import uuid
+from argparse import Namespace
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -101,20 +102,20 @@ def _drop_foreign_settings() -> None:
             _log(f"{name}={value[:100]!a} is left out: run_train.sh has variables of its own, see --help")
 
 
-def _configure_rendezvous(args: object) -> Endpoint:
+def _configure_rendezvous(args: Namespace) -> Endpoint:
     """Wait for the rendezvous endpoint and set torchrun's arguments to it."""
-    alone = bool(args.standalone)  # type: ignore[attr-defined]
+    alone = bool(args.standalone)
     if alone:
         endpoint = local_endpoint()
-        args.standalone, args.rdzv_id = False, str(uuid.uuid4())  # type: ignore[attr-defined]
+        args.standalone, args.rdzv_id = False, str(uuid.uuid4())
     else:
-        endpoint = resolve_endpoint(args.rdzv_endpoint)  # type: ignore[attr-defined]
-        args.local_addr = args.local_addr or endpoint.address  # type: ignore[attr-defined]
+        endpoint = resolve_endpoint(args.rdzv_endpoint)
+        args.local_addr = args.local_addr or endpoint.address
     _set_interfaces(endpoint, alone)
     if not endpoint.here:
         wait_for_endpoint(endpoint, ENDPOINT_TIMEOUT.total_seconds(), _log)
         threading.Thread(target=_heartbeat, args=(endpoint,), name="heartbeat", daemon=True).start()
-    args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{endpoint.host}:{endpoint.port}"  # type: ignore[attr-defined]
+    args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{endpoint.host}:{endpoint.port}"
     return endpoint
 
 
@@ -143,7 +144,7 @@ def _heartbeat(endpoint: Endpoint) -> None:
     os._exit(EXIT_FAILED)  # the main thread may be in a call to the endpoint that nothing interrupts
 
 
-def _launch(args: object, endpoint: Endpoint) -> int:
+def _launch(args: Namespace, endpoint: Endpoint) -> int:
     try:
         use_store(open_store(endpoint))
         record(torchrun.run)(args)

@@ -36,7 +36,8 @@ class Backstop:
         command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(STACKS))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self._process.stdin
-        os.set_blocking(self._process.stdin.fileno(), False)
+        self._timeouts = self._process.stdin  # what the monitor reads
+        os.set_blocking(self._timeouts.fileno(), False)
         self._path = ""
 
     def write_to(self, stacks: TextIO, path: Path | None = None) -> None:
@@ -48,12 +49,12 @@ class Backstop:
         """Set the timeout: seconds of running time from now."""
         line = f"{max(seconds, 0):.3f} {self._path}".encode(errors="surrogateescape").replace(b"\n", b"?") + b"\n"
         with self._lock, contextlib.suppress(OSError):  # the monitor was killed
-            os.write(self._process.stdin.fileno(), line)  # type: ignore[union-attr]
+            os.write(self._timeouts.fileno(), line)
 
     def close(self) -> None:
         """End the monitor."""
         with self._lock:
-            self._process.stdin.close()  # type: ignore[union-attr]
+            self._timeouts.close()
         self._process.wait()
         faulthandler.unregister(STACKS)
         signal.signal(STACKS, self._before)
