@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import document_triton, selective, selective_triton, window_triton
+from swamla_titan.kernels.attention import selective, selective_triton, window_triton
 from swamla_titan.kernels.attention import window as window_attention
 from swamla_titan.kernels.attention.masks import document_ends, document_starts
 from swamla_titan.kernels.device import Tiles
@@ -151,7 +151,7 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     out, lse = document_attention.run_forward(*inputs, 192**-0.5)
     upstream = torch.randn_like(out)
     document_attention.backward_tiles = lambda: both
-    leave_alone(document_triton, job)
+    leave_alone(document_attention, job)
     return lambda: document_attention.run_backward(upstream, *inputs, out, lse, 192**-0.5)
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.cross_entropy import IGNORE
+from swamla_titan.kernels.triton import jit, tl
 
 # Bytes of a chunk of logits. Smaller chunks would accumulate the weight's gradient more often, and each accumulation
 # reads and writes all of it.
 _CHUNK_BYTES = 2**30
+_IGNORE = tl.constexpr(IGNORE)  # as kernels read it
 _ROUND_TO = 256  # a chunk has a multiple of so many tokens, for the tiles of its matmuls
 
 
@@ -63,13 +65,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         wanted: bool,
     ) -> Tensor:
-        matrix = weight.to(x.dtype)
+        matrix, rows = weight.to(x.dtype), _triton_rows if x.is_cuda else plain_rows
         size = tokens_per_chunk(x.shape[0], weight.shape[0], x.element_size())
         losses, grad_weight = [], None
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else x
         for chunk, its_targets, its_grad in zip(x.split(size), targets.split(size), grad_x.split(size)):
             logits = chunk @ matrix.T
-            losses.append(cross_entropy_rows(logits, its_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
+            losses.append(rows(logits, its_targets, scale, vocab_size, z_loss, label_smoothing, wanted))
             if wanted:  # `logits` now holds their gradient
                 torch.mm(logits, matrix, out=its_grad)
                 grad_weight = _add_matmul(grad_weight, logits.T, chunk)
@@ -98,7 +100,7 @@ def _add_matmul(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out_dtype=torch.float32)
 
 
-def cross_entropy_rows(
+def plain_rows(
     logits: Tensor,
     targets: Tensor,
     scale: Tensor,
@@ -110,23 +112,8 @@ def cross_entropy_rows(
     """Each token's term of the loss of kernels/cross_entropy.py, times `scale`: [N] in float32 (float64 for float64).
 
     logits [N, V] contiguous, targets [N], scale [] in the result's dtype. With `gradient`, logits are overwritten by
-    the gradient of the sum of the terms. CUDA uses a Triton kernel, which reads each row from memory once.
+    the gradient of the sum of the terms.
     """
-    if logits.is_cuda:
-        return _triton_rows(logits, targets, scale, vocab_size, z_loss, label_smoothing, gradient)
-    return plain_rows(logits, targets, scale, vocab_size, z_loss, label_smoothing, gradient)
-
-
-def plain_rows(
-    logits: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    vocab_size: int,
-    z_loss: float,
-    label_smoothing: float,
-    gradient: bool,
-) -> Tensor:
-    """`cross_entropy_rows` in plain PyTorch."""
     wide = logits[:, :vocab_size].to(scale.dtype)
     learned = targets != IGNORE
     columns = torch.where(learned, targets, 0)[:, None]
@@ -152,13 +139,12 @@ def _triton_rows(
     label_smoothing: float,
     gradient: bool,
 ) -> Tensor:
-    from swamla_titan.kernels.cross_entropy_triton import cross_entropy_rows as kernel
-
+    """`plain_rows` by a Triton kernel (CUDA), which reads each row from memory once."""
     assert logits.is_contiguous()
     assert targets.is_contiguous()
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):  # Triton launches on the current one
-        kernel[(logits.shape[0],)](
+        cross_entropy_rows[(logits.shape[0],)](
             *(logits, targets, scale, losses, logits.shape[1], vocab_size, z_loss, label_smoothing),
             SMOOTHED=label_smoothing > 0,
             GRADIENT=gradient,
@@ -166,3 +152,73 @@ def _triton_rows(
             num_warps=8,
         )
     return losses
+
+
+@jit
+def _load_logits(row_ptr, column, real, width):
+    """Logits in float32, minus infinity in padding, which is loaded too so that loads are 16 bytes and aligned."""
+    x = tl.load(row_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    return tl.where(real, x, -float("inf"))
+
+
+@jit
+def cross_entropy_rows(
+    logits_ptr, targets_ptr, scale_ptr, losses_ptr, width, vocab_size, z_loss, label_smoothing,
+    SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss, and with GRADIENT the gradient, of one row of logits [N, width]; columns from vocab_size on are padding.
+
+                        0      BLOCK   ...       vocab_size   width
+        program 0  row [ ..... | ..... | ..... | ..... : padding ]   pass 1: maximum and sum -> losses [row]
+        program 1  row [ ..... | ..... | ..... | ..... : padding ]   pass 2: gradient -> the same row of logits
+
+    The second pass reads from the cache: the row is some 100 KB that this multiprocessor has just read.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * width
+    target = tl.load(targets_ptr + row)
+    if target == _IGNORE:
+        tl.store(losses_ptr + row, 0.0)
+        if GRADIENT:
+            for first in range(0, width, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                zeros = tl.zeros([BLOCK], tl.float32).to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + column, zeros, mask=column < width)
+        return
+
+    target_logit = tl.load(logits_ptr + target).to(tl.float32)  # before any thread may overwrite it
+
+    # Each of BLOCK lanes has a running maximum and sum of its own, so that lanes are reduced once and not per block.
+    highest = tl.full([BLOCK], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    plain = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        real = column < vocab_size
+        x = _load_logits(logits_ptr, column, real, width)
+        # Rescale the sum where the maximum has grown, so that no exponential overflows (arXiv:1805.02867).
+        above = tl.maximum(highest, x)
+        total = total * tl.exp(highest - above) + tl.exp(x - above)
+        highest = above
+        if SMOOTHED:
+            plain += tl.where(real, x, 0.0)
+    largest = tl.max(highest, 0)
+    partition = largest + tl.log(tl.sum(total * tl.exp(highest - largest), 0))
+    scale = tl.load(scale_ptr)
+    loss = partition - (1 - label_smoothing) * target_logit + z_loss * partition * partition
+    if SMOOTHED:
+        loss -= label_smoothing * tl.sum(plain, 0) / vocab_size
+    tl.store(losses_ptr + row, loss * scale)
+
+    if GRADIENT:
+        slope = (1 + 2 * z_loss * partition) * scale
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            real = column < vocab_size
+            x = _load_logits(logits_ptr, column, real, width)
+            # softmax - target, where z-loss scales the softmax and label smoothing spreads the target.
+            grad = tl.exp(x - partition) * slope
+            if SMOOTHED:
+                grad -= tl.where(real, label_smoothing / vocab_size * scale, 0.0)
+            grad -= tl.where(column == target, (1 - label_smoothing) * scale, 0.0)
+            tl.store(logits_ptr + column, grad.to(logits_ptr.dtype.element_ty), mask=column < width)

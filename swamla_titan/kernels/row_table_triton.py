@@ -1,10 +1,9 @@
 """Triton kernels of a table of embeddings: its gradient's sums by row, and Adam of the rows that a step looked up."""
 
-import triton
-import triton.language as tl
+from swamla_titan.kernels.triton import jit, tl
 
 
-@triton.jit
+@jit
 def sum_runs(
     values_ptr, order_ptr, offsets_ptr, sums_ptr, runs, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -35,7 +34,7 @@ def sum_runs(
     tl.store(sums_ptr + run[:, None] * WIDTH + column, total, mask=is_run[:, None] & (column < WIDTH))
 
 
-@triton.jit
+@jit
 def adam_of_rows(
     weight_ptr, first_ptr, second_ptr, touched_ptr, keys_ptr, offsets_ptr, last_ptr, sums_ptr, step_ptr, divisor_ptr,
     bad_ptr, correction1_ptr, correction2_ptr, factor1, factor2, lr, shrink, eps, WIDTH: tl.constexpr,
@@ -77,7 +76,7 @@ def adam_of_rows(
     tl.store(touched_ptr + row, tl.load(step_ptr).to(tl.int32), mask=moves)
 
 
-@triton.jit
+@jit
 def _lerp(start, end, factor):
     """As torch.lerp, which goes from the nearer end: `factor` is the weight if that is below 0.5, else weight - 1."""
     return tl.fma(tl.zeros_like(start) + factor, end - start, tl.where(factor > 0, start, end))

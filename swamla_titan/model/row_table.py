@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
+from swamla_titan.kernels import row_table_triton as kernels
 from swamla_titan.kernels.device import hand_over, on_stream, side_stream, tile_of_rows, why_no_kernels
 from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, rows_as, write_rows, zeros_on_host
 from swamla_titan.model.update_rule import UpdateRule
@@ -51,8 +52,6 @@ class Segments:
         return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
 
     def _sums_by_kernel(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        from swamla_titan.kernels import row_table_triton as kernels
-
         runs, width = len(self.offsets) - 1, values.shape[1]
         sums, tile = values.new_empty(runs, width, dtype=dtype), tile_of_rows(width)
         if runs:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels import row_table_triton as kernels
 from swamla_titan.kernels.device import tile_of_rows
 from swamla_titan.model.row_table import RowGradient
 from swamla_titan.optim.state import Format, dequantize, quantize
@@ -66,8 +67,6 @@ def adam_of_rows(
     that move; in the memory of the GPU or of the host. Operations are those of `adamw` in the same order, each rounded
     to the nearest.
     """
-    from swamla_titan.kernels import row_table_triton as kernels
-
     assert gradient.sums is not None, "nothing was looked up"
     assert gradient.segments is not None
     assert all(each.is_contiguous() for each in held), "rows lie one behind the other"

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import document as document_attention
+from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.causal import KERNELS
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
@@ -151,8 +152,6 @@ def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:
 def _make_heads(
     query: Tensor, keys_values: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor, rotated: Tensor, key: Tensor
 ) -> None:
-    from swamla_titan.kernels.attention import rotary_triton as kernels
-
     tokens, sizes = _sizes(query, keys_values, cos, sin)
     if rope_key.stride(-1) != 1 or rope_key.stride(0) != rope_key.shape[1] * rope_key.stride(1):
         rope_key = rope_key.contiguous()
@@ -172,8 +171,6 @@ def _gradients_of_heads(
     grad_keys_values: Tensor,
     grad_rope_key: Tensor,
 ) -> None:
-    from swamla_titan.kernels.attention import rotary_triton as kernels
-
     tokens, sizes = _sizes(grad_query, grad_keys_values, cos, sin)
     kernels.gradients_of_heads[(tokens,)](
         *(grad_query, grad_key, grad_value, cos, sin, grad_keys_values, grad_rope_key, cos.shape[0] * cos.shape[1]),

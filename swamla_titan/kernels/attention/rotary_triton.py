@@ -1,12 +1,11 @@
 """Triton kernels of rotary embedding between linear layers and attention, forward and backward."""
 
-import triton
-import triton.language as tl
+from swamla_titan.kernels.triton import jit, tl
 
 ROWS = tl.constexpr(32)  # queries and keys per program
 
 
-@triton.jit
+@jit
 def rotate_heads(
     qkv_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, rows, angles, groups,
     PER_KEY: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, BACK: tl.constexpr,
@@ -50,7 +49,7 @@ def rotate_heads(
     tl.store(to + HALF, (second * cos + first * sin).to(kind), mask=mask)
 
 
-@triton.jit
+@jit
 def make_heads(
     query_ptr, keys_values_ptr, rope_key_ptr, cos_ptr, sin_ptr, to_query_ptr, to_key_ptr,
     rope_key_stride, angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
@@ -100,7 +99,7 @@ def make_heads(
         tl.store(to_key_ptr + rope + HALF, tl.broadcast_to(key_second[None, :], (TILE, PADDED_HALF)), mask=in_rope)
 
 
-@triton.jit
+@jit
 def gradients_of_heads(
     grad_query_ptr, grad_key_ptr, grad_value_ptr, cos_ptr, sin_ptr, grad_keys_values_ptr, grad_rope_key_ptr,
     angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,

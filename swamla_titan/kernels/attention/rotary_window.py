@@ -11,6 +11,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.window import run_backward, run_forward
 from swamla_titan.kernels.flops import attention_flops, window_pairs
 
@@ -120,8 +121,6 @@ def _empty_query_key(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotate(qkv: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> None:
     """Rotate queries and keys out of the fused `qkv`; or `back` into it by the inverse rotation, beside its values."""
-    from swamla_titan.kernels.attention import rotary_triton as kernels
-
     batch, length, groups, members, width = qkv.shape
     for each in (qkv, query, key, cos, sin):  # the kernel would read out of bounds otherwise
         assert each.is_contiguous()

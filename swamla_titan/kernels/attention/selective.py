@@ -26,6 +26,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from swamla_titan.kernels.attention import selective_triton as kernels
 from swamla_titan.kernels.attention.document import why_not_document_kernel
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors, tma_readable
@@ -224,9 +225,7 @@ class _Pass:
         self, query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: Sequence[int], scale: float
     ) -> None:
         """query [B, Q, ..., D] and key [B, S, ..., D]; starts and ends as in SelectionRule."""
-        from swamla_titan.kernels.attention import selective_triton
-
-        self.kernels, self.device, self.scale = selective_triton, query.device, scale
+        self.device, self.scale = query.device, scale
         self.batch, self.queries, self.seq_len, self.width = *query.shape[:2], key.shape[1], query.shape[-1]
         for bounds in (starts, ends):  # else it would read what is not there
             assert bounds.shape in ((1, self.seq_len), (self.batch, self.seq_len))
@@ -286,9 +285,9 @@ class _Pass:
 
         By the selecting head's queries [B, Q, D] and keys [B, S, D].
         """
-        tiles, kernel = selection_tiles()[0], self.kernels.select_keys
+        tiles = selection_tiles()[0]
         own = *by, *self.bounds, before, after, after if f is None else f, *_strides(*by)
-        self.launch(kernel, self.by_keys(tiles), number, tiles, *own, STORED=f is not None)
+        self.launch(kernels.select_keys, self.by_keys(tiles), number, tiles, *own, STORED=f is not None)
 
     def grad_selecting(
         self, number: int, by: tuple[Tensor, Tensor], grad: Tensor, after: Tensor, before: Tensor, of_f: bool,
@@ -299,7 +298,7 @@ class _Pass:
         `grad`: the sums of the logits' gradients over heads, if `of_f`; overwritten. `after`: the gradient of the sums
         after the slab, of which comes that of those `before`.
         """
-        tiles, kernels = selection_tiles()[0], self.kernels
+        tiles = selection_tiles()[0]
         own = *by, *self.bounds, grad, after, before, grad_key, *_strides(*by)
         options: dict[str, Any] = {"OF_F": of_f, "ADDED": number < self.last}
         self.launch(kernels.grad_selected, self.by_keys(tiles), number, tiles, *own, **options)
@@ -354,7 +353,7 @@ def _forward(
                 run.select(by, number, *sums, f)
                 own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
                 grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)
-                run.launch(run.kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
+                run.launch(kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
     return out, lse, saved
 
 
@@ -448,7 +447,7 @@ class _GradientsOfHeads:
 
     def add(self, number: int, f: Tensor, grad: Tensor) -> None:
         """Gradients by a slab's queries; `grad` becomes the sum over heads of those of its logits."""
-        run, kernels, starts = self.run, self.run.kernels, self.run.bounds[0]
+        run, starts = self.run, self.run.bounds[0]
         (of_queries, of_keys), of_logits = backward_tiles(), selection_tiles()[1]
         heads = self.query.shape[2]
         rest: dict[str, Any] = {"sizes": (run.queries, heads), "DV": self.value.shape[-1]}

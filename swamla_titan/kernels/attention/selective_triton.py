@@ -12,12 +12,9 @@ of the logits, summed over heads, has the same shape in float32, and grad_select
                                      grad_selected             a column of tiles, last query first; replaces it
                                      grad_selecting            a row of tiles
 
-As in document_triton.py nothing is added atomically, so gradients are the same in every run; a head of 192 is
+As in document.py nothing is added atomically, so gradients are the same in every run; a head of 192 is
 multiplied as 128 + 64; tiles that no query sees are neither computed nor read, because F holds no values there.
 """
-
-import triton
-import triton.language as tl
 
 from swamla_titan.kernels.attention.tiles_triton import (
     LN_2,
@@ -29,24 +26,25 @@ from swamla_titan.kernels.attention.tiles_triton import (
     matmul_of_parts,
     store_part,
 )
+from swamla_titan.kernels.triton import jit, tl
 
 MOST = tl.constexpr(60000.0)  # F is stored in 16 bits: far less makes a weight 0
 
 
-@triton.jit
+@jit
 def _load_tile(base, batch, local, key, rows, room, width, seq_len):
     """Tile [len(local), len(key)] of [B, room, width], of which [B, rows, seq_len] is used, in float32."""
     offsets = (batch * room + local)[:, None] * width + key[None, :]
     return tl.load(base + offsets, mask=(local < rows)[:, None] & (key < seq_len)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _store_tile(base, tile, batch, local, key, rows, room, width, seq_len):
     offsets = (batch * room + local)[:, None] * width + key[None, :]
     tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=(local < rows)[:, None] & (key < seq_len)[None, :])
 
 
-@triton.jit
+@jit
 def _column(starts_ptr, ends_ptr, first, position, rows, seq_len, BM: tl.constexpr, BN: tl.constexpr):
     """Of a tile of keys: the keys, whether each may be selected (all but the first of a document), where its document
     ends; and the rows of the slab, from the beginning of a tile on, that see any of the keys."""
@@ -59,7 +57,7 @@ def _column(starts_ptr, ends_ptr, first, position, rows, seq_len, BM: tl.constex
     return key, selectable, end, begin, stop
 
 
-@triton.jit
+@jit
 def _row(starts_ptr, first, position, rows, BM: tl.constexpr):
     """Of a tile of queries: their rows in the slab and indices in the sequence; where each one's document begins, and
     that of the first and of the last query; and the end of the keys that they see."""
@@ -69,7 +67,7 @@ def _row(starts_ptr, first, position, rows, BM: tl.constexpr):
     return local, position + local, start, tl.load(starts_ptr + position + first), tl.load(starts_ptr + last - 1), last
 
 
-@triton.jit
+@jit
 def select_keys(
     q_ptr, k_ptr, starts_ptr, ends_ptr, before_ptr, after_ptr, f_ptr,
     q_batch, q_token, k_batch, k_token, starts_batch, row, position, rows, room, width, seq_len, scale,
@@ -107,7 +105,7 @@ def select_keys(
     tl.store(after_ptr + batch * seq_len + key, total, mask=key < seq_len)
 
 
-@triton.jit
+@jit
 def selective_forward(
     k_wide, k_narrow, v_wide, f_tiles, q_ptr, out_ptr, lse_ptr, starts_ptr,
     q_batch, q_token, q_head, out_batch, out_token, out_head,
@@ -149,7 +147,7 @@ def selective_forward(
     tl.store(lse_ptr + (batch * heads + head) * queries + row + local, lse, mask=local < rows)
 
 
-@triton.jit
+@jit
 def selective_grad_query(
     k_wide, k_narrow, v_wide, f_tiles, q_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, starts_ptr,
     q_batch, q_token, q_head, out_batch, out_token, out_head, do_batch, do_token, do_head,
@@ -195,7 +193,7 @@ def selective_grad_query(
         store_part(dq_ptr, dq_token, row + local, row + rows, dq2 * scale, D1, D2)
 
 
-@triton.jit
+@jit
 def _add_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr, ADDED: tl.constexpr):
     """store_part, ADDED to what is there."""
     if ADDED:
@@ -203,7 +201,7 @@ def _add_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.
     store_part(base, stride, rows, seq_len, tile, FIRST, WIDTH)
 
 
-@triton.jit
+@jit
 def selective_grad_key_value(
     q_wide, q_narrow, do_wide, f_tiles, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, starts_ptr, ends_ptr,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,
@@ -257,7 +255,7 @@ def selective_grad_key_value(
     _add_part(dv_ptr + batch * dv_batch + head * dv_head, dv_token, key, seq_len, dv, 0, DV, ADDED)
 
 
-@triton.jit
+@jit
 def selection_grad(
     q_wide, q_narrow, do_wide, k_wide, k_narrow, v_wide, f_ptr, grad_ptr, lse_ptr, delta_ptr, starts_ptr,
     starts_batch, row, position, rows, room, width, queries, heads, seq_len, scale,
@@ -294,7 +292,7 @@ def selection_grad(
         _store_tile(grad_ptr, total, batch, local, key, rows, room, width, seq_len)
 
 
-@triton.jit
+@jit
 def grad_selected(
     q_ptr, k_ptr, starts_ptr, ends_ptr, grad_ptr, after_ptr, before_ptr, dk_ptr,
     q_batch, q_token, k_batch, k_token, starts_batch, row, position, rows, room, width, seq_len, scale,
@@ -350,7 +348,7 @@ def grad_selected(
         _add_part(dk_ptr, D1 + D2, key, seq_len, dk2 * scale, D1, D2, ADDED)
 
 
-@triton.jit
+@jit
 def grad_selecting(
     k_ptr, starts_ptr, grad_ptr, dq_ptr, k_batch, k_token,
     starts_batch, row, position, rows, room, width, queries, seq_len, scale,

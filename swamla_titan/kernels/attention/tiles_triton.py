@@ -3,8 +3,7 @@
 head of 96   [ D1 = 64 | D2 = 32 ]      head of 128   [ D1 = 128 ], D2 = 0
 """
 
-import triton
-import triton.language as tl
+from swamla_titan.kernels.triton import jit, tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -12,7 +11,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(-1.0e30)
 
 
-@triton.jit
+@jit
 def load_part(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Columns FIRST ... FIRST + WIDTH of the given rows (tokens): [len(rows), WIDTH], zeros outside of the sequence."""
     columns = FIRST + tl.arange(0, WIDTH)
@@ -21,7 +20,7 @@ def load_part(base, stride, rows, seq_len, FIRST: tl.constexpr, WIDTH: tl.conste
     return tl.load(base + offsets, mask=inside[:, None], other=0.0)
 
 
-@triton.jit
+@jit
 def load_parts(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     """Both parts of ROWS rows from `row` on, by the tensor memory accelerator; zeros after the last row.
 
@@ -34,7 +33,7 @@ def load_parts(wide, narrow, batch, row, head, ROWS: tl.constexpr, D1: tl.conste
     return part1, part2
 
 
-@triton.jit
+@jit
 def load_parts_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexpr):
     """Both parts of the given rows; zeros outside of the sequence."""
     part1 = load_part(base, stride, rows, seq_len, 0, D1)
@@ -44,7 +43,7 @@ def load_parts_at(base, stride, rows, seq_len, D1: tl.constexpr, D2: tl.constexp
     return part1, part2
 
 
-@triton.jit
+@jit
 def store_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Store columns FIRST ... FIRST + WIDTH of the given rows that are in the sequence."""
     columns = FIRST + tl.arange(0, WIDTH)
@@ -52,7 +51,7 @@ def store_part(base, stride, rows, seq_len, tile, FIRST: tl.constexpr, WIDTH: tl
     tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=(rows < seq_len)[:, None])
 
 
-@triton.jit
+@jit
 def matmul_of_parts(a1, a2, b1, b2, SPLIT: tl.constexpr):
     """a b^T over both parts of the head's width, in float32."""
     out = tl.dot(a1, tl.trans(b1), input_precision="ieee")

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from swamla_titan.kernels.attention import window_triton as kernels
 from swamla_titan.kernels.device import (
     Limit,
     SplitWidth,
@@ -121,8 +122,6 @@ def run_forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out and lse as by `_forward`, for operators that compute more than attention."""
-    from swamla_titan.kernels.attention import window_triton as kernels
-
     batch, length, heads, width = query.shape
     # The kernels would read out of bounds otherwise.
     assert key.shape == value.shape == (batch, length, key.shape[2], width)
@@ -161,8 +160,6 @@ def run_backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients of query, key and value into `gradients`, tensors of their shapes and any strides."""
-    from swamla_titan.kernels.attention import window_triton as kernels
-
     grad_out = tma_readable(grad_out)
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = gradients

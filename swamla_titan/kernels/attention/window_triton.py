@@ -18,9 +18,6 @@ contributions of near queries. Without atomic additions, so that gradients are d
 as 64 + 32, because Triton's tiles are powers of two; those of 128 in float32 as 64 + 64, because of the registers.
 """
 
-import triton
-import triton.language as tl
-
 from swamla_titan.kernels.attention.tiles_triton import (
     LN_2,
     LOG2_E,
@@ -31,13 +28,14 @@ from swamla_titan.kernels.attention.tiles_triton import (
     matmul_of_parts,
     store_part,
 )
+from swamla_titan.kernels.triton import jit, tl
 
 SUM_TILES = tl.constexpr(16)  # tiles of queries whose contributions are loaded and summed at a time, in
 SUM_ELEMENTS = tl.constexpr(256)  # blocks of so many elements
 FAR = tl.constexpr(16)  # far keys at a time: the smallest tile that a tensor core takes
 
 
-@triton.jit
+@jit
 def _near(first_query, document, WINDOW: tl.constexpr, STEP: tl.constexpr):
     """The first near key, a multiple of STEP, of the tile of queries from `first_query` on.
 
@@ -46,7 +44,7 @@ def _near(first_query, document, WINDOW: tl.constexpr, STEP: tl.constexpr):
     return tl.maximum(first_query - WINDOW + 1, document) // STEP * STEP
 
 
-@triton.jit
+@jit
 def _phases(
     first, last, near, document,
     WINDOW: tl.constexpr, SINK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -65,7 +63,7 @@ def _phases(
     return sinks_end, tl.maximum(sinks_end, _near(first, document, WINDOW, BN))
 
 
-@triton.jit
+@jit
 def _sees(query, key, start, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr):
     """`sees` of kernels/attention/masks.py; SINK 0: without sinks."""
     seen = (query - key).to(tl.uint32) < WINDOW  # one comparison for both ends: negative values wrap to large ones
@@ -76,7 +74,7 @@ def _sees(query, key, start, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS
     return seen
 
 
-@triton.jit
+@jit
 def _attend(
     highest, total, out1, out2, q1, q2, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr
 ):  # fmt: skip
@@ -96,7 +94,7 @@ def _attend(
     return new_highest, total, out1, out2
 
 
-@triton.jit
+@jit
 def window_forward(
     k_wide, k_narrow, v_wide, v_narrow, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, starts_ptr,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, out_batch, out_token, out_head,
@@ -164,7 +162,7 @@ def window_forward(
     tl.store(lse_ptr + query, (highest + tl.log2(total)) * LN_2, mask=query < seq_len)
 
 
-@triton.jit
+@jit
 def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, seen, scale_log2, D2: tl.constexpr):
     """Add the keys' contribution to the queries' gradients; also return weights and gradients of scores."""
     weights = tl.exp2(matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - lse_log2[:, None])
@@ -176,7 +174,7 @@ def _grad_query(dq1, dq2, q1, q2, do1, do2, lse_log2, delta, k1, k2, v1, v2, see
     return dq1, dq2, weights.to(k1.dtype), grad
 
 
-@triton.jit
+@jit
 def window_grad_query(
     k_wide, k_narrow, v_wide, v_narrow,
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, far_ptr, starts_ptr,
@@ -272,7 +270,7 @@ def window_grad_query(
         store_part(dq_ptr, dq_token, query, seq_len, dq2 * scale, D1, D2)
 
 
-@triton.jit
+@jit
 def _grad_key_value(
     dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_wide, q_narrow, do_wide, do_narrow, lse_ptr, delta_ptr, starts_ptr,
     batch, head, begin, key, seq_len, scale_log2,
@@ -310,7 +308,7 @@ def _grad_key_value(
     return dk1, dk2, dv1, dv2
 
 
-@triton.jit
+@jit
 def _has_far(first, newest, seq_len, SINK: tl.constexpr, BN: tl.constexpr):
     """Whether the tile of keys from `first` on may hold sinks that are far keys of some query.
 
@@ -319,7 +317,7 @@ def _has_far(first, newest, seq_len, SINK: tl.constexpr, BN: tl.constexpr):
     return (newest + SINK > first) & (first + BN < seq_len)
 
 
-@triton.jit
+@jit
 def window_sum_far(
     far_ptr, sums_ptr, starts_ptr, heads, seq_len, tiles,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -358,7 +356,7 @@ def window_sum_far(
             tl.store(sums_ptr + element, total, mask=element < 2 * SINK * D)
 
 
-@triton.jit
+@jit
 def _far_sum(sums_ptr, index, SINK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """Columns FIRST ... FIRST + WIDTH of the sums for the sinks `index`; zeros where that is no sink's."""
     columns = FIRST + tl.arange(0, WIDTH)
@@ -366,7 +364,7 @@ def _far_sum(sums_ptr, index, SINK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl
     return tl.load(sums_ptr + index[:, None] * D + columns[None, :], mask=is_sink, other=0.0)
 
 
-@triton.jit
+@jit
 def window_grad_key_value(
     q_wide, q_narrow, do_wide, do_narrow, k_ptr, v_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, sums_ptr, starts_ptr,
     k_batch, k_token, k_head, v_batch, v_token, v_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,

@@ -15,6 +15,7 @@ x^T while they read their input once. All casts round to the activations' dtype 
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels.float8 import casts_triton as kernels
 from swamla_titan.kernels.operator import inlined, operator
 from swamla_titan.kernels.swiglu import swiglu
 
@@ -39,8 +40,6 @@ def tensor_amax(x: Tensor) -> Tensor:
     """The largest absolute value of x, a float32 scalar."""
     if not _by_kernels(x):
         return torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)
-    from swamla_titan.kernels.float8 import casts_triton as kernels
-
     x = x.contiguous()
     found = x.new_empty(-(-x.numel() // _BLOCK), dtype=torch.int32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
@@ -250,8 +249,6 @@ def _by_kernels(x: Tensor) -> bool:
 
 def _launch(name: str, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool], **options: bool | int) -> None:
     """Launch a kernel with one program per tile; the last two inputs are the numbers of rows and columns."""
-    from swamla_titan.kernels.float8 import casts_triton as kernels
-
     rows, columns = inputs[-2:]
     assert isinstance(rows, int)
     assert isinstance(columns, int)

@@ -13,11 +13,10 @@ are written in full sectors. All kernels but the plain amax have the grid (tiles
 saturate, but because the scale follows from amax nothing here is out of range.
 """
 
-import triton
-import triton.language as tl
+from swamla_titan.kernels.triton import jit, tl
 
 
-@triton.jit
+@jit
 def _quantized(values, scale_ptr, out_ptr):
     # The load is volatile so that the two copies share no conversion: if ptxas 12.8 stores the same converted float32
     # values both untransposed and, byte by byte, transposed, it loses half of the conversions and reads registers that
@@ -27,7 +26,7 @@ def _quantized(values, scale_ptr, out_ptr):
     return (values * (1.0 / tl.load(scale_ptr, volatile=True))).to(out_ptr.dtype.element_ty)
 
 
-@triton.jit
+@jit
 def _store_with_transposed(
     values, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns,
     UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -44,13 +43,13 @@ def _store_with_transposed(
         tl.store(out_t_ptr + at, tl.trans(_quantized(values, scale_ptr, out_t_ptr)), mask=inside)
 
 
-@triton.jit
+@jit
 def _rows_and_columns(R: tl.constexpr, C: tl.constexpr):
     """The indices [R] and [C] of this program's tile."""
     return tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
 
 
-@triton.jit
+@jit
 def _gate_column(GROUP: tl.constexpr, C: tl.constexpr):
     """The columns in gate_up of this program's gates; the up projections of the same units are GROUP further right."""
     parts: tl.constexpr = GROUP // C
@@ -59,7 +58,7 @@ def _gate_column(GROUP: tl.constexpr, C: tl.constexpr):
     return tile // parts * (2 * GROUP) + tile % parts * C + tl.arange(0, C)
 
 
-@triton.jit
+@jit
 def _load_tile(x_ptr, row, column, rows, stride, end):
     """[R, C] of a matrix whose rows are `stride` apart, in float32; zeros from row `rows` and column `end` on."""
     at = row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -67,7 +66,7 @@ def _load_tile(x_ptr, row, column, rows, stride, end):
     return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _rounded(x, TO_BFLOAT16: tl.constexpr):
     """x in float32, rounded to bfloat16 if asked."""
     if TO_BFLOAT16:
@@ -75,7 +74,7 @@ def _rounded(x, TO_BFLOAT16: tl.constexpr):
     return x
 
 
-@triton.jit
+@jit
 def float8_cast(
     x_ptr, scale_ptr, out_ptr, out_t_ptr, after_ptr, rows, columns,
     TO_BFLOAT16: tl.constexpr, UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -92,7 +91,7 @@ def float8_cast(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def float8_rms_norm(
     x_ptr, weight_ptr, rstd_ptr, scale_ptr, out_ptr, out_t_ptr, rows, columns,
     TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -110,7 +109,7 @@ def float8_rms_norm(
     _store_with_transposed(x, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns, True, TRANSPOSED)
 
 
-@triton.jit
+@jit
 def float8_swiglu(
     gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
     GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -130,7 +129,7 @@ def float8_swiglu(
     _store_with_transposed(out, scale_ptr, out_ptr, out_t_ptr, row, column, rows, hidden, True, TRANSPOSED)
 
 
-@triton.jit
+@jit
 def float8_swiglu_backward(
     grad_ptr, gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
     GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -154,13 +153,13 @@ def float8_swiglu_backward(
     _store_with_transposed(grad_up, scale_ptr, out_ptr, out_t_ptr, row, up_column, rows, 2 * hidden, True, True)
 
 
-@triton.jit
+@jit
 def _abs_bits(x):
     """The bits of |x|, float32, as int32: ordered as the absolute values are, with NaN above infinity."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
+@jit
 def float8_amax(x_ptr, amax_ptr, elements, BLOCK: tl.constexpr):
     """The bits of the amax of each BLOCK of x [elements]: int32 [programs].
 
@@ -173,7 +172,7 @@ def float8_amax(x_ptr, amax_ptr, elements, BLOCK: tl.constexpr):
     tl.store(amax_ptr + tl.program_id(0), tl.max(_abs_bits(x), 0))
 
 
-@triton.jit
+@jit
 def float8_swiglu_amax(
     gate_up_ptr, grad_ptr, amax_ptr, rows, hidden,
     GROUP: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
