@@ -75,8 +75,8 @@ def exclusive(folder: Path) -> Iterator[Hold]:
     The operating system releases the lock when the process ends, however it ends; a file server releases those of a
     lost machine after a minute or two. So this waits up to `LEAVING` seconds for an earlier process of the same run.
 
-    Raises UserError if another process holds the folder, or if it cannot be made. Removes a folder that it has made and
-    in which nothing was written.
+    Raises UserError if another process holds the folder, or if it cannot be made. A folder that it made is removed at
+    the end if nothing was written there.
     """
     is_new = not folder.exists()
     hold, lock = _held(folder)
@@ -171,7 +171,7 @@ def _holder(lock: TextIO) -> str:
 
 
 def validate_folder(folder: Path) -> None:
-    """Raise UserError for what makes `prepare_folder` fail, as far as reading can find it."""
+    """Raise UserError for what would make `prepare_folder` fail, as far as that is found without writing."""
     for name, is_folder in {"checkpoints": True, "logs": True, "metrics.jsonl": False, "config.toml": False}.items():
         path = folder / name
         if path.exists() and path.is_dir() != is_folder:
@@ -184,7 +184,7 @@ def validate_folder(folder: Path) -> None:
 
 
 def validate_exclusive(folder: Path) -> None:
-    """Raise UserError for what makes `exclusive` fail, as far as reading can find it."""
+    """Raise UserError for what would make `exclusive` fail, as far as that is found without writing."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not existing.is_dir():
         raise _unusable(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(existing)))

@@ -26,7 +26,7 @@ from swamla_titan.system.bounded import read_regular
 # Group -> name within the group -> tensor; a checkpoint stores it as "group.name".
 Tensors = Mapping[str, Mapping[str, Tensor]]
 _SHOWN = 8  # tensors that do not fit, in a message
-_PIECE = 1 << 28  # elements of a tensor that are looked at together
+_PIECE = 1 << 28  # elements of a tensor that are tested at once
 
 
 def load_tensors(path: Path, tensors: Tensors, world: World | None = None, optional: Tensors | None = None) -> None:

@@ -111,7 +111,7 @@ class Checkpoints:
         try:
             self._write(tensors, state, files, temporary, final)
         except RunFailed as error:
-            # Only now: while one rank fails, others may still be at work in there.
+            # Only now, because while one rank fails, others may still write there.
             if self.world.is_rank_0 and not isinstance(error, FolderLost):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -266,7 +266,7 @@ class Checkpoints:
         return [path for path in self._candidates() if path.name == name_of(_step_of(path))]
 
     def _candidates(self) -> list[Path]:
-        """`finished`, and checkpoints that somebody has renamed to similar names: to be warned of, never used."""
+        """`finished`, and checkpoints that were renamed to similar names, which are reported and never used."""
         try:
             found = [path for path in self.folder.iterdir() if _NAMED.fullmatch(path.name)]
         except (FileNotFoundError, NotADirectoryError):  # saving refuses a file at this path
@@ -289,8 +289,8 @@ class Checkpoints:
         This run did not write what has the name of a later step: it neither counts nor is removed.
         """
         older = [path for path in self.finished() if _step_of(path) < _step_of(committed)]
-        # Damaged ones neither count as kept nor are removed, because they may be all that is left of a step; likewise
-        # folders to which somebody has added a file, and copies under the name of another step.
+        # Damaged ones neither count as kept nor are removed, because they may be all that is left of a step. The same
+        # holds for folders to which a file was added, and for copies under the name of another step.
         ours = [committed, *filter(self._is_removable, older)]
         others = ours[self.keep_latest :] if self.keep_latest else []
         protected = self.protected(ours[: self.keep_latest], others) if others else ()

@@ -6,6 +6,7 @@ memory stays uninitialized. It reads each chunk with torch.load, which trusts th
 
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
@@ -114,7 +115,7 @@ def _overlap(chunks: list[tuple[torch.Size, torch.Size]]) -> bool:
     ]
     cells = [len(each) - 1 for each in borders]
     if math.prod(cells) > _CELLS:
-        return True  # no plan shards a tensor like that
+        return True  # because no parallel plan shards a tensor so finely
     indices = [{border: index for index, border in enumerate(each)} for each in borders]
     taken = np.zeros(cells, dtype=bool)
     for offsets, sizes in chunks:
@@ -148,28 +149,20 @@ def chunk_problem(folder: Path, index: metadata.Metadata, start: int, step: int)
         for chunk in entry.chunks
     ]
     # By file, so that each is opened once.
-    order = sorted(range(start, len(chunks), step), key=lambda place: chunks[place][3].relative_path)
-    found = list(_chunk_problems(folder, chunks, order))
-    return min(found, default=None)
+    order = sorted(range(start, len(chunks), step), key=lambda index: chunks[index][3].relative_path)
+    return min(_chunk_problems(folder, chunks, order), default=None)
 
 
 def _chunk_problems(folder: Path, chunks: list[Any], order: list[int]) -> Iterator[tuple[int, str]]:
-    file, opened = None, ""
-    try:
-        for place in order:
-            name, dtype, sizes, info = chunks[place]
-            if file is None or info.relative_path != opened:
-                if file is not None:
-                    file.close()
-                file, opened = (folder / info.relative_path).open("rb"), info.relative_path
-            try:
-                _require_chunk(Window(file, info.offset, info.length), dtype, sizes)
-            except _NO_ARCHIVE as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                yield place, f"{info.relative_path} does not hold {name[:200]} as the index has it ({reason})"
-    finally:
-        if file is not None:
-            file.close()
+    for file_name, indices in itertools.groupby(order, lambda index: chunks[index][3].relative_path):
+        with (folder / file_name).open("rb") as file:
+            for index in indices:
+                name, dtype, sizes, info = chunks[index]
+                try:
+                    _require_chunk(Window(file, info.offset, info.length), dtype, sizes)
+                except _NO_ARCHIVE as error:
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    yield index, f"{file_name} does not hold {name[:200]} as the index has it ({reason})"
 
 
 # Errors of the readers of archives if a file is none.

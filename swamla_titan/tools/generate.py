@@ -144,7 +144,7 @@ def generate_from_checkpoint(
 
 
 def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Before a checkpoint is read, which may take a minute."""
+    """Raise UserError for options out of range before a checkpoint is read, which may take a minute."""
     try:
         check_options(max_new_tokens, temperature, top_k, top_p)
     except ValueError as error:
@@ -164,8 +164,8 @@ def _as_text(argument: str) -> str:
 def _prompts(texts: tuple[str, ...], tokenizer: Tokenizer, document_mask: bool) -> list[list[int]]:
     """The tokens of each prompt. An empty one starts as a document does, after the end of the one before it.
 
-    Under document_mask that end has nowhere to stand: what predicts a document's first token is the end of another
-    document, seen together with that document's text. Alone at position 0 the model has hardly ever seen it.
+    Raises UserError for an empty one under document_mask, where the end of another document predicts a document's first
+    token, together with that document's text. Alone at position 0 the model has hardly ever seen it.
     """
     prompts = [tokenizer.encode(text) for text in texts]
     if document_mask and not all(prompts):

@@ -287,17 +287,17 @@ def kept_elements(model: ModelConfig, kind: str, context: int = 1, tensor: int =
 
 
 def kept_by_branch(model: ModelConfig, kind: str, branch: str, context: int = 1, tensor: int = 1) -> float:
-    """What one residual branch keeps of it: its input, the norm's result and what comes of that."""
+    """What one residual branch keeps of it: its input, the norm's result, and what the branch saves."""
     saved = _branch(model, kind, branch).saved(model, tensor)
     return (model.dim / tensor + model.dim + saved.local) / context + saved.sequence
 
 
 def native_savings(model: ModelConfig, kind: str, converted: Collection[str], itemsize: int, tensor: int = 1) -> float:
-    """Elements of `itemsize` bytes that a block of `kind` keeps less by native float8 for each own token, or more.
+    """Elements of `itemsize` bytes for each own token that native float8 saves in a block of `kind`; may be negative.
 
-    `converted` are linear layers by their names in a block. Their inputs are kept in one byte instead, what one norm
-    gives to several once; but what reads the norm's result beside them keeps that, and an operator that saves its
-    result for itself, as attention, keeps that beside the input of the next layer.
+    `converted` are linear layers by their names in a block. Their inputs are kept in one byte instead, and once if
+    several read the same norm's result. But another reader of that result keeps it too, and an operator that saves its
+    own result, such as attention, keeps it beside the input of the next layer.
     """
     total = 0.0
     for branch in Block.branches:
@@ -316,7 +316,7 @@ def native_savings(model: ModelConfig, kind: str, converted: Collection[str], it
 
 def has_operators(model: ModelConfig, kind: str, converted: Collection[str]) -> bool:
     """Whether norms and SwiGLU of a block of `kind` are operators of native float8, with these layers converted."""
-    if model.norm != "rmsnorm":  # the other is cast, but computed as ever
+    if model.norm != "rmsnorm":  # the other's result is cast, but there is no operator for it
         return False
     readers = _branch(model, kind, "attention").input_readers()
     names = {f"attention.{name}" for name in readers} | _linears(model, kind, "feed_forward").keys()
@@ -347,12 +347,12 @@ def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: i
 
 
 def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: int = 1) -> int:
-    """Bytes for one sequence that the backward pass of the largest recomputed region makes again; 0 where none is."""
+    """Bytes for one sequence that the backward pass of the largest recomputed region recomputes; 0 without one."""
     return round(max((_of_layer(config, degrees, layer, rows)[1] for layer in layers), default=0))
 
 
 def _of_layer(config: Config, degrees: Degrees, layer: int, rows: int) -> tuple[float, float]:
-    """Bytes for one sequence that a layer keeps, and that its largest recomputed region makes again."""
+    """Bytes for one sequence that a layer keeps, and that its largest recomputed region recomputes."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
     branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
@@ -360,26 +360,26 @@ def _of_layer(config: Config, degrees: Degrees, layer: int, rows: int) -> tuple[
     branches["attention"] += sums
     its_input = model.dim / (degrees.tensor * degrees.context)
     regions = checkpointed_regions(settings, layer)
-    again = 0.0
+    recomputed = 0.0
     kept = sum(branches.values())
     for region in regions.values():
-        whole = sum(branches[branch] for branch in region)
+        without = sum(branches[branch] for branch in region)  # checkpointing
         of_region = its_input
         if keeps_operators(settings):
             of_region += sum(kept_by_operators(model, kind, each, degrees.context, degrees.tensor) for each in region)
             of_region += sums if "attention" in region else 0
-        again = max(again, whole - of_region)
-        kept += of_region - whole
-    if settings.memory_budget < 1:  # the compiler's, of what lies between the inputs and all
-        again = (1 - settings.memory_budget) * (kept - its_input)
-        kept -= again
+        recomputed = max(recomputed, without - of_region)
+        kept += of_region - without
+    if settings.memory_budget < 1:  # of the compiler: 0 keeps the inputs alone, 1 everything
+        recomputed = (1 - settings.memory_budget) * (kept - its_input)
+        kept -= recomputed
     of_annexes, of_one = _of_annexes(config, degrees, layer)
     unit = config.training.seq_len * getattr(torch, config.training.compute_dtype).itemsize
-    return (kept + of_annexes) * unit, max(again, of_one) * unit
+    return (kept + of_annexes) * unit, max(recomputed, of_one) * unit
 
 
 def _of_annexes(config: Config, degrees: Degrees, layer: int) -> tuple[float, float]:
-    """Elements a token that the annexes before a layer keep, and that the largest recomputed one makes again."""
+    """Elements a token that the annexes before a layer keep, and that the largest recomputed one recomputes."""
     model, settings = config.model, config.activation_checkpoint
     its_input, total, most = model.dim / (degrees.tensor * degrees.context), 0.0, 0.0
     for annex in annexes_of(model, layer).values():
@@ -411,7 +411,7 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
 
 
 def _sums_of_selection(config: Config, degrees: Degrees, kind: str, rows: int) -> float:
-    """What our kernels of selective attention save for each token beside what any attention does, in 16 bits."""
+    """What our kernels of selective attention save for each token beyond other attention, in units of 16 bits."""
     mixer, training = BLOCKS[kind], config.training
     itemsize = getattr(torch, training.compute_dtype).itemsize
     if not issubclass(mixer, Attention) or mixer.selection_head(config.model) is None or itemsize > 2:
@@ -424,8 +424,8 @@ def _sums_of_selection(config: Config, degrees: Degrees, kind: str, rows: int) -
 def recomputed_operations(config: Config, layer: int) -> int:
     """Operations of a layer's forward pass over a sequence that its backward pass repeats, by model/flops.py's count.
 
-    The output layer of a region's last branch is not repeated: nothing in the backward pass asks for its result. What
-    the compiler repeats by `memory_budget` is its own choice, and not counted.
+    The output layer of a region's last branch is not repeated, because the backward pass does not need its result. Not
+    counted is what the compiler repeats by `memory_budget`, because that is its own choice.
     """
     model, settings, length = config.model, config.activation_checkpoint, config.training.seq_len
     regions = checkpointed_regions(settings, layer)
@@ -435,23 +435,23 @@ def recomputed_operations(config: Config, layer: int) -> int:
     operators, total = keeps_operators(settings), 0
     for region in regions.values():
         linears = [(branch, linear) for branch in region for linear in _linears(model, kind, branch).values()]
-        again = [
+        repeated = [
             linear.weight.numel()
             for branch, linear in linears
             if (linear.spec.recomputed or not operators)
             and not (branch == region[-1] and linear.spec.role is Role.RESIDUAL_OUTPUT)
         ]
-        total += 2 * length * sum(again)
+        total += 2 * length * sum(repeated)
         if "attention" in region and not operators:
             total += BLOCKS[kind].flops(model, BLOCKS[kind].pairs(model, length))
     return total
 
 
 def recomputed_share(config: Config) -> float:
-    """Operations that the backward passes repeat, over those of training without."""
+    """Operations that the backward passes repeat, as a share of those of training without checkpointing."""
     model, length = config.model, config.training.seq_len
-    again = sum(recomputed_operations(config, layer) for layer in range(model.num_layers))
-    return again / (length * training_flops_per_token(model, length))
+    repeated = sum(recomputed_operations(config, layer) for layer in range(model.num_layers))
+    return repeated / (length * training_flops_per_token(model, length))
 
 
 def _branch(model: ModelConfig, kind: str, branch: str) -> Branch:

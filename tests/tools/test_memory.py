@@ -12,7 +12,6 @@ from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.engram_config import EngramConfig
-from swamla_titan.model.row_table import row_tables
 from swamla_titan.model.sequences import FullSequences
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -232,9 +231,7 @@ def test_what_a_checkpointed_annex_keeps(d_mem):
             compile=Compile(enabled=False),
             activation_checkpoint=settings,
         )
-        tables = set(row_tables(model))  # whose rows are made, and not the tables
-        seen = (weight for weight in (*model.blocks.parameters(), *model.annexes.parameters()) if weight not in tables)
-        weights = sum(weight.nbytes for weight in seen)
+        weights = sum(weight.nbytes for weight in (*model.blocks.parameters(), *model.annexes.parameters()))
         return witness.held() - weights, ROWS * block_bytes(config, Degrees(), range(3))
 
     (without, planned), (beside, more) = held(EngramConfig()), held(EngramConfig((1,), d_mem=d_mem, table_size=31))
