@@ -181,7 +181,7 @@ def _refuse_numbers(arguments: list[str]) -> None:
     if arguments[:1] not in (["train"], ["plan"], ["check"]):
         return
     keys = "training.local_batch_size", "training.seq_len", "training.steps"
-    takes_none = "--dry-run", "--json"  # of the options; behind each other one a number is its value
+    takes_none = "--dry-run", "--json"  # a number behind any other option is its value
     numbers = [
         each
         for before, each in zip(["", *arguments], arguments)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -233,21 +234,21 @@ def remove(path: Path) -> None:
 def _digest(path: Path, kind: str) -> str:
     """Compute a file's digest of one of the two kinds."""
     if kind == _OF_CONTENT:
-        return _sha256(path, 0, None).hex()
+        return _sha256(path).hex()
     # Threads, because hashlib releases the GIL.
     with ThreadPoolExecutor(_THREADS) as pool:
         pieces = pool.map(lambda start: _sha256(path, start, PIECE), range(0, path.stat().st_size, PIECE))
         return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
-def _sha256(path: Path, start: int, size: int | None) -> bytes:
-    """The digest of `size` bytes from `start` on, or of as many as there are; None: to the end."""
-    digest, left = hashlib.sha256(), size
+def _sha256(path: Path, start: int = 0, left: int = sys.maxsize) -> bytes:
+    """The digest of `left` bytes from `start` on, or of as many as there are."""
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while chunk := file.read(1 << 20 if left is None else min(1 << 20, left)):
+        while chunk := file.read(min(1 << 20, left)):
             digest.update(chunk)
-            left = None if left is None else left - len(chunk)
+            left -= len(chunk)
     return digest.digest()
 
 

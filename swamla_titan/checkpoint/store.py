@@ -170,7 +170,7 @@ class Checkpoints:
             free += limit_of_files()
             raise RunFailed(f"{final} could not be written ({reason}){free}") from error
 
-    def newest_intact(self, usable: Callable[[Path], object] = lambda path: None) -> Path | None:
+    def newest_intact(self, usable: Callable[[Path], None] = lambda path: None) -> Path | None:
         """The newest intact checkpoint; None if there is no checkpoint at all. The same on all ranks.
 
         All ranks call it and share the reading. Damaged checkpoints are skipped with a warning, and so are those for
@@ -212,11 +212,11 @@ class Checkpoints:
                 logger.warning("checkpoint skipped: %s", error)
         return None
 
-    def _problem(self, path: Path, usable: Callable[[Path], object] = lambda path: None) -> str | None:
+    def _problem(self, path: Path, usable: Callable[[Path], None] = lambda path: None) -> str | None:
         """What is wrong with a checkpoint; all ranks share the reading. Raises UnknownGroup: it is not damaged."""
         try:
             require_intact(path, self.world, self._known)
-            broadcast_from_rank_0(self.world, lambda: (usable(path), None)[1])
+            broadcast_from_rank_0(self.world, lambda: usable(path))
         except UnknownGroup:
             raise
         except UserError as error:

@@ -26,7 +26,7 @@ from swamla_titan.train.step import GROUPS
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
-def find_checkpoint(name: str, usable: Callable[[Path], object] = lambda path: None) -> Path:
+def find_checkpoint(name: str, usable: Callable[[Path], None] = lambda path: None) -> Path:
     """The checkpoint folder `name`, or the newest intact one of the dump folder `name` that is also usable.
 
     Raises UserError if there is none, if the one asked for is damaged, or if `usable(path)` raises it.
