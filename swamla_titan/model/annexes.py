@@ -86,6 +86,23 @@ class PreparedLookUp:
             )
 
 
+class _Joined(torch.autograd.Function):
+    """The stream and what was looked up, as they are, through one node of the graph.
+
+    Where a pipeline splits its backward pass, torch computes the gradients of a weight from the first nodes behind it
+    that the stage's input reaches too. So those behind what was looked up must be the linear layers: if keys met the
+    stream first in the gate, values would meet it behind the gate, and the gate would be computed backward twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     """How often each was written to, views of one tensor counted together; None where torch does not count."""
     return tuple(None if each is None or each.is_inference() else each._version for each in tensors)
@@ -210,7 +227,8 @@ class ModelAnnexes(nn.ModuleDict):
             return x
         assert memories is not None
         for name, annex in self._of_layer(layer):
-            x, *seen = annex(x, memories.rows[layer, name], memories.context)
+            x, rows = _Joined.apply(x, memories.rows[layer, name])
+            x, *seen = annex(x, rows, memories.context)
             if self.training and seen:
                 annex.observe(seen, memories.counted)
         return x
