@@ -190,7 +190,7 @@ def _chunked(
 
 
 @_chunked.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, kernel: str) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     return out, query.new_empty(batch, heads, length, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -232,17 +232,7 @@ def _chunked_backward(
 
 
 @_chunked_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    starts: list[int],
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

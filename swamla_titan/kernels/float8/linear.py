@@ -106,18 +106,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(
-    x: Tensor,
-    x_data: Tensor,
-    x_transposed: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_data: Tensor,
-    weight_transposed: Tensor,
-    weight_scale: Tensor,
-    gradients: torch.dtype,
-    fast: bool,
-) -> Tensor:
+def _(x: Tensor, x_data: Tensor, x_transposed: Tensor, x_scale: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -220,25 +209,11 @@ def _swiglu(
 
 
 @_swiglu.register_fake
-def _(
-    x: Tensor,
-    x_transposed: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    weight_transposed: Tensor,
-    weight_scale: Tensor,
-    gate_up: Tensor,
-    gate_up_amax: Tensor,
-    scale: Tensor,
-    group: int,
-    gradients: torch.dtype,
-    fast: bool,
-    transposed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, gate_up, _amax, _scale, _group, _gradients, _fast, transposed = inputs
     width = gate_up.shape[1] // 2
-    return _autograd_placeholder(x, (*x.shape[:-1], width)), *empty_pair(
-        gate_up, gate_up.shape[0], width, VALUES, transposed
-    )
+    pair = empty_pair(gate_up, gate_up.shape[0], width, VALUES, transposed)
+    return _autograd_placeholder(x, (*x.shape[:-1], width)), *pair
 
 
 def _setup_swiglu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
