@@ -97,7 +97,7 @@ class _Nothing:
 
 
 _KERNELS: dict[str, Any] = {}
-_FORWARD = {module: module.forward_tiles for module in (window_attention, document_attention)}  # those in use
+_WINDOW_TILES, _DOCUMENT_TILES = window_attention.forward_tiles, document_attention.FORWARD  # those in use
 _OTHER = Tiles(64, 64, 4, 1)  # of the pass that is not timed
 
 
@@ -126,7 +126,7 @@ def randn(*shape: int) -> Tensor:
 def window_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
     query, key, value = randn(batch, seq_len, 3 * heads, job.width).split(heads, dim=2)
     rule = (None, 256, 4, job.width**-0.5)
-    window_attention.forward_tiles = _FORWARD[window_attention]
+    window_attention.forward_tiles = _WINDOW_TILES
     if not job.kernel.backward:
         window_attention.forward_tiles = lambda dtype, width: job.tiles
         return lambda: window_attention._forward(query, key, value, *rule)
@@ -144,18 +144,18 @@ def document_work(job: Job, both: tuple[Tiles, Tiles], batch: int, seq_len: int,
     starts = document_starts((torch.rand(batch, seq_len, device="cuda") < 1 / 500).cumsum(dim=1))
     bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
     inputs = query, key, value, *bounds
-    document_attention.forward_tiles = _FORWARD[document_attention]
+    document_attention.FORWARD = _DOCUMENT_TILES
     if not job.kernel.backward:
-        document_attention.forward_tiles = lambda: job.tiles
+        document_attention.FORWARD = job.tiles
         return lambda: document_attention.run_forward(*inputs, 192**-0.5)
     out, lse = document_attention.run_forward(*inputs, 192**-0.5)
     upstream = torch.randn_like(out)
-    document_attention.backward_tiles = lambda: both
+    document_attention.BACKWARD = both
     leave_alone(document_attention, job)
     return lambda: document_attention.run_backward(upstream, *inputs, out, lse, 192**-0.5)
 
 
-_SELECTIVE_TILES = {name: getattr(selective, name) for name in ("forward_tiles", "backward_tiles", "selection_tiles")}
+_SELECTIVE_TILES = {name: getattr(selective, name) for name in ("FORWARD", "BACKWARD", "SELECTION")}
 
 
 def selective_work(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[], Any]:
@@ -173,11 +173,11 @@ def selective_work(job: Job, batch: int, seq_len: int, heads: int) -> Callable[[
     upstream, name = torch.randn_like(out), job.kernel.name
     leave_alone(selective_triton, job)
     if name == "selective_forward":
-        selective.forward_tiles = lambda: job.tiles
+        selective.FORWARD = job.tiles
     elif name in ("selective_grad_query", "selective_grad_key_value"):
-        selective.backward_tiles = lambda: (job.tiles, job.tiles)
+        selective.BACKWARD = job.tiles, job.tiles
     else:
-        selective.selection_tiles = lambda: (job.tiles, job.tiles)
+        selective.SELECTION = job.tiles, job.tiles
     if name in ("select_keys", "selective_forward"):
         return lambda: selective._forward(*inputs, None, *rest, *options)
     return lambda: selective._backward(upstream, *inputs, *rest, out, lse, sums, *options)

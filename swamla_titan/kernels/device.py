@@ -78,9 +78,14 @@ class Tiles(NamedTuple):
         return constants if self.registers is None else constants | {"maxnreg": self.registers}
 
 
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`, because Triton's tiles are powers of two."""
+    return 1 << (number - 1).bit_length()
+
+
 def tile_of_rows(width: int) -> dict[str, int]:
     """The constants of a kernel whose programs take some rows of a table each, about 1,024 elements."""
-    columns = 1 << (width - 1).bit_length()
+    columns = power_of_two(width)
     return {"WIDTH": width, "COLUMNS": columns, "ROWS": max(1024 // columns, 1)}
 
 

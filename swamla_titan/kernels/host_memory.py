@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.errors import RankFailed
+from swamla_titan.kernels.device import power_of_two
 from swamla_titan.kernels.triton import jit, tl
 
 # Rows of a tile, and programs that together have some 100 KB under way: what PCIe carries in the 2 us of an answer.
@@ -161,7 +162,7 @@ def _launch(
 ) -> None:
     width = table.shape[1]
     assert table.is_contiguous(), "rows lie one behind the other"
-    sizes = {"WIDTH": width, "COLUMNS": 1 << (width - 1).bit_length(), "ROWS": _ROWS}
+    sizes = {"WIDTH": width, "COLUMNS": power_of_two(width), "ROWS": _ROWS}
     if len(rows):
         programs = programs or -(-len(rows) // _ROWS)
         given = table, rows.contiguous(), values.contiguous(), flag.contiguous(), since, len(rows)

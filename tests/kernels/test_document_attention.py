@@ -68,8 +68,8 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
 @pytest.mark.parametrize("of_queries, of_keys", [((16, 64), (64, 16)), ((64, 16), (16, 64)), ((128, 32), (32, 128))])
 def test_tiles_of_any_size(of_queries, of_keys, shape, monkeypatch):
     of_queries, of_keys = (Tiles(*rows, 4, 2) for rows in (of_queries, of_keys))
-    monkeypatch.setattr(document_attention_file, "forward_tiles", lambda: of_queries)
-    monkeypatch.setattr(document_attention_file, "backward_tiles", lambda: (of_queries, of_keys))
+    monkeypatch.setattr(document_attention_file, "FORWARD", of_queries)
+    monkeypatch.setattr(document_attention_file, "BACKWARD", (of_queries, of_keys))
     check(SHAPES[shape], torch.float16)
 
 

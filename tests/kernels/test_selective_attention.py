@@ -214,9 +214,9 @@ def test_bounds_of_one_sequence_serve_a_batch():
 @pytest.mark.parametrize("rows", [(16, 64), (64, 16), (128, 32)])
 def test_tiles_of_any_size(rows, monkeypatch):
     tiles = Tiles(*rows, 4, 2)
-    monkeypatch.setattr(selective, "forward_tiles", lambda: tiles)
-    monkeypatch.setattr(selective, "backward_tiles", lambda: (tiles, tiles))
-    monkeypatch.setattr(selective, "selection_tiles", lambda: (tiles, tiles))
+    monkeypatch.setattr(selective, "FORWARD", tiles)
+    monkeypatch.setattr(selective, "BACKWARD", (tiles, tiles))
+    monkeypatch.setattr(selective, "SELECTION", (tiles, tiles))
     check(SHAPES["tiny documents"], torch.float16)
     check(SHAPES["one document"], torch.float16)
 

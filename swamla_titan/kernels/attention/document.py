@@ -43,6 +43,10 @@ from swamla_titan.kernels.triton import jit, tl
 
 TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it was timed (documents of 500 tokens)
 
+# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at head widths of 192 and 128.
+FORWARD = Tiles(128, 32, 8, 3)
+BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)  # of queries, and of keys and values
+
 
 def why_not_document_kernel(device: torch.device, dtype: torch.dtype, width: int, v_width: int) -> Limit | None:
     """Why `document_attention` cannot take heads of these widths in this dtype on this device, or None."""
@@ -79,7 +83,7 @@ def run_forward(
     key, value = tma_readable(key), tma_readable(value)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    tiles, split, v_width = forward_tiles(), SplitWidth.of(width), value.shape[-1]
+    tiles, split, v_width = FORWARD, SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         document_forward[(-(-length // tiles.queries), heads, batch)](
             *(
@@ -114,7 +118,7 @@ def run_backward(
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(lse)
-    query_tiles, key_tiles = backward_tiles()
+    query_tiles, key_tiles = BACKWARD
     split, v_width = SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):
         document_grad_query[(-(-length // query_tiles.queries), heads, batch)](
@@ -179,21 +183,6 @@ def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) 
 @register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
 def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
     return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
-
-
-# The fastest on an H100 of those that benchmarks/attention_tiles.py tries, at head widths of 192 and 128.
-_FORWARD = Tiles(128, 32, 8, 3)
-_BACKWARD = Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)
-
-
-def forward_tiles() -> Tiles:
-    """The tiles of the forward pass."""
-    return _FORWARD
-
-
-def backward_tiles() -> tuple[Tiles, Tiles]:
-    """The tiles of the backward kernels: that of queries, and that of keys and values."""
-    return _BACKWARD
 
 
 @jit

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from swamla_titan.kernels.attention import document as document_attention
 from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.causal import KERNELS
+from swamla_titan.kernels.device import power_of_two
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 
 _HEADS_PER_TILE = 16
@@ -175,7 +176,7 @@ def _gradients_of_heads(
     kernels.gradients_of_heads[(tokens,)](
         *(grad_query, grad_key, grad_value, cos, sin, grad_keys_values, grad_rope_key, cos.shape[0] * cos.shape[1]),
         **sizes,
-        PADDED_VALUE=_power_of_two(sizes["VALUE"]),
+        PADDED_VALUE=power_of_two(sizes["VALUE"]),
         num_warps=4,
     )
 
@@ -193,16 +194,11 @@ def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tupl
     nope = width - 2 * half
     sizes = {
         "HEADS": heads,
-        "TILE": min(_power_of_two(heads), _HEADS_PER_TILE),
+        "TILE": min(power_of_two(heads), _HEADS_PER_TILE),
         "NOPE": nope,
-        "PADDED_NOPE": _power_of_two(nope),
+        "PADDED_NOPE": power_of_two(nope),
         "HALF": half,
-        "PADDED_HALF": _power_of_two(half),
+        "PADDED_HALF": power_of_two(half),
         "VALUE": keys_values.shape[-1] - nope,
     }
     return batch * length, sizes
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()

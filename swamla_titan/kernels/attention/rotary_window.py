@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.window import run_backward, run_forward
+from swamla_titan.kernels.device import power_of_two
 from swamla_titan.kernels.flops import attention_flops, window_pairs
 
 
@@ -132,7 +133,7 @@ def _rotate(qkv: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *
         *(qkv, query, key, cos, sin, rows, length * cos.shape[0], groups),
         PER_KEY=members - 2,
         HALF=width // 2,
-        PADDED_HALF=1 << (width // 2 - 1).bit_length(),
+        PADDED_HALF=power_of_two(width // 2),
         BACK=back,
         num_warps=4,
     )

@@ -151,24 +151,9 @@ def _seen(rule: SelectionRule, slab: Slab, strictly: bool = False) -> Tensor:
 
 
 # The fastest on an H200 of those that benchmarks/attention_tiles.py tries.
-_FORWARD = Tiles(128, 64, 8, 3)
-_BACKWARD = Tiles(128, 32, 8, 3), Tiles(32, 64, 4, 2)
-_SELECTION = Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)
-
-
-def forward_tiles() -> Tiles:
-    """For the forward pass."""
-    return _FORWARD
-
-
-def backward_tiles() -> tuple[Tiles, Tiles]:
-    """For the queries' pass of the backward, and for that of the keys and values."""
-    return _BACKWARD
-
-
-def selection_tiles() -> tuple[Tiles, Tiles]:
-    """For the selecting head alone, and for the sum over heads of the logits' gradients."""
-    return _SELECTION
+FORWARD = Tiles(128, 64, 8, 3)
+BACKWARD = Tiles(128, 32, 8, 3), Tiles(32, 64, 4, 2)  # of queries, and of keys and values
+SELECTION = Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)  # of the selecting head, and of the sum of the logits' gradients
 
 
 def _most_rows(batch: int, seq_len: int) -> int:
@@ -285,7 +270,7 @@ class _Pass:
 
         By the selecting head's queries [B, Q, D] and keys [B, S, D].
         """
-        tiles = selection_tiles()[0]
+        tiles = SELECTION[0]
         own = *by, *self.bounds, before, after, after if f is None else f, *_strides(*by)
         self.launch(kernels.select_keys, self.by_keys(tiles), number, tiles, *own, STORED=f is not None)
 
@@ -298,7 +283,7 @@ class _Pass:
         `grad`: the sums of the logits' gradients over heads, if `of_f`; overwritten. `after`: the gradient of the sums
         after the slab, of which comes that of those `before`.
         """
-        tiles = selection_tiles()[0]
+        tiles = SELECTION[0]
         own = *by, *self.bounds, grad, after, before, grad_key, *_strides(*by)
         options: dict[str, Any] = {"OF_F": of_f, "ADDED": number < self.last}
         self.launch(kernels.grad_selected, self.by_keys(tiles), number, tiles, *own, **options)
@@ -340,7 +325,7 @@ def _forward(
     assert value.shape[:3] == key.shape[:3]
     by = selecting_head(query, key, by_query, by_key, head)
     key, value = tma_readable(key), tma_readable(value)
-    v_width, tiles = value.shape[-1], forward_tiles()
+    v_width, tiles = value.shape[-1], FORWARD
     out = query.new_empty(batch, queries, heads, v_width)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     run = _Pass(query, key, starts, ends, chunks, scale)
@@ -428,7 +413,7 @@ class _GradientsOfHeads:
         kept = torch.float32 if run.last else query.dtype  # sums over slabs are added up in float32
         self.grad_key, self.grad_value = (x.new_empty(x.shape, dtype=kept) for x in (key, value))
 
-        of_queries, of_keys, of_logits = *backward_tiles(), selection_tiles()[1]
+        of_queries, of_keys, of_logits = *BACKWARD, SELECTION[1]
         v_width = (value.shape[-1],)
         self.read_keys = (
             *tma_descriptors(key, of_queries.keys, run.split),
@@ -448,7 +433,7 @@ class _GradientsOfHeads:
     def add(self, number: int, f: Tensor, grad: Tensor) -> None:
         """Gradients by a slab's queries; `grad` becomes the sum over heads of those of its logits."""
         run, starts = self.run, self.run.bounds[0]
-        (of_queries, of_keys), of_logits = backward_tiles(), selection_tiles()[1]
+        (of_queries, of_keys), of_logits = BACKWARD, SELECTION[1]
         heads = self.query.shape[2]
         rest: dict[str, Any] = {"sizes": (run.queries, heads), "DV": self.value.shape[-1]}
 
