@@ -17,7 +17,7 @@ def causal_pairs(seq_len: int) -> int:
 
 
 def chunk_pairs(queries: int, starts: Sequence[int]) -> int:
-    """Visible (query, key) pairs of a row's chunks of equal length, `queries` in all, that begin at `starts`."""
+    """Visible (query, key) pairs of a sequence's chunks of equal length, `queries` in all, that begin at `starts`."""
     length = queries // len(starts)
     return sum(start * length + causal_pairs(length) for start in starts)
 

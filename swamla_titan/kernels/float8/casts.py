@@ -12,6 +12,8 @@ range, as e5m2, loses nothing by a scale that is too large. The casting kernels 
 x^T while they read their input once. All casts round to the activations' dtype first, so that fusing changes no bit.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ def _fake_cast(
     transposed: bool = True,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape[0], x.shape[1], dtype, untransposed, transposed)
+    return empty_pair(x, x.shape, dtype, transposed, untransposed)
 
 
 @operator("swamla_titan::float8_swiglu_backward")
@@ -125,7 +127,7 @@ def float8_swiglu_backward(
 def _fake_swiglu_backward(
     grad: Tensor, gate_up: Tensor, scale: Tensor, group: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _empty(gate_up, gate_up.shape[0], gate_up.shape[1], dtype, True, True)
+    return empty_pair(gate_up, gate_up.shape, dtype)
 
 
 @operator("swamla_titan::float8_swiglu_largest")
@@ -196,7 +198,7 @@ def cast_swiglu(
     gate_up = gate_up.contiguous()
     width = gate_up.shape[1] // 2
     if _by_kernels(gate_up):
-        out, out_t = empty_pair(gate_up, gate_up.shape[0], width, dtype, transposed)
+        out, out_t = empty_pair(gate_up, (gate_up.shape[0], width), dtype, transposed)
         inputs = gate_up, scale, out, out_t, gate_up.shape[0], width
         tile = {"GROUP": group, "C": min(_TILE, group)}
         _launch("float8_swiglu", inputs, _bf16(gate_up.dtype), TRANSPOSED=transposed, **tile)
@@ -211,7 +213,7 @@ def cast_rms_norm(
     """x [M, K] * rstd [M] * weight [K] in float8: [M, K] and, if `transposed`, [K, M]."""
     x = x.contiguous()
     if _by_kernels(x):
-        out, out_t = empty_pair(x, x.shape[0], x.shape[1], dtype, transposed)
+        out, out_t = empty_pair(x, x.shape, dtype, transposed)
         inputs = x, weight, rstd.contiguous(), scale, out, out_t, *x.shape
         _launch("float8_rms_norm", inputs, _bf16(x.dtype), TRANSPOSED=transposed)
         return out, out_t
@@ -219,14 +221,11 @@ def cast_rms_norm(
     return _with_transposed(plain_cast(result, scale, dtype), True, transposed)
 
 
-def empty_pair(like: Tensor, rows: int, columns: int, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialized outputs of the casts above: [rows, columns] and, if `transposed`, [columns, rows]."""
-    return _empty(like, rows, columns, dtype, True, transposed)
-
-
-def _empty(
-    like: Tensor, rows: int, columns: int, dtype: torch.dtype, untransposed: bool, transposed: bool
+def empty_pair(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype, transposed: bool = True, untransposed: bool = True
 ) -> tuple[Tensor, Tensor]:
+    """Uninitialized outputs of casts: [rows, columns] and [columns, rows]; an unwanted one is an empty tensor."""
+    rows, columns = shape
     out = like.new_empty((rows, columns) if untransposed else (0,), dtype=dtype)
     return out, like.new_empty((columns, rows) if transposed else (0,), dtype=dtype)
 

@@ -161,7 +161,7 @@ def _rms_norm(
 
 @_rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, rstd: Tensor, scale: Tensor, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _autograd_placeholder(x, x.shape), *empty_pair(x, rstd.shape[0], x.shape[-1], VALUES, transposed)
+    return _autograd_placeholder(x, x.shape), *empty_pair(x, (rstd.shape[0], x.shape[-1]), VALUES, transposed)
 
 
 def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,7 +212,7 @@ def _swiglu(
 def _(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, gate_up, _amax, _scale, _group, _gradients, _fast, transposed = inputs
     width = gate_up.shape[1] // 2
-    pair = empty_pair(gate_up, gate_up.shape[0], width, VALUES, transposed)
+    pair = empty_pair(gate_up, (gate_up.shape[0], width), VALUES, transposed)
     return _autograd_placeholder(x, (*x.shape[:-1], width)), *pair
 
 
