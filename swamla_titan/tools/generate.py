@@ -154,11 +154,14 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: f
 
 
 def _as_text(argument: str) -> str:
-    """An argument of the command as the text that it is in UTF-8, whatever encoding the locale has."""
+    """An argument of the command as the text that it is in UTF-8, whatever encoding the locale has.
+
+    Bytes that are no UTF-8 stay the halves of characters that Python makes of them.
+    """
     try:
-        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    except UnicodeEncodeError:  # half a character, which no argument of a process holds
-        return argument.encode("utf-8", "replace").decode()
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other halves of characters, which no argument of a process holds
+        return argument
 
 
 def _prompts(texts: tuple[str, ...], tokenizer: Tokenizer, document_mask: bool) -> list[list[int]]:
