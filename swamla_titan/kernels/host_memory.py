@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from swamla_titan.errors import RankFailed
-from swamla_titan.kernels.device import power_of_two
+from swamla_titan.kernels.device import power_of_two, why_no_kernels
 from swamla_titan.kernels.triton import jit, tl
 
 # Rows of a tile, and programs that together have some 100 KB under way: what PCIe carries in the 2 us of an answer.
 _ROWS, _PROGRAMS_BESIDE_OTHERS = 16, 32
+_MOST_ELEMENTS = 1 << 14  # of a tile, so that wide rows fit in registers
 _ALL, _CHANGING, _SINCE = range(3)  # of rows, as the kernel's WHERE
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
 # Large pages are locked faster. No child process inherits the pages, because the kernel would copy those that are
@@ -107,7 +108,7 @@ def _message(size: int, reason: str) -> str:
 
 def rows_as(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`table[rows].to(dtype)`, of a contiguous table of a GPU in one pass; rows do not count from the end."""
-    if not table.is_cuda or not table.numel() or not table.is_contiguous():
+    if _is_for_operators(table) or not table.is_contiguous():
         return table[rows].to(dtype)
     values = table.new_empty(len(rows), table.shape[1], dtype=dtype)
     _launch(table, rows, values, rows, rows, _ALL)
@@ -119,7 +120,7 @@ def copy_rows(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tenso
 
     Without `stays` by few programs: as many as keep PCIe busy, and no more, because others compute meanwhile.
     """
-    if not table.is_cuda or not table.numel():
+    if _is_for_operators(table):
         return table[rows] if stays is None else table[rows].where(stays == 0, 0)
     if stays is None:
         values = table.new_empty(len(rows), table.shape[1])
@@ -135,7 +136,7 @@ def copy_rows_again(values: Tensor, table: Tensor, rows: Tensor, touched: Tensor
 
     Of other rows nothing is read from the table.
     """
-    if not table.is_cuda or not table.numel():
+    if _is_for_operators(table):
         values.copy_(torch.where(touched[rows] >= since, table[rows], values))
     else:
         _launch(table, rows, values, touched, since, _SINCE)
@@ -143,11 +144,16 @@ def copy_rows_again(values: Tensor, table: Tensor, rows: Tensor, touched: Tensor
 
 def write_rows(table: Tensor, rows: Tensor, stays: Tensor, values: Tensor) -> None:
     """Write `values` [n, width] into rows of the table for which `stays` [n, 1] is 0, which are all different."""
-    if not table.is_cuda or not table.numel():
+    if _is_for_operators(table):
         [places] = torch.where(stays[:, 0] == 0)
         table.index_copy_(0, rows[places], values[places])
     else:
         _launch(table, rows, values, stays, stays, _CHANGING, writes=True)
+
+
+def _is_for_operators(table: Tensor) -> bool:
+    """Whether torch's operators move the table's rows, because there are none, or no Triton for its device."""
+    return not table.numel() or bool(why_no_kernels(table.device))
 
 
 def _launch(
@@ -160,11 +166,11 @@ def _launch(
     writes: bool = False,
     programs: int | None = None,
 ) -> None:
-    width = table.shape[1]
+    width, columns = table.shape[1], power_of_two(table.shape[1])
     assert table.is_contiguous(), "rows lie one behind the other"
-    sizes = {"WIDTH": width, "COLUMNS": power_of_two(width), "ROWS": _ROWS}
+    sizes = {"WIDTH": width, "COLUMNS": columns, "ROWS": min(_ROWS, max(_MOST_ELEMENTS // columns, 1))}
     if len(rows):
-        programs = programs or -(-len(rows) // _ROWS)
+        programs = programs or -(-len(rows) // sizes["ROWS"])
         given = table, rows.contiguous(), values.contiguous(), flag.contiguous(), since, len(rows)
         with torch.cuda.device_of(table):  # Triton launches on the current one
             move_rows[(programs,)](*given, **sizes, WHERE=where, WRITES=writes)

@@ -17,7 +17,15 @@ import torch
 from swamla_titan.checkpoint.async_save import Staging
 from swamla_titan.errors import RankFailed
 from swamla_titan.kernels import host_memory
-from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, free_memory, write_rows, zeros_on_host
+from swamla_titan.kernels.device import Limit
+from swamla_titan.kernels.host_memory import (
+    copy_rows,
+    copy_rows_again,
+    free_memory,
+    rows_as,
+    write_rows,
+    zeros_on_host,
+)
 
 GPU = torch.device("cuda", 0)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -79,6 +87,18 @@ def test_a_host_that_lacks_memory_or_does_not_lock_it_is_said_so(monkeypatch: py
     with pytest.raises(RankFailed, match=r"cannot be locked \(CUDA error 2"):
         zeros_on_host((1024,), torch.float32, GPU)
     assert driver.locked == {}
+
+
+def test_without_triton_operators_move_rows(monkeypatch: pytest.MonkeyPatch):
+    launched: list[Any] = []
+    monkeypatch.setattr(host_memory, "_launch", lambda *given, **_: launched.append(given))
+    table, rows = torch.arange(6.0).view(3, 2), torch.tensor([2, 0])
+    for why, launches in ((None, 2), (Limit("needs the package triton"), 0)):
+        monkeypatch.setattr(host_memory, "why_no_kernels", lambda device, why=why: why)
+        launched.clear()
+        found = [copy_rows(table, rows), rows_as(table, rows, torch.float32)]
+        assert len(launched) == launches
+    assert [each.tolist() for each in found] == [[[4, 5], [0, 1]]] * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -222,7 +242,7 @@ def test_the_kernel_rounds_rows_as_torch_does(width: int, number: int, one: str,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (96, 1)])
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (96, 1), (1500, 33)])
 def test_kernels_read_and_write_rows_that_change_alone(width: int, number: int):
     table, rows, touched = rows_of_a_table(width, number, DEVICE)
     rows = rows.unique()
