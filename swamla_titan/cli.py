@@ -181,11 +181,10 @@ def _refuse_numbers(arguments: list[str]) -> None:
     if arguments[:1] not in (["train"], ["plan"], ["check"]):
         return
     keys = "training.local_batch_size", "training.seq_len", "training.steps"
-    takes_none = "--dry-run", "--json"  # a number behind any other option is its value
     numbers = [
         each
         for before, each in zip(["", *arguments], arguments)
-        if each.isdecimal() and (before in takes_none or not before.startswith("--"))
+        if each.isdecimal() and (before == "--dry-run" or not before.startswith("--"))  # others are options' values
     ]
     if numbers:
         named = " ".join(f"--{key} {number}" for key, number in zip(keys, numbers))

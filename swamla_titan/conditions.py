@@ -1,4 +1,7 @@
-"""Conditions on a whole configuration, by names like "data.source": when a setting has an effect."""
+"""What must hold between the keys of a configuration: when a key has an effect, and which keys conflict.
+
+Keys have names like "data.source".
+"""
 
 import json
 from collections.abc import Callable
@@ -12,6 +15,18 @@ class Missing(NamedTuple):
 
     keys: tuple[str, ...]
     remedy: str
+
+
+class Conflict(NamedTuple):
+    """`keys` (as section.key) cannot hold together; the first is the one to report it at.
+
+    `consequence`: what a run does nevertheless, if only an override on the command line caused the conflict; None: that
+    is an error too.
+    """
+
+    keys: tuple[str, ...]
+    problem: str
+    consequence: str | None = None
 
 
 @dataclass(frozen=True)

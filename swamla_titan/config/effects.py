@@ -6,6 +6,7 @@ from operator import or_
 
 from swamla_titan.conditions import (
     Condition,
+    Conflict,
     decided_by,
     replace_at,
     value_at,
@@ -15,7 +16,6 @@ from swamla_titan.conditions import (
     when_on,
     when_within,
 )
-from swamla_titan.config.conflict import Conflict
 from swamla_titan.config.sections import KEYS, Config
 from swamla_titan.config.toml import shown
 from swamla_titan.fields import settings

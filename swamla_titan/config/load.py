@@ -5,6 +5,7 @@ Precedence: command line > TOML file > flavor > default.
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 
 from swamla_titan.conditions import value_at
 from swamla_titan.config.effects import NEEDS, without, without_effect
-from swamla_titan.config.paths import expanded
 from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import KEYS, RENAMED, SECTIONS, Config
 from swamla_titan.config.stability import warmup_steps
@@ -24,6 +24,8 @@ from swamla_titan.model import FLAVORS, ModelConfig
 
 _OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
 _MOST_ERRORS = 20  # that are listed
+_LONGEST_NAME = 255  # bytes, on every usual file system
+_VARIABLE = re.compile(r"(?:^|/)\$(?:\w+|\{\w+\})")
 _FINEWEB = (  # as in the shipped configurations
     "[data] is missing: what is to be read? For FineWeb-Edu, streamed, paste",
     "  [data]",
@@ -237,7 +239,24 @@ def _converted(setting: Setting, value: Any) -> Any:
         return tuple(value)
     if setting.kind == TABLE:
         return {entry: float(each) for entry, each in value.items()}
-    return expanded(value) if setting.path else setting.kind(value)
+    return _expanded(value) if setting.path else setting.kind(value)
+
+
+def _expanded(path: str) -> str:
+    """The path with `~` and `~user` expanded; ValueError if it cannot name a file. Variables are not expanded."""
+    if found := _VARIABLE.search(path):
+        variable = found[0].lstrip("/")
+        raise ValueError(
+            f"variables are not replaced here: write out {variable}, or let your shell do it: --section.key"
+        )
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+        raise ValueError(f"expected names of at most {_LONGEST_NAME} bytes between the slashes")
+    if not path.startswith("~"):
+        return path
+    found_home = os.path.expanduser(path)
+    if found_home == path:
+        raise ValueError(f"there is no home folder of {path.partition('/')[0]}: write ./{path} if it is a name here")
+    return found_home
 
 
 def _built(checked: Tables, refused: set[str], errors: Errors) -> Config:

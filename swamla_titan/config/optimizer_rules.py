@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
-from swamla_titan.config.conflict import Conflict
+from swamla_titan.conditions import Conflict
 from swamla_titan.config.sections import Config
 from swamla_titan.config.toml import shown
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from swamla_titan.config.conflict import Conflict
+from swamla_titan.conditions import Conflict
 from swamla_titan.config.effects import has_effect
 from swamla_titan.config.sections import Config
 

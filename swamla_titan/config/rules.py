@@ -1,14 +1,13 @@
 """Rules that tie keys together."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from itertools import chain
 
-from swamla_titan.config.conflict import Conflict
-from swamla_titan.config.float8_rules import float8_conflicts
+from swamla_titan.conditions import Conflict
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.parallel_rules import parallel_conflicts
-from swamla_titan.config.paths import is_shared_folder
 from swamla_titan.config.sections import MOST_RANKS, Config
 from swamla_titan.config.toml import shown
 from swamla_titan.distributed.degrees import DIMENSIONS
@@ -16,6 +15,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import (
     DOCUMENT_V_WIDTHS,
     DOCUMENT_WIDTHS,
+    FLOAT8_MULTIPLE,
     WINDOW_SINKS,
     WINDOW_WIDTHS,
 )
@@ -34,7 +34,7 @@ _WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 def conflicts(config: Config) -> Iterator[Conflict]:
     """All conflicts between keys."""
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
-    if is_shared_folder(config.job.dump_folder):
+    if _is_shared_folder(config.job.dump_folder):
         yield Conflict(
             ("job.dump_folder",),
             f"{shown(config.job.dump_folder)} is the current folder, one above it or the root, and a run would write "
@@ -86,7 +86,12 @@ def conflicts(config: Config) -> Iterator[Conflict]:
         )
     yield from optimizer_conflicts(config)
     yield from parallel_conflicts(config)
-    yield from float8_conflicts(config)
+    yield from _float8(config)
+
+
+def _is_shared_folder(path: str) -> bool:
+    """Whether a path means the current folder, one above it, or the root of the file system."""
+    return not set(os.path.normpath(path or ".").split("/")) - {"", ".", ".."}
 
 
 def _attention(config: Config) -> Iterator[Conflict]:
@@ -193,6 +198,57 @@ def _loss(config: Config) -> Iterator[Conflict]:
             ("kernels.loss", *split),
             f'"fused" needs the full output head on each rank: use "plain" or "auto" with {" and ".join(split)}',
         )
+
+
+def wants_fused_loss(config: Config) -> bool:
+    """Whether output head and loss are one operation on a GPU; "auto": wherever it is possible, in 16 bits."""
+    if config.kernels.loss != "auto":
+        return config.kernels.loss == "fused"
+    parallel, float8 = config.parallel, config.float8
+    is_split = parallel.tensor > 1 or parallel.pipeline > 1
+    return not is_split and not float8.output_head and config.training.compute_dtype != "float32"
+
+
+def _float8(config: Config) -> Iterator[Conflict]:
+    """Conflicts between [float8] and other keys."""
+    float8, training, parallel = config.float8, config.training, config.parallel
+    if float8.recipe == "off":
+        return
+    # Replicated linear layers multiply the tokens of one tensor-parallel rank, sharded ones those of all.
+    tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
+    if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
+        yield Conflict(
+            ("training.seq_len", "float8.recipe", "parallel.context", "parallel.tensor"),
+            f'{training.seq_len}: float8.recipe = "{float8.recipe}" needs tokens a rank in multiples of '
+            f"{FLOAT8_MULTIPLE}: make seq_len / (parallel.context x parallel.tensor) one",
+        )
+    if float8.output_head and config.kernels.loss == "fused":
+        yield Conflict(
+            ("float8.output_head", "kernels.loss"),
+            'true, but kernels.loss = "fused" computes the head with the loss in full precision: use "plain" or set '
+            "this to false",
+        )
+    if float8.recipe == "tensorwise" and float8.fsdp_all_gather == "always" and (why := why_not_gathered(config)):
+        yield Conflict(
+            ("float8.fsdp_all_gather", *why), f'"always" is not possible with {" and ".join(why)} as set: use "auto"'
+        )
+    if float8.loss_scaling and not config.fault_tolerance.skip_bad_steps:
+        yield Conflict(
+            ("float8.loss_scaling", "fault_tolerance.skip_bad_steps"),
+            "true finds its scale by steps that overflow and are skipped, but skip_bad_steps = false: make that true",
+        )
+
+
+def why_not_gathered(config: Config) -> list[str]:
+    """Keys that prevent FSDP2 from all-gathering weights in float8, whatever the number of ranks."""
+    parallel = config.parallel
+    keys = {
+        "float8.recipe": config.float8.recipe != "tensorwise",
+        "parallel.data_parallel": parallel.data_parallel == "ddp",
+        "parallel.tensor": parallel.tensor > 1,
+        "parallel.cpu_offload": parallel.cpu_offload,
+    }
+    return [key for key, stands_in_the_way in keys.items() if stands_in_the_way]
 
 
 def retry_seconds(config: Config) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import stat
 import sys
 from typing import Any
@@ -17,7 +16,6 @@ else:
 LARGEST_FILE = 1 << 20  # bytes; a file with every key and its docs has 20,000
 _MOST_DOTS = 1000  # of a line; the reader takes time with the square of a dotted key's parts
 _SHOWN = 100  # characters of a value in a message
-_BARE = re.compile(r"[\w-]+", re.ASCII)
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00": "UTF-32"}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.config import Config
-from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.config.rules import wants_fused_loss
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice, Implementation, choose

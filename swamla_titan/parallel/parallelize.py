@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from swamla_titan.config import Config
-from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.rules import why_not_gathered
 from swamla_titan.config.sections import Float8
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import World

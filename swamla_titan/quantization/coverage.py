@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.config.rules import wants_fused_loss
 from swamla_titan.config.sections import Config, Float8, Recipe
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
-from swamla_titan.config.loss import wants_fused_loss
+from swamla_titan.config.rules import wants_fused_loss
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World

@@ -12,7 +12,7 @@ from torch import nn
 
 from swamla_titan.checkpoint.manifest import CONFIG
 from swamla_titan.config import Config
-from swamla_titan.config.float8_rules import why_not_gathered
+from swamla_titan.config.rules import why_not_gathered
 from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
