@@ -50,7 +50,7 @@ from swamla_titan.config import load_config, split_overrides
 from swamla_titan.config.rules import with_vocabulary
 from swamla_titan.data import load_tokenizer
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 
 SELECTIVE = ["--model.mla_selective", "true"]
 VARIANTS = ("plain", "engram", "selective", "both", "wide")

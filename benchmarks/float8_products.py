@@ -21,7 +21,7 @@ from benchmarks.device_time import device_milliseconds
 from swamla_titan.config.sections import Float8
 from swamla_titan.kernels.float8.linear import quantize
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.model.linear import Linear, Role
+from swamla_titan.model.layers import Linear, Role
 from swamla_titan.quantization.coverage import gain
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeLinear, settings_of

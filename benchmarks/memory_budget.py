@@ -31,9 +31,8 @@ from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.kernels.attention.masks import Selection
 from swamla_titan.kernels.attention.selective import reference_selected_before
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.branch import AttentionContext, InnerAttention
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.context import AttentionContext
-from swamla_titan.model.inner_attention import InnerAttention
 from swamla_titan.tools.generate import find_checkpoint, load_model
 
 Leaves = Literal["selected", "oldest", "random"]

@@ -285,7 +285,7 @@ def _run(command: object, overrides: list[Override]) -> int:
 
 def _list_configs() -> None:
     """Print each shipped configuration with its first comment line, and the flavors with their parameter counts."""
-    from swamla_titan.model.sizes import flavor_table
+    from swamla_titan.model.counts import flavor_table
 
     print("Configurations (use a name or a path):")
     for name, path in shipped_configs().items():

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import ablations
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 
 CURVE = [(100, 5.0), (200, 4.0), (400, 3.0)]
 

@@ -11,7 +11,7 @@ from swamla_titan.config import load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.fields import settings
-from swamla_titan.model.sizes import flavor_table
+from swamla_titan.model.counts import flavor_table
 from swamla_titan.tools.memory import recomputed_share
 from swamla_titan.tools.plan import plan
 

@@ -68,7 +68,7 @@ def _multipliers(config: Config) -> Iterator[Conflict]:
     patterns = config.optimizer.lr_multipliers
     if not patterns:
         return
-    from swamla_titan.model.sizes import parameter_names  # torch takes seconds to import
+    from swamla_titan.model.counts import parameter_names  # torch takes seconds to import
 
     names = parameter_names(config.model)
     for pattern in patterns:

@@ -1,7 +1,7 @@
 """Operation counts of our attention operators, for torch's FlopCounterMode.
 
 The compiler uses it to estimate what recomputing an operator costs, and an operator without a formula costs nothing.
-The formulas stand beside the operators and count as model/flops.py does: visible pairs, as if each sequence were one
+The formulas stand beside the operators and count as model/counts.py does: visible pairs, as if each sequence were one
 document, and twice the forward's operations in the backward pass. (torch counts all pairs, and in the backward pass of
 attention the recomputed scores too.)
 """

@@ -7,8 +7,7 @@ seconds to import.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.flavors import FLAVORS
+from swamla_titan.model.config import FLAVORS, ModelConfig
 
 if TYPE_CHECKING:
     from swamla_titan.model.blocks import Block

@@ -1,26 +1,61 @@
-"""The residual branches of a block, and what each declares of itself for the rest of the program.
+"""The residual branches of a block: what each is given, what it is made of, and what it declares for the program.
 
 Initialization, tensor parallelism, activation checkpointing, float8, Muon, FLOPs, `plan`, pipeline balance and `check`
-iterate over these declarations and over the roles of linear layers (model/linear.py). So a new kind of block is a
+iterate over these declarations and over the roles of linear layers (model/layers.py). So a new kind of block is a
 subclass of Mixer in a file of its own and a line of BLOCKS (model/blocks.py).
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.dispatch import Heads, Projections
-from swamla_titan.kernels.attention.masks import MaskSpec
+from swamla_titan.kernels.attention.dispatch import FusedImplementation, Heads, Implementation, Projections, Request
+from swamla_titan.kernels.attention.masks import Mask, MaskSpec, Selection, SelectionRule
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.inner_attention import FusedAttention, InnerAttention, SelectingHead
-from swamla_titan.model.linear import spec_of
-from swamla_titan.model.rope import Rotary
+from swamla_titan.model.layers import Rotary, Rotation, rotation, spec_of
 
 KeyExchange = Literal["halo", "gather"]
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """Passed to the blocks of one kind."""
+
+    positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
+
+
+@dataclass(frozen=True)
+class AttentionContext(TokenContext):
+    """Passed to blocks with attention. `mask` has the form that `implementation` wants."""
+
+    rotation: Rotation
+    mask: Mask
+    implementation: Implementation
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, selection: Selection | None = None
+    ) -> Tensor:
+        """softmax(scale * query key^T + mask) value: [B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E].
+
+        Under a SelectionRule the mask is a `selection` by that.
+        """
+        mask = self.mask if selection is None else selection
+        return self.implementation.call(query, key, value, mask, scale)
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """The context of every kind of block in a model; no dict, which would be flattened on the way through hooks."""
+
+    by_kind: Mapping[str, TokenContext]
+
+    def __getitem__(self, kind: str) -> TokenContext:
+        return self.by_kind[kind]
 
 
 class Saved(NamedTuple):
@@ -81,7 +116,7 @@ class Branch(nn.Module):
 class Mixer(Branch, is_abstract=True):
     """The branch that mixes tokens; its subclasses make the kinds of block.
 
-    `forward(x, context)`: [B, T, dim] -> [B, T, dim], with the context of its kind (model/context.py).
+    `forward(x, context)`: [B, T, dim] -> [B, T, dim], with the context of its kind.
     """
 
     @classmethod
@@ -109,6 +144,61 @@ class Mixer(Branch, is_abstract=True):
     @abstractmethod
     def decode(self, x: Tensor, context: Any, cache: Any) -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
+
+
+class InnerAttention(nn.Module):
+    """softmax(scale * query key^T + mask) value, by the implementation that the context names.
+
+    A subclass serves where this process has a slice of each sequence: it gets queries, keys and values of that slice.
+    """
+
+    def gather(self, latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the sequences, from those of the slice.
+
+        They are gathered before they are expanded to keys and values. Here those given are all there are.
+        """
+        return latent, rope_key
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: AttentionContext,
+        scale: float,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]; `selection` by the queries that are given."""
+        return context.attend(query, key, value, scale, selection)
+
+
+class SelectingHead(nn.Module):
+    """Which head selects in selective attention; a submodule that serves where this process has some of the heads."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, query: Tensor, key: Tensor, rule: SelectionRule) -> Selection:
+        """[B, T, H, D] and [B, S, H, D] -> what is selected by the rule."""
+        return Selection(rule, self.head)
+
+
+class FusedAttention(nn.Module):
+    """What lies between the linear layers, rotation included, as one operator."""
+
+    def __init__(self, implementation: FusedImplementation) -> None:
+        super().__init__()
+        self.implementation = implementation
+
+    def serves(self, context: AttentionContext) -> bool:
+        """Whether this pass is computed here; else by the steps apart."""
+        return context.implementation.name in self.implementation.over
+
+    def forward(self, context: AttentionContext, scale: float, *projections: Tensor) -> Tensor:
+        """What the linear layers give, as FusedImplementation.call has it -> [B, T, H, E]."""
+        cos, sin = context.rotation
+        return self.implementation.call(*projections, cos=cos, sin=sin, mask=context.mask, scale=scale)
 
 
 class Attention(Mixer, is_abstract=True):
@@ -177,3 +267,24 @@ class Attention(Mixer, is_abstract=True):
         """As in Mixer: scores, and the average of the values."""
         heads = cls.heads(config)
         return 2 * heads.queries * pairs * (heads.qk_width + heads.v_width)
+
+    @classmethod
+    def rotation(cls, config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of queries and keys at `positions` [B or 1, T], in float32 or wider."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return rotation(positions, *cls.rotary(config), config.rope_scaling, wide)
+
+    @classmethod
+    def request(
+        cls,
+        config: ModelConfig,
+        seq_len: int,
+        has_documents: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        chunk: int | None = None,
+        projections: Projections | None = None,
+    ) -> Request:
+        """What is asked of the kernels over sequences of `seq_len` tokens; the fields of Request."""
+        heads, mask, selects = cls.heads(config), cls.mask(config), cls.selection_head(config) is not None
+        return Request(device, dtype, heads, mask, seq_len, has_documents, projections, selects, chunk)

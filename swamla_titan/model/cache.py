@@ -11,9 +11,8 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.limits import AttentionBackend
-from swamla_titan.model.branch import Attention, AttentionCache, Clock
+from swamla_titan.model.branch import Attention, AttentionCache, AttentionContext, Clock, SequenceContext, TokenContext
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import AttentionContext, SequenceContext, TokenContext, rotation_at
 
 SMALLEST_BUDGET = 3  # tokens
 
@@ -107,7 +106,7 @@ class DecodeCache:
             mixer = self.blocks[layer].attention
             if not isinstance(mixer, Attention):
                 return TokenContext(positions)
-            rotation = rotation_at(positions, mixer.rotary(self.config), self.config, self.dtype)
+            rotation = mixer.rotation(self.config, positions, self.dtype)
             cache: AttentionCache = self.layers[layer]
             return AttentionContext(positions, rotation, cache.next_mask(), implementation)
 

@@ -1,4 +1,4 @@
-"""The shape of a model: everything its mathematics depends on, and nothing else."""
+"""The shape of a model: everything its mathematics depends on, and nothing else. FLAVORS has shapes by name."""
 
 import dataclasses
 import math
@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from swamla_titan.conditions import Condition, decided_by, when_on
 from swamla_titan.fields import HUGE, Factor, Limits, Rule, Setting, Share, sections, settings
-from swamla_titan.model.annex_config import AnnexConfig
-from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.annex_config import AnnexConfig, EngramConfig
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
 FFN_MULTIPLE = 256
@@ -254,3 +253,33 @@ def _conflicts(fields: Mapping[str, Setting], values: Mapping[str, Any]) -> Iter
     layers = [name for name in fields if name.endswith(_LAYERS)]
     if not any(values[name] for name in layers):
         yield layers[0], "a cycle needs at least one layer of either kind"
+
+
+# `small`, `base`, `large` and `xl` are given shapes. The names that are numbers say the size, embeddings included,
+# within 3%: shaped for speed (heads of 128, widths divisible by 256, as wide as a sensible depth allows).
+_400M = ModelConfig(num_layers=12, dim=1536, num_heads=12)
+
+FLAVORS: dict[str, ModelConfig] = {
+    # For a CPU: every part of the mathematics, small; a window and a sink that matter at 512 tokens.
+    "debug": ModelConfig(
+        num_layers=6,
+        dim=128,
+        num_heads=4,
+        vocab_size=257,
+        max_seq_len=512,
+        swa_window=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+    ),
+    "small": ModelConfig(num_layers=12, dim=1024, num_heads=16),
+    "base": ModelConfig(num_layers=24, dim=1536, num_heads=16),
+    "large": ModelConfig(num_layers=28, dim=2048, num_heads=16),
+    "xl": ModelConfig(num_layers=32, dim=4096, num_heads=32),
+    "150m": ModelConfig(num_layers=12, dim=768, num_heads=6, ffn_hidden_dim=3072),
+    "400m": _400M,
+    "medium": _400M,
+    "800m": ModelConfig(num_layers=15, dim=2048, num_heads=16, ffn_hidden_dim=5120),
+    "2b": ModelConfig(num_layers=24, dim=2560, num_heads=20),
+}

@@ -1,53 +1,51 @@
-"""What all blocks of a kind share in one forward pass beside the activations: positions, rotation and mask."""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
+"""How a process takes part in each sequence: alone, with all of its tokens; parallel/context.py has the other way."""
 
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import Implementation
-from swamla_titan.kernels.attention.masks import Mask, Selection
+from swamla_titan.kernels.attention.dispatch import choose
+from swamla_titan.kernels.attention.masks import document_starts, mask_of_sequences
+from swamla_titan.kernels.limits import AttentionBackend
+from swamla_titan.model.blocks import attention_kinds
+from swamla_titan.model.branch import AttentionContext, SequenceContext, TokenContext
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.rope import Rotary, Rotation, rotation
 
 
-@dataclass(frozen=True)
-class TokenContext:
-    """Passed to the blocks of one kind."""
+class FullSequences:
+    """This process computes every token of its sequences."""
 
-    positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
+    def local(self, tokens: Tensor) -> Tensor:
+        """The tokens of this process, [B, t], of something [B, T] for each token of full sequences."""
+        return tokens
 
+    def context(
+        self,
+        config: ModelConfig,
+        seq_len: int,
+        document_ids: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        asked: AttentionBackend = "auto",
+    ) -> SequenceContext:
+        """The context of sequences of `seq_len` tokens; `document_ids` [B, T] cut them into documents, None: one each.
 
-@dataclass(frozen=True)
-class AttentionContext(TokenContext):
-    """Passed to blocks with attention. `mask` has the form that `implementation` wants."""
-
-    rotation: Rotation
-    mask: Mask
-    implementation: Implementation
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, selection: Selection | None = None
-    ) -> Tensor:
-        """softmax(scale * query key^T + mask) value: [B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E].
-
-        Under a SelectionRule the mask is a `selection` by that.
+        `dtype` is that of the activations, `asked` one of ATTENTION_BACKENDS (else ValueError).
         """
-        mask = self.mask if selection is None else selection
-        return self.implementation.call(query, key, value, mask, scale)
+        if document_ids is None:
+            starts = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+        else:
+            starts = document_starts(document_ids)
+        positions = torch.arange(seq_len, device=device) - starts
+        attentions = attention_kinds(config)
 
+        def of_kind(kind: str) -> TokenContext:
+            attention = attentions.get(kind)
+            if attention is None:
+                return TokenContext(positions)
+            request = attention.request(config, seq_len, document_ids is not None, device, dtype)
+            choice = choose(request, asked)
+            mask = mask_of_sequences(choice.form, starts, request.has_documents, request.mask)
+            rotation = attention.rotation(config, positions, dtype)
+            return AttentionContext(positions, rotation, mask, choice.implementation)
 
-@dataclass(frozen=True)
-class SequenceContext:
-    """The context of every kind of block in a model; no dict, which would be flattened on the way through hooks."""
-
-    by_kind: Mapping[str, TokenContext]
-
-    def __getitem__(self, kind: str) -> TokenContext:
-        return self.by_kind[kind]
-
-
-def rotation_at(positions: Tensor, rotary: Rotary, config: ModelConfig, dtype: torch.dtype) -> Rotation:
-    """The `rotary` rotation of heads at `positions` [B or 1, T], in float32 or wider."""
-    return rotation(positions, *rotary, config.rope_scaling, torch.promote_types(dtype, torch.float32))
+        return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})

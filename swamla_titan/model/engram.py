@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swamla_titan.model.annex import Annex, StreamContext
+from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.model.branch import Clock, Saved
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.engram_config import EngramConfig
-from swamla_titan.model.linear import Linear, Role
-from swamla_titan.model.norms import PerChannel, RMSNorm, inverse_rms
+from swamla_titan.model.layers import Linear, PerChannel, RMSNorm, Role, inverse_rms
 from swamla_titan.model.row_table import RowTable
 
 _LEAST_GATE = 1e-6  # of |g| under the root of the sharpened gate

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, local_slices
-from swamla_titan.model.linear import Role, spec_of
+from swamla_titan.model.layers import Role, spec_of
 from swamla_titan.model.row_table import RowTable, row_tables
 
 STD = 0.02

@@ -7,13 +7,9 @@ from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import Heads, Projections, SelectiveImplementation
 from swamla_titan.kernels.attention.masks import MaskSpec, Selection, SelectionRule
-from swamla_titan.model.branch import Attention, Clock, KeyExchange, Saved
+from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved, SelectingHead
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import AttentionContext
-from swamla_titan.model.inner_attention import SelectingHead
-from swamla_titan.model.linear import Linear, Role
-from swamla_titan.model.norms import RMSNorm
-from swamla_titan.model.rope import Rotary, rotate
+from swamla_titan.model.layers import Linear, RMSNorm, Role, Rotary, rotate
 
 
 class MLACache:

@@ -12,14 +12,13 @@ from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
 from swamla_titan.model.blocks import Block
+from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import SequenceContext
+from swamla_titan.model.context import FullSequences
 from swamla_titan.model.init import initial_draws
-from swamla_titan.model.linear import Embedding, Head
+from swamla_titan.model.layers import Embedding, Head, build_norm
 from swamla_titan.model.loss_head import LossHead
-from swamla_titan.model.norms import build_norm
-from swamla_titan.model.sequences import FullSequences
 
 
 class SWAMLAModel(nn.Module):

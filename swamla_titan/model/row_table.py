@@ -17,7 +17,7 @@ from swamla_titan.distributed.dtensor import local, zeros_sharded_like
 from swamla_titan.kernels import row_table_triton as kernels
 from swamla_titan.kernels.device import hand_over, on_stream, side_stream, tile_of_rows, why_no_kernels
 from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, rows_as, write_rows, zeros_on_host
-from swamla_titan.model.update_rule import UpdateRule
+from swamla_titan.model.layers import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
 _VALUES_AT_ONCE = 4  # of a run, in the kernel that sums them

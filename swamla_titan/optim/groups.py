@@ -10,8 +10,8 @@ from torch import nn
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.init import plain_name
+from swamla_titan.model.layers import UpdateRule
 from swamla_titan.model.row_table import RowTable
-from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.rules import RULES, Kind
 from swamla_titan.optim.state import BLOCKS, Format, block_size

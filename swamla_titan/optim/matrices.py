@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.model.linear import LinearSpec, Role
+from swamla_titan.model.layers import LinearSpec, Role
 
 
 def separate_rows(model: nn.Module) -> dict[Tensor, list[Tensor]]:

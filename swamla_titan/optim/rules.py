@@ -1,7 +1,7 @@
 """The update rules of optimizers: what each keeps of a parameter between steps, and how a step moves it.
 
 A rule is a subclass of `Rule` and its line of `RULES`. optimizer.name chooses it, or for tables the module that has
-them (model/update_rule.py).
+them (model/layers.py).
 """
 
 import weakref

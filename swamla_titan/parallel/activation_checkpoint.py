@@ -26,7 +26,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block, Regions
-from swamla_titan.model.linear import spec_of
+from swamla_titan.model.layers import spec_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 A pipeline runs at the pace of its slowest stage, so what is minimised is the largest cost; among the cuts that reach
 that minimum, the one whose costs are the most alike. Both are found exactly, by dynamic programming over
-(stages, layers). Costs are floating-point operations as model/flops.py counts them, and the loss beside the head.
+(stages, layers). Costs are floating-point operations as model/counts.py counts them, and the loss beside the head.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.flops import annex_flops, block_flops
+from swamla_titan.model.counts import annex_flops, block_flops
 
 # The loss is bound by memory, not by arithmetic: forward and backward move each logit three times, two bytes each, and
 # in the time of a byte a GPU multiplies some 250 numbers (H100: 0.8e15 operations a second, 3.3e12 bytes).
@@ -29,7 +29,7 @@ class StageCost:
 def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
     """Operations to train on a sequence of `seq_len` tokens: [embedding, each layer ..., final norm, head and loss].
 
-    The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/flops.py.
+    The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/counts.py.
     """
     layer = {kind: block_flops(config, kind, seq_len) for kind in set(config.block_kinds)}
     logits = seq_len * config.padded_vocab_size

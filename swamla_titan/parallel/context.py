@@ -43,10 +43,8 @@ from swamla_titan.kernels.attention.selective import selecting_head
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
-from swamla_titan.model.branch import Attention, KeyExchange
-from swamla_titan.model.context import AttentionContext, SequenceContext, rotation_at
-from swamla_titan.model.inner_attention import InnerAttention
-from swamla_titan.model.sequences import FullSequences, attention_request
+from swamla_titan.model.branch import Attention, AttentionContext, InnerAttention, KeyExchange, SequenceContext
+from swamla_titan.model.context import FullSequences
 from swamla_titan.parallel.sequence_layout import (
     SequenceLayout,
     Traffic,
@@ -207,9 +205,9 @@ class SharedSequences(FullSequences):
 
         def of_kind(attention: type[Attention]) -> AttentionContext:
             shape = config, seq_len, starts is not None
-            request = attention_request(attention, *shape, device, dtype, chunk=layout.chunk)
+            request = attention.request(*shape, device, dtype, chunk=layout.chunk)
             choice, spec = choose(request, asked), request.mask
-            rotation = rotation_at(positions, attention.rotary(config), config, dtype)
+            rotation = attention.rotation(config, positions, dtype)
             if attention.key_exchange == "gather":
                 mask = _mask(choice.form, layout, spec, starts, device)
                 return GatheredSlice(positions, rotation, mask, choice.implementation, self.group, layout)

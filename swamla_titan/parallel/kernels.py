@@ -13,12 +13,9 @@ from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice, Imp
 from swamla_titan.kernels.device import Limit, has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import Block, attention_kinds
-from swamla_titan.model.branch import Attention
-from swamla_titan.model.feed_forward import SwiGLU
-from swamla_titan.model.inner_attention import FusedAttention
+from swamla_titan.model.blocks import Block, SwiGLU, attention_kinds
+from swamla_titan.model.branch import Attention, FusedAttention
 from swamla_titan.model.loss_head import FusedLossHead
-from swamla_titan.model.sequences import attention_request
 from swamla_titan.parallel.activation_checkpoint import keeps_operators
 
 
@@ -48,8 +45,7 @@ def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]
         projections = attention.projections(config.model)
         if projections and why_apart:
             projections = projections._replace(why_apart=why_apart)
-        request = attention_request(
-            attention,
+        request = attention.request(
             config.model,
             length,
             config.data.document_mask,

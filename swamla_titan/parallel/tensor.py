@@ -1,7 +1,7 @@
 """Tensor parallelism with sequence parallelism: ranks share each matmul, and the tokens between them.
 
 Megatron's plan (Shoeybi et al., arXiv:1909.08053; Korthikanti et al., arXiv:2205.05198), by the role that each linear
-layer declares (model/linear.py):
+layer declares (model/layers.py):
 
 | parameter                    | placement  | what its module does                                            |
 |------------------------------|------------|-----------------------------------------------------------------|
@@ -32,12 +32,10 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.inner_attention import SelectingHead
-from swamla_titan.model.linear import Embedding, LinearSpec, Role, spec_of
+from swamla_titan.model.branch import SelectingHead
+from swamla_titan.model.layers import Embedding, LinearSpec, PerChannel, Role, Sharding, spec_of
 from swamla_titan.model.loss_head import LossHead
-from swamla_titan.model.norms import PerChannel
 from swamla_titan.model.row_table import RowTable
-from swamla_titan.model.sharding import Sharding
 from swamla_titan.parallel.tensor_collectives import (
     TensorGroup,
     all_gather_last_axis,

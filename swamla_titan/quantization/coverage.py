@@ -15,7 +15,7 @@ from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.kernels.limits import FLOAT8_MULTIPLE as MULTIPLE
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.branch import Branch
-from swamla_titan.model.linear import spec_of
+from swamla_titan.model.layers import spec_of
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
 """(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from swamla_titan.config.sections import Float8, Recipe
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.linear import LinearSpec, spec_of
-from swamla_titan.model.sharding import FULL, Sharding
+from swamla_titan.model.layers import FULL, LinearSpec, Sharding, spec_of
 from swamla_titan.quantization.coverage import LinearCoverage, Sides, full_sides, survey, table, validate_device
 from swamla_titan.quantization.native import convert_natively, settings_of
 from swamla_titan.quiet_torchao import quiet_torchao
@@ -36,7 +35,7 @@ class Float8MasterLinear(Float8Linear):
     """x W^T in float8, where W is cast to the activations' dtype before it is quantized.
 
     torchao's Float8Linear would quantize float32 master weights directly and so round differently from FSDP2 with
-    bfloat16 parameters, which quantizes the gathered weights. As in model/linear.py, the cast makes both agree; it does
+    bfloat16 parameters, which quantizes the gathered weights. As in model/layers.py, the cast makes both agree; it does
     nothing where the weight has that dtype already, or was gathered in float8.
     """
 
@@ -56,7 +55,7 @@ class Float8MasterLinear(Float8Linear):
         return self.sharding.output(self.matmul(self.sharding.input(input), self.sharding.parameter(self.weight)))
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As in model/linear.py."""
+        """As in model/layers.py."""
         if not isinstance(weight, Float8TrainingTensor):
             weight = weight.to(x.dtype)
         out: Tensor = matmul_with_hp_or_float8_args.apply(x, weight.t(), self.linear_mm_config, self.config)

@@ -27,8 +27,7 @@ from swamla_titan.kernels.float8.linear import (
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import Block
 from swamla_titan.model.branch import Branch
-from swamla_titan.model.linear import Linear
-from swamla_titan.model.norms import EPS, DynamicTanh, Norm, RMSNorm
+from swamla_titan.model.layers import EPS, DynamicTanh, Linear, Norm, RMSNorm
 
 _STRIDE = 4  # elements from one weight's scale to the next: cuBLASLt reads scales at multiples of 16 bytes
 
@@ -54,7 +53,7 @@ class NativeLinear(Linear):
         return native
 
     def matmul(self, x: Tensor | Operand, weight: Tensor) -> Tensor:
-        """As in model/linear.py."""
+        """As in model/layers.py."""
         return float8_linear(*self._operands(x, weight), self.settings)
 
     def _operands(self, x: Tensor | Operand, weight: Tensor) -> tuple[Operand, Operand]:
@@ -80,7 +79,7 @@ class NativeGateUp(NativeLinear):
     group: int
 
     def matmul(self, x: Tensor | Operand, weight: Tensor) -> Operand:  # type: ignore[override]
-        """As in model/linear.py."""
+        """As in model/layers.py."""
         return float8_linear_swiglu(*self._operands(x, weight), self.group, self.settings)
 
 

@@ -27,7 +27,7 @@ from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.launch.process_group import device_here, validate_launch
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 from swamla_titan.optim import group_table, state_bytes
 from swamla_titan.parallel.automatic import (
     Resolved,

@@ -31,8 +31,8 @@ from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Attention, Branch
-from swamla_titan.model.flops import training_flops_per_token
-from swamla_titan.model.linear import Linear, Role
+from swamla_titan.model.counts import training_flops_per_token
+from swamla_titan.model.layers import Linear, Role
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_annex_recomputed, keeps_operators
@@ -422,7 +422,7 @@ def _sums_of_selection(config: Config, degrees: Degrees, kind: str, rows: int) -
 
 
 def recomputed_operations(config: Config, layer: int) -> int:
-    """Operations of a layer's forward pass over a sequence that its backward pass repeats, by model/flops.py's count.
+    """Operations of a layer's forward pass over a sequence that its backward pass repeats, by model/counts.py's count.
 
     The output layer of a region's last branch is not repeated, because the backward pass does not need its result. Not
     counted is what the compiler repeats by `memory_budget`, because that is its own choice.

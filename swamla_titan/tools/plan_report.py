@@ -19,7 +19,7 @@ from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import device_here
 from swamla_titan.launch.worker import rank_info
 from swamla_titan.model.annexes import annexes_of
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
 from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.kernels import attention_summary

@@ -20,7 +20,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.attention.dispatch import Choice
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
 from swamla_titan.parallel.kernels import are_elementwise_ours, attention_choices, attention_summary, is_loss_fused

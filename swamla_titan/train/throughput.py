@@ -61,7 +61,7 @@ class Throughput(Policy):
     """Measures the steps since the last `metrics`, without what `pause` encloses (validation, checkpoints).
 
     MFU = training FLOPs a token x tokens/s of one GPU / its dense bf16 peak, where the FLOPs are those of
-    `swamla_titan.model.flops`: three forward passes, sliding-window layers counted with window + sink keys and
+    `swamla_titan.model.counts`: three forward passes, sliding-window layers counted with window + sink keys and
     latent-attention layers with the causal half.
     """
 

@@ -15,7 +15,7 @@ from swamla_titan.data import StepBatch
 from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
-from swamla_titan.model.flops import training_flops_per_token
+from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.next_batch import next_batch

@@ -8,7 +8,7 @@ from swamla_titan.cli import main
 from swamla_titan.config import load_config, split_overrides, to_toml
 from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.annex_config import EngramConfig
 
 START = 'data.source = "builtin"\ntraining.seq_len = 64\n[model]\nflavor = "debug"\n'
 

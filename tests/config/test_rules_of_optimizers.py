@@ -5,7 +5,7 @@ import pytest
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.sections import EMA, Config, Optimizer, Parallel, Validation
 from swamla_titan.model import FLAVORS, ModelConfig
-from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.annex_config import EngramConfig
 
 OFFLOADED = Parallel(cpu_offload=True)
 

@@ -10,7 +10,7 @@ from swamla_titan.config import Override, load_config, shipped_configs
 from swamla_titan.config.sections import KEYS
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.sizes import parameter_counts
+from swamla_titan.model.counts import parameter_counts
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.launch.worker import rank_info
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.context import SequenceContext
 from swamla_titan.parallel.context import (
     SharedSequences,
     _mask,

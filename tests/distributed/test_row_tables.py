@@ -23,7 +23,7 @@ from swamla_titan.distributed.mesh import World, fake_world
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.model.row_table import RowTable, look_up, request_rows
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.row_tables import (

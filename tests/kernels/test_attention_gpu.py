@@ -8,7 +8,7 @@ from swamla_titan.kernels.attention.dispatch import CAUSAL
 from swamla_titan.kernels.attention.masks import block_mask, document_starts
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.sequences import FullSequences
+from swamla_titan.model.context import FullSequences
 
 pytestmark = pytest.mark.gpu
 

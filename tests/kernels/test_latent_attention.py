@@ -11,7 +11,7 @@ import torch
 from swamla_titan.kernels.attention.dispatch import reference_attention
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import dense_mask, document_ends, document_starts
-from swamla_titan.model.rope import rotate, rotation
+from swamla_titan.model.layers import rotate, rotation
 
 pytestmark = pytest.mark.gpu
 

@@ -13,9 +13,9 @@ from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 from swamla_titan.fields import settings
 from swamla_titan.model import ModelConfig
+from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Attention
-from swamla_titan.model.engram_config import EngramConfig
 
 ENGRAM = EngramConfig(layers=(1,), orders=(2, 3), heads=2, d_mem=16, table_size=31)
 

@@ -8,11 +8,11 @@ from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch, masks
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX, LATENT, Heads, Request, choose
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model import ModelConfig, sequences
+from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import BLOCKS
+from swamla_titan.model.branch import Attention, FusedAttention
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.inner_attention import FusedAttention
-from swamla_titan.model.sequences import FullSequences, attention_request
+from swamla_titan.model.context import FullSequences
 
 build_context = FullSequences().context
 
@@ -53,7 +53,7 @@ def test_auto_takes_flex_where_it_runs_and_booleans_elsewhere(monkeypatch, confi
     made = {"block_mask": "flex", "block_mask_of_one_document": "flex", "dense_mask": "dense"}
     for name, form in made.items():
         monkeypatch.setattr(masks, name, lambda *args, form=form: form)
-    monkeypatch.setattr(sequences, "rotation_at", lambda *args: None)
+    monkeypatch.setattr(Attention, "rotation", lambda *args: None)
     for name in ("zeros", "arange"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))
@@ -80,7 +80,7 @@ def test_where_windows_go_to_our_kernel(monkeypatch, backend, dtype, rows, capab
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(dim=1536, num_heads=16, swa_window=8), torch.device("cuda")
-    request = attention_request(BLOCKS["swa"], config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    request = BLOCKS["swa"].request(config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
     assert choose(request, backend).implementation.label == path
 
 
@@ -103,7 +103,7 @@ def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, ro
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config, gpu = ModelConfig(v_head_dim=v_width), torch.device("cuda")
-    request = attention_request(BLOCKS["mla"], config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
+    request = BLOCKS["mla"].request(config, 64, True, gpu, dtype, chunk=None if rows == "whole" else 16)
     assert choose(request, backend).implementation.label == path
 
 
@@ -113,7 +113,7 @@ def test_where_documents_of_mla_go_to_our_kernel(monkeypatch, backend, dtype, ro
 def test_rows_of_one_token_need_no_mask_and_no_kernel_that_takes_masks(monkeypatch, device, backend, documents):
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(sequences, "rotation_at", lambda *args: None)
+    monkeypatch.setattr(Attention, "rotation", lambda *args: None)
     for name in ("zeros", "arange"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, real=real, **keys: real(*args, **keys | {"device": "cpu"}))

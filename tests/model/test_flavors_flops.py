@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swamla_titan.kernels.attention.masks import dense_mask
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.model.flops import training_flops, training_flops_per_token
-from swamla_titan.model.sizes import flavor_table, parameter_counts
+from swamla_titan.model.counts import flavor_table, parameter_counts, training_flops, training_flops_per_token
 
 TABLE = """
 | flavor | layers | dim | heads | FFN | parameters | without embeddings |

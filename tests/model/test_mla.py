@@ -8,9 +8,8 @@ from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import LATENT, REFERENCE
-from swamla_titan.model.context import SequenceContext, rotation_at
-from swamla_titan.model.inner_attention import FusedAttention
-from swamla_titan.model.rope import Rotation, rotate
+from swamla_titan.model.branch import FusedAttention, SequenceContext
+from swamla_titan.model.layers import Rotation, rotate
 
 
 @pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])
@@ -20,7 +19,7 @@ def test_only_relative_positions_matter(kind):
 
     def logits(positions):
         ((name, kind),) = {block.kind: block.attention for block in model.blocks.values()}.items()
-        rotation = rotation_at(positions, kind.rotary(model.config), model.config, torch.float64)
+        rotation = kind.rotation(model.config, positions, torch.float64)
         moved = SequenceContext({name: replace(context[name], positions=positions, rotation=rotation)})
         x = model.embed(tokens)
         for block in model.blocks.values():

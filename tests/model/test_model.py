@@ -12,11 +12,10 @@ from torch import nn
 
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX
 from swamla_titan.model import FLAVORS, Block, ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import BLOCKS, attention_kinds
-from swamla_titan.model.context import SequenceContext
-from swamla_titan.model.feed_forward import FeedForward
+from swamla_titan.model.blocks import BLOCKS, FeedForward, attention_kinds
+from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.init import initial_value
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.layers import Linear
 
 
 def test_pattern_of_blocks_and_names():

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from swamla_titan.model.norms import DynamicTanh, RMSNorm
-from swamla_titan.model.rope import rotate, rotation
+from swamla_titan.model.layers import DynamicTanh, RMSNorm, rotate, rotation
 
 
 def test_rms_norm_is_the_formula_in_float32():

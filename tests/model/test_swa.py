@@ -9,8 +9,8 @@ from tiny import ALL_SWA, build, random_tokens
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import ROTARY_WINDOW, WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule
-from swamla_titan.model.inner_attention import FusedAttention
-from swamla_titan.model.rope import Rotation, rotate
+from swamla_titan.model.branch import FusedAttention
+from swamla_titan.model.layers import Rotation, rotate
 
 T = 14
 

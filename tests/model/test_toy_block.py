@@ -14,7 +14,7 @@ from torch import nn
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import registered
 from swamla_titan.model.branch import Attention
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.layers import Linear
 from swamla_titan.model.swa import SlidingWindowAttention
 from tests.patches import apply_patch
 

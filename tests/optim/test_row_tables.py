@@ -17,8 +17,8 @@ from swamla_titan.checkpoint.state import OF_MODELS, OptimizerStates, State, Wei
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.mesh import World
+from swamla_titan.model.layers import UpdateRule
 from swamla_titan.model.row_table import LocalRows, RowTable, Segments, look_up, request_rows, row_tables
-from swamla_titan.model.update_rule import UpdateRule
 from swamla_titan.optim import (
     AveragedWeights,
     bring_up_to_date,

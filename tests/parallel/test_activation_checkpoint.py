@@ -18,7 +18,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import BLOCKS, Block, Regions
-from swamla_titan.model.flops import matmul_weights
+from swamla_titan.model.counts import matmul_weights
 from swamla_titan.parallel import activation_checkpoint
 from swamla_titan.parallel.activation_checkpoint import (
     apply_activation_checkpointing,

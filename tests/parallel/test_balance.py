@@ -9,7 +9,7 @@ import pytest
 from swamla_titan.config.sections import Parallel
 from swamla_titan.kernels.flops import causal_pairs, window_pairs
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.flops import training_flops
+from swamla_titan.model.counts import training_flops
 from swamla_titan.parallel.balance import balanced, piece_costs, stage_costs, stage_table
 from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count, stages_of_rank
 

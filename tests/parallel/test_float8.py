@@ -9,7 +9,7 @@ from torchao.float8.float8_linear import Float8Linear
 
 from swamla_titan.config.sections import Float8
 from swamla_titan.errors import UserError
-from swamla_titan.model.linear import Head, Linear
+from swamla_titan.model.layers import Head, Linear
 from swamla_titan.parallel.tensor import sides_on_a_rank
 from swamla_titan.quantization.coverage import validate_coverage
 from swamla_titan.quantization.float8 import convert_to_float8

@@ -13,7 +13,7 @@ from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import LATENT, LATENT_DOCUMENTS, ROTARY_WINDOW
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.feed_forward import SwiGLU
+from swamla_titan.model.blocks import SwiGLU
 from swamla_titan.model.loss_head import FusedLossHead, LossHead
 from swamla_titan.parallel import kernels
 from swamla_titan.parallel.kernels import attention_choices, choose_kernels, validate_attention, validate_elementwise

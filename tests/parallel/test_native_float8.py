@@ -13,7 +13,7 @@ from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.kernels.float8.linear import Settings, float8_linear, float8_linear_swiglu, quantize, rms_norm
 from swamla_titan.kernels.swiglu import swiglu
 from swamla_titan.model.blocks import BLOCKS, Block
-from swamla_titan.model.linear import Linear
+from swamla_titan.model.layers import Linear
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model

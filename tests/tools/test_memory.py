@@ -11,8 +11,8 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, 
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.kernels.float8.linear import Settings
 from swamla_titan.model import Block, ModelConfig, SWAMLAModel
-from swamla_titan.model.engram_config import EngramConfig
-from swamla_titan.model.sequences import FullSequences
+from swamla_titan.model.annex_config import EngramConfig
+from swamla_titan.model.context import FullSequences
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.sequence_layout import SequenceLayout

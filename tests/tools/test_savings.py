@@ -21,7 +21,7 @@ from swamla_titan.config.sections import (
 )
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
-from swamla_titan.model.engram_config import EngramConfig
+from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.tools.plan import memory_at, plan
 from swamla_titan.tools.plan_report import size
 from swamla_titan.tools.savings import advice, savings

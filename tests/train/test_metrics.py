@@ -16,7 +16,7 @@ from swamla_titan.config.sections import Metrics
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
-from swamla_titan.model.flops import training_flops_per_token
+from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.train import throughput
 from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops

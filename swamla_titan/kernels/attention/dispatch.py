@@ -93,7 +93,7 @@ class Request:
     (selective.py). `chunk`: under context parallelism a device has two chunks of each sequence of this length; None:
     full sequences.
 
-    To add what a request may say: a `fact` here, which attention_request (model/sequences.py) fills in, and its name
+    To add what a request may say: a `fact` here, which Attention.request (model/branch.py) fills in, and its name
     in `knows` of the entries that take it.
     """
 
@@ -201,7 +201,7 @@ class FusedImplementation(Entry):
 
     @abstractmethod
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
-        """What the linear layers give, not rotated -> [B, T, H, E]; cos and sin are model/rope.py's."""
+        """What the linear layers give, not rotated -> [B, T, H, E]; cos and sin are model/layers.py's."""
 
 
 class Choice(NamedTuple):

@@ -35,7 +35,7 @@ def latent_attention(
     query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, both with the part without position
     first; rope_key [B, T, rope] -> [B, T, H, v] in query's dtype. A head's key is its own nope part and the rotated
     rope_key, which all heads share. cos and sin [1 or B, T, 1, rope/2] in float32 rotate element i with i + rope/2, as
-    model/rope.py does. `kernel`, a name in KERNELS (causal.py), computes sequences of one document; with `starts` and
+    model/layers.py does. `kernel`, a name in KERNELS (causal.py), computes sequences of one document; with `starts` and
     `ends` document.py's kernels do. Sequences of one token, which cuDNN does not take, use "plain".
     """
     if query.shape[1] == 1:

@@ -23,8 +23,8 @@ def rotary_window_attention(
     """`window_attention` of rotated queries and keys from a fused projection.
 
     qkv [B, T, G, H/G + 2, D], contiguous: the queries of a group of heads, then its key and its value. cos and sin
-    [1 or B, T, 1, D/2] in float32 rotate element i with i + D/2, as model/rope.py does. -> [B, T, H, D] in qkv's dtype;
-    the rest is as in `window_attention`.
+    [1 or B, T, 1, D/2] in float32 rotate element i with i + D/2, as model/layers.py does. -> [B, T, H, D] in qkv's
+    dtype; the rest is as in `window_attention`.
     """
     out: Tensor = _forward(qkv, cos, sin, starts, window, sink, scale)[0]
     return out

@@ -69,7 +69,7 @@ def float8_linear(x: Operand, weight: Operand, settings: Settings) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Operand:
-    """RMSNorm (model/norms.py) of x [..., K] with weight [K], as e4m3."""
+    """RMSNorm (model/layers.py) of x [..., K] with weight [K], as e4m3."""
     plain, gain = x.detach().flatten(0, -2).float(), weight.detach().float()
     rstd = torch.rsqrt(plain.square().mean(-1) + eps)
     scale = scale_for(((plain * gain).abs().amax(-1) * rstd).amax(), VALUES)

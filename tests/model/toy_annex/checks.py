@@ -14,7 +14,7 @@ from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.flops import training_flops
+from swamla_titan.model.counts import training_flops
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model

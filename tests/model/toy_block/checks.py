@@ -19,7 +19,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.model.flops import block_flops, training_flops
+from swamla_titan.model.counts import block_flops, training_flops
 from swamla_titan.optim import build_optimizer, group_table
 from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
