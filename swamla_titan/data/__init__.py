@@ -17,14 +17,13 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.compression import CompressedVocabulary, compress
-from swamla_titan.data.corpus import Corpus, open_corpus
+from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
+from swamla_titan.data.held_out import ValidationSet
 from swamla_titan.data.loader import BatchLoader
 from swamla_titan.data.sources import pinned
-from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer
-from swamla_titan.data.validation_set import ValidationSet, build_validation_set
+from swamla_titan.data.tokenizer import CompressedVocabulary, Tokenizer, compress, load_tokenizer
 from swamla_titan.data.worker import prepare_workers
 
 __all__ = [

@@ -117,3 +117,12 @@ def micro_batch(
 
     ids = None if document_ids is None else filled(document_ids, 0)
     return MicroBatch(filled(tokens, 0), filled(targets, IGNORED), ids, given)
+
+
+def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:
+    """Number of each token's document within its row, from 0: [N, T] -> [N, T] int64.
+
+    End of text belongs to the document it ends: ids[t] = number of eot in tokens[:t].
+    """
+    ends = tokens.numpy() == eot_id  # by NumPy, as the loader copies: torch would wake all its threads
+    return torch.from_numpy(ends.cumsum(axis=-1, dtype=np.int64) - ends)

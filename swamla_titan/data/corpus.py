@@ -14,7 +14,7 @@ from swamla_titan.data.changes import changed_files, changed_settings, files_by_
 from swamla_titan.data.division import divide
 from swamla_titan.data.document import Document, Source
 from swamla_titan.data.faults import Fault
-from swamla_titan.data.held_out import HeldOut, choose_held_out, text_hash
+from swamla_titan.data.held_out import HeldOut, ValidationSet, choose_held_out, pack, text_hash
 from swamla_titan.data.retry import Retry, all_documents
 from swamla_titan.data.segments import ORDER, Segments
 from swamla_titan.data.sources import open_source
@@ -268,7 +268,7 @@ def permutation(size: int, *seeds: int) -> np.ndarray:
 def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     """What validation reads, as `validation` says; adds to the corpus' faults what cannot be read."""
     if validation.path:
-        read = path_documents(corpus.data, validation, corpus.tokenizer)
+        read = _path_documents(corpus.data, validation, corpus.tokenizer)
         return HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
     if validation.fraction == 0:
         return HeldOut(0)
@@ -279,20 +279,48 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     return found
 
 
+def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -> ValidationSet | None:
+    """The documents of `validation.path`, or those held out of the training data, up to `validation.max_tokens`.
+
+    None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source,
+    without shuffling, so it is the same in every run. UserError if there is no text.
+    """
+    if validation.path:
+        documents = _path_documents(corpus.data, validation, corpus.tokenizer)
+        missing = f"validation.path: {validation.path} holds no text, only empty documents."
+    elif validation.fraction > 0:
+        # What cannot be read was reported already, or is when training finds it.
+        faults: list[Fault] | None = [] if corpus.skips_files else None
+        readable = all_documents(corpus.source, corpus.new_retry(), faults)
+        held_out = (document for document in readable if document in corpus.read_by_validation)
+        documents = _up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
+        missing = (
+            f"validation.fraction = {validation.fraction} holds out no document of the training data. "
+            "Raise it, or give validation.path, or set it to 0 to train without validation."
+        )
+    else:
+        return None
+    text = np.concatenate([np.empty(0, dtype=np.int32), *(tokens for _, tokens in documents)])
+    text = text[: validation.max_tokens + 1]
+    if len(text) < 2:
+        raise UserError(missing)
+    return pack(text, seq_len, corpus.tokenizer, corpus.data.document_mask)
+
+
 def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:
     """Retries of `data.retry_seconds`, where a trainer has replaced -1 by a number, see config/rules.py."""
     return Retry(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_closed)
 
 
-def path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+def _path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """The documents of `validation.path` that validation reads, each with its tokens."""
     # What validation means must not depend on what happens to be readable: nothing is skipped here.
     retry = retry_of(data)
     documents = all_documents(open_local(data, validation.path, "validation.path", retry=retry), retry)
-    return up_to(validation.max_tokens + 1, documents, tokenizer)
+    return _up_to(validation.max_tokens + 1, documents, tokenizer)
 
 
-def up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+def _up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """Documents that hold text, each with its tokens, until there are `tokens` of them; then reading stops."""
     for document in documents:
         if document.is_empty:

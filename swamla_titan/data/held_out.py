@@ -1,10 +1,15 @@
-"""Which documents are held out of training: a property of a document's text alone."""
+"""Held-out text: which documents training leaves out, by their text alone, and the sequences that validation reads."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from swamla_titan.data.batches import IGNORED, MicroBatch, document_ids, micro_batch
 from swamla_titan.data.document import Document
+from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
 
 # A corpus that ends within both limits is small: it is read whole at start-up and its share held out is exact.
@@ -74,3 +79,43 @@ def choose_held_out(documents: Iterable[Document], fraction: float, separator: s
         )
     count = max(1, min(len(hashes) - 1, round(fraction * len(hashes))))
     return HeldOut(sorted(hashes)[count - 1] + 1)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """N packed sequences, equal on all ranks. Bits per byte = sum of losses / ln 2 / sum of `target_bytes`."""
+
+    tokens: torch.Tensor  # [N, T] int64
+    targets: torch.Tensor  # [N, T] int64, -100 behind the last document
+    document_ids: torch.Tensor | None  # [N, T] int64, with data.document_mask
+    target_bytes: torch.Tensor  # [N, T] int64: bytes of text behind each target, 0 for end of text and where ignored
+
+    @property
+    def fingerprint(self) -> str:
+        """How many targets there are, and a digest of them."""
+        digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=8).hexdigest()
+        return f"{int((self.targets != IGNORED).sum())} targets, {digest}"
+
+    def micro_batches(self, rank: int, world_size: int, local_batch_size: int) -> Iterator[MicroBatch]:
+        """Sequences rank, rank + world_size, ... in micro-batches; every rank gets equally many, filled up if short."""
+        most = -(-len(self.tokens) // world_size)
+        for start in range(0, most, local_batch_size):
+            own = slice(rank + start * world_size, rank + (start + local_batch_size) * world_size, world_size)
+            yield micro_batch(self.tokens, self.targets, self.document_ids, own, local_batch_size)
+
+
+def pack(text: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: bool) -> ValidationSet:
+    """Tokens as sequences of `seq_len`: every token but the first is a target once, the rest is padded."""
+    count = -(-(len(text) - 1) // seq_len)
+    tokens = np.full(count * seq_len, tokenizer.eot_id, dtype=np.int64)
+    targets = np.full(count * seq_len, IGNORED, dtype=np.int64)
+    tokens[: len(text) - 1] = text[:-1]
+    targets[: len(text) - 1] = text[1:]
+    lengths = np.where(targets == IGNORED, 0, tokenizer.byte_lengths[np.maximum(targets, 0)])
+    packed = torch.from_numpy(tokens).view(count, seq_len)
+    return ValidationSet(
+        packed,
+        torch.from_numpy(targets).view(count, seq_len),
+        document_ids(packed, tokenizer.eot_id) if document_mask else None,
+        torch.from_numpy(lengths.astype(np.int64)).view(count, seq_len),
+    )

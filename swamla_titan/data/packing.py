@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.document import Cursor
@@ -146,12 +145,3 @@ def _is_position(position: dict[str, Any]) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:
-    """Number of each token's document within its row, from 0: [N, T] -> [N, T] int64.
-
-    End of text belongs to the document it ends: ids[t] = number of eot in tokens[:t].
-    """
-    ends = tokens.numpy() == eot_id  # by NumPy, as the loader copies: torch would wake all its threads
-    return torch.from_numpy(ends.cumsum(axis=-1, dtype=np.int64) - ends)

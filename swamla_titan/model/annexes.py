@@ -145,7 +145,7 @@ class ModelAnnexes(nn.ModuleDict):
         self.layout = StreamLayout()
 
     def use(self, ids: np.ndarray, size: int) -> None:
-        """Look up by a compressed vocabulary (data/compression.py): `ids` of each token, of `size` different ones.
+        """Look up by a compressed vocabulary (data/tokenizer.py): `ids` of each token, of `size` different ones.
 
         Size itself is the pad id, which no token has but those of the padded vocabulary.
         """

@@ -1,7 +1,7 @@
 """Engram: conditional memory by hashed n-gram lookup (arXiv:2601.07372).
 
 Which row of which table a token looks up: the n-gram that ends at a token of a document is its n last tokens, as ids of
-the compressed vocabulary (data/compression.py); before the document's first token lies the pad id. With an odd
+the compressed vocabulary (data/tokenizer.py); before the document's first token lies the pad id. With an odd
 multiplier for each of its positions, its hash is
 
     (id[t] * m[0]) XOR (id[t - 1] * m[1]) XOR ... XOR (id[t - n + 1] * m[n - 1])  modulo a prime.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swamla_titan.data import compress, load_tokenizer
-from swamla_titan.data.compression import normal_form
+from swamla_titan.data.tokenizer import normal_form
 
 
 def groups(tokenizer):

@@ -23,8 +23,8 @@ import torch
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.data.background import is_done
+from swamla_titan.data.batches import document_ids
 from swamla_titan.data.loader import StepReader
-from swamla_titan.data.packing import document_ids
 from swamla_titan.data.retry import all_documents
 from swamla_titan.data.worker import PREFETCH_STEPS, LoaderProcess, _make_sockets_where_their_names_fit
 from swamla_titan.errors import RunFailed, UserError

@@ -9,12 +9,13 @@ import torch
 from swamla_titan.data.batches import (
     IGNORED,
     StepBatch,
+    document_ids,
     micro_batch_count,
     micro_batches,
     sequences_per_rank,
     waits_for_streams,
 )
-from swamla_titan.data.packing import PackedStream, TokenCache, document_ids, initial_cursor
+from swamla_titan.data.packing import PackedStream, TokenCache, initial_cursor
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.data.tokenizer import load_tokenizer
 

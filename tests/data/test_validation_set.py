@@ -7,8 +7,8 @@ import torch
 
 from swamla_titan.config.sections import Validation
 from swamla_titan.data import IGNORED, build_validation_set
+from swamla_titan.data.batches import document_ids
 from swamla_titan.data.corpus import all_documents
-from swamla_titan.data.packing import document_ids
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import UserError
 
