@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from swamla_titan.checkpoint.manifest import INDEX, MOST_INDEX
 from swamla_titan.checkpoint.tensor_index import require_covered
 from swamla_titan.checkpoint.unpickler import StrictUnpickler
-from swamla_titan.distributed.agreement import all_ranks_or_raise
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_ranks_or_raise
 from swamla_titan.errors import Damaged, UserError
 from swamla_titan.system.bounded import read_regular
 

@@ -21,8 +21,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.rules import ALLOWED_DIFFERENCES
 from swamla_titan.config.sections import RENAMED
 from swamla_titan.data import Corpus, fingerprint_changes
-from swamla_titan.distributed.agreement import all_gather_dict, broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.fields import settings

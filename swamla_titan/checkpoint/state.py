@@ -18,9 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from swamla_titan.checkpoint.reader import load_tensors, require_finite, require_loadable, stored_groups
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.distributed.agreement import all_ranks_or_raise
 from swamla_titan.distributed.dtensor import local, plain
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_ranks_or_raise
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.row_table import row_tables

@@ -44,9 +44,8 @@ from swamla_titan.checkpoint.records import TrainState, read_train_state
 from swamla_titan.checkpoint.state import OF_MODELS, Declared
 from swamla_titan.checkpoint.verification import require_intact
 from swamla_titan.config import Config, load_config
-from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import Damaged, RunFailed, UnknownGroup, UserError
 from swamla_titan.system.machine import limit_of_files
 

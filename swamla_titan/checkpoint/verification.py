@@ -19,8 +19,7 @@ from swamla_titan.checkpoint.records import TrainState, read_annex_record, read_
 from swamla_titan.checkpoint.state import Average, Declared, Learned, OptimizerStates, Weights
 from swamla_titan.checkpoint.tensor_index import chunk_problem, require_stored
 from swamla_titan.config import Config, load_config
-from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import Damaged, UnknownGroup, UserError
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import AveragedWeights, build_optimizer

@@ -11,9 +11,8 @@ from swamla_titan.config.effects import without_effect
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.sections import Float8, OptimizerName, Recipe
 from swamla_titan.data import micro_batch_size
-from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.distributed.mesh import ELSEWHERE, World
+from swamla_titan.distributed.mesh import ELSEWHERE, World, all_gather_dict
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY, FLOAT8_MULTIPLE

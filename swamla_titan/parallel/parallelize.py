@@ -19,8 +19,7 @@ from swamla_titan.parallel.data_parallel import apply_data_parallel, model_resha
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.row_tables import shard_row_tables
 from swamla_titan.parallel.stream import share_stream
-from swamla_titan.parallel.tensor import apply_tensor_parallel, sides_on_a_rank
-from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
+from swamla_titan.parallel.tensor import apply_tensor_parallel, enable_async_tensor_parallel, sides_on_a_rank
 from swamla_titan.quantization.coverage import LinearCoverage, survey, validate_coverage, validate_device
 from swamla_titan.quantization.native import save_transposed_weights
 

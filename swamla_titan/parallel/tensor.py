@@ -18,6 +18,7 @@ inside attention and feed-forward are all tokens of this rank's heads or hidden 
 their own names, for FSDP2 and checkpoints look for them there; the modules compute with the local part.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,15 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from swamla_titan.config.parallel_rules import why_not_shared
-from swamla_titan.errors import UserError
-from swamla_titan.kernels.attention.masks import Selection, SelectionRule
-from swamla_titan.kernels.cross_entropy import IGNORE
-from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.branch import SelectingHead
-from swamla_titan.model.layers import Embedding, LinearSpec, PerChannel, Role, Sharding, spec_of
-from swamla_titan.model.loss_head import LossHead
-from swamla_titan.model.row_table import RowTable
-from swamla_titan.parallel.tensor_collectives import (
+from swamla_titan.distributed.collectives import (
     TensorGroup,
     all_gather_last_axis,
     all_gather_sequence,
@@ -45,6 +38,14 @@ from swamla_titan.parallel.tensor_collectives import (
     broadcast,
     reduce_scatter_sequence,
 )
+from swamla_titan.errors import UserError
+from swamla_titan.kernels.attention.masks import Selection, SelectionRule
+from swamla_titan.kernels.cross_entropy import IGNORE
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.branch import SelectingHead
+from swamla_titan.model.layers import Embedding, LinearSpec, PerChannel, Role, Sharding, spec_of
+from swamla_titan.model.loss_head import LossHead
+from swamla_titan.model.row_table import RowTable
 
 
 def local_with_gradient(parameter: Tensor) -> Tensor:
@@ -296,3 +297,21 @@ class VocabularyParallelCrossEntropy(nn.Module):
         if z_loss > 0:
             loss = loss + z_loss * log_partition.square()
         return torch.where(targets != IGNORE, loss, 0.0).sum()
+
+
+def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:
+    """Have what is compiled from here on overlap the communication of `mesh` (World.weights["tensor"]).
+
+    The compiler's pass splits all-gathers and reduce-scatters into pieces and overlaps each with the matmul of another:
+    fused operators read the other GPUs' memory directly (symmetric memory). The ranks of `mesh` must be GPUs with peer
+    access: of one host, or of one NVLink domain.
+    """
+    assert mesh.device_type == "cuda", "refused in launch/process_group.py"
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # Deprecated as needless, but the pass (torch 2.11 to 2.13) skips groups for which it was not called.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)

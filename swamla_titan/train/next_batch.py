@@ -3,8 +3,7 @@
 from functools import partial
 
 from swamla_titan.data import BatchLoader, Exclusion, StepBatch
-from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.train.policies.unreadable_data import UnreadableData

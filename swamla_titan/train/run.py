@@ -9,8 +9,7 @@ from pathlib import Path
 
 from swamla_titan.checkpoint.dump_folder import FolderLost, Hold, exclusive
 from swamla_titan.config import Config
-from swamla_titan.distributed.agreement import broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, broadcast_from_rank_0
 from swamla_titan.errors import RankFailed, RunFailed, UserError
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.launch.signals import StopRequest

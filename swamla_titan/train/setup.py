@@ -41,8 +41,7 @@ from swamla_titan.data import (
     pinned,
     prepare_workers,
 )
-from swamla_titan.distributed.agreement import all_ranks_or_raise, broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import Damaged, UserError
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import validate_optimizer_device

@@ -12,7 +12,7 @@ from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder, prepare_fol
 from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.config import to_toml
 from swamla_titan.data import StepBatch
-from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
+from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.counts import training_flops_per_token

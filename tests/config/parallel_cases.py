@@ -17,7 +17,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel import data_parallel as data_parallel_module
 from swamla_titan.parallel.data_parallel import reshards_after_forward
-from swamla_titan.parallel.tensor_collectives import enable_async_tensor_parallel
+from swamla_titan.parallel.tensor import enable_async_tensor_parallel
 from tests.config.runner import Runner
 
 UNITS = 4  # of FSDP2: three blocks, and what lies around them

@@ -11,8 +11,7 @@ from swamla_titan.checkpoint.reader import load_tensors
 from swamla_titan.cli import main
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import StepBatch
-from swamla_titan.distributed.agreement import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.train.step import StepOutcome, TrainStep

@@ -16,14 +16,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from swamla_titan.config.sections import Float8, Parallel
+from swamla_titan.distributed.collectives import TensorGroup, all_gather_last_axis
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads
-from swamla_titan.parallel.tensor import VocabularyParallelCrossEntropy, apply_tensor_parallel
-from swamla_titan.parallel.tensor_collectives import TensorGroup, all_gather_last_axis, enable_async_tensor_parallel
+from swamla_titan.parallel.tensor import (
+    VocabularyParallelCrossEntropy,
+    apply_tensor_parallel,
+    enable_async_tensor_parallel,
+)
 from tests.distributed.ranks import on_ranks
 
 T = 24

@@ -328,7 +328,7 @@ def test_the_place_of_the_main_thread_names_the_function_and_ours_that_called_it
     look()
     assert "(threading.py:" in places[0]
     assert "called by" not in places[0]
-    from swamla_titan.distributed.agreement import broadcast_from_rank_0
+    from swamla_titan.distributed.mesh import broadcast_from_rank_0
 
     broadcast_from_rank_0(World.alone(), look)
     assert ", called by broadcast_from_rank_0 (agreement.py:" in places[1]

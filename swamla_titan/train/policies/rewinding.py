@@ -26,8 +26,7 @@ from typing import NamedTuple
 from swamla_titan.checkpoint.state import State
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
-from swamla_titan.distributed.agreement import broadcast_from_rank_0
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, broadcast_from_rank_0
 from swamla_titan.train.bad_steps import BadSteps
 
 

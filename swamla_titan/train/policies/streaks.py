@@ -19,9 +19,8 @@ from torch import nn
 from swamla_titan.checkpoint.reader import is_finite
 from swamla_titan.config import Config
 from swamla_titan.data import BatchLoader
-from swamla_titan.distributed.agreement import all_gather_dict
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict
 from swamla_titan.errors import RunFailed
 from swamla_titan.train.bad_steps import BadStep
 from swamla_titan.train.policies.rewinding import Rewinding

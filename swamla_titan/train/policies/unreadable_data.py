@@ -9,8 +9,7 @@ from typing import Any
 
 from swamla_titan.checkpoint.records import TrainState
 from swamla_titan.data import Corpus, Exclusion
-from swamla_titan.distributed.agreement import all_gather_dict
-from swamla_titan.distributed.mesh import World
+from swamla_titan.distributed.mesh import World, all_gather_dict
 from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
