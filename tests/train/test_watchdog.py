@@ -331,7 +331,7 @@ def test_the_place_of_the_main_thread_names_the_function_and_ours_that_called_it
     from swamla_titan.distributed.mesh import broadcast_from_rank_0
 
     broadcast_from_rank_0(World.alone(), look)
-    assert ", called by broadcast_from_rank_0 (agreement.py:" in places[1]
+    assert ", called by broadcast_from_rank_0 (mesh.py:" in places[1]
 
 
 def test_the_ranks_are_listed_by_place_those_behind_first_and_the_silent_named():
