@@ -27,13 +27,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.kernels.attention.masks import Selection
 from swamla_titan.kernels.attention.selective import reference_selected_before
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.branch import AttentionContext, InnerAttention
 from swamla_titan.model.cache import DecodeCache
-from swamla_titan.tools.generate import find_checkpoint, load_model
+from swamla_titan.tools.generate import load_model
+from swamla_titan.train.step import GROUPS
 
 Leaves = Literal["selected", "oldest", "random"]
 
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="at most")
     parser.add_argument("--together", type=int, default=8, help="sequences whose scores of all heads exist at a time")
     arguments = parser.parse_args()
-    config, tokenizer, model = load_model(find_checkpoint(arguments.checkpoint), ema=False)
+    config, tokenizer, model = load_model(find_checkpoint(arguments.checkpoint, GROUPS), ema=False)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     length = arguments.seq_len or config.training.seq_len
     found = list(sequences(arguments.text, tokenizer, length, arguments.sequences))

@@ -322,3 +322,31 @@ def _save_tensors(tensors: Tensors, folder: Path, world: World) -> None:
     on_gpu = any(local(each).is_cuda for group in tensors.values() for each in group.values())
     writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=_COPIED_AHEAD if on_gpu else 0)
     dcp.save({**tensors}, storage_writer=writer, no_dist=world.size == 1, process_group=world.host_group)
+
+
+def find_checkpoint(
+    name: str, known: Declared, usable: Callable[[Path], None] = lambda path: None, world: World | None = None
+) -> Path:
+    """The checkpoint folder `name`, or the newest intact one of the dump folder `name` that is also usable.
+
+    All ranks call this. Raises UserError if there is none, if the one asked for is damaged, or if `usable(path)`, which
+    rank 0 calls, raises it.
+    """
+    path, world = Path(name), world or World.alone()
+    if broadcast_from_rank_0(world, lambda: _is_checkpoint(path)):
+        try:
+            require_intact(path, world, known)
+        except Damaged as error:
+            raise UserError(f"{path}: {error}") from None
+        broadcast_from_rank_0(world, lambda: usable(path))
+        return path
+    newest = Checkpoints(path / "checkpoints", keep_latest=0, world=world, known=known).newest_intact(usable)
+    if newest is None:
+        raise UserError(f"{path}: neither a checkpoint nor the dump folder of a run that has one")
+    return newest
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder is meant as one checkpoint; links and pipes in place of its files count, and are refused."""
+    has = {name: os.path.lexists(path / name) for name in (MANIFEST, CONFIG, "checkpoints")}
+    return has[MANIFEST] or (has[CONFIG] and not has["checkpoints"])

@@ -1,22 +1,18 @@
 """`generate`: continue prompts with the model of a checkpoint."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from swamla_titan.checkpoint.manifest import CONFIG, MANIFEST, VOCABULARY
+from swamla_titan.checkpoint.manifest import CONFIG, VOCABULARY
 from swamla_titan.checkpoint.reader import stored_groups
 from swamla_titan.checkpoint.records import use_annex_record
 from swamla_titan.checkpoint.state import Average, load_weights, require_weights
-from swamla_titan.checkpoint.store import Checkpoints
-from swamla_titan.checkpoint.verification import require_intact
+from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.config import Config, load_config
 from swamla_titan.data import Tokenizer, load_tokenizer
-from swamla_titan.distributed.mesh import World
-from swamla_titan.errors import Damaged, UserError
+from swamla_titan.errors import UserError
 from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import check_options, generate
@@ -24,27 +20,6 @@ from swamla_titan.model.row_table import row_tables
 from swamla_titan.train.step import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
-
-
-def find_checkpoint(name: str, usable: Callable[[Path], None] = lambda path: None) -> Path:
-    """The checkpoint folder `name`, or the newest intact one of the dump folder `name` that is also usable.
-
-    Raises UserError if there is none, if the one asked for is damaged, or if `usable(path)` raises it.
-    """
-    path = Path(name)
-    # Also links and pipes with these names, which verification refuses.
-    has = {name: os.path.lexists(path / name) for name in (MANIFEST, CONFIG, "checkpoints")}
-    if has[MANIFEST] or (has[CONFIG] and not has["checkpoints"]):
-        try:
-            require_intact(path, World.alone(), GROUPS)
-        except Damaged as error:
-            raise UserError(f"{path}: {error}") from None
-        usable(path)
-        return path
-    newest = Checkpoints(path / "checkpoints", keep_latest=0, known=GROUPS).newest_intact(usable)
-    if newest is None:
-        raise UserError(f"{path}: neither a checkpoint nor the dump folder of a run that has one")
-    return newest
 
 
 class LoadedModel(NamedTuple):
@@ -114,7 +89,7 @@ def generate_from_checkpoint(
         if not ema or Average.group in stored_groups(path):
             found[path] = load_model(path, ema)
 
-    path = find_checkpoint(checkpoint, load)
+    path = find_checkpoint(checkpoint, GROUPS, load)
     if path not in found:
         raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
     config, tokenizer, model = found[path]
