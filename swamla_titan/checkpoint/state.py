@@ -309,7 +309,7 @@ def load_weights(path: Path, model: nn.Module, ema: bool = False) -> None:
 
 
 def _bring_tables_up_to_date(path: Path, model: nn.Module) -> None:
-    """Checkpoints keep the averages of tables as optim/row_average.py does.
+    """Checkpoints keep the averages of tables as optim/ema.py does.
 
     The weights behind them are read into the memory of the host, a table at a time: a GPU may have no room for both.
     """

@@ -83,12 +83,6 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def tile_of_rows(width: int) -> dict[str, int]:
-    """The constants of a kernel whose programs take some rows of a table each, about 1,024 elements."""
-    columns = power_of_two(width)
-    return {"WIDTH": width, "COLUMNS": columns, "ROWS": max(1024 // columns, 1)}
-
-
 class SplitWidth(NamedTuple):
     """A head's width as a sum of powers of two, because Triton's tiles are powers of two; the second may be 0."""
 

@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.errors import RankFailed
-from swamla_titan.kernels.device import power_of_two, why_no_kernels
-from swamla_titan.kernels.triton import jit, tl
 
-# Rows of a tile, and programs that together have some 100 KB under way: what PCIe carries in the 2 us of an answer.
-_ROWS, _PROGRAMS_BESIDE_OTHERS = 16, 32
-_MOST_ELEMENTS = 1 << 14  # of a tile, so that wide rows fit in registers
-_ALL, _CHANGING, _SINCE = range(3)  # of rows, as the kernel's WHERE
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
 # Large pages are locked faster. No child process inherits the pages, because the kernel would copy those that are
 # locked. Python has these constants where the system does.
@@ -104,110 +98,6 @@ def _message(size: int, reason: str) -> str:
         f"parallel.tables_on_host: {size / 2**30:.1f} GiB more of the host's memory are needed, and {reason}: make the "
         "tables smaller, or share their rows among more machines; `swamla-titan plan CONFIG` counts what they take"
     )
-
-
-def rows_as(table: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`table[rows].to(dtype)`, of a contiguous table of a GPU in one pass; rows do not count from the end."""
-    if _is_for_operators(table) or not table.is_contiguous():
-        return table[rows].to(dtype)
-    values = table.new_empty(len(rows), table.shape[1], dtype=dtype)
-    _launch(table, rows, values, rows, rows, _ALL)
-    return values
-
-
-def copy_rows(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tensor:
-    """`table[rows]`; of rows for which `stays` [n, 1] is not 0 zeros, without reading them.
-
-    Without `stays` by few programs: as many as keep PCIe busy, and no more, because others compute meanwhile.
-    """
-    if _is_for_operators(table):
-        return table[rows] if stays is None else table[rows].where(stays == 0, 0)
-    if stays is None:
-        values = table.new_empty(len(rows), table.shape[1])
-        _launch(table, rows, values, rows, rows, _ALL, programs=_PROGRAMS_BESIDE_OTHERS)
-    else:
-        values = table.new_zeros(len(rows), table.shape[1])
-        _launch(table, rows, values, stays, stays, _CHANGING)
-    return values
-
-
-def copy_rows_again(values: Tensor, table: Tensor, rows: Tensor, touched: Tensor, since: Tensor) -> None:
-    """Write `table[rows]` into `values` where a row's `touched` [*, 1], int32, is at least the scalar `since`.
-
-    Of other rows nothing is read from the table.
-    """
-    if _is_for_operators(table):
-        values.copy_(torch.where(touched[rows] >= since, table[rows], values))
-    else:
-        _launch(table, rows, values, touched, since, _SINCE)
-
-
-def write_rows(table: Tensor, rows: Tensor, stays: Tensor, values: Tensor) -> None:
-    """Write `values` [n, width] into rows of the table for which `stays` [n, 1] is 0, which are all different."""
-    if _is_for_operators(table):
-        [places] = torch.where(stays[:, 0] == 0)
-        table.index_copy_(0, rows[places], values[places])
-    else:
-        _launch(table, rows, values, stays, stays, _CHANGING, writes=True)
-
-
-def _is_for_operators(table: Tensor) -> bool:
-    """Whether torch's operators move the table's rows, because there are none, or no Triton for its device."""
-    return not table.numel() or bool(why_no_kernels(table.device))
-
-
-def _launch(
-    table: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    flag: Tensor,
-    since: Tensor,
-    where: int,
-    writes: bool = False,
-    programs: int | None = None,
-) -> None:
-    width, columns = table.shape[1], power_of_two(table.shape[1])
-    assert table.is_contiguous(), "rows lie one behind the other"
-    sizes = {"WIDTH": width, "COLUMNS": columns, "ROWS": min(_ROWS, max(_MOST_ELEMENTS // columns, 1))}
-    if len(rows):
-        programs = programs or -(-len(rows) // sizes["ROWS"])
-        given = table, rows.contiguous(), values.contiguous(), flag.contiguous(), since, len(rows)
-        with torch.cuda.device_of(table):  # Triton launches on the current one
-            move_rows[(programs,)](*given, **sizes, WHERE=where, WRITES=writes)
-
-
-@jit
-def move_rows(
-    table_ptr, rows_ptr, values_ptr, flag_ptr, since_ptr, number, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, WHERE: tl.constexpr, WRITES: tl.constexpr,
-):  # fmt: skip
-    """table [*, WIDTH] at rows [number] -> values [number, WIDTH]; with WRITES the other way.
-
-                 rows          table                          values
-    program 0    ROWS   ->    [ WIDTH ] ... [ WIDTH ]   ->    ROWS of [ WIDTH ]     tile 0
-    program 1    ROWS   ->    [ WIDTH ] ... [ WIDTH ]   ->    ROWS of [ WIDTH ]     tile 1
-    program 0    ROWS   ->    ...                                                   tile 2, if there are 2 programs
-
-    WHERE: 0: all; 1: where flag [number] is 0; 2: where flag [*] of the row is at least `since`. Of other rows neither
-    table nor values are read or written. What is written is rounded to its dtype. COLUMNS is the power of two from
-    WIDTH on.
-    """
-    column = tl.arange(0, COLUMNS)[None, :]
-    for tile in range(tl.program_id(0), tl.cdiv(number, ROWS), tl.num_programs(0)):
-        at = tile * ROWS + tl.arange(0, ROWS)
-        wanted = at < number
-        row = tl.load(rows_ptr + at, mask=wanted, other=0)
-        if WHERE == 1:
-            wanted = wanted & (tl.load(flag_ptr + at, mask=wanted, other=1) == 0)
-        if WHERE == 2:
-            wanted = wanted & (tl.load(flag_ptr + row, mask=wanted, other=0) >= tl.load(since_ptr).to(tl.int32))
-        inside = wanted[:, None] & (column < WIDTH)
-        in_table = table_ptr + row[:, None] * WIDTH + column
-        in_values = values_ptr + at.to(tl.int64)[:, None] * WIDTH + column
-        if WRITES:
-            tl.store(in_table, tl.load(in_values, mask=inside, other=0.0), mask=inside)
-        else:
-            tl.store(in_values, tl.load(in_table, mask=inside, other=0.0), mask=inside)
 
 
 def lock_pages(address: int, size: int, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 A table's gradient is never a tensor of the table's shape. Each backward pass leaves pairs of a row and its gradient;
 `RowGradient.merge` sums them by row once a step, and the optimizer gathers, moves and scatters these rows alone
-(optim/rules.py), on a GPU in one kernel. Nothing else of a step sees the table.
+(optim/rules.py), on a GPU in one kernel (kernels/rows.py). Nothing else of a step sees the table.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -14,72 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.distributed.dtensor import local, zeros_sharded_like
-from swamla_titan.kernels import row_table_triton as kernels
-from swamla_titan.kernels.device import hand_over, on_stream, side_stream, tile_of_rows, why_no_kernels
-from swamla_titan.kernels.host_memory import copy_rows, copy_rows_again, rows_as, write_rows, zeros_on_host
+from swamla_titan.kernels.device import hand_over, on_stream, side_stream
+from swamla_titan.kernels.host_memory import zeros_on_host
+from swamla_titan.kernels.rows import LookedUp, Segments, copy_rows, copy_rows_again, rows_as
 from swamla_titan.model.layers import UpdateRule
 
 _ROWS_OF_A_PIECE = 1 << 18
-_VALUES_AT_ONCE = 4  # of a run, in the kernel that sums them
-
-
-class Segments:
-    """Runs of equal keys in sorted order, without the host knowing how many there are.
-
-    Of N keys: `keys` [N] sorted, `order` [N] where each came from, `index` [N] the number of each one's run, and
-    `offsets` [N + 1] where each run begins; the offsets behind the last run are N.
-    """
-
-    def __init__(self, keys: Tensor) -> None:
-        """`keys` [N], int64."""
-        self.keys, self.order = keys.sort(stable=True)
-        begins = torch.ones_like(self.keys, dtype=torch.bool)
-        torch.ne(self.keys[1:], self.keys[:-1], out=begins[1:])
-        self.index = begins.cumsum(0) - 1
-        self.offsets = torch.searchsorted(self.index, torch.arange(len(keys) + 1, device=keys.device))
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Values [N, width], in the order of the unsorted keys -> their sums by run [N, width], float32 or wider.
-
-        Those behind the last run are zeros. The same bits on every call: a run is summed from its first key on.
-        """
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        if not len(values):
-            return values.to(dtype)
-        if not why_no_kernels(values.device):
-            return self._sums_by_kernel(values.contiguous(), dtype)
-        values = values[self.order].to(dtype)
-        return torch.segment_reduce(values, "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0)
-
-    def _sums_by_kernel(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        runs, width = len(self.offsets) - 1, values.shape[1]
-        sums, tile = values.new_empty(runs, width, dtype=dtype), tile_of_rows(width)
-        if runs:
-            with torch.cuda.device_of(values):  # Triton launches on the current one
-                kernels.sum_runs[(-(-runs // tile["ROWS"]),)](
-                    values, self.order, self.offsets, sums, runs, **tile, AT_ONCE=_VALUES_AT_ONCE
-                )
-        return sums
-
-    def runs(self) -> Tensor:
-        """The number of each key's run [N], in the order of the unsorted keys."""
-        runs = torch.empty_like(self.index)
-        runs[self.order] = self.index
-        return runs
-
-    def of_kinds(self, keys: Sequence[int], runs: Sequence[int]) -> Iterator["Segments"]:
-        """Where keys of several kinds were concatenated, each kind's larger than those before: the segments of each.
-
-        `keys` and `runs` are how many there are of each kind; `offsets` then has no more than the end of the last run.
-        """
-        key = run = 0
-        for of_kind, runs_of_kind in zip(keys, runs, strict=True):
-            part = Segments.__new__(Segments)
-            at = slice(key, key + of_kind)
-            part.keys, part.order, part.index = self.keys[at], self.order[at] - key, self.index[at] - run
-            part.offsets = self.offsets[run : run + runs_of_kind + 1] - key
-            key, run = key + of_kind, run + runs_of_kind
-            yield part
 
 
 class Piece(NamedTuple):
@@ -87,24 +27,17 @@ class Piece(NamedTuple):
 
     The last row of all is repeated to the end. So what is computed of a row, and written, must be the same each time.
     `is_idle` [n, 1]: there is nothing to do, because the gradient is zero, as that of padding, or the repetition began
-    in an earlier piece. `first` is the number of the first of these rows, and `last` that of the last row of all.
+    in an earlier piece.
     """
 
     rows: Tensor
     gradients: Tensor
     is_idle: Tensor
-    first: int
-    last: Tensor
 
     def stays(self, bad: Tensor | None) -> Tensor:
         """1 for each row [n, 1] that stays as it is, else 0, float32; `bad`: 1 if all do."""
         is_idle = self.is_idle.float()
         return is_idle if bad is None else torch.maximum(is_idle, bad)
-
-    def repeats(self) -> Tensor:
-        """Which rows [n, 1] repeat the last one of all."""
-        numbers = torch.arange(self.first, self.first + len(self.rows), device=self.last.device)
-        return (numbers > self.last)[:, None]
 
 
 class RowGradient:
@@ -133,17 +66,23 @@ class RowGradient:
         self.segments = Segments(rows)
         self.sums = self.segments.sums(values)
 
+    def looked_up(self) -> LookedUp:
+        """The rows that were looked up, for kernels."""
+        assert self.segments is not None
+        assert self.sums is not None
+        return LookedUp(self.segments.keys, self.segments.offsets, self.segments.index[-1:], self.sums)
+
     def pieces(self) -> Iterator[Piece]:
-        """The rows that were looked up, once each, some at a time so that what is computed of them is small."""
-        if self.sums is None or self.segments is None or not len(self.sums):
+        """The same, once each, some at a time so that what is computed of them is small."""
+        if self.sums is None:
             return
-        segments, last = self.segments, self.segments.index[-1]
-        for begin in range(0, len(self.sums), _ROWS_OF_A_PIECE):
-            numbers = torch.arange(begin, min(begin + _ROWS_OF_A_PIECE, len(self.sums)), device=last.device)
+        keys, offsets, last, sums = self.looked_up()
+        for begin in range(0, len(sums), _ROWS_OF_A_PIECE):
+            numbers = torch.arange(begin, min(begin + _ROWS_OF_A_PIECE, len(sums)), device=last.device)
             numbers = torch.minimum(numbers, last)  # the host does not know how many there are
-            gradients = self.sums[numbers]
+            gradients = sums[numbers]
             is_idle = (gradients == 0).all(dim=1, keepdim=True) | (last < begin)
-            yield Piece(segments.keys[segments.offsets[numbers]], gradients, is_idle, begin, last)
+            yield Piece(keys[offsets[numbers]], gradients, is_idle)
 
     def dense(self, rows: int) -> Tensor:
         """The gradient as a tensor [rows, width], of the `rows` that are on this rank."""
@@ -319,19 +258,6 @@ class RowTable(nn.Module):
             return rows_as(weight, rows, dtype)
         copy_rows_again(ahead.values, weight, rows, self.steps.of_rows, ahead.since)
         return ahead.values.to(dtype)
-
-    def gather(self, held: Tensor, piece: Piece, stays: Tensor) -> Tensor:
-        """The rows [n, width] of a tensor like the weight. From the host only those that change are read."""
-        if self._host_of is None:
-            return held[piece.rows]
-        return copy_rows(held, piece.rows, torch.maximum(stays, piece.repeats()))
-
-    def scatter(self, held: Tensor, piece: Piece, stays: Tensor, values: Tensor) -> None:
-        """Write them. Of those that stay `values` must be what `gather` gave; to the host they are not written."""
-        if self._host_of is None:
-            held.index_copy_(0, piece.rows, values)
-        else:
-            write_rows(held, piece.rows, torch.maximum(stays, piece.repeats()), values)
 
     def forward(self, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Indices [...] int64 of rows -> [..., width] of `dtype`, None: the weight's.

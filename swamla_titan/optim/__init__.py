@@ -1,6 +1,6 @@
 """Parameter groups, optimizers, the moving average of the weights, and learning-rate schedules."""
 
-from swamla_titan.optim.ema import AveragedWeights, bytes_of_average
+from swamla_titan.optim.ema import AveragedWeights, bring_up_to_date, bytes_of_average, names_of_decays
 from swamla_titan.optim.gradients import clip_divisor, gradient_norm
 from swamla_titan.optim.groups import group_table, trained_parameters
 from swamla_titan.optim.optimizer import (
@@ -11,7 +11,6 @@ from swamla_titan.optim.optimizer import (
     state_bytes,
     validate_optimizer_device,
 )
-from swamla_titan.optim.row_average import bring_up_to_date, names_of_decays
 
 __all__ = [
     "AveragedWeights",

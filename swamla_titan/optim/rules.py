@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw as fused_adamw
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.dtensor import local, local_slices, zeros_sharded_like
 from swamla_titan.kernels.device import why_no_kernels
+from swamla_titan.kernels.rows import adam_of_rows
 from swamla_titan.model.row_table import Piece, RowSteps, RowTable, row_tables
 from swamla_titan.optim import updates
 from swamla_titan.optim.matrices import separate_rows
@@ -244,33 +245,32 @@ class AdamOfRows(AdamOfAllRows):
 
     words = "adam of the rows looked up"
 
-    def __init__(self, given: Given) -> None:
-        super().__init__(given)
-        self._is_fused = given.compiled
-
     def move(self, kind: Kind, parameters: Sequence[nn.Parameter], step: Step) -> None:
         """Count the step."""
         _count([self.optimizer.state[parameter]["step"] for parameter in parameters], step.bad)
 
     def move_rows(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
-        """As in AdamOfAllRows; on a GPU by one kernel, if updates are fused."""
-        if not self._is_fused or why_no_kernels(local(parameter).device):
+        """As in AdamOfAllRows; on a GPU by one kernel."""
+        if why_no_kernels(local(parameter).device):
             super().move_rows(kind, parameter, step)
             return
         config, state = self.config, self.optimizer.state[parameter]
-        held, gradient = [*self._held(parameter), local(state["touched"])], self._tables[parameter].gradient
+        held, looked_up = (
+            [*self._held(parameter), local(state["touched"])],
+            self._tables[parameter].gradient.looked_up(),
+        )
         rates = _scalar(_rate(kind, step)), config.beta1, config.beta2, config.eps, _scalar(kind.weight_decay)
-        updates.adam_of_rows(held, gradient, state["step"], step.divisor, step.bad, *rates)
+        adam_of_rows(held, looked_up, state["step"], step.divisor, step.bad, *rates)
 
     def move_piece(self, kind: Kind, parameter: nn.Parameter, piece: Piece, stays: Tensor, step: Step) -> None:
         """As in AdamOfAllRows."""
-        table, held = self._tables[parameter], self._held(parameter)
-        weight, *moments = moved = [table.gather(each, piece, stays) for each in held]
+        held = self._held(parameter)
+        weight, *moments = moved = [each[piece.rows] for each in held]
         factors = self._factors(kind, weight.device, step._replace(bad=stays))
         number = self.optimizer.state[parameter]["step"]
         self._update(weight, piece.gradients, number, [[each] for each in moments], *factors)
         for each, values in zip(held, moved):
-            table.scatter(each, piece, stays, values)
+            each.index_copy_(0, piece.rows, values)
 
     def _held(self, parameter: nn.Parameter) -> list[Tensor]:
         """This rank's rows of weight and moments."""

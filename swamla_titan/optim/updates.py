@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels import row_table_triton as kernels
-from swamla_titan.kernels.device import tile_of_rows
-from swamla_titan.model.row_table import RowGradient
 from swamla_titan.optim.state import Format, dequantize, quantize
 
 
@@ -47,47 +44,6 @@ def adamw(
     for each, moment, table in zip(kept, (first, second), tables):
         for target, value in zip(each, quantize(moment, moments, table)):
             write_unless_bad(target, value, bad)
-
-
-def adam_of_rows(
-    held: Sequence[Tensor],
-    gradient: RowGradient,
-    step: Tensor,
-    divisor: Tensor | None,
-    bad: Tensor | None,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: Tensor,
-) -> None:
-    """Move the rows that a table's gradient has, unless it is zero there, as `adamw` does, by one Triton kernel (CUDA).
-
-    `held`: weight and moments [rows, width], float32, and `touched` [rows, 1], int32, which becomes `step` in the rows
-    that move; in the memory of the GPU or of the host. Operations are those of `adamw` in the same order, each rounded
-    to the nearest.
-    """
-    assert gradient.sums is not None, "nothing was looked up"
-    assert gradient.segments is not None
-    assert all(each.is_contiguous() for each in held), "rows lie one behind the other"
-    segments, (runs, width) = gradient.segments, gradient.sums.shape
-    if not runs:
-        return
-    tile = tile_of_rows(width)
-    divisor = step.new_ones(()) if divisor is None else divisor
-    bad = step.new_zeros(()) if bad is None else bad
-    of_runs = segments.keys, segments.offsets, segments.index[-1], gradient.sums
-    of_step = step, divisor, bad, 1 - beta1**step, (1 - beta2**step).sqrt()
-    factors = _lerp_factor(1 - beta1), _lerp_factor(1 - beta2), lr.item(), (lr * weight_decay).item(), eps
-    with torch.cuda.device_of(gradient.sums):  # Triton launches on the current one
-        kernels.adam_of_rows[(-(-runs // tile["ROWS"]),)](
-            *held, *of_runs, *of_step, *factors, **tile, enable_fp_fusion=False
-        )
-
-
-def _lerp_factor(weight: float) -> float:
-    """What torch.lerp multiplies by, from the nearer end."""
-    return weight if weight < 0.5 else torch.tensor(weight, dtype=torch.float32).sub(1).item()
 
 
 def lion(

@@ -33,8 +33,9 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import hand_over, on_stream
 from swamla_titan.kernels.host_memory import free_memory
+from swamla_titan.kernels.rows import Segments
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.row_table import LocalRows, RowRequest, Segments, row_tables
+from swamla_titan.model.row_table import LocalRows, RowRequest, row_tables
 
 
 def shard_row_tables(model: nn.Module, parallel: Parallel, world: World) -> None:

@@ -1,11 +1,7 @@
-"""Page-locked memory of the host as tensors of a GPU: what is locked, freed and refused; operators work there.
-
-The kernels run with -m gpu, or on a CPU, slowly, with TRITON_INTERPRET=1.
-"""
+"""Page-locked memory of the host as tensors of a GPU: what is locked, freed and refused; operators work there."""
 
 import gc
 import math
-import os
 import types
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,9 @@ import torch
 from swamla_titan.checkpoint.async_save import Staging
 from swamla_titan.errors import RankFailed
 from swamla_titan.kernels import host_memory
-from swamla_titan.kernels.device import Limit
-from swamla_titan.kernels.host_memory import (
-    copy_rows,
-    copy_rows_again,
-    free_memory,
-    rows_as,
-    write_rows,
-    zeros_on_host,
-)
+from swamla_titan.kernels.host_memory import free_memory, zeros_on_host
 
 GPU = torch.device("cuda", 0)
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 class Driver:
@@ -89,18 +76,6 @@ def test_a_host_that_lacks_memory_or_does_not_lock_it_is_said_so(monkeypatch: py
     assert driver.locked == {}
 
 
-def test_without_triton_operators_move_rows(monkeypatch: pytest.MonkeyPatch):
-    launched: list[Any] = []
-    monkeypatch.setattr(host_memory, "_launch", lambda *given, **_: launched.append(given))
-    table, rows = torch.arange(6.0).view(3, 2), torch.tensor([2, 0])
-    for why, launches in ((None, 2), (Limit("needs the package triton"), 0)):
-        monkeypatch.setattr(host_memory, "why_no_kernels", lambda device, why=why: why)
-        launched.clear()
-        found = [copy_rows(table, rows), rows_as(table, rows, torch.float32)]
-        assert len(launched) == launches
-    assert [each.tolist() for each in found] == [[[4, 5], [0, 1]]] * 2
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_other_devices_have_zeros_of_their_own(device: str):
     found = zeros_on_host((2, 3), torch.int32, torch.device(device))
@@ -125,7 +100,6 @@ def test_the_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path: Pa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_operators_of_a_gpu_work_on_it():
     shape = (1000, 64)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -152,7 +126,6 @@ def test_operators_of_a_gpu_work_on_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
     held = zeros_on_host((1 << 20, 16), torch.float32, GPU)
     staging = Staging(GPU, 1 << 27)
@@ -176,99 +149,9 @@ def test_checkpoints_copy_it_as_it_is_once_work_before_is_done():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
 def test_memory_is_free_again_after_its_tensor():
     for _ in range(3):
         held = zeros_on_host((1 << 26,), torch.float32, GPU)
         held.fill_(1.0)
         del held
         gc.collect()
-
-
-def rows_of_a_table(width: int, number: int, device: str) -> tuple[torch.Tensor, ...]:
-    """A table, rows of it with repetitions, and the step that last touched each of its rows."""
-    generator = torch.Generator().manual_seed(width)
-    table = torch.randn(40, width, generator=generator)
-    rows = torch.randint(0, 40, (number,), generator=generator)
-    touched = torch.randint(0, 6, (40, 1), generator=generator, dtype=torch.int32)
-    return table.to(device), rows.to(device), touched.to(device)
-
-
-def test_rows_that_stay_are_not_written():
-    table, rows, touched = rows_of_a_table(6, 50, "cpu")
-    rows, before = rows.unique(), table.clone()
-    stays = (touched[rows] > 2).float()
-    assert torch.equal(copy_rows(table, rows, stays), torch.where(stays > 0, 0.0, table[rows]))
-    write_rows(table, rows, stays, before[rows] + 1)
-    assert torch.equal(table[rows], before[rows] + (stays == 0))
-    assert torch.equal(table.sum(), (before.index_add(0, rows, (stays == 0).float().expand(-1, 6))).sum())
-
-
-def test_rows_that_changed_since_are_copied_again():
-    table, rows, touched = rows_of_a_table(6, 50, "cpu")
-    out = copy_rows(table, rows)
-    assert torch.equal(out, table[rows])
-    changed = table + 1
-    copy_rows_again(out, changed, rows, touched, torch.tensor(3.0))
-    assert torch.equal(out, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
-    assert 0 < (touched[rows] >= 3).sum() < len(rows)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 16), (96, 1), (4, 0)])
-def test_kernels_copy_rows_and_copy_those_that_changed_since_again(width: int, number: int):
-    table, rows, touched = rows_of_a_table(width, number, DEVICE)
-    values = torch.full((number, width), torch.nan, device=DEVICE)
-    host_memory._launch(table, rows, values, rows, rows, host_memory._ALL, programs=3)
-    assert torch.equal(values, table[rows])
-    changed, since = table + 1, torch.tensor(3.0, device=DEVICE)
-    host_memory._launch(changed, rows, values, touched, since, host_memory._SINCE)
-    assert torch.equal(values, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("one, other", [("float32", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
-@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 1)])
-def test_the_kernel_rounds_rows_as_torch_does(width: int, number: int, one: str, other: str):
-    if DEVICE == "cpu" and other == "bfloat16":
-        pytest.skip("not in Triton's interpreter")
-    table, rows, _ = rows_of_a_table(width, number, DEVICE)
-    table, rows = table.to(getattr(torch, one)), rows.repeat_interleave(2)[::2]  # not contiguous
-    values = torch.empty(number, width, dtype=getattr(torch, other), device=DEVICE)
-    host_memory._launch(table, rows, values, rows, rows, host_memory._ALL)
-    assert torch.equal(values, table[rows].to(values.dtype))
-    assert torch.equal(host_memory.rows_as(table, rows, values.dtype), values)
-    assert torch.equal(host_memory.rows_as(table[:1].expand(40, -1), rows, values.dtype)[0], table[0].to(values.dtype))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (96, 1), (1500, 33)])
-def test_kernels_read_and_write_rows_that_change_alone(width: int, number: int):
-    table, rows, touched = rows_of_a_table(width, number, DEVICE)
-    rows = rows.unique()
-    stays, before = (touched[rows] > 2).float(), table.clone()
-    values = torch.full((len(rows), width), 7.0, device=DEVICE)
-    host_memory._launch(table, rows, values, stays, stays, host_memory._CHANGING)
-    assert torch.equal(values, torch.where(stays > 0, 7.0, table[rows]))
-    host_memory._launch(table, rows, values + 1, stays, stays, host_memory._CHANGING, writes=True)
-    expected = before.clone()
-    expected[rows] = torch.where(stays > 0, before[rows], before[rows] + 1)
-    assert torch.equal(table, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
-def test_kernels_read_the_memory_of_the_host():
-    table, rows, touched = rows_of_a_table(64, 5000, DEVICE)
-    held = zeros_on_host(table.shape, table.dtype, GPU)
-    held.copy_(table)
-    out = copy_rows(held, rows)
-    assert torch.equal(out, table[rows])
-    held.add_(1)
-    copy_rows_again(out, held, rows, touched, torch.tensor(3.0, device=GPU))
-    assert torch.equal(out, torch.where(touched[rows] >= 3, table[rows] + 1, table[rows]))
-    rows, before = rows.unique(), held.clone()
-    stays = (touched[rows] > 2).float()
-    write_rows(held, rows, stays, 2 * copy_rows(held, rows, stays))
-    before[rows] = torch.where(stays > 0, before[rows], 2 * before[rows])
-    assert torch.equal(held, before)

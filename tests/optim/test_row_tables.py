@@ -17,8 +17,9 @@ from swamla_titan.checkpoint.state import OF_MODELS, OptimizerStates, State, Wei
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.distributed.mesh import World
+from swamla_titan.kernels.rows import Segments
 from swamla_titan.model.layers import UpdateRule
-from swamla_titan.model.row_table import LocalRows, RowTable, Segments, look_up, request_rows, row_tables
+from swamla_titan.model.row_table import LocalRows, RowTable, look_up, request_rows, row_tables
 from swamla_titan.optim import (
     AveragedWeights,
     bring_up_to_date,
@@ -28,8 +29,8 @@ from swamla_titan.optim import (
     gradient_norm,
     state_bytes,
 )
+from swamla_titan.optim.ema import up_to_date
 from swamla_titan.optim.groups import Kind, groups
-from swamla_titan.optim.row_average import up_to_date
 
 ROWS, WIDTH, LR = 40, 6, 0.01
 
@@ -389,7 +390,7 @@ def test_the_average_of_a_full_table_is_brought_up_to_date_some_rows_at_a_time(m
     mean, weight, of_rows = torch.randn(rows, WIDTH), torch.randn(rows, WIDTH), -torch.rand(rows, 1).double()
     now = torch.tensor(-1.5, dtype=torch.float64)
     expected = up_to_date(weight, mean, of_rows, now)
-    monkeypatch.setattr("swamla_titan.optim.row_average._ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("swamla_titan.optim.ema._ROWS_AT_A_TIME", 7)
     with Shapes(rows) as shapes:
         bring_up_to_date(mean, weight, of_rows, now)
     assert shapes.found <= {"split", "slice"}, "which copy nothing"
@@ -408,7 +409,7 @@ def test_a_table_on_the_host_keeps_its_dtype_and_its_rows_are_rounded_when_they_
 
 @pytest.mark.parametrize("piece", [4, 1 << 18])
 def test_a_table_on_the_host_moves_by_the_same_bits(piece, monkeypatch):
-    """Rows that stay are not read: neither those of padding, whose gradient is zero, nor any of a bad step."""
+    """Rows that stay keep theirs: those of padding, whose gradient is zero, and all of a bad step."""
     monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", piece)
     found = []
     for on_host in (False, True):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.config.sections import Optimizer
-from swamla_titan.kernels.host_memory import copy_rows
+from swamla_titan.kernels.rows import copy_rows
 from swamla_titan.model.row_table import LocalRows, RowRequest, RowSteps, RowTable, look_up, request_rows
 from swamla_titan.optim import (
     AveragedWeights,
@@ -96,10 +96,8 @@ def test_a_table_on_the_host_moves_by_the_same_bits_without_waiting(dtype, compi
         assert torch.equal(one, other)
 
 
-def read_slowly(table: Tensor, rows: Tensor, stays: Tensor | None = None) -> Tensor:
-    """As copy_rows; what is read ahead, with breaks: reading begins before an update, and ends after it."""
-    if stays is not None:
-        return copy_rows(table, rows, stays)
+def read_slowly(table: Tensor, rows: Tensor) -> Tensor:
+    """As copy_rows, with breaks: reading begins before an update, and ends after it."""
     pieces = []
     for some in rows.split(512):  # 24 of each micro-batch, of about 1 ms, while the other stream sleeps for 10
         torch.cuda._sleep(2_000_000)

@@ -20,9 +20,10 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.cross_entropy import cross_entropy
 from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
+from swamla_titan.kernels.rows import Segments
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.row_table import RowGradient, Segments
+from swamla_titan.model.row_table import RowGradient
 from swamla_titan.optim import AveragedWeights, build_optimizer
 from swamla_titan.parallel.data_parallel import reduce_after_this_backward
 from swamla_titan.parallel.model_parts import ParallelModel

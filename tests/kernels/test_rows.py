@@ -1,24 +1,36 @@
-"""Sums of a table's gradient by row, and Adam of its rows, by our kernels against formulas.
+"""Rows of tables that are read, gradients summed by row, Adam and the average of rows, by our kernels against formulas.
 
-Run with -m gpu, or on a CPU with TRITON_INTERPRET=1.
+The kernels run with -m gpu, or on a CPU, slowly, with TRITON_INTERPRET=1.
 """
 
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from swamla_titan.model.row_table import RowGradient, Segments
-from swamla_titan.optim import updates
+from swamla_titan.kernels import rows as kernels
+from swamla_titan.kernels.device import Limit
+from swamla_titan.kernels.host_memory import zeros_on_host
+from swamla_titan.kernels.rows import (
+    Segments,
+    adam_of_rows,
+    average_of_rows,
+    copy_rows,
+    copy_rows_again,
+    rows_as,
+)
+from swamla_titan.model.row_table import RowGradient
+from swamla_titan.optim.ema import up_to_date
 
-pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROWS, STEP, EPS = 50, 3, 1e-8
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("width, number, keys", [(64, 300, 20), (6, 33, 33), (1, 40, 1), (1500, 9, 2), (4, 1, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_runs_are_summed_from_the_first_value_on(width, number, keys, dtype):
@@ -62,7 +74,7 @@ def move(
 ) -> None:
     scalars = [None if each is None else torch.tensor(each, device=DEVICE) for each in (divisor, bad)]
     step, lr = torch.tensor(float(STEP), device=DEVICE), torch.tensor(0.01)
-    updates.adam_of_rows(held, gradient, step, *scalars, lr, *betas, EPS, torch.tensor(decay))
+    adam_of_rows(held, gradient.looked_up(), step, *scalars, lr, *betas, EPS, torch.tensor(decay))
 
 
 def expected(
@@ -79,6 +91,7 @@ def expected(
     return [torch.where(moves, one, old) for one, old in zip(new, held)]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("width, number", [(64, 200), (6, 33), (1, 16), (96, 1), (1500, 7)])
 @pytest.mark.parametrize("betas, decay", [((0.9, 0.95), 0.0), ((0.3, 0.5), 0.1)])
 def test_rows_that_were_looked_up_move_as_in_float64_and_others_keep_their_bits(width, number, betas, decay):
@@ -98,6 +111,7 @@ def test_rows_that_were_looked_up_move_as_in_float64_and_others_keep_their_bits(
     assert (found[3][:, 0] == STEP).sum() == len(rows.unique()) - 1
 
 
+@pytest.mark.gpu
 def test_a_bad_step_changes_no_bit_and_a_gradient_that_is_not_finite_is_none_of_zero():
     held, rows, values = table(6), torch.arange(10).repeat(2), torch.ones(20, 6)
     values[3] = torch.tensor([math.nan, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -109,6 +123,7 @@ def test_a_bad_step_changes_no_bit_and_a_gradient_that_is_not_finite_is_none_of_
     assert found[3][:, 0].tolist() == [STEP] * 10 + [1] * (ROWS - 10)
 
 
+@pytest.mark.gpu
 def test_the_bits_are_the_same_again_whatever_else_was_looked_up():
     held, values = table(64), torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
     rows, found = torch.arange(200) % 40, [[each.clone() for each in held] for _ in range(3)]
@@ -120,6 +135,27 @@ def test_the_bits_are_the_same_again_whatever_else_was_looked_up():
         assert torch.equal(one[9:], fewer[9:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, number", [(64, 200), (6, 33), (1, 16), (96, 1), (1500, 7), (4, 0)])
+@pytest.mark.parametrize("bad", [None, 0.0, 1.0])
+def test_the_average_of_rows_that_were_looked_up_is_brought_up_to_date_by_the_same_bits(width, number, bad):
+    weight, mean, _, _ = table(width)
+    of_rows = -torch.rand(ROWS, 1, dtype=torch.float64).to(DEVICE)
+    before, log_decay = [mean.clone(), weight, of_rows.clone()], torch.tensor(-1.5, dtype=torch.float64, device=DEVICE)
+    rows = torch.randint(0, ROWS, (number,), generator=torch.Generator().manual_seed(number))
+    values = torch.ones(number, width)
+    values[rows == rows[:1]] = 0.0  # of a row that padding alone looked up
+    gradient = gradient_of(rows, values)
+    moves = (gradient.dense(ROWS) != 0).any(dim=1, keepdim=True) & (bad != 1)
+    average_of_rows(
+        (mean, weight, of_rows), gradient.looked_up(), log_decay, bad if bad is None else log_decay.new_tensor(bad)
+    )
+    new = up_to_date(weight, *before[::2], log_decay), weight, log_decay.expand(ROWS, 1)
+    for found, old, expected in zip((mean, weight, of_rows), before, new):
+        assert torch.equal(found, torch.where(moves, expected, old))
+
+
+@pytest.mark.gpu
 def test_nothing_is_done_where_no_row_was_looked_up():
     held = table(8)
     found = [each.clone() for each in held]
@@ -127,6 +163,7 @@ def test_nothing_is_done_where_no_row_was_looked_up():
     assert all(torch.equal(one, other) for one, other in zip(found, held))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes 26 GB")
 def test_a_table_of_more_than_two_to_the_31_elements():
     rows = (1 << 31) // 64 + 100
@@ -136,3 +173,80 @@ def test_a_table_of_more_than_two_to_the_31_elements():
     move(held, gradient_of(looked_up, torch.ones(4, 64)))
     for each in held:
         assert each.any(dim=1).nonzero().flatten().tolist() == [0, rows - 50, rows - 1]
+
+
+def rows_of_a_table(width: int, number: int, device: str) -> tuple[Tensor, ...]:
+    """A table, rows of it with repetitions, and the step that last touched each of its rows."""
+    generator = torch.Generator().manual_seed(width)
+    table = torch.randn(40, width, generator=generator)
+    rows = torch.randint(0, 40, (number,), generator=generator)
+    touched = torch.randint(0, 6, (40, 1), generator=generator, dtype=torch.int32)
+    return table.to(device), rows.to(device), touched.to(device)
+
+
+def test_without_triton_operators_move_rows(monkeypatch: pytest.MonkeyPatch):
+    launched: list[Any] = []
+    monkeypatch.setattr(kernels, "_copy", lambda *given, **_: launched.append(given))
+    table, rows = torch.arange(6.0).view(3, 2), torch.tensor([2, 0])
+    for why, launches in ((None, 2), (Limit("needs the package triton"), 0)):
+        monkeypatch.setattr(kernels, "why_no_kernels", lambda device, why=why: why)
+        launched.clear()
+        found = [copy_rows(table, rows), rows_as(table, rows, torch.float32)]
+        assert len(launched) == launches
+    assert [each.tolist() for each in found] == [[[4, 5], [0, 1]]] * 2
+
+
+def test_rows_that_changed_since_are_copied_again():
+    table, rows, touched = rows_of_a_table(6, 50, "cpu")
+    out = copy_rows(table, rows)
+    assert torch.equal(out, table[rows])
+    changed = table + 1
+    copy_rows_again(out, changed, rows, touched, torch.tensor(3.0))
+    assert torch.equal(out, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+    assert 0 < (touched[rows] >= 3).sum() < len(rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 16), (96, 1), (1500, 33), (4, 0)])
+def test_kernels_copy_rows_and_copy_those_that_changed_since_again(width: int, number: int):
+    table, rows, touched = rows_of_a_table(width, number, DEVICE)
+    values = torch.full((number, width), torch.nan, device=DEVICE)
+    kernels._copy(table, rows, values, programs=3)
+    assert torch.equal(values, table[rows])
+    changed, since = table + 1, torch.tensor(3.0, device=DEVICE)
+    kernels._copy(changed, rows, values, (touched, since))
+    assert torch.equal(values, torch.where(touched[rows] >= 3, changed[rows], table[rows]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("one, other", [("float32", "float16"), ("float16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("width, number", [(64, 50), (6, 33), (1, 1)])
+def test_the_kernel_rounds_rows_as_torch_does(width: int, number: int, one: str, other: str):
+    if DEVICE == "cpu" and other == "bfloat16":
+        pytest.skip("not in Triton's interpreter")
+    table, rows, _ = rows_of_a_table(width, number, DEVICE)
+    table, rows = table.to(getattr(torch, one)), rows.repeat_interleave(2)[::2]  # not contiguous
+    values = torch.empty(number, width, dtype=getattr(torch, other), device=DEVICE)
+    kernels._copy(table, rows, values)
+    assert torch.equal(values, table[rows].to(values.dtype))
+    assert torch.equal(rows_as(table, rows, values.dtype), values)
+    assert torch.equal(rows_as(table[:1].expand(40, -1), rows, values.dtype)[0], table[0].to(values.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA's addresses")
+def test_kernels_read_and_write_the_memory_of_the_host():
+    table, rows, touched = rows_of_a_table(64, 5000, DEVICE)
+    held = zeros_on_host(table.shape, table.dtype, table.device)
+    held.copy_(table)
+    out = copy_rows(held, rows)
+    assert torch.equal(out, table[rows])
+    held.add_(1)
+    copy_rows_again(out, held, rows, touched, torch.tensor(3.0, device=DEVICE))
+    assert torch.equal(out, torch.where(touched[rows] >= 3, table[rows] + 1, table[rows]))
+    gradient = gradient_of(rows[:9], table[rows[:9]])
+    there, here = held, held.clone()
+    for weight in (there, here):
+        move([weight, *(torch.ones_like(table) for _ in range(2)), touched.clone()], gradient)
+    assert torch.equal(there, here)
+    assert (here != table + 1).any(dim=1).nonzero().flatten().tolist() == rows[:9].unique().tolist()
