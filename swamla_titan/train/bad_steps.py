@@ -48,9 +48,9 @@ class BadStep(NamedTuple):
 class BadSteps(StateGroup):
     """Judges the steps of a run and remembers bad ones; the same on every rank.
 
-    On the host, as of the last `read`: `skipped` steps in all, the length of the current `streak`, the `rewinds` made
-    (see rewinding.py), and `trained`, the step that made the current weights: the last good one, after a rewind that of
-    the checkpoint. It identifies the weights of a run.
+    On the host, as of the last `read`: `skipped` steps in all, the length of the current `streak`, the `rewinds` made,
+    and `trained`, the step that made the current weights: the last good one, or after a rewind that of the checkpoint.
+    `trained` identifies the weights of a run. policies/streaks.py acts on what is found here.
     """
 
     group = "bad_steps"

@@ -18,12 +18,11 @@ from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.logging import MetricsLogger, step_line
-from swamla_titan.train.next_batch import next_batch
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
 from swamla_titan.train.policies.profiling import StepProfiler
-from swamla_titan.train.policies.streaks import BadStepPolicy
-from swamla_titan.train.policies.unreadable_data import UnreadableData
+from swamla_titan.train.policies.streaks import bad_step_policy
+from swamla_titan.train.policies.unreadable_data import UnreadableData, next_batch
 from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.policy import Policy, Values
 from swamla_titan.train.setup import Setup
@@ -82,7 +81,7 @@ class Trainer:
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(world.device, world.size, flops, self.tokens_per_step)
         self.data_wait = DataWait.of(config.data, setup.corpus.source.num_units, world.degrees.data)
-        self.bad_steps = BadStepPolicy(setup, self.state, self.loader)
+        self.bad_steps = bad_step_policy(setup, self.state, self.loader)
         # Each hook is called in this order.
         self.policies: list[Policy] = [
             watchdog,  # after a step: first, because what other policies then do counts towards the next step

@@ -6,7 +6,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.errors import RunFailed
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.launch.signals import StopRequest
-from swamla_titan.train.next_batch import next_batch
+from swamla_titan.train.policies.unreadable_data import next_batch
 from tests.distributed.ranks import on_ranks
 
 

@@ -13,7 +13,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Parallel, Training
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RankFailed
-from swamla_titan.train.out_of_memory import explained_out_of_memory, is_out_of_memory, message
+from swamla_titan.train.run import explained_out_of_memory, is_out_of_memory, message
 from tests.distributed.job import before_step
 from tests.train.runs import train
 
@@ -84,7 +84,7 @@ def test_only_want_of_memory_is_explained(tmp_path, error, expected):
 
 def test_the_table_of_the_allocator_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_summary", lambda device: f"the table of {device}")
-    monkeypatch.setattr("swamla_titan.train.out_of_memory._essentials", lambda device: "")
+    monkeypatch.setattr("swamla_titan.train.run._essentials", lambda device: "")
     with (
         pytest.raises(RankFailed, match=r"oom-rank-0\.txt"),
         explained_out_of_memory(lambda: BEST, TWO_GPUS, tmp_path, ADVISED),

@@ -1,29 +1,47 @@
 """What a run does about bad steps: it reports them, saves no weights that are not finite, and ends long streaks.
 
-A streak of `fault_tolerance.max_bad_steps` ends in a rewind (rewinding.py), or stops the run. Both leave
-traces/bad-steps-N.json, which names the data that the batches of the streak consisted of.
+A streak of `fault_tolerance.max_bad_steps` ends in a rewind, or stops the run where no rewind is left
+(`fault_tolerance.max_rewinds`). Both leave traces/bad-steps-N.json, which names the data that the batches of the streak
+consisted of.
+
+A rewind takes weights, optimizer states and the window that spikes are measured by from a checkpoint; step number,
+schedule, data and random states continue. So the batch of step n stays a function of n, and the data of the streak are
+skipped. The checkpoint is the newest one with weights older than those that the streak began with: bad steps change
+nothing, so what was saved within the streak, or at the step before it, holds the weights that failed. Only checkpoints
+of `checkpoint.interval` count, not those that a signal asked for, because where a run was stopped must not change its
+weights.
+
+A run that is killed and resumed comes to the same result:
+- When: at the end of the step after the streak is full, never earlier, whatever is logged or saved in between.
+- Where to: checkpoints are removed only after a newer one has been committed. If that one is later than the rewind, the
+  rewind is in it. If it is earlier, a resumed run comes to the streak again, and for that case retention protects one
+  more checkpoint for each that it keeps: the target of a streak that would begin right after it.
+- What is not covered: a checkpoint that is later than two successive rewinds turns out damaged, so that the run repeats
+  both, while the target of the second is gone. It then goes back further if it can, and else stops with the message.
 """
 
 import json
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from swamla_titan.checkpoint.reader import is_finite
+from swamla_titan.checkpoint.state import State
+from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
 from swamla_titan.data import BatchLoader
 from swamla_titan.distributed.dtensor import local
-from swamla_titan.distributed.mesh import World, all_gather_dict
+from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import RunFailed
-from swamla_titan.train.bad_steps import BadStep
-from swamla_titan.train.policies.rewinding import Rewinding
+from swamla_titan.train.bad_steps import BadStep, BadSteps
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 from swamla_titan.train.setup import Setup
 from swamla_titan.train.step import RunState
@@ -35,64 +53,39 @@ Cursor = dict[str, Any]
 _NAMED = 8  # in a warning
 
 
+def bad_step_policy(setup: Setup, state: RunState, loader: BatchLoader) -> "BadStepPolicy":
+    """The policy by fault_tolerance.skip_bad_steps; with it every rank has a judge of steps, `state.bad_steps`."""
+    return SkippingPolicy(setup, state, state.bad_steps, loader) if state.bad_steps else BadStepPolicy(setup.config)
+
+
 class BadStepPolicy(Policy):
-    """Acts on what `state.bad_steps` has judged; where bad steps are applied (None), it only checks the outcome."""
+    """Ends a run at the first loss or gradient norm that is not finite; for runs that apply bad steps."""
 
-    def __init__(self, setup: Setup, state: RunState, loader: BatchLoader) -> None:
-        self._config, self._world = setup.config, setup.world
-        self._traces = Path(setup.config.job.dump_folder) / "traces"
-        self._state, self._judge, self._rewinding = state, state.bad_steps, None
-        if self._judge:
-            self._rewinding = Rewinding(self._config, setup.checkpoints, self._judge, self._world)
-        self._loader = loader
-        # The cursors before each of the last batches. `too_many` answers a step late: one more than a streak.
-        steps = setup.config.fault_tolerance.max_bad_steps + 1
-        self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
-
-    def before_step(self, step: int) -> None:
-        """Remember where the batch of `step` begins."""
-        if self._judge:
-            self._cursors.append((step, self._loader.cursors))
-
-    def metrics(self) -> Values:
-        """The steps skipped so far, and the rewinds, if there were any; also warns of newly skipped steps."""
-        self.report()
-        if not self._judge:
-            return {}
-        values: Values = {"skipped_steps": self._judge.skipped}
-        return values | ({"rewinds": self._judge.rewinds} if self._judge.rewinds else {})
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
     def report(self) -> None:
         """Warn of the steps skipped since the last call; waits for the device."""
-        if self._judge and (skipped := self._judge.read()):
-            logger.warning("%s. %s", warning(skipped, self._judge.skipped), remedies(self._config))
 
     def too_many(self, step: int) -> bool:
         """Whether a streak was too long at the end of the step before `step`; the host does not wait, see BadSteps."""
-        return self._judge is not None and self._judge.too_many(step)
+        return False
 
     def require_finite(self, step: int, outcome: StepOutcome, to_save: bool = False) -> bool:
         """Whether the weights may be saved; if not, and no rewind can replace them, raise RunFailed, on every rank.
 
-        Where bad steps are applied, the weights are not finite after a step whose loss or gradient norm is not. Where
-        they are skipped, a good step that was far too large can leave such weights: every step after it is bad, and
-        only a rewind helps. The weights are checked before saving (`to_save`), and in a streak of bad steps.
+        `to_save`: before saving, not only for a log line.
         """
-        loss, grad_norm = outcome.loss.item(), outcome.grad_norm.item()
-        if self._judge and self._rewinding:
-            suspected = to_save or self._judge.streak > 0
-            if not suspected or are_finite(self._state.model.parts, self._world):
-                return True
-            if self._rewinding.may_mend(step):
-                return False
-            what = "the weights are no finite numbers any more; they are not saved"
-        elif math.isfinite(loss) and math.isfinite(grad_norm):
+        # Where bad steps are applied, the weights are not finite after a step whose loss or gradient norm is not.
+        if math.isfinite(outcome.loss.item()) and math.isfinite(outcome.grad_norm.item()):
             return True
-        else:
-            what = "this step is not saved"
-        raise RunFailed(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; {what}. {remedies(self._config)}. Then start the "
-            "same command again. If the loss had risen for long, move the newest checkpoints away first"
+        raise self._not_finite(step, outcome, "this step is not saved")
+
+    def _not_finite(self, step: int, outcome: StepOutcome, what: str) -> RunFailed:
+        return RunFailed(
+            f"step {step}: loss {outcome.loss.item()}, gradient norm {outcome.grad_norm.item()}; {what}. "
+            f"{remedies(self._config)}. Then start the same command again. If the loss had risen for long, move the "
+            "newest checkpoints away first"
         )
 
     def end_streak(
@@ -103,8 +96,51 @@ class BadStepPolicy(Policy):
         `too_many`: the answer for `step`. `sequences`: the index of the next global sequence. `paused` encloses a
         rewind. All ranks call this, after `report`.
         """
-        if not self._judge or not self._rewinding:
-            return None
+        return None
+
+
+class SkippingPolicy(BadStepPolicy):
+    """Acts on what `judge`, the BadSteps of the run, has found; for runs that skip bad steps."""
+
+    def __init__(self, setup: Setup, state: RunState, judge: BadSteps, loader: BatchLoader) -> None:
+        super().__init__(setup.config)
+        self._state, self._judge, self._loader, self._world = state, judge, loader, setup.world
+        self._traces = Path(setup.config.job.dump_folder) / "traces"
+        self._rewinding = Rewinding(setup.config, setup.checkpoints, judge, setup.world)
+        # The cursors before each of the last batches. `too_many` answers a step late: one more than a streak.
+        steps = setup.config.fault_tolerance.max_bad_steps + 1
+        self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
+
+    def before_step(self, step: int) -> None:
+        """Remember where the batch of `step` begins."""
+        self._cursors.append((step, self._loader.cursors))
+
+    def metrics(self) -> Values:
+        """The steps skipped so far, and the rewinds, if there were any; also warns of newly skipped steps."""
+        self.report()
+        values: Values = {"skipped_steps": self._judge.skipped}
+        return values | ({"rewinds": self._judge.rewinds} if self._judge.rewinds else {})
+
+    def report(self) -> None:
+        if skipped := self._judge.read():
+            logger.warning("%s. %s", warning(skipped, self._judge.skipped), remedies(self._config))
+
+    def too_many(self, step: int) -> bool:
+        return self._judge.too_many(step)
+
+    def require_finite(self, step: int, outcome: StepOutcome, to_save: bool = False) -> bool:
+        # A good step that was far too large can leave such weights: every step after it is bad, and only a rewind
+        # helps. So the weights are checked before saving, and in a streak of bad steps.
+        suspected = to_save or self._judge.streak > 0
+        if not suspected or are_finite(self._state.model.parts, self._world):
+            return True
+        if self._rewinding.may_mend(step):
+            return False
+        raise self._not_finite(step, outcome, "the weights are no finite numbers any more; they are not saved")
+
+    def end_streak(
+        self, step: int, sequences: int, too_many: bool, paused: AbstractContextManager[None]
+    ) -> RunFailed | None:
         is_full = self._judge.streak >= self._config.fault_tolerance.max_bad_steps
         # A run stops as soon as the streak is known. But a rewind changes the weights, so that its step must not depend
         # on whether a log line happened to show the streak earlier.
@@ -140,6 +176,118 @@ class BadStepPolicy(Policy):
             except OSError as error:  # the run must still rewind or stop
                 logger.error("%s could not be written: %s", path, error.strerror)
         return path
+
+
+class _Saved(NamedTuple):
+    """A checkpoint: the step that it is of, the one that made its weights, and whether checkpoint.interval saved it."""
+
+    step: int
+    trained: int
+    at_interval: bool
+
+
+class Rewinding:
+    """Decides which checkpoint a run goes back to, how often it may, and which ones it may still need.
+
+    One on every rank.
+    """
+
+    def __init__(self, config: Config, checkpoints: Checkpoints, bad_steps: BadSteps, world: World) -> None:
+        """If rewinds are allowed, `checkpoints` protects from here on what they may need."""
+        self._most = config.fault_tolerance.max_rewinds
+        self._steps = config.training.steps
+        self._checkpoints, self._bad_steps, self._world = checkpoints, bad_steps, world
+        self._known: dict[tuple[Path, int], _Saved | None] = {}
+        self._found_none = False
+        self._unsaved: int | None = None  # the first step whose weights may_mend left to a rewind
+        if self._most:
+            checkpoints.protected = self.protected
+
+    def is_possible(self, step: int) -> bool:
+        """Whether a streak that is full at the end of `step` may end in a rewind; as of the policy's last `read`."""
+        return self._bad_steps.rewinds < self._most and not self._found_none and step < self._steps
+
+    def report(self, target: Path, step: int) -> str:
+        """The log line about the rewind that was made at the end of `step`."""
+        return (
+            f"rewound to the weights and optimizer of {target}; step {step + 1} continues with the next batch; "
+            f"rewind {self._bad_steps.rewinds} of {self._most}"
+        )
+
+    def why_not(self) -> str:
+        """Why a run stops although it was allowed to rewind, a sentence with a space behind it; else nothing."""
+        if self._found_none:
+            return (
+                "There is no rewind, because no intact checkpoint holds weights from before those that the streak "
+                "began with: lower checkpoint.interval. "
+            )
+        return f"All {self._most} rewinds were made. " if 0 < self._most <= self._bad_steps.rewinds else ""
+
+    def may_mend(self, step: int) -> bool:
+        """Whether weights that are not finite at the end of `step` may be kept, unsaved, until a rewind.
+
+        A streak of bad steps leads to one soon. Without one, a single save may be skipped: if steps are good until the
+        next save, in spite of such weights, there will be no streak.
+        """
+        if not self.is_possible(step):
+            return False
+        if self._bad_steps.streak:
+            return True
+        self._unsaved = step if self._unsaved is None else self._unsaved
+        return self._unsaved == step
+
+    def rewind(self, step: int, state: State) -> Path | None:
+        """Go back from the streak that `too_many` has found at the end of `step`; returns the checkpoint, None if none.
+
+        All ranks call this. Loads what was learned into `state`. Skips a checkpoint that does not fit, as one of
+        another model, like a damaged one.
+        """
+        before = self._bad_steps.trained_before_streak
+        targets = broadcast_from_rank_0(
+            self._world, lambda: dict(self._older(before, step, self._checkpoints.finished()))
+        )
+        windows = {path: self._bad_steps.empty_window() for path in targets}
+        target = self._checkpoints.load_first(
+            targets, lambda path: state.load_learned(path, {BadSteps.group: windows[path]})
+        )
+        if target:
+            self._bad_steps.rewound(step, targets[target], windows[target])
+            self._unsaved = None
+        else:
+            self._found_none = True
+        return target
+
+    def protected(self, kept: Sequence[Path], others: Sequence[Path]) -> set[Path]:
+        """Those of `others`, newest first, that a run resumed from one of the `kept` checkpoints may go back to."""
+        needed = set()
+        for saved in filter(None, map(self._saved, kept)):
+            needed |= {path for path, _ in islice(self._older(saved.trained, saved.step, [*kept, *others]), 1)}
+        return needed
+
+    def _older(self, trained: int, step: int, paths: Iterable[Path]) -> Iterator[tuple[Path, int]]:
+        """Those saved before `step`, with weights from before those that step `trained` made, and the step that did."""
+        for path in paths:
+            saved = self._saved(path)
+            if saved and saved.at_interval and saved.step < step and saved.trained < trained:
+                yield path, saved.trained
+
+    def _saved(self, path: Path) -> _Saved | None:
+        """Read a checkpoint's steps, damaged or not; None, with one warning, if it cannot be read."""
+        try:
+            key = path, path.stat().st_ino  # because a damaged checkpoint may be replaced by another of this name
+        except OSError:
+            return None
+        if key not in self._known:
+            self._known[key] = self._read(path)
+        return self._known[key]
+
+    def _read(self, path: Path) -> _Saved | None:
+        counts = BadSteps.empty_counts()
+        found = self._checkpoints.peek(path, {BadSteps.group: counts})
+        if found is None:
+            return None
+        step, config = found  # of the run that wrote it
+        return _Saved(step, BadSteps.trained_of(counts, step), step % config.checkpoint.interval == 0)
 
 
 def write_bad_batches(
