@@ -19,10 +19,9 @@ from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
-from swamla_titan.parallel.look_ahead import Inputs, look_ups_ahead
-from swamla_titan.parallel.model_stage import ModelStage, build_stages
 from swamla_titan.parallel.parallelize import gathers_float8, parallelize
-from swamla_titan.parallel.pipeline import Pipeline
+from swamla_titan.parallel.pipeline import ModelStage, Pipeline, build_stages
+from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead
 from swamla_titan.quantization.native import cast_weights, forget_casts
 
 
@@ -43,14 +42,7 @@ class ParallelModel:
         self.loss_scale: Tensor | None = None  # float32 scalar on the weights' device; set by the trainer
         self.pipeline = None
         if world.degrees.pipeline > 1:
-            tokens = config.training.seq_len // world.degrees.context  # of a sequence, on this rank
-            self.pipeline = Pipeline(
-                config,
-                world,
-                cast(list[ModelStage], self.parts),
-                activation_len=tokens // world.degrees.tensor,
-                logits_shape=(tokens, config.model.padded_vocab_size // world.degrees.tensor),
-            )
+            self.pipeline = Pipeline(config, world, cast(list[ModelStage], self.parts))
 
     def init_weights(self, seed: int) -> None:
         """Draw all parameters; every rank draws full tensors and keeps its shards, so nothing is communicated."""

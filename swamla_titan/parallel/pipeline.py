@@ -1,7 +1,8 @@
-"""Pipeline parallelism: runs a step's micro-batches through the stages, in the order of a schedule of torch's.
+"""Pipeline parallelism: a rank's stages of the model, and a step's micro-batches through all stages.
 
 torch.distributed.pipelining orders the passes and sends activations and gradients; this module gives it the stages,
-their shapes and the loss. All losses are sums over the global batch's count, so gradients add up without scaling.
+their shapes and the loss. stages.py says where the model is cut, and which rank holds what. All losses are sums over
+the global batch's count, so gradients add up without scaling.
 """
 
 import functools
@@ -19,11 +20,88 @@ from swamla_titan.config import Config
 from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.model.annexes import annexes_of
+from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import LocalRows, RowTable, placeholder_gradients, row_tables
-from swamla_titan.parallel.look_ahead import Inputs, look_ups_ahead
-from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.schedules import rank_of_stage, runnable_micro_batches, stage_count
+from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead
+from swamla_titan.parallel.stages import rank_of_stage, runnable_micro_batches, stage_costs, stage_count, stages_of_rank
+
+
+class ModelStage(SWAMLAModel):
+    """The model without what other stages hold; the remaining modules keep their names in the full model.
+
+    The first stage has the embedding, the last the final norm and the head, each some consecutive blocks. Created on
+    the meta device; `to_empty` and `init_weights(seed)` give it the values that the full model would have. With tied
+    embeddings the first stage's `embedding.weight` and the last one's `head.weight` start equal; `TiedEmbedding` keeps
+    them so.
+    """
+
+    def __init__(self, config: ModelConfig, stage: int, layers: Sequence[range], seq_len: int) -> None:
+        """`layers` are those of every stage, `seq_len` the tokens of a sequence.
+
+        The length is an argument and not read off the inputs, because under context or sequence parallelism a rank's
+        activations hold a slice of the sequence, and masks and rotations are computed from all of it.
+        """
+        with torch.device("meta"):
+            super().__init__(config)
+        self.stage, self.stages = stage, len(layers)
+        self.seq_len = seq_len
+        self.look_ups: Iterator[Inputs] = iter(())  # of the micro-batches of a step, in their order
+        if not self.is_first:
+            del self.embedding
+        if not self.is_last:
+            del self.norm, self.head
+        for of_layers in (self.blocks, self.annexes):
+            for name in list(of_layers):
+                if int(name) not in layers[stage]:
+                    del of_layers[name]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage reads tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage gives logits."""
+        return self.stage == self.stages - 1
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs: Tensor,
+        document_ids: Tensor | None = None,
+        tokens: Tensor | None = None,
+        targets: Tensor | None = None,
+        prepared: PreparedLookUp | None = None,
+    ) -> Tensor:
+        """Tokens [B, T] int64, or the activations [B, T, dim] of the stage before -> activations [B, T, dim], or of the
+        last stage logits [B, T, padded vocabulary].
+
+        `document_ids` [B, T] as in SWAMLAModel.forward, the same in every stage, and so are `tokens` and `targets`
+        [B, T], for a stage with annexes, and `prepared`, of these tokens. Raises ValueError where it has no tokens, and
+        for tensors of a wrong shape or dtype.
+        """
+        if self.is_first:
+            self._check(inputs, None, document_ids)
+            if inputs.shape[1] != self.seq_len:
+                raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for sequences of {self.seq_len}")
+        context = self.context(self.seq_len, document_ids, inputs.device)
+        if tokens is None and len(self.annexes):
+            raise ValueError("a stage with annexes needs the tokens, which its inputs do not show")
+        memories = None
+        if tokens is not None:
+            memories = self.annexes.look_up(tokens, document_ids, self.activation_dtype, targets, prepared)
+        x = self.embed(self.sequences.local(inputs)) if self.is_first else inputs
+        x = self.run_blocks(x, context, memories)
+        return self.head(self.norm(x)) if self.is_last else x
+
+
+def build_stages(config: Config, world: World) -> list[ModelStage]:
+    """The stages that this rank holds, ascending, on the meta device."""
+    seq_len = config.training.seq_len
+    layers = [stage.layers for stage in stage_costs(config.model, seq_len, stage_count(config.parallel))]
+    indices = stages_of_rank(config.parallel, world.coordinate("pipeline"))
+    return [ModelStage(config.model, index, layers, seq_len) for index in indices]
 
 
 class Pipeline:
@@ -33,20 +111,8 @@ class Pipeline:
     The constructor is collective over all processes.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        stages: list[ModelStage],
-        *,
-        activation_len: int | None = None,
-        logits_shape: tuple[int, int] | None = None,
-    ) -> None:
-        """`stages` from `build_stages`, with values, after `parallelize` (FSDP2 wraps each stage by itself).
-
-        `activation_len`: tokens of a sequence in the activations that a rank sends, None: training.seq_len.
-        `logits_shape`: (tokens, vocabulary) of a rank's logits, None: (activation_len, padded vocabulary).
-        """
+    def __init__(self, config: Config, world: World, stages: list[ModelStage]) -> None:
+        """`stages` from `build_stages`, with values, after `parallelize` (FSDP2 wraps each stage by itself)."""
         assert world.degrees.pipeline == config.parallel.pipeline > 1
         self.stages = stages
         self._parallel = config.parallel
@@ -54,8 +120,9 @@ class Pipeline:
         self._group = world.group("pipeline")
         self._dim = config.model.dim
         self._has_annexes = bool(annexes_of(config.model))
-        self._activation_len = activation_len or config.training.seq_len
-        self._logits_shape = logits_shape or (self._activation_len, config.model.padded_vocab_size)
+        tensor, tokens = world.degrees.tensor, config.training.seq_len // world.degrees.context
+        self._activation_len = tokens // tensor  # tokens of a sequence in the activations that a rank sends
+        self._logits_shape = tokens, config.model.padded_vocab_size // tensor
         self._first = next((stage for stage in stages if stage.is_first), None)
         self._last = next((stage for stage in stages if stage.is_last), None)
         self._dtype = stages[0].activation_dtype
@@ -107,10 +174,10 @@ class Pipeline:
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float = 1.0) -> Iterator[Tensor]:
-        """The loss of each micro-batch in evaluation mode, on every rank: a sum over targets / `loss_denominator`.
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """The loss of each micro-batch in evaluation mode, on every rank: a sum over its valid targets.
 
-        Only valid targets count. Forward only, one micro-batch at a time through all stages; each stage prepares the
+        Forward only, one micro-batch at a time through all stages; each stage prepares the
         look-ups of the next one meanwhile. Weights that FSDP2 gathered are freed again.
         """
         of_stages = [
@@ -118,9 +185,9 @@ class Pipeline:
             for stage in self.stages
         ]
         for inputs in zip(*of_stages):
-            yield self._evaluate_one(inputs, loss_denominator)
+            yield self._evaluate_one(inputs)
 
-    def _evaluate_one(self, inputs: Sequence[Inputs], loss_denominator: Tensor | float) -> Tensor:
+    def _evaluate_one(self, inputs: Sequence[Inputs]) -> Tensor:
         """The loss of a micro-batch, of which each stage of this rank has a copy and its look-up in `inputs`."""
         mine = {stage.stage for stage in self.stages}
         loss, x = None, inputs[0][0].tokens
@@ -134,7 +201,7 @@ class Pipeline:
                 dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
             x = stage(x, **self._of_all_stages(batch), prepared=prepared)
             if stage.is_last:
-                loss = stage.loss(x, batch.targets, loss_denominator)
+                loss = stage.loss(x, batch.targets, 1.0)
             elif number + 1 not in mine:
                 dist.send(x.contiguous(), group=self._group, group_dst=rank_of_stage(self._parallel, number + 1))
             stage.train(was_training)

@@ -8,7 +8,7 @@ tokens of the residual stream. So a table is never gathered, and its gradient ne
     backward    of a table: gradients summed by distinct row, float32 -> the same owners            (one all-to-all)
 
 How many rows go where is known only to the device, and the host needs it to receive them. A request depends on tokens
-alone. So it is made before the forward pass (look_ahead.py), on CUDA within `ShardedRows.ahead`: on a stream and
+alone. So it is made before the forward pass (`look_ups_ahead`), on CUDA within `ShardedRows.ahead`: on a stream and
 through a process group of their own, which wait for nothing that computes. When the host then needs the counts of a
 micro-batch they have been there since the one before, and of the first one of a step it waits for that little stream
 alone. A request that is made elsewhere is queued, and waited for, like anything else.
@@ -16,7 +16,7 @@ alone. A request that is made elsewhere is queued, and waited for, like anything
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
+from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
@@ -35,6 +36,7 @@ from swamla_titan.kernels.device import hand_over, on_stream
 from swamla_titan.kernels.host_memory import free_memory
 from swamla_titan.kernels.rows import Segments
 from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.annexes import ModelAnnexes, PreparedLookUp
 from swamla_titan.model.row_table import LocalRows, RowRequest, row_tables
 
 
@@ -240,3 +242,38 @@ def _exchanged_together(
     )
     found = out.split([size for of_rank in zip(*received) for size in of_rank])
     return [torch.cat(found[i :: len(tables)]).view(-1, *rows.shape[1:]) for i, rows in enumerate(tables)]
+
+
+Inputs = tuple[MicroBatch, PreparedLookUp | None]
+"""A micro-batch on the device, and which rows the annexes look up for it; None without annexes."""
+
+
+def look_ups_ahead(annexes: ModelAnnexes, micro_batches: Iterable[MicroBatch]) -> Iterator[Inputs]:
+    """Each micro-batch with its look-up, which is prepared before the micro-batch before it is given; the first, now.
+
+    `micro_batches` are on the device, or are copied there when they are taken, which is within `placement.ahead`: so
+    the device must not still compute them. Rows of tables on the host are read ahead too. Where ranks share tables this
+    is collective, and each `next` is.
+    """
+    placement, source = annexes.placement, iter(micro_batches)
+
+    def prepared() -> Inputs | None:
+        with placement.ahead():
+            batch = next(source, None)
+            return None if batch is None else (batch, annexes.prepare(batch.tokens, batch.document_ids))
+
+    def given(inputs: Inputs | None) -> Iterator[Inputs]:
+        while inputs is not None:
+            batch, look_up = inputs
+            tensors = [each for each in (batch.tokens, batch.targets, batch.document_ids) if each is not None]
+            if look_up is not None:
+                # Known before the next is prepared, behind which they would have to wait.
+                tensors += [look_up.context.positions, *look_up.request.rows()]
+                with placement.ahead():
+                    tensors += look_up.request.read_ahead(annexes.tables)
+            placement.hand_over(tensors)
+            following = prepared()
+            yield inputs
+            inputs = following
+
+    return given(prepared())

@@ -26,23 +26,22 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import Attention
 from swamla_titan.parallel.automatic import resolve_auto_for, saved_by_float8_moments
-from swamla_titan.parallel.balance import stage_costs
 from swamla_titan.parallel.context import exchanged_bytes
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.model_stage import ModelStage
 from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
-from swamla_titan.parallel.pipeline import Pipeline
-from swamla_titan.parallel.schedules import (
+from swamla_titan.parallel.pipeline import ModelStage, Pipeline
+from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
+from swamla_titan.parallel.stages import (
     Order,
     bubble_share,
     most_in_flight,
     order_of,
     runnable_micro_batches,
+    stage_costs,
     stage_count,
     stages_of_rank,
 )
-from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
 from swamla_titan.quantization.coverage import LinearCoverage
 from swamla_titan.tools.memory import InFlight, Memory, block_bytes, memory_of, recomputed_bytes
 

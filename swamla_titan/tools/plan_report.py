@@ -21,9 +21,8 @@ from swamla_titan.launch.worker import rank_info
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.counts import parameter_counts
 from swamla_titan.parallel.automatic import float8_moments_advice
-from swamla_titan.parallel.balance import stage_table
 from swamla_titan.parallel.kernels import attention_summary
-from swamla_titan.parallel.schedules import stage_count, stages_per_rank
+from swamla_titan.parallel.stages import stage_count, stage_table, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.tools.memory import recomputed_share
 from swamla_titan.tools.plan import Plan, Shape, ends_of_coordinates, folded, plan, ranks_asked_for, run_count

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.row_table import RowTable
-from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.pipeline import ModelStage
 from tests.distributed.job import run
 
 ROWS = 101  # neither 2 nor 3 ranks divide it

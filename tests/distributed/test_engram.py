@@ -20,10 +20,9 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.model.row_table import RowGradient, row_tables
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.parallel.model_stage import ModelStage
-from swamla_titan.parallel.pipeline import Pipeline
+from swamla_titan.parallel.pipeline import ModelStage, Pipeline
 from swamla_titan.parallel.row_tables import ShardedRows
-from swamla_titan.parallel.schedules import runnable_micro_batches
+from swamla_titan.parallel.stages import runnable_micro_batches
 from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_plans import COMMON, written

@@ -14,8 +14,7 @@ from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import PreparedLookUp
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.parallel.look_ahead import look_ups_ahead
-from swamla_titan.parallel.row_tables import ShardedRows, rows_of_rank, shard_row_tables
+from swamla_titan.parallel.row_tables import ShardedRows, look_ups_ahead, rows_of_rank, shard_row_tables
 from tests.distributed.ranks import on_ranks
 
 T, STEPS = 256, 3

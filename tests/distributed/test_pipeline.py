@@ -14,8 +14,7 @@ from swamla_titan.config.sections import Parallel, Training
 from swamla_titan.data.batches import MicroBatch
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.parallel.model_stage import build_stages
-from swamla_titan.parallel.pipeline import Pipeline
+from swamla_titan.parallel.pipeline import Pipeline, build_stages
 from tests.distributed.ranks import on_ranks
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")

@@ -16,10 +16,10 @@ from swamla_titan.model.blocks import Regions
 from swamla_titan.model.counts import training_flops
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
-from swamla_titan.parallel.balance import piece_costs
 from swamla_titan.parallel.compile import compile_model
 from swamla_titan.parallel.data_parallel import _AllGatherOfBytes, layer_units
 from swamla_titan.parallel.model_parts import build_parts
+from swamla_titan.parallel.stages import piece_costs
 from swamla_titan.quantization.coverage import survey
 from tests.model.tiny import TINY
 

@@ -7,8 +7,8 @@ from swamla_titan.data import MicroBatch
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.parallel.look_ahead import look_ups_ahead
-from swamla_titan.parallel.model_stage import ModelStage
+from swamla_titan.parallel.pipeline import ModelStage
+from swamla_titan.parallel.row_tables import look_ups_ahead
 
 T = 12
 TINY = ModelConfig(
