@@ -1,4 +1,4 @@
-"""The model as the trainer sees it: the same few methods under every plan."""
+"""The model as the trainer sees it: built and parallelized, with the same few methods under every plan."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,22 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
-from swamla_titan.parallel.data_parallel import all_reduce_replicated_grads, reduce_after_this_backward
-from swamla_titan.parallel.parallelize import gathers_float8, parallelize
+from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.compile import compile_model
+from swamla_titan.parallel.context import apply_context_parallel
+from swamla_titan.parallel.data_parallel import (
+    all_reduce_replicated_grads,
+    apply_data_parallel,
+    model_reshards_after_forward,
+    reduce_after_this_backward,
+)
+from swamla_titan.parallel.float8 import gathers_float8
+from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.pipeline import ModelStage, Pipeline, build_stages
-from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead
-from swamla_titan.quantization.native import cast_weights, forget_casts
+from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead, shard_row_tables
+from swamla_titan.parallel.stream import share_stream
+from swamla_titan.parallel.tensor import apply_tensor_parallel, enable_async_tensor_parallel, sides_on_a_rank
+from swamla_titan.quantization.native import cast_weights, forget_casts, save_transposed_weights
 
 
 class ParallelModel:
@@ -132,7 +143,7 @@ class ParallelModel:
     def _inputs(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Inputs]:
         return look_ups_ahead(self.parts[0].annexes, (batch.to(self.world.device) for batch in micro_batches))
 
-    def _loss(self, inputs: MicroBatch, denominator: Tensor | float, prepared: PreparedLookUp | None = None) -> Tensor:
+    def _loss(self, inputs: MicroBatch, denominator: Tensor | float, prepared: PreparedLookUp | None) -> Tensor:
         tensors = inputs.tokens, inputs.targets, inputs.document_ids
         loss: Tensor = self.parts[0](*tensors, loss_denominator=denominator, prepared=prepared)
         return loss
@@ -169,3 +180,32 @@ def build_parts(config: Config, world: World) -> list[SWAMLAModel]:
     for part in parts:
         parallelize(part, config, world)
     return parts
+
+
+def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
+    """Parallelize the model, or a pipeline stage of it, in place; its parameters are still on the meta device.
+
+    The order matters, because each step works on the blocks as those before it have changed them. Raises UserError for
+    what this machine cannot do.
+    """
+    model.compute_dtype = getattr(torch, config.training.compute_dtype)
+    choose_kernels(model, config, world.device)
+    shard_row_tables(model, config.parallel, world)
+    if config.float8.recipe != "off":
+        from swamla_titan.quantization.float8 import convert_to_float8  # torchao takes a second to import
+
+        tensor, gathered = world.degrees.tensor, gathers_float8(config, world.degrees)
+        sides = functools.partial(sides_on_a_rank, tensor)
+        convert_to_float8(model, config.float8, world.device, sides, norms_cast=tensor == 1, gathered=gathered)
+    if world.weights is not None and world.degrees.tensor > 1:
+        apply_tensor_parallel(model, world.weights["tensor"])
+        if config.parallel.async_tensor:
+            enable_async_tensor_parallel(world.weights["tensor"])
+    if world.degrees.context > 1:
+        apply_context_parallel(model, world.group("context"))
+    share_stream(model, world)
+    apply_activation_checkpointing(model, config.activation_checkpoint)
+    compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
+    apply_data_parallel(model, config.parallel, world, model.compute_dtype)
+    if config.float8.recipe == "native":
+        save_transposed_weights(model, saved=not model_reshards_after_forward(model))

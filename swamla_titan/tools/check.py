@@ -29,14 +29,14 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.counts import parameter_counts
 from swamla_titan.optim import group_table, state_bytes
-from swamla_titan.parallel.automatic import (
+from swamla_titan.parallel.float8 import (
     Resolved,
+    float8_coverage,
     float8_moments_advice,
     may_save_by_float8_moments,
     resolve_auto_for,
 )
 from swamla_titan.parallel.kernels import attention_choices, attention_summary, choose_kernels
-from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.tools.plan import plan, ranks_asked_for

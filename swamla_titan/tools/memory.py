@@ -37,7 +37,7 @@ from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import bytes_of_average, state_bytes
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_annex_recomputed, keeps_operators
 from swamla_titan.parallel.data_parallel import layer_units, reshards_after_forward, stays_replicated
-from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
+from swamla_titan.parallel.float8 import float8_coverage, gathers_float8
 from swamla_titan.parallel.row_tables import bytes_on_host
 
 _FLOAT32, _INT64 = 4, 8

@@ -25,11 +25,10 @@ from swamla_titan.launch.process_group import device_here
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import Attention
-from swamla_titan.parallel.automatic import resolve_auto_for, saved_by_float8_moments
 from swamla_titan.parallel.context import exchanged_bytes
+from swamla_titan.parallel.float8 import float8_coverage, resolve_auto_for, saved_by_float8_moments, validate_float8
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
 from swamla_titan.parallel.pipeline import ModelStage, Pipeline
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
 from swamla_titan.parallel.stages import (

@@ -20,7 +20,7 @@ from swamla_titan.launch.process_group import device_here
 from swamla_titan.launch.worker import rank_info
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.counts import parameter_counts
-from swamla_titan.parallel.automatic import float8_moments_advice
+from swamla_titan.parallel.float8 import float8_moments_advice
 from swamla_titan.parallel.kernels import attention_summary
 from swamla_titan.parallel.stages import stage_count, stage_table, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings

@@ -19,7 +19,7 @@ from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
-from swamla_titan.parallel.automatic import resolve_auto_for
+from swamla_titan.parallel.float8 import resolve_auto_for
 from swamla_titan.tools.plan import memory_at
 from swamla_titan.tools.plan_report import size
 

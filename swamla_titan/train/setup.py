@@ -46,10 +46,9 @@ from swamla_titan.errors import Damaged, UserError
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.optim import validate_optimizer_device
 from swamla_titan.parallel.activation_checkpoint import validate_recomputation
-from swamla_titan.parallel.automatic import resolve_auto
 from swamla_titan.parallel.compile import validate_cache_folder, warm_compiler
+from swamla_titan.parallel.float8 import resolve_auto, validate_float8
 from swamla_titan.parallel.kernels import validate_attention, validate_elementwise
-from swamla_titan.parallel.parallelize import validate_float8
 from swamla_titan.parallel.row_tables import validate_host_memory
 from swamla_titan.system.machine import allow_open_files, needed
 from swamla_titan.train.logging import require_wandb

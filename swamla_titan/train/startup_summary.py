@@ -22,9 +22,8 @@ from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.counts import parameter_counts
 from swamla_titan.optim import group_table
-from swamla_titan.parallel.automatic import float8_moments_advice, saved_by_float8_moments
+from swamla_titan.parallel.float8 import float8_coverage, float8_moments_advice, gathers_float8, saved_by_float8_moments
 from swamla_titan.parallel.kernels import are_elementwise_ours, attention_choices, attention_summary, is_loss_fused
-from swamla_titan.parallel.parallelize import float8_coverage, gathers_float8
 from swamla_titan.parallel.row_tables import bytes_on_host
 from swamla_titan.quantization.coverage import warnings
 from swamla_titan.quantization.native import fuses_activation

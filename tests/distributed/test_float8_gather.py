@@ -17,7 +17,7 @@ from swamla_titan.kernels.float8 import linear as float8_linears
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig
 from swamla_titan.optim import build_optimizer
-from swamla_titan.parallel import data_parallel, parallelize
+from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel import model_parts as parallel_model
 from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.quantization import native
@@ -230,8 +230,8 @@ def test_a_checkpoint_goes_on_under_any_recipe(tiny: Path, tmp_path: Path):
 
 def _trained(recipe: str, compiled: bool, reshard: str, folder: str) -> list[float]:
     """Losses and gradient norms of three steps of two micro-batches, and the loss of a validation."""
-    real = parallelize.compile_model
-    parallelize.compile_model = lambda model, config, budget: real(model, config, budget, backend="aot_eager")
+    real = parallel_model.compile_model
+    parallel_model.compile_model = lambda model, config, budget: real(model, config, budget, backend="aot_eager")
     config = Config(
         model=ModelConfig(**SMALL),
         float8=Float8(recipe=recipe, linear_layers="all"),

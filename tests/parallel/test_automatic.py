@@ -16,8 +16,8 @@ from swamla_titan.distributed.mesh import ELSEWHERE
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
-from swamla_titan.parallel import automatic
-from swamla_titan.parallel.automatic import float8_moments_advice, resolve_auto, resolve_auto_for
+from swamla_titan.parallel import float8
+from swamla_titan.parallel.float8 import float8_moments_advice, resolve_auto, resolve_auto_for
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.job import run_and_listen
@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     def of(major: int, minor: int) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
-        monkeypatch.setattr(automatic, "has_triton", lambda: True)
+        monkeypatch.setattr(float8, "has_triton", lambda: True)
 
     of(9, 0)
     return of
@@ -90,7 +90,7 @@ def test_it_is_off_where_the_device_has_none_and_plan_supposes_one_that_has(gpu,
     )
     gpu(9, 0)
     assert recipe(base(), torch.device("cpu")) == ("off", 'float8.recipe = "auto" is "off": there is no GPU')
-    monkeypatch.setattr(automatic, "has_triton", lambda: False)
+    monkeypatch.setattr(float8, "has_triton", lambda: False)
     assert "triton is missing" in recipe(base())[1]
     found, line = recipe(base(), ELSEWHERE)
     assert found == "native"
@@ -139,7 +139,7 @@ def test_without_auto_nothing_is_chosen_or_said():
 
 def _on_mixed_machines(bad: int) -> tuple[str, str, list[str]]:
     world = init_distributed(Parallel())
-    automatic.why_no_float8 = lambda *_: "an old GPU" if world.rank == bad else None
+    float8.why_no_float8 = lambda *_: "an old GPU" if world.rank == bad else None
     chosen, lines = resolve_auto(base(optimizer=Optimizer("auto")), world, None)
     return chosen.float8.recipe, chosen.optimizer.name, lines
 

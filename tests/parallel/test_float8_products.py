@@ -11,8 +11,8 @@ from swamla_titan.config.sections import Compile, Float8, Parallel, Training
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
+from swamla_titan.parallel.float8 import float8_coverage, validate_float8
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.parallelize import float8_coverage, validate_float8
 from swamla_titan.quantization.coverage import gain, table, warnings
 from swamla_titan.quantization.native import NativeLinear
 

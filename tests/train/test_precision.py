@@ -9,7 +9,7 @@ import torch
 import swamla_titan
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Float8, Training
-from swamla_titan.parallel import parallelize
+from swamla_titan.parallel import model_parts
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.train import setup
 from swamla_titan.train.precision import set_precision_and_determinism
@@ -60,13 +60,13 @@ def test_float8_compiles_under_it(recipe):
 
 def _seen_when_compiling(config: str, wanted: str) -> list[str]:
     seen = []
-    real, real_set = parallelize.compile_model, setup.set_precision_and_determinism
+    real, real_set = model_parts.compile_model, setup.set_precision_and_determinism
 
     def watched(*arguments, **options):
         seen.append(torch.get_float32_matmul_precision())
         return real(*arguments, **options)
 
-    parallelize.compile_model = watched
+    model_parts.compile_model = watched
     setup.set_precision_and_determinism = lambda config, device, rank: real_set(config, CUDA, rank)
     assert train(config, "--training.steps", "1", "--training.fp32_precision", wanted) == 0
     return seen

@@ -23,8 +23,8 @@ from swamla_titan.model.counts import block_flops, training_flops
 from swamla_titan.optim import build_optimizer, group_table
 from swamla_titan.optim.matrices import column_units, separate_rows
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
+from swamla_titan.parallel.float8 import float8_coverage
 from swamla_titan.parallel.model_parts import ParallelModel
-from swamla_titan.parallel.parallelize import float8_coverage
 from swamla_titan.parallel.stages import stage_costs
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeRMSNorm
