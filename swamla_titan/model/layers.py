@@ -4,7 +4,7 @@ Linear layers and the embedding (model/init.py gives them their first values), n
 rotary position embedding. Norms and rotation are computed in float32, and returned in the input's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, NamedTuple
@@ -159,6 +159,15 @@ def spec_of(name: str, linear: nn.Module) -> LinearSpec:
     if not isinstance(spec, LinearSpec):
         raise TypeError(f"{name} ({type(linear).__name__}) declares no role: it must be a Linear of {__name__}")
     return spec
+
+
+def linear_weights(model: nn.Module) -> Iterator[tuple[Tensor, LinearSpec]]:
+    """The weights of the linear layers that declare something, torchao's float8 layers as we derive them among them."""
+    for module in model.modules():
+        spec = getattr(module, "spec", None)
+        if isinstance(spec, LinearSpec):
+            assert isinstance(module.weight, Tensor)
+            yield module.weight, spec
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Parameter groups, optimizers, the moving average of the weights, and learning-rate schedules."""
 
 from swamla_titan.optim.ema import AveragedWeights, bring_up_to_date, bytes_of_average, names_of_decays
-from swamla_titan.optim.gradients import clip_divisor, gradient_norm
 from swamla_titan.optim.groups import group_table, trained_parameters
 from swamla_titan.optim.optimizer import (
     GroupedOptimizer,
     Optimizers,
     build_optimizer,
+    clip_divisor,
+    gradient_norm,
     lr_factor,
     state_bytes,
     validate_optimizer_device,

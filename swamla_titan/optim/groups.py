@@ -10,9 +10,8 @@ from torch import nn
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.init import plain_name
-from swamla_titan.model.layers import UpdateRule
+from swamla_titan.model.layers import Role, UpdateRule, linear_weights
 from swamla_titan.model.row_table import RowTable
-from swamla_titan.optim.matrices import column_units
 from swamla_titan.optim.rules import RULES, Kind
 from swamla_titan.optim.state import BLOCKS, Format, block_size
 
@@ -55,6 +54,11 @@ def declared_rules(model: nn.Module) -> Iterator[tuple[nn.Parameter, UpdateRule]
                 raise TypeError(f"{type(module).__name__}.update_rule: by_rows is for a RowTable")
             for parameter in module.parameters(recurse=False):
                 yield parameter, rule
+
+
+def column_units(model: nn.Module) -> dict[torch.Tensor, int]:
+    """For each weight whose columns tensor parallelism shards, how many consecutive columns always stay together."""
+    return {weight: spec.unit for weight, spec in linear_weights(model) if spec.role is Role.RESIDUAL_OUTPUT}
 
 
 class GroupSummary(NamedTuple):

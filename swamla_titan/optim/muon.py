@@ -6,6 +6,12 @@ same work. In a round the ranks that hold a matrix's shards send them to its own
 orthogonalize, and send every rank its shard back (another). The next round's shards are sent meanwhile. In a step a
 rank so receives each element of its own matrices and of its own shards once, where an all-gather would bring all
 matrices to all ranks, which would all orthogonalize all of them.
+
+Muon equalizes the singular values of an update, so it matters what counts as one matrix. Here it is one linear map of
+the paper's equations, as if each had a weight of its own: queries, keys and values (split by Jordan's Muon and by
+Megatron too), gate and up projections, MLA's latent and rotary key, and its up projections to keys and to values. MLA's
+queries are one matrix, because their parts with and without position add up to one score, and so are output
+projections, as in Moonlight.
 """
 
 import itertools
@@ -21,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from swamla_titan.config.sections import MuonAdjustment
 from swamla_titan.distributed.dtensor import is_replicated, local, num_shards, slices_at
+from swamla_titan.model.layers import linear_weights
 
 # Coefficients of the quintic iteration, and the epsilon of its initial norm: Jordan's, as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -28,6 +35,15 @@ _EPS = 1e-7
 
 Slices = tuple[slice, ...]  # of a full matrix
 Coordinate = tuple[int, ...]  # of a rank on a mesh
+
+
+def separate_rows(model: nn.Module) -> dict[Tensor, list[Tensor]]:
+    """For each fused weight, the row indices (int64) of each of its matrices; weights of one matrix are left out."""
+    return {
+        weight: [rows.flatten() for rows in spec.split(torch.arange(weight.shape[0]).unsqueeze(1))]
+        for weight, spec in linear_weights(model)
+        if spec.is_fused
+    }
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:

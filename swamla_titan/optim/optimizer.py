@@ -1,6 +1,12 @@
-"""The optimizers of a run: built from the configuration, and the one call by which they take a step."""
+"""The optimizers of a run: built from the configuration, and the one call by which they take a step.
+
+Also what a step is given: the gradients' norm and the divisor that clips them, both without a host sync, and the
+learning rate.
+"""
 
 import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -12,9 +18,7 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.optim.gradients import clip_divisor
-from swamla_titan.optim.groups import groups
-from swamla_titan.optim.matrices import column_units
+from swamla_titan.optim.groups import column_units, groups
 from swamla_titan.optim.rules import RULES, Given, Step
 
 
@@ -117,6 +121,34 @@ def state_bytes(model: nn.Module, config: Optimizer) -> int:
         for kind, parameters in groups(model, config).items()
         for parameter in parameters
     )
+
+
+def gradient_norm(
+    gradients: Iterable[tuple[Tensor, float]], sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The global L2 norm of all gradients, a scalar of their dtype on their device.
+
+    `gradients` are (local shard of a parameter's gradient, share): the shares of an element of the full model must add
+    up to 1 over all ranks that hold a copy of it, so that it counts once. `sum_over_ranks` all-reduces a scalar; None:
+    a single process.
+    """
+    shards, shares = zip(*gradients)
+    norms = torch.stack(torch._foreach_norm(shards))
+    if sum_over_ranks is None:
+        return torch.linalg.vector_norm(norms)
+    shares_on_device = _on_device(shares, norms.dtype, norms.device)
+    return sum_over_ranks((norms.square() * shares_on_device).sum()).sqrt()
+
+
+@lru_cache(maxsize=8)
+def _on_device(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The shares as a tensor, made once for all steps, because a copy from the host may wait for the device."""
+    return torch.tensor(shares, dtype=dtype, device=device)
+
+
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
+    """The divisor, at least 1, that brings gradients of this norm to at most `max_norm`: a scalar like `norm`."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0)
 
 
 def lr_factor(schedule: LRSchedule, step: int, steps: int) -> float:

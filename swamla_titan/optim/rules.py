@@ -21,8 +21,7 @@ from swamla_titan.kernels.device import why_no_kernels
 from swamla_titan.kernels.rows import adam_of_rows
 from swamla_titan.model.row_table import Piece, RowSteps, RowTable, row_tables
 from swamla_titan.optim import updates
-from swamla_titan.optim.matrices import separate_rows
-from swamla_titan.optim.muon import Orthogonalizer, step_sizes
+from swamla_titan.optim.muon import Orthogonalizer, separate_rows, step_sizes
 from swamla_titan.optim.state import BLOCKS, Format, code_tables, layout, moments_in
 from swamla_titan.optim.updates import fuse_elementwise
 from swamla_titan.quiet_torchao import quiet_torchao

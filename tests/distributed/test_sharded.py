@@ -13,7 +13,7 @@ from swamla_titan.distributed.dtensor import copy_from_full, local, num_shards
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.optim.gradients import clip_divisor
+from swamla_titan.optim import clip_divisor
 from swamla_titan.parallel.model_parts import ParallelModel, build_parts
 from tests.distributed.ranks import on_ranks
 

@@ -7,8 +7,7 @@ import torch
 
 from swamla_titan.config.sections import Optimizer
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.optim import build_optimizer, gradient_norm, rules
-from swamla_titan.optim.gradients import clip_divisor
+from swamla_titan.optim import build_optimizer, clip_divisor, gradient_norm, rules
 
 SHAPES = ((64, 7), (5,), (), (0, 3), (33, 2))
 SMALL = ModelConfig(vocab_size=64, dim=64, num_layers=3, num_heads=2, swa_window=8, ffn_hidden_dim=96)

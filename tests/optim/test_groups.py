@@ -12,8 +12,8 @@ from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.optim import build_optimizer, group_table
-from swamla_titan.optim.groups import block_size, groups, multiplier, trained_parameters
-from swamla_titan.optim.matrices import column_units, separate_rows
+from swamla_titan.optim.groups import block_size, column_units, groups, multiplier, trained_parameters
+from swamla_titan.optim.muon import separate_rows
 from swamla_titan.parallel.model_parts import build_parts
 
 GROUPED_QUERIES = ModelConfig(

@@ -21,7 +21,8 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.counts import block_flops, training_flops
 from swamla_titan.optim import build_optimizer, group_table
-from swamla_titan.optim.matrices import column_units, separate_rows
+from swamla_titan.optim.groups import column_units
+from swamla_titan.optim.muon import separate_rows
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.float8 import float8_coverage
 from swamla_titan.parallel.model_parts import ParallelModel
