@@ -45,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import BatchLoader, StepBatch
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
-from swamla_titan.launch.worker import rank_info
+from swamla_titan.launch.ranks import rank_info
 from swamla_titan.optim import build_optimizer
 from swamla_titan.parallel import data_parallel
 from swamla_titan.parallel.compile import compilation

@@ -32,7 +32,8 @@ def run() -> int:
 
     # What is imported next takes some hundredths of a second, until a signal can be handled; the rest takes seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
-    from swamla_titan.launch.worker import RESTART_COUNT, exit_through_launcher, install_early_handlers
+    from swamla_titan.launch.ranks import RESTART_COUNT
+    from swamla_titan.launch.worker import exit_through_launcher, install_early_handlers
     from swamla_titan.system.process import end_process
 
     install_early_handlers(trains=sys.argv[1:2] == ["train"] and "--dry-run" not in sys.argv)

@@ -18,7 +18,8 @@ from swamla_titan.config import Config, Override, find_config, load_config, ship
 from swamla_titan.config.shipped import checkout
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.escaping import one_line, several_lines
-from swamla_titan.launch.worker import logs_to_console, report_bad_input
+from swamla_titan.launch.ranks import logs_to_console
+from swamla_titan.launch.worker import report_bad_input
 from swamla_titan.system.console import lost_output, open_console
 from swamla_titan.system.machine import explain
 

@@ -2,7 +2,8 @@
 
 run_train.sh runs preflight.py once, then scripts/torchrun.sh, which starts the elastic agent (agent.py: torchrun) of
 this machine. Agents find each other at the rendezvous endpoint (endpoint.py, rendezvous.py) and start the workers, one
-per GPU. A worker (worker.py) initializes the process group (process_group.py) and handles signals (signals.py).
+per GPU. A worker (worker.py) learns its rank (ranks.py), initializes the process group (process_group.py) and handles
+signals (signals.py).
 
 torchrun restarts all workers whenever one of them ends with anything but 0, and so cannot pass on why a worker ended.
 That goes through the launch folder, which scripts/torchrun.sh creates and names in SWAMLA_TITAN_LAUNCH_FOLDER:

@@ -13,8 +13,8 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World, create_stage_group, meshes
 from swamla_titan.errors import UserError
+from swamla_titan.launch.ranks import RankInfo, rank_info
 from swamla_titan.launch.rendezvous import connect_workers
-from swamla_titan.launch.worker import RankInfo, rank_info
 
 # The watchdog detects hangs, because it distinguishes them from a pause of the machine, and these timeouts do not.
 COLLECTIVE_TIMEOUT = timedelta(days=7)

@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import Token, creat
 
 from swamla_titan.errors import RankFailed
 from swamla_titan.launch.endpoint import Endpoint, answers, is_address, listen
-from swamla_titan.launch.worker import RESTART_COUNT, RankInfo
+from swamla_titan.launch.ranks import RESTART_COUNT, RankInfo
 from swamla_titan.system.process import RunningTime
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from types import FrameType
 
 from swamla_titan.errors import EXIT_RE_RENDEZVOUS, EXIT_STOPPED
+from swamla_titan.launch.ranks import FOLDER, rank_info
 from swamla_titan.launch.worker import (
-    FOLDER,
     NOTHING_TO_SAVE,
     acknowledge_stop,
     early_handler,
     early_signal,
     in_re_rendezvous,
-    rank_info,
     stop_requested,
 )
 

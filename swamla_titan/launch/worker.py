@@ -1,4 +1,4 @@
-"""A worker's side of the launcher: its rank, its exit code, and signals before torch is imported.
+"""A worker's side of the launcher: its exit code, and signals before torch is imported.
 
 launch/__init__.py draws a worker's states and lists the files of the launch folder. Reasons that it does not give:
 
@@ -11,8 +11,6 @@ launch/__init__.py draws a worker's states and lists the files of the launch fol
   look like a crash.
 - A worker whose launcher has ended kills its torchrun and ends, because nothing would forward signals to it any more,
   and whoever gives the command again needs the GPUs and the dump folder.
-- Other launchers, and shells in which one ran, leave variables of the same names: WORLD_SIZE, RANK, LOCAL_RANK. Only
-  torchrun's count, which come with its count of restarts; `rank_info` is the one function that reads them.
 
 Standard library only: it runs before torch is imported.
 """
@@ -25,106 +23,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RE_RENDEZVOUS, EXIT_STOPPED, UserError
-from swamla_titan.escaping import one_line
+from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RE_RENDEZVOUS, EXIT_STOPPED
+from swamla_titan.launch.ranks import FOLDER, TAKE_AWAY, rank_info
 from swamla_titan.system.process import wait_for_end
 
-FOLDER = "SWAMLA_TITAN_LAUNCH_FOLDER"
 RE_RENDEZVOUS = "re-rendezvous"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NOTHING_TO_SAVE = "there is nothing to save; the same command starts it"
 AGENT_STOP_TIMEOUT = 30.0  # seconds; the agents of all machines check every second whether one waits to join
 
-RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it for all its workers, and no other launcher does
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MASTER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 hosts the workers' store
-
 _ended_for_bad_input = False  # see report_bad_input
 _early_signal: signal.Signals | None = None
-
-_TAKE_AWAY = (
-    "Start with ./run_train.sh; if this shell has variables of an earlier run, take them away with: "
-    f"unset {' '.join((RESTART_COUNT, *RANK_VARIABLES, *MASTER_VARIABLES, FOLDER))}"
-)
-
-
-@dataclass(frozen=True)
-class RankInfo:
-    """The rank of this process among those that torchrun started, in all and on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    machines: int = 1
-
-
-def rank_info() -> RankInfo:
-    """The rank that torchrun assigned to this process; that of a single process where it was not torchrun.
-
-    Raises UserError if torchrun's variables are incomplete or invalid.
-    """
-    if RESTART_COUNT not in os.environ:
-        return RankInfo()
-    wrong = [name for name in RANK_VARIABLES if not re.fullmatch(r"[0-9]{1,7}", os.environ.get(name, ""))]
-    if wrong:
-        raise _invalid_rank(f"{wrong[0]} is {_shown(wrong[0])}")
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in RANK_VARIABLES)
-    if not (rank < size and local_rank < local_size <= size):
-        raise _invalid_rank(", ".join(f"{name}={os.environ[name]}" for name in RANK_VARIABLES) + " fit no process")
-    if size > 1:
-        missing = [name for name in MASTER_VARIABLES if not os.environ.get(name)]
-        if missing or not re.fullmatch(r"[0-9]{1,5}", os.environ["MASTER_PORT"]):
-            name = (missing or ["MASTER_PORT"])[0]
-            raise _invalid_rank(f"{name} is {_shown(name)}")
-    groups = os.environ.get("GROUP_WORLD_SIZE", "1")
-    return RankInfo(rank, size, local_rank, local_size, int(groups) if re.fullmatch(r"[0-9]{1,7}", groups) else 1)
-
-
-def foreign_variables() -> list[str]:
-    """Variables which claim that this is one process of several, though torchrun did not start it."""
-    if RESTART_COUNT in os.environ:
-        return []
-    return [
-        f"{name}={os.environ[name][:40]!a}" for name in RANK_VARIABLES if os.environ.get(name, "") not in ("", "0", "1")
-    ]
-
-
-def _shown(name: str) -> str:
-    return f"{os.environ[name][:40]!a}" if name in os.environ else "not set"
-
-
-def _invalid_rank(reason: str) -> UserError:
-    return UserError(
-        f"{RESTART_COUNT} is set, as torchrun does for the processes it starts, but {reason}. {_TAKE_AWAY}"
-    )
-
-
-def _not_a_launch_folder() -> str:
-    return f"{FOLDER}={os.environ[FOLDER][:200]!a} is not the folder of a run_train.sh that started this. {_TAKE_AWAY}"
-
-
-def logs_to_console() -> bool:
-    """Whether this process logs to the console: LOG_RANK names it, or no launcher started it.
-
-    LOG_RANK lists processes by their local ranks; default 0. All raise the same errors, so one message is enough.
-    run_train.sh shows no other output anyway, but torchrun by itself does. Raises UserError if LOG_RANK names no
-    process of this machine.
-    """
-    if RESTART_COUNT not in os.environ:
-        return True
-    here = rank_info()
-    text = os.environ.get("LOG_RANK") or "0"
-    if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
-        raise UserError(f"LOG_RANK={one_line(text[:100])}: expected numbers of processes, as in 0,3")
-    ranks = [int(number) for number in text.split(",")]
-    if max(ranks) >= here.local_size:
-        raise UserError(f"LOG_RANK={text[:100]}: the processes of this machine are 0 to {here.local_size - 1}")
-    return here.local_rank in ranks
 
 
 def exit_through_launcher(main: Callable[[], int]) -> int:
@@ -136,7 +48,11 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
     if FOLDER not in os.environ:
         return main()
     if not _folder().is_dir() or not re.fullmatch(r"[0-9]{1,7}", os.environ.get("LOCAL_RANK", "")):
-        print(f"error: {_not_a_launch_folder()}", file=sys.stderr)
+        folder = os.environ[FOLDER][:200]
+        print(
+            f"error: {FOLDER}={folder!a} is not the folder of a run_train.sh that started this. {TAKE_AWAY}",
+            file=sys.stderr,
+        )
         return EXIT_BAD_INPUT
     # torchrun ignores the signals, so that only the workers act on them, and its children inherit that.
     install_early_handlers(trains=True)

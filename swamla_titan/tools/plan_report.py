@@ -17,7 +17,7 @@ from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import device_here
-from swamla_titan.launch.worker import rank_info
+from swamla_titan.launch.ranks import rank_info
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.counts import parameter_counts
 from swamla_titan.parallel.float8 import float8_moments_advice

@@ -15,8 +15,8 @@ from swamla_titan.distributed.mesh import World, broadcast_from_rank_0
 from swamla_titan.errors import RankFailed, RunFailed, UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
+from swamla_titan.launch.ranks import foreign_variables
 from swamla_titan.launch.signals import StopRequest
-from swamla_titan.launch.worker import foreign_variables
 from swamla_titan.system.machine import explain
 from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.setup import from_newest_intact, set_up, validate_open_files

@@ -13,7 +13,7 @@ from swamla_titan.config.sections import Parallel
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.masks import MaskSpec, dense_mask, dense_mask_of, document_starts
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.launch.worker import rank_info
+from swamla_titan.launch.ranks import rank_info
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import SequenceContext

@@ -15,16 +15,20 @@ from swamla_titan.errors import UserError
 from swamla_titan.launch import worker as launcher
 from swamla_titan.launch.preflight import main as preflight
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.launch.signals import StopRequest
-from swamla_titan.launch.worker import (
+from swamla_titan.launch.ranks import (
     FOLDER,
-    FORWARDED,
+    RANK_VARIABLES,
+    RESTART_COUNT,
     RankInfo,
-    acknowledge_stop,
-    exit_through_launcher,
     foreign_variables,
     logs_to_console,
     rank_info,
+)
+from swamla_titan.launch.signals import StopRequest
+from swamla_titan.launch.worker import (
+    FORWARDED,
+    acknowledge_stop,
+    exit_through_launcher,
     re_rendezvous,
     stop_requested,
 )
@@ -33,7 +37,7 @@ from tests.train.runs import train
 
 def set_place(monkeypatch: pytest.MonkeyPatch, **numbers: object) -> None:
     """What torchrun gives a worker."""
-    given = {launcher.RESTART_COUNT: 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400, "GROUP_WORLD_SIZE": 1}
+    given = {RESTART_COUNT: 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400, "GROUP_WORLD_SIZE": 1}
     for name, value in (given | numbers).items():
         monkeypatch.setenv(name, str(value))
 
@@ -282,7 +286,7 @@ def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_another_launcher_left_counts_for_nothing_and_is_named(
     monkeypatch: pytest.MonkeyPatch, left: dict[str, str], named: list[str]
 ) -> None:
-    for name in (launcher.RESTART_COUNT, *launcher.RANK_VARIABLES):
+    for name in (RESTART_COUNT, *RANK_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
@@ -314,9 +318,7 @@ def test_torchruns_variables_that_make_no_sense_are_refused_with_what_to_unset(
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     for asked in (rank_info, logs_to_console, lambda: init_distributed(Parallel())):
-        with pytest.raises(
-            UserError, match=f"{reason}.*take them away with: unset {launcher.RESTART_COUNT} "
-        ) as refused:
+        with pytest.raises(UserError, match=f"{reason}.*take them away with: unset {RESTART_COUNT} ") as refused:
             asked()
         assert len(str(refused.value)) < 500
 

@@ -22,9 +22,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _
 from swamla_titan.errors import RankFailed
 from swamla_titan.launch import rendezvous
 from swamla_titan.launch.endpoint import Endpoint
+from swamla_titan.launch.ranks import FOLDER, RESTART_COUNT, RankInfo
 from swamla_titan.launch.rendezvous import CheckedBackend, open_store
 from swamla_titan.launch.signals import StopRequest
-from swamla_titan.launch.worker import FOLDER, RESTART_COUNT, RankInfo
 from tests.listening import listening
 from tests.waiting import HANG
 

@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
-from swamla_titan.launch.worker import FOLDER
-from swamla_titan.system.backstop import STACKS, stopped
-from swamla_titan.system.process import RunningTime
+from swamla_titan.launch.ranks import FOLDER
+from swamla_titan.system.process import STACKS, RunningTime, stopped
 from swamla_titan.train.policies import watchdog as module
 from swamla_titan.train.policies.watchdog import (
     Watchdog,
@@ -196,7 +195,7 @@ def test_a_process_of_the_run_that_is_stopped_is_waited_for_and_named_once(tmp_p
 # What has Python's lock for 3 s at a time, and then is stopped from without for longer than its limit.
 HOLDER = """
 import ctypes, sys, time
-from swamla_titan.system.backstop import Backstop
+from swamla_titan.system.process import Backstop
 backstop = Backstop()
 backstop.write_to(sys.stderr)
 backstop.arm(float(sys.argv[1]))

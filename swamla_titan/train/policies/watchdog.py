@@ -1,8 +1,8 @@
 """The watchdog: a process that makes no progress writes where it is, and ends, so that its launcher restarts it.
 
 Two timers watch the main thread. A Python thread checks once a second; it can write files, ask the other ranks and
-write to the log. It cannot run while C code holds Python's lock. For that case there is system/backstop.py: a little
-later than the thread would have, it has C code write all stacks and ends the process.
+write to the log. It cannot run while C code holds the GIL. For that case there is a `Backstop` (system/process.py): a
+little later than the thread would have, it has C code write all stacks and ends the process.
 
 A suspended process does not hang. Limits count the time in which this process ran, without the time for which it was
 suspended (Ctrl-Z and `fg`, `scontrol suspend`, a virtual machine that is migrated), and without the time for which
@@ -32,9 +32,8 @@ from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_FAILED
 from swamla_titan.launch.worker import local_worker_pids
-from swamla_titan.system.backstop import Backstop, stopped
 from swamla_titan.system.console import Lines
-from swamla_titan.system.process import RunningTime
+from swamla_titan.system.process import Backstop, RunningTime, stopped
 from swamla_titan.train.policy import Policy, StepOutcome
 
 logger = logging.getLogger(__name__)
