@@ -30,7 +30,8 @@ def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
             ema.update(step + 1, flag)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    model.averages, model.by_rule = list(ema.of_part(model).values()), len(optimizer.rules["adamw"].large)
+    adamw = optimizer.rules.get("adamw")  # none with lion
+    model.averages, model.by_rule = list(ema.of_part(model).values()), len(adamw.large) if adamw else 0
     return model
 
 
@@ -39,7 +40,7 @@ def moved(settings: dict, device: str, compiled: bool) -> nn.Module:
 def test_a_gpu_takes_the_steps_of_a_cpu_without_waiting(settings, compiled, monkeypatch):
     monkeypatch.setattr(rules, "_LARGE", 1000)
     found, expected = moved(settings, "cuda", compiled), moved(settings, "cpu", False)
-    assert found.by_rule == (2 if compiled else 0)
+    assert found.by_rule == (2 if compiled and settings["name"].startswith("adamw") else 0)
     assert expected.by_rule == 0
     for one, other in zip(found.parameters(), expected.parameters()):
         assert_near(one.cpu(), other)

@@ -69,6 +69,7 @@ def trained(
             average.update(step + 1, flag)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()  # the last request, which nothing looks up, still reads a batch that is freed here
     return [table.weight.detach(), *optimizer.state[table.weight].values(), *average.of_part(model).values()]
 
 
