@@ -12,7 +12,7 @@ MIB = 1 << 20
 # document read next; the other keys are the source's own.
 Position = dict[str, Any]
 
-Cursor = dict[str, Any]  # where a stream stands, see packing.py; made of JSON types
+Cursor = dict[str, Any]  # where a stream stands, see streams.py; made of JSON types
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from swamla_titan.data.batches import StepBatch, document_ids
 from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.document import Cursor
 from swamla_titan.data.exclusions import Exclusion
-from swamla_titan.data.packing import PackedStream, TokenCache, initial_cursor, is_cursor
+from swamla_titan.data.streams import PackedStream, TokenCache, initial_cursor, is_cursor
 from swamla_titan.data.worker import LoaderProcess
 from swamla_titan.errors import Damaged, RunFailed, UserError
 from swamla_titan.system.machine import needed

@@ -19,11 +19,10 @@ from swamla_titan.data import retry as retry_module
 from swamla_titan.data.corpus import open_corpus
 from swamla_titan.data.exclusions import Exclusion, first_excluded, taken_from_cursors
 from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreachable, network_fault, readable
-from swamla_titan.data.packing import initial_cursor
 from swamla_titan.data.retry import Retry, all_documents, read_on
 from swamla_titan.data.sources import open_source, parquet
 from swamla_titan.data.sources import text as text_source
-from swamla_titan.data.streams import DocumentStream
+from swamla_titan.data.streams import DocumentStream, initial_cursor
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.machine import PERMANENT, REMEDIES
 from tests.data.faulty import ALWAYS, Fails, flaky, truncate, write_parquet

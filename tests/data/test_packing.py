@@ -15,8 +15,7 @@ from swamla_titan.data.batches import (
     sequences_per_rank,
     waits_for_streams,
 )
-from swamla_titan.data.packing import PackedStream, TokenCache, initial_cursor
-from swamla_titan.data.streams import DocumentStream
+from swamla_titan.data.streams import DocumentStream, PackedStream, TokenCache, initial_cursor
 from swamla_titan.data.tokenizer import load_tokenizer
 
 EOT = 256

@@ -7,7 +7,7 @@ import pytest
 
 from swamla_titan.config.sections import Validation
 from swamla_titan.data import fingerprint_changes
-from swamla_titan.data.packing import PackedStream, TokenCache
+from swamla_titan.data.streams import PackedStream, TokenCache
 
 SKIP = {"on_error": "skip_file", "retry_seconds": 0}
 

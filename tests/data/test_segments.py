@@ -14,12 +14,12 @@ import pytest
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data import division, open_corpus
 from swamla_titan.data.division import described, uneven
-from swamla_titan.data.packing import PackedStream, TokenCache
 from swamla_titan.data.retry import documents_by_unit
 from swamla_titan.data.segments import Cut, Part, Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.sources.text import FileRange
-from swamla_titan.data.tokenizer import ByteTokenizer
+from swamla_titan.data.streams import PackedStream, TokenCache
+from swamla_titan.data.tokenizer import ByteTokenizer, with_eot
 
 SEQ_LEN = 1024
 
@@ -125,16 +125,17 @@ class Numbered(TokenCache):
 
     def __init__(self, corpus) -> None:
         super().__init__(corpus.tokenizer)
+        self.tokenizer = corpus.tokenizer
         self.starts: dict[tuple[int, int], int] = {}
         self.total = 0
         for unit, document in documents_by_unit(corpus.source, corpus.new_retry()):
             if not document.is_empty and document not in corpus.held_out:
                 self.starts[unit, document.ordinal] = self.total
-                self.total += len(self._encode(document.text))
+                self.total += len(with_eot(self.tokenizer, document.text))
 
-    def _all_tokens(self, document):
+    def tokens(self, document):
         start = self.starts[document.key[1:]]
-        return np.arange(start, start + len(self._encode(document.text)), dtype=np.int32)
+        return document.cut(np.arange(start, start + len(with_eot(self.tokenizer, document.text)), dtype=np.int32))
 
 
 def read_by_epochs(corpus, seq_len: int, epochs: int) -> list[np.ndarray]:
