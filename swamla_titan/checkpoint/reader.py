@@ -1,4 +1,7 @@
-"""Loading tensors from the folders of torch.distributed.checkpoint (DCP) without trusting their content."""
+"""Loading tensors from checkpoints, which torch.distributed.checkpoint (DCP) writes, without trusting their content.
+
+Folders that `export` wrote are read as checkpoints that hold weights alone.
+"""
 
 import dataclasses
 import functools
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from swamla_titan.checkpoint.exported import ExportedWeights, is_exported
 from swamla_titan.checkpoint.manifest import INDEX, MOST_INDEX
 from swamla_titan.checkpoint.tensor_index import require_covered
 from swamla_titan.checkpoint.unpickler import StrictUnpickler
@@ -24,6 +28,7 @@ from swamla_titan.system.bounded import read_regular
 
 # Group -> name within the group -> tensor; a checkpoint stores it as "group.name".
 Tensors = Mapping[str, Mapping[str, Tensor]]
+_WEIGHTS = "model"  # the group of weights
 _SHOWN = 8  # tensors that do not fit, in a message
 _PIECE = 1 << 28  # elements of a tensor that are tested at once
 
@@ -39,14 +44,17 @@ def load_tensors(path: Path, tensors: Tensors, world: World | None = None, optio
 
     def fitting() -> dict[str, dict[str, Tensor]]:
         require_loadable(path, tensors)
-        stored = _stored(path)
+        stored = _shapes(path)
         found = {group: dict(members) for group, members in tensors.items()}
         for group, members in (optional or {}).items():
-            if there := {name: each for name, each in members.items() if _fits(stored.get(f"{group}.{name}"), each)}:
+            if there := {name: each for name, each in members.items() if stored.get(f"{group}.{name}") == each.shape}:
                 found[group] = there
         return found
 
     wanted = all_ranks_or_raise(world, fitting)  # by all, because a rank may lack a tensor of its own pipeline stage
+    if is_exported(path):
+        all_ranks_or_raise(world, lambda: ExportedWeights(path).load(wanted[_WEIGHTS]))
+        return
     try:
         dcp.load(wanted, storage_reader=Reader(path), no_dist=world.size == 1, process_group=world.host_group)
     except CheckpointException as error:  # on every rank
@@ -54,17 +62,22 @@ def load_tensors(path: Path, tensors: Tensors, world: World | None = None, optio
         raise Damaged(f"{path} cannot be loaded ({reasons[0] if reasons else error})") from error
 
 
-def require_loadable(path: Path, tensors: Tensors) -> None:
-    """Raise UserError unless a checkpoint has all of `tensors`, in their shapes; they may be on the meta device."""
-    stored, problems = _stored(path), []
-    for group, members in tensors.items():
-        for name, tensor in members.items():
-            entry = stored.get(f"{group}.{name}")
-            if entry is None:
-                problems.append(f"{group}.{name} is missing")
-            elif not _fits(entry, tensor):
-                shape = tuple(entry.size) if isinstance(entry, metadata.TensorStorageMetadata) else "no tensor"
-                problems.append(f"{group}.{name} is {shape} there and {tuple(tensor.shape)} here")
+def require_loadable(path: Path, tensors: Tensors, no_others: bool = False) -> None:
+    """Raise UserError unless a checkpoint has all of `tensors`, in their shapes; they may be on the meta device.
+
+    `no_others`: and in their groups no more than these.
+    """
+    stored = _shapes(path)
+    expected = {f"{group}.{name}": each.shape for group, members in tensors.items() for name, each in members.items()}
+    problems = []
+    for name, shape in expected.items():
+        if name not in stored:
+            problems.append(f"{name} is missing")
+        elif (found := stored[name]) != shape:
+            there = "no tensor" if found is None else tuple(found)
+            problems.append(f"{name} is {there} there and {tuple(shape)} here")
+    others = [name for name in stored if no_others and name.partition(".")[0] in tensors and name not in expected]
+    problems += [f"{name[:200]} is there, and not in the model here" for name in others]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise UserError(f"{path} holds another model:", *(f"  {line}" for line in problems[:_SHOWN] + more))
@@ -86,15 +99,17 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 def stored_groups(path: Path) -> set[str]:
     """The names of the groups that a checkpoint holds."""
-    return {name.partition(".")[0] for name in _stored(path)}
+    return {name.partition(".")[0] for name in _shapes(path)}
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    return Reader(path).read_metadata().state_dict_metadata
-
-
-def _fits(entry: Any, tensor: Tensor) -> bool:
-    return isinstance(entry, metadata.TensorStorageMetadata) and entry.size == tensor.shape
+def _shapes(path: Path) -> dict[str, torch.Size | None]:
+    """Of each entry by its full name the shape; None: it is no tensor."""
+    if is_exported(path):
+        return {f"{_WEIGHTS}.{name}": shape for name, shape in ExportedWeights(path).shapes.items()}
+    entries = Reader(path).read_metadata().state_dict_metadata
+    return {
+        name: each.size if isinstance(each, metadata.TensorStorageMetadata) else None for name, each in entries.items()
+    }
 
 
 class Reader(dcp.FileSystemReader):

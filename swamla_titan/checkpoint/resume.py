@@ -46,6 +46,11 @@ class Origin:
     data: dict[str, Any] | None = None
     annex_record: AnnexRecord | None = None
 
+    @classmethod
+    def of(cls, path: Path) -> "Origin":
+        """The checkpoint at `path`; UserError if it is unreadable."""
+        return cls(path, read_train_state(path), read_data_record(path), read_annex_record(path))
+
     @property
     def optimizer(self) -> str | None:
         """optimizer.name of the run that wrote the checkpoint."""
@@ -64,8 +69,7 @@ class Origin:
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
-        then = {RENAMED.get(name, name): value for name, value in state.fingerprint.items()}
-        changes = fingerprint_changes(_with_later_keys(then, fingerprint), fingerprint, details)
+        changes = fingerprint_changes(same_names(state.fingerprint, fingerprint), fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
         allowed = {name.strip() for name in allow.split(",")}
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
@@ -83,19 +87,21 @@ class Origin:
 
     def _of_another_run(self, refused: list[str], kinds: set[str]) -> UserError:
         way_out = f". To continue from it all the same: --checkpoint.allow {','.join(sorted(kinds))}"
+        if not kinds <= {*ALLOWED_DIFFERENCES}:
+            way_out = f", which --checkpoint.initial_load {self.path} begins with these weights"
         return UserError(
             f"{self.path} belongs to another run:",
             *(f"  {line}" for line in refused),
-            "  put these back, or give this run its own job.dump_folder"
-            + (way_out if kinds <= {*ALLOWED_DIFFERENCES} else ""),
+            "  put these back, or give this run its own job.dump_folder" + way_out,
         )
 
 
-def _with_later_keys(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's fingerprint, with defaults of the model's keys that came after it: they change nothing.
+def same_names(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's fingerprint with the names of today, and defaults of the model's keys that came after it.
 
-    Of an annex's keys too, if the checkpoint has the annex.
+    They change nothing. Of an annex's keys too, if the checkpoint has the annex.
     """
+    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
     defaults = {f"model.{name}": field.default for name, field in settings(ModelConfig).items()}
     for annex, kind in ModelConfig.annex_configs().items():
         if f"model.{annex}.layers" in saved:
@@ -112,10 +118,7 @@ def find_origin(checkpoints: Checkpoints) -> Origin:
     path = checkpoints.newest_intact()
     if path is None:
         return Origin()
-    return broadcast_from_rank_0(
-        checkpoints.world,
-        lambda: Origin(path, read_train_state(path), read_data_record(path), read_annex_record(path)),
-    )
+    return broadcast_from_rank_0(checkpoints.world, lambda: Origin.of(path))
 
 
 def run_fingerprint(config: Config, corpus: Corpus, annex_record: AnnexRecord | None = None) -> dict[str, Any]:

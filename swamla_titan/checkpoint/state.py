@@ -8,7 +8,7 @@ put the class and its instance into train/step.py.
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,22 +260,31 @@ class State:
         for each in self._others:
             each.loaded(states[each.group], step)
 
-    def load_learned(self, path: Path, optional: Mapping[str, dict[str, Tensor]]) -> None:
+    def load_learned(
+        self, path: Path, optional: Mapping[str, dict[str, Tensor]], groups: Collection[str] | None = None
+    ) -> None:
         """Load what was learned from a checkpoint, in place, and of `optional`, by group and name, what it holds.
 
-        Raises UserError, on every rank, before anything is written if it does not fit, and Damaged for values that are
-        not finite.
+        `groups`: what is learned in others begins as without a checkpoint; None: all are loaded. Raises UserError, on
+        every rank, before anything is written if it does not fit, and Damaged for values that are not finite.
         """
         there = all_ranks_or_raise(self._world, lambda: stored_groups(path))
-        absent = [each for each in self._learned if each.if_absent and each.group not in there]
+        wanted = [each for each in self._learned if groups is None or each.group in groups]
+        absent = [each for each in wanted if each.if_absent and each.group not in there]
+        loaded = [each for each in wanted if each not in absent]
         try:
-            self._load_parts(path, [each for each in self._learned if each not in absent], optional)
-            for each in absent:
-                each.begin()
+            self._load_parts(path, loaded, optional)
+            for each in self._learned:
+                if each not in loaded:
+                    each.begin()
         finally:
             self._rewritten()
-        own = {each.group for each in self._learned}
-        dropped = [cls for name, cls in self._known.items() if name in there - own and issubclass(cls, Learned)]
+        unused = there - {each.group for each in self._learned}
+        dropped = [
+            cls
+            for name, cls in self._known.items()
+            if name in unused and issubclass(cls, Learned) and (groups is None or name in groups)
+        ]
         for message in (*(each.if_absent for each in absent), *(cls.if_dropped for cls in dropped)):
             if message and self._world.is_rank_0:
                 logger.warning("%s %s", path, message)

@@ -233,12 +233,13 @@ class Checkpoints:
     def loading(self, path: Path | None) -> Iterator[None]:
         """Turn Damaged, raised on every rank while a result of `newest_intact` is loaded, into DamagedCheckpoints.
 
-        Nothing else may have happened since, because the run then begins again without this checkpoint.
+        Nothing else may have happened since, because the run then begins again without this checkpoint. For None, and
+        for a checkpoint of another run, it stays what it is.
         """
         try:
             yield
         except Damaged as error:
-            if path is None:
+            if path is None or path.parent != self.folder:
                 raise
             self._skip(path, str(error))
             raise DamagedCheckpoints(self._damaged_before | self._damaged) from None

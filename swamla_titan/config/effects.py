@@ -81,6 +81,7 @@ _NEEDS: dict[str, Condition] = {
         lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # as is anyway
         'float8.recipe = "tensorwise"',
     ),
+    "checkpoint.initial_load_state": when_on("checkpoint.initial_load"),
     "checkpoint.keep_every": when_on("checkpoint.keep_latest", "checkpoint.keep_latest to a number from 1"),
     "validation.fraction": decided_by(
         ("validation.path",),

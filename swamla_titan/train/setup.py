@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
+from swamla_titan.checkpoint.initial_load import InitialLoad, find_initial_load
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.records import (
     AnnexRecord,
@@ -74,6 +75,7 @@ class Inputs:
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
     annex_record: AnnexRecord | None  # None: the model has no annexes
+    initial: InitialLoad | None  # what a new run begins with in place of drawn weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Setup(Inputs):
     def build_state(self) -> RunState:
         """Model, optimizers and all else that training changes, filled from the checkpoint if there is one."""
         with self.checkpoints.loading(self.origin.path):
-            state = RunState(self.config, self.world, self.origin.path, self.train_state.step)
+            state = RunState(self.config, self.world, self.origin.path, self.train_state.step, self.initial)
         if self.annex_record:
             for part in state.model.parts:
                 part.annexes.use(self.annex_record.vocabulary.ids, self.annex_record.vocabulary.size)
@@ -193,7 +195,10 @@ def set_up_inputs(
         damaged,
         GROUPS,
     )
-    origin = find_origin(checkpoints)
+    origin, initial = find_origin(checkpoints), None
+    if origin.path is None:
+        found = find_initial_load(config, world, GROUPS)
+        origin, initial = (found, None) if isinstance(found, Origin) else (origin, found)
     opened(origin)
     config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
     with checkpoints.loading(origin.path):
@@ -202,7 +207,7 @@ def set_up_inputs(
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
     # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
-    config, choices = resolve_auto(config, world, origin.optimizer)
+    config, choices = resolve_auto(config, world, initial.optimizer if initial else origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
@@ -211,9 +216,12 @@ def set_up_inputs(
     record = None
     if annexes_of(config.model):
         # Of rank 0, because Pythons with other tables of Unicode compress otherwise.
-        ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, origin.annex_record))
+        before = initial.annex_record if initial else origin.annex_record
+        ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, before))
         record = AnnexRecord.of(config.model, ids)
-    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, record)
+    require_fit = initial.require_fit if initial else lambda config: None
+    broadcast_from_rank_0(world, lambda: require_fit(config))
+    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, record, initial)
 
 
 def set_up_resume(inputs: Inputs) -> Setup:

@@ -27,6 +27,7 @@ from swamla_titan.parallel.kernels import are_elementwise_ours, attention_choice
 from swamla_titan.parallel.row_tables import bytes_on_host
 from swamla_titan.quantization.coverage import warnings
 from swamla_titan.quantization.native import fuses_activation
+from swamla_titan.system.console import Lines
 from swamla_titan.train.setup import Setup
 
 if sys.version_info >= (3, 11):
@@ -155,7 +156,13 @@ def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
 
 def _log_resume(setup: Setup) -> None:
     newest, steps = setup.origin.path, setup.config.training.steps
-    logger.info(f"resumed from {newest}" if newest else "a new run")
+    if initial := setup.initial:
+        what = "weights" if initial.optimizer is None else "weights and states of the optimizer"
+        logger.info("a new run, which begins with the %s of %s", what, initial.path)
+        if setup.world.is_rank_0 and (table := initial.differences(setup.fingerprint)):
+            logger.warning("%s differs from this run:\n%s", initial.path, Lines(table))
+    else:
+        logger.info(f"resumed from {newest}" if newest else "a new run")
     for change in changed_settings(newest / CONFIG, setup.config) if newest and setup.world.is_rank_0 else ():
         logger.warning(f"resumed with another setting: {change}")
     if setup.train_state.step >= steps:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swamla_titan.checkpoint.initial_load import InitialLoad
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
 from swamla_titan.data import StepBatch, micro_batch_count, micro_batches
@@ -27,10 +28,12 @@ class RunState(State):
     not scaled.
     """
 
-    def __init__(self, config: Config, world: World, newest: Path | None, step: int) -> None:
-        """As of `step`: from the checkpoint `newest`, or without one as a run begins."""
+    def __init__(
+        self, config: Config, world: World, newest: Path | None, step: int, initial: InitialLoad | None = None
+    ) -> None:
+        """As of `step`: from the checkpoint `newest`, or without one as a run begins, with what `initial` has."""
         self.model = ParallelModel(config, world)
-        if not newest:
+        if not newest and not initial:
             self.model.init_weights(config.job.seed)
         parts = self.model.parts
         compiled = config.compile.enabled and not config.parallel.cpu_offload
@@ -58,6 +61,8 @@ class RunState(State):
             # For a rank that the checkpoint has no random states for, because there are more ranks now.
             torch.manual_seed(seed_of(config.job.seed, world.rank, step))
             self.load(newest, step)
+        elif initial:
+            self.load_learned(initial.path, {}, initial.groups)
         else:
             self.begin()
 

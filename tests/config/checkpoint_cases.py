@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from swamla_titan.checkpoint import store as checkpoint_module
 from swamla_titan.checkpoint.store import Checkpoints
@@ -82,6 +83,25 @@ def allow(run: Runner) -> None:
     assert '"date" is nothing that can be allowed' in run.refusal("--checkpoint.allow", "date")
 
 
+def initial_load(run: Runner) -> None:
+    first = run()
+    unmoved = ("--optimizer.lr", "0", "--training.steps", "1", "--job.seed", "1")
+    drawn, loaded = (run(*unmoved, *more).weights(1) for more in ((), ("--checkpoint.initial_load", str(first.folder))))
+    for name, weight in first.weights().items():
+        assert torch.equal(weight, loaded[name])
+    assert not torch.equal(drawn["model.embedding.weight"], loaded["model.embedding.weight"])
+
+
+def initial_load_state(run: Runner) -> None:
+    first = run()
+    source = ("--checkpoint.initial_load", str(first.folder), "--training.steps", "4")
+    states = ("weights", "weights_and_optimizer", "all")
+    runs = {state: run(*source, "--checkpoint.initial_load_state", state) for state in states}
+    assert [len(each.series()) for each in runs.values()] == [4, 4, 1]
+    name = "optimizer.state.embedding.weight.step"
+    assert [float(each.tensors(4)[name]) for each in runs.values()] == [4, 7, 4]
+
+
 CHECKPOINT_CASES: dict[str, Callable[[Runner], None]] = {
     "checkpoint.interval": interval,
     "checkpoint.keep_latest": keep_latest,
@@ -89,4 +109,6 @@ CHECKPOINT_CASES: dict[str, Callable[[Runner], None]] = {
     "checkpoint.async_mode": async_mode,
     "checkpoint.max_failures": max_failures,
     "checkpoint.allow": allow,
+    "checkpoint.initial_load": initial_load,
+    "checkpoint.initial_load_state": initial_load_state,
 }

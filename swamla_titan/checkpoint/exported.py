@@ -1,0 +1,134 @@
+"""Reads the weights of folders that `export` writes: safetensors under the model's own names, and config.json.
+
+Such a folder may come from anybody. safetensors holds no code, and its reader validates a file's header against its
+size; names, shapes and dtypes are validated here.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from swamla_titan.distributed.dtensor import local, local_slices
+from swamla_titan.errors import UserError
+from swamla_titan.fields import settings
+from swamla_titan.model import ModelConfig
+from swamla_titan.system.bounded import fit, parse_json, read_regular, regular_size
+
+MODEL_TYPE = "swamla"
+CONFIG_JSON = "config.json"
+SINGLE_FILE, INDEX_OF_FILES = "model.safetensors", "model.safetensors.index.json"
+_MOST_JSON = 64 << 20  # bytes
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _Entry(NamedTuple):
+    """Where a tensor is, and what it is."""
+
+    file: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is meant as one that `export` wrote, and not as a checkpoint."""
+    return any(os.path.lexists(path / name) for name in (CONFIG_JSON, SINGLE_FILE, INDEX_OF_FILES))
+
+
+def exported_model(path: Path) -> dict[str, Any]:
+    """What config.json has of the fields of ModelConfig, by their names in a fingerprint (JSON types).
+
+    Raises UserError for the file of another architecture.
+    """
+    content = _json(path / CONFIG_JSON)
+    if (found := content.get("model_type")) != MODEL_TYPE:
+        raise UserError(
+            f"{path / CONFIG_JSON} describes a model of the type {str(found)[:80]!r}, and not of {MODEL_TYPE!r}, as "
+            "`swamla-titan export` writes it: no other architecture can be loaded"
+        )
+    annexes = ModelConfig.annex_configs()
+    fields = {f"model.{name}": content[name] for name in settings(ModelConfig) if name in content}
+    for name, kind in annexes.items():
+        table = content.get(name)
+        inner = table if isinstance(table, dict) else {}
+        fields |= {f"model.{name}.{key}": inner[key] for key in settings(kind) if key in inner}
+    return fields
+
+
+class ExportedWeights:
+    """The tensors of an exported folder, whose headers are read at once. UserError for a damaged file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries: dict[str, _Entry] = {}
+        listed = _files_of_names(path)
+        for file in sorted({*listed.values()}) if listed else [SINGLE_FILE]:
+            self.entries |= self._entries_of(file)
+        for name, file in listed.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise UserError(f"{path / file} does not hold {name[:200]}, as {INDEX_OF_FILES} has it")
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each tensor."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors by name, each rank its shard of each; of a file no more is read than that."""
+        by_file = sorted(tensors, key=lambda name: self.entries[name].file)
+        for file, names in itertools.groupby(by_file, lambda name: self.entries[name].file):
+            with _opened(self._path / file) as content, torch.no_grad():
+                for name in names:
+                    shard = local(tensors[name])
+                    if shard.numel():
+                        stored = content.get_tensor(name) if shard.ndim == 0 else content.get_slice(name)
+                        shard.copy_(stored if shard.ndim == 0 else stored[local_slices(tensors[name])])
+
+    def _entries_of(self, file: str) -> Iterator[tuple[str, _Entry]]:
+        with _opened(self._path / file) as content:
+            for name in content.keys():  # noqa: SIM118 (no mapping)
+                stored = content.get_slice(name)
+                if (dtype := _DTYPES.get(stored.get_dtype())) is None:
+                    raise UserError(f"{self._path / file}: {name[:200]} is {stored.get_dtype()}, which no weight is")
+                yield name, _Entry(file, torch.Size(stored.get_shape()), dtype)
+
+
+def _files_of_names(path: Path) -> dict[str, str]:
+    """Name of a tensor -> file, as the index has it; empty where all tensors are in one file."""
+    index = path / INDEX_OF_FILES
+    if not os.path.lexists(index):
+        return {}
+    found = _json(index).get("weight_map")
+    names: dict[str, str] = found if isinstance(found, dict) else {}
+    for name, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(f"{index} has {str(file)[:200]!r} for {name[:200]}, which is no file of this folder")
+    if not names:
+        raise UserError(f"{index} lists no tensors")
+    return names
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = fit(dict[str, Any], parse_json(read_regular(path.resolve(), _MOST_JSON)))
+        return content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the file that `swamla-titan export` writes ({_reason(error)})") from None
+
+
+def _opened(path: Path) -> Any:
+    """A safetensors file, as a context; UserError unless it has the bytes that its header lists."""
+    try:
+        regular_size(path.resolve())  # the cache of a hub holds links
+        return safe_open(path, framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or missing ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
