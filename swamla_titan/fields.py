@@ -147,6 +147,20 @@ def _settings(cls: type) -> dict[str, Setting]:
     return found
 
 
+def problems(cls: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, what is wrong) for each value of the settings of a dataclass that is of a wrong type or out of range."""
+    found = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())
+    return [(name, f"{brief(values[name])}: {problem}") for name, problem in found if problem]
+
+
+def brief(value: object) -> str:
+    """A value for a message."""
+    try:
+        return repr(value)[:100]
+    except (RecursionError, ValueError):  # nested too deeply, or of too many digits
+        return f"a value of type {type(value).__name__}"
+
+
 def sections(cls: type, prefix: str = "") -> dict[str, type]:
     """Dotted name -> dataclass of every field of a dataclass that is one itself, and of theirs, in order."""
     found: dict[str, type] = {}

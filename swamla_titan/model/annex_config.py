@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
-from swamla_titan.fields import Limits, settings
+from swamla_titan.fields import Limits
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,6 @@ class AnnexConfig:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(value))
-
-    @classmethod
-    def problems(cls, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """(key, what is wrong) for each value that is of a wrong type or out of range."""
-        found = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())
-        return [(name, f"{values[name]!r:.100}: {problem}") for name, problem in found if problem]
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The registry of annexes, and those of a model together: what they look up for its tokens, and where they stand."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -53,14 +54,11 @@ class CompressedIds:
 
     def __init__(self, ids: Tensor, pad: int) -> None:
         self.pad = pad
-        self._host_copy = ids
-        self._on_device = {ids.device: ids}
+        self._ids_on = functools.cache(ids.to)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """[B, T] int64 -> [B, T] int64."""
-        if tokens.device not in self._on_device:
-            self._on_device[tokens.device] = self._host_copy.to(tokens.device)
-        return self._on_device[tokens.device][tokens]
+        return self._ids_on(tokens.device)[tokens]
 
 
 @dataclass(frozen=True)

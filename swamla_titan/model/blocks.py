@@ -32,8 +32,8 @@ BLOCKS = registered(
 
 def attention_kinds(config: ModelConfig) -> dict[str, type[Attention]]:
     """The model's kinds of block whose mixer is attention."""
-    kinds = {kind: mixer for kind, mixer in BLOCKS.items() if kind in config.block_kinds}
-    return {kind: mixer for kind, mixer in kinds.items() if issubclass(mixer, Attention)}
+    kinds = set(config.block_kinds)
+    return {kind: mixer for kind, mixer in BLOCKS.items() if kind in kinds and issubclass(mixer, Attention)}
 
 
 class SwiGLU(nn.Module):

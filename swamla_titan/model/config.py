@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from swamla_titan.conditions import Condition, decided_by, when_on
-from swamla_titan.fields import HUGE, Factor, Limits, Rule, Setting, Share, sections, settings
+from swamla_titan.fields import HUGE, Factor, Limits, Rule, Setting, Share, brief, problems, sections, settings
 from swamla_titan.model.annex_config import AnnexConfig, EngramConfig
 
 VOCAB_MULTIPLE = 128  # matrix units want the output head's width to be a multiple of this
@@ -162,27 +162,24 @@ class ModelConfig:
             if isinstance(given := getattr(self, name), Mapping):
                 object.__setattr__(self, name, kind(**given))
             elif not isinstance(given, kind):
-                raise ValueError(f"{name}: {_brief(given)}: expected {kind.__name__} or a dict of its fields")
-        problems = self.problems(dataclasses.asdict(self))
-        if problems:
-            raise ValueError("; ".join(f"{name}: {text}" for name, text in problems))
+                raise ValueError(f"{name}: {brief(given)}: expected {kind.__name__} or a dict of its fields")
+        if found := self.problems(dataclasses.asdict(self)):
+            raise ValueError("; ".join(f"{name}: {text}" for name, text in found))
 
     @classmethod
-    def problems(cls, values: dict[str, object]) -> list[tuple[str, str]]:
+    def problems(cls, values: dict[str, Any]) -> list[tuple[str, str]]:
         """(field, what is wrong) for each value that is of a wrong type, out of range or contradicts another.
 
         `values` of a section within this one are a dict; its fields are named section.field.
         """
-        problems = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())
-        found = [(name, f"{_brief(values[name])}: {problem}") for name, problem in problems if problem]
-        inner: dict[str, Any] = {name: values[name] for name in cls.annex_configs()}
-        for name, kind in cls.annex_configs().items():
-            found += [(f"{name}.{key}", problem) for key, problem in kind.problems(inner[name])]
+        annexes, found = cls.annex_configs().items(), problems(cls, values)
+        for name, kind in annexes:
+            found += [(f"{name}.{key}", problem) for key, problem in problems(kind, values[name])]
         if found:
             return found
-        found = list(_conflicts(settings(cls), values))
-        for name, kind in cls.annex_configs().items():
-            found += [(f"{name}.{key}", problem) for key, problem in kind.conflicts(inner[name], values)]
+        found += _conflicts(settings(cls), values)
+        for name, kind in annexes:
+            found += [(f"{name}.{key}", problem) for key, problem in kind.conflicts(values[name], values)]
         return found
 
     @classmethod
@@ -236,13 +233,6 @@ class ModelConfig:
         """Kind of each layer, first to last."""
         cycle = [kind for kind in self.kinds() for _ in range(getattr(self, f"{kind}{_LAYERS}"))]
         return [cycle[i % len(cycle)] for i in range(self.num_layers)]
-
-
-def _brief(value: object) -> str:
-    try:
-        return repr(value)[:100]
-    except (RecursionError, ValueError):  # nested too deeply, or of too many digits
-        return f"a value of type {type(value).__name__}"
 
 
 def _conflicts(fields: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -55,12 +55,6 @@ def flavor_table() -> list[str]:
     return rows
 
 
-def matmul_weights(config: ModelConfig) -> int:
-    """Weights that take part in a matmul for each token, counted on the module itself."""
-    with torch.device("meta"):
-        return _linear_weights(SWAMLAModel(config))
-
-
 def block_flops(config: ModelConfig, kind: str, seq_len: int, pairs: int | None = None) -> int:
     """Floating-point operations to train a block of `kind` on one sequence of `seq_len` tokens.
 

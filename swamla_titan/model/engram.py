@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Any, ClassVar
 
@@ -43,7 +43,6 @@ class NgramHash:
     orders: tuple[int, ...]
     multipliers: tuple[int, ...]
     primes: tuple[tuple[int, ...], ...]
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -62,16 +61,16 @@ class NgramHash:
             mixed = mixed ^ (earlier * self.multipliers[lag])
             if lag + 1 in self.orders:
                 of_order.append(mixed)
-        primes, offsets = self._tensors(ids.device)
+        primes, offsets = _primes_and_offsets(self.primes, ids.device)
         return (torch.stack(of_order, dim=-1)[..., None] % primes + offsets).flatten(-2)
 
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Primes and offsets, [orders, heads]; copied to a device once, because a copy may wait for the device."""
-        if device not in self._on_device:
-            primes = torch.tensor(self.primes)
-            offsets = (primes.flatten().cumsum(0) - primes.flatten()).view_as(primes)
-            self._on_device[device] = primes.to(device), offsets.to(device)
-        return self._on_device[device]
+
+@functools.cache
+def _primes_and_offsets(primes: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each [orders, heads]; copied to a device once, because a copy may wait for the device."""
+    rows = torch.tensor(primes)
+    offsets = (rows.flatten().cumsum(0) - rows.flatten()).view_as(rows)
+    return rows.to(device), offsets.to(device)
 
 
 @functools.lru_cache

@@ -42,7 +42,8 @@ def initial_draws(
 ) -> Iterator[Callable[[], object]]:
     """Calls that give all parameters their initial values, in any order; see `SWAMLAModel.init_weights`."""
     tables = row_tables(model)
-    for name, parameter, distribution in distributions(model, num_layers):
+    for name, parameter in model.named_parameters():
+        distribution = _distribution(model, name, num_layers)
         if parameter in tables:
             own = local_slices(parameter)[0]
             for block in range(own.start // ROWS_OF_A_BLOCK, -(-own.stop // ROWS_OF_A_BLOCK)):
@@ -51,31 +52,23 @@ def initial_draws(
             yield partial(_draw, name, parameter, distribution, seed, tied, write)
 
 
-def distributions(model: nn.Module, num_layers: int) -> Iterator[tuple[str, nn.Parameter, Normal]]:
-    """Each parameter of a model or a part of it, by its name, with the distribution of its initial value.
+def _distribution(model: nn.Module, name: str, num_layers: int) -> Normal:
+    """The distribution of the initial value of a parameter.
 
     Matrices N(0, 0.02); those that write into the residual stream N(0, 0.02 / sqrt(2 num_layers)), so that the stream's
     variance does not grow with the `num_layers` of the full model; those of a module with a table `initial`, as norms
     have, the number that stands there. Raises TypeError for the parameter of a module that declares nothing.
     """
-    seen = set()
-    for module_name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                name = f"{module_name}.{key}" if module_name else key
-                yield name, parameter, _distribution(module_name, module, key, num_layers)
-
-
-def _distribution(name: str, module: nn.Module, key: str, num_layers: int) -> Normal:
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
     if key in (initial := getattr(module, "initial", {})):
         return Normal(initial[key], 0.0)
     if isinstance(module, nn.Embedding | RowTable):
         return Normal(0.0, STD)
     if isinstance(module, nn.Linear):
-        writes_residual = spec_of(name, module).role is Role.RESIDUAL_OUTPUT
+        writes_residual = spec_of(owner, module).role is Role.RESIDUAL_OUTPUT
         return Normal(0.0, STD / math.sqrt(2 * num_layers) if writes_residual else STD)
-    raise TypeError(f"{name}.{key}: nothing says what a {type(module).__name__} starts with; see model/init.py")
+    raise TypeError(f"{name}: nothing says what a {type(module).__name__} starts with; see model/init.py")
 
 
 def initial_value(name: str, shape: Sequence[int], distribution: Normal, seed: int, tied: bool) -> Tensor:

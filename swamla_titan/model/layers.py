@@ -199,12 +199,9 @@ class PerChannel(nn.Module):
 
 
 class Norm(PerChannel):
-    """A norm over the last axis."""
+    """A norm over the last axis; its constructor takes the width."""
 
     weight: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
 
 
 class RMSNorm(Norm):
@@ -213,7 +210,7 @@ class RMSNorm(Norm):
     initial: ClassVar[dict[str, float]] = {"weight": 1.0}
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
+        super().__init__()
         self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +228,7 @@ class DynamicTanh(Norm):
     initial: ClassVar[dict[str, float]] = {"alpha": 0.5, "weight": 1.0, "bias": 0.0}
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
+        super().__init__()
         self.alpha = nn.Parameter(torch.full((1,), self.initial["alpha"]))  # FSDP2 shards no tensors without an axis
         self.weight = nn.Parameter(torch.full((dim,), self.initial["weight"]))
         self.bias = nn.Parameter(torch.full((dim,), self.initial["bias"]))

@@ -176,4 +176,7 @@ def _fused_norm(norm: Norm, branch: Branch) -> Norm:
     return native
 
 
-_NATIVE_NORMS: dict[type[Norm], type[Norm]] = {RMSNorm: NativeRMSNorm, DynamicTanh: NativeDynamicTanh}
+_NATIVE_NORMS: dict[type[Norm], type[NativeRMSNorm | NativeDynamicTanh]] = {
+    RMSNorm: NativeRMSNorm,
+    DynamicTanh: NativeDynamicTanh,
+}
