@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -97,6 +97,29 @@ class Generate:
 
 
 @dataclass
+class Export:
+    """Write a trained model as a Hugging Face folder, which loads without this program."""
+
+    checkpoint: Positional[str]
+    """A checkpoint folder, or the dump folder of a run: its newest intact checkpoint."""
+
+    out: Positional[str]
+    """Folder to write; it must not exist, or be empty."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+
+    ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The average of the weights, which a run with ema.decay keeps."""
+
+    format: Literal["safetensors", "dcp", "torch"] = "safetensors"
+    """Of the file with the weights: transformers loads safetensors and torch, torch.distributed.checkpoint dcp."""
+
+    push_to_hub: str | None = None
+    """Name of a repository on the Hugging Face Hub, to which the folder is uploaded."""
+
+
+@dataclass
 class ConfigList:
     """List the shipped configurations and the model flavors with their true parameter counts."""
 
@@ -136,6 +159,7 @@ Command = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Check, subcommand("check")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Export, subcommand("export")]
     | Annotated[ConfigCommand, subcommand("config")]
 )
 
@@ -273,6 +297,10 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.generate import generate_from_checkpoint
 
             generate_from_checkpoint(**vars(command))
+        case Export():
+            from swamla_titan.tools.export import export
+
+            export(**vars(command))
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):

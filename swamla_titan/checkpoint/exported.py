@@ -1,4 +1,4 @@
-"""Reads the weights of folders that `export` writes: safetensors under the model's own names, and config.json.
+"""Reads the weights of folders that `export` writes: safetensors and config.json, see hugging_face.py.
 
 Such a folder may come from anybody. safetensors holds no code, and its reader validates a file's header against its
 size; names, shapes and dtypes are validated here.
@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, MODEL_TYPE, OWN_SETTINGS, own_name
 from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.errors import UserError
 from swamla_titan.fields import settings
 from swamla_titan.model import ModelConfig
 from swamla_titan.system.bounded import fit, parse_json, read_regular, regular_size
 
-MODEL_TYPE = "swamla"
 CONFIG_JSON = "config.json"
 SINGLE_FILE, INDEX_OF_FILES = "model.safetensors", "model.safetensors.index.json"
 _MOST_JSON = 64 << 20  # bytes
@@ -28,9 +28,10 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class _Entry(NamedTuple):
-    """Where a tensor is, and what it is."""
+    """Where a tensor is, under which name, and what it is."""
 
     file: str
+    name: str
     shape: torch.Size
     dtype: torch.dtype
 
@@ -52,16 +53,23 @@ def exported_model(path: Path) -> dict[str, Any]:
             "`swamla-titan export` writes it: no other architecture can be loaded"
         )
     annexes = ModelConfig.annex_configs()
-    fields = {f"model.{name}": content[name] for name in settings(ModelConfig) if name in content}
+    own = _table(_table(content, OWN_SETTINGS), "model")
+    fields = {f"model.{name}": own[name] for name in settings(ModelConfig) if name in own}
     for name, kind in annexes.items():
-        table = content.get(name)
-        inner = table if isinstance(table, dict) else {}
+        inner = _table(own, name)
         fields |= {f"model.{name}.{key}": inner[key] for key in settings(kind) if key in inner}
     return fields
 
 
+def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return found if isinstance(found := content.get(name), dict) else {}
+
+
 class ExportedWeights:
-    """The tensors of an exported folder, whose headers are read at once. UserError for a damaged file."""
+    """The weights in an exported folder, by their names in the model; headers are read at once.
+
+    UserError for a damaged file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -70,7 +78,9 @@ class ExportedWeights:
         for file in sorted({*listed.values()}) if listed else [SINGLE_FILE]:
             self.entries |= self._entries_of(file)
         for name, file in listed.items():
-            if name not in self.entries or self.entries[name].file != file:
+            if name != COMPRESSED_IDS and (
+                own_name(name) not in self.entries or self.entries[own_name(name)].file != file
+            ):
                 raise UserError(f"{path / file} does not hold {name[:200]}, as {INDEX_OF_FILES} has it")
 
     @property
@@ -86,16 +96,19 @@ class ExportedWeights:
                 for name in names:
                     shard = local(tensors[name])
                     if shard.numel():
-                        stored = content.get_tensor(name) if shard.ndim == 0 else content.get_slice(name)
+                        read = content.get_tensor if shard.ndim == 0 else content.get_slice
+                        stored = read(self.entries[name].name)
                         shard.copy_(stored if shard.ndim == 0 else stored[local_slices(tensors[name])])
 
     def _entries_of(self, file: str) -> Iterator[tuple[str, _Entry]]:
         with _opened(self._path / file) as content:
             for name in content.keys():  # noqa: SIM118 (no mapping)
+                if name == COMPRESSED_IDS:
+                    continue
                 stored = content.get_slice(name)
                 if (dtype := _DTYPES.get(stored.get_dtype())) is None:
                     raise UserError(f"{self._path / file}: {name[:200]} is {stored.get_dtype()}, which no weight is")
-                yield name, _Entry(file, torch.Size(stored.get_shape()), dtype)
+                yield own_name(name), _Entry(file, name, torch.Size(stored.get_shape()), dtype)
 
 
 def _files_of_names(path: Path) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """What a checkpoint holds beside its tensors: train state, data record, annex record; reading validates them."""
 
+import functools
 import gzip
 import hashlib
 import json
 import logging
 import os
 import platform
+import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +19,7 @@ import torch
 import swamla_titan
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, DATA, MOST_TRAIN_STATE, TRAIN_STATE
 from swamla_titan.config import Config
+from swamla_titan.config.shipped import checkout
 from swamla_titan.data import (
     CompressedVocabulary,
     Corpus,
@@ -48,6 +52,25 @@ def _unpacked(path: Path) -> Any:
     return parse_json(inflated(read_regular(path, _MOST_PACKED), _MOST_PACKED))
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of the program and what it runs on; the commit where it runs from a checkout with git, "-dirty" if changed."""
+    found = {
+        "swamla_titan": swamla_titan.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if root := checkout():
+        # No repository above the checkout is meant, and its index is not to be refreshed on disk.
+        own = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        with suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(
+                command, env=own, check=True, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL
+            ).stdout.strip()
+    return found
+
+
 @dataclass
 class TrainState:
     """Where a run stands after `step`: the file train.json.
@@ -67,13 +90,7 @@ class TrainState:
     fingerprint: dict[str, Any] = field(metadata={"key": "identity"})
     replaced_bytes: Count = 0
     excluded: list[Exclusion] = field(default_factory=list)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "swamla_titan": swamla_titan.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    )
+    versions: dict[str, str] = field(default_factory=lambda: {**_versions()})
 
     def to_json(self) -> str:
         """The content of train.json."""

@@ -30,8 +30,8 @@ class LoadedModel(NamedTuple):
     model: SWAMLAModel
 
 
-def load_model(path: Path, ema: bool) -> LoadedModel:
-    """The content of a checkpoint; UserError if it does not fit together.
+def load_model(path: Path, ema: bool, device: torch.device | None = None) -> LoadedModel:
+    """The content of a checkpoint; UserError if it does not fit together. `device`: None: a GPU, if there is one.
 
     Tables of embeddings are kept in the memory of the host if the run kept them there, or if a GPU has no room.
     """
@@ -42,7 +42,7 @@ def load_model(path: Path, ema: bool) -> LoadedModel:
     tokenizer = load_tokenizer(str(vocabulary)) if vocabulary.exists() else None
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{vocabulary} has {tokenizer.vocab_size} tokens, and the model {config.model.vocab_size}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
     require_weights(path, model, ema)  # before there is memory for what nobody stored

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from swamla_titan.checkpoint.exported import CONFIG_JSON, INDEX_OF_FILES, MODEL_TYPE, SINGLE_FILE
+from swamla_titan.checkpoint.exported import CONFIG_JSON, INDEX_OF_FILES, SINGLE_FILE
+from swamla_titan.checkpoint.hugging_face import MODEL_TYPE, OWN_SETTINGS
 from swamla_titan.config import load_config
 from tests.train.runs import tensors
 
@@ -24,5 +25,6 @@ def export(source: Path, folder: Path, dtype: torch.dtype = torch.float32, files
         (folder / INDEX_OF_FILES).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     model = vars(load_config(source / "config.toml").model)
     fields = {name: value for name, value in model.items() if isinstance(value, int | float | str)}
-    (folder / CONFIG_JSON).write_text(json.dumps({"model_type": MODEL_TYPE, "architectures": ["x"], **fields}))
+    content = {"model_type": MODEL_TYPE, "architectures": ["x"], OWN_SETTINGS: {"model": fields}}
+    (folder / CONFIG_JSON).write_text(json.dumps(content))
     return folder

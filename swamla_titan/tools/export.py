@@ -1,0 +1,234 @@
+"""`export`: write the model of a checkpoint as a Hugging Face folder, which loads without this package.
+
+config.json, generation_config.json        what transformers builds the model from
+model.safetensors, or shards and an index  the weights
+configuration_swamla.py, modeling_swamla.py  the model, for trust_remote_code (remote_code/)
+tokenizer.json, tokenizer_config.json      the vocabulary
+README.md                                  the model card
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+import swamla_titan
+from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, OWN_SETTINGS, model_settings, tensor_name
+from swamla_titan.checkpoint.manifest import ANNEX_RECORD
+from swamla_titan.checkpoint.store import find_checkpoint
+from swamla_titan.data import Tokenizer, load_tokenizer
+from swamla_titan.errors import RunFailed, UserError
+from swamla_titan.escaping import one_line
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.tools.generate import LoadedModel, load_model
+from swamla_titan.tools.model_card import model_card
+from swamla_titan.tools.tokenizer_files import tokenizer_files
+from swamla_titan.train.step import GROUPS
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Format = Literal["safetensors", "dcp", "torch"]
+
+REMOTE_CODE = Path(swamla_titan.__file__).parent / "remote_code"
+MOST_OF_A_SHARD = 5 * 10**9  # bytes, as transformers has it
+_CLASSES = {
+    "AutoConfig": "configuration_swamla.SwamlaConfig",
+    "AutoModel": "modeling_swamla.SwamlaModel",
+    "AutoModelForCausalLM": "modeling_swamla.SwamlaForCausalLM",
+}
+
+
+def export(
+    checkpoint: str,
+    out: str,
+    dtype: Dtype = "float32",
+    ema: bool = False,
+    format: Format = "safetensors",
+    push_to_hub: str | None = None,
+) -> None:
+    """Write a checkpoint's model to the folder `out`, which must be empty or not exist; the module lists the files.
+
+    `dtype`: of the weights. `ema`: the average of the weights. `format`: of the file with the weights; transformers
+    loads "safetensors" and "torch". `push_to_hub`: a repository's name, to which the folder is uploaded as well.
+
+    The folder gets its name by a rename at the end, so that it is complete or not there. Raises UserError for a
+    checkpoint that cannot be used, and for a folder that is in use or cannot be written; RunFailed for a failed upload.
+    """
+    target = Path(out)
+    _require_unused(target)
+    path = find_checkpoint(checkpoint, GROUPS)
+    loaded = load_model(path, ema, torch.device("cpu"))
+    tokenizer = loaded.tokenizer or load_tokenizer(loaded.config.data.tokenizer)
+    tensors = exported_tensors(loaded.model, getattr(torch, dtype))
+    with _written_aside(target) as folder:
+        _WRITERS[format](tensors, folder)
+        texts = {
+            "config.json": _json(_config(loaded, tokenizer, dtype)),
+            "generation_config.json": _json(_token_ids(loaded, tokenizer)),
+            "README.md": model_card(path, loaded.config, loaded.model, dtype, ema),
+            **tokenizer_files(tokenizer, _pad_id(loaded, tokenizer), loaded.config.model.max_seq_len),
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for source in sorted(REMOTE_CODE.glob("*_swamla.py")):
+            shutil.copyfile(source, folder / source.name)
+        if (path / ANNEX_RECORD).exists():  # with which a run that begins with this folder looks up as this one
+            shutil.copyfile(path / ANNEX_RECORD, folder / ANNEX_RECORD)
+        for file in folder.iterdir():  # writers of weights may leave them to the owner alone
+            shutil.copymode(folder / "config.json", file)
+    elements = sum(tensor.numel() for tensor in loaded.model.parameters())
+    print(one_line(f"{target} written: the model of {path}, {elements:,} parameters in {dtype}"))
+    if push_to_hub is not None:
+        _push(target, push_to_hub)
+
+
+def exported_tensors(model: SWAMLAModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of an exported folder by their names there, of `dtype`; a tied head is left out.
+
+    Raises UserError if a value is too large for the dtype.
+    """
+    found = {tensor_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    if dtype != torch.float32:
+        found = {name: tensor.to(dtype) for name, tensor in found.items()}
+        if wide := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{wide[0]} has values that {str(dtype).removeprefix('torch.')} cannot hold; use bfloat16")
+    if len(model.annexes):
+        found[COMPRESSED_IDS] = model.annexes.compressed_ids(torch.arange(model.config.padded_vocab_size))
+    return found
+
+
+def _config(loaded: LoadedModel, tokenizer: Tokenizer, dtype: Dtype) -> dict[str, Any]:
+    """The content of config.json."""
+    settings = model_settings(loaded.config.model)
+    if settings["engram"]:
+        settings["engram"] |= {"pad_id": loaded.model.annexes.compressed_ids.pad}
+    return {
+        "architectures": ["SwamlaForCausalLM"],
+        "auto_map": _CLASSES,
+        **settings,
+        "residual_dropout": loaded.config.model.dropout,
+        "dtype": dtype,
+        **_token_ids(loaded, tokenizer),
+        OWN_SETTINGS: {"model": asdict(loaded.config.model)},
+    }
+
+
+def _token_ids(loaded: LoadedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The special ids. Text may begin with the end of the one before, unless the model has never seen that."""
+    begin = None if loaded.config.data.document_mask else tokenizer.eot_id
+    return {
+        "bos_token_id": begin,
+        "eos_token_id": tokenizer.eot_id,
+        "pad_token_id": _pad_id(loaded, tokenizer),
+    }
+
+
+def _pad_id(loaded: LoadedModel, tokenizer: Tokenizer) -> int:
+    """An id of the padded vocabulary, which no text has; end of text where there is none."""
+    return tokenizer.vocab_size if tokenizer.vocab_size < loaded.config.model.padded_vocab_size else tokenizer.eot_id
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _write_safetensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    shards = _shards(tensors)
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, {"format": "pt"})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(_json(index))
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors in their order, cut into shards of at most MOST_OF_A_SHARD bytes unless one tensor has more."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > MOST_OF_A_SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_dcp(tensors: dict[str, Tensor], folder: Path) -> None:
+    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+
+
+def _write_torch(tensors: dict[str, Tensor], folder: Path) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+_WRITERS = {"safetensors": _write_safetensors, "dcp": _write_dcp, "torch": _write_torch}
+assert set(_WRITERS) == set(get_args(Format))
+
+
+def _require_unused(target: Path) -> None:
+    """Raise UserError unless `target` is an empty folder, or nothing at all."""
+    try:
+        if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} exists, and is no empty folder; choose another name or remove it")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target}: cannot be used ({getattr(error, 'strerror', None) or error})") from None
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that gets its name at the end; removed if anything fails, or the process is stopped.
+
+    Raises UserError if the disk fails.
+    """
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.rename(aside, target)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError | CheckpointException) or _is_of_torch_writer(error):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{target}: cannot be written ({reason})") from None
+        raise
+
+
+def _is_of_torch_writer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Upload a folder to a repository of the Hugging Face Hub, which is created if it is not there."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push-to-hub needs the package huggingface_hub: pip install huggingface_hub") from None
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}")
+    except Exception as error:  # of many packages below it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunFailed(f"{folder} is complete, and was not uploaded to {repository}: {reason}") from error
+    print(one_line(f"uploaded to {repository}"))
