@@ -13,6 +13,7 @@ Collectives (distributed/collectives.py) are started before they are waited for.
 [B, 2 * chunk, ...], unless they are said to hold full sequences.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
 from swamla_titan.distributed.collectives import OPERATORS, waited
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import SelectiveImplementation, choose
 from swamla_titan.kernels.attention.masks import (
@@ -42,15 +44,19 @@ from swamla_titan.kernels.attention.masks import (
 from swamla_titan.kernels.attention.selective import selecting_head
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.annex import StreamContext, StreamLayout
 from swamla_titan.model.blocks import Block, attention_kinds
 from swamla_titan.model.branch import Attention, AttentionContext, InnerAttention, KeyExchange, SequenceContext
 from swamla_titan.model.context import FullSequences
 from swamla_titan.parallel.sequence_layout import (
+    HaloExchange,
     SequenceLayout,
     Traffic,
     WindowExchangePlan,
     chunks_of,
+    plan_halos,
     plan_window_exchange,
+    stretches,
     window_exchange_bytes,
 )
 
@@ -287,21 +293,22 @@ def local_chunks(x: Tensor, layout: SequenceLayout) -> Tensor:
 
 def all_gather_sequence(x: Tensor, layout: SequenceLayout, group: str) -> Tensor:
     """All ranks' tokens [B, 2 * chunk, N] -> the full sequences in order [B, T, N]. Backward: reduce-scatter."""
-    size, chunk = layout.size, layout.chunk
-    batch, _, width = x.shape
-    gathered = waited(OPERATORS.all_gather_into_tensor(x.contiguous(), size, group))
-    early, late = gathered.view(size, batch, 2, chunk, width).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
-    ordered = torch.cat([early, late.flip(0)])  # [2 size, B, chunk, N]
-    return ordered.transpose(0, 1).reshape(batch, layout.seq_len, width)
+    of_chunks = _all_gather_chunks(x.unflatten(1, (2, layout.chunk)), layout, group)  # [2 size, B, chunk, N]
+    return of_chunks.transpose(0, 1).reshape(len(x), layout.seq_len, x.shape[-1])
 
 
 def sums_before_chunks(sums: Tensor, layout: SequenceLayout, group: str) -> Tensor:
     """Each rank's sums over the queries of its chunks, [B, 2, T] -> over those of all chunks before, for its own."""
-    gathered = waited(OPERATORS.all_gather_into_tensor(sums.contiguous(), layout.size, group))
-    early, late = gathered.unflatten(0, (layout.size, -1)).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
-    ordered = torch.cat([early, late.flip(0)])  # [2 size, B, T]
+    of_chunks = _all_gather_chunks(sums, layout, group)  # [2 size, B, T]
     own = chunks_of(layout.rank, layout.size)
-    return torch.stack([ordered[:chunk].sum(dim=0) for chunk in own], dim=1)
+    return torch.stack([of_chunks[:chunk].sum(dim=0) for chunk in own], dim=1)
+
+
+def _all_gather_chunks(x: Tensor, layout: SequenceLayout, group: str) -> Tensor:
+    """What all ranks have of their two chunks, [B, 2, ...] -> of all chunks in order, [2 * size, B, ...]."""
+    gathered = waited(OPERATORS.all_gather_into_tensor(x.contiguous(), layout.size, group))
+    early, late = gathered.unflatten(0, (layout.size, -1)).unbind(dim=2)  # chunks 0, 1, ... and ..., size + 1, size
+    return torch.cat([early, late.flip(0)])
 
 
 def sink_sources(starts: Tensor, exchange: WindowExchangePlan) -> tuple[Tensor, Tensor]:
@@ -338,46 +345,47 @@ def exchange_windows(
     A section is [sinks | halo | the chunk itself]; slots that no token belongs to hold zeros. `sink_index` and
     `sink_owned` are from `sink_sources`, [B or 1, 2 * size * sinks]. The two collectives overlap.
     """
-    received = _start_halos(key, value, exchange, group)
+    received = _start_halos((key, value), exchange.halos, group) if exchange.window > 1 else None
     sinks = _start_sinks(key, value, exchange, sink_index, sink_owned, group)
     width = key.shape[-1]
     # [received, B, G, 2 D] -> keys and values [B, received, G, D]; likewise sinks [2, sinks, B, G, 2 D].
-    far = (None, None) if received is None else waited(received).transpose(0, 1).split(width, dim=-1)
+    far = (key, value) if received is None else waited(received).transpose(0, 1).split(width, dim=-1)
     first = (None, None) if sinks is None else waited(sinks).permute(0, 2, 1, 3, 4).split(width, dim=-1)
     return _sections(key, far[0], first[0], exchange), _sections(value, far[1], first[1], exchange)
 
 
-def _sections(own: Tensor, far: Tensor | None, sinks: Tensor | None, exchange: WindowExchangePlan) -> Tensor:
+def _sections(own: Tensor, far: Tensor, sinks: Tensor | None, exchange: WindowExchangePlan) -> Tensor:
     """[sinks | halo | chunk] for each of the chunks, [B, 2 * section, G, D].
 
     `own` is [B, 2 * chunk, G, D], `far` [B, received, G, D], `sinks` [2, B, sinks, G, D].
     """
-    batch, _, heads, width = own.shape
-    chunk = exchange.layout.chunk
     parts: list[Tensor] = []
-    for j, pieces in enumerate(exchange.halos):
+    for j, with_halo in enumerate(_with_halos(own, far, exchange.halos, exchange.halo)):
         if sinks is not None:
             parts.append(sinks[j])
-        padding = exchange.halo - sum(piece.length for piece in pieces)  # halo before the beginning of the sequence
-        if padding:
-            parts.append(own.new_zeros(batch, padding, heads, width))
-        for piece in pieces:
-            source = own if piece.own else far
-            assert source is not None
-            parts.append(source[:, piece.start : piece.start + piece.length])
-        parts.append(own[:, j * chunk : (j + 1) * chunk])
+        parts += with_halo
     return torch.cat(parts, dim=1)
 
 
-def _start_halos(key: Tensor, value: Tensor, exchange: WindowExchangePlan, group: str) -> Tensor | None:
-    """Start to exchange the tokens of halos; gives those of this rank, [received, B, G, 2 D], or None without halos."""
-    if exchange.window == 1:
-        return None
-    slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces]
-    sent = torch.cat([torch.cat([key[:, at], value[:, at]], dim=-1) for at in slices], dim=1)
+def _with_halos(own: Tensor, received: Tensor, exchange: HaloExchange, halo: int) -> Iterator[list[Tensor]]:
+    """Each stretch of tokens [B, n, ...] behind the pieces of its halo, zeros where that lies before the sequence."""
+    for pieces in exchange.sections:
+        missing = halo - sum(piece.length for piece in pieces[:-1])
+        zeros = [own.new_zeros(len(own), missing, *own.shape[2:])] if missing else []
+        sources = ((own if piece.own else received, piece) for piece in pieces)
+        yield [*zeros, *(source[:, piece.start : piece.start + piece.length] for source, piece in sources)]
+
+
+def _start_halos(tensors: Sequence[Tensor], exchange: HaloExchange, group: str) -> Tensor:
+    """Start to exchange the tokens of halos; gives those of this rank, [received, B, ..., N].
+
+    `tensors` are [B, tokens, ..., n], and N is their widths together.
+    """
+    slices = [slice(start, start + length) for pieces in exchange.sends for start, length in pieces] or [slice(0)]
+    sent = torch.cat([torch.cat([tensor[:, at] for tensor in tensors], dim=-1) for at in slices], dim=1)
     # Tokens first, because the collective splits the first axis.
     received: Tensor = OPERATORS.all_to_all_single(
-        sent.transpose(0, 1).contiguous(), exchange.receive_splits, exchange.send_splits, group
+        sent.transpose(0, 1).contiguous(), list(exchange.receives), exchange.send_splits, group
     )
     return received
 
@@ -398,3 +406,61 @@ def _start_sinks(
     summed = OPERATORS.reduce_scatter_tensor(given.transpose(0, 1).contiguous(), "sum", exchange.layout.size, group)
     sinks: Tensor = summed.unflatten(0, (2, exchange.sinks))
     return sinks
+
+
+def share_stream(model: SWAMLAModel, world: World) -> None:
+    """Tell the model's annexes which tokens of the residual stream this rank holds; nothing where it has no annexes."""
+    degrees = world.degrees
+    if not len(model.annexes) or degrees.context * degrees.tensor == 1:
+        return
+    assert world.activations is not None
+    if degrees.context > 1 and degrees.tensor > 1:
+        group = world.activations["context", "tensor"]._flatten("sequence").get_group()
+    else:
+        group = world.group("context" if degrees.context > 1 else "tensor")
+    halos = frozenset(annex.halo(model.config) for _, annex in model.annexes.each())
+    index = world.coordinate("context") * degrees.tensor + world.coordinate("tensor")
+    model.annexes.layout = SharedStream(degrees.context, degrees.tensor, index, group.group_name, halos)
+
+
+@dataclass(frozen=True)
+class StreamSlice(StreamContext):
+    """The context of this rank's tokens; `exchanges` for each halo that an annex asks for."""
+
+    exchanges: tuple[HaloExchange, ...]
+    group: str
+
+    def with_halos(self, x: Tensor, halo: int) -> Iterator[Tensor]:
+        """As in StreamContext. Collective over the group."""
+        exchange = next(each for each in self.exchanges if each.halo == halo)
+        received = self._received(x, exchange) if halo else x
+        for with_halo in _with_halos(x, received, exchange, halo):
+            # None of what was received, so that it is used on a rank that receives nothing too: else its backward pass
+            # would skip the collective for which the other ranks wait.
+            yield torch.cat([received[:, :0], *with_halo], dim=1)
+
+    def _received(self, x: Tensor, exchange: HaloExchange) -> Tensor:
+        """What the other ranks send, [B, tokens, N]."""
+        return waited(_start_halos([x], exchange, self.group)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class SharedStream(StreamLayout):
+    """This rank is `index` of context x tensor ranks in `group`, which share each sequence."""
+
+    degree_of_context: int
+    degree_of_tensor: int
+    index: int
+    group: str
+    halos: frozenset[int]
+
+    def local(self, x: Tensor) -> Tensor:
+        """As in StreamLayout."""
+        parts = stretches(x.shape[1], self.degree_of_context, self.degree_of_tensor, self.index)
+        return torch.cat([x[:, part.start : part.stop] for part in parts], dim=1)
+
+    def context(self, positions: Tensor) -> StreamContext:
+        """As in StreamLayout."""
+        shape = positions.shape[1], self.degree_of_context, self.degree_of_tensor, self.index
+        exchanges = tuple(plan_halos(*shape, halo) for halo in sorted(self.halos))
+        return StreamSlice(self.local(positions), exchanges, self.group)
