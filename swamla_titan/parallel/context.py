@@ -1,4 +1,4 @@
-"""Context parallelism: several ranks share each sequence, which may be longer than one GPU has memory for.
+"""Sequences that ranks share: context parallelism, for sequences that are longer than one GPU has memory for.
 
 All ranks of a context group are given the same full sequences, and each computes its own chunks of them
 (sequence_layout.py). Blocks work on single tokens but for attention, whose `key_exchange` is
@@ -6,8 +6,9 @@ All ranks of a context group are given the same full sequences, and each compute
   with the default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence.
   Selective attention gathers what each chunk's queries selected of each key, a sum for each chunk and key, as well.
 - "halo": the windows' halos and the sinks are exchanged (`exchange_windows`), however long the sequence is.
-Gradients of parameters are then sums over the rank's own tokens; whoever averages gradients adds them up over the
-group.
+Annexes whose result depends on some tokens before a token, as by a convolution, exchange these tokens' values, also
+where tensor parallelism cuts the residual stream (`share_stream`). Gradients of parameters are then sums over the
+rank's own tokens; whoever averages gradients adds them up over the group.
 
 Collectives (distributed/collectives.py) are started before they are waited for. Tensors hold the tokens of one rank,
 [B, 2 * chunk, ...], unless they are said to hold full sequences.
@@ -20,7 +21,6 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 
 from swamla_titan.distributed.collectives import OPERATORS, waited
@@ -79,8 +79,8 @@ class GatheredSlice(AttentionContext):
     layout: SequenceLayout
 
 
-def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | DeviceMesh) -> None:
-    """Make `model` compute this rank's slice of each sequence, in place; `group` is the context group or its mesh.
+def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup) -> None:
+    """Make `model` compute this rank's slice of each sequence, in place; `group` is the context group.
 
     Called before blocks are compiled and parameters sharded. The model (or a pipeline stage of one) then takes full
     sequences, whose length must be divisible by twice the group's size (config/parallel_rules.py). Decoding (`prefill`,
@@ -88,7 +88,6 @@ def apply_context_parallel(model: SWAMLAModel, group: dist.ProcessGroup | Device
 
     Raises UserError for a kind of block that cannot share sequences.
     """
-    group = group.get_group() if isinstance(group, DeviceMesh) else group
     size, rank = group.size(), group.rank()
     if size == 1:
         return
@@ -169,8 +168,7 @@ def window_intervals(starts: Tensor, exchange: WindowExchangePlan) -> KeyInterva
     base = [j * exchange.section for j in range(2)]
     # From an index in the sequence to the one in the sections.
     move = for_each_chunk([b + exchange.sinks + exchange.halo - start for b, start in zip(base, layout.starts)])
-    queries = local_chunks(torch.arange(layout.seq_len, device=starts.device)[None], layout)
-    full = intervals_in_sequence(local_chunks(starts, layout), queries, exchange.window, exchange.sink)
+    full = gathered_intervals(starts, layout, MaskSpec(exchange.window, exchange.sink))
     first, last = full.first + move, full.last + move
     if full.sink_first is None:
         return KeyIntervals(first, last)

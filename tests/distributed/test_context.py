@@ -113,7 +113,7 @@ def errors_of_models(names, documents, compiler=None, kernel=None):
         model = build(replace(BASE, **MODELS[name]), dtype)
         exact = loss_and_gradients(model, documents)
         exact_later = loss_and_gradients(model, documents, batch=rows(seed=5))
-        apply_context_parallel(model, world.activations["context"])
+        apply_context_parallel(model, world.group("context"))
         if compiler is not None:
             for block in model.blocks.values():
                 block.compile(fullgraph=True, dynamic=False, backend=compiler)
@@ -204,7 +204,7 @@ def flex_error():
     """Blocks under block masks, in a graph as on a GPU, against the same under booleans; forward only, on a CPU."""
     world = join()
     model = build(replace(BASE, dim=64), torch.float32)
-    apply_context_parallel(model, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
     tokens, _, ids = rows()
     errors = []
     for documents in (ids, None):
@@ -240,7 +240,7 @@ def kernels_asked_for():
     world = join()
     dispatch.why_not_cudnn_heads, dispatch._CHUNK_KERNEL = lambda *args: None, "plain"
     model = build(BASE)
-    apply_context_parallel(model, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
     ids = rows()[2]
     found = [model.context(T, ids)["mla"].implementation is dispatch.CHUNKED for ids in (None, ids)]
     for backend in ("sdpa", "reference"):
@@ -263,8 +263,8 @@ def more_of_the_model():
     denominated = loss_and_gradients(model, True, 7.0)
     reference_backend = build(BASE)
     exact_prompt = model.prefill(tokens[:, :5], cache_for(model))
-    apply_context_parallel(model, world.group("context"))  # the group itself will do
-    apply_context_parallel(reference_backend, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
+    apply_context_parallel(reference_backend, world.group("context"))
     reference_backend.attention_backend = "reference"
     own = local_chunks(logits, SequenceLayout(T, size, rank))
     errors = {
@@ -291,7 +291,7 @@ def bfloat16_error():
     model = SWAMLAModel(BASE)
     model.compute_dtype = torch.bfloat16
     exact = loss_and_gradients(model, True)
-    apply_context_parallel(model, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
     return {"bfloat16": largest_error(summed(loss_and_gradients(model, True)), exact)}
 
 
@@ -311,7 +311,7 @@ def a_group_of_one():
     world = init_distributed(Parallel(context=1))
     model = build(BASE)
     exact = loss_and_gradients(model, True)
-    apply_context_parallel(model, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
     tokens = rows()[0]
     return model.sequences.local(tokens) is tokens and largest_error(loss_and_gradients(model, True), exact) == 0
 
@@ -323,7 +323,7 @@ def test_a_group_of_one_changes_nothing():
 def wrong_length():
     world = join()
     model = build(BASE)
-    apply_context_parallel(model, world.activations["context"])
+    apply_context_parallel(model, world.group("context"))
     try:
         model(torch.zeros(1, 30, dtype=torch.int64))
     except AssertionError as error:
@@ -434,7 +434,7 @@ def bytes_of_passes(names):
     found = []
     for name in names:
         model = build(replace(BASE, **MODELS[name]))
-        apply_context_parallel(model, world.activations["context"])
+        apply_context_parallel(model, world.group("context"))
         model(*rows()[:2])  # what is exchanged once is not counted
         with Counted(size, rank) as counted:
             model(*rows()[:2])
