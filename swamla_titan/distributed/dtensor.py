@@ -1,6 +1,7 @@
 """DTensors and FSDP2 modules: which shard of a tensor this rank holds, computed without communication."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,11 +91,8 @@ def num_shards(tensor: Tensor) -> int:
     """How many different shards of a tensor the ranks hold."""
     if not isinstance(tensor, DTensor):
         return 1
-    count = 1
-    for dimension, placement in enumerate(tensor.placements):
-        if not is_replicated(placement):
-            count *= tensor.device_mesh.size(dimension)
-    return count
+    sizes = zip(tensor.device_mesh.shape, tensor.placements)
+    return math.prod(size for size, placement in sizes if not is_replicated(placement))
 
 
 def _sharded_axis(placement: Placement) -> int | None:
@@ -103,8 +101,12 @@ def _sharded_axis(placement: Placement) -> int | None:
     return getattr(placement, "dim", None)
 
 
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """The modules that FSDP2, HSDP or DDP was applied to."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
 def free_gathered_weights(model: nn.Module) -> None:
     """Free whatever FSDP2's forward and backward passes have gathered; parameters are the sharded ones again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in fsdp_modules(model):
+        module.reshard()

@@ -43,10 +43,13 @@ _COLLECTIVES = frozenset(
         _collective.all_to_all_single.default,
     }
 )
-_PRODUCTS = {_aten.mm.default: 1, _aten._scaled_mm.default: 1, _aten.addmm.default: 2}  # where the second factor stands
-
-_float8_product = torch.ops.swamla_titan.float8_product.default
-_WEIGHT = 4  # the place of its weight, [out, in]
+# Of each matmul the [in, out] of its weight, by its arguments.
+_WEIGHT_SHAPES: dict[Any, Callable[..., tuple[int, ...]]] = {
+    _aten.mm.default: lambda *args: args[1].shape,
+    _aten._scaled_mm.default: lambda *args: args[1].shape,
+    _aten.addmm.default: lambda *args: args[2].shape,
+    torch.ops.swamla_titan.float8_product.default: lambda *args: args[4].shape[::-1],
+}
 
 # A matmul of [N, K] and [K, M] costs 2 N K M operations and its result holds N M elements: dropping it frees memory at
 # 2 K operations an element. So linear layers declare whether theirs is recomputed (LinearSpec). In a SWA block that
@@ -199,9 +202,7 @@ def _keep(
 ) -> CheckpointPolicy:
     if operator in _ATTENTION or operator in _COLLECTIVES:
         return CheckpointPolicy.MUST_SAVE
-    if operator is _float8_product and tuple(args[_WEIGHT].shape)[::-1] not in not_kept:
-        return CheckpointPolicy.MUST_SAVE
-    place = _PRODUCTS.get(operator)
-    if place is not None and tuple(args[place].shape) not in not_kept:
+    shape = _WEIGHT_SHAPES.get(operator)
+    if shape is not None and tuple(shape(*args)) not in not_kept:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

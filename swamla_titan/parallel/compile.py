@@ -110,7 +110,6 @@ def set_cache_folder(config: Compile) -> Path | None:
     problem = _misnamed(folder) or _unwritable(folder)
     if problem:
         _raise_if_named(config, problem)
-    if problem:
         _warn_of(folder, problem)
         return None
     os.environ[_INDUCTOR_FOLDER] = str(folder)

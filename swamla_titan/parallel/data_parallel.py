@@ -14,7 +14,8 @@ from different tokens. Gradients of replicated parameters are all-reduced here, 
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.degrees import GRADIENT_DIMENSIONS
-from swamla_titan.distributed.dtensor import is_replicated, local
+from swamla_titan.distributed.dtensor import fsdp_modules, is_replicated, local
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.row_table import row_tables
@@ -39,18 +40,10 @@ _KEEPING: WeakSet[nn.Module] = WeakSet()  # models whose blocks keep gathered we
 
 def apply_data_parallel(model: SWAMLAModel, parallel: Parallel, world: World, compute_dtype: torch.dtype) -> None:
     """Shard or replicate the model's weights in place, as the configuration says; does nothing for a single rank."""
-    if world.weights is None:
+    if world.weights is None or world.weights["replicate"].size() == world.weights["shard"].size() == 1:
         return
-    sizes = world.weights["replicate"].size(), world.weights["shard"].size()
-    if sizes == (1, 1):
-        return
-    if parallel.data_parallel == "ddp":
-        mesh = world.weights["replicate"]
-    elif parallel.data_parallel == "hsdp":
-        mesh = world.weights["replicate", "shard"]
-    else:
-        mesh = world.weights["shard"]
-    wrap(model, parallel, mesh, compute_dtype)
+    over = {"ddp": ("replicate",), "hsdp": ("replicate", "shard"), "fsdp": ("shard",)}
+    wrap(model, parallel, world.weights[over[parallel.data_parallel]], compute_dtype)
 
 
 def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
@@ -72,38 +65,27 @@ def wrap(model: SWAMLAModel, parallel: Parallel, mesh: DeviceMesh, compute_dtype
     ignored = {weight for weight in model.parameters() if stays_replicated(weight, parallel)} | row_tables(model).keys()
     gathered = sum(local(weight).numel() for weight in model.parameters() if weight not in ignored)
     reshard = parallel.data_parallel != "ddp" and reshards_after_forward(parallel, compute_dtype.itemsize * gathered)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": ignored}
     if parallel.data_parallel == "ddp":
         for unit in (*_inner_units(model), model):
-            replicate(unit, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+            replicate(unit, **options)
     else:
-        _shard(model, parallel, mesh, policy, ignored, reshard)
-    for module in _units(model):
+        options["offload_policy"] = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+        _shard(model, parallel, reshard, options)
+    for module in fsdp_modules(model):
         if mesh.size() > 1:  # a single rank has nothing to reduce, and torch would divide by 1 in a pass of its own
             module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else gloo is asked for NCCL's scaled sum
-        if mesh.device_type == "cpu" and isinstance(module, FSDPModule):
+        if mesh.device_type == "cpu":
             module.set_custom_all_gather(_AllGatherOfBytes())
     if not reshard:
         _KEEPING.add(model)
     _prefetch(model)
 
 
-def _shard(
-    model: SWAMLAModel,
-    parallel: Parallel,
-    mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy,
-    ignored: set[nn.Parameter],
-    reshard: bool,
-) -> None:
+def _shard(model: SWAMLAModel, parallel: Parallel, reshard: bool, options: dict[str, Any]) -> None:
     """FSDP2 or HSDP on each unit; `reshard`: free a block's gathered weights after its forward pass."""
-    shard = functools.partial(
-        fully_shard,
-        mesh=mesh,
-        mp_policy=policy,
-        offload_policy=CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy(),
-        ignored_params=ignored,
-    )
+    shard = functools.partial(fully_shard, **options)
     for unit in _inner_units(model):
         shard(unit, reshard_after_forward=reshard)
     head = getattr(model, "head", None)
@@ -201,12 +183,6 @@ def reduce_after_this_backward(model: nn.Module, last: bool, every_micro_batch: 
             model.set_requires_all_reduce(last)
         else:
             model.set_requires_gradient_sync(last)
-
-
-def _units(model: nn.Module) -> Iterator[FSDPModule]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            yield module
 
 
 _DATA_PARALLEL = ("replicate", "shard")
