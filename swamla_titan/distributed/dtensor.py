@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement
 
@@ -24,10 +25,12 @@ def plain(tensor: Any) -> Any:
     """A weight without the subclass by which torchao lets FSDP2 gather it in float8; shares its memory."""
     if not isinstance(tensor, DTensor) or not hasattr(tensor.to_local(), "_tensor"):
         return tensor
-    shape, stride = tensor.shape, tensor.stride()
-    return DTensor.from_local(
-        local(tensor), tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
-    )
+    return with_shard(local(tensor), tensor.device_mesh, tensor.placements, tensor)
+
+
+def with_shard(shard: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], full: Tensor) -> DTensor:
+    """The tensor with shape and strides of `full` of which this rank holds `shard`; without communication."""
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
 @torch.no_grad()
@@ -76,9 +79,7 @@ def zeros_sharded_like(
     if not isinstance(tensor, DTensor):
         return zeros
     full = torch.empty(*tensor.shape[:-1], last_size, device="meta")
-    distributed = DTensor.from_local(
-        zeros, tensor.device_mesh, tensor.placements, run_check=False, shape=full.shape, stride=full.stride()
-    )
+    distributed = with_shard(zeros, tensor.device_mesh, tensor.placements, full)
     return distributed.to(zeros.device)  # back to the host, if parameters are offloaded: from_local goes to the mesh
 
 

@@ -1,4 +1,4 @@
-"""Compilation: block by block, kept between runs, and accounted for."""
+"""Compilation block by block, the cache that runs share, and what was compiled."""
 
 import functools
 import hashlib
@@ -81,9 +81,9 @@ class _Budgeted:
 
 
 def warm_compiler(config: Compile, device: torch.device) -> None:
-    """Let the processes that compile a GPU's kernels begin to start, which takes seconds; nothing waits for them.
+    """Start the processes that compile a GPU's kernels, which takes seconds, without waiting for them.
 
-    Without this they start with the first graph, whose kernels are then compiled one after the other in this process.
+    By themselves they start with the first graph, whose kernels are then compiled one after the other in this process.
     Sets the cache folder, on any device; raises UserError as `set_cache_folder` does.
     """
     if device.type == "cuda":
@@ -103,8 +103,8 @@ def set_cache_folder(config: Compile) -> Path | None:
     ~/.cache/swamla-titan. Ranks and runs may share it: entries carry the versions, the device and the code that they
     were made of in their names. Must come before anything is compiled; TRITON_CACHE_DIR is left alone if set.
 
-    Raises UserError for a named folder that cannot be written, or of whose name torch would make several; the default
-    is then skipped with a warning.
+    Raises UserError for a named folder that cannot be written, or whose name torch would split; the default is then
+    skipped with a warning.
     """
     folder = _cache_folder(config)
     problem = _misnamed(folder) or _unwritable(folder)
@@ -118,7 +118,10 @@ def set_cache_folder(config: Compile) -> Path | None:
 
 
 def _let_triton_keep_its_code() -> None:
-    """Our own kernels run without torch's compiler too, and Triton fails where the home folder cannot be written."""
+    """Set Triton's cache folder where the home folder cannot be written, because its compiler then raises an error.
+
+    Our own kernels run without torch's compiler too.
+    """
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     if _TRITON_FOLDER not in os.environ and _unwritable(Path(home, ".triton", "cache")):
         os.environ[_TRITON_FOLDER] = str(_in_temporary_folder() / "triton")
@@ -130,15 +133,15 @@ def _in_temporary_folder() -> Path:
 
 @functools.cache
 def _warn_of(folder: Path, problem: str) -> None:
-    """Once, however often it is asked for."""
+    """Log the warning, once a process."""
     logger.warning("%s cannot %s: compiled code is kept in the temporary folder", folder, problem)
 
 
 @functools.cache
 def _tag_of_operators() -> str:
-    """What changes with the code of our own operators, of which torch puts no more than the names into its keys.
+    """A hash of the code of our own operators, of which torch puts no more than the names into its cache keys.
 
-    Their gradients are traced into compiled code, which would otherwise still be that of an earlier version.
+    Their gradients are traced into compiled code; without the hash, that of an earlier version would be reused.
     """
     digest = hashlib.sha256(os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "").encode())
     for path in sorted(Path(kernels.__file__).parent.rglob("*.py")):
@@ -182,9 +185,9 @@ def _raise_if_named(config: Compile, problem: str) -> None:
 
 
 def _misnamed(folder: Path) -> str | None:
-    """What a folder of this name cannot, or None."""
+    """What cannot be done with a folder of this name, or None."""
     if any(character.isspace() or character in "'\"\\" for character in str(folder)):
-        # torch (2.11 to 2.13) takes the commands that it gives to the C++ compiler apart as a shell would.
+        # torch (2.11 to 2.13) splits the commands that it gives to the C++ compiler as a shell would.
         return "be named to the C++ compiler, for its spaces, quotes or backslashes"
     return None
 
@@ -215,7 +218,7 @@ class Compilation:
 
 
 def compilation() -> Compilation:
-    """The account of compilation up to now, from torch's own counters; for the log after the first step."""
+    """What was compiled up to now, by torch's own counters; for the log after the first step."""
     inductor = counters["inductor"]
     # Tracing and compiling the forward pass; backward passes are compiled when they are first run.
     stages = ("_compile.compile_inner", "backward._backward_impl")

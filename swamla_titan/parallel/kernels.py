@@ -20,10 +20,10 @@ from swamla_titan.parallel.activation_checkpoint import keeps_operators
 
 
 def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> None:
-    """Set them in place, before the model is split or compiled; the validations below refuse what a machine cannot run.
+    """Set the model's kernels in place, before it is split or compiled; `device` is where it will run.
 
-    `device` is where it will run. "auto" takes the loss on any GPU, for its memory; the others where they were timed
-    and found faster than what torch.compile makes, on H100 and H200.
+    "auto" takes the fused loss on any GPU, for its memory; the others where they were timed and found faster than what
+    torch.compile makes, on H100 and H200. What a machine cannot run is refused earlier, by the validations below.
     """
     model.attention_backend = config.kernels.attention
     if is_loss_fused(config, device):

@@ -78,7 +78,7 @@ class ParallelModel:
                 return self._prepared_passes(micro_batches, loss_denominator)
         except BaseException:
             for table in self._tables:
-                table.gradient.clear()  # else the next step would add what this one has left
+                table.gradient.clear()  # because the next step would add to what this one has left
             raise
 
     def _prepared_passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:

@@ -30,7 +30,7 @@ from swamla_titan.parallel.stages import rank_of_stage, runnable_micro_batches, 
 class ModelStage(SWAMLAModel):
     """The model without what other stages hold; the remaining modules keep their names in the full model.
 
-    The first stage has the embedding, the last the final norm and the head, each some consecutive blocks. Created on
+    The first stage has the embedding, the last the final norm and the head, and each has consecutive blocks. Created on
     the meta device; `to_empty` and `init_weights(seed)` give it the values that the full model would have. With tied
     embeddings the first stage's `embedding.weight` and the last one's `head.weight` start equal; `TiedEmbedding` keeps
     them so.

@@ -10,8 +10,8 @@ tokens of the residual stream. So a table is never gathered, and its gradient ne
 How many rows go where is known only to the device, and the host needs it to receive them. A request depends on tokens
 alone. So it is made before the forward pass (`look_ups_ahead`), on CUDA within `ShardedRows.ahead`: on a stream and
 through a process group of their own, which wait for nothing that computes. When the host then needs the counts of a
-micro-batch they have been there since the one before, and of the first one of a step it waits for that little stream
-alone. A request that is made elsewhere is queued, and waited for, like anything else.
+micro-batch they have been there since the one before, and for those of the first one of a step it waits for that
+stream alone. A request that is made elsewhere is queued, and waited for, like anything else.
 """
 
 import math
@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data.batches import MicroBatch
-from swamla_titan.distributed.dtensor import local
+from swamla_titan.distributed.dtensor import local, with_shard
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import hand_over, on_stream
@@ -110,7 +110,7 @@ def _sharded(weight: Tensor, mesh: DeviceMesh) -> Tensor:
     assert weight.is_meta, "a table is sharded before it has values: it may be larger than a rank's memory"
     own = len(rows_of_rank(len(weight), mesh.size(), mesh.get_local_rank()))
     part = torch.empty(own, *weight.shape[1:], dtype=weight.dtype, device="meta")
-    return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride())
+    return with_shard(part, mesh, [Shard(0)], weight)
 
 
 class ShardedRows(LocalRows):
@@ -245,15 +245,15 @@ def _exchanged_together(
 
 
 Inputs = tuple[MicroBatch, PreparedLookUp | None]
-"""A micro-batch on the device, and which rows the annexes look up for it; None without annexes."""
+"""A micro-batch on the device, and the rows that annexes look up for it; None without annexes."""
 
 
 def look_ups_ahead(annexes: ModelAnnexes, micro_batches: Iterable[MicroBatch]) -> Iterator[Inputs]:
-    """Each micro-batch with its look-up, which is prepared before the micro-batch before it is given; the first, now.
+    """Iterate over micro-batches with their look-ups; each is prepared before the one before it is given.
 
-    `micro_batches` are on the device, or are copied there when they are taken, which is within `placement.ahead`: so
-    the device must not still compute them. Rows of tables on the host are read ahead too. Where ranks share tables this
-    is collective, and each `next` is.
+    The first look-up is prepared by the call itself. `micro_batches` are on the device, or are copied there when they
+    are taken, which is within `placement.ahead`: so the device must not still compute them. Rows of tables on the host
+    are read ahead too. Where ranks share tables, the call and each `next` are collective.
     """
     placement, source = annexes.placement, iter(micro_batches)
 

@@ -38,6 +38,7 @@ from swamla_titan.distributed.collectives import (
     broadcast,
     reduce_scatter_sequence,
 )
+from swamla_titan.distributed.dtensor import with_shard
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.cross_entropy import IGNORE
@@ -218,10 +219,7 @@ def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement)
     part = parameter.detach()
     if isinstance(placement, Shard):
         part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone().contiguous()
-    distributed = DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-    return nn.Parameter(distributed, requires_grad=parameter.requires_grad)
+    return nn.Parameter(with_shard(part, mesh, [placement], parameter), requires_grad=parameter.requires_grad)
 
 
 class SharedSelectingHead(SelectingHead):
