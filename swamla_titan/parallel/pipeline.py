@@ -131,7 +131,7 @@ class Pipeline:
         self._tied: TiedEmbedding | None = None
         if config.model.tie_embeddings:
             last_holder = rank_of_stage(config.parallel, stage_count(config.parallel) - 1)
-            self._tied = TiedEmbedding(world, stages, rank_of_stage(config.parallel, 0), last_holder)
+            self._tied = TiedEmbedding(world, stages, last_holder)
 
     @property
     def tied_copy(self) -> Tensor | None:
@@ -177,8 +177,8 @@ class Pipeline:
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
         """The loss of each micro-batch in evaluation mode, on every rank: a sum over its valid targets.
 
-        Forward only, one micro-batch at a time through all stages; each stage prepares the
-        look-ups of the next one meanwhile. Weights that FSDP2 gathered are freed again.
+        Forward only, one micro-batch at a time through all stages; each stage prepares the look-ups of the next one
+        meanwhile. Weights that FSDP2 gathered are freed again.
         """
         of_stages = [
             look_ups_ahead(stage.annexes, (batch.to(self._world.device) for batch in micro_batches))
@@ -268,15 +268,18 @@ class TiedEmbedding:
     update of an element depends on that parameter's own history alone keeps them bit-identical.
     """
 
-    def __init__(self, world: World, stages: list[ModelStage], first_holder: int, last_holder: int) -> None:
-        """`stages` are this rank's; the holders are pipeline ranks. Collective, because it creates groups."""
+    def __init__(self, world: World, stages: list[ModelStage], last_holder: int) -> None:
+        """`stages` are this rank's; pipeline rank 0 holds the first of all, and rank `last_holder` the last.
+
+        Collective, because it creates groups.
+        """
         self._embedding = next((stage for stage in stages if stage.is_first), None)
         self._head = next((stage for stage in stages if stage.is_last), None)
         self._group: dist.ProcessGroup | None = None
-        if first_holder != last_holder:
+        if last_holder != 0:
             assert world.weights is not None
             pipelines = world.weights.mesh.flatten(1).T.tolist()  # each: the ranks that differ in their stages alone
-            pairs = [[ranks[first_holder], ranks[last_holder]] for ranks in pipelines]
+            pairs = [[ranks[0], ranks[last_holder]] for ranks in pipelines]
             self._group, _ = dist.new_subgroups_by_enumeration(pairs)
         self._compared = False
 
