@@ -12,7 +12,7 @@ from swamla_titan.config.load import SECTIONS
 from swamla_titan.config.sections import ActivationCheckpoint
 from swamla_titan.fields import settings
 from swamla_titan.model.counts import flavor_table
-from swamla_titan.tools.memory import recomputed_share
+from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import plan
 
 ROOT = Path(__file__).parents[1]

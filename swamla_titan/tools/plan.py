@@ -42,7 +42,8 @@ from swamla_titan.parallel.stages import (
     stages_of_rank,
 )
 from swamla_titan.quantization.coverage import LinearCoverage
-from swamla_titan.tools.memory import InFlight, Memory, block_bytes, memory_of, recomputed_bytes
+from swamla_titan.tools.activations import block_bytes, recomputed_bytes
+from swamla_titan.tools.memory import InFlight, Memory, memory_of
 
 Shape = tuple[int, ...]
 

@@ -24,7 +24,7 @@ from swamla_titan.parallel.float8 import float8_moments_advice
 from swamla_titan.parallel.kernels import attention_summary
 from swamla_titan.parallel.stages import stage_count, stage_table, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
-from swamla_titan.tools.memory import recomputed_share
+from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import Plan, Shape, ends_of_coordinates, folded, plan, ranks_asked_for, run_count
 from swamla_titan.train.setup import Setup, rehearse
 

@@ -25,7 +25,8 @@ from swamla_titan.parallel.activation_checkpoint import (
     validate_recomputation,
 )
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.tools.memory import recomputed_operations, weights_in_use
+from swamla_titan.tools.activations import recomputed_operations
+from swamla_titan.tools.memory import weights_in_use
 from tests.parallel.plan import ATTENTION, MODES, PRODUCT, Seen, batch, small_model, watch, watch_compiled
 
 LAYERS = 3

@@ -310,10 +310,10 @@ def held_by_a_rank(path: Path, overrides: list[tuple[str, str, str]]) -> dict[st
         tokens = torch.randint(0, VOCABULARY, (2, config.training.seq_len))
         batch = MicroBatch(tokens, tokens, None, 2)
         reduce_after_this_backward(model.parts[0], last=False, every_micro_batch=False)
-        model._loss(batch, 100.0).backward()
+        model._loss(batch, 100.0, None).backward()
         found["accumulated"] = accumulated_bytes(model.parts)
         reduce_after_this_backward(model.parts[0], last=True, every_micro_batch=False)
-        model._loss(batch, 100.0).backward()
+        model._loss(batch, 100.0, None).backward()
         found["gathered"] = max(seen)
         found["reduced"] = accumulated_bytes(model.parts)
     found["of optimizers"] = {}

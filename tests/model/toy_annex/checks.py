@@ -18,7 +18,7 @@ from swamla_titan.model.counts import training_flops
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.tools.memory import block_bytes
+from swamla_titan.tools.activations import block_bytes
 from tests.distributed.ranks import on_ranks
 from tests.model.tiny import TINY
 from tests.tiny_config import tiny_config

@@ -17,7 +17,7 @@ from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
-from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model import Block, ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.counts import block_flops, training_flops
 from swamla_titan.optim import build_optimizer, group_table
@@ -30,7 +30,7 @@ from swamla_titan.parallel.stages import stage_costs
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import NativeRMSNorm
 from swamla_titan.tools import check
-from swamla_titan.tools.memory import block_bytes, kept_elements, recomputed_operations
+from swamla_titan.tools.activations import block_bytes, kept_by_branch, recomputed_operations
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.ranks import on_ranks
@@ -170,7 +170,8 @@ def test_flops_memory_and_the_cut_of_a_pipeline_count_it():
     costs = stage_costs(HYBRID, 24, 2)
     assert sum(cost.operations for cost in costs) > training_flops(HYBRID, 24)
     planned = plan(replace(CONFIG, parallel=Parallel(tensor=2)), 2)
-    kept = 1.3 * kept_elements(HYBRID, "toy", 1, 2) * 24 * 4  # eager blocks keep more
+    compiled = sum(kept_by_branch(HYBRID, "toy", branch, 1, 2) for branch in Block.branches)
+    kept = 1.3 * compiled * 24 * 4  # eager blocks keep more
     assert block_bytes(planned.config, planned.degrees, [TOY]) == round(kept)
     shapes = {name: shape for name, shape in planned.worst.shapes.items() if f".{TOY}.attention." in name}
     names = {name.rpartition("attention.")[2] for name in shapes}

@@ -18,11 +18,11 @@ from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpo
 from swamla_titan.parallel.sequence_layout import SequenceLayout
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import convert_natively, save_transposed_weights
-from swamla_titan.tools.memory import (
+from swamla_titan.tools.activations import (
     EAGER_FACTOR,
     block_bytes,
     has_operators,
-    kept_elements,
+    kept_by_branch,
     native_savings,
     recomputed_bytes,
 )
@@ -49,6 +49,11 @@ SHAPES = {
 }
 _ATTENTION = ("attention.wqkv", "attention.wq", "attention.wkv_a", "attention.wo")
 NATIVE = (*_ATTENTION, "feed_forward.gate_up", "feed_forward.down")
+
+
+def kept_elements(shape: ModelConfig, kind: str, **shards: int) -> float:
+    """Elements a token that a whole block keeps."""
+    return sum(kept_by_branch(shape, kind, branch, **shards) for branch in Block.branches)
 
 
 def kept(shape: ModelConfig, kind: str, dtype: torch.dtype, backend: str | None, native: bool = False) -> float:
