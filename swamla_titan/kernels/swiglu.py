@@ -1,12 +1,10 @@
 """SwiGLU (Shazeer, arXiv:2002.05202) of fused gate and up projections: in plain PyTorch, and by Triton kernels."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swamla_titan.kernels.operator import inlined, operator
+from swamla_titan.kernels.operator import differentiate, inlined, operator
 from swamla_titan.kernels.triton import jit, tl
 
 _ELEMENTS = 4096  # of the output, per program
@@ -62,17 +60,7 @@ def _(grad: Tensor, gate_up: Tensor, group: int) -> Tensor:
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up, ctx.group = inputs
-    ctx.save_for_backward(gate_up)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (gate_up,) = ctx.saved_tensors
-    return torch.ops.swamla_titan.swiglu_backward(grad, gate_up, ctx.group), None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
+differentiate(_forward, _backward)
 
 
 @jit

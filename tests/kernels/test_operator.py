@@ -1,4 +1,4 @@
-"""What a compiler sees of an operator: its kernels on a GPU, on a CPU the operator alone."""
+"""What a compiler sees of an operator: its kernels on a GPU, on a CPU the operator alone. And what autograd does."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from swamla_titan.kernels import operator as module
 
@@ -29,3 +30,23 @@ def test_with_triton_it_is_seen_through_on_a_gpu_alone(monkeypatch, triton):
     opaque = [f"swamla_test.double_{triton}.default".lower(), "aten.add.Tensor"]
     assert seen(double, "cpu") == opaque
     assert seen(double, "cuda") == (["aten.mul.Tensor", "aten.add.Tensor"] if triton else opaque)
+
+
+def test_gradients_come_of_an_operator_that_takes_inputs_and_outputs_by_their_names():
+    @torch.library.custom_op("swamla_test::scaled", mutates_args=())
+    def scaled(x: Tensor, y: Tensor | None, factors: list[float]) -> tuple[Tensor, Tensor]:
+        return factors[0] * x + (0 if y is None else y), x + 1
+
+    @torch.library.custom_op("swamla_test::scaled_backward", mutates_args=())
+    def scaled_backward(grad: Tensor, factors: list[float], y: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        return factors[0] * grad * x, grad.clone()  # not the derivative, so that x is known to be the second output
+
+    module.differentiate(scaled, scaled_backward, ("out", "x"), lambda x, factors, **_: x.numel() * len(factors))
+    x, y = torch.tensor([2.0, 3.0], requires_grad=True), torch.zeros(2, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = scaled(x, y, [5.0])
+        out.sum().backward()
+    assert (x.grad.tolist(), y.grad.tolist()) == ([15, 20], [1, 1])
+    assert counter.get_total_flops() == 2 + 2 * 2
+    [grad] = torch.autograd.grad(scaled(x, None, [5.0])[0].sum(), [x])
+    assert grad.tolist() == [15, 20]

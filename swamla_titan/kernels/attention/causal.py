@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.device import Limit
 from swamla_titan.kernels.flops import attention_flops, chunk_pairs
+from swamla_titan.kernels.operator import differentiate
 
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.
 CUDNN_DETERMINISTIC_MAX_LEN = 16384
@@ -208,7 +208,7 @@ def _chunked_backward(
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = KERNELS[kernel].backward
+    backward, grad_out = KERNELS[kernel].backward, grad_out.contiguous()
     length = query.shape[1] // len(starts)
     grad_queries = []
     grad_key, grad_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
@@ -236,28 +236,8 @@ def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ctx.starts, ctx.scale, ctx.kernel = inputs
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    # lse is for the backward pass only and is not returned to callers, so its gradient is none or zeros.
-    gradients = torch.ops.swamla_titan.chunked_causal_attention_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.starts, ctx.scale, ctx.kernel
-    )
-    return (*gradients, None, None, None)
-
-
-_chunked.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention)
-def _forward_flops(query: Size, key: Size, value: Size, starts: list[int], *rest: Any, **out: Any) -> int:
+def _flops(query: Size, value: Size, starts: list[int], **_: Any) -> int:
     return attention_flops(query, value[3], chunk_pairs(query[1], starts))
 
 
-@register_flop_formula(torch.ops.swamla_titan.chunked_causal_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
-    *_, starts, _scale, _kernel = rest
-    return 2 * attention_flops(query, grad_out[3], chunk_pairs(query[1], starts))
+differentiate(_chunked, _chunked_backward, ("out", "lse"), _flops)

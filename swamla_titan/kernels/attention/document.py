@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention.tiles_triton import (
     LN_2,
@@ -39,6 +38,7 @@ from swamla_titan.kernels.device import (
 )
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
+from swamla_titan.kernels.operator import differentiate
 from swamla_titan.kernels.triton import jit, tl
 
 TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it was timed (documents of 500 tokens)
@@ -158,31 +158,11 @@ def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # lse has none, and torch would materialize it as zeros
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # lse is for the backward pass only and is not returned to callers, so it has no gradient.
-    if grad_out is None:
-        return (None,) * 6
-    gradients = torch.ops.swamla_titan.document_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.document_attention)
-def _forward_flops(query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
+def _flops(query: Size, value: Size, **_: Any) -> int:
     return attention_flops(query, value[3], causal_pairs(query[1]))
 
 
-@register_flop_formula(torch.ops.swamla_titan.document_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, key: Size, value: Size, *rest: Any, **out: Any) -> int:
-    return 2 * attention_flops(query, value[3], causal_pairs(query[1]))
+differentiate(_forward, _backward, ("out", "lse"), _flops)
 
 
 @jit

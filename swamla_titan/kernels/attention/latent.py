@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import document as document_attention
 from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.causal import KERNELS
 from swamla_titan.kernels.device import power_of_two
 from swamla_titan.kernels.flops import attention_flops, causal_pairs
+from swamla_titan.kernels.operator import differentiate
 
 _HEADS_PER_TILE = 16
 
@@ -88,10 +88,10 @@ def _backward(
     ends: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    rope_dim: int,
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, rope_dim = grad_out.contiguous(), 2 * cos.shape[-1]
     value = keys_values[..., query.shape[-1] - rope_dim :]
     if starts is not None and ends is not None:
         gradients = document_attention.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
@@ -108,41 +108,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, keys_values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, rope_dim, _scale, _kernel = rest
-    return torch.empty_like(query), torch.empty_like(keys_values), key.new_empty(*key.shape[:2], rope_dim)
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, keys_values: Tensor, cos: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_rope_key = key.new_empty(*key.shape[:2], 2 * cos.shape[-1])
+    return torch.empty_like(query), torch.empty_like(keys_values), grad_rope_key
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # the other outputs have none, and torch would materialize zeros
-    _, keys_values, rope_key, cos, sin, ctx.scale, starts, ends, ctx.kernel = inputs
-    out, lse, query, key = output
-    ctx.rope_dim = rope_key.shape[-1]
-    ctx.save_for_backward(query, key, keys_values, cos, sin, starts, ends, out, lse)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_others: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The other outputs are for the backward pass only and not returned to callers, so they have no gradients.
-    if grad_out is None:
-        return (None,) * 9
-    gradients = torch.ops.swamla_titan.latent_attention_backward(
-        grad_out.contiguous(), *ctx.saved_tensors, ctx.rope_dim, ctx.scale, ctx.kernel
-    )
-    return (*gradients, *[None] * 6)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.latent_attention)
-def _forward_flops(query: Size, keys_values: Size, rope_key: Size, *rest: Any, **out: Any) -> int:
-    value_dim = keys_values[3] - (query[3] - rope_key[2])
+def _flops(query: Size, keys_values: Size, cos: Size, **_: Any) -> int:
+    value_dim = keys_values[3] - (query[3] - 2 * cos[3])
     return attention_flops(query, value_dim, causal_pairs(query[1]))
 
 
-@register_flop_formula(torch.ops.swamla_titan.latent_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
-    return 2 * attention_flops(query, grad_out[3], causal_pairs(query[1]))
+differentiate(_forward, _backward, ("out", "lse", "query", "key"), _flops)  # queries after their rotation
 
 
 def _values(query: Tensor, keys_values: Tensor, rope_key: Tensor) -> Tensor:

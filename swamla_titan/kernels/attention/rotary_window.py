@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.window import run_backward, run_forward
 from swamla_titan.kernels.device import power_of_two
 from swamla_titan.kernels.flops import attention_flops, window_pairs
+from swamla_titan.kernels.operator import differentiate
 
 
 def rotary_window_attention(
@@ -78,38 +78,13 @@ def _(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(qkv)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # the other outputs have none, and torch would materialize zeros
-    qkv, cos, sin, starts, ctx.window, ctx.sink, ctx.scale = inputs
-    out, lse, query, key = output
-    ctx.save_for_backward(qkv, query, key, cos, sin, starts, out, lse)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_others: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The other outputs are for the backward pass only and not returned to callers, so they have no gradients.
-    if grad_out is None:
-        return (None,) * 7
-    grad_qkv = torch.ops.swamla_titan.rotary_window_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.window, ctx.sink, ctx.scale
-    )
-    return grad_qkv, None, None, None, None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.rotary_window_attention)
-def _forward_flops(qkv: Size, *rest: Any, **out: Any) -> int:
-    *_, window, sink, _scale = rest
+def _flops(qkv: Size, window: int, sink: int, **_: Any) -> int:
     batch, length, groups, members, width = qkv
     query = Size((batch, length, groups * (members - 2), width))
     return attention_flops(query, width, window_pairs(length, window, sink))
 
 
-@register_flop_formula(torch.ops.swamla_titan.rotary_window_attention_backward)
-def _backward_flops(grad_out: Size, qkv: Size, query: Size, *rest: Any, **out: Any) -> int:
-    *_, window, sink, _scale = rest
-    return 2 * attention_flops(query, query[3], window_pairs(query[1], window, sink))
+differentiate(_forward, _backward, ("out", "lse", "query", "key"), _flops)
 
 
 def _empty_query_key(qkv: Tensor) -> tuple[Tensor, Tensor]:

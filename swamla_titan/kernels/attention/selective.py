@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import selective_triton as kernels
 from swamla_titan.kernels.attention.document import why_not_document_kernel
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors, tma_readable
 from swamla_titan.kernels.flops import attention_flops, chunk_pairs
+from swamla_titan.kernels.operator import differentiate
 
 MOST_ELEMENTS = 1 << 26  # of F at a time: 128 MiB, and 256 MiB of its gradient; 16 sequences of 2048 in one slab
 MOST_SAVED = 64  # slabs of a chunk before which the sums are saved: 256 bytes a token; all up to 65,536 tokens
@@ -469,25 +469,11 @@ def _(
     return *(x.new_empty(x.shape) for x in (query, key, value)), *of_by, grad_before
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # those of the rest would be tensors of zeros
-    query, key, value, by_query, by_key, before, starts, ends, ctx.chunks, ctx.head, ctx.scale = inputs
-    ctx.selects_apart, ctx.has_before = by_query is not None, before is not None
-    ctx.save_for_backward(query, key, value, by_query, by_key, starts, ends, *output)
+def _flops(query: Size, value: Size, chunks: list[int], **_: Any) -> int:
+    return attention_flops(query, value[3], chunk_pairs(query[1], chunks))
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, *of_the_rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    # The rest is for the backward alone and leaves this file nowhere, so its gradient is none or zeros.
-    if grad_out is None:
-        return (None,) * 11
-    gradients = torch.ops.swamla_titan.selective_attention_backward(
-        grad_out, *ctx.saved_tensors, ctx.chunks, ctx.head, ctx.scale
-    )
-    of_by = gradients[3:5] if ctx.selects_apart else (None, None)
-    return (*gradients[:3], *of_by, gradients[5] if ctx.has_before else None, *[None] * 5)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
+differentiate(_forward, _backward, ("out", "lse", "saved"), _flops)
 
 
 @torch.library.custom_op("swamla_titan::selected_sums", mutates_args=())
@@ -525,26 +511,4 @@ def _(grad_sums: Any, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, T
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _setup_sums(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, starts, ends, ctx.chunks, ctx.scale = inputs
-    ctx.save_for_backward(query, key, starts, ends)
-
-
-def _gradients_of_sums(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.swamla_titan.selected_sums_backward(grad_sums, *ctx.saved_tensors, ctx.chunks, ctx.scale)
-    return (*gradients, None, None, None, None)
-
-
-_sums.register_autograd(_gradients_of_sums, setup_context=_setup_sums)
-
-
-@register_flop_formula(torch.ops.swamla_titan.selective_attention)
-def _forward_flops(query: Size, key: Size, value: Size, by: Any, by_key: Any, before: Any, starts: Any, ends: Any,
-                   chunks: list[int], *rest: Any, **out: Any) -> int:  # fmt: skip
-    return attention_flops(query, value[3], chunk_pairs(query[1], chunks))
-
-
-@register_flop_formula(torch.ops.swamla_titan.selective_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
-    *_, chunks, _head, _scale = rest
-    return 2 * attention_flops(query, grad_out[3], chunk_pairs(query[1], chunks))
+differentiate(_sums, _sums_backward)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from swamla_titan.kernels.attention import window_triton as kernels
 from swamla_titan.kernels.device import (
@@ -22,6 +21,7 @@ from swamla_titan.kernels.device import (
 )
 from swamla_titan.kernels.flops import attention_flops, window_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
+from swamla_titan.kernels.operator import differentiate
 
 
 def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, sink: int) -> Limit | None:
@@ -86,36 +86,11 @@ def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # lse has none, and torch would materialize it as zeros
-    query, key, value, starts, ctx.window, ctx.sink, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, starts, *output)
-
-
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    # lse is for the backward pass only and is not returned to callers, so it has no gradient.
-    if grad_out is None:
-        return (None,) * 7
-    query, key, value, starts, out, lse = ctx.saved_tensors
-    gradients = torch.ops.swamla_titan.window_attention_backward(
-        grad_out, query, key, value, starts, out, lse, ctx.window, ctx.sink, ctx.scale
-    )
-    return (*gradients, None, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)
-
-
-@register_flop_formula(torch.ops.swamla_titan.window_attention)
-def _forward_flops(query: Size, *rest: Any, **out: Any) -> int:
-    *_, window, sink, _scale = rest
+def _flops(query: Size, window: int, sink: int, **_: Any) -> int:
     return attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
 
-@register_flop_formula(torch.ops.swamla_titan.window_attention_backward)
-def _backward_flops(grad_out: Size, query: Size, *rest: Any, **out: Any) -> int:
-    *_, window, sink, _scale = rest
-    return 2 * attention_flops(query, query[3], window_pairs(query[1], window, sink))
+differentiate(_forward, _backward, ("out", "lse"), _flops)
 
 
 def run_forward(
