@@ -68,10 +68,13 @@ class Saved(NamedTuple):
 
 @dataclass
 class Clock:
-    """Where in time the sequences of a batch are; one object, shared by the caches of all layers."""
+    """Where in time the sequences of a batch are; one object, shared by the caches of all layers.
+
+    Both are written in place: a CUDA graph of a step reads them where they are.
+    """
 
     starts: Tensor  # [B] int64, index of each sequence's first real token
-    length: int = 0  # tokens stored for each sequence, padding included: the index of the next one
+    length: Tensor  # [1] int64, tokens stored for each sequence, padding included: the index of the next one
 
 
 class AttentionCache(Protocol):
@@ -135,7 +138,10 @@ class Mixer(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def new_cache(cls, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> Any:
-        """The memory of a layer for as many sequences as the clock has, of up to `max_tokens` tokens."""
+        """The memory of a layer for as many sequences as the clock has, of up to `max_tokens` tokens.
+
+        Its tensors are written in place, because a CUDA graph of a step reads them where they are.
+        """
 
     @abstractmethod
     def prefill(self, x: Tensor, context: Any, cache: Any) -> Tensor:

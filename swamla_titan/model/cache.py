@@ -40,7 +40,9 @@ class DecodeCache:
         self.blocks: dict[str, Any] = dict(model.blocks.items())
         self.max_tokens = max_tokens
         self.dtype = model.activation_dtype
-        self.clock = Clock(torch.zeros(batch, dtype=torch.int64, device=model.device))
+        starts = torch.zeros(batch, dtype=torch.int64, device=model.device)
+        self.clock = Clock(starts, starts.new_zeros(1))
+        self.length = 0  # of the clock, known to the host
         dropping = {name for name, block in self.blocks.items() if _drops_tokens(block.attention, config)}
         if memory_budget is not None and not dropping:
             keys = " or ".join(f"model.{name}" for name in config.quantities("selects"))
@@ -56,8 +58,8 @@ class DecodeCache:
         }
         # Of annexes (model/annexes.py), which look up by the newest tokens.
         self.annex_caches = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
-        self.lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
-        self.tokens = self.clock.starts.new_zeros(batch, max_tokens if self.annex_caches else 0)
+        lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
+        self.newest = starts.new_zeros(batch, lookback + 1)  # tokens
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
         """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""
@@ -71,36 +73,36 @@ class DecodeCache:
             if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > seq_len)).any()):
                 raise ValueError(f"lengths {lengths.tolist()}: expected {batch} numbers in 1 ... {seq_len}")
             self.clock.starts.copy_(seq_len - lengths)
-        self.clock.length = seq_len
-        if self.annex_caches:
-            self.tokens[:, :seq_len] = tokens
+        self.clock.length.fill_(seq_len)
+        self.length = seq_len
+        newest = tokens[:, -self.newest.shape[1] :]
+        self.newest[:, self.newest.shape[1] - newest.shape[1] :] = newest
 
     def remember(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next token of each sequence, [B, 1]; the newest tokens that annexes look back to, and positions.
 
-        Positions are negative in the padding.
+        Positions are negative in the padding, and before the first token.
         """
-        end = self.clock.length + 1
-        first = max(0, end - 1 - self.lookback)
-        self.tokens[:, end - 1] = tokens[:, 0]
-        positions = torch.arange(first, end, device=tokens.device) - self.clock.starts[:, None]
-        return self.tokens[:, first:end], positions
+        self.newest.copy_(torch.cat([self.newest[:, 1:], tokens], dim=1))
+        ages = torch.arange(self.newest.shape[1] - 1, -1, -1, device=tokens.device)
+        return self.newest, self.clock.length - ages - self.clock.starts[:, None]
+
+    def require_room(self) -> None:
+        """Raise ValueError if there is no prompt yet, or no room for another token."""
+        if self.length == 0:
+            raise ValueError("the cache is empty: call prefill before decode")
+        if self.length >= self.max_tokens:
+            raise ValueError(
+                f"the cache is full: {self.max_tokens} tokens per sequence; make it with a larger max_tokens"
+            )
 
     def next_context(self, asked: AttentionBackend) -> SequenceContext:
         """The context of the next token of each sequence, under masks over the caches' slots.
 
         `asked`: the model's attention_backend.
-
-        Raises ValueError when the cache is full.
         """
-        time, starts = self.clock.length, self.clock.starts[:, None]  # starts: [B, 1]
-        if time == 0:
-            raise ValueError("the cache is empty: call prefill before decode")
-        if time >= self.max_tokens:
-            raise ValueError(
-                f"the cache is full: {self.max_tokens} tokens per sequence; make it with a larger max_tokens"
-            )
-        positions, (_, implementation) = time - starts, for_decoding(asked)  # positions: [B, 1]
+        positions = self.clock.length - self.clock.starts[:, None]  # [B, 1]
+        implementation = for_decoding(asked)
 
         def of_layer(layer: str) -> TokenContext:
             mixer = self.blocks[layer].attention

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import choose
+from swamla_titan.kernels.attention.dispatch import Choice, Request, choose, choose_for_prompts
 from swamla_titan.kernels.attention.masks import document_starts, mask_of_sequences
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import attention_kinds
@@ -13,6 +13,10 @@ from swamla_titan.model.config import ModelConfig
 
 class FullSequences:
     """This process computes every token of its sequences."""
+
+    def choose(self, request: Request, asked: AttentionBackend) -> Choice:
+        """What computes the attention of one kind of block."""
+        return choose(request, asked)
 
     def local(self, tokens: Tensor) -> Tensor:
         """The tokens of this process, [B, t], of something [B, T] for each token of full sequences."""
@@ -43,9 +47,17 @@ class FullSequences:
             if attention is None:
                 return TokenContext(positions)
             request = attention.request(config, seq_len, document_ids is not None, device, dtype)
-            choice = choose(request, asked)
+            choice = self.choose(request, asked)
             mask = mask_of_sequences(choice.form, starts, request.has_documents, request.mask)
             rotation = attention.rotation(config, positions, dtype)
             return AttentionContext(positions, rotation, mask, choice.implementation)
 
         return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
+
+
+class Prompts(FullSequences):
+    """The same for prompts, each of which has its own length."""
+
+    def choose(self, request: Request, asked: AttentionBackend) -> Choice:
+        """As in FullSequences."""
+        return choose_for_prompts(request, asked)

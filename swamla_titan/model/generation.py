@@ -1,16 +1,87 @@
 """Sampling text from a model: the decode loop and the choice of the next token."""
 
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from swamla_titan.distributed.dtensor import local
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.model import SWAMLAModel
 
 # A temperature as good as 0: dividing by one much smaller would overflow float32, or be a division by 0.
 GREEDY_BELOW = 1e-6
+_AHEAD = 8  # tokens that a GPU may be ahead of what the host has seen of them
 
 
-@torch.no_grad()
+class Decoder:
+    """A model with the cache of a batch, which reads prompts, and then token after token.
+
+    On a GPU the step of a token is one CUDA graph, captured at the second token: a step has some hundred small kernels,
+    which the host launches slower than the GPU runs them. May be used for one batch of prompts after another.
+    """
+
+    def __init__(self, model: SWAMLAModel, batch: int, max_tokens: int, memory_budget: int | None = None) -> None:
+        """Arguments as of DecodeCache, which raises ValueError."""
+        self.model = model
+        self.cache = DecodeCache(model, batch, max_tokens, memory_budget)
+        self.max_tokens = max_tokens
+        # Weights that are gathered for each pass would be those of the pass that was captured.
+        self._captures = model.device.type == "cuda" and all(local(each) is each for each in model.parameters())
+        self._is_warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._logits = self._tokens
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Empty the cache and read prompts -> logits of the next token, [B, vocab_size]."""
+        longest, device = max(map(len, prompts)), self.model.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        return self.model.prefill(padded, self.cache, None if min(map(len, prompts)) == longest else lengths)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Read the next token of each sequence [B] -> logits of the one after, [B, vocab_size], until the next call."""
+        if not self._captures or not self._is_warm:
+            self._is_warm = True
+            return self.model.decode(tokens[:, None], self.cache)
+        self.cache.require_room()
+        self._tokens.copy_(tokens[:, None])
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self.model.decode_step(self._tokens, self.cache)
+        self._graph.replay()
+        self.cache.length += 1
+        return self._logits
+
+
+class _Copied(NamedTuple):
+    """A tensor of the host, and the event at which it has its values; None: it has them."""
+
+    values: Tensor
+    ready: Any
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Copied":
+        """A copy, without waiting for the device."""
+        if not tensor.is_cuda:
+            return cls(tensor, None)
+        values = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(values, ready)
+
+    def wait(self) -> list[int]:
+        """The values."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        found: list[int] = self.values.tolist()
+        return found
+
+
 def generate(
     model: SWAMLAModel,
     prompts: list[list[int]],
@@ -21,57 +92,91 @@ def generate(
     stop_token: int | None = None,
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
+    ends: Callable[[int, int], bool] | None = None,
+    decoder: Decoder | None = None,
 ) -> list[list[int]]:
     """Continue each prompt: the new tokens alone, without the stop token that ended them.
 
+    Arguments and errors as of `stream`.
+    """
+    options = temperature, top_k, top_p, stop_token, generator, memory_budget, ends, decoder
+    new: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, *options):
+        for continuation, token in zip(new, tokens):
+            if token is not None:
+                continuation.append(token)
+    return new
+
+
+@torch.no_grad()
+def stream(
+    model: SWAMLAModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
+    ends: Callable[[int, int], bool] | None = None,
+    decoder: Decoder | None = None,
+) -> Iterator[list[int | None]]:
+    """The next token of each prompt, step after step; None for a sequence that has ended, as with its stop token.
+
     `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
-    fewest of those whose probabilities (after top_k) add up to top_p. A sequence ends at `stop_token` or after
-    `max_new_tokens`. `memory_budget`: tokens of a sequence that layers with selective attention keep (DecodeCache).
-    `generator` must live on the model's device. The model is in evaluation mode meanwhile.
+    fewest of those whose probabilities (after top_k) add up to top_p. A sequence ends at `stop_token`, after
+    `max_new_tokens`, or behind the first token for which `ends(number of the sequence, token)` is true.
+    `memory_budget`: tokens of a sequence that layers with selective attention keep (DecodeCache). `generator` must live
+    on the model's device. `decoder`: one of this model for so many prompts, to be used again; None: a new one, with the
+    budget. The model is in evaluation mode meanwhile. A GPU is some tokens ahead of those that are given.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
     room within max_seq_len for the new tokens but the last, which the model never reads.
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(model, prompts, max_new_tokens, stop_token)
-    longest = max(map(len, prompts))
-    # The last new token is returned but never read.
-    cache = DecodeCache(model, len(prompts), longest + max_new_tokens - 1, memory_budget)
-    padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    new: list[Tensor] = []  # [B] each
+    if decoder is None:
+        decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens - 1, memory_budget)
+    ended = [False] * len(prompts)
 
+    def seen(tokens: list[int]) -> list[int | None]:
+        given: list[int | None] = []
+        for number, token in enumerate(tokens):
+            ended[number] = ended[number] or token == stop_token
+            given.append(None if ended[number] else token)
+            ended[number] = ended[number] or (ends is not None and ends(number, token))
+        return given
+
+    copies: deque[_Copied] = deque()
+    ahead = _AHEAD if model.device.type == "cuda" else 0
     training = model.training
     model.eval()
     try:
-        logits = model.prefill(torch.tensor(padded, device=model.device), cache, lengths)
-        while True:
-            token = sample(logits, temperature, top_k, top_p, generator)  # [B]
-            new.append(token)
-            if stop_token is not None:
-                finished |= token == stop_token
-                if bool(finished.all()):
-                    break
-            if len(new) == max_new_tokens:
-                break
-            logits = model.decode(token[:, None], cache)
+        logits = decoder.prefill(prompts)
+        for step in range(max_new_tokens):
+            tokens = sample(logits, temperature, top_k, top_p, generator)  # [B]
+            copies.append(_Copied.of(tokens))
+            while len(copies) > (ahead if step < max_new_tokens - 1 else 0):
+                yield seen(copies.popleft().wait())
+                if all(ended):
+                    return
+            if step < max_new_tokens - 1:
+                logits = decoder.decode(tokens)
     finally:
         model.train(training)
-    continuations: list[list[int]] = torch.stack(new, dim=1).tolist()
-    if stop_token is None:
-        return continuations
-    return [each[: each.index(stop_token)] if stop_token in each else each for each in continuations]
 
 
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One token id per sequence, [B] int64, from logits [B, V]; the options as in `generate`."""
+    """One token id per sequence, [B] int64, from logits [B, V]; the options as in `stream`."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # As torch.multinomial draws one, which would wait for a GPU to see whether these are probabilities.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=-1)
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:

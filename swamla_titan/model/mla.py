@@ -27,16 +27,15 @@ class MLACache:
         self.rope_keys[:, : rope_keys.shape[1]] = rope_keys
 
     def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token a sequence, [B, 1, R] and [B, 1, rope]; all stored so far: [B, S, R] and [B, S, rope]."""
-        end = self.clock.length + 1
-        self.latents[:, end - 1] = latents[:, 0]
-        self.rope_keys[:, end - 1] = rope_keys[:, 0]
-        return self.latents[:, :end], self.rope_keys[:, :end]
+        """Store one token a sequence, [B, 1, R] and [B, 1, rope]; all slots: [B, S, R] and [B, S, rope]."""
+        self.latents.index_copy_(1, self.clock.length, latents)
+        self.rope_keys.index_copy_(1, self.clock.length, rope_keys)
+        return self.latents, self.rope_keys
 
     def next_mask(self) -> Tensor:
-        """Which tokens the next one sees, boolean [B, 1, 1, tokens so far]."""
-        starts = self.clock.starts
-        return (torch.arange(self.clock.length + 1, device=starts.device) >= starts[:, None])[:, None, None]
+        """Which slots the next token sees, boolean [B, 1, 1, S]."""
+        index, starts = torch.arange(self.latents.shape[1], device=self.latents.device), self.clock.starts[:, None]
+        return ((index >= starts) & (index <= self.clock.length))[:, None, None]
 
 
 class SelectiveMLACache(MLACache):
@@ -50,7 +49,7 @@ class SelectiveMLACache(MLACache):
         super().__init__(config, clock, max_tokens, dtype)
         batch, device = clock.starts.shape[0], clock.starts.device
         kind = torch.promote_types(dtype, torch.float32)
-        self.room, self.used = max_tokens, 0
+        self.room = max_tokens
         self.selected = torch.zeros(batch, max_tokens, dtype=kind, device=device)
         # Slots of the first token and of the newest: [B, room], False there.
         self.is_first = torch.zeros(batch, max_tokens, dtype=torch.bool, device=device)
@@ -66,33 +65,29 @@ class SelectiveMLACache(MLACache):
             kept = (index[-1] - order[:, : self.room]).sort(dim=1).values  # of equals the newer ones
             selected, is_first, is_newest = (x.gather(1, kept) for x in (selected, is_first, is_newest))
             latents, rope_keys = (x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])) for x in (latents, rope_keys))
-        self.used = latents.shape[1]
         self.fill(latents, rope_keys)
         for stored, now in ((self.selected, selected), (self.is_first, is_first), (self.is_newest, is_newest)):
             stored.zero_()
-            stored[:, : self.used] = now
+            stored[:, : latents.shape[1]] = now
 
     def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token a sequence, as in MLACache, if need be in the place of another; all that are stored."""
-        slot = torch.full((latents.shape[0], 1), self.used, device=latents.device)
-        if self.used == self.room:
-            slot = self.selected.masked_fill(self.is_first | self.is_newest, -1).argmax(dim=1, keepdim=True)
-        self.used = min(self.used + 1, self.room)
+        """Store one token a sequence, as in MLACache, if need be in the place of another; all slots."""
+        least_wanted = self.selected.masked_fill(self.is_first | self.is_newest, -1).argmax(dim=1, keepdim=True)
+        slot = torch.where(self.clock.length < self.room, self.clock.length, least_wanted)  # [B, 1]
         for stored, now in ((self.latents, latents), (self.rope_keys, rope_keys)):
             stored.scatter_(1, slot[..., None].expand(-1, -1, now.shape[2]), now)
         self.selected.scatter_(1, slot, 0)
         self.is_newest.zero_().scatter_(1, slot, True)
-        return self.latents[:, : self.used], self.rope_keys[:, : self.used]
+        return self.latents, self.rope_keys
 
     def select(self, scores: Tensor) -> None:
-        """What the newest token selects, by the selecting head's scores [B, tokens]."""
-        exempt = self.is_first | self.is_newest
-        self.selected[:, : self.used] += scores.relu().masked_fill(exempt[:, : self.used], 0)
+        """What the newest token selects, by the selecting head's scores [B, S]; of an empty slot it means nothing."""
+        self.selected += scores.relu().masked_fill(self.is_first | self.is_newest, 0)
 
     def next_mask(self) -> Tensor:
-        """As in MLACache, of the slots in use: True, for what was selected without end has no weight."""
-        batch, device = self.selected.shape[0], self.selected.device
-        return torch.ones(batch, 1, 1, min(self.used + 1, self.room), dtype=torch.bool, device=device)
+        """As in MLACache: the slots in use, for what was selected without end has no weight."""
+        in_use = torch.arange(self.room, device=self.selected.device) <= self.clock.length
+        return in_use.expand(self.selected.shape[0], 1, 1, -1)
 
 
 class LatentAttention(Attention):
@@ -207,7 +202,7 @@ class LatentAttention(Attention):
         return self._output(context.attend(query, key, value, self.scale, selection))
 
     def decode(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
-        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]; context.mask is [B, 1, 1, tokens so far].
+        """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]; context.mask is over the cache's slots.
 
         The latent's up-projection is absorbed into query and output, so keys and values are never made:
         q . (W_k c) = (W_k^T q) . c, and sum_s p_s (W_v c_s) = W_v (sum_s p_s c_s). It reads `wkv_b.weight` itself,
@@ -225,7 +220,7 @@ class LatentAttention(Attention):
         if self.selecting_head is not None:
             assert isinstance(cache, SelectiveMLACache)
             selecting = scores[:, self.selecting_head.head, 0]
-            scores = scores - cache.selected[:, None, None, : cache.used]
+            scores = scores - cache.selected[:, None, None]
             cache.select(selecting)
         weights = scores.masked_fill(~context.mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
         mixed = torch.einsum("bhts,bsr->bthr", weights, latents)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
@@ -15,7 +14,7 @@ from swamla_titan.model.blocks import Block
 from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import FullSequences
+from swamla_titan.model.context import FullSequences, Prompts
 from swamla_titan.model.init import initial_draws
 from swamla_titan.model.layers import Embedding, Head, build_norm
 from swamla_titan.model.loss_head import LossHead
@@ -164,11 +163,11 @@ class SWAMLAModel(nn.Module):
         self._require_decoding()
         self._check(tokens, None, None)
         cache.start(tokens, lengths)
-        # The padding is a document of its own.
-        real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
-        backend, _ = for_decoding(self.attention_backend)
-        shape = self.config, tokens.shape[1]
-        context = FullSequences().context(*shape, real, self.device, self.activation_dtype, backend)
+        real = None
+        if lengths is not None:  # the padding is a document of its own
+            real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
+        of_batch = self.config, tokens.shape[1], real, self.device, self.activation_dtype, self.attention_backend
+        context = Prompts().context(*of_batch)
         memories = self.annexes.look_up(tokens, real, self.activation_dtype)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
@@ -186,6 +185,14 @@ class SWAMLAModel(nn.Module):
             raise ValueError(
                 f"tokens {tuple(tokens.shape)}: decode takes one per sequence, ({cache.clock.starts.shape[0]}, 1)"
             )
+        cache.require_room()
+        logits = self.decode_step(tokens, cache)
+        cache.length += 1
+        return logits
+
+    @torch.no_grad()
+    def decode_step(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
+        """What a GPU does of `decode`: the same for every token, and nothing waits for the host."""
         context = cache.next_context(self.attention_backend)
         memories = self.annexes.look_up_next(tokens, cache, self.activation_dtype)
         x = self.embed(tokens)
@@ -193,7 +200,7 @@ class SWAMLAModel(nn.Module):
             assert isinstance(block, Block)
             x = self.annexes.decode(name, x, memories, cache)
             x = block.decode(x, context, cache.layers[name])
-        cache.clock.length += 1
+        cache.clock.length.add_(1)
         return self.loss_head.logits(self.head, self.norm(x[:, 0]))
 
     def _require_decoding(self) -> None:

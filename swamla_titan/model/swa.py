@@ -44,10 +44,10 @@ class SWACache:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Store one token a sequence: keys and values [B, 1, G, D] at positions [B, 1]."""
-        ring = self.sink + self.clock.length % self.window
+        ring = self.sink + self.clock.length % self.window  # [1]
         own = (positions == torch.arange(self.sink, device=keys.device))[:, :, None, None]  # [B, sink, 1, 1]
         for slots, new in ((self.keys, keys), (self.values, values)):
-            slots[:, ring] = new[:, 0]
+            slots.index_copy_(1, ring, new)
             slots[:, : self.sink] = torch.where(own, new, slots[:, : self.sink])
 
     def next_mask(self) -> Tensor:

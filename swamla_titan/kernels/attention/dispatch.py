@@ -531,12 +531,15 @@ ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS = _RotaryWindow(), _Latent(), _LatentDoc
 FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS]
 
 
-def for_decoding(asked: AttentionBackend) -> tuple[AttentionBackend, Implementation]:
-    """What to ask `choose` for over prompts, and what attends to a cache's slots, in a model that trains by `asked`.
+def choose_for_prompts(request: Request, asked: AttentionBackend) -> Choice:
+    """`choose` without FlexAttention, which would compile for each prompt's length."""
+    choice = choose(request, asked)
+    return choose(request, "sdpa") if choice.implementation is FLEX else choice
 
-    Both take boolean masks: no kernel of ours knows of slots, and FlexAttention would compile for each prompt's length.
-    """
-    return ("reference", REFERENCE) if asked == "reference" else ("sdpa", SDPA)
+
+def for_decoding(asked: AttentionBackend) -> Implementation:
+    """What attends to a cache's slots, which boolean masks name, in a model that trains by `asked`."""
+    return REFERENCE if asked == "reference" else SDPA
 
 
 def sdpa_backends(queries: int, keys: int, is_masked: bool) -> list[SDPBackend]:

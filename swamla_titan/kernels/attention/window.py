@@ -179,6 +179,8 @@ def run_backward(
     )
 
 
+_STEP = 64  # of windows that reach across a sequence, so that few lengths of prompts compile a kernel of their own
+
 # The fastest on an H100 of those that benchmarks/attention_tiles.py tries, by head width, in 16 bits. Small programs
 # win: each waits for memory most of the time, and up to four share a multiprocessor if its registers suffice.
 _FORWARD = {64: Tiles(64, 64, 4, 2, 128), 96: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 3)}
@@ -203,7 +205,7 @@ def _rule(query: Tensor, key: Tensor, starts: Tensor | None, window: int, sink: 
     """The constexpr arguments that say which keys a query sees."""
     return {
         "GROUP": query.shape[2] // key.shape[2],
-        "WINDOW": min(window, query.shape[1]),
+        "WINDOW": min(window, -(-query.shape[1] // _STEP) * _STEP),
         "SINK": sink,
         "DOCUMENTS": starts is not None,
     }
