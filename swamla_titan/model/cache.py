@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import for_decoding
+from swamla_titan.kernels.decode import why_no_decode_kernels
 from swamla_titan.kernels.limits import AttentionBackend
+from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import Attention, AttentionCache, AttentionContext, Clock, SequenceContext, TokenContext
 from swamla_titan.model.config import ModelConfig
+from swamla_titan.model.fused_decode import Step, all_rotations, fused_head, fused_step, why_not_fused
 
 SMALLEST_BUDGET = 3  # tokens
 
@@ -56,10 +59,33 @@ class DecodeCache:
             name: block.attention.new_cache(config, self.clock, budget if name in dropping else max_tokens, self.dtype)
             for name, block in self.blocks.items()
         }
+        # What computes a layer's next token by kernels, where these can; the other layers by Block.decode.
+        self.steps: dict[str, Step] = {}
+        self.head_step: Step | None = None
+        if model.attention_backend != "reference" and not why_no_decode_kernels(model.device, self.dtype):
+            self.steps = self._fused_steps()
+            self.head_step = fused_head(model.head, model.norm, config.vocab_size, self.dtype)
         # Of annexes (model/annexes.py), which look up by the newest tokens.
         self.annex_caches = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
         lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
         self.newest = starts.new_zeros(batch, lookback + 1)  # tokens
+
+    def _fused_steps(self) -> dict[str, Step]:
+        kinds = {
+            kind: attention
+            for kind, attention in attention_kinds(self.config).items()
+            if attention.rotary(self.config).width
+        }
+        rotations = {
+            kind: all_rotations(attention, self.config, self.max_tokens, self.clock, self.dtype)
+            for kind, attention in kinds.items()
+        }
+        steps = {
+            name: fused_step(block, self.layers[name], self.clock, rotations)
+            for name, block in self.blocks.items()
+            if not why_not_fused(block, self.dtype)
+        }
+        return {name: step for name, step in steps.items() if step is not None}
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
         """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""
@@ -97,7 +123,7 @@ class DecodeCache:
             )
 
     def next_context(self, asked: AttentionBackend) -> SequenceContext:
-        """The context of the next token of each sequence, under masks over the caches' slots.
+        """The context of the next token of each sequence, under masks over the caches' slots, for Block.decode.
 
         `asked`: the model's attention_backend.
         """
@@ -112,5 +138,5 @@ class DecodeCache:
             cache: AttentionCache = self.layers[layer]
             return AttentionContext(positions, rotation, cache.next_mask(), implementation)
 
-        one_of_each = {block.kind: layer for layer, block in self.blocks.items()}
+        one_of_each = {block.kind: layer for layer, block in self.blocks.items() if layer not in self.steps}
         return SequenceContext({kind: of_layer(layer) for kind, layer in one_of_each.items()})

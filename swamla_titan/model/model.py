@@ -198,10 +198,10 @@ class SWAMLAModel(nn.Module):
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
-            x = self.annexes.decode(name, x, memories, cache)
-            x = block.decode(x, context, cache.layers[name])
+            x, step = self.annexes.decode(name, x, memories, cache), cache.steps.get(name)
+            x = block.decode(x, context, cache.layers[name]) if step is None else step(x[:, 0])[:, None]
         cache.clock.length.add_(1)
-        return self.loss_head.logits(self.head, self.norm(x[:, 0]))
+        return cache.head_step(x[:, 0]) if cache.head_step else self.loss_head.logits(self.head, self.norm(x[:, 0]))
 
     def _require_decoding(self) -> None:
         if self.why_not_decode is not None:

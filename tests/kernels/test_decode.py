@@ -1,0 +1,126 @@
+"""A decoded token by our kernels against the full forward pass; with -m gpu, or slowly with TRITON_INTERPRET=1."""
+
+import copy
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swamla_titan.kernels import decode as kernels
+from swamla_titan.model import ModelConfig, SWAMLAModel, cache
+from swamla_titan.model.cache import DecodeCache
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+SHAPE = ModelConfig(
+    num_layers=3,
+    dim=96,
+    num_heads=4,
+    vocab_size=50,
+    max_seq_len=256,
+    ffn_hidden_dim=64,
+    swa_window=6,
+    swa_sink_size=3,
+    kv_lora_rank=40,
+    qk_nope_head_dim=20,
+    qk_rope_head_dim=12,
+    v_head_dim=24,
+)
+LENGTHS = [1, 2, 5, 14]  # shorter than the sink, between, longer than the window
+NEW = 12  # past window and sink
+
+
+@pytest.fixture(autouse=True)
+def taken_everywhere(monkeypatch):
+    monkeypatch.setattr(cache, "why_no_decode_kernels", lambda device, dtype: None)
+
+
+def model(dtype=torch.float32, **changes):
+    made = SWAMLAModel(replace(SHAPE, **changes)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4) if parameter.dim() == 2 else parameter.add_(0.2 * torch.randn_like(parameter))
+    return made.to(DEVICE, dtype)
+
+
+def largest_error(made, lengths, new=NEW):
+    """Of the logits of any step, relative to the full forward pass in float64."""
+    exact = copy.deepcopy(made).double()
+    texts = [torch.randint(0, 50, (length + new,), device=DEVICE) for length in lengths]
+    padded = torch.zeros(len(texts), max(lengths), dtype=torch.int64, device=DEVICE)
+    for row, (length, text) in enumerate(zip(lengths, texts)):
+        padded[row, max(lengths) - length :] = text[:length]
+    memory = DecodeCache(made, len(texts), max(lengths) + new)
+    expected = [exact(text[None])[0].detach() for text in texts]
+    logits, worst = made.prefill(padded, memory, torch.tensor(lengths, device=DEVICE)), 0.0
+    for step in range(new):
+        tokens = torch.stack([text[length + step] for length, text in zip(lengths, texts)])
+        logits = made.decode(tokens[:, None], memory)
+        for row, length in enumerate(lengths):
+            wanted = expected[row][length + step]
+            worst = max(worst, ((logits[row].double() - wanted).norm() / wanted.norm()).item())
+    return worst, memory
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [LENGTHS, [9], [3] * 17])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 2, "q_lora_rank": 28, "qk_norm": True},
+        {"swa_window": 2, "swa_sink_size": 5},
+        {"swa_window": 1, "swa_sink_size": 0},
+        {"engram": {"layers": [0, 2], "orders": [2, 3], "heads": 2, "d_mem": 16, "table_size": 31}},
+    ],
+)
+def test_equals_the_full_forward(changes, lengths):
+    error, memory = largest_error(model(**changes), lengths, NEW if len(lengths) < 9 else 3)
+    assert error < 1e-5
+    assert len(memory.steps) == 3  # no layer by Block.decode
+
+
+@pytest.mark.gpu
+def test_latents_in_many_parts():
+    error, _ = largest_error(model(swa_layers_per_cycle=0), [150, 3, 70], 4)
+    assert error < 1e-5
+    assert kernels._parts(3, 4, 154) > 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="not in Triton's interpreter")
+@pytest.mark.parametrize("lengths", [[300], [1, 256, 300, 517], [77] * 64])
+def test_bfloat16_stays_near(lengths):
+    shape = {"dim": 512, "max_seq_len": 600, "swa_window": 256, "swa_sink_size": 4, "kv_lora_rank": 128}
+    error, _ = largest_error(model(torch.bfloat16, **shape, num_layers=4, ffn_hidden_dim=0), lengths)
+    assert error < 4e-2
+
+
+@pytest.mark.gpu
+def test_layers_that_no_kernel_takes_are_computed_as_before():
+    for changes in ({"mla_selective": True}, {"norm": "dynamic_tanh"}):
+        made = model(**changes)
+        error, memory = largest_error(made, [9, 4], 3)
+        assert error < 1e-5
+        assert set(memory.steps) == ({"0", "1"} if "mla_selective" in changes else set())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("options", [{}, {"norm": True}, {"residual": True}, {"norm": True, "group": 16}])
+def test_linear(tokens, options, monkeypatch):
+    monkeypatch.setattr(kernels, "_tile_of_one", lambda *sizes: (4, {"BK": 32}))  # several tiles of the width
+    monkeypatch.setattr(kernels, "_tile_of_few", lambda *sizes: (16, {"BK": 32}))
+    x, weight = torch.randn(tokens, 72, device=DEVICE), torch.randn(96, 72, device=DEVICE)
+    gain = torch.rand(72, device=DEVICE) if "norm" in options else None
+    residual = torch.randn(tokens, 96, device=DEVICE) if "residual" in options else None
+    group = options.get("group", 0)
+    exact = x.double() if gain is None else torch.nn.functional.rms_norm(x.double(), (72,), gain.double(), 1e-6)
+    exact = exact @ weight.double().T
+    if residual is not None:
+        exact = exact + residual.double()
+    if group:
+        gate, up = exact.unflatten(-1, (-1, 2, group)).unbind(dim=-2)
+        exact = (torch.nn.functional.silu(gate) * up).flatten(-2)
+    ours = kernels.linear(x, weight, gain, 1e-6, residual, group)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
