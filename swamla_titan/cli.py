@@ -38,21 +38,21 @@ class Train:
     """A TOML file or the name of a shipped configuration."""
 
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Refuse what training would refuse, print the plan, and write nothing."""
+    """Print the plan, or the errors by which training would not start; write nothing."""
 
     gpus: int | None = None
-    """With --dry-run: GPUs of the run; without it the processes that a launcher started."""
+    """With --dry-run: GPUs of the run; default: the processes that the launcher started."""
 
 
 @dataclass
 class Plan:
-    """Show a configuration on so many GPUs, which need not be there: mesh, batch, shapes of shards, memory."""
+    """Show mesh, batch, shards and memory of a configuration on any number of GPUs; none need be here."""
 
     config: Positional[str]
     """A TOML file or the name of a shipped configuration."""
 
     gpus: int | None = None
-    """GPUs of the run; without it the product of the degrees in [parallel], -1 taken as 1."""
+    """GPUs of the run; default: the product of the degrees in [parallel], with 1 for -1."""
 
 
 @dataclass
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse_numbers(arguments: list[str]) -> None:
-    """Raise UserError for numbers without a name, which other launchers accept; the parser's error names no remedy."""
+    """Raise UserError for numbers without a key; other launchers accept those, and the parser's error has no remedy."""
     if arguments[:1] not in (["train"], ["plan"], ["check"]):
         return
     keys = "training.local_batch_size", "training.seq_len", "training.steps"
@@ -217,7 +217,7 @@ def _refuse_numbers(arguments: list[str]) -> None:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command. Raises tyro's SystemExit after its help or its error was printed."""
+    """The command that the arguments name; raises SystemExit after help or an error was printed."""
 
     def parse() -> Any:
         return tyro.cli(
@@ -240,14 +240,14 @@ def _parsed(arguments: list[str]) -> Any:
 
 
 def _brief(text: str) -> str:
-    """The text without its middle lines if there are many, and without the middle of long lines."""
+    """Cut out the middle of a text of many lines, and of long lines."""
     lines = text.splitlines(keepends=True)
     lines = lines if len(lines) <= 60 else [*lines[:20], "...\n", *lines[-20:]]
     return "".join(line if len(line) <= 400 else f"{line[:200]} ... {line[-100:]}" for line in lines)
 
 
 def _or_failed_output(code: int) -> int:
-    """`code`, or 1 if standard output could not be written; but a reader such as `head` may close it early."""
+    """`code`, or 1 if standard output could not be written; a reader such as `head` may close it early."""
     lost = lost_output()
     if lost is None or lost.errno in (errno.EPIPE, errno.EIO):
         return code
@@ -256,13 +256,13 @@ def _or_failed_output(code: int) -> int:
 
 
 def _memory_advice(config: Config, world: "World") -> list[str]:
-    from swamla_titan.tools.savings import advice  # here, because most runs need it never
+    from swamla_titan.tools.savings import advice  # late, because few runs need it
 
     return advice(config, world)
 
 
 def _run(command: object, overrides: list[Override]) -> int:
-    # The rooms are imported here, because torch and other packages take seconds, which `--help` need not cost.
+    # Imports are late, because torch and others take seconds, for which `--help` should not wait.
     warnings: list[str] = []
 
     def load(name: str) -> Config:

@@ -92,26 +92,26 @@ def kept_by_operators(model: ModelConfig, kind: str, branch: str, context: int =
     return kept / context
 
 
-def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: int = 1) -> int:
-    """Bytes that these layers keep on a rank for one sequence of a micro-batch of `rows`, by [activation_checkpoint].
+def block_bytes(config: Config, degrees: Degrees, layers: Sequence[int], micro_batch_size: int = 1) -> int:
+    """Bytes that these layers keep on a rank for one sequence of a micro-batch, by [activation_checkpoint].
 
     Regions that are recomputed need, besides, what one of them keeps without checkpointing, while its backward pass
     runs: see `recomputed_bytes`.
     """
-    return round(sum(_of_layer(config, degrees, layer, rows)[0] for layer in layers))
+    return round(sum(_of_layer(config, degrees, layer, micro_batch_size)[0] for layer in layers))
 
 
-def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int], rows: int = 1) -> int:
+def recomputed_bytes(config: Config, degrees: Degrees, layers: Sequence[int], micro_batch_size: int = 1) -> int:
     """Bytes for one sequence that the backward pass of the largest recomputed region recomputes; 0 without one."""
-    return round(max((_of_layer(config, degrees, layer, rows)[1] for layer in layers), default=0))
+    return round(max((_of_layer(config, degrees, layer, micro_batch_size)[1] for layer in layers), default=0))
 
 
-def _of_layer(config: Config, degrees: Degrees, layer: int, rows: int) -> tuple[float, float]:
+def _of_layer(config: Config, degrees: Degrees, layer: int, micro_batch_size: int) -> tuple[float, float]:
     """Bytes for one sequence that a layer keeps, and that its largest recomputed region recomputes."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
     branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
-    sums = _sums_of_selection(config, degrees, kind, rows)
+    sums = _sums_of_selection(config, degrees, kind, micro_batch_size)
     branches["attention"] += sums
     its_input = model.dim / (degrees.tensor * degrees.context)
     regions = checkpointed_regions(settings, layer)
@@ -164,14 +164,14 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
     return elements
 
 
-def _sums_of_selection(config: Config, degrees: Degrees, kind: str, rows: int) -> float:
+def _sums_of_selection(config: Config, degrees: Degrees, kind: str, micro_batch_size: int) -> float:
     """What our kernels of selective attention save for each token beyond other attention, in units of 16 bits."""
     mixer, seq_len = BLOCKS[kind], config.training.seq_len
     if not issubclass(mixer, Attention) or mixer.selection_head(config.model) is None or itemsize(config) > 2:
         return 0
     chunks = 2 if degrees.context > 1 else 1  # parallel/sequence_layout.py
     length = seq_len // (chunks * degrees.context)
-    return chunks * saved_sums(rows, seq_len, length) * torch.float32.itemsize / itemsize(config)
+    return chunks * saved_sums(micro_batch_size, seq_len, length) * torch.float32.itemsize / itemsize(config)
 
 
 def recomputed_operations(config: Config, layer: int) -> int:

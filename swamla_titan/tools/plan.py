@@ -1,8 +1,8 @@
-"""`plan`: what a configuration means on so many ranks, computed on any machine, without processes or GPUs.
+"""`plan`: mesh, batch, shards and memory of a configuration on a number of ranks, without processes or GPUs.
 
-The run's own code lays out the model for some of the ranks, on the meta device and in a fake process group, and the
-result is counted. The ranks are the first and the last of each pipeline coordinate, because where shards are uneven
-the first rank holds the largest and the last rank the smallest.
+The run's own code builds and shards the model of some ranks, on the meta device in a fake process group, and the result
+is counted. These are the first and the last rank of each pipeline coordinate, because where shards are uneven the first
+rank holds the largest and the last rank the smallest.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step has from `fewest` to `most` micro-batches of `rows` sequences, as many on each rank.
+    """How steps are divided: each has from `fewest` to `most` micro-batches, as many on each rank.
 
     For these a rank reads from `least_read` to `most_read` sequences.
     """
 
-    rows: int
+    micro_batch_size: int  # sequences
     fewest: int
     most: int
     least_read: int
@@ -72,23 +72,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Holding:
-    """What one rank holds: its shard of each parameter, and bytes."""
+    """One rank's shards of the parameters, and its memory."""
 
     rank: int
-    shapes: dict[str, tuple[Shape, Shape]]  # by name: of the full parameter, and of this rank's shard
+    shapes: dict[str, tuple[Shape, Shape]]  # of each parameter in full, and of this rank's shard
     memory: Memory
     saved_by_float8_moments: int  # of the optimizer's state
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of `plan`. `config` has the tokenizer's vocabulary."""
+    """The result of `plan`; `config` has the tokenizer's vocabulary."""
 
     config: Config
     degrees: Degrees
     mesh: list[Neighbours]
     batch: Batch
-    key_exchanges: dict[str, Traffic]  # by kind: of a layer's forward pass over a micro-batch between context ranks
+    key_exchanges: dict[str, Traffic]  # between context ranks, of a layer of each kind: one pass over a micro-batch
     bubble: float | None  # share of the ranks' time; None without a pipeline
     holdings: list[Holding]  # of the first and last rank of each pipeline coordinate
     coverage: list[LinearCoverage]  # by float8.recipe
@@ -102,12 +102,12 @@ class Plan:
 
 
 def ranks_asked_for(parallel: Parallel) -> int:
-    """The product of the degrees given, -1 (the rest) taken as 1."""
+    """The product of the degrees of [parallel], where -1 (all ranks that are left) counts as 1."""
     return math.prod(max(getattr(parallel, each.key), 1) for each in DIMENSIONS)
 
 
 def plan(config: Config, ranks: int) -> Plan:
-    """The plan of a configuration, whose vocabulary is known, on `ranks` ranks.
+    """Plan a configuration on `ranks` ranks; its vocabulary must be known.
 
     This process must be in no process group. Raises UserError where the run itself would because of the layout, but not
     because of what this machine lacks, such as GPUs.
@@ -132,7 +132,7 @@ def plan(config: Config, ranks: int) -> Plan:
     if degrees.pipeline > 1:
         costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
         bubble = bubble_share(order, [cost.operations for cost in costs])
-    exchanges = key_exchanges(config, degrees, batch.rows)
+    exchanges = key_exchanges(config, degrees, batch.micro_batch_size)
     attention = attention_choices(config, device_here())
     return Plan(config, degrees, mesh, batch, exchanges, bubble, holdings, float8_coverage(config), choices, attention)
 
@@ -155,7 +155,7 @@ def ends_of_coordinates(degrees: Degrees) -> list[list[int]]:
 
 def _memory(parts: list[SWAMLAModel], config: Config, world: World, batch: Batch, order: Order) -> Memory:
     in_flight = _in_flight(config, world, batch, order)
-    return memory_of(parts, config, world, batch.rows, run_count(config.parallel, batch), in_flight)
+    return memory_of(parts, config, world, batch.micro_batch_size, run_count(config.parallel, batch), in_flight)
 
 
 def _for_any_machine(config: Config) -> Config:
@@ -168,34 +168,36 @@ def _for_any_machine(config: Config) -> Config:
 
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:
-    """How the trainer divides the batches of steps."""
+    """How the trainer divides the global batch of a step among ranks and micro-batches."""
     training, streams = config.training, config.data.streams
-    rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
-    size = training.global_batch_size
+    size = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
+    total = training.global_batch_size
     read = [
-        sequences_per_rank(step * size, size, streams, degrees.data)
-        for step in range(min(training.steps, distinct_steps(size, streams)))
+        sequences_per_rank(step * total, total, streams, degrees.data)
+        for step in range(min(training.steps, distinct_steps(total, streams)))
     ]
     most, least = [max(counts) for counts in read], [min(counts) for counts in read]
-    return Batch(rows, -(-min(most) // rows), -(-max(most) // rows), min(least), max(most))
+    return Batch(size, -(-min(most) // size), -(-max(most) // size), min(least), max(most))
 
 
-def key_exchanges(config: Config, degrees: Degrees, rows: int) -> dict[str, Traffic]:
-    """The most that a context-parallel rank sends, and receives, for the keys of one layer, by the layer's kind."""
+def key_exchanges(config: Config, degrees: Degrees, micro_batch_size: int) -> dict[str, Traffic]:
+    """The most that a context-parallel rank sends and receives for the keys of one layer, by the layer's kind."""
     if degrees.context == 1:
         return {}
     layouts = [SequenceLayout(config.training.seq_len, degrees.context, rank) for rank in range(degrees.context)]
     dtype = getattr(torch, config.training.compute_dtype)
 
     def of_kind(attention: type[Attention]) -> Traffic:
-        ranks = [exchanged_bytes(attention, config.model, each, degrees.tensor, rows, dtype) for each in layouts]
+        ranks = [
+            exchanged_bytes(attention, config.model, each, degrees.tensor, micro_batch_size, dtype) for each in layouts
+        ]
         return Traffic(max(each.sent for each in ranks), max(each.received for each in ranks))
 
     return {kind: of_kind(attention) for kind, attention in attention_kinds(config.model).items()}
 
 
 def run_count(parallel: Parallel, batch: Batch) -> int:
-    """Micro-batches that are run, those included that a pipeline adds."""
+    """Micro-batches of a step, including the empty ones that a pipeline schedule adds."""
     return runnable_micro_batches(parallel, batch.most) if parallel.pipeline > 1 else batch.most
 
 
@@ -205,7 +207,7 @@ def folded(name: str) -> str:
 
 
 def _neighbours(world: World) -> Iterator[Neighbours]:
-    """Of rank 0, in the dimensions where it has any."""
+    """Rank 0's neighbours in each dimension of more than one rank."""
     shown: set[str] = set()
     for mesh in (world.activations, world.weights):
         for dimension in mesh.mesh_dim_names or () if mesh is not None else ():
@@ -222,26 +224,30 @@ def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batc
         return {}
     stages = [part for part in parts if isinstance(part, ModelStage)]
     count = run_count(parallel, batch)
-    schedule = Pipeline(config, world, stages).schedule(count, batch.rows)
+    schedule = Pipeline(config, world, stages).schedule(count, batch.micro_batch_size)
     return order_of(parallel.pipeline_schedule, parallel.pipeline, count, schedule)
 
 
 def _in_flight(config: Config, world: World, batch: Batch, order: Order) -> InFlight:
-    """What the rank of `world` keeps between forward and backward passes, by the `order` of the pipeline."""
+    """What the rank of `world` keeps between forward and backward passes, by the pipeline's `order`."""
     degrees, coordinate = world.degrees, world.coordinate("pipeline")
     if degrees.pipeline == 1:
         layers = range(config.model.num_layers)
-        kept, again = (count(config, degrees, layers, batch.rows) for count in (block_bytes, recomputed_bytes))
-        return InFlight(batch.rows * kept, batch.rows * again, logits=1)
+        kept, again = (
+            count(config, degrees, layers, batch.micro_batch_size) for count in (block_bytes, recomputed_bytes)
+        )
+        return InFlight(batch.micro_batch_size * kept, batch.micro_batch_size * again, logits=1)
     stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
     mine: Mapping[int, range] = {
         number: stages[number].layers for number in stages_of_rank(config.parallel, coordinate)
     }
-    of_stage = {number: block_bytes(config, degrees, layers, batch.rows) for number, layers in mine.items()}
-    again = max(recomputed_bytes(config, degrees, layers, batch.rows) for layers in mine.values())
+    of_stage = {number: block_bytes(config, degrees, layers, batch.micro_batch_size) for number, layers in mine.items()}
+    again = max(recomputed_bytes(config, degrees, layers, batch.micro_batch_size) for layers in mine.values())
     last = {number: int(number == len(stages) - 1) for number in mine}
     most = most_in_flight(order[coordinate], of_stage)
-    return InFlight(batch.rows * most, batch.rows * again, logits=most_in_flight(order[coordinate], last))
+    return InFlight(
+        batch.micro_batch_size * most, batch.micro_batch_size * again, logits=most_in_flight(order[coordinate], last)
+    )
 
 
 def _shapes(parts: list[SWAMLAModel]) -> dict[str, tuple[Shape, Shape]]:

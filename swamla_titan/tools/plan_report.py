@@ -1,4 +1,4 @@
-"""The commands `plan` and `train --dry-run`: print what would be trained, and raise what the run would refuse."""
+"""The commands `plan` and `train --dry-run`: print the plan of a run, and raise the errors that its start would."""
 
 import dataclasses
 from collections import Counter
@@ -32,7 +32,7 @@ _MEANING = {"data": "read different sequences"} | {each.name: each.ranks for eac
 
 
 def print_plan(config: Config, gpus: int | None) -> None:
-    """Print the plan on `gpus` ranks; None: on as many as the degrees of the configuration multiply to.
+    """Print the plan on `gpus` ranks; None: on the product of the degrees in [parallel].
 
     Raises UserError if the degrees do not fit, or if the tokenizer, whose vocabulary the model needs, cannot be loaded.
     """
@@ -47,8 +47,8 @@ def print_plan(config: Config, gpus: int | None) -> None:
 def dry_run(config: Config, gpus: int | None) -> None:
     """Print the plan of a run on `gpus` ranks (None: those that the launcher started), and where the run would begin.
 
-    Raises UserError for what `train` would refuse. Writes nothing. Without a GPU here the run's GPUs are taken to be on
-    another machine, and what depends on them is left out. Under a launcher rank 0 prints.
+    Raises the UserErrors of `train`, and writes nothing. On a machine without GPUs the run is taken to be for another
+    one, and what depends on GPUs is not validated. Under a launcher rank 0 prints.
     """
     ranks = _positive(gpus) or rank_info().size
     here = device_here()
@@ -84,7 +84,7 @@ def _positive(gpus: int | None) -> int | None:
 
 
 def report(plan: Plan) -> Iterator[str]:
-    """Lines: mesh, batch, context, pipeline, parameters, float8, memory."""
+    """The lines of a plan: mesh, batch, context, pipeline, parameters, float8, memory."""
     total, without_embeddings = parameter_counts(plan.config.model)
     ranks = "1 rank" if plan.degrees.size == 1 else f"{plan.degrees.size} ranks"
     yield f"{ranks}: {plan.degrees}"
@@ -128,9 +128,9 @@ def _batch(plan: Plan) -> Iterator[str]:
     yield f"  {readers}"
     count = f"{batch.most}" if batch.fewest == batch.most else f"{batch.fewest} or {batch.most}"
     noun = "micro-batch" if batch.most == 1 else "micro-batches"
-    own = batch.rows * training.seq_len // plan.degrees.context
-    yield f"  {count} {noun} of {batch.rows} sequences a step; {own:,} tokens on a rank at a time"
-    waits = waits_for_streams(training.global_batch_size, plan.config.data.streams, data, batch.rows)
+    own = batch.micro_batch_size * training.seq_len // plan.degrees.context
+    yield f"  {count} {noun} of {batch.micro_batch_size} sequences a step; {own:,} tokens on a rank at a time"
+    waits = waits_for_streams(training.global_batch_size, plan.config.data.streams, data, batch.micro_batch_size)
     if waits:
         yield f"  {waits}"
 
@@ -180,7 +180,7 @@ def _float8(plan: Plan) -> Iterator[str]:
     if plan.coverage:
         yield ""
         yield from table(plan.coverage, plan.config.float8.recipe)
-        yield from (f"  warning: {text}" for text in warnings(plan.coverage, plan.config, plan.batch.rows))
+        yield from (f"  warning: {text}" for text in warnings(plan.coverage, plan.config, plan.batch.micro_batch_size))
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -226,7 +226,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _recomputed(config: Config) -> str:
-    """The mode of activation checkpointing, and the operations that it adds."""
+    """The mode of activation checkpointing, and the share of operations that it repeats."""
     settings = config.activation_checkpoint
     text = f"activation_checkpoint.mode = {settings.mode}"
     if settings.mode == "none":
@@ -239,7 +239,7 @@ def _recomputed(config: Config) -> str:
 
 
 def listed(ranks: list[int]) -> str:
-    """`0-7`, `0, 8, 16 ... 56`; ranks along a mesh dimension are equally far apart."""
+    """Ranks along a mesh dimension, which are equally far apart: `0-7`, `0, 8, 16 ... 56`."""
     step = ranks[1] - ranks[0]
     assert ranks == list(range(ranks[0], ranks[-1] + 1, step))
     if step == 1 and len(ranks) > 2:

@@ -1,4 +1,4 @@
-"""Which changes of a configuration save memory on a rank, and how much: counted as `plan` counts a run."""
+"""Changes of a configuration that save memory on a rank, and how much each saves by the count of `plan`."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import KEYS
+from swamla_titan.config.toml import toml
 from swamla_titan.data import load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
@@ -23,8 +24,8 @@ from swamla_titan.parallel.float8 import resolve_auto_for
 from swamla_titan.tools.plan import memory_at
 from swamla_titan.tools.plan_report import size
 
-_LEAST = 0.005  # of what the rank needs now; smaller savings are not worth a restart
-_SECONDS = 120.0  # for which the other ranks and the watchdog wait
+_LEAST = 0.005  # of the rank's memory now; smaller savings are not worth a restart
+_SECONDS = 120.0  # that the computation may take, because the other ranks and the watchdog wait
 
 _NEW_RUN = "a new run, because an optimizer cannot load the states of another"
 
@@ -45,10 +46,9 @@ class Saving(NamedTuple):
 
 
 def advice(config: Config, world: World) -> list[str]:
-    """Lines with changes that save memory on this rank, the largest savings first.
+    """A line for each change that saves memory on this rank, the largest savings first.
 
-    The other ranks need not call it. In a process group it computes in another process, because `plan` needs a fake
-    process group.
+    Not collective. A rank of a process group computes it in a subprocess, because `plan` needs a fake process group.
     """
     has_float8 = world.device.type == "cuda" and (
         torch.cuda.get_device_capability(world.device) >= FLOAT8_CAPABILITY and has_triton()
@@ -75,7 +75,7 @@ def _send_savings(sender: Connection, arguments: tuple[Config, int, int, str, bo
 
 
 def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_float8: bool = True) -> list[Saving]:
-    """What each change saves on rank `rank` of `ranks`, the largest first, without those that save nothing.
+    """What each change saves on rank `rank` of `ranks`, the largest first; changes that save nothing are left out.
 
     `has_float8`: whether the GPUs have float8 matmuls. This process must be in no process group.
     """
@@ -91,7 +91,7 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
             continue
         try:
             saved = now - memory_at(applied[0], change.ranks, rank).total
-        except UserError:  # because ranks cannot divide it
+        except UserError:  # the ranks cannot divide the model so
             continue
         if saved >= _LEAST * now:
             found.append(Saving(saved, f"{_toml(applied[1])}: saves {size(saved)}; {change.note}"))
@@ -99,9 +99,9 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
 
 
 def _applied(config: Config, keys: dict[str, Any]) -> tuple[Config, dict[str, Any]] | None:
-    """The configuration with these keys, and all keys to set; None if the configuration would be refused.
+    """The configuration with these keys, and all keys to set; None if these keys conflict with others.
 
-    A key that has no effect beside them is set to its default.
+    Keys that lose their effect by it are set to their defaults.
     """
     changed = config
     for name, value in keys.items():
@@ -141,16 +141,16 @@ def _changes(config: Config, ranks: int, device: str, has_float8: bool) -> Itera
 
 
 def _fewer_activations(config: Config, degrees: Degrees) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes that keep fewer activations at a time, or recompute them."""
+    """Changes by which fewer activations exist at a time: smaller micro-batches, or recomputation."""
     training, settings = config.training, config.activation_checkpoint
-    rows = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
-    if rows > 1:
+    size = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
+    if size > 1:
         note = "the global batch stays what it is, in more micro-batches"
-        yield {"training.local_batch_size": rows // 2}, note
-        if training.global_batch_size <= rows * degrees.data and degrees.weight_shards > 1:
+        yield {"training.local_batch_size": size // 2}, note
+        if training.global_batch_size <= size * degrees.data and degrees.weight_shards > 1:
             # Because otherwise the gradients of the first of several micro-batches wait unsharded.
             in_shards = {"parallel.reduce_every_micro_batch": True}
-            yield {"training.local_batch_size": rows // 2} | in_shards, f"{note}, whose gradients wait in shards"
+            yield {"training.local_batch_size": size // 2} | in_shards, f"{note}, whose gradients wait in shards"
     if training.seq_len > 1:
         yield {"training.seq_len": training.seq_len // 2}, "other sequences: a new run, or --checkpoint.allow batch"
     at, again = "activation_checkpoint.", "recomputed in the backward pass"
@@ -169,7 +169,7 @@ def _fewer_activations(config: Config, degrees: Degrees) -> Iterator[tuple[dict[
 
 
 def _fewer_bytes(config: Config, has_float8: bool) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes that keep the same elements in fewer bytes."""
+    """Changes by which the same values take fewer bytes."""
     optimizer, float8 = config.optimizer, config.float8
     if config.training.compute_dtype == "float32":
         yield {"training.compute_dtype": "bfloat16"}, "activations of half the size"
@@ -194,7 +194,4 @@ def _fewer_bytes(config: Config, has_float8: bool) -> Iterator[tuple[dict[str, A
 
 
 def _toml(keys: dict[str, Any]) -> str:
-    return ", ".join(
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {str(value).lower()}"
-        for name, value in keys.items()
-    )
+    return ", ".join(f"{name} = {toml(value)}" for name, value in keys.items())

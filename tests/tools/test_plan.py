@@ -222,7 +222,7 @@ def test_tables_on_the_host_are_counted_there(tiny, async_mode, copies):
     [(_, rows)] = [shapes for name, shapes in found.worst.shapes.items() if name.endswith("engram.table.weight")]
     assert memory.offloaded == 4 * math.prod(rows) * 4  # weight, two moments and average, float32
     read_ahead = memory.activations - usual.activations
-    assert read_ahead == 4 * found.batch.rows * 64 * 512  # tokens, each with rows of 512 elements
+    assert read_ahead == 4 * found.batch.micro_batch_size * 64 * 512  # tokens, each with rows of 512 elements
     assert usual.total - memory.total == memory.offloaded - read_ahead
     assert f"{size(memory.offloaded)}  of these, tables with moments and average" in text
     assert ("for copies of all that checkpoints hold" in text) == copies
