@@ -15,7 +15,7 @@ from swamla_titan.model.swa import SlidingWindowAttention
 
 
 def registered(blocks: dict[str, type[Mixer]]) -> dict[str, type[Mixer]]:
-    """`blocks`; TypeError unless exactly these kinds have a key for their layers in ModelConfig."""
+    """`blocks`; raises TypeError unless exactly these kinds have a key for their layers in ModelConfig."""
     if set(blocks) != set(ModelConfig.kinds()):
         known = ModelConfig.kinds()
         raise TypeError(f"each of {list(blocks)} needs a key model.KIND_layers_per_cycle, which {known} have")
@@ -31,7 +31,7 @@ BLOCKS = registered(
 
 
 def attention_kinds(config: ModelConfig) -> dict[str, type[Attention]]:
-    """The model's kinds of block whose mixer is attention."""
+    """The mixers of the model's block kinds that are attention."""
     kinds = set(config.block_kinds)
     return {kind: mixer for kind, mixer in BLOCKS.items() if kind in kinds and issubclass(mixer, Attention)}
 
@@ -53,16 +53,14 @@ class FeedForward(Branch):
 
     Rows of `gate_up` come in groups, [hidden / group, (gate, up), group], so that a tensor-parallel rank that owns
     consecutive rows owns gate and up projections of the same hidden units, at any degree that divides the number of
-    groups. The formula's two weights are `gate_up.spec.split(gate_up.weight)`.
-
-    `activation` may be replaced.
+    groups. The formula's two weights are `gate_up.spec.split(gate_up.weight)`. `activation` may be replaced.
     """
 
     linear_input: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.group = config.ffn_group  # columns of gate projections, then as many of up projections, and so on
+        self.group = config.ffn_group  # columns of gate projections, then as many of up projections, in turn
         self.activation: nn.Module = SwiGLU(self.group)
         # Not kept: a matmul as wide as the others, whose output is a third of what a block would keep (5.3 dim of 16).
         self.gate_up = Linear(

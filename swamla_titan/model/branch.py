@@ -1,4 +1,4 @@
-"""The residual branches of a block: what each is given, what it is made of, and what it declares for the program.
+"""The residual branches of a block: their context, their parts, and what they declare for the rest of the program.
 
 Initialization, tensor parallelism, activation checkpointing, float8, Muon, FLOPs, `plan`, pipeline balance and `check`
 iterate over these declarations and over the roles of linear layers (model/layers.py). So a new kind of block is a
@@ -24,14 +24,14 @@ KeyExchange = Literal["halo", "gather"]
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Passed to the blocks of one kind."""
+    """What the blocks of one kind are given beside the residual stream."""
 
     positions: Tensor  # [B or 1, T] int64, tokens since the start of the document
 
 
 @dataclass(frozen=True)
 class AttentionContext(TokenContext):
-    """Passed to blocks with attention. `mask` has the form that `implementation` wants."""
+    """The context of a kind with attention; `mask` has the form that `implementation` takes."""
 
     rotation: Rotation
     mask: Mask
@@ -42,7 +42,7 @@ class AttentionContext(TokenContext):
     ) -> Tensor:
         """softmax(scale * query key^T + mask) value: [B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E].
 
-        Under a SelectionRule the mask is a `selection` by that.
+        `selection`: the mask where the context's one is a SelectionRule.
         """
         mask = self.mask if selection is None else selection
         return self.implementation.call(query, key, value, mask, scale)
@@ -50,7 +50,7 @@ class AttentionContext(TokenContext):
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """The context of every kind of block in a model; no dict, which would be flattened on the way through hooks."""
+    """The context of each block kind of a model; not a dict, because hooks would flatten that."""
 
     by_kind: Mapping[str, TokenContext]
 
@@ -59,11 +59,11 @@ class SequenceContext:
 
 
 class Saved(NamedTuple):
-    """Elements a token that a branch saves for its backward pass, beside the residual stream and its norm's output."""
+    """Elements per token that a branch saves for its backward pass, without the residual stream and the normed one."""
 
     local: float  # for each token of this rank
     sequence: float = 0.0  # for each token of the sequence, also where the ranks of context parallelism shard that
-    saves_result: bool = False  # an operator, as of attention, saves what it gives to the residual output for itself
+    saves_result: bool = False  # an operator such as attention saves the input of the residual output itself
 
 
 @dataclass
@@ -85,11 +85,11 @@ class AttentionCache(Protocol):
 
 
 class Branch(nn.Module):
-    """What a block adds to the residual stream [B, T, dim], made from that stream behind a norm.
+    """What a block adds to the residual stream [B, T, dim], computed from the normed stream.
 
-    A subclass that leaves a declaration out is refused with a TypeError when it is defined.
+    Defining a subclass that leaves a declaration out raises TypeError.
 
-    `linear_input`: nothing but its linear layers reads its input, which may then be no tensor but a float8 operand.
+    `linear_input`: only its linear layers read its input, which may then be a float8 operand instead of a tensor.
     """
 
     linear_input: ClassVar[bool] = False
@@ -106,9 +106,9 @@ class Branch(nn.Module):
         """What each of `tensor` tensor-parallel ranks saves when the branch is compiled."""
 
     def input_readers(self) -> dict[str, nn.Linear]:
-        """The linear layers to which the norm before may give float8, by their names in the branch.
+        """The linear layers that read the branch's input, by their names in it; none if something else reads it too.
 
-        All that read the input; none where something else reads it as well.
+        To these the norm before may give float8.
         """
         if not self.linear_input:
             return {}
@@ -125,15 +125,12 @@ class Mixer(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def pairs(cls, config: ModelConfig, seq_len: int) -> int:
-        """Pairs of a query and a key that see each other, in a document of `seq_len` tokens.
-
-        Those of a sequence of several documents are their sum.
-        """
+        """Pairs of a query and a key that it sees, in one document of `seq_len` tokens."""
 
     @classmethod
     @abstractmethod
     def flops(cls, config: ModelConfig, pairs: int) -> int:
-        """Operations of a forward pass beside its linear layers'."""
+        """Floating-point operations of a forward pass, without those of linear layers."""
 
     @classmethod
     @abstractmethod
@@ -153,15 +150,15 @@ class Mixer(Branch, is_abstract=True):
 
 
 class InnerAttention(nn.Module):
-    """softmax(scale * query key^T + mask) value, by the implementation that the context names.
+    """softmax(scale * query key^T + mask) value, by the context's implementation.
 
-    A subclass serves where this process has a slice of each sequence: it gets queries, keys and values of that slice.
+    Under context parallelism a subclass takes its place, and gets queries, keys and values of this rank's slice.
     """
 
     def gather(self, latent: Tensor, rope_key: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Latents [B, T, R] and rotated keys [B, T, 1, rope] of every token of the sequences, from those of the slice.
 
-        They are gathered before they are expanded to keys and values. Here those given are all there are.
+        They are gathered before they are expanded to keys and values. Here the slice is the sequence.
         """
         return latent, rope_key
 
@@ -174,35 +171,35 @@ class InnerAttention(nn.Module):
         scale: float,
         selection: Selection | None = None,
     ) -> Tensor:
-        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]; `selection` by the queries that are given."""
+        """[B, T, H, D], [B, S, G, D], [B, S, G, E] -> [B, T, H, E]; `selection` is by these queries."""
         return context.attend(query, key, value, scale, selection)
 
 
 class SelectingHead(nn.Module):
-    """Which head selects in selective attention; a submodule that serves where this process has some of the heads."""
+    """The head that selects in selective attention; a submodule that tensor parallelism replaces."""
 
     def __init__(self, head: int) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, query: Tensor, key: Tensor, rule: SelectionRule) -> Selection:
-        """[B, T, H, D] and [B, S, H, D] -> what is selected by the rule."""
+        """[B, T, H, D] and [B, S, H, D] -> what the rule selects."""
         return Selection(rule, self.head)
 
 
 class FusedAttention(nn.Module):
-    """What lies between the linear layers, rotation included, as one operator."""
+    """Everything between the linear layers, rotation included, as one operator."""
 
     def __init__(self, implementation: FusedImplementation) -> None:
         super().__init__()
         self.implementation = implementation
 
     def serves(self, context: AttentionContext) -> bool:
-        """Whether this pass is computed here; else by the steps apart."""
+        """Whether it replaces the separate steps under this context."""
         return context.implementation.name in self.implementation.over
 
     def forward(self, context: AttentionContext, scale: float, *projections: Tensor) -> Tensor:
-        """What the linear layers give, as FusedImplementation.call has it -> [B, T, H, E]."""
+        """Outputs of linear layers, as FusedImplementation.call takes them -> [B, T, H, E]."""
         cos, sin = context.rotation
         return self.implementation.call(*projections, cos=cos, sin=sin, mask=context.mask, scale=scale)
 
@@ -210,16 +207,17 @@ class FusedAttention(nn.Module):
 class Attention(Mixer, is_abstract=True):
     """Softmax attention: what kernels/attention/dispatch.py can compute.
 
-    `inner_attention` may be replaced. `fused_attention(context, scale, *projections)`, if there is one, also rotates.
-    `selecting_head`: of selective attention, else None; may be replaced.
+    Three submodules may be replaced: `inner_attention`; `fused_attention`, which computes the rotation as well where it
+    `serves`; and `selecting_head`, which is None unless attention is selective.
 
     `key_exchange`: how the ranks of context parallelism get each other's keys (parallel/context.py). "halo":
-    `inner_attention` is given keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
-    "gather": the forward pass has `inner_attention.gather` gather what keys and values are made of, `gathered` elements
-    a token. None: they cannot.
+    `inner_attention` gets keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
+    "gather": the forward pass calls `inner_attention.gather` for what keys and values are made of, `gathered` elements
+    per token. None: the kind does not support context parallelism.
     """
 
     key_exchange: ClassVar[KeyExchange | None] = None
+    wo: nn.Linear  # heads -> residual stream
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,7 +233,7 @@ class Attention(Mixer, is_abstract=True):
     @classmethod
     @abstractmethod
     def rotary(cls, config: ModelConfig) -> Rotary:
-        """The rotation of queries and keys; of a width of 0 where positions play no part."""
+        """The rotation of queries and keys; its width is 0 if attention does not depend on positions."""
 
     @classmethod
     @abstractmethod
@@ -249,12 +247,12 @@ class Attention(Mixer, is_abstract=True):
 
     @classmethod
     def gathered(cls, config: ModelConfig) -> int:
-        """Elements a token that "gather" exchanges."""
+        """Elements per token that "gather" exchanges."""
         raise NotImplementedError(f"{cls.__name__} declares no elements to gather: see {__name__}")
 
     @classmethod
     def projections(cls, config: ModelConfig) -> Projections | None:
-        """What `fused_attention` is given; None: there is no such implementation."""
+        """What a fused implementation would take; None: there is none for this kind."""
         return None
 
     @classmethod
@@ -270,9 +268,14 @@ class Attention(Mixer, is_abstract=True):
 
     @classmethod
     def flops(cls, config: ModelConfig, pairs: int) -> int:
-        """As in Mixer: scores, and the average of the values."""
+        """As in Mixer: scores, and the weighted mean of the values."""
         heads = cls.heads(config)
         return 2 * heads.queries * pairs * (heads.qk_width + heads.v_width)
+
+    def _output(self, attended: Tensor) -> Tensor:
+        """[B, T, H, E] -> [B, T, dim]."""
+        out: Tensor = self.wo(attended.flatten(2))
+        return out
 
     @classmethod
     def rotation(cls, config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:

@@ -1,4 +1,4 @@
-"""The shape of a model: everything its mathematics depends on, and nothing else. FLAVORS has shapes by name."""
+"""The shape of a model: everything that its mathematics depends on, and nothing else. FLAVORS has shapes by name."""
 
 import dataclasses
 import math
@@ -19,31 +19,30 @@ LONGEST_SEQUENCE = 1 << 24
 _WIDEST = 1 << 17
 _LEAST_THETA = 1e-6  # below it angles overflow, with positions of a long sequence
 
-
-# Every kind of block has a key of its layers in a cycle, named KIND_..., and may have a rotary base of its own.
+# Every block kind has a key for its layers in a cycle, named KIND_..., and may have one for a rotary base of its own.
 _LAYERS, _THETA = "_layers_per_cycle", "_rope_theta"
 
 
 def _shares_theta(config: Any) -> bool:
-    """Whether blocks of a kind that has a rotary base take the common one."""
+    """Whether a block kind that could have its own rotary base uses rope_theta."""
     return not all(getattr(config.model, f"{kind}{_THETA}", True) for kind in config.model.block_kinds)
 
 
-# What a number of a kind of block is. Tensor-parallel ranks must divide "heads", of which "qk_width" and "v_width" are
-# widths (several keys: of parts that lie side by side; none: dim / num_heads); a window sees "sink" first tokens too;
-# "selects" is whether attention is selective. A kind's class declares the same of itself, for the dispatcher.
+# What a key of a block kind measures. The tensor-parallel degree must divide "heads"; "qk_width" and "v_width" are a
+# head's widths (several keys: of its parts, side by side; none: dim / num_heads); a query sees the keys in its "window"
+# and the first "sink" ones; "selects": attention is selective. The kind's class declares the same for the dispatcher.
 Quantity = Literal["heads", "qk_width", "v_width", "latent_width", "window", "sink", "selects"]
 
 
 @dataclass(frozen=True)
 class HasLayers(Condition):
-    """Of the keys of one kind of block: the model has layers of this kind."""
+    """The condition of a block kind's keys: the model has layers of this kind."""
 
     kind: str = ""
 
 
 def has_layers(kind: str, *others: str) -> HasLayers:
-    """The condition of a kind's keys; `others` are keys, beside the number of its layers, that can leave it none."""
+    """The condition of a block kind's keys; `others`: keys that, beside its own, can leave it without layers."""
     keys = f"model.{kind}{_LAYERS}", *others
     remedy = f"{keys[0]} to 1 or more" + (", within the layers" if others else "")
     there = decided_by(keys, lambda config: kind in config.model.block_kinds, remedy)
@@ -51,7 +50,7 @@ def has_layers(kind: str, *others: str) -> HasLayers:
 
 
 def divides(other: str) -> Rule:
-    """The rule that a number, unless it is 0, divides the one of the key `other`."""
+    """The rule that a value, unless it is 0, divides the value of the key `other`."""
 
     def rule(value: int, values: Mapping[str, Any]) -> str | None:
         return f"{value} does not divide {other} = {values[other]}" if value and values[other] % value else None
@@ -78,7 +77,7 @@ def _is_theta(value: float, _: Mapping[str, Any]) -> str | None:
     return f"{value}: expected 0, or a number >= {_LEAST_THETA}" if 0 < value < _LEAST_THETA else None
 
 
-# When keys have an effect, see conditions.py: `config` is the whole configuration, of which this one is `model`.
+# When keys have an effect (conditions.py): `config` is the run's configuration, and `config.model` a ModelConfig.
 _CYCLE = ("model.swa_layers_per_cycle", "model.mla_layers_per_cycle", "model.num_layers")
 _HAS_SWA, _HAS_MLA = has_layers("swa"), has_layers("mla", "model.num_layers")
 _ROOM_FOR_MLA = decided_by(
@@ -96,7 +95,7 @@ _SHARES_THETA = decided_by(
 class ModelConfig:
     """Shape of a SWA-MLA language model.
 
-    Raises ValueError that lists every problem when the numbers do not fit together.
+    Raises ValueError with all problems if values are of a wrong type, out of range or do not fit together.
     """
 
     num_layers: Annotated[int, Limits(1, MOST_LAYERS)] = 12
@@ -168,9 +167,9 @@ class ModelConfig:
 
     @classmethod
     def problems(cls, values: dict[str, Any]) -> list[tuple[str, str]]:
-        """(field, what is wrong) for each value that is of a wrong type, out of range or contradicts another.
+        """(field, what is wrong) for each value that is of a wrong type, out of range or does not fit another.
 
-        `values` of a section within this one are a dict; its fields are named section.field.
+        The value of a section is a dict; its fields are named section.field.
         """
         annexes, found = cls.annex_configs().items(), problems(cls, values)
         for name, kind in annexes:
@@ -184,7 +183,7 @@ class ModelConfig:
 
     @classmethod
     def annex_configs(cls) -> dict[str, type[AnnexConfig]]:
-        """The settings of annexes by the annexes' names, which are those of their fields."""
+        """The class of each annex's settings, by the annex's name, which is that of the field."""
         return {name: kind for name, kind in sections(cls).items() if issubclass(kind, AnnexConfig)}
 
     @property
@@ -221,7 +220,7 @@ class ModelConfig:
         return [name.removesuffix(_LAYERS) for name in names if name.endswith(_LAYERS)]
 
     def quantities(self, quantity: Quantity, kind: str | None = None) -> dict[str, int]:
-        """The keys whose numbers are such a quantity, of every kind of block or one, with their values."""
+        """The values, by key, of the keys that are such a quantity, of all block kinds or of `kind`."""
         return {
             name: getattr(self, name)
             for name, setting in settings(type(self)).items()
@@ -236,7 +235,7 @@ class ModelConfig:
 
 
 def _conflicts(fields: Mapping[str, Setting], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong) for values that are each in range, and do not fit together."""
+    """(field, what is wrong) for values that are each in range but do not fit together."""
     for name, field in fields.items():
         if field.rule and (problem := field.rule(values[name], values)):
             yield name, problem

@@ -1,7 +1,6 @@
-"""The layers that the model is made of, and what each says of its parameters for the rest of the program.
+"""The layers that the model is made of: linear layers, embedding, norms and rotary position embedding.
 
-Linear layers and the embedding (model/init.py gives them their first values), normalization over the last axis, and
-rotary position embedding. Norms and rotation are computed in float32, and returned in the input's dtype.
+Norms and rotation are computed in float32 and returned in the input's dtype. model/init.py draws initial values.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,20 +18,20 @@ EPS = 1e-6
 
 
 class Sharding:
-    """Full parameters and activations. Tensor parallelism gives modules another (parallel/tensor.py)."""
+    """Full parameters and activations. Tensor parallelism gives modules a Sharding of shards (parallel/tensor.py)."""
 
     is_full = True
 
     def parameter(self, parameter: Tensor) -> Tensor:
-        """The part of a parameter that this process computes with."""
+        """The shard of a parameter that this process computes with."""
         return parameter
 
     def input(self, x: Tensor) -> Tensor:
-        """What a linear layer computes from, of what it is given."""
+        """The input that a linear layer multiplies, made from the one that it is given."""
         return x
 
     def output(self, y: Tensor) -> Tensor:
-        """What a linear layer gives, of what it has computed."""
+        """The output that a linear layer returns, made from what it has computed."""
         return y
 
 
@@ -41,7 +40,7 @@ FULL = Sharding()
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How a module's own parameters move, whatever optimizer.name is; a module declares it as `update_rule`.
+    """How a module's own parameters are updated, whatever optimizer.name is; a module declares it as `update_rule`.
 
     `by_rows`: Adam with float32 moments, of the rows that a step looked up; for RowTable and its subclasses alone.
     `lr_multiplier`: a factor of the learning rate, beside that of optimizer.lr_multipliers. `decays`: False: no weight
@@ -54,7 +53,7 @@ class UpdateRule:
 
 
 class Role(Enum):
-    """What a linear layer reads and writes. How ranks shard it, its first values and its float8 input follow from it.
+    """What a linear layer reads and writes. Its sharding, initial values and float8 input follow from it.
 
     The residual stream is replicated over heads and hidden units, and so is a latent: a narrow vector from which each
     rank makes its own heads.
@@ -68,12 +67,12 @@ class Role(Enum):
 
     @property
     def reads_residual_stream(self) -> bool:
-        """Whether its input is what a norm over the residual stream gives."""
+        """Whether its input is the output of a norm over the residual stream."""
         return self in (Role.COLUMN, Role.REPLICATED)
 
     @property
     def stays_wide(self) -> bool:
-        """Whether float8 leaves it as it is."""
+        """Whether float8 recipes leave it out."""
         return self is Role.MEMORY
 
 
@@ -118,20 +117,20 @@ class Linear(nn.Linear):
     def __init__(
         self, in_features: int, out_features: int, role: Role, parts: tuple[int, ...] = (1,), recomputed: bool = False
     ) -> None:
-        """Arguments behind the widths are as in LinearSpec."""
+        """The arguments after the widths are as in LinearSpec."""
         super().__init__(in_features, out_features, bias=False)
         self.spec = LinearSpec(role, parts, recomputed)
         self.sharding = FULL
 
     def reset_parameters(self) -> None:
-        """Nothing: torch's own first values would be drawn and thrown away."""
+        """Do nothing, because torch's initial values would be drawn and discarded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self.sharding.output(self.matmul(self.sharding.input(x), self.sharding.parameter(self.weight)))
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W^T with the weight, or the shard of it, that is given."""
+        """x W^T with the given weight, or shard of it."""
         return F.linear(x, weight.to(x.dtype))
 
 
@@ -147,10 +146,10 @@ class Head(Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without torch's own first values."""
+    """nn.Embedding without torch's initial values."""
 
     def reset_parameters(self) -> None:
-        """Nothing, as in Linear."""
+        """Do nothing, as in Linear."""
 
 
 def spec_of(name: str, linear: nn.Module) -> LinearSpec:
@@ -170,28 +169,15 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[Tensor, LinearSpec]]:
             yield module.weight, spec
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) * w (Zhang and Sennrich, arXiv:1910.07467); x [..., dim], weight [dim]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), EPS).to(x.dtype)
-
-
 def inverse_rms(x: Tensor) -> Tensor:
-    """1 / sqrt(mean(x^2) + 1e-6) of x [..., dim] in x's dtype, [...]: RMSNorm for who scales a sum over dim instead."""
+    """1 / sqrt(mean(x^2) + 1e-6) of x [..., dim] in x's dtype, [...]: for RMSNorm of a factor in a sum over dim."""
     return torch.rsqrt(x.square().mean(dim=-1) + EPS)
 
 
-def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh(alpha x) * w + b (Zhu et al., arXiv:2503.10622); x [..., dim], alpha [1], weight and bias [dim]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    squashed = torch.tanh(alpha.to(wide) * x.to(wide))
-    return (squashed * weight.to(wide) + bias.to(wide)).to(x.dtype)
-
-
 class PerChannel(nn.Module):
-    """A module whose parameters have one axis: every rank holds them in full, in float32, and they do not decay."""
+    """A module whose parameters have one axis: each rank holds them in full, in float32, and they do not decay."""
 
-    initial: ClassVar[dict[str, float]]  # of each parameter, by its name
+    initial: ClassVar[dict[str, float]]  # value of each parameter, by its name
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +191,7 @@ class Norm(PerChannel):
 
 
 class RMSNorm(Norm):
-    """`rms_norm` with its weight."""
+    """x / sqrt(mean(x^2) + 1e-6) * weight (Zhang and Sennrich, arXiv:1910.07467)."""
 
     initial: ClassVar[dict[str, float]] = {"weight": 1.0}
 
@@ -215,15 +201,17 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return rms_norm(x, self.sharding.parameter(self.weight))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.gain(wide)
+        return F.rms_norm(x.to(wide), weight.shape, weight, EPS).to(x.dtype)
 
     def gain(self, dtype: torch.dtype) -> Tensor:
-        """The weight that this process computes with, [dim]."""
+        """The weight [dim] that this process computes with, as `dtype`."""
         return self.sharding.parameter(self.weight).to(dtype)
 
 
 class DynamicTanh(Norm):
-    """`dynamic_tanh`, a normalisation without statistics, with its parameters."""
+    """tanh(alpha x) * weight + bias (Zhu et al., arXiv:2503.10622): a norm without statistics."""
 
     initial: ClassVar[dict[str, float]] = {"alpha": 0.5, "weight": 1.0, "bias": 0.0}
 
@@ -235,12 +223,13 @@ class DynamicTanh(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        own = self.sharding.parameter
-        return dynamic_tanh(x, own(self.alpha), own(self.weight), own(self.bias))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        alpha, weight, bias = (self.sharding.parameter(each).to(wide) for each in (self.alpha, self.weight, self.bias))
+        return (torch.tanh(alpha * x.to(wide)) * weight + bias).to(x.dtype)
 
 
 def build_norm(config: ModelConfig) -> Norm:
-    """The norm that the config asks for, over the residual stream."""
+    """A norm over the residual stream, of the config's kind."""
     return DynamicTanh(config.dim) if config.norm == "dynamic_tanh" else RMSNorm(config.dim)
 
 

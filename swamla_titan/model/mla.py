@@ -224,8 +224,7 @@ class LatentAttention(Attention):
             cache.select(selecting)
         weights = scores.masked_fill(~context.mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
         mixed = torch.einsum("bhts,bsr->bthr", weights, latents)
-        out: Tensor = self.wo(torch.einsum("bthr,hvr->bthv", mixed, w_value).flatten(2))
-        return out
+        return self._output(torch.einsum("bthr,hvr->bthv", mixed, w_value))
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> queries [B, T, H, nope + rope], not rotated."""
@@ -271,7 +270,3 @@ class LatentAttention(Attention):
         assert isinstance(context.mask, SelectionRule)
         selection: Selection = self.selecting_head(query, key, context.mask)
         return selection
-
-    def _output(self, attended: Tensor) -> Tensor:
-        projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, v]
-        return projected

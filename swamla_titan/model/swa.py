@@ -144,7 +144,3 @@ class SlidingWindowAttention(Attention):
         query = rotate(self.q_norm(query.flatten(2, 3)), context.rotation)  # [B, T, H, D]
         key = rotate(self.k_norm(key.squeeze(-2)), context.rotation)  # [B, T, G, D]
         return query, key, value.squeeze(-2)
-
-    def _output(self, attended: Tensor) -> Tensor:
-        projected: Tensor = self.wo(attended.flatten(2))  # from [B, T, H, D]
-        return projected
