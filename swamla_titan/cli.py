@@ -71,7 +71,17 @@ class Generate:
     """A checkpoint folder, or the dump folder of a run: its newest intact checkpoint."""
 
     prompt: tuple[str, ...] = ("The",)
-    """Texts to continue; several are computed as one batch."""
+    """Texts to continue. A single one is printed token by token."""
+
+    prompts: str | None = None
+    """A file of texts to continue: a text in each line, or in a .jsonl file an object with "prompt"."""
+
+    output: str | None = None
+    """File to write, which must not exist: a line of JSON for each prompt, with what its own line had, "text", "tokens"
+    and why it "ended" (eot, stop, length)."""
+
+    interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ask for a text, continue it, and ask for the next."""
 
     max_new_tokens: int = 200
     """Most tokens to add to each prompt."""
@@ -87,6 +97,15 @@ class Generate:
 
     seed: int = 0
     """Seed of the sampling."""
+
+    stop: tuple[str, ...] = ()
+    """Texts before which a continuation ends."""
+
+    batch_size: int = 64
+    """Most prompts that are computed together."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and computation. Default: what the run computed in on a GPU, float32 on a CPU."""
 
     ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Use the average of the weights, which a run with ema.decay keeps."""

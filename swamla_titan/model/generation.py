@@ -27,7 +27,7 @@ class Decoder:
         """Arguments as of DecodeCache, which raises ValueError."""
         self.model = model
         self.cache = DecodeCache(model, batch, max_tokens, memory_budget)
-        self.max_tokens = max_tokens
+        self.batch, self.max_tokens = batch, max_tokens
         # Weights that are gathered for each pass would be those of the pass that was captured.
         self._captures = model.device.type == "cuda" and all(local(each) is each for each in model.parameters())
         self._is_warm = False
@@ -135,7 +135,7 @@ def stream(
     room within max_seq_len for the new tokens but the last, which the model never reads.
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
-    _check_prompts(model, prompts, max_new_tokens, stop_token)
+    check_prompts(model, prompts, max_new_tokens, stop_token)
     if decoder is None:
         decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens - 1, memory_budget)
     ended = [False] * len(prompts)
@@ -209,7 +209,8 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
         raise ValueError(f"top_p = {top_p}: expected > 0 and <= 1 (1: off)")
 
 
-def _check_prompts(model: SWAMLAModel, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None) -> None:
+def check_prompts(model: SWAMLAModel, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None) -> None:
+    """Raises ValueError for prompts that `stream` does not take."""
     vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
     if not prompts:
         raise ValueError("prompts: expected at least one")

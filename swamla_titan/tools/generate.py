@@ -1,7 +1,13 @@
-"""`generate`: continue prompts with the model of a checkpoint."""
+"""`generate`: continue prompts with the model of a checkpoint: of the command, of a file, or as they are typed."""
 
+import codecs
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +21,12 @@ from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.generation import check_options, generate
+from swamla_titan.model.generation import Decoder, check_options, check_prompts, stream
 from swamla_titan.model.row_table import row_tables
 from swamla_titan.train.step import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
+DEFAULT_PROMPT = ("The",)  # of the command
 
 
 class LoadedModel(NamedTuple):
@@ -30,9 +37,12 @@ class LoadedModel(NamedTuple):
     model: SWAMLAModel
 
 
-def load_model(path: Path, ema: bool, device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    path: Path, ema: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> LoadedModel:
     """The content of a checkpoint; UserError if it does not fit together. `device`: None: a GPU, if there is one.
 
+    `dtype`: of the weights; None: on a GPU what the run computed in, and float32 on a CPU, which is no slower in it.
     Tables of embeddings are kept in the memory of the host if the run kept them there, or if a GPU has no room.
     """
     config = load_config(path / CONFIG)
@@ -52,9 +62,9 @@ def load_model(path: Path, ema: bool, device: torch.device | None = None) -> Loa
     model.to_empty(device=device)
     load_weights(path, model, ema)
     use_annex_record(path, config, model, tokenizer)
-    if device.type == "cuda":  # a CPU is exact, and no slower, in float32
-        model.to(getattr(torch, config.training.compute_dtype))
-    return LoadedModel(config, tokenizer, model.eval())
+    if dtype is None and device.type == "cuda":
+        dtype = getattr(torch, config.training.compute_dtype)
+    return LoadedModel(config, tokenizer, model.to(dtype or torch.float32).eval())
 
 
 def _fits(model: SWAMLAModel, device: torch.device) -> bool:
@@ -64,68 +74,288 @@ def _fits(model: SWAMLAModel, device: torch.device) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are continued: as `stream` has it, and the strings before which a continuation ends."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    memory_budget: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Continuation:
+    """The text of one sequence's new tokens as they come: whole characters, up to the first of the `stop` strings.
+
+    `text` is what is certain: bytes of a character, and a text that may begin a stop string, wait for the next tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.text, self.tokens = "", 0
+        self.is_stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def add(self, token: int) -> bool:
+        """Add a token; whether a stop string has come with it."""
+        self.tokens += 1
+        self._add(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        return self.is_stopped
+
+    def finish(self) -> None:
+        """Nothing comes behind what was added."""
+        if not self.is_stopped:
+            self._add(self._decoder.decode(b"", final=True))
+            self.text, self._held = self.text + self._held * (not self.is_stopped), ""
+
+    def _add(self, text: str) -> None:
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        self.is_stopped = bool(found)
+        certain = min(found) if found else len(self._held) - self._possible()
+        self.text, self._held = self.text + self._held[:certain], self._held[certain:]
+
+    def _possible(self) -> int:
+        """Characters at the end that may begin a stop string."""
+        begins = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        return max((len(each) for each in begins if self._held.endswith(each)), default=0)
+
+
+class Writer:
+    """Continues texts by the model of a checkpoint; batches of equal size share caches and CUDA graph."""
+
+    def __init__(self, loaded: LoadedModel, sampling: Sampling) -> None:
+        self.config, tokenizer, self.model = loaded
+        self.tokenizer = tokenizer or load_tokenizer(self.config.data.tokenizer)
+        self.sampling = sampling
+        self._generator = torch.Generator(device=self.model.device).manual_seed(sampling.seed)
+        self._decoder: Decoder | None = None
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of a prompt that leave room for the new ones."""
+        return self.config.model.max_seq_len - self.sampling.max_new_tokens + 1
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text; errors as of `_prompts`."""
+        return _prompts(tuple(texts), self.tokenizer, self.config.data.document_mask)
+
+    def write(self, prompts: list[list[int]], longest: int = 0) -> Iterator[list[Continuation]]:
+        """The continuations of a batch, after each token; the last time they are complete.
+
+        `longest`: tokens of the longest prompt of later batches, for which room is made as well. Raises UserError for
+        prompts and options that the model cannot take.
+        """
+        self._check(prompts)
+        sampling = self.sampling
+        continuations = [Continuation(self.tokenizer, sampling.stop) for _ in prompts]
+        try:
+            given = stream(
+                self.model,
+                prompts,
+                sampling.max_new_tokens,
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                self.tokenizer.eot_id,
+                self._generator,
+                ends=lambda number, token: continuations[number].add(token),
+                decoder=self._decoder_of(prompts, longest),
+            )
+            for _ in given:
+                yield continuations
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for each in continuations:
+            each.finish()
+        yield continuations
+
+    def complete(self, prompts: list[list[int]], batch_size: int) -> list[Continuation]:
+        """The complete continuations, of batches of prompts of about the same length, in the prompts' order."""
+        self._check(prompts)
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        found: dict[int, Continuation] = {}
+        for begin in range(0, len(order), batch_size):
+            batch = sorted(order[begin : begin + batch_size])
+            *_, last = self.write([prompts[number] for number in batch], len(prompts[order[0]]))
+            found |= zip(batch, last)
+        return [found[number] for number in range(len(prompts))]
+
+    def _check(self, prompts: list[list[int]]) -> None:
+        try:
+            check_prompts(self.model, prompts, self.sampling.max_new_tokens, self.tokenizer.eot_id)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def _decoder_of(self, prompts: list[list[int]], longest: int) -> Decoder:
+        room = max(longest, *map(len, prompts)) + self.sampling.max_new_tokens - 1
+        has = self._decoder
+        if has is None or has.batch != len(prompts) or has.max_tokens < room:
+            self._decoder = None  # its memory is free before another is made
+            self._decoder = Decoder(self.model, len(prompts), room, self.sampling.memory_budget)
+        assert self._decoder is not None
+        return self._decoder
+
+
 def generate_from_checkpoint(
     checkpoint: str,
     prompt: tuple[str, ...],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    prompts: str | None = None,
+    output: str | None = None,
+    interactive: bool = False,
     ema: bool = False,
-    memory_budget: int | None = None,
+    dtype: str | None = None,
+    batch_size: int = 64,
+    **sampling: Any,
 ) -> None:
-    """Print each prompt with its continuation, which ends at the end-of-text token or after `max_new_tokens`.
+    """Continue prompts up to the end-of-text token, a stop string or `max_new_tokens`; `sampling` as of Sampling.
 
-    `ema`: by the average of the weights (ema.decay). `memory_budget`: tokens that layers with selective attention keep.
+    The texts of `prompt`, or of the file `prompts`, or if `interactive` those that are typed, line after line. They are
+    printed with their continuations, a single one token by token, or written to the file `output`. `ema`: by the
+    average of the weights (ema.decay).
 
-    What a terminal would take for a command is printed escaped. Raises UserError for a checkpoint that cannot be used,
-    and for sampling values or lengths out of range.
+    What a terminal would take for a command is printed escaped. Raises UserError for a checkpoint or file that cannot
+    be used, and for sampling values or lengths out of range.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    options = Sampling(**sampling)
+    _check_options(options)
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: expected >= 1")
+    is_given = prompt != DEFAULT_PROMPT
+    if interactive and (is_given or prompts or output):
+        raise UserError("--interactive takes its prompts from the keyboard: leave out --prompt, --prompts and --output")
+    if is_given and prompts:
+        raise UserError("--prompt and --prompts: give texts or a file of them, not both")
+    records = [{"prompt": _as_text(each)} for each in prompt] if prompts is None else read_prompts(prompts)
+    if output is not None:
+        _validate_output(Path(output))
+    writer = Writer(_load(checkpoint, ema, dtype), options)
+    if interactive:
+        _converse(writer)
+        return
+    tokens = writer.prompts([record["prompt"] for record in records])
+    if output is None and len(records) == 1:
+        _print_as_it_comes(records[0]["prompt"], writer.write(tokens))
+        return
+    continuations = writer.complete(tokens, batch_size)
+    if output is not None:
+        _write_output(Path(output), records, continuations, options)
+        return
+    for record, continuation in zip(records, continuations):
+        print(several_lines(record["prompt"] + continuation.text))
+        print("-" * 40)
+
+
+def read_prompts(name: str) -> list[dict[str, Any]]:
+    """The prompts of a file, each as {"prompt": text} with whatever else stands beside it.
+
+    A .jsonl file has an object with the key "prompt", or a string, in each line; any other file a text in each. Empty
+    lines are skipped. Raises UserError, with the line, for what cannot be read.
+    """
+    try:
+        lines = Path(name).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8").removesuffix("\r")
+            record = json.loads(text) if name.endswith(".jsonl") and text.strip() else text
+        except (ValueError, RecursionError):
+            kind = "JSON in UTF-8" if name.endswith(".jsonl") else "UTF-8"
+            raise UserError(f"{name}, line {number}: no {kind}") from None
+        record = {"prompt": record} if isinstance(record, str) else record
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UserError(f'{name}, line {number}: expected a string, or an object with a string "prompt"')
+        if text.strip():
+            found.append(record)
+    if not found:
+        raise UserError(f"{name}: no prompts")
+    return found
+
+
+def _load(checkpoint: str, ema: bool, dtype: str | None) -> LoadedModel:
     found: dict[Path, LoadedModel] = {}
 
     def load(path: Path) -> None:
         if not ema or Average.group in stored_groups(path):
-            found[path] = load_model(path, ema)
+            found[path] = load_model(path, ema, dtype=None if dtype is None else getattr(torch, dtype))
 
     path = find_checkpoint(checkpoint, GROUPS, load)
     if path not in found:
         raise UserError(f"{path} holds no average of the weights: it was trained with ema.decay = 0")
-    config, tokenizer, model = found[path]
-    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
-    prompt = tuple(map(_as_text, prompt))
-    prompts = _prompts(prompt, tokenizer, config.data.document_mask)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    return found[path]
+
+
+def _print_as_it_comes(prompt: str, written: Iterator[list[Continuation]]) -> None:
+    """Print a prompt, and of its continuation what is new after each token; errors come before anything is printed."""
+    shown = 0
+    for number, [continuation] in enumerate(written):
+        if number == 0:
+            print(several_lines(prompt), end="")
+        new, shown = continuation.text[shown:], len(continuation.text)
+        print(several_lines(new), end="", flush=bool(new))
+    print()
+
+
+def _converse(writer: Writer) -> None:
+    print("A line is a prompt. Ctrl-C ends its continuation, Ctrl-D the conversation.", file=sys.stderr)
+    while True:
+        try:
+            line = _as_text(input("> "))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            if line:
+                _print_as_it_comes(line, writer.write(writer.prompts([line]), writer.longest_prompt))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
+
+
+def _validate_output(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; choose another name or remove it")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (there is no folder {path.parent} that may be written to)")
+
+
+def _write_output(
+    path: Path, records: list[dict[str, Any]], continuations: list[Continuation], sampling: Sampling
+) -> None:
+    """A line of JSON for each prompt: what its record has, its continuation, how many tokens, and why it ended.
+
+    Written under another name, then renamed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        continuations = generate(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_token=tokenizer.eot_id,
-            generator=generator,
-            memory_budget=memory_budget,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    for text, tokens in zip(prompt, continuations):
-        print(several_lines(text + tokenizer.decode([token for token in tokens if token != tokenizer.eot_id])))
-        if len(prompt) > 1:
-            print("-" * 40)
+        with partial.open("w", encoding="utf-8") as file:
+            for record, each in zip(records, continuations):
+                ended = "stop" if each.is_stopped else "length" if each.tokens == sampling.max_new_tokens else "eot"
+                line = record | {"text": each.text, "tokens": each.tokens, "ended": ended}
+                file.write(json.dumps(line) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+def _check_options(sampling: Sampling) -> None:
     """Raise UserError for options out of range before a checkpoint is read, which may take a minute."""
     try:
-        check_options(max_new_tokens, temperature, top_k, top_p)
+        check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed = {str(seed)[:40]}: expected 0 ... {LARGEST_SEED}")
+    if not 0 <= sampling.seed <= LARGEST_SEED:
+        raise UserError(f"seed = {str(sampling.seed)[:40]}: expected 0 ... {LARGEST_SEED}")
+    if "" in sampling.stop:
+        raise UserError("stop: an empty string stands before every text")
 
 
 def _as_text(argument: str) -> str:

@@ -1,14 +1,20 @@
 """`generate` on a real checkpoint of a run of three steps."""
 
 import base64
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from swamla_titan.checkpoint.manifest import commit
 from swamla_titan.cli import main
 from swamla_titan.data.tokenizer import ByteTokenizer
+from swamla_titan.errors import UserError
+from swamla_titan.escaping import several_lines
+from swamla_titan.tools import generate as generate_module
+from swamla_titan.tools.generate import Continuation, read_prompts
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, snapshot, train
 
@@ -123,7 +129,7 @@ def test_prompts_of_a_batch_are_continued_as_they_are_alone(trained, generate):
 
 def test_no_more_than_max_new_tokens_and_fewer_are_a_beginning_of_more(trained, generate, monkeypatch):
     """A token is shown as a character, which a byte of a longer one is not by itself."""
-    monkeypatch.setattr(ByteTokenizer, "decode", lambda _, tokens: "".join(chr(0x4E00 + token) for token in tokens))
+    monkeypatch.setattr(ByteTokenizer, "token_bytes", lambda _, token: chr(0x4E00 + token).encode())
     few, more = (
         generate(trained, "--temperature", "0", "--prompt", "Some", "--max-new-tokens", n).removesuffix("\n")
         for n in ("7", "20")
@@ -258,3 +264,121 @@ def test_a_checkpoint_brings_the_vocabulary_that_lay_in_a_file(tiny, generate, t
     shutil.copytree(checkpoint(tmp_path / "run", 1), moved)
     monkeypatch.chdir("/")
     assert generate(moved, "--prompt", "the", "--max-new-tokens", "3").startswith("the")
+
+
+def continuation(pieces: list[bytes], *stop: str) -> Continuation:
+    """Of tokens that stand for these bytes."""
+    tokenizer = ByteTokenizer()
+    tokenizer.token_bytes = pieces.__getitem__
+    return Continuation(tokenizer, stop)
+
+
+def test_a_character_is_given_when_its_last_byte_has_come():
+    growing = continuation([b"a\xe2", b"\x82", b"\xac!", b"\xff", b"\xf0\x9f"])
+    texts = []
+    for token in range(5):
+        assert not growing.add(token)
+        texts.append(growing.text)
+    growing.finish()
+    assert [*texts, growing.text] == ["a", "a", "a€!", "a€!�", "a€!�", "a€!��"]
+
+
+def test_a_continuation_ends_before_the_first_stop_string_and_shows_nothing_of_it():
+    growing = continuation([b"one\n", b"\nt", b"wo END"], "END", "\n\n")
+    assert [growing.add(0), growing.text] == [False, "one"]
+    assert [growing.add(1), growing.text] == [True, "one"]
+    growing.finish()
+    assert growing.text == "one"
+    growing = continuation([b"an E", b"Nd", b" EN"], "END")
+    assert not any(growing.add(token) for token in range(3))
+    assert growing.text == "an ENd "
+    growing.finish()
+    assert growing.text == "an ENd EN"
+
+
+def test_a_file_of_prompts_is_answered_line_by_line(trained, generate, refusal, tmp_path):
+    """In the order of the file, whatever the batches, with what stood beside the prompts; each as it is alone."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    texts = ["The", "A much longer text of a few words", "Naïve", "of"]
+    records = [{"prompt": texts[0], "id": 7}, texts[1], {"id": "x", "prompt": texts[2]}, texts[3]]
+    prompts.write_text("\n".join(map(json.dumps, records)) + "\n\n", encoding="utf-8")
+    arguments = ("--max-new-tokens", "9", "--temperature", "0")
+    assert generate(trained, "--prompts", str(prompts), "--output", str(out), "--batch-size", "3", *arguments) == ""
+    given = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [each.get("id") for each in given] == [7, None, "x", None]
+    for text, each in zip(texts, given):
+        alone = generate(trained, "--prompt", text, *arguments)
+        assert several_lines(text + each["text"]) + "\n" == alone
+        assert each["prompt"] == text
+        assert each["tokens"] == 9 if each["ended"] == "length" else each["ended"] == "eot"
+    stop = next(each["text"][2] for each in given if len(each["text"]) > 2)
+    again = tmp_path / "again.jsonl"
+    generate(trained, "--prompts", str(prompts), "--output", str(again), "--stop", stop, *arguments)
+    for full, cut in zip(given, map(json.loads, again.read_text(encoding="utf-8").splitlines())):
+        assert cut["text"] == full["text"].partition(stop)[0]
+        assert (cut["ended"] == "stop") == (stop in full["text"])
+    assert "exists; choose another name" in refusal(trained, "--output", str(out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "out.jsonl", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b'{"prompt": "a"}\n{"prompt": ', "line 2: no JSON"),
+        (b'{"prompt": "a"}\n{"text": "b"}', 'line 2: expected a string, or an object with a string "prompt"'),
+        (b'"a"\n\xff', "line 2: no JSON in UTF-8"),
+        (b"\n \n", "no prompts"),
+        (b"[" * 100_000, "line 1: no JSON"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_refused_with_its_line(content, problem, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        read_prompts(str(path))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(str(tmp_path / "none.txt"))
+
+
+def test_a_text_file_has_a_prompt_in_each_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("Zwölf\r\n\n{not JSON}\n".encode())
+    assert read_prompts(str(path)) == [{"prompt": "Zwölf"}, {"prompt": "{not JSON}"}]
+
+
+def test_a_conversation_continues_each_line_and_goes_on_after_an_error(trained, generate, monkeypatch, capsys):
+    lines = iter(["The", "", "x" * 600, "of"])
+
+    def typed(prompt):
+        print(prompt, end="")
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    arguments = ("--max-new-tokens", "9", "--temperature", "0")
+    alone = [generate(trained, "--prompt", text, *arguments) for text in ("The", "of")]
+    capsys.readouterr()
+    assert main(["generate", str(trained), "--interactive", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"> {alone[0]}> > > {alone[1]}> \n"
+    assert "error: prompt 0 has 600 tokens" in captured.err
+
+
+def test_options_that_contradict_each_other_are_refused(trained, refusal, tmp_path):
+    assert "leave out" in refusal(trained, "--interactive", "--prompt", "a")
+    assert "not both" in refusal(trained, "--prompts", "file", "--prompt", "a")
+    assert "batch_size = 0" in refusal(trained, "--batch-size", "0")
+    assert "stop: an empty string" in refusal(trained, "--stop", "")
+    assert "there is no folder" in refusal(trained, "--output", str(tmp_path / "no" / "file"))
+
+
+def test_dtype_is_that_of_the_weights(trained, generate, monkeypatch):
+    seen = []
+    stream = generate_module.stream
+    monkeypatch.setattr(generate_module, "stream", lambda model, *a, **k: seen.append(model) or stream(model, *a, **k))
+    for dtype in ("bfloat16", "float32"):
+        generate(trained, "--max-new-tokens", "3", "--dtype", dtype)
+    generate(trained, "--max-new-tokens", "3")
+    assert [model.activation_dtype for model in seen] == [torch.bfloat16, torch.float32, torch.float32]
