@@ -1,10 +1,10 @@
-"""Annexes: residual branches that stand before the blocks of chosen layers and know the tokens, not only the stream.
+"""Annexes: residual branches before the blocks of chosen layers, which know the tokens, not only the stream.
 
     x = x + annex(x, what it looks up for the tokens);  x = block(x)
 
 What an annex looks up depends on tokens alone. So it is looked up for all layers before the first block runs, outside
-of what is compiled or recomputed; and which rows these are can be known earlier still, see ModelAnnexes.prepare. Ranks
-that share tables exchange the rows there (parallel/row_tables.py).
+of what is compiled or recomputed; and its rows can be known earlier still, see ModelAnnexes.prepare. Ranks that share
+tables exchange the rows there (parallel/row_tables.py).
 
 An annex is a subclass of Annex in a file of its own and a line of ANNEXES (model/annexes.py), with its settings as a
 section of ModelConfig. Initialization, parallel plans, activation checkpointing, compilation, optimizers, FLOPs,
@@ -33,9 +33,9 @@ class StreamContext:
     positions: Tensor  # [B or 1, t] int64, tokens since the start of the document
 
     def with_halos(self, x: Tensor, halo: int) -> Iterator[Tensor]:
-        """Each stretch of consecutive tokens of x [B, t, N] with the `halo` tokens before it, [B, halo + n, N].
+        """Each section of consecutive tokens of x [B, t, N] with the `halo` tokens before it, [B, halo + n, N].
 
-        What lies before the sequence is zeros.
+        Tokens before the sequence are zeros.
         """
         yield F.pad(x, (0, 0, halo, 0))
 
@@ -44,7 +44,7 @@ class StreamLayout:
     """Which tokens of each sequence the residual stream holds on this process: all of them."""
 
     def local(self, x: Tensor) -> Tensor:
-        """Those tokens, [B, t, ...], of something [B, T, ...] for full sequences."""
+        """The part [B, t, ...] for these tokens of a tensor [B, T, ...] for full sequences."""
         return x
 
     def context(self, positions: Tensor) -> StreamContext:
@@ -53,7 +53,7 @@ class StreamLayout:
 
 
 class Annex(Branch, is_abstract=True):
-    """The branch before a block, which looks up rows of its `table`. Its constructor takes (config, layer).
+    """A branch before a block, which looks up rows of its `table`. Its constructor takes (config, layer).
 
     `observed` names the tensors [B, t] that `forward` gives beside the stream; their means are metrics. `regions` may
     be replaced, see blocks.Regions; its region is "annex".
@@ -61,15 +61,12 @@ class Annex(Branch, is_abstract=True):
 
     observed: ClassVar[tuple[str, ...]] = ()
     table: RowTable
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.regions = Regions()
-        self._observed: Tensor | None = None  # since `take_observed`: a sum for each name, and the number of tokens
+    regions = Regions()
+    _observed: Tensor | None = None  # since `take_observed`: a sum for each name, and the number of tokens
 
     @torch.no_grad()
     def observe(self, seen: Sequence[Tensor], counted: Tensor | None) -> None:
-        """Add what a pass `observed` of the sequences that are `counted`, bool [B]; None: of all.
+        """Add what a forward pass `observed` to the sums, for the sequences `counted`, bool [B]; None: for all.
 
         The host does not wait for the device.
         """
@@ -79,9 +76,9 @@ class Annex(Branch, is_abstract=True):
         self._observed = found if self._observed is None else self._observed + found
 
     def take_observed(self) -> dict[str, tuple[float, float]]:
-        """By name the sum over all tokens since the last call, and how many they were; the host waits for the device.
+        """The sum over all tokens since the last call, and their number, by name; the host waits for the device.
 
-        None without a pass.
+        Empty without a forward pass.
         """
         found = [] if self._observed is None else self._observed.tolist()
         self._observed = None
@@ -90,17 +87,17 @@ class Annex(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def flops(cls, config: ModelConfig, seq_len: int) -> int:
-        """Operations of a sequence's forward pass beside its linear layers'."""
+        """Floating-point operations of a sequence's forward pass, without those of linear layers."""
 
     @classmethod
     @abstractmethod
     def summary(cls, config: ModelConfig) -> str:
-        """What stands on the layers, in a line."""
+        """A line for the log: layers and sizes."""
 
     @classmethod
     @abstractmethod
     def record(cls, config: ModelConfig) -> dict[str, Any]:
-        """JSON of what its parameters mean, as hashes, beside the config: kept in checkpoints, and compared."""
+        """What its parameters mean beside the config, such as hashes, as JSON: checkpoints hold it, runs compare it."""
 
     @classmethod
     @abstractmethod
@@ -110,23 +107,23 @@ class Annex(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def lookback(cls, config: ModelConfig) -> int:
-        """Tokens before a token that `indices` depends on."""
+        """How many tokens before a token its `indices` depend on."""
 
     @classmethod
     @abstractmethod
     def halo(cls, config: ModelConfig) -> int:
-        """Tokens before a token whose values `forward` depends on."""
+        """How many tokens before a token its `forward` depends on."""
 
     @abstractmethod
     def indices(self, ids: Tensor, positions: Tensor, pad: int) -> Tensor:
         """The rows to look up, int64 [B, T, ...], for compressed ids [B, T] at `positions` [B or 1, T] of documents.
 
-        Before a document lies the id `pad`.
+        `pad` is the id before a document's first token.
         """
 
     @abstractmethod
     def memory(self, rows: Tensor) -> Tensor:
-        """What `forward` is given of the rows that were looked up, [B, t, ..., width]."""
+        """The input that `forward` gets of the rows that were looked up, [B, t, ..., width]."""
 
     @abstractmethod
     def forward(self, x: Tensor, memory: Tensor, context: StreamContext) -> tuple[Tensor, ...]:

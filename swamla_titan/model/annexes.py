@@ -1,9 +1,9 @@
-"""The registry of annexes, and those of a model together: what they look up for its tokens, and where they stand."""
+"""The registry of annexes, and the annexes of a model: what they look up for its tokens, and where they run."""
 
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from swamla_titan.model.row_table import LocalRows, RowRequest, RowTable, look_u
 
 
 def registered(annexes: dict[str, type[Annex]]) -> dict[str, type[Annex]]:
-    """`annexes`; TypeError unless exactly these have a section of settings in ModelConfig."""
+    """`annexes`; raises TypeError unless exactly these have a section of settings in ModelConfig."""
     if set(annexes) != set(ModelConfig.annex_configs()):
         known = list(ModelConfig.annex_configs())
         raise TypeError(f"each of {list(annexes)} needs a field of ModelConfig that is an AnnexConfig, as {known} have")
@@ -30,24 +30,13 @@ ANNEXES = registered({"engram": Engram})
 
 
 def annexes_of(config: ModelConfig, layer: int | None = None) -> dict[str, type[Annex]]:
-    """The annexes that stand on a layer (None: on any), in the order in which they stand there."""
-
-    def stands(name: str) -> bool:
-        layers = getattr(config, name).layers
-        return bool(layers) if layer is None else layer in layers
-
-    return {name: annex for name, annex in ANNEXES.items() if stands(name)}
-
-
-def new_annex(config: ModelConfig, name: str, layer: int) -> Annex:
-    """The annex `name` of a layer."""
-    build = cast(Any, ANNEXES[name])  # whose constructor is not that of Annex
-    annex: Annex = build(config, layer)
-    return annex
+    """The annexes before a layer (None: before any), in their order there."""
+    layers = {name: getattr(config, name).layers for name in ANNEXES}
+    return {name: annex for name, annex in ANNEXES.items() if layers[name] and layer in (None, *layers[name])}
 
 
 class CompressedIds:
-    """The ids that stand for tokens in n-grams: `ids` [vocabulary] int64, and `pad` for what lies before a document.
+    """The ids that stand for tokens in n-grams: `ids` [vocabulary] int64, and `pad` for positions before a document.
 
     The tensor is copied to a device once.
     """
@@ -72,9 +61,9 @@ class PreparedLookUp:
     context: StreamContext
 
     def require(self, tokens: Tensor, document_ids: Tensor | None) -> None:
-        """Raise ValueError unless it was prepared for these very tensors, which nobody has written to since.
+        """Raise ValueError unless it was prepared for these very tensors, and they were not written to since.
 
-        Their values are not compared, because they may not be there yet.
+        Their values are not compared, because they may not be computed yet.
         """
         same = _is_same(self.tokens, tokens) and _is_same(self.document_ids, document_ids)
         if not same or self.versions != _versions(tokens, document_ids):
@@ -85,7 +74,7 @@ class PreparedLookUp:
 
 
 class _Joined(torch.autograd.Function):
-    """The stream and what was looked up, as they are, through one node of the graph.
+    """Passes the stream and what was looked up through one node of the graph, unchanged.
 
     Where a pipeline splits its backward pass, torch computes the gradients of a weight from the first nodes behind it
     that the stage's input reaches too. So those behind what was looked up must be the linear layers: if keys met the
@@ -102,7 +91,7 @@ class _Joined(torch.autograd.Function):
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
-    """How often each was written to, views of one tensor counted together; None where torch does not count."""
+    """The number of writes to each tensor, which its views share; None where torch does not count them."""
     return tuple(None if each is None or each.is_inference() else each._version for each in tensors)
 
 
@@ -113,7 +102,7 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 class Memories(NamedTuple):
-    """What was looked up for the tokens of a forward pass, by layer and name, and the annexes' context.
+    """What was looked up for the tokens of a forward pass, by layer and annex, and the annexes' context.
 
     `counted`: which sequences metrics count, bool [B]; None: all.
     """
@@ -126,14 +115,14 @@ class Memories(NamedTuple):
 class ModelAnnexes(nn.ModuleDict):
     """The annexes of a model, by layer number and name.
 
-    Tokens stand for themselves until `use` is called. `layout` may be set: which tokens of the residual stream this
-    process holds.
+    Every token has an id of its own until `use` is called. `layout` may be replaced: which tokens of the residual
+    stream this process holds.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(
             {
-                str(layer): nn.ModuleDict({name: new_annex(config, name, layer) for name in found})
+                str(layer): nn.ModuleDict({name: annex(config, layer) for name, annex in found.items()})
                 for layer in range(config.num_layers)
                 if (found := annexes_of(config, layer))
             }
@@ -143,9 +132,9 @@ class ModelAnnexes(nn.ModuleDict):
         self.layout = StreamLayout()
 
     def use(self, ids: np.ndarray, size: int) -> None:
-        """Look up by a compressed vocabulary (data/tokenizer.py): `ids` of each token, of `size` different ones.
+        """Look up by a compressed vocabulary (data/tokenizer.py): the id of each token, below `size`.
 
-        Size itself is the pad id, which no token has but those of the padded vocabulary.
+        `size` is the pad id, which only tokens of the padded vocabulary have.
         """
         padded = torch.full((self._rows,), size, device="cpu")
         padded[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
@@ -170,8 +159,8 @@ class ModelAnnexes(nn.ModuleDict):
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> PreparedLookUp | None:
         """Which rows the annexes look up for this process' tokens, of full sequences [B, T]; None without annexes.
 
-        It reads no row, so it may precede the optimizer step before the forward pass that it is for. Where ranks share
-        tables, all of them call this equally often, and in the same order.
+        It reads no row, so it may precede the optimizer step before its forward pass. Where ranks share tables, all of
+        them call this equally often, and in the same order.
         """
         if not len(self):
             return None
@@ -192,8 +181,8 @@ class ModelAnnexes(nn.ModuleDict):
     ) -> Memories | None:
         """What the annexes look up for this process' tokens, of full sequences [B, T]; None if there are no annexes.
 
-        Metrics do not count sequences that only fill up a micro-batch: those without one of the `targets` [B, T].
-        `prepared` is of these tokens, else ValueError; None: it is prepared at once.
+        Metrics do not count sequences that only fill up a micro-batch, which have none of the `targets` [B, T].
+        Raises ValueError if `prepared` was made for other tokens; None: it is prepared now.
         """
         prepared = prepared or self.prepare(tokens, document_ids)
         if prepared is None:
@@ -203,14 +192,14 @@ class ModelAnnexes(nn.ModuleDict):
         return self._memories(prepared.request, prepared.context, dtype)._replace(counted=counted)
 
     def look_up_next(self, tokens: Tensor, cache: DecodeCache, dtype: torch.dtype) -> Memories | None:
-        """The same for the next token of each sequence [B, 1] while decoding, which the cache then remembers."""
+        """What they look up for the next token of each sequence [B, 1] while decoding; the cache stores the token."""
         if not len(self):
             return None
         newest, positions = cache.remember(tokens)
         return self._memories(*self._request(newest, positions, newest.shape[1] - 1), dtype)
 
     def _request(self, tokens: Tensor, positions: Tensor, first: int) -> tuple[RowRequest, StreamContext]:
-        """What is looked up for the tokens from number `first` on, and their context."""
+        """The look-up for the tokens from index `first` on, and their context."""
         ids, pad, local = self.compressed_ids(tokens), self.compressed_ids.pad, self.layout.local
         indices = [local(annex.indices(ids, positions, pad)[:, first:]) for _, annex in self.each()]
         return request_rows(self.tables, indices), self.layout.context(positions[:, first:])
@@ -220,7 +209,7 @@ class ModelAnnexes(nn.ModuleDict):
         return Memories({key: annex.memory(rows) for (key, annex), rows in zip(self.each(), found)}, context)
 
     def before(self, layer: str, x: Tensor, memories: Memories | None) -> Tensor:
-        """The stream [B, t, dim] as the block of `layer` gets it."""
+        """The residual stream [B, t, dim] with the layer's annexes added, which is the input of its block."""
         if layer not in self:
             return x
         assert memories is not None

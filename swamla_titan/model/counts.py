@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from swamla_titan.model.annexes import annexes_of, new_annex
+from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS, Block
 from swamla_titan.model.config import FLAVORS, ModelConfig
 from swamla_titan.model.model import SWAMLAModel
@@ -70,9 +70,9 @@ def block_flops(config: ModelConfig, kind: str, seq_len: int, pairs: int | None 
 def annex_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     """Floating-point operations to train the annexes before a layer on one sequence of `seq_len` tokens."""
     total = 0
-    for name, kind in annexes_of(config, layer).items():
+    for kind in annexes_of(config, layer).values():
         with torch.device("meta"):
-            weights = _linear_weights(new_annex(config, name, layer))
+            weights = _linear_weights(kind(config, layer))
         total += 3 * (2 * seq_len * weights + kind.flops(config, seq_len))
     return total
 
