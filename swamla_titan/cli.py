@@ -139,6 +139,35 @@ class Export:
 
 
 @dataclass
+class Evaluate:
+    """Score a trained model by tasks of lm-evaluation-harness and by its loss on local text.
+
+    Under torchrun the ranks share the work, each with a copy of the model.
+    """
+
+    checkpoint: Positional[str]
+    """A checkpoint folder, or the dump folder of a run: its newest intact checkpoint."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks by name, with commas or spaces between, or paths of YAML files; needs the extra `eval`."""
+
+    text: tuple[str, ...] = ()
+    """Text files, or folders of them, for loss, perplexity and bits per byte."""
+
+    ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Evaluate the average of the weights, which a run with ema.decay keeps."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of weights and activations; default: on GPUs that of training, on a CPU float32."""
+
+    limit: int = 0
+    """Maximum number of documents of each task and of each text; 0: all."""
+
+    output: str | None = None
+    """JSON file that receives the results."""
+
+
+@dataclass
 class ConfigList:
     """List the shipped configurations and the model flavors with their true parameter counts."""
 
@@ -179,6 +208,7 @@ Command = (
     | Annotated[Check, subcommand("check")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[ConfigCommand, subcommand("config")]
 )
 
@@ -320,6 +350,10 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.export import export
 
             export(**vars(command))
+        case Evaluate():
+            from swamla_titan.tools.evaluate import evaluate_checkpoint
+
+            evaluate_checkpoint(**vars(command))
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):

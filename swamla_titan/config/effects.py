@@ -89,7 +89,9 @@ _NEEDS: dict[str, Condition] = {
         'validation.path = ""',
     ),
     "validation.max_tokens": when_on("validation.interval") | when_on("validation.path"),
-    "validation.use_ema": when_on("ema.decay", "ema.decay, to 0.999 perhaps") & when_on("validation.interval"),
+    "validation.use_ema": when_on("ema.decay", "ema.decay, to 0.999 perhaps")
+    & (when_on("validation.interval") | when_on("validation.tasks")),
+    "validation.tasks_interval validation.tasks_limit": when_on("validation.tasks"),
     "metrics.wandb_project": when_on("metrics.wandb", "metrics.wandb = true"),
     "profiling.start_step profiling.num_steps": when_on("profiling.enabled", "profiling.enabled = true"),
     "fault_tolerance.max_bad_steps fault_tolerance.max_rewinds fault_tolerance.spike_sigma": _SKIPPING,

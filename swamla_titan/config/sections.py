@@ -287,6 +287,13 @@ class Validation:
     """Maximum number of tokens per validation."""
     use_ema: bool = False
     """Validate the average of the weights (ema.decay) instead of the weights."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness, as in "hellaswag,arc_easy" or paths of YAML files, that score the model while it
+    trains; needs the extra `eval`. Tasks that generate text are for `swamla-titan evaluate`."""
+    tasks_interval: _Steps = 1000
+    """Steps between evaluations of the tasks, which also follow the last step."""
+    tasks_limit: Annotated[int, Limits(0, 1_000_000_000)] = 0
+    """Maximum number of documents of each task; 0: all."""
 
 
 @dataclass(frozen=True)

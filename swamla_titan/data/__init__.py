@@ -17,7 +17,7 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus
+from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
 from swamla_titan.data.held_out import ValidationSet
@@ -50,6 +50,7 @@ __all__ = [
     "prepare_workers",
     "sequences_per_rank",
     "taken_from_cursors",
+    "text_sequences",
     "uneven",
     "waits_for_streams",
 ]

@@ -1,6 +1,8 @@
 """The corpus: all that the order of the data depends on, opened and checked once at the start."""
 
 import dataclasses
+import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -318,6 +320,20 @@ def _path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) ->
     retry = retry_of(data)
     documents = all_documents(open_local(data, validation.path, "validation.path", retry=retry), retry)
     return _up_to(validation.max_tokens + 1, documents, tokenizer)
+
+
+def text_sequences(data: Data, path: str, tokenizer: Tokenizer, seq_len: int, limit: int = 0) -> ValidationSet:
+    """The documents of a file or folder as the sequences of a validation; the first `limit` of them, 0: all.
+
+    `data` says what in the files is text. UserError if there is none.
+    """
+    retry = retry_of(data)
+    documents = all_documents(open_local(data, path, "--text", retry=retry), retry)
+    rows = [tokens for _, tokens in itertools.islice(_up_to(sys.maxsize, documents, tokenizer), limit or None)]
+    text = np.concatenate([np.empty(0, dtype=np.int32), *rows])
+    if len(text) < 2:
+        raise UserError(f"--text {path}: holds no text that could be predicted")
+    return pack(text, seq_len, tokenizer, data.document_mask)
 
 
 def _up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:

@@ -1,8 +1,9 @@
 """The output head and the loss together: what becomes of the last activations."""
 
+import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.cross_entropy import cross_entropy
+from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy
 from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
 from swamla_titan.model.config import ModelConfig
 
@@ -63,3 +64,18 @@ class FusedLossHead(LossHead):
 
         loss: Tensor = head(x, of)
         return loss
+
+
+def target_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each target its log-probability, and 1 if it is the likeliest token: [B, T, V], [B, T] -> [B, T, 2].
+
+    Zeros where targets are ignored; in float32, or wider if the logits are. A sequence at a time, because the softmax
+    takes as much memory as its logits.
+    """
+    found = torch.zeros(*targets.shape, 2, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    for each, wanted, scores in zip(logits, targets, found):
+        valid = wanted != IGNORE
+        chosen, target = each[valid].to(found.dtype), wanted[valid]
+        log_probabilities = chosen.gather(1, target[:, None])[:, 0] - chosen.logsumexp(dim=-1)
+        scores[valid] = torch.stack([log_probabilities, (chosen.argmax(dim=-1) == target).to(found.dtype)], dim=-1)
+    return found

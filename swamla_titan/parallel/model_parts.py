@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.config import Config
@@ -16,6 +16,7 @@ from swamla_titan.distributed.dtensor import copy_from_full, free_gathered_weigh
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.annexes import PreparedLookUp, annexes_of
+from swamla_titan.model.loss_head import target_scores
 from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
@@ -100,21 +101,45 @@ class ParallelModel:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Sum of the plain cross-entropy over all targets of all ranks, float64, on the device."""
-        for part in self.parts:
-            part.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        with self._prepared_weights(len(micro_batches)):
+        with self._evaluating(len(micro_batches)):
             if self.pipeline:
                 for loss in self.pipeline.evaluate(micro_batches):
                     total += loss
             else:
                 for inputs, prepared in self._inputs(micro_batches):
                     total += self._loss(inputs, 1.0, prepared)
+        return self.world.all_reduce_loss(total)
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """Of each micro-batch `target_scores` of its targets, [B, T, 2], on all ranks that work on it."""
+        with self._evaluating(len(micro_batches)):
+            if self.pipeline:
+                shape = (*micro_batches[0].targets.shape, 2) if micro_batches else ()
+                found = self.pipeline.evaluate(micro_batches, _scores_of_stage, lambda batch: shape)
+            else:
+                found = (self._scores(*each) for each in self._inputs(micro_batches))
+            for scores in found:
+                if self.world.degrees.context > 1:
+                    dist.all_reduce(scores, group=self.world.group("context"))
+                yield scores
+
+    def _scores(self, inputs: MicroBatch, prepared: PreparedLookUp | None) -> Tensor:
+        logits = self.parts[0](inputs.tokens, None, inputs.document_ids, prepared=prepared)
+        return _scores_of_own_tokens(self.parts[0], logits, inputs)
+
+    @contextmanager
+    def _evaluating(self, micro_batches: int) -> Iterator[None]:
+        """Encloses forward passes of so many micro-batches in evaluation mode."""
+        for part in self.parts:
+            part.eval()
+        with self._prepared_weights(micro_batches):
+            yield
         for part in self.parts:
             part.train()
             if self._gathers_float8:  # the gathered weights are float8, which only linear layers can use
                 free_gathered_weights(part)
-        return self.world.all_reduce_loss(total)
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of all gradients of the model, a scalar on their device. Collective."""
@@ -167,6 +192,20 @@ class ParallelModel:
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         return value
+
+
+def _scores_of_stage(stage: ModelStage, logits: Tensor, batch: MicroBatch) -> Tensor:
+    """`target_scores` by the output of the last stage, which the head has computed already."""
+    return _scores_of_own_tokens(stage, stage.loss_head.logits(nn.Identity(), logits), batch)
+
+
+def _scores_of_own_tokens(part: SWAMLAModel, logits: Tensor, batch: MicroBatch) -> Tensor:
+    """[B, T, 2], zeros for tokens that other ranks compute of the sequences."""
+    positions = part.sequences.local(torch.arange(batch.targets.shape[1], device=batch.targets.device)[None])[0]
+    own = target_scores(logits, part.sequences.local(batch.targets))
+    found = own.new_zeros(*batch.targets.shape, 2)
+    found[:, positions] = own
+    return found
 
 
 def build_parts(config: Config, world: World) -> list[SWAMLAModel]:

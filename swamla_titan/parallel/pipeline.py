@@ -6,7 +6,7 @@ the global batch's count, so gradients add up without scaling.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -174,23 +174,35 @@ class Pipeline:
         return self._from_last_stage(torch.stack([loss.detach() for loss in losses]).sum() if losses else None)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+    def evaluate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        of_logits: Callable[[ModelStage, Tensor, MicroBatch], Tensor] | None = None,
+        shape_of: Callable[[MicroBatch], tuple[int, ...]] = lambda batch: (),
+    ) -> Iterator[Tensor]:
         """The loss of each micro-batch in evaluation mode, on every rank: a sum over its valid targets.
 
-        Forward only, one micro-batch at a time through all stages; each stage prepares the look-ups of the next one
-        meanwhile. Weights that FSDP2 gathered are freed again.
+        `of_logits`: instead of the loss, what the last stage makes of its output; `shape_of`: this result's shape, in
+        float32 or wider. Forward only, one micro-batch at a time through all stages; each stage prepares the look-ups
+        of the next one meanwhile. Weights that FSDP2 gathered are freed again.
         """
         of_stages = [
             look_ups_ahead(stage.annexes, (batch.to(self._world.device) for batch in micro_batches))
             for stage in self.stages
         ]
         for inputs in zip(*of_stages):
-            yield self._evaluate_one(inputs)
+            result = self._through_all_stages(inputs, of_logits or _loss_of)
+            yield self._from_last_stage(result, shape_of(inputs[0][0]))
 
-    def _evaluate_one(self, inputs: Sequence[Inputs]) -> Tensor:
-        """The loss of a micro-batch, of which each stage of this rank has a copy and its look-up in `inputs`."""
+    def _through_all_stages(
+        self, inputs: Sequence[Inputs], of_logits: Callable[[ModelStage, Tensor, MicroBatch], Tensor]
+    ) -> Tensor | None:
+        """The result of a micro-batch, of which each stage of this rank has a copy and its look-up in `inputs`.
+
+        None on ranks that do not hold the last stage.
+        """
         mine = {stage.stage for stage in self.stages}
-        loss, x = None, inputs[0][0].tokens
+        result, x = None, inputs[0][0].tokens
         for stage, (batch, prepared) in zip(self.stages, inputs, strict=True):
             number = stage.stage
             was_training = stage.training
@@ -201,25 +213,25 @@ class Pipeline:
                 dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
             x = stage(x, **self._of_all_stages(batch), prepared=prepared)
             if stage.is_last:
-                loss = stage.loss(x, batch.targets, 1.0)
+                result = of_logits(stage, x, batch)
             elif number + 1 not in mine:
                 dist.send(x.contiguous(), group=self._group, group_dst=rank_of_stage(self._parallel, number + 1))
             stage.train(was_training)
             free_gathered_weights(stage)
-        return self._from_last_stage(loss)
+        return result
 
     def _of_all_stages(self, batch: MicroBatch) -> dict[str, Tensor]:
         """What every stage is given of a micro-batch beside its input."""
         found = {"tokens": batch.tokens, "targets": batch.targets} if self._has_annexes else {}
         return found if batch.document_ids is None else {"document_ids": batch.document_ids, **found}
 
-    def _from_last_stage(self, loss: Tensor | None) -> Tensor:
-        """Broadcast the loss of the rank that has one; the others are given None."""
-        if loss is None:
+    def _from_last_stage(self, result: Tensor | None, shape: tuple[int, ...] = ()) -> Tensor:
+        """Broadcast the result of the rank that has one, a loss by default; the others are given None."""
+        if result is None:
             dtype = torch.promote_types(self._dtype, torch.float32)
-            loss = torch.zeros((), dtype=dtype, device=self._world.device)
-        dist.all_reduce(loss, group=self._group)
-        return loss
+            result = torch.zeros(shape, dtype=dtype, device=self._world.device)
+        dist.all_reduce(result, group=self._group)
+        return result
 
     def schedule(self, count: int, micro_batch_size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """Torch's schedule of `count` micro-batches of this many sequences, kept for the next step that has as many.
@@ -259,6 +271,10 @@ class Pipeline:
             output_args=meta(micro_batch_size, *self._logits_shape) if stage.is_last else activations,
             group=self._group,
         )
+
+
+def _loss_of(stage: ModelStage, logits: Tensor, batch: MicroBatch) -> Tensor:
+    return stage.loss(logits, batch.targets, 1.0)
 
 
 class TiedEmbedding:

@@ -55,7 +55,7 @@ from swamla_titan.system.machine import allow_open_files, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.step import GROUPS, RunState
-from swamla_titan.train.validation import Validator
+from swamla_titan.train.validation import TaskValidator, Validation, Validator, require_harness
 
 Result = TypeVar("Result")
 Opened = Callable[[Origin | Corpus], object]
@@ -71,7 +71,7 @@ class Inputs:
     checkpoints: Checkpoints
     origin: Origin  # the checkpoint to resume from, if there is one
     corpus: Corpus
-    validator: Validator | None
+    validations: list[Validation]
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
     annex_record: AnnexRecord | None  # None: the model has no annexes
@@ -126,6 +126,7 @@ VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "optimizer": lambda config, world: validate_optimizer_device(config.optimizer, world.device),
     "tables": validate_host_memory,
     "metrics": lambda config, world: config.metrics.wandb and require_wandb(),
+    "tasks": lambda config, world: config.validation.tasks and require_harness("validation.tasks"),
     "folder": lambda config, world: validate_folder(Path(config.job.dump_folder)),
 }
 
@@ -211,8 +212,10 @@ def set_up_inputs(
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
-    validator = all_ranks_or_raise(world, lambda: Validator(held_out, world, size) if held_out else None)
     validation = validation_record(origin.data, held_out)
+    validations = all_ranks_or_raise(world, lambda: _on_held_out(config, world, held_out, size, validation))
+    if config.validation.tasks:
+        validations.append(TaskValidator(config, world, corpus.tokenizer, size))
     record = None
     if annexes_of(config.model):
         # Of rank 0, because Pythons with other tables of Unicode compress otherwise.
@@ -221,7 +224,14 @@ def set_up_inputs(
         record = AnnexRecord.of(config.model, ids)
     require_fit = initial.require_fit if initial else lambda config: None
     broadcast_from_rank_0(world, lambda: require_fit(config))
-    return Inputs(config, choices, world, checkpoints, origin, corpus, validator, validation, size, record, initial)
+    return Inputs(config, choices, world, checkpoints, origin, corpus, validations, validation, size, record, initial)
+
+
+def _on_held_out(
+    config: Config, world: World, held_out: ValidationSet | None, size: int, record: dict[str, Any] | None
+) -> list[Validation]:
+    number = record["set"] if record else 1
+    return [Validator(held_out, world, size, config.validation.interval, number)] if held_out else []
 
 
 def set_up_resume(inputs: Inputs) -> Setup:

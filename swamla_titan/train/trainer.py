@@ -29,7 +29,7 @@ from swamla_titan.train.setup import Setup
 from swamla_titan.train.startup_summary import log_startup_summary
 from swamla_titan.train.step import TrainStep
 from swamla_titan.train.throughput import DataWait, Throughput
-from swamla_titan.train.validation import validation_line
+from swamla_titan.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +121,16 @@ class Trainer:
             stop = self.stop.agreed(self.world.all_reduce_max)
             finished = self.step == config.training.steps
             save = finished or stop is not None or self.step % config.checkpoint.interval == 0
-            validate = self.setup.validator and (finished or self.step % config.validation.interval == 0)
+            due = [each for each in self.setup.validations if finished or self.step % each.interval == 0]
             too_many_bad = self.bad_steps.too_many(self.step)
             log = self.step == first_step or self.step % config.metrics.log_interval == 0
-            if log or save or validate or too_many_bad:
+            if log or save or due or too_many_bad:
                 self._log_step()
                 self._end_streak(too_many_bad)
             if config.compile.enabled and self.step == first_step:
                 logger.info("%s", compilation())
-            if validate:
-                self._validate()
+            for validation in due:
+                self._validate(validation)
             if save:
                 self._save(last=finished or stop is not None)
             # Before a re-rendezvous a finished run returns too, so that the new machines see that it is finished.
@@ -213,14 +213,14 @@ class Trainer:
             self.saver.settle()
             yield
 
-    def _validate(self) -> None:
-        assert self.setup.validator is not None
+    def _validate(self, validation: Validation) -> None:
         average = self.state.ema if self.config.validation.use_ema else None
         with self._pause("validation"):
             self.saver.before_update()  # weights and their average are swapped
-            values = self.setup.validator(self.state.model, average)
-        number = self.setup.validation["set"] if self.setup.validation else 1
-        self._log(values | ({"val_set": number} if number > 1 else {}), validation_line(values, average is not None))
+            values = validation(self.state.model, average)
+        if values:
+            of = "validation of the average" if average else "validation"
+            self._log(values, f"{of}: {validation.line(values)}")
 
     def _save_if_new(self) -> None:
         """Save before the run ends, unless this step is saved already."""

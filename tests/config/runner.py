@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ from tests.config.rank_runs import RankSeen, train_on_a_rank
 from tests.conftest import WandbStub
 from tests.distributed.ranks import on_ranks
 from tests.train.faults import Fault, run_with_faults
+from tests.train.harness_stub import stub
 from tests.train.runs import checkpoint, metrics, tensors, train
+
+Result = TypeVar("Result")
 
 STEPS = 3
 EOT = 256
@@ -140,6 +143,11 @@ class Runner:
         self._count += 1
         folder = self.folder / f"run-{self._count}"
         return on_ranks(size, train_on_a_rank, self.config, folder, (*SHORT, *overrides))
+
+    def with_harness(self, start: Callable[..., Result], *overrides: str) -> Result:
+        """`start(*overrides)` with a package lm_eval of our own."""
+        with stub():
+            return start(*overrides)
 
     def local(self, **texts: str) -> tuple[str, ...]:
         """Overrides that train on a folder of these files, in the order of their names, by one stream."""

@@ -18,6 +18,7 @@ BUILTIN = 'data.source = "builtin"\n'
 NUMBERS = [name for name, setting in KEYS.items() if setting.kind in (int, float, TABLE, INTEGERS)]
 STRINGS = [name for name, setting in KEYS.items() if setting.kind is str and not setting.choices]
 PATHS = ["job.dump_folder", "data.path", "data.tokenizer", "compile.cache_folder", "validation.path"]
+PATHS += ["checkpoint.initial_load"]
 
 
 @pytest.fixture

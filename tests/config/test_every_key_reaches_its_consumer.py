@@ -397,6 +397,23 @@ def max_tokens(run: Runner) -> None:
         assert sum(int((call.targets != IGNORED).sum()) for call in calls) == number
 
 
+def tasks(run: Runner) -> None:
+    assert "generates text" in run.with_harness(run.refusal, "--validation.tasks", "writes")
+    assert run.with_harness(run, "--validation.tasks", "mean").series("mean/count") == [3]
+    assert run.with_harness(run).series("mean/count") == []
+
+
+def tasks_interval(run: Runner) -> None:
+    for interval, count in (("1", 3), ("2", 2), ("9", 1)):
+        settings = ("--validation.tasks", "mean", "--validation.tasks_interval", interval)
+        assert len(run.with_harness(run, *settings).series("mean/mean")) == count
+
+
+def tasks_limit(run: Runner) -> None:
+    limited = run.with_harness(run, "--validation.tasks", "mean", "--validation.tasks_limit", "2")
+    assert limited.series("mean/count") == [2]
+
+
 # [metrics]
 
 
@@ -532,6 +549,9 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "validation.path": validation_path,
     "validation.fraction": validation_fraction,
     "validation.max_tokens": max_tokens,
+    "validation.tasks": tasks,
+    "validation.tasks_interval": tasks_interval,
+    "validation.tasks_limit": tasks_limit,
     "metrics.log_interval": log_interval,
     "metrics.tensorboard": tensorboard,
     "metrics.wandb": wandb,

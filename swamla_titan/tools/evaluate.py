@@ -1,0 +1,176 @@
+"""`evaluate`: score the model of a checkpoint by tasks of lm-evaluation-harness, and by the loss on local text.
+
+Started by torchrun, each rank holds the model and computes its share.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swamla_titan.checkpoint.records import read_train_state
+from swamla_titan.checkpoint.store import find_checkpoint
+from swamla_titan.config import Config
+from swamla_titan.config.sections import Parallel
+from swamla_titan.data import IGNORED, MicroBatch, Tokenizer, load_tokenizer, text_sequences
+from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
+from swamla_titan.errors import UserError
+from swamla_titan.escaping import one_line
+from swamla_titan.launch.process_group import destroy_distributed, init_distributed
+from swamla_titan.model import SWAMLAModel
+from swamla_titan.model.generation import generate
+from swamla_titan.model.loss_head import target_scores
+from swamla_titan.tools.generate import load_model
+from swamla_titan.train.scoring import Scorer
+from swamla_titan.train.step import GROUPS
+from swamla_titan.train.validation import require_harness, task_names
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_BOOTSTRAPS = 1000  # samples behind each standard error
+
+
+class Evaluated:
+    """An unsharded model, of which each rank has a copy, in evaluation mode."""
+
+    def __init__(self, model: SWAMLAModel, config: Config, tokenizer: Tokenizer, world: World) -> None:
+        self.model, self.config, self.tokenizer, self.world = model, config, tokenizer, world
+        self.micro_batch_size = config.training.local_batch_size
+
+    @torch.no_grad()
+    def score(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
+        """Of each micro-batch `target_scores` of its targets, [B, T, 2]."""
+        for batch in (each.to(self.model.device) for each in micro_batches):
+            yield target_scores(self.model(batch.tokens, document_ids=batch.document_ids), batch.targets)
+
+    def generate(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Continue each `Prompt` (train/harness.py): those that are asked for alike together, the longest first."""
+        found: dict[int, list[int]] = {}
+        order = sorted(range(len(prompts)), key=lambda index: (prompts[index][1:], -len(prompts[index].tokens)))
+        for options, alike in itertools.groupby(order, lambda index: prompts[index][1:]):
+            indices = list(alike)
+            for start in range(0, len(indices), self.micro_batch_size):
+                own = indices[start : start + self.micro_batch_size]
+                texts = [prompts[index].tokens for index in own]
+                generator = torch.Generator(device=self.model.device).manual_seed(0)
+                most, temperature, top_k, top_p = options
+                new = generate(self.model, texts, most, temperature, top_k, top_p, self.tokenizer.eot_id, generator)
+                found |= dict(zip(own, new))
+        return [found[index] for index in range(len(prompts))]
+
+    def on_tasks(self, names: Sequence[str], limit: int) -> dict[str, float]:
+        """The metrics of tasks, TASK/METRIC, on rank 0."""
+        from swamla_titan.train.harness import Tasks  # needs lm_eval
+
+        scorer = Scorer(self.world, self.config.training.seq_len, self.micro_batch_size, self.score)
+        longest, tasks = self.model.config.max_seq_len, Tasks(names, self.world, generates=True)
+        return tasks.run(self.tokenizer, scorer, self.generate, longest, limit, _BOOTSTRAPS)
+
+    def on_text(self, file: str, limit: int) -> dict[str, float]:
+        """Loss, perplexity and bits per byte on a text file or a folder of them, read as validation.path is.
+
+        The same sequences as in validation: the end of each document is predicted too, and adds no bytes.
+        """
+        seq_len, data = self.config.training.seq_len, self.config.data
+        text = all_ranks_or_raise(self.world, lambda: text_sequences(data, file, self.tokenizer, seq_len, limit))
+        batches = text.micro_batches(self.world.data_rank, self.world.degrees.data, self.micro_batch_size)
+        nats = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for scores in self.score(list(batches)):
+            nats -= scores[..., 0].double().sum()
+        total = self.world.all_reduce_loss(nats).item()
+        targets, size = int((text.targets != IGNORED).sum()), int(text.target_bytes.sum())
+        loss = total / targets
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": total / math.log(2) / size if size else math.inf,
+            "tokens": targets,
+            "bytes": size,
+        }
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    tasks: Sequence[str] = (),
+    text: Sequence[str] = (),
+    ema: bool = False,
+    dtype: Dtype | None = None,
+    limit: int = 0,
+    output: str | None = None,
+) -> None:
+    """Print the metrics of a checkpoint's model on tasks and on text files, and write them to the file `output`.
+
+    `tasks`: names that lm-evaluation-harness knows, or paths of YAML files. `ema`: by the average of the weights.
+    `dtype`: of weights and activations; None: on GPUs the one of training, on a CPU float32. `limit`: documents of each
+    task and of each text, 0: all. UserError for a checkpoint, a task or a file that cannot be used.
+    """
+    names = [name for each in tasks for name in task_names(each)]
+    if not names and not text:
+        raise UserError("nothing to evaluate: give --tasks, as in --tasks hellaswag,arc_easy, or --text FILE")
+    if limit < 0:
+        raise UserError(f"--limit {limit}: expected 0 (all) or more")
+    if names:
+        require_harness("--tasks")
+    with ExitStack() as stack:
+        stack.callback(destroy_distributed)
+        world = init_distributed(Parallel(data_parallel="ddp"))
+        broadcast_from_rank_0(world, lambda: _require_writable(output))
+        path = find_checkpoint(checkpoint, GROUPS, world=world)
+        loaded = all_ranks_or_raise(world, lambda: _loaded(path, ema, dtype, world))
+        found: dict[str, Any] = {
+            "checkpoint": str(path),
+            "step": broadcast_from_rank_0(world, lambda: read_train_state(path).step),
+            "ema": ema,
+            "dtype": str(loaded.model.activation_dtype).removeprefix("torch."),
+            "seq_len": loaded.config.training.seq_len,
+            "limit": limit,
+            "tasks": loaded.on_tasks(names, limit) if names else {},
+            "text": {file: loaded.on_text(file, limit) for file in text},
+        }
+        broadcast_from_rank_0(world, lambda: _report(found, output))
+
+
+def _loaded(path: Path, ema: bool, dtype: Dtype | None, world: World) -> Evaluated:
+    config, tokenizer, model = load_model(path, ema)
+    if dtype:
+        model.to(getattr(torch, dtype))
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    return Evaluated(model, config, tokenizer, world)
+
+
+def _require_writable(output: str | None) -> None:
+    """Raise UserError, before hours of work, for a file that cannot be written; one that exists is replaced."""
+    if output is not None:
+        _written(Path(output), "")
+
+
+def _written(path: Path, content: str) -> None:
+    """Write beside the file, then rename, if there is content."""
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_text(content, encoding="utf-8")
+        if content:
+            aside.replace(path)
+        else:
+            aside.unlink()
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+def _report(found: dict[str, Any], output: str | None) -> None:
+    average = ", the average of the weights" if found["ema"] else ""
+    print(one_line(f"{found['checkpoint']}, {found['dtype']}{average}"))
+    rows = dict(found["tasks"])
+    rows |= {f"{file}/{name}": value for file, values in found["text"].items() for name, value in values.items()}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(
+            one_line(f"  {name:<{width}}  {value:,}" if isinstance(value, int) else f"  {name:<{width}}  {value:.4f}")
+        )
+    if output is not None:
+        _written(Path(output), json.dumps(found, indent=1) + "\n")
