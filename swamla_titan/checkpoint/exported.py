@@ -61,6 +61,20 @@ def exported_model(path: Path) -> dict[str, Any]:
     return fields
 
 
+def exported_ids(path: Path) -> tuple[Tensor, dict[str, Any]] | None:
+    """Of a model with Engram: the ids of tokens in n-grams, [vocabulary] int64, and the record of its hashes.
+
+    None for other models. UserError where config.json has the one and the weights lack the other.
+    """
+    table = _table(_json(path / CONFIG_JSON), "engram")
+    if not table:
+        return None
+    ids, pad = ExportedWeights(path).compressed_ids, table.get("pad_id")
+    if ids is None or type(pad) is not int or not (found := ids[ids < pad]).numel():
+        raise UserError(f"{path} lacks {COMPRESSED_IDS}, which its {CONFIG_JSON} needs")
+    return found, _table(table, "hashes")
+
+
 def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found := content.get(name), dict) else {}
 
@@ -74,6 +88,7 @@ class ExportedWeights:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.entries: dict[str, _Entry] = {}
+        self.compressed_ids: Tensor | None = None  # of a model with Engram, see hugging_face.py
         listed = _files_of_names(path)
         for file in sorted({*listed.values()}) if listed else [SINGLE_FILE]:
             self.entries |= self._entries_of(file)
@@ -104,6 +119,7 @@ class ExportedWeights:
         with _opened(self._path / file) as content:
             for name in content.keys():  # noqa: SIM118 (no mapping)
                 if name == COMPRESSED_IDS:
+                    self.compressed_ids = content.get_tensor(name).long().flatten()
                     continue
                 stored = content.get_slice(name)
                 if (dtype := _DTYPES.get(stored.get_dtype())) is None:

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from swamla_titan.checkpoint.exported import exported_model, is_exported
+from swamla_titan.checkpoint.exported import exported_ids, exported_model, is_exported
 from swamla_titan.checkpoint.reader import require_loadable
-from swamla_titan.checkpoint.records import AnnexRecord, read_annex_record
+from swamla_titan.checkpoint.records import AnnexRecord
 from swamla_titan.checkpoint.resume import Origin, same_names
 from swamla_titan.checkpoint.state import Average, Declared, OptimizerStates, Weights
 from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.config import Config
-from swamla_titan.data import fingerprint_changes
+from swamla_titan.data import CompressedVocabulary, fingerprint_changes
 from swamla_titan.distributed.mesh import World, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.model import SWAMLAModel
@@ -100,4 +101,10 @@ def _exported(path: Path, state: str) -> InitialLoad:
         raise UserError(
             f'{_STATE} = "{state}": {path} is an exported folder, which holds weights alone; take "weights"'
         )
-    return InitialLoad(path, (Weights.group,), exported_model(path), read_annex_record(path))
+    fingerprint, record = exported_model(path), None
+    if found := exported_ids(path):
+        ids, hashes = found
+        vocabulary = CompressedVocabulary(ids.numpy().astype(np.int32), int(ids.max()) + 1, "not known")
+        record = AnnexRecord(vocabulary, {"engram": hashes})
+        fingerprint |= record.fingerprint()
+    return InitialLoad(path, (Weights.group,), fingerprint, record)

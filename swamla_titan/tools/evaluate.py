@@ -136,9 +136,7 @@ def evaluate_checkpoint(
 
 
 def _loaded(path: Path, ema: bool, dtype: Dtype | None, world: World) -> Evaluated:
-    config, tokenizer, model = load_model(path, ema)
-    if dtype:
-        model.to(getattr(torch, dtype))
+    config, tokenizer, model = load_model(path, ema, dtype=getattr(torch, dtype) if dtype else None)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     return Evaluated(model, config, tokenizer, world)
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from swamla_titan.checkpoint.exported import CONFIG_JSON, INDEX_OF_FILES, SINGLE_FILE
 from swamla_titan.checkpoint.initial_load import find_initial_load
+from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, with_vocabulary
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.train.step import GROUPS
-from tests.checkpoint.exported import export
 from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
@@ -33,10 +33,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of three steps, an average of its weights, and exported folders."""
     folder = tmp_path_factory.mktemp("base")
     assert train(tiny_config(folder), *QUICK, "--ema.decay", "0.5") == 0
-    step = checkpoint(folder / "run", 3)
-    export(step, folder / "one-file")
-    export(step, folder / "files", files=3)
-    export(step, folder / "bfloat16", torch.bfloat16)
+    export(folder / "run", folder / "one-file")
+    export(folder / "run", folder / "files", most=300_000)
+    assert len(list((folder / "files").glob("*.safetensors"))) > 2
+    export(folder / "run", folder / "bfloat16", "--dtype", "bfloat16")
+    return folder
+
+
+def export(run: Path, folder: Path, *options: str, most: int = 10**9) -> Path:
+    """What `export` writes of a run, in files of at most `most` bytes; returns the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swamla_titan.tools.export.MOST_OF_A_SHARD", most)
+        assert main(["export", str(run), str(folder), *options]) == 0
     return folder
 
 
@@ -206,23 +214,23 @@ def _changed(folder: Path, change) -> None:
 
 
 def _missing(folder: Path) -> None:
-    _changed(folder, lambda content: [content.pop(name) for name in list(content) if name.startswith("blocks.1.")])
+    _changed(folder, lambda content: [content.pop(name) for name in [*content] if "blocks.1." in name])
 
 
 def _misshapen(folder: Path) -> None:
-    _changed(folder, lambda content: content.update({"norm.weight": torch.zeros(3)}))
+    _changed(folder, lambda content: content.update({"model.norm.weight": torch.zeros(3)}))
 
 
 def _deeper(folder: Path) -> None:
-    _changed(folder, lambda content: content.update({"blocks.3.attention.wo.weight": torch.zeros(3)}))
+    _changed(folder, lambda content: content.update({"model.blocks.3.attention.wo.weight": torch.zeros(3)}))
 
 
 def _integers(folder: Path) -> None:
-    _changed(folder, lambda content: content.update({"norm.weight": torch.zeros(64, dtype=torch.int32)}))
+    _changed(folder, lambda content: content.update({"model.norm.weight": torch.zeros(64, dtype=torch.int32)}))
 
 
 def _not_finite(folder: Path) -> None:
-    _changed(folder, lambda content: content["norm.weight"].fill_(float("nan")))
+    _changed(folder, lambda content: content["model.norm.weight"].fill_(float("nan")))
 
 
 @pytest.mark.parametrize(
@@ -257,12 +265,12 @@ def test_an_index_is_not_followed_out_of_the_folder(base, tmp_path):
     folder = tmp_path / "exported"
     shutil.copytree(base / "files", folder)
     index = json.loads((folder / INDEX_OF_FILES).read_text())
-    index["weight_map"]["norm.weight"] = "../one-file/model.safetensors"
+    index["weight_map"]["model.norm.weight"] = "../one-file/model.safetensors"
     (folder / INDEX_OF_FILES).write_text(json.dumps(index))
     assert "which is no file of this folder" in refusal_of(base, folder)
-    index["weight_map"]["norm.weight"] = index["weight_map"]["embedding.weight"]
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embedding.weight"]
     (folder / INDEX_OF_FILES).write_text(json.dumps(index))
-    assert "does not hold norm.weight" in refusal_of(base, folder)
+    assert "does not hold model.norm.weight" in refusal_of(base, folder)
 
 
 def test_a_checkpoint_that_is_damaged_or_absent_is_refused(base, tmp_path):
@@ -280,6 +288,23 @@ def test_an_exported_folder_has_weights_alone(base):
     for state in ("weights_and_optimizer", "all"):
         message = refusal_of(base, base / "files", "--checkpoint.initial_load_state", state)
         assert "is an exported folder, which holds weights alone" in message
+
+
+@pytest.mark.slow
+def test_an_untied_model_with_a_memory_of_n_grams_comes_back(tmp_path, capsys, monkeypatch):
+    engram = ("--model.engram.layers", "1", "--model.engram.table_size", "1000", "--model.tie_embeddings", "false")
+    config = tiny_config(tmp_path)
+    assert train(config, *QUICK, *engram) == 0
+    folder = export(tmp_path / "run", tmp_path / "exported", most=300_000)
+    new = ("--job.dump_folder", str(tmp_path / "new"), "--checkpoint.initial_load", str(folder))
+    assert train(config, *UNMOVED, *engram, *new) == 0
+    assert "differs from this run" not in said(capsys)
+    assert_same(weights(checkpoint(tmp_path / "new", 1)), weights(checkpoint(tmp_path / "run", 3)))
+    settings = json.loads((folder / CONFIG_JSON).read_text())
+    settings["engram"]["hashes"] = {}
+    (folder / CONFIG_JSON).write_text(json.dumps(settings))
+    assert train(config, *UNMOVED, *engram, *new, "--job.dump_folder", str(tmp_path / "other")) == 2
+    assert "hashes otherwise than the one that wrote it" in capsys.readouterr().err
 
 
 PLANS = {
@@ -303,7 +328,7 @@ def test_each_rank_takes_its_shards_under_every_plan(tmp_path, plan):
     config = tiny_config(tmp_path)
     assert train(config, *UNMOVED, *model) == 0
     first = checkpoint(tmp_path / "run", 1)
-    folder = export(first, tmp_path / "exported", files=2)
+    folder = export(tmp_path / "run", tmp_path / "exported", most=300_000)
     new = ("--job.dump_folder", str(tmp_path / "new"), "--checkpoint.initial_load", str(folder), "--job.seed", "1")
     assert on_ranks(ranks, run, str(config), *UNMOVED, *overrides, *new) == [0] * ranks
     assert_same(weights(checkpoint(tmp_path / "new", 1)), weights(first))
