@@ -107,6 +107,9 @@ class Generate:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and computation. Default: what the run computed in on a GPU, float32 on a CPU."""
 
+    gpus: int = 1
+    """Spread the layers over so many GPUs, for a model that one has no room for."""
+
     ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Use the average of the weights, which a run with ema.decay keeps."""
 

@@ -234,6 +234,7 @@ class ModelAnnexes(nn.ModuleDict):
         assert memories is not None
         for name, annex in self._of_layer(layer):
             key = layer, name
+            x = x.to(cache.devices[0])
             x = getattr(annex, way)(x, memories.rows[key], memories.context, cache.annex_caches[key])
         return x
 

@@ -43,9 +43,14 @@ class DecodeCache:
         self.blocks: dict[str, Any] = dict(model.blocks.items())
         self.max_tokens = max_tokens
         self.dtype = model.activation_dtype
-        starts = torch.zeros(batch, dtype=torch.int64, device=model.device)
-        self.clock = Clock(starts, starts.new_zeros(1))
-        self.length = 0  # of the clock, known to the host
+        # Consecutive layers are on each device, which has a clock of its own.
+        self.devices = model.devices or [model.device]
+        share = -(-len(self.blocks) // len(self.devices))
+        self.device_number = {name: number // share for number, name in enumerate(self.blocks)}
+        zeros = [torch.zeros(batch, dtype=torch.int64, device=device) for device in self.devices]
+        self.clocks = [Clock(starts, starts.new_zeros(1)) for starts in zeros]
+        self.clock = self.clocks[0]
+        self.length = 0  # of the clocks, known to the host
         dropping = {name for name, block in self.blocks.items() if _drops_tokens(block.attention, config)}
         if memory_budget is not None and not dropping:
             keys = " or ".join(f"model.{name}" for name in config.quantities("selects"))
@@ -56,7 +61,9 @@ class DecodeCache:
             )
         budget = max_tokens if memory_budget is None else min(memory_budget, max_tokens)
         self.layers: dict[str, Any] = {
-            name: block.attention.new_cache(config, self.clock, budget if name in dropping else max_tokens, self.dtype)
+            name: block.attention.new_cache(
+                config, self.clock_of(name), budget if name in dropping else max_tokens, self.dtype
+            )
             for name, block in self.blocks.items()
         }
         # What computes a layer's next token by kernels, where these can; the other layers by Block.decode.
@@ -68,7 +75,11 @@ class DecodeCache:
         # Of annexes (model/annexes.py), which look up by the newest tokens.
         self.annex_caches = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
         lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
-        self.newest = starts.new_zeros(batch, lookback + 1)  # tokens
+        self.newest = zeros[0].new_zeros(batch, lookback + 1)  # tokens
+
+    def clock_of(self, layer: str) -> Clock:
+        """The clock on the layer's device."""
+        return self.clocks[self.device_number[layer]]
 
     def _fused_steps(self) -> dict[str, Step]:
         kinds = {
@@ -76,12 +87,15 @@ class DecodeCache:
             for kind, attention in attention_kinds(self.config).items()
             if attention.rotary(self.config).width
         }
-        rotations = {
-            kind: all_rotations(attention, self.config, self.max_tokens, self.clock, self.dtype)
-            for kind, attention in kinds.items()
-        }
+        rotations = [
+            {
+                kind: all_rotations(attention, self.config, self.max_tokens, clock, self.dtype)
+                for kind, attention in kinds.items()
+            }
+            for clock in self.clocks
+        ]
         steps = {
-            name: fused_step(block, self.layers[name], self.clock, rotations)
+            name: fused_step(block, self.layers[name], self.clock_of(name), rotations[self.device_number[name]])
             for name, block in self.blocks.items()
             if not why_not_fused(block, self.dtype)
         }
@@ -93,13 +107,11 @@ class DecodeCache:
         size = self.clock.starts.shape[0]
         if batch != size or not 1 <= seq_len <= self.max_tokens:
             raise ValueError(f"prompts {tuple(tokens.shape)} do not fit a cache of {size} x 1 ... {self.max_tokens}")
-        if lengths is None:
-            self.clock.starts.zero_()
-        else:
-            if lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > seq_len)).any()):
-                raise ValueError(f"lengths {lengths.tolist()}: expected {batch} numbers in 1 ... {seq_len}")
-            self.clock.starts.copy_(seq_len - lengths)
-        self.clock.length.fill_(seq_len)
+        if lengths is not None and (lengths.shape != (batch,) or bool(((lengths < 1) | (lengths > seq_len)).any())):
+            raise ValueError(f"lengths {lengths.tolist()}: expected {batch} numbers in 1 ... {seq_len}")
+        for clock in self.clocks:
+            clock.starts.zero_() if lengths is None else clock.starts.copy_(seq_len - lengths)
+            clock.length.fill_(seq_len)
         self.length = seq_len
         newest = tokens[:, -self.newest.shape[1] :]
         self.newest[:, self.newest.shape[1] - newest.shape[1] :] = newest
@@ -122,12 +134,13 @@ class DecodeCache:
                 f"the cache is full: {self.max_tokens} tokens per sequence; make it with a larger max_tokens"
             )
 
-    def next_context(self, asked: AttentionBackend) -> SequenceContext:
+    def next_context(self, asked: AttentionBackend, device_number: int = 0) -> SequenceContext:
         """The context of the next token of each sequence, under masks over the caches' slots, for Block.decode.
 
-        `asked`: the model's attention_backend.
+        `asked`: the model's attention_backend. It is for the layers on one device.
         """
-        positions = self.clock.length - self.clock.starts[:, None]  # [B, 1]
+        clock = self.clocks[device_number]
+        positions = clock.length - clock.starts[:, None]  # [B, 1]
         implementation = for_decoding(asked)
 
         def of_layer(layer: str) -> TokenContext:
@@ -138,5 +151,9 @@ class DecodeCache:
             cache: AttentionCache = self.layers[layer]
             return AttentionContext(positions, rotation, cache.next_mask(), implementation)
 
-        one_of_each = {block.kind: layer for layer, block in self.blocks.items() if layer not in self.steps}
+        one_of_each = {
+            block.kind: layer
+            for layer, block in self.blocks.items()
+            if layer not in self.steps and self.device_number[layer] == device_number
+        }
         return SequenceContext({kind: of_layer(layer) for kind, layer in one_of_each.items()})

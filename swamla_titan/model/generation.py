@@ -29,7 +29,8 @@ class Decoder:
         self.cache = DecodeCache(model, batch, max_tokens, memory_budget)
         self.batch, self.max_tokens = batch, max_tokens
         # Weights that are gathered for each pass would be those of the pass that was captured.
-        self._captures = model.device.type == "cuda" and all(local(each) is each for each in model.parameters())
+        is_plain = all(local(each) is each for each in model.parameters()) and len(self.cache.devices) == 1
+        self._captures = is_plain and model.device.type == "cuda"
         self._is_warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -51,7 +52,7 @@ class Decoder:
         self._tokens.copy_(tokens[:, None])
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = self.model.decode_step(self._tokens, self.cache)
         self._graph.replay()
         self.cache.length += 1

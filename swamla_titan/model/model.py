@@ -23,11 +23,12 @@ from swamla_titan.model.loss_head import LossHead
 class SWAMLAModel(nn.Module):
     """Decoder-only language model of interleaved sliding-window and latent-attention blocks.
 
-    Five attributes may be set from outside:
+    Six attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
     `attention_backend`: as kernels.attention has it.
     `loss_head`: what computes the loss, or logits, from the last activations and the head.
     `why_not_decode`: what `prefill` and `decode` raise as a ValueError; None: nothing.
+    `devices`: those that `spread` has put consecutive layers on, for `prefill` and `decode`; None: all are on one.
     `sequences`: which tokens this process computes of each sequence, and their context; all of them.
     """
 
@@ -44,6 +45,7 @@ class SWAMLAModel(nn.Module):
         self.attention_backend: AttentionBackend = "auto"
         self.sequences = FullSequences()
         self.why_not_decode: str | None = None
+        self.devices: list[torch.device] | None = None
 
         self.embedding = Embedding(config.padded_vocab_size, config.dim)
         # Keyed by layer number: a pipeline stage that drops some of them keeps the names of the others.
@@ -56,6 +58,15 @@ class SWAMLAModel(nn.Module):
         self.register_load_state_dict_post_hook(_tie_again)
         if not self.embedding.weight.is_meta:
             self.init_weights(0)
+
+    def spread(self, devices: list[torch.device]) -> None:
+        """Leave the meta device, for memory of `devices`."""
+        self.devices, share = devices, -(-len(self.blocks) // len(devices))
+        for number, block in enumerate(self.blocks.values()):
+            block.to_empty(device=devices[number // share])
+        for module in (self.embedding, self.annexes, self.norm, self.head):
+            module.to_empty(device=devices[0])
+        self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make head and embedding share their weight if the config says so; nothing where a stage has but one."""
@@ -166,15 +177,15 @@ class SWAMLAModel(nn.Module):
         real = None
         if lengths is not None:  # the padding is a document of its own
             real = torch.arange(tokens.shape[1], device=tokens.device) >= cache.clock.starts[:, None]  # [B, T]
-        of_batch = self.config, tokens.shape[1], real, self.device, self.activation_dtype, self.attention_backend
-        context = Prompts().context(*of_batch)
+        contexts = [self._context_of_prompts(tokens.shape[1], real, device) for device in cache.devices]
         memories = self.annexes.look_up(tokens, real, self.activation_dtype)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
-            x = self.annexes.prefill(name, x, memories, cache)
-            x = block.prefill(x, context, cache.layers[name])
-        return self.loss_head.logits(self.head, self.norm(x[:, -1]))
+            x, number = self.annexes.prefill(name, x, memories, cache), cache.device_number[name]
+            x = block.prefill(x.to(cache.devices[number]), contexts[number], cache.layers[name])
+        x = x[:, -1].to(tokens.device)
+        return self.loss_head.logits(self.head, self.norm(x))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
@@ -193,15 +204,24 @@ class SWAMLAModel(nn.Module):
     @torch.no_grad()
     def decode_step(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """What a GPU does of `decode`: the same for every token, and nothing waits for the host."""
-        context = cache.next_context(self.attention_backend)
+        contexts = [cache.next_context(self.attention_backend, number) for number in range(len(cache.devices))]
         memories = self.annexes.look_up_next(tokens, cache, self.activation_dtype)
         x = self.embed(tokens)
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
-            x, step = self.annexes.decode(name, x, memories, cache), cache.steps.get(name)
-            x = block.decode(x, context, cache.layers[name]) if step is None else step(x[:, 0])[:, None]
-        cache.clock.length.add_(1)
-        return cache.head_step(x[:, 0]) if cache.head_step else self.loss_head.logits(self.head, self.norm(x[:, 0]))
+            x, number = self.annexes.decode(name, x, memories, cache), cache.device_number[name]
+            x, step = x.to(cache.devices[number]), cache.steps.get(name)
+            with torch.cuda.device_of(x):  # Triton launches on the current one
+                x = block.decode(x, contexts[number], cache.layers[name]) if step is None else step(x[:, 0])[:, None]
+        for clock in cache.clocks:
+            clock.length.add_(1)
+        x = x[:, 0].to(tokens.device)
+        return cache.head_step(x) if cache.head_step else self.loss_head.logits(self.head, self.norm(x))
+
+    def _context_of_prompts(self, seq_len: int, real: Tensor | None, device: torch.device) -> SequenceContext:
+        real = None if real is None else real.to(device)
+        of_prompts = self.config, seq_len, real, device, self.activation_dtype, self.attention_backend
+        return Prompts().context(*of_prompts)
 
     def _require_decoding(self) -> None:
         if self.why_not_decode is not None:

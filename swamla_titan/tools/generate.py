@@ -38,11 +38,12 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    path: Path, ema: bool, device: torch.device | None = None, dtype: torch.dtype | None = None
+    path: Path, ema: bool, device: torch.device | None = None, dtype: torch.dtype | None = None, gpus: int = 1
 ) -> LoadedModel:
     """The content of a checkpoint; UserError if it does not fit together. `device`: None: a GPU, if there is one.
 
     `dtype`: of the weights; None: on a GPU what the run computed in, and float32 on a CPU, which is no slower in it.
+    `gpus`: over how many GPUs the layers are spread, if `device` is None.
     Tables of embeddings are kept in the memory of the host if the run kept them there, or if a GPU has no room.
     """
     config = load_config(path / CONFIG)
@@ -52,14 +53,15 @@ def load_model(
     tokenizer = load_tokenizer(str(vocabulary)) if vocabulary.exists() else None
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(f"{vocabulary} has {tokenizer.vocab_size} tokens, and the model {config.model.vocab_size}")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = [device] if device else devices_for(gpus)
+    device = devices[0]
     with torch.device("meta"):
         model = SWAMLAModel(config.model)
     require_weights(path, model, ema)  # before there is memory for what nobody stored
-    if config.parallel.tables_on_host or not _fits(model, device):
+    if config.parallel.tables_on_host or not _fits(model, devices):
         for table in row_tables(model).values():
             table.keep_on_host(device)
-    model.to_empty(device=device)
+    model.spread(devices)
     load_weights(path, model, ema)
     use_annex_record(path, config, model, tokenizer)
     if dtype is None and device.type == "cuda":
@@ -67,11 +69,20 @@ def load_model(
     return LoadedModel(config, tokenizer, model.to(dtype or torch.float32).eval())
 
 
-def _fits(model: SWAMLAModel, device: torch.device) -> bool:
-    """Whether a device has memory for all weights in float32, as checkpoints hold them."""
-    return (
-        device.type != "cuda" or sum(each.nbytes for each in model.parameters()) <= torch.cuda.mem_get_info(device)[0]
-    )
+def devices_for(gpus: int) -> list[torch.device]:
+    """So many GPUs, or where there is none and one was asked for, the CPU; UserError if there are fewer."""
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not 1 <= gpus <= max(here, 1):
+        raise UserError(f"gpus = {gpus}: torch sees {here} here")
+    return [torch.device("cuda", number) for number in range(gpus)] if here else [torch.device("cpu")]
+
+
+def _fits(model: SWAMLAModel, devices: list[torch.device]) -> bool:
+    """Whether devices have memory for all weights in float32, as checkpoints hold them."""
+    if devices[0].type != "cuda":
+        return True
+    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return sum(each.nbytes for each in model.parameters()) <= free
 
 
 @dataclass(frozen=True)
@@ -210,13 +221,14 @@ def generate_from_checkpoint(
     ema: bool = False,
     dtype: str | None = None,
     batch_size: int = 64,
+    gpus: int = 1,
     **sampling: Any,
 ) -> None:
     """Continue prompts up to the end-of-text token, a stop string or `max_new_tokens`; `sampling` as of Sampling.
 
     The texts of `prompt`, or of the file `prompts`, or if `interactive` those that are typed, line after line. They are
     printed with their continuations, a single one token by token, or written to the file `output`. `ema`: by the
-    average of the weights (ema.decay).
+    average of the weights (ema.decay). `gpus`: over how many the layers are spread.
 
     What a terminal would take for a command is printed escaped. Raises UserError for a checkpoint or file that cannot
     be used, and for sampling values or lengths out of range.
@@ -233,7 +245,8 @@ def generate_from_checkpoint(
     records = [{"prompt": _as_text(each)} for each in prompt] if prompts is None else read_prompts(prompts)
     if output is not None:
         _validate_output(Path(output))
-    writer = Writer(_load(checkpoint, ema, dtype), options)
+    devices_for(gpus)
+    writer = Writer(_load(checkpoint, ema, dtype, gpus), options)
     if interactive:
         _converse(writer)
         return
@@ -278,12 +291,12 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _load(checkpoint: str, ema: bool, dtype: str | None) -> LoadedModel:
+def _load(checkpoint: str, ema: bool, dtype: str | None, gpus: int) -> LoadedModel:
     found: dict[Path, LoadedModel] = {}
 
     def load(path: Path) -> None:
         if not ema or Average.group in stored_groups(path):
-            found[path] = load_model(path, ema, dtype=None if dtype is None else getattr(torch, dtype))
+            found[path] = load_model(path, ema, dtype=None if dtype is None else getattr(torch, dtype), gpus=gpus)
 
     path = find_checkpoint(checkpoint, GROUPS, load)
     if path not in found:

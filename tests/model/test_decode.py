@@ -5,6 +5,7 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, for_decoding
+from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.mla import MLACache
 from swamla_titan.model.swa import SWACache
@@ -88,6 +89,24 @@ def test_decoding_is_by_the_implementation_that_the_dispatcher_names(monkeypatch
     model.prefill(random_tokens(2, 9), cache)  # longer than the window
     model.decode(random_tokens(2, 1), cache)
     assert calls == [torch.bool] * 2 * len(model.blocks)
+
+
+@pytest.mark.parametrize("changes", [{}, SHAPES[7], {"mla_selective": True, "tie_embeddings": False}])
+def test_layers_on_several_devices_give_the_same(changes):
+    """Each has its clock and contexts; a test with -m gpu has two that do not see each other's memory."""
+    model = build(num_layers=5, **changes)
+    with torch.device("meta"):
+        spread = SWAMLAModel(model.config).double()
+    spread.spread([torch.device("cpu")] * 3)
+    spread.load_state_dict(model.state_dict())
+    caches = [DecodeCache(each, 2, 30) for each in (model, spread)]
+    assert [len(each.clocks) for each in caches] == [1, 3]
+    assert set(caches[1].device_number.values()) == {0, 1, 2}
+    tokens, lengths = random_tokens(2, 20), torch.tensor([9, 5])
+    logits = [each.prefill(tokens[:, :9], cache, lengths) for each, cache in zip((model, spread.eval()), caches)]
+    for at in range(9, 20):
+        assert torch.equal(*logits)
+        logits = [each.decode(tokens[:, [at]], cache) for each, cache in zip((model, spread), caches)]
 
 
 def test_a_cache_can_be_used_again():

@@ -10,6 +10,7 @@ from swamla_titan.config.sections import Data, Kernels, Training
 from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.generation import Decoder, generate
 from swamla_titan.parallel.kernels import choose_kernels
 
 pytestmark = pytest.mark.gpu
@@ -167,3 +168,38 @@ def test_what_generate_runs_equals_the_full_forward_of_the_reference(changes):
         if step < steps:
             tokens = torch.stack([text[length + step] for length, text in zip(lengths, texts)])
             logits = fast.decode(tokens[:, None], cache)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("changes", [{}, {"engram": {"layers": [0, 3], "d_mem": 64, "table_size": 101}}])
+def test_layers_on_two_gpus_give_what_one_gives(changes):
+    config = ModelConfig(num_layers=6, dim=512, num_heads=4, vocab_size=1000, swa_window=64, **changes)
+    one = SWAMLAModel(config).to("cuda", torch.bfloat16).eval()
+    with torch.device("meta"):
+        two = SWAMLAModel(config).to(torch.bfloat16)
+    two.spread([torch.device("cuda", number) for number in range(2)])
+    two.load_state_dict(one.state_dict())
+    prompts = [torch.randint(0, 1000, (length,)).tolist() for length in (100, 3, 70)]
+    assert generate(one, prompts, 40, temperature=0) == generate(two.eval(), prompts, 40, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_graph_of_a_step_gives_the_tokens_of_the_steps_apart(dtype, monkeypatch):
+    """Also of a decoder that is used again, for other prompts and lengths; past the window."""
+    config = ModelConfig(num_layers=3, dim=512, num_heads=4, vocab_size=1000, swa_window=64)
+    model = SWAMLAModel(config).to("cuda", dtype).eval()
+    decoder, apart = Decoder(model, 3, 200), Decoder(model, 3, 200)
+    apart._captures = False
+    for longest in (100, 20):
+        prompts = [torch.randint(0, 1000, (length,)).tolist() for length in (longest, 3, 17)]
+        given = [generate(model, prompts, 80, temperature=0, decoder=each) for each in (decoder, apart)]
+        assert given[0] == given[1]
+        drawn = [
+            generate(
+                model, prompts, 20, top_p=0.9, generator=torch.Generator("cuda").manual_seed(seed), decoder=decoder
+            )
+            for seed in (1, 1, 2)
+        ]
+        assert drawn[0] == drawn[1] != drawn[2]
+    assert decoder._graph is not None
+    assert apart._graph is None
