@@ -16,17 +16,14 @@ from torch import Tensor
 
 from swamla_titan.checkpoint.records import read_train_state
 from swamla_titan.checkpoint.store import find_checkpoint
-from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import IGNORED, MicroBatch, Tokenizer, load_tokenizer, text_sequences
+from swamla_titan.data import IGNORED, MicroBatch, load_tokenizer, text_sequences
 from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
-from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.generation import generate
 from swamla_titan.model.loss_head import target_scores
-from swamla_titan.tools.generate import load_model
+from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model
 from swamla_titan.train.scoring import Scorer
 from swamla_titan.train.step import GROUPS
 from swamla_titan.train.validation import require_harness, task_names
@@ -38,9 +35,10 @@ _BOOTSTRAPS = 1000  # samples behind each standard error
 class Evaluated:
     """An unsharded model, of which each rank has a copy, in evaluation mode."""
 
-    def __init__(self, model: SWAMLAModel, config: Config, tokenizer: Tokenizer, world: World) -> None:
-        self.model, self.config, self.tokenizer, self.world = model, config, tokenizer, world
-        self.micro_batch_size = config.training.local_batch_size
+    def __init__(self, loaded: LoadedModel, world: World) -> None:
+        self.config, tokenizer, self.model = self.loaded = loaded
+        self.tokenizer, self.world = tokenizer or load_tokenizer(self.config.data.tokenizer), world
+        self.micro_batch_size = self.config.training.local_batch_size
 
     @torch.no_grad()
     def score(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
@@ -48,19 +46,17 @@ class Evaluated:
         for batch in (each.to(self.model.device) for each in micro_batches):
             yield target_scores(self.model(batch.tokens, document_ids=batch.document_ids), batch.targets)
 
-    def generate(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Continue each `Prompt` (train/harness.py): those that are asked for alike together, the longest first."""
-        found: dict[int, list[int]] = {}
-        order = sorted(range(len(prompts)), key=lambda index: (prompts[index][1:], -len(prompts[index].tokens)))
-        for options, alike in itertools.groupby(order, lambda index: prompts[index][1:]):
+    def generate(self, prompts: Sequence[Any]) -> list[str]:
+        """Continue each `Prompt` (train/harness.py); those that are asked for alike together."""
+        found: dict[int, str] = {}
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index][1:])
+        for (most, temperature, top_k, top_p, stop), alike in itertools.groupby(
+            order, lambda index: prompts[index][1:]
+        ):
             indices = list(alike)
-            for start in range(0, len(indices), self.micro_batch_size):
-                own = indices[start : start + self.micro_batch_size]
-                texts = [prompts[index].tokens for index in own]
-                generator = torch.Generator(device=self.model.device).manual_seed(0)
-                most, temperature, top_k, top_p = options
-                new = generate(self.model, texts, most, temperature, top_k, top_p, self.tokenizer.eot_id, generator)
-                found |= dict(zip(own, new))
+            writer = Writer(self.loaded, Sampling(most, temperature, top_k, top_p, seed=0, stop=stop))
+            texts = writer.complete([prompts[index].tokens for index in indices], self.micro_batch_size)
+            found |= {index: each.text for index, each in zip(indices, texts)}
         return [found[index] for index in range(len(prompts))]
 
     def on_tasks(self, names: Sequence[str], limit: int) -> dict[str, float]:
@@ -136,9 +132,7 @@ def evaluate_checkpoint(
 
 
 def _loaded(path: Path, ema: bool, dtype: Dtype | None, world: World) -> Evaluated:
-    config, tokenizer, model = load_model(path, ema, dtype=getattr(torch, dtype) if dtype else None)
-    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
-    return Evaluated(model, config, tokenizer, world)
+    return Evaluated(load_model(path, ema, dtype=getattr(torch, dtype) if dtype else None), world)
 
 
 def _require_writable(output: str | None) -> None:

@@ -32,16 +32,17 @@ Result = TypeVar("Result")
 
 
 class Prompt(NamedTuple):
-    """A text to continue: its tokens, and how."""
+    """A text to continue: its tokens, and how, up to the first of the `stop` strings."""
 
     tokens: list[int]
     max_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
+    stop: tuple[str, ...]
 
 
-Generate = Callable[[Sequence[Prompt]], list[list[int]]]
+Generate = Callable[[Sequence[Prompt]], list[str]]
 
 
 class HarnessModel(TemplateLM):
@@ -72,21 +73,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to the first of its task's strings that end it."""
-        prompts = [self._prompt(*request.args) for request in requests]
-        texts = map(self._tokens.decode, self._call(prompts))
-        return [_until(text, request.args[1].get("until") or []) for text, request in zip(texts, requests)]
+        found: list[str] = self._call([self._prompt(*request.args) for request in requests])
+        return found
 
     def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
         most = min(int(options.get("max_gen_toks", _MOST_NEW_TOKENS)), self._longest - 1)
         # The last new token is never read. A context that is too long loses its beginning.
         tokens = self._tokens.encode(context)[-(self._longest - most + 1) :] or [self.eot_token_id]
         temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
-        return Prompt(tokens, most, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
-
-
-def _until(text: str, ends: str | list[str]) -> str:
-    found = [text.find(end) for end in ([ends] if isinstance(ends, str) else ends) if end]
-    return text[: min((place for place in found if place >= 0), default=len(text))]
+        ends = options.get("until") or ()
+        stop = tuple(filter(None, [ends] if isinstance(ends, str) else ends))
+        return Prompt(tokens, most, temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), stop)
 
 
 class Tasks:

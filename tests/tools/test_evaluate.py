@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from swamla_titan.cli import main
+from swamla_titan.model.generation import generate
 from swamla_titan.tools.generate import load_model
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
-from tests.train.harness_stub import TEXTS, stub
+from tests.train.harness_stub import PROMPTS, TEXTS, WRITTEN, stub
 from tests.train.runs import checkpoint, metrics, train
 
 QUICK = (
@@ -98,6 +99,15 @@ def test_tasks_are_scored_by_the_model(run, evaluate):
             logits = model(torch.tensor([tokens[-65:][:-1]]))[0].log_softmax(dim=-1)
         total += sum(logits[-place, tokens[-place]].item() for place in range(1, len(text) + 1))
     assert found == pytest.approx({"mean/mean": total / 3, "mean/count": 3}, 1e-5)
+
+
+def test_tasks_may_generate(run, evaluate):
+    with stub():
+        assert evaluate("--tasks", "writes")["tasks"] == {"writes/count": 3}
+    model = load_model(checkpoint(run, 3), ema=False).model
+    for (prompt, options), text in zip(PROMPTS, WRITTEN, strict=True):
+        [expected] = generate(model, [list(prompt.encode())], options["max_gen_toks"], temperature=0, stop_token=256)
+        assert text == bytes(expected).decode(errors="replace")
 
 
 def test_what_cannot_be_evaluated_is_refused(run, refusal, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+PROMPTS = [("The", {"max_gen_toks": 9}), ("A longer prompt", {"max_gen_toks": 9}), ("x", {"max_gen_toks": 3})]
+WRITTEN: list[str] = []  # what was generated last
 TEXTS = [("The quick", " brown fox"), ("", "once"), ("a" * 70, "b" * 5)]
 
 
@@ -53,6 +55,9 @@ def evaluate(lm: Any, task_dict: Any, limit: int | None, bootstrap_iters: int, l
     """The results of the tasks, as the harness names them."""
     if "fails" in task_dict["tasks"]:
         raise KeyError("no such metric")
+    if "writes" in task_dict["tasks"]:
+        WRITTEN[:] = lm.generate_until([SimpleNamespace(args=each) for each in PROMPTS])
+        return {"results": {"writes": {"alias": "writes", "count,none": len(WRITTEN)}}}
     asked = [
         ((context, text), list(context.encode()) or [lm.eot_token_id], list(text.encode()))
         for context, text in TEXTS[:limit]

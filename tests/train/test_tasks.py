@@ -52,28 +52,19 @@ def test_a_task_that_fails_does_not_end_the_run(tiny, tmp_path, capsys):
     assert metrics(tmp_path / "run", "mean/mean") == {}
 
 
-def test_generated_text_ends_where_its_task_says():
+def test_what_a_task_asks_of_generated_text():
     with stub():
         from swamla_titan.train.harness import HarnessModel
 
         asked = []
-
-        def call(prompts):
-            asked.extend(prompts)
-            return [list(b"one. two; three")] * len(prompts)
-
-        model = HarnessModel(ByteTokenizer(), 20, call)
-        greedy = {"until": [";", ". "], "max_gen_toks": 6, "temperature": 0.7}
+        model = HarnessModel(ByteTokenizer(), 20, lambda prompts: asked.extend(prompts) or ["one"] * len(prompts))
+        greedy = {"until": [";", ". ", ""], "max_gen_toks": 6, "temperature": 0.7}
         sampled = {"until": "three", "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-        requests = [
-            SimpleNamespace(args=("x" * 30 + "end", greedy)),
-            SimpleNamespace(args=("", {})),
-            SimpleNamespace(args=("a", sampled)),
-        ]
-        assert model.generate_until(requests) == ["one", "one. two; three", "one. two; "]
-    assert asked[0] == (list(b"x" * 12 + b"end"), 6, 0.0, 0, 1.0)  # 15 tokens and 5 that are read of the 6 new ones
-    assert asked[1][:3] == ([256], 19, 0.0)
-    assert asked[2] == (list(b"a"), 19, 0.7, 0, 0.9)
+        requests = [("x" * 30 + "end", greedy), ("", {}), ("a", sampled)]
+        assert model.generate_until([SimpleNamespace(args=each) for each in requests]) == ["one"] * 3
+    assert asked[0] == (list(b"x" * 12 + b"end"), 6, 0.0, 0, 1.0, (";", ". "))  # 15 tokens and 5 of the 6 new are read
+    assert asked[1] == ([256], 19, 0.0, 0, 1.0, ())
+    assert asked[2] == (list(b"a"), 19, 0.7, 0, 0.9, ("three",))
 
 
 def trained(config: str, *overrides: str) -> int:
