@@ -9,7 +9,7 @@ from swamla_titan.fields import Limits
 
 @dataclass(frozen=True)
 class AnnexConfig:
-    """A section within [model]; `layers` empty: the annex is off. Lists become tuples."""
+    """The settings of an annex, a section within [model]; `layers` empty: it is off. Lists become tuples."""
 
     layers: tuple[int, ...] = ()
 
@@ -20,7 +20,7 @@ class AnnexConfig:
 
     @classmethod
     def conflicts(cls, values: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """(key, what is wrong) where values, each within its range, do not fit each other or the model's `model`."""
+        """(key, what is wrong) where values, each in range, do not fit each other or those of `model`."""
         layers, number = values["layers"], model["num_layers"]
         if list(layers) != sorted(set(layers)):
             yield "layers", f"{list(layers)}: expected different numbers, the smallest first"
@@ -31,9 +31,9 @@ class AnnexConfig:
 
 @dataclass(frozen=True)
 class EngramConfig(AnnexConfig):
-    """On which layers an Engram stands, and its sizes; `layers` empty: none.
+    """The layers with an Engram, and its sizes.
 
-    For each of `orders` and each of `heads` a layer has a table of about `table_size` rows.
+    A layer has a table of about `table_size` rows for each of `orders` and each of `heads`.
     """
 
     layers: Annotated[tuple[int, ...], Limits(0, 1023)] = ()
@@ -53,7 +53,7 @@ class EngramConfig(AnnexConfig):
     seed: Annotated[int, Limits(0, 2**62)] = 0
     """Seed of the hashes."""
 
-    presets: ClassVar[dict[str, Any]]  # by name, each of this class
+    presets: ClassVar[dict[str, Any]]  # EngramConfigs by name
 
     @property
     def num_tables(self) -> int:
@@ -85,8 +85,8 @@ class EngramConfig(AnnexConfig):
             )
 
 
-# The layouts of the public models are as published. Of the second, the width of a row is not among
-# what was published: with 256, as the other has it, these tables have the published number of parameters.
+# The public models' layouts are as published. Of the second the width of a row was not published: with 256, the
+# other's, its tables have the published number of parameters.
 EngramConfig.presets = {
     "design": EngramConfig(layers=(2, 6)),
     "deepseek-v4.1-flash": EngramConfig((1, 14), orders=(2, 3, 4), heads=8, d_mem=24 * 256, table_size=16_000_000),

@@ -6,7 +6,7 @@ multiplier for each of its positions, its hash is
 
     (id[t] * m[0]) XOR (id[t - 1] * m[1]) XOR ... XOR (id[t - n + 1] * m[n - 1])  modulo a prime.
 
-The tables of a layer have different primes, so they differ in what collides; its orders share the multipliers.
+The tables of a layer have different primes, so different n-grams collide in them; its orders share the multipliers.
 """
 
 import functools
@@ -35,9 +35,9 @@ _BASES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
 
 @dataclass(frozen=True)
 class NgramHash:
-    """The hashes of a layer: `primes[i]` are those of the tables of `orders[i]`.
+    """The hashes of a layer; `primes[i]` has the sizes of the tables of `orders[i]`.
 
-    The tables lie in one storage, the first order's heads first.
+    The tables lie one after another in one storage, the first order's heads first.
     """
 
     orders: tuple[int, ...]
@@ -46,14 +46,14 @@ class NgramHash:
 
     @property
     def rows(self) -> int:
-        """Of all tables."""
+        """Rows of all tables."""
         return sum(map(sum, self.primes))
 
     def indices(self, ids: Tensor, positions: Tensor, pad: int) -> Tensor:
         """Compressed ids [B, T] and positions in documents [B or 1, T] -> rows of the storage, [B, T, tables] int64.
 
-        Ids, of which `pad` is one, are at most what the multipliers were drawn for: so no multiple exceeds int64, and
-        none is negative. The host does not wait for the device.
+        Ids and `pad` are at most the largest id that the multipliers were drawn for, so no multiple exceeds int64.
+        The host does not wait for the device.
         """
         mixed, of_order = ids * self.multipliers[0], []
         for lag in range(1, self.orders[-1]):
@@ -77,7 +77,7 @@ def _primes_and_offsets(primes: tuple[tuple[int, ...], ...], device: torch.devic
 def ngram_hashes(engram: EngramConfig, largest_id: int) -> dict[int, NgramHash]:
     """The hash of each layer: a function of its arguments alone, the same on every rank and machine.
 
-    `largest_id`: of those that are multiplied.
+    `largest_id`: the largest compressed id, or the pad id.
     """
     primes = primes_from(engram.table_size)
     return {
@@ -91,7 +91,7 @@ def ngram_hashes(engram: EngramConfig, largest_id: int) -> dict[int, NgramHash]:
 
 
 def _multiplier(seed: int, layer: int, lag: int, largest_id: int) -> int:
-    """An odd number that, times `largest_id`, still is an int64."""
+    """An odd number whose product with `largest_id` is an int64."""
     digest = hashlib.sha256(f"n-gram/{seed}/{layer}/{lag}".encode()).digest()
     odd_numbers = (2**63 - 1) // max(largest_id, 1) // 2
     return 2 * (int.from_bytes(digest[:16], "little") % odd_numbers) + 1
@@ -119,8 +119,8 @@ class ShortConvolution(PerChannel):
     """Depthwise causal convolution behind RMSNorm, then SiLU; zero at first.
 
     y[t] = silu(sum over taps k of w[k] * norm(x)[t - k * dilation]), where a tap before the document's start is zero.
-    It is a few shifted multiplications, and no operator of cuDNN: in float32 it is exact whatever the TF32 switch
-    says, and compiled it is one kernel. `weight` [kernel * dim] has the newest tap first.
+    It is a few shifted multiplications instead of cuDNN's operator, because these are exact in float32 whether or not
+    TF32 is on, and compile to one kernel. `weight` [kernel * dim] has the newest tap first.
     """
 
     initial: ClassVar[dict[str, float]] = {"weight": 0.0}
@@ -133,7 +133,7 @@ class ShortConvolution(PerChannel):
 
     @property
     def halo(self) -> int:
-        """Tokens before a token that its result depends on."""
+        """How many tokens before a token its result depends on."""
         return (self.kernel - 1) * self.dilation
 
     def forward(self, x: Tensor, context: StreamContext) -> Tensor:
@@ -163,22 +163,22 @@ class ShortConvolution(PerChannel):
 
 
 class EngramCache:
-    """The convolution's normed inputs of the newest tokens, [B, halo, dim]."""
+    """The normed inputs of the convolution for the newest tokens, [B, halo, dim]."""
 
     def __init__(self, clock: Clock, halo: int, dim: int, dtype: torch.dtype) -> None:
         self.values = torch.zeros(clock.starts.shape[0], halo, dim, dtype=dtype, device=clock.starts.device)
 
     def append(self, values: Tensor) -> Tensor:
-        """Store those of further tokens, [B, n, dim]; returns them behind what was there, [B, halo + n, dim]."""
+        """Store those of the next tokens, [B, n, dim]; returns the stored ones and these, [B, halo + n, dim]."""
         section = torch.cat([self.values, values], dim=1)
         self.values.copy_(section[:, values.shape[1] :])
         return section
 
 
 class Engram(Annex):
-    """Rows of hashed n-grams, gated by the stream and mixed by a short convolution.
+    """Rows of hashed n-grams, gated by the residual stream and mixed by a short convolution.
 
-        e = rows of the token's n-grams, of each table one            [d_mem]
+        e = the rows of the token's n-grams, one of each table        [d_mem]
         g = <RMSNorm(x), RMSNorm(W_k e)> / sqrt(dim)
         v = sigmoid(g) W_v e
         x + v + ShortConvolution(v)
@@ -202,7 +202,7 @@ class Engram(Annex):
 
     @classmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
-        """As in Branch: what was looked up, keys, values, and the convolution's input."""
+        """As in Branch: memory, keys, values and the convolution's input."""
         return Saved((config.engram.d_mem + 3 * config.dim) / tensor)
 
     @classmethod
@@ -253,7 +253,7 @@ class Engram(Annex):
         return rows.flatten(-2)
 
     def forward(self, x: Tensor, memory: Tensor, context: StreamContext) -> tuple[Tensor, ...]:
-        """As in Annex: the stream, and the gate [B, t]."""
+        """As in Annex: the residual stream, and the gate [B, t]."""
         given: tuple[Tensor, ...] = self.regions.run("annex", self._forward, x, memory, context)
         return given
 
@@ -291,5 +291,5 @@ class Engram(Annex):
 
 def hashes(config: ModelConfig) -> dict[int, NgramHash]:
     """The hash of each layer."""
-    # Compressed ids are at most as many as ids, and one more stands for what lies before a document.
+    # There are at most as many compressed ids as ids, and the pad id is one more.
     return ngram_hashes(config.engram, config.vocab_size)

@@ -1,8 +1,8 @@
 """Initial values of the parameters: a function of (seed, parameter name) alone.
 
 Each parameter has a generator of its own, so its values depend neither on the order of modules, nor on the device, nor
-on which other layers exist: a pipeline stage draws what the whole model would have drawn. A RowTable has one for each
-block of rows, because a rank draws only those that it holds.
+on which other layers exist: a pipeline stage draws what the full model would draw. A RowTable has a generator for each
+block of rows, because a rank draws only the blocks that it holds.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from swamla_titan.model.layers import Role, spec_of
 from swamla_titan.model.row_table import RowTable, row_tables
 
 STD = 0.02
-ROWS_OF_A_BLOCK = 1 << 14  # of a RowTable, drawn together
+ROWS_OF_A_BLOCK = 1 << 14  # of a RowTable, which one generator draws
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # activation checkpointing and torch.compile rename modules
 
 
 def plain_name(name: str, tied: bool) -> str:
-    """The name that a parameter has in a model to which nothing was applied; a tied head goes by the embedding's."""
+    """A parameter's name before activation checkpointing and torch.compile; a tied head has the embedding's."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return "embedding.weight" if tied and name == "head.weight" else name
 
 
 class Normal(NamedTuple):
-    """The distribution that an initial value is drawn from; with `std` 0 every element is the mean."""
+    """The distribution of an initial value; with `std` 0 every element is the mean."""
 
     mean: float
     std: float
@@ -40,7 +40,7 @@ class Normal(NamedTuple):
 def initial_draws(
     model: nn.Module, num_layers: int, tied: bool, seed: int, write: Callable[[Tensor, Tensor], object]
 ) -> Iterator[Callable[[], object]]:
-    """Calls that give all parameters their initial values, in any order; see `SWAMLAModel.init_weights`."""
+    """Calls that give each parameter its initial value, in any order; see `SWAMLAModel.init_weights`."""
     tables = row_tables(model)
     for name, parameter in model.named_parameters():
         distribution = _distribution(model, name, num_layers)

@@ -1,4 +1,4 @@
-"""The output head and the loss together: what becomes of the last activations."""
+"""Output head and loss together: the last activations -> logits or the loss."""
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class CrossEntropy(nn.Module):
 class LossHead(nn.Module):
     """Logits by the output head, then the cross-entropy, with z_loss and label_smoothing in training mode only.
 
-    The head is passed in and not a part of this: its weight is the model's `head.weight`, and may be the embedding's.
+    The head is an argument and no submodule, because its weight is the model's `head.weight` or the embedding's.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,14 +46,14 @@ class LossHead(nn.Module):
 
     @property
     def options(self) -> dict[str, float]:
-        """Of the cross-entropy, in this mode."""
+        """The options of the cross-entropy in this mode."""
         if not self.training:
             return {"z_loss": 0.0, "label_smoothing": 0.0}
         return {"z_loss": self.config.z_loss, "label_smoothing": self.config.label_smoothing}
 
 
 class FusedLossHead(LossHead):
-    """Head and loss as one operation, which never holds the logits of all tokens."""
+    """Head and loss as one operator, which never holds the logits of all tokens."""
 
     def forward(self, head: nn.Module, x: Tensor, targets: Tensor, denominator: Tensor | float) -> Tensor:
         """As in LossHead."""

@@ -25,17 +25,17 @@ class SWAMLAModel(nn.Module):
 
     Six attributes may be set from outside:
     `compute_dtype`: dtype of the activations; None: that of the weights.
-    `attention_backend`: as kernels.attention has it.
-    `loss_head`: what computes the loss, or logits, from the last activations and the head.
-    `why_not_decode`: what `prefill` and `decode` raise as a ValueError; None: nothing.
+    `attention_backend`: as kernels.attention of the configuration.
+    `loss_head`: computes the loss, or logits, from the last activations and the head.
+    `why_not_decode`: the text of the ValueError that `prefill` and `decode` raise; None: they work.
     `devices`: those that `spread` has put consecutive layers on, for `prefill` and `decode`; None: all are on one.
-    `sequences`: which tokens this process computes of each sequence, and their context; all of them.
+    `sequences`: which tokens of each sequence this process computes, and their context.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         """Build the layers and, unless on the meta device, draw their values with seed 0.
 
-        Raises ValueError if config.vocab_size is 0 ("take the tokenizer's") and so still unknown.
+        Raises ValueError if config.vocab_size is 0, which stands for the tokenizer's.
         """
         super().__init__()
         if config.vocab_size == 0:
@@ -80,20 +80,18 @@ class SWAMLAModel(nn.Module):
         self.tie_weights()
         return self
 
-    @torch.no_grad()
     def init_weights(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw all parameters; each from its own generator, see model/init.py.
 
-        `write(parameter, value)` puts a whole value, float32 on the CPU, into a parameter that may hold a part of it.
+        `write(parameter, value)` puts a full value, float32 on the CPU, into a parameter that may hold a shard of it.
         """
 
+        @torch.no_grad()  # which holds for one thread
         def draw(each: Callable[[], object]) -> None:
-            # no_grad holds for one thread, hence again here
-            with torch.no_grad():
-                each()
+            each()
 
         draws = initial_draws(self, self.config.num_layers, self.config.tie_embeddings, seed, write)
-        # Drawing a normal variable takes a core some 10 ns: seconds for a billion, so all cores take part.
+        # A normal value takes a core some 10 ns, a billion of them seconds; so all cores draw.
         with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
             list(pool.map(draw, draws))
 
@@ -137,12 +135,13 @@ class SWAMLAModel(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.loss_head.logits(self.head, x)
-        own, denominator = self.sequences.local(targets), _denominator(targets, loss_denominator)
-        loss: Tensor = self.loss_head(self.head, x, own, denominator)
+        if loss_denominator is None:
+            loss_denominator = (targets != IGNORE).sum().clamp(min=1)
+        loss: Tensor = self.loss_head(self.head, x, self.sequences.local(targets), loss_denominator)
         return loss
 
     def run_blocks(self, x: Tensor, context: SequenceContext, memories: Memories | None) -> Tensor:
-        """The residual stream [B, T, dim] after the blocks, from that before them; `memories` of annexes.look_up."""
+        """The residual stream [B, T, dim] before the blocks -> after them; `memories` from annexes.look_up."""
         for layer, block in self.blocks.items():
             x = block(self.annexes.before(layer, x, memories), context)
         return x
@@ -150,29 +149,28 @@ class SWAMLAModel(nn.Module):
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
     ) -> SequenceContext:
-        """Make what the blocks share in a forward pass over `seq_len` tokens, on `device` (None: the weights')."""
+        """The context of all blocks for a forward pass over `seq_len` tokens, on `device` (None: the weights')."""
         device = device or self.device
         return self.sequences.context(
             self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, T] int64 -> [B, T, dim] in the activations' dtype; everything after follows it."""
+        """[B, T] int64 -> [B, T, dim] in the activations' dtype, which all later layers keep."""
         x: Tensor = self.embedding(tokens)
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float | None = None) -> Tensor:
+    def loss(self, logits: Tensor, targets: Tensor, loss_denominator: Tensor | float) -> Tensor:
         """The loss of `forward` from the head's output [B, T, padded vocabulary]; targets are of full sequences."""
-        return self.loss_head.loss(logits, self.sequences.local(targets), _denominator(targets, loss_denominator))
+        return self.loss_head.loss(logits, self.sequences.local(targets), loss_denominator)
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, cache: DecodeCache, lengths: Tensor | None = None) -> Tensor:
         """Read prompts into the cache: tokens [B, T] padded on the left -> logits after the last, [B, vocab_size].
 
-        `lengths` [B] are the prompts' own lengths, None: all T. What stands in the padding does not matter.
+        `lengths` [B] are the prompts' own lengths, None: all T. The tokens of the padding have no effect.
         """
-        self._require_decoding()
-        self._check(tokens, None, None)
+        self._check_decoding(tokens)
         cache.start(tokens, lengths)
         real = None
         if lengths is not None:  # the padding is a document of its own
@@ -190,8 +188,7 @@ class SWAMLAModel(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: DecodeCache) -> Tensor:
         """Append one token to each sequence, tokens [B, 1] -> logits of the next, [B, vocab_size]."""
-        self._require_decoding()
-        self._check(tokens, None, None)
+        self._check_decoding(tokens)
         if tokens.shape != (cache.clock.starts.shape[0], 1):
             raise ValueError(
                 f"tokens {tuple(tokens.shape)}: decode takes one per sequence, ({cache.clock.starts.shape[0]}, 1)"
@@ -223,9 +220,10 @@ class SWAMLAModel(nn.Module):
         of_prompts = self.config, seq_len, real, device, self.activation_dtype, self.attention_backend
         return Prompts().context(*of_prompts)
 
-    def _require_decoding(self) -> None:
+    def _check_decoding(self, tokens: Tensor) -> None:
         if self.why_not_decode is not None:
             raise ValueError(self.why_not_decode)
+        self._check(tokens, None, None)
 
     def _check(self, tokens: Tensor, targets: Tensor | None, document_ids: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
@@ -241,10 +239,6 @@ class SWAMLAModel(nn.Module):
             )
         if document_ids is not None and document_ids.shape != tokens.shape:
             raise ValueError(f"document_ids {tuple(document_ids.shape)}: expected {tuple(tokens.shape)}")
-
-
-def _denominator(targets: Tensor, given: Tensor | float | None) -> Tensor | float:
-    return (targets != IGNORE).sum().clamp(min=1) if given is None else given
 
 
 def _tie_again(model: nn.Module, incompatible_keys: object) -> None:

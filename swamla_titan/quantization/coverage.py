@@ -18,7 +18,7 @@ from swamla_titan.model.branch import Branch
 from swamla_titan.model.layers import spec_of
 
 Sides = Callable[[str, nn.Linear], tuple[int, int]]
-"""(name, linear layer) -> [out, in] of the weight that a rank multiplies with."""
+"""(name, linear layer) -> [out, in] of the weight, or shard, that a rank multiplies with."""
 
 # Measured on an H100 in matmuls with sides of one to eight thousand (LOG.md, 2026-11-23): FLOP/s in both dtypes, and
 # memory bandwidth in bytes per second. By recipe, the bytes that casting an element of the input, and one of the
@@ -40,7 +40,7 @@ class LinearCoverage:
     name: str
     out: int
     inner: int
-    branch: str | None  # in which it reads what a norm gives, with others or alone; such readers can share a cast
+    branch: str | None  # where it reads a norm's output; the readers in one branch can share a cast
     why_not: str | None
 
     @property
@@ -51,9 +51,9 @@ class LinearCoverage:
 
 
 def gain(recipe: Recipe, out: int, inner: int, is_cast: bool = False) -> float:
-    """Seconds per token that a layer's matmuls in float8 save, minus those that casts of input and gradient take.
+    """Seconds per token that float8 matmuls of a layer save, minus the time to cast input and gradient.
 
-    `is_cast`: the input comes in float8, as a norm's output does in "native". The constants are fitted to
+    `is_cast`: the input is in float8 already, as a norm's output is with "native". The constants are fitted to
     benchmarks/float8_products.py on an H100, so that this is positive where float8 was faster.
     """
     of_input, of_gradient = _CAST_BYTES[recipe]
@@ -61,12 +61,12 @@ def gain(recipe: Recipe, out: int, inner: int, is_cast: bool = False) -> float:
 
 
 def _saved(recipe: Recipe) -> float:
-    """Seconds that float8 matmuls save for each element of a weight and each token, forward and backward."""
+    """Seconds per element of a weight and per token that float8 matmuls save, forward and backward."""
     return 2 * _MATMULS[recipe] * (1 / _BFLOAT16 - 1 / _FLOAT8)
 
 
 def full_sides(name: str, linear: nn.Linear) -> tuple[int, int]:
-    """`Sides` without tensor parallelism: those of the full weight."""
+    """`Sides` without tensor parallelism, of the full weight."""
     return linear.out_features, linear.in_features
 
 
@@ -75,7 +75,7 @@ def survey(
 ) -> list[LinearCoverage]:
     """The coverage of every linear layer of a model or a pipeline stage, in order; `config.recipe` is not "off".
 
-    `norms_cast`: with "native", norms give their output in float8, which they do not under tensor parallelism.
+    `norms_cast`: with "native", norms return float8, which they do not under tensor parallelism.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     shapes = {name: sides(name, linear) for name, linear in linears.items()}
@@ -98,10 +98,10 @@ def _impossible(name: str, out: int, inner: int, config: Float8) -> str | None:
 
 
 def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str], recipe: Recipe) -> set[str]:
-    """The names of layers, of `shapes` [out, in] by name, that would be slower in float8; `readers` read a norm.
+    """The names of the layers, of those in `shapes` ([out, in] by name), that would be slower in float8.
 
-    `readers` are by name, with the branch that they read it in. With "native" the readers of one norm share the cast of
-    their input if all are in float8; so they are judged both each by itself and together.
+    `readers`: layers that read a norm's output, with their branch. With "native" the readers of one norm share the cast
+    of their input if all are in float8; so they are judged both one by one and together.
     """
     small = {name for name, shape in shapes.items() if gain(recipe, *shape) < 0}
     if recipe != "native":
@@ -112,7 +112,7 @@ def _too_small(shapes: Mapping[str, tuple[int, int]], readers: Mapping[str, str]
             of_norm.setdefault(readers[name], []).append(name)
     for names in of_norm.values():
         own_cast = [gain(recipe, *shapes[name]) for name in names]
-        # The first one bears the cast of the input, the rest get it for nothing.
+        # The first one pays for the cast of the input.
         together = own_cast[0] + sum(gain(recipe, *shapes[name], is_cast=True) for name in names[1:])
         if len(names) > 1 and together >= sum(max(own, 0) for own in own_cast):
             small -= set(names)
@@ -148,7 +148,7 @@ def validate_coverage(coverage: Sequence[LinearCoverage], config: Float8) -> Non
 
 
 def table(coverage: Sequence[LinearCoverage], recipe: Recipe, emulated: bool = False) -> Iterator[str]:
-    """Lines for the log: each kind of linear layer, its number, and whether it is in float8 or why not."""
+    """Lines for the log: each kind of linear layer, how many there are, and whether in float8 or why not."""
     inside = sum(each.why_not is None for each in coverage)
     how, share = recipe + (", emulated" if emulated else ""), share_of(coverage, recipe)
     yield f"float8 ({how}): {inside} of {len(coverage)} linear layers, {share:.0%} of their operations"
@@ -158,7 +158,7 @@ def table(coverage: Sequence[LinearCoverage], recipe: Recipe, emulated: bool = F
 
 
 def warnings(coverage: Sequence[LinearCoverage], config: Config, micro_batch_size: int) -> Iterator[str]:
-    """Why float8 will not pay off on a rank with micro-batches of this many sequences; none without linear layers."""
+    """Why float8 will not pay off on a rank with micro-batches of this many sequences; empty without linear layers."""
     if not coverage:
         return
     yield from little_gained(coverage, config, micro_batch_size)
@@ -189,7 +189,7 @@ def little_gained(coverage: Sequence[LinearCoverage], config: Config, micro_batc
     if not config.compile.enabled:
         yield "compile.enabled = false: casts are fused with nothing then, and cost more than float8 gains"
     tokens = micro_batch_size * config.training.seq_len // config.parallel.context
-    # Not divided by tensor parallelism, because it divides the weights, and so the time to cast them, as well.
+    # Not divided by parallel.tensor, which divides the weights, and so the time to cast them, as well.
     fewest = int(_WEIGHT_BYTES / _BYTES / _saved(recipe))
     if tokens < fewest:
         yield (

@@ -73,12 +73,12 @@ def convert_to_float8(
     """Replace linear layers of the model by float8 ones, in place; none if the recipe is "off".
 
     Returns and logs which ones, and why not the others (coverage.py). `sides` gives a weight's sides after tensor
-    parallelism has sharded it; `norms_cast` is as in `survey`. `gathered`: FSDP2 is to gather the weights in float8, so
+    parallelism has sharded it; `norms_cast` is as in `survey`. `gathered`: FSDP2 will gather the weights in float8, so
     the parameters become a subclass of Tensor. Call it on the meta device, before tensor parallelism. A CPU emulates
     the matmuls: it quantizes the operands and multiplies in float32.
 
-    Raises UserError as `validate_device` does. A pipeline stage without layers to convert is no error: for the full
-    model `validate_coverage` checks that before any rank begins.
+    Raises UserError as `validate_device` does. A pipeline stage without layers to convert is no error, because
+    `validate_coverage` checks the full model before any rank begins.
     """
     if config.recipe == "off":
         return []

@@ -1,10 +1,9 @@
-"""Native float8: modules, computed by our own kernels, that pass float8 values to each other.
+"""Native float8: modules that compute by our own kernels and pass float8 values to each other.
 
-Parameters keep their names, shapes and float32 values, so a checkpoint does not depend on the recipe. A norm that feeds
-native linear layers only casts its output once for all of them; `gate_up` passes SwiGLU's output to `down` in float8,
-and has its own output's gradients in float8 too. Other inputs of linear layers (attention's output, any gradient) are
-cast by the layer itself. Under tensor parallelism norms give what they give without float8, because ranks exchange
-their output before it is used.
+Parameters keep their names, shapes and float32 values, so a checkpoint does not depend on the recipe. A norm casts its
+output once for all linear layers that read it, if all are native; `gate_up` passes SwiGLU's output to `down` in float8,
+and has its own output's gradients in float8 too. A linear layer casts its other inputs (attention's output, any
+gradient) itself. Under tensor parallelism norms do not cast, because ranks exchange their output before it is used.
 """
 
 from collections.abc import Callable, Collection
@@ -35,8 +34,8 @@ _STRIDE = 4  # elements from one weight's scale to the next: cuBLASLt reads scal
 class NativeLinear(Linear):
     """x W^T in float8; casts x if it is not an Operand.
 
-    `saves_transposed`: W^T is saved in float8 for the backward pass; otherwise W is cast again there, because FSDP2
-    frees it and gathers it again.
+    `saves_transposed`: W^T is saved in float8 for the backward pass; otherwise W is cast again there, after FSDP2 has
+    freed it and gathered it again.
     """
 
     settings: Settings
@@ -84,7 +83,7 @@ class NativeGateUp(NativeLinear):
 
 
 class NativeRMSNorm(RMSNorm):
-    """RMSNorm with float8 output, cast once for all linear layers that read it; not under tensor parallelism."""
+    """RMSNorm that casts its output once for all linear layers that read it; not under tensor parallelism."""
 
     def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
@@ -94,7 +93,7 @@ class NativeRMSNorm(RMSNorm):
 
 
 class NativeDynamicTanh(DynamicTanh):
-    """DynamicTanh with float8 output, as NativeRMSNorm."""
+    """DynamicTanh that casts its output, as NativeRMSNorm."""
 
     def forward(self, x: Tensor) -> Tensor | Operand:  # type: ignore[override]
         """[..., dim] -> [..., dim]."""
@@ -127,7 +126,7 @@ def fuses_activation(converted: Collection[str], feed_forward: str) -> bool:
 
 
 def save_transposed_weights(model: nn.Module, saved: bool) -> None:
-    """Whether float8 weights are saved for the backward pass: not where FSDP2 frees the weights they are cast from."""
+    """Set whether float8 weights are saved for the backward pass: not where FSDP2 frees what they are cast from."""
     for module in model.modules():
         if isinstance(module, NativeLinear):
             module.saves_transposed = saved
@@ -137,8 +136,8 @@ def save_transposed_weights(model: nn.Module, saved: bool) -> None:
 def cast_weights(model: nn.Module, through: torch.dtype) -> None:
     """Cast all weights once for the micro-batches of a step, until `forget_casts`.
 
-    For weights that stay in a rank's memory: full ones, under DDP too, or shards of tensor parallelism. FSDP2 gathers
-    and frees those that it shards.
+    For weights that stay in a rank's memory: full ones, under DDP too, or tensor-parallel shards. Not for those that
+    FSDP2 shards, because it gathers and frees them.
     """
     linears = [module for module in model.modules() if isinstance(module, NativeLinear)]
     if not linears:
@@ -151,7 +150,7 @@ def cast_weights(model: nn.Module, through: torch.dtype) -> None:
 
 
 def forget_casts(model: nn.Module) -> None:
-    """Drop what `cast_weights` made, because the weights are about to change."""
+    """Drop the casts of `cast_weights`, because the weights are about to change."""
     for module in model.modules():
         if isinstance(module, NativeLinear):
             module.cast = None
