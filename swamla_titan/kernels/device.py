@@ -104,6 +104,11 @@ def tma_descriptors(x: Tensor, tokens: int, widths: tuple[int, ...]) -> list[Any
     return [TensorDescriptor(x, shape, strides, [1, tokens, 1, width]) if width else None for width in widths]
 
 
+def tma_descriptors_of_two(x: Tensor, y: Tensor, tokens: int) -> list[Any]:
+    """Descriptors of tiles of `tokens` by the two parts of x's heads, and by y's heads."""
+    return [*tma_descriptors(x, tokens, SplitWidth.of(x.shape[-1])), *tma_descriptors(y, tokens, (y.shape[-1],))]
+
+
 def tma_readable(x: Tensor) -> Tensor:
     """x, or a copy if the tensor memory accelerator cannot read it, because addresses are no multiples of 16 bytes."""
     unaligned = any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
@@ -111,7 +116,7 @@ def tma_readable(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """The strides of batch, token and head."""
-    assert x.stride(-1) == 1, "the elements of a head must be adjacent"
-    return x.stride(0), x.stride(1), x.stride(2)
+def strides(*heads: Tensor) -> list[int]:
+    """The strides of batch, token and head of each tensor [B, T, H, D], or of batch and token of [B, T, D]."""
+    assert all(x.stride(-1) == 1 for x in heads), "the elements of a head must be adjacent"
+    return [stride for x in heads for stride in x.stride()[:-1]]

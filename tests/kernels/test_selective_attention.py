@@ -5,7 +5,6 @@ NumPy before 2.4, and not in bfloat16).
 """
 
 import os
-from itertools import pairwise
 
 import pytest
 import torch
@@ -260,9 +259,9 @@ def test_the_operators_declare_what_they_do():
 
 @pytest.mark.parametrize("batch, seq_len", [(16, 2048), (4, 8192), (1, 32768), (1, 1 << 20), (64, 2048), (3, 100)])
 def test_what_is_there_for_pairs_of_tokens_does_not_grow_with_the_square(batch, seq_len):
-    found = list(selective.slabs((0,), seq_len, selective._most_rows(batch, seq_len)))
+    [found] = selective.slabs_of_chunks((0,), seq_len, selective._most_rows(batch, seq_len))
     assert sum(slab.rows for slab in found) == seq_len
-    assert [slab.position for slab in found] == [slab.row for slab in found]
+    assert [slab.places for slab in found] == [slab.at for slab in found]
     rows = max(slab.rows for slab in found)
     assert batch * rows * seq_len <= max(selective.MOST_ELEMENTS, 128 * batch * seq_len)
     assert len(found) == 1 or rows % 128 == 0
@@ -303,10 +302,10 @@ def test_slabs_come_in_reverse_with_the_sums_before_each_from_few_that_are_saved
         held.append(shape[0])
         return real(of, *shape)
 
-    saved = torch.full((selective._saved_of(count), 1), float("nan"))
+    saved = torch.full((len(selective.stretches(range(count))), 1), float("nan"))
     saved[0] = 0
-    for number, sums in zip(range(count), pairwise(selective.buffers_of_sums(saved, count))):
-        select(number, *sums)
+    for given in selective.with_sums(range(count), saved):
+        select(*given)
     assert len(saved) <= 4
     selections = 0
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

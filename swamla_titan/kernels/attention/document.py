@@ -32,7 +32,7 @@ from swamla_titan.kernels.device import (
     Tiles,
     dtype_name,
     strides,
-    tma_descriptors,
+    tma_descriptors_of_two,
     tma_readable,
     why_no_kernels,
 )
@@ -86,15 +86,8 @@ def run_forward(
     tiles, split, v_width = FORWARD, SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         document_forward[(-(-length // tiles.queries), heads, batch)](
-            *(
-                *tma_descriptors(key, tiles.keys, split),
-                *tma_descriptors(value, tiles.keys, (v_width,)),
-                query,
-                out,
-                lse,
-                starts,
-            ),
-            *(*strides(query), *strides(out), heads, length, scale),
+            *(*tma_descriptors_of_two(key, value, tiles.keys), query, out, lse, starts),
+            *(*strides(query, out), heads, length, scale),
             **split._asdict(),
             DV=v_width,
             **tiles.constants(),
@@ -122,20 +115,17 @@ def run_backward(
     split, v_width = SplitWidth.of(width), value.shape[-1]
     with torch.cuda.device_of(query):
         document_grad_query[(-(-length // query_tiles.queries), heads, batch)](
-            *(*tma_descriptors(key, query_tiles.keys, split), *tma_descriptors(value, query_tiles.keys, (v_width,))),
+            *tma_descriptors_of_two(key, value, query_tiles.keys),
             *(query, out, grad_out, grad_query, lse, delta, starts),
-            *(*strides(query), *strides(out), *strides(grad_out), *strides(grad_query), heads, length, scale),
+            *(*strides(query, out, grad_out, grad_query), heads, length, scale),
             **split._asdict(),
             DV=v_width,
             **query_tiles.constants(),
         )
         document_grad_key_value[(-(-length // key_tiles.keys), heads, batch)](
-            *(
-                *tma_descriptors(query, key_tiles.queries, split),
-                *tma_descriptors(grad_out, key_tiles.queries, (v_width,)),
-            ),
+            *tma_descriptors_of_two(query, grad_out, key_tiles.queries),
             *(key, value, grad_key, grad_value, lse, delta, starts, ends),
-            *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value), heads, length, scale),
+            *(*strides(key, value, grad_key, grad_value), heads, length, scale),
             **split._asdict(),
             DV=v_width,
             **key_tiles.constants(),

@@ -13,14 +13,20 @@ t > u of dL[t, s], and goes into the selecting head's queries and keys.
 
 Queries are taken in slabs (`Slab`), which are the shorter the longer the sequence is: F of a slab is there for all
 heads at once, and the sums of what was selected before it are one element a key. The backward pass takes the slabs from
-the last on and needs the sums before each. Of these the forward pass saves at most `MOST_SAVED` for each chunk, evenly
-spaced, and the others are selected again. So memory grows with the length of the sequence, and not with its square.
+the last on and needs the sums before each. The forward pass saves those before each stretch of slabs (`stretches`), of
+which a chunk has at most `MOST_SAVED`, and within a stretch it is selected again:
+
+    slabs of a chunk   [ 0 | 1 | 2 ][ 3 | 4 | 5 ][ 6 | 7 ]      stretches of three
+    saved sums         ^            ^            ^              before 0, 3 and 6
+    backward           7: select 6 again for the sums before it; 6; 5: select 3 and 4 again; 4: ...
+
+So memory grows with the length of the sequence, and not with its square.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Size, Tensor
@@ -28,7 +34,7 @@ from torch import Size, Tensor
 from swamla_titan.kernels.attention import selective_triton as kernels
 from swamla_titan.kernels.attention.document import why_not_document_kernel
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
-from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors, tma_readable
+from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors_of_two, tma_readable
 from swamla_titan.kernels.flops import attention_flops, chunk_pairs
 from swamla_titan.kernels.operator import differentiate
 
@@ -38,24 +44,33 @@ _ALIGNED = 8  # elements of 16 bits: where a row of F may begin, for the tensor 
 _ROWS = 128  # queries of a slab at least, and a divisor of those of most
 _REFERENCE_ROWS = 1024
 
+T = TypeVar("T")
+
 why_not_selective_kernel = why_not_document_kernel  # heads and types are the same
 
 
 class Slab(NamedTuple):
-    """Consecutive queries of one chunk."""
+    """Consecutive queries of one chunk: where they are in the tensor of queries (`at`) and in the sequence."""
 
-    chunk: int  # its number
-    row: int  # the index of their first one in the tensor of queries
-    position: int  # and in the sequence
-    rows: int  # how many
+    at: slice
+    places: slice
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.at.stop - self.at.start
 
 
-def slabs(chunks: Sequence[int], queries: int, most_rows: int) -> Iterator[Slab]:
-    """All queries, which are chunks of equal length that begin at `chunks` of the sequence, in order."""
-    length = queries // len(chunks)
-    for chunk, start in enumerate(chunks):
-        for first in range(0, length, most_rows):
-            yield Slab(chunk, chunk * length + first, start + first, min(most_rows, length - first))
+def slabs_of_chunks(starts: Sequence[int], queries: int, most_rows: int) -> list[list[Slab]]:
+    """Of each chunk its slabs in order; the chunks are of equal length, `queries` in all, and begin at `starts`."""
+    length = queries // len(starts)
+
+    def slab(chunk: int, first: int) -> Slab:
+        end = min(first + most_rows, length)
+        before, start = chunk * length, starts[chunk]
+        return Slab(slice(before + first, before + end), slice(start + first, start + end))
+
+    return [[slab(chunk, first) for first in range(0, length, most_rows)] for chunk in range(len(starts))]
 
 
 def selective_attention(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float) -> Tensor:
@@ -85,32 +100,31 @@ def reference_selective_attention(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     rule, outs = selection.rule, []
     by = selecting_head(query.transpose(1, 2), key.transpose(1, 2), selection.query, selection.key, selection.head)
-    total: Tensor | None = None
-    for slab in slabs(rule.chunks, query.shape[2], _REFERENCE_ROWS):
-        at = slice(slab.row, slab.row + slab.rows)
-        if slab.position == rule.chunks[slab.chunk]:
-            total = None if selection.before is None else selection.before[:, slab.chunk]
-        selected = _selected(by[0][:, at], by[1], rule, slab, scale)  # [B, rows, S]
-        bias = _earlier(selected) if total is None else _earlier(selected) + total[:, None]
-        total = bias[:, -1] + selected[:, -1]
-        scores = (query[:, :, at] @ key.transpose(-2, -1) * scale).to(bias.dtype) - bias[:, None]
-        scores = scores.masked_fill(~_seen(rule, slab)[:, None], float("-inf"))
-        outs.append(scores.softmax(dim=-1).to(value.dtype) @ value)
+    for chunk, slabs in enumerate(slabs_of_chunks(rule.chunks, query.shape[2], _REFERENCE_ROWS)):
+        total = None if selection.before is None else selection.before[:, chunk]
+        for slab in slabs:
+            selected = _selected(by[0][:, slab.at], by[1], rule, slab, scale)  # [B, rows, S]
+            bias = _earlier(selected) if total is None else _earlier(selected) + total[:, None]
+            total = bias[:, -1] + selected[:, -1]
+            scores = (query[:, :, slab.at] @ key.transpose(-2, -1) * scale).to(bias.dtype) - bias[:, None]
+            scores = scores.masked_fill(~_seen(rule, slab)[:, None], float("-inf"))
+            outs.append(scores.softmax(dim=-1).to(value.dtype) @ value)
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
 def reference_selected_sums(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
     """`selected_sums` written down."""
-    found: list[list[Tensor]] = [[] for _ in rule.chunks]
-    for slab in slabs(rule.chunks, query.shape[1], _REFERENCE_ROWS):
-        queries = query[:, slab.row : slab.row + slab.rows]
-        found[slab.chunk].append(_selected(queries, key, rule, slab, scale).sum(dim=1))
-    return torch.stack([torch.stack(each).sum(dim=0) for each in found], dim=1)
+    found = [
+        torch.stack([_selected(query[:, slab.at], key, rule, slab, scale).sum(dim=1) for slab in slabs]).sum(dim=0)
+        for slabs in slabs_of_chunks(rule.chunks, query.shape[1], _REFERENCE_ROWS)
+    ]
+    return torch.stack(found, dim=1)
 
 
 def reference_selected_before(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
     """F [B, T, T] of full sequences, from the selecting head's queries and keys [B, T, D]."""
-    return _earlier(_selected(query, key, rule, Slab(0, 0, 0, query.shape[1]), scale))
+    [[slab]] = slabs_of_chunks((0,), query.shape[1], query.shape[1])
+    return _earlier(_selected(query, key, rule, slab, scale))
 
 
 def selecting_head(
@@ -145,8 +159,7 @@ def _earlier(selected: Tensor) -> Tensor:
 def _seen(rule: SelectionRule, slab: Slab, strictly: bool = False) -> Tensor:
     """Which keys a slab's queries see, boolean [B or 1, rows, S]; strictly: may select."""
     key = torch.arange(rule.starts.shape[1], device=rule.starts.device)
-    at = slice(slab.position, slab.position + slab.rows)
-    query, start = key[at, None], rule.starts[:, at, None]
+    query, start = key[slab.places, None], rule.starts[:, slab.places, None]
     return (key < query) & (key > start) if strictly else (key <= query) & (key >= start)
 
 
@@ -163,43 +176,42 @@ def _most_rows(batch: int, seq_len: int) -> int:
 
 def saved_sums(batch: int, seq_len: int, length: int) -> int:
     """Sums, [B, S] float32 each, that the forward pass saves of a chunk of `length` queries."""
-    return _saved_of(-(-length // _most_rows(batch, seq_len)))
+    return len(stretches(range(0, length, _most_rows(batch, seq_len))))
 
 
-def _saved_of(count: int) -> int:
-    """Before how many of `count` slabs the sums are saved: before every n-th, with n as small as MOST_SAVED allows."""
-    every = -(-count // MOST_SAVED)
-    return -(-count // every)
+def stretches(slabs: Sequence[T]) -> list[Sequence[T]]:
+    """The slabs of a chunk in equal stretches, but for the last, as short as MOST_SAVED of them allow."""
+    length = -(-len(slabs) // MOST_SAVED)
+    return [slabs[first : first + length] for first in range(0, len(slabs), length)]
 
 
-def buffers_of_sums(saved: Tensor, count: int) -> list[Tensor]:
-    """Where the sums before each of `count` slabs are written, and those after the last.
+def with_sums(slabs: Sequence[T], saved: Tensor) -> Iterator[tuple[T, Tensor, Tensor]]:
+    """Slabs in order, and where the sums before and after each are written.
 
-    Those before every n-th slab have a buffer of their own, in `saved`; the others share one and overwrite each other.
+    Those before a stretch have a buffer of their own in `saved`; the others share one and overwrite each other.
     """
-    every, shared = -(-count // len(saved)), torch.empty_like(saved[0])
-    return [shared if number % every else saved[number // every] for number in range(count)] + [shared]
+    shared = torch.empty_like(saved[0])
+    buffers = [each for own, stretch in zip(saved, stretches(slabs)) for each in (own, *[shared] * (len(stretch) - 1))]
+    return zip(slabs, buffers, [*buffers[1:], shared])
 
 
 def slabs_in_reverse(
-    numbers: Sequence[int], saved: Tensor, select: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[tuple[int, Tensor]]:
-    """Slabs, by number, from the last on, with the sums before each, of which `saved` has those before every n-th.
+    slabs: Sequence[T], saved: Tensor, select: Callable[[T, Tensor, Tensor], None]
+) -> Iterator[tuple[T, Tensor]]:
+    """Slabs from the last on, with the sums before each, of which `saved` has those before each stretch.
 
-    `select(number, before, after)` computes the sums after a slab from those before it. It is called again for the
-    slabs between two saved sums, a stretch at a time, whose sums are saved likewise: at most MOST_SAVED of them, and
-    of more than MOST_SAVED^2 slabs twice as many.
+    `select(slab, before, after)` computes the sums after a slab from those before it. It is called again for the slabs
+    of a stretch, whose sums are saved likewise: at most MOST_SAVED of them, and of more than MOST_SAVED^2 slabs twice
+    as many.
     """
-    every = -(-len(numbers) // len(saved))
-    for index, before in reversed(list(enumerate(saved))):
-        stretch = numbers[index * every : (index + 1) * every]
+    for stretch, before in reversed(list(zip(stretches(slabs), saved))):
         if len(stretch) == 1:
             yield stretch[0], before
         else:
-            again = saved.new_empty(_saved_of(len(stretch)), *before.shape)
+            again = saved.new_empty(len(stretches(stretch)), *before.shape)
             again[0] = before
-            for number, sums in zip(stretch[:-1], pairwise(buffers_of_sums(again, len(stretch)))):
-                select(number, *sums)
+            for each in islice(with_sums(stretch, again), len(stretch) - 1):
+                select(*each)
             yield from slabs_in_reverse(stretch, again, select)
 
 
@@ -220,13 +232,9 @@ class _Pass:
         assert max(chunks) + self.queries // len(chunks) <= self.seq_len
         self.bounds, self.split = (starts, ends), SplitWidth.of(self.width)
         self.starts_batch = self.seq_len if starts.shape[0] == self.batch else 0
-        self.slabs = list(slabs(chunks, self.queries, _most_rows(self.batch, self.seq_len)))
-        self.last, self.of_chunk = len(self.slabs) - 1, len(self.slabs) // len(chunks)
-        self.room, self.row_width = max(slab.rows for slab in self.slabs), -(-self.seq_len // _ALIGNED) * _ALIGNED
-
-    def chunks(self) -> list[range]:
-        """The numbers of the slabs of each chunk."""
-        return [range(first, first + self.of_chunk) for first in range(0, len(self.slabs), self.of_chunk)]
+        self.chunks = slabs_of_chunks(chunks, self.queries, _most_rows(self.batch, self.seq_len))
+        self.last, self.room = self.chunks[-1][-1], self.chunks[0][0].rows  # no other slab has more rows
+        self.row_width = -(-self.seq_len // _ALIGNED) * _ALIGNED
 
     def float32(self, *shape: int) -> Tensor:
         """An uninitialized tensor."""
@@ -240,42 +248,43 @@ class _Pass:
         """A grid of tiles of keys."""
         return -(-self.seq_len // tiles.keys), *heads, self.batch
 
-    def by_keys_seen(self, number: int, tiles: Tiles, *others: int) -> tuple[int, ...]:
+    def by_keys_seen(self, slab: Slab, tiles: Tiles, *others: int) -> tuple[int, ...]:
         """A grid of tiles of the keys that a slab's queries may see."""
-        return -(-(self.slabs[number].position + self.slabs[number].rows) // tiles.keys), *others
+        return -(-slab.places.stop // tiles.keys), *others
 
-    def by_queries(self, number: int, tiles: Tiles, *heads: int) -> tuple[int, ...]:
+    def by_queries(self, slab: Slab, tiles: Tiles, *heads: int) -> tuple[int, ...]:
         """A grid of tiles of a slab's queries."""
-        return -(-self.slabs[number].rows // tiles.queries), *heads, self.batch
+        return -(-slab.rows // tiles.queries), *heads, self.batch
 
     def launch(
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        number: int,
+        slab: Slab,
         tiles: Tiles,
         *own: Any,
         sizes: Sequence[int] = (),
         **rest: Any,
     ) -> None:
         """A kernel for a slab: its own arguments, then slab and sizes, which all kernels take in this order."""
-        _, row, position, rows = self.slabs[number]
-        where = self.starts_batch, row, position, rows, self.room, self.row_width, *sizes, self.seq_len, self.scale
-        kernel[grid](*own, *where, **self.split._asdict(), **tiles.constants(), **rest)
+        where = self.starts_batch, slab.at.start, slab.places.start, slab.rows, self.room, self.row_width
+        kernel[grid](
+            *own, *where, *sizes, self.seq_len, self.scale, **self.split._asdict(), **tiles.constants(), **rest
+        )
 
     def select(
-        self, by: tuple[Tensor, Tensor], number: int, before: Tensor, after: Tensor, f: Tensor | None = None
+        self, by: tuple[Tensor, Tensor], slab: Slab, before: Tensor, after: Tensor, f: Tensor | None = None
     ) -> None:
         """F of a slab, and the sums of what was selected after it, from those before.
 
         By the selecting head's queries [B, Q, D] and keys [B, S, D].
         """
         tiles = SELECTION[0]
-        own = *by, *self.bounds, before, after, after if f is None else f, *_strides(*by)
-        self.launch(kernels.select_keys, self.by_keys(tiles), number, tiles, *own, STORED=f is not None)
+        own = *by, *self.bounds, before, after, after if f is None else f, *strides(*by)
+        self.launch(kernels.select_keys, self.by_keys(tiles), slab, tiles, *own, STORED=f is not None)
 
     def grad_selecting(
-        self, number: int, by: tuple[Tensor, Tensor], grad: Tensor, after: Tensor, before: Tensor, of_f: bool,
+        self, slab: Slab, by: tuple[Tensor, Tensor], grad: Tensor, after: Tensor, before: Tensor, of_f: bool,
         grad_query: Tensor, grad_key: Tensor,
     ) -> None:  # fmt: skip
         """Gradients of the selecting head's queries in a slab, and of its keys; slabs are taken from the last on.
@@ -284,12 +293,12 @@ class _Pass:
         after the slab, of which comes that of those `before`.
         """
         tiles = SELECTION[0]
-        own = *by, *self.bounds, grad, after, before, grad_key, *_strides(*by)
-        options: dict[str, Any] = {"OF_F": of_f, "ADDED": number < self.last}
-        self.launch(kernels.grad_selected, self.by_keys(tiles), number, tiles, *own, **options)
-        own = by[1], self.bounds[0], grad, grad_query, *_strides(by[1])
-        grid = self.by_queries(number, tiles)
-        self.launch(kernels.grad_selecting, grid, number, tiles, *own, sizes=(self.queries,))
+        own = *by, *self.bounds, grad, after, before, grad_key, *strides(*by)
+        options: dict[str, Any] = {"OF_F": of_f, "ADDED": slab is not self.last}
+        self.launch(kernels.grad_selected, self.by_keys(tiles), slab, tiles, *own, **options)
+        own = by[1], self.bounds[0], grad, grad_query, *strides(by[1])
+        grid = self.by_queries(slab, tiles)
+        self.launch(kernels.grad_selecting, grid, slab, tiles, *own, sizes=(self.queries,))
 
 
 def _tiles_of(f: Tensor, tiles: Tiles) -> Any:
@@ -297,12 +306,6 @@ def _tiles_of(f: Tensor, tiles: Tiles) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(f, list(f.shape), list(f.stride()), [1, tiles.queries, tiles.keys])
-
-
-def _strides(*heads: Tensor) -> tuple[int, ...]:
-    """Of batch and token, for each [B, T, D]."""
-    assert all(each.stride(-1) == 1 for each in heads), "the elements of a head must be adjacent"
-    return tuple(stride for each in heads for stride in each.stride()[:2])
 
 
 @torch.library.custom_op("swamla_titan::selective_attention", mutates_args=())
@@ -329,16 +332,17 @@ def _forward(
     out = query.new_empty(batch, queries, heads, v_width)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     run = _Pass(query, key, starts, ends, chunks, scale)
-    saved, f = run.float32(len(chunks), _saved_of(run.of_chunk), batch, run.seq_len), run.pairs(torch.float16)
+    saved = run.float32(len(chunks), len(stretches(run.chunks[0])), batch, run.seq_len)
+    f = run.pairs(torch.float16)
     saved[:, 0] = 0 if before is None else before.transpose(0, 1)
     with torch.cuda.device_of(query):  # Triton launches on the current one
-        read = *tma_descriptors(key, tiles.keys, run.split), *tma_descriptors(value, tiles.keys, (v_width,))
-        for numbers, of_chunk in zip(run.chunks(), saved):
-            for number, sums in zip(numbers, pairwise(buffers_of_sums(of_chunk, run.of_chunk))):
-                run.select(by, number, *sums, f)
-                own = *read, _tiles_of(f, tiles), query, out, lse, starts, *strides(query), *strides(out)
-                grid, sizes = run.by_queries(number, tiles, heads), (queries, heads)
-                run.launch(kernels.selective_forward, grid, number, tiles, *own, sizes=sizes, DV=v_width)
+        read = *tma_descriptors_of_two(key, value, tiles.keys), _tiles_of(f, tiles)
+        for slabs, of_chunk in zip(run.chunks, saved):
+            for slab, so_far, after in with_sums(slabs, of_chunk):
+                run.select(by, slab, so_far, after, f)
+                own = *read, query, out, lse, starts, *strides(query, out)
+                grid, sizes = run.by_queries(slab, tiles, heads), (queries, heads)
+                run.launch(kernels.selective_forward, grid, slab, tiles, *own, sizes=sizes, DV=v_width)
     return out, lse, saved
 
 
@@ -384,13 +388,13 @@ def _backward(
     with torch.cuda.device_of(query):
         of_heads = _GradientsOfHeads(run, grad_out, query, key, value, out, lse)
         select = partial(run.select, by)
-        for chunk, numbers in reversed(list(enumerate(run.chunks()))):
-            for number, before in slabs_in_reverse(numbers, saved[chunk], select):
-                select(number, before, unused, f)
-                of_heads.add(number, f, grad)
-                after = none if number == numbers[-1] else later
-                grad_sums = grad_before[chunk] if number == numbers[0] else later
-                run.grad_selecting(number, by, grad, after, grad_sums, True, *grad_by)
+        for slabs, of_chunk, grad_of_chunk in reversed(list(zip(run.chunks, saved, grad_before))):
+            for slab, before in slabs_in_reverse(slabs, of_chunk, select):
+                select(slab, before, unused, f)
+                of_heads.add(slab, f, grad)
+                after = none if slab is slabs[-1] else later
+                grad_sums = grad_of_chunk if slab is slabs[0] else later
+                run.grad_selecting(slab, by, grad, after, grad_sums, True, *grad_by)
     grad_query, grad_key, grad_value = of_heads.results()
     if by_query is None:
         grad_query[:, :, head] += grad_by[0]
@@ -410,49 +414,37 @@ class _GradientsOfHeads:
         self.run, self.grad_out, self.query, self.key, self.value, self.out = run, grad_out, query, key, value, out
         self.lse, self.delta, self.dtype = lse, torch.empty_like(lse), query.dtype
         self.grad_query = query.new_empty(query.shape)
-        kept = torch.float32 if run.last else query.dtype  # sums over slabs are added up in float32
+        is_one = run.last is run.chunks[0][0]
+        kept = query.dtype if is_one else torch.float32  # sums over slabs are added up in float32
         self.grad_key, self.grad_value = (x.new_empty(x.shape, dtype=kept) for x in (key, value))
 
         of_queries, of_keys, of_logits = *BACKWARD, SELECTION[1]
-        v_width = (value.shape[-1],)
-        self.read_keys = (
-            *tma_descriptors(key, of_queries.keys, run.split),
-            *tma_descriptors(value, of_queries.keys, v_width),
-        )
-        self.read_queries = (
-            *tma_descriptors(query, of_keys.queries, run.split),
-            *tma_descriptors(grad_out, of_keys.queries, v_width),
-        )
-        self.read_all = (
-            *tma_descriptors(query, of_logits.queries, run.split),
-            *tma_descriptors(grad_out, of_logits.queries, v_width),
-            *tma_descriptors(key, of_logits.keys, run.split),
-            *tma_descriptors(value, of_logits.keys, v_width),
-        )
+        self.read_keys = tma_descriptors_of_two(key, value, of_queries.keys)
+        self.read_queries = tma_descriptors_of_two(query, grad_out, of_keys.queries)
+        of_logits_by_queries = tma_descriptors_of_two(query, grad_out, of_logits.queries)
+        self.read_all = *of_logits_by_queries, *tma_descriptors_of_two(key, value, of_logits.keys)
 
-    def add(self, number: int, f: Tensor, grad: Tensor) -> None:
+    def add(self, slab: Slab, f: Tensor, grad: Tensor) -> None:
         """Gradients by a slab's queries; `grad` becomes the sum over heads of those of its logits."""
         run, starts = self.run, self.run.bounds[0]
         (of_queries, of_keys), of_logits = BACKWARD, SELECTION[1]
         heads = self.query.shape[2]
         rest: dict[str, Any] = {"sizes": (run.queries, heads), "DV": self.value.shape[-1]}
 
-        given = _tiles_of(f, of_queries), self.query, self.out, self.grad_out, self.grad_query
-        laid_out = strides(self.query), strides(self.out), strides(self.grad_out), strides(self.grad_query)
-        own = *self.read_keys, *given, self.lse, self.delta, starts, *chain.from_iterable(laid_out)
-        grid = run.by_queries(number, of_queries, heads)
-        run.launch(kernels.selective_grad_query, grid, number, of_queries, *own, **rest)
+        given = self.query, self.out, self.grad_out, self.grad_query
+        own = *self.read_keys, _tiles_of(f, of_queries), *given, self.lse, self.delta, starts, *strides(*given)
+        grid = run.by_queries(slab, of_queries, heads)
+        run.launch(kernels.selective_grad_query, grid, slab, of_queries, *own, **rest)
 
-        laid_out = strides(self.key), strides(self.value), strides(self.grad_key), strides(self.grad_value)
-        given = _tiles_of(f, of_keys), self.key, self.value, self.grad_key, self.grad_value
-        own = *self.read_queries, *given, self.lse, self.delta, *run.bounds, *chain.from_iterable(laid_out)
-        added = number < run.last  # before it, all keys get a value
-        grid = run.by_keys_seen(number, of_keys, heads, run.batch) if added else run.by_keys(of_keys, heads)
-        run.launch(kernels.selective_grad_key_value, grid, number, of_keys, *own, **rest, ADDED=added)
+        given = self.key, self.value, self.grad_key, self.grad_value
+        own = *self.read_queries, _tiles_of(f, of_keys), *given, self.lse, self.delta, *run.bounds, *strides(*given)
+        added = slab is not run.last  # which comes first, and gives all keys a value
+        grid = run.by_keys_seen(slab, of_keys, heads, run.batch) if added else run.by_keys(of_keys, heads)
+        run.launch(kernels.selective_grad_key_value, grid, slab, of_keys, *own, **rest, ADDED=added)
 
-        grid = run.by_keys_seen(number, of_logits, *run.by_queries(number, of_logits))
+        grid = run.by_keys_seen(slab, of_logits, *run.by_queries(slab, of_logits))
         own = *self.read_all, f, grad, self.lse, self.delta, starts
-        run.launch(kernels.selection_grad, grid, number, of_logits, *own, **rest)
+        run.launch(kernels.selection_grad, grid, slab, of_logits, *own, **rest)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
@@ -481,9 +473,9 @@ def _sums(query: Tensor, key: Tensor, starts: Tensor, ends: Tensor, chunks: list
     run = _Pass(query, key, starts, ends, chunks, scale)
     sums = run.float32(len(chunks), run.batch, run.seq_len).zero_()
     with torch.cuda.device_of(query):
-        for number, slab in enumerate(run.slabs):
-            total = sums[slab.chunk]
-            run.select((query, key), number, total, total)
+        for slabs, total in zip(run.chunks, sums):
+            for slab in slabs:
+                run.select((query, key), slab, total, total)
     return sums.transpose(0, 1).contiguous()
 
 
@@ -500,9 +492,9 @@ def _sums_backward(
     gradients = run.float32(run.batch, run.queries, run.width), run.float32(run.batch, run.seq_len, run.width)
     grad, unused = run.pairs(torch.float32), run.float32(run.batch, run.seq_len)
     with torch.cuda.device_of(query):
-        for number, slab in reversed(list(enumerate(run.slabs))):
-            after = grad_sums[:, slab.chunk].contiguous()
-            run.grad_selecting(number, (query, key), grad, after, unused, False, *gradients)
+        for slabs, after in reversed(list(zip(run.chunks, grad_sums.transpose(0, 1).contiguous()))):
+            for slab in reversed(slabs):
+                run.grad_selecting(slab, (query, key), grad, after, unused, False, *gradients)
     return gradients[0].to(query.dtype), gradients[1].to(key.dtype)
 
 

@@ -134,6 +134,7 @@ def selective_forward(
         scores = matmul_of_parts(q1, q2, k1, k2, D2 > 0) * scale_log2 - f * LOG2_E
         if (begin + BN - 1 > position + first) | (begin < newest):
             scores = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= start[:, None]), scores, NEVER)
+        # Running softmax (arXiv:2205.14135): rescale the sums where the maximum has grown.
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest[:, None])
@@ -174,6 +175,7 @@ def selective_grad_query(
     dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
     scale_log2 = scale * LOG2_E
     for begin in range(document // BN * BN, last, BN):
+        # The weights are recomputed from the scores and lse, because the forward pass does not store them.
         key = begin + tl.arange(0, BN)
         f = f_tiles.load([batch.to(tl.int32), first, begin]).reshape(BM, BN).to(tl.float32)
         k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)
@@ -278,6 +280,7 @@ def selection_grad(
         f = _load_tile(f_ptr, batch, local, key, rows, room, width, seq_len) * LOG2_E
         total = tl.zeros([BM, BN], tl.float32)
         scale_log2 = scale * LOG2_E
+        # One head after another, because a sum of several programs would depend on their order.
         for head in range(0, heads):
             q1, q2 = load_parts(q_wide, q_narrow, batch, row + first, head, BM, D1, D2)
             k1, k2 = load_parts(k_wide, k_narrow, batch, begin, head, BN, D1, D2)

@@ -112,8 +112,7 @@ def run_forward(
     kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
         *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
         *(query, key, value, out, lse, starts),
-        *(*strides(query), *strides(key), *strides(value), *strides(out)),
-        *(heads, length, scale),
+        *(*strides(query, key, value, out), heads, length, scale),
         **rule,
         **split._asdict(),
         **tiles.constants(),
@@ -149,9 +148,7 @@ def run_backward(
     kernels.window_grad_query[(query_tiles, heads, batch)](
         *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
         *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
-        *(*strides(query), *strides(key), *strides(value)),
-        *(*strides(out), *strides(grad_out), *strides(grad_query)),
-        *(heads, length, scale),
+        *(*strides(query, key, value, out, grad_out, grad_query), heads, length, scale),
         **rule,
         **split._asdict(),
         **tiles.constants(),
@@ -170,8 +167,7 @@ def run_backward(
     kernels.window_grad_key_value[key_grid](
         *(*tma_descriptors(query, key_tiles.queries, split), *tma_descriptors(grad_out, key_tiles.queries, split)),
         *(key, value, grad_key, grad_value, lse, delta, sums, starts),
-        *(*strides(key), *strides(value), *strides(grad_key), *strides(grad_value)),
-        *(heads, length, scale),
+        *(*strides(key, value, grad_key, grad_value), heads, length, scale),
         **rule,
         **split._asdict(),
         **key_tiles.constants(),
