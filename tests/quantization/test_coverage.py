@@ -1,4 +1,4 @@
-"""Which products are left in full precision, and what is said of it."""
+"""Which linear layers stay in full precision, and what is reported about it."""
 
 from dataclasses import replace
 
@@ -17,13 +17,13 @@ from swamla_titan.quantization.coverage import gain, table, warnings
 from swamla_titan.quantization.native import NativeLinear
 
 
-def products_of(flavor: str, **float8):
+def coverage_of(flavor: str, **float8):
     config = Config(model=FLAVORS[flavor], float8=Float8(**float8))
     return config, float8_coverage(config)
 
 
 def converted(flavor: str, **float8) -> set[str]:
-    return {each.kind for each in products_of(flavor, **float8)[1] if each.why_not is None}
+    return {each.kind for each in coverage_of(flavor, **float8)[1] if each.why_not is None}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_was_measured_to_pay_is_what_is_expected_to(recipe):
 
 
 @pytest.mark.parametrize("recipe", ["native", "tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_wider_products_never_pay_less(recipe):
+def test_wider_layers_never_pay_less(recipe):
     for out in range(4, 14):
         for inner in range(4, 14):
             assert (gain(recipe, 2**out, 2**inner) > 0) <= (gain(recipe, 2 ** (out + 1), 2**inner) > 0)
@@ -101,7 +101,7 @@ def test_what_is_listed_is_what_is_converted(tensor):
 
 
 def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_casting():
-    config, _ = products_of("base", recipe="native")
+    config, _ = coverage_of("base", recipe="native")
     shared = float8_coverage(replace(config, parallel=replace(config.parallel, tensor=2)))
     found = {each.kind for each in shared if each.why_not is None}
     assert "attention.wq" in found
@@ -111,19 +111,19 @@ def test_a_small_reader_is_left_where_tensor_parallelism_keeps_norms_from_castin
 def test_the_head_is_converted_where_it_is_asked_for():
     assert "head" not in converted("base", recipe="native", linear_layers="all")
     assert "head" in converted("base", recipe="native", output_head=True)
-    assert products_of("base", recipe="off")[1] == []
+    assert coverage_of("base", recipe="off")[1] == []
 
 
 def test_sides_on_a_tensor_parallel_rank_count():
-    config, whole = products_of("base", recipe="tensorwise")
+    config, whole = coverage_of("base", recipe="tensorwise")
     shared = float8_coverage(replace(config, parallel=replace(config.parallel, tensor=2)))
     assert next(each.out for each in whole if each.kind == "feed_forward.gate_up") == 8192
     assert next(each.out for each in shared if each.kind == "feed_forward.gate_up") == 4096
 
 
 def test_the_table_counts_kinds_and_operations():
-    _, products = products_of("base", recipe="native")
-    lines = list(table(products, "native"))
+    _, coverage = coverage_of("base", recipe="native")
+    lines = list(table(coverage, "native"))
     assert lines[0] == "float8 (native): 104 of 113 linear layers, 89% of their operations"
     assert "  feed_forward.down       24 x 4096 -> 1536    float8" in lines
     assert "  attention.wkv_b          8 x 256 -> 4096     as it was: too small to pay" in lines
@@ -140,39 +140,39 @@ def test_warnings_come_where_little_is_gained():
         ("rowwise_with_gw_hp", "large", []),
         ("rowwise_with_gw_hp", "small", ["takes 0% of the operations"]),
     ):
-        config, products = products_of(flavor, recipe=recipe)
-        found = list(warnings(products, config, micro_batch_size=8))
+        config, coverage = coverage_of(flavor, recipe=recipe)
+        found = list(warnings(coverage, config, micro_batch_size=8))
         assert len(found) == len(expected), found
         assert all(part in text for part, text in zip(expected, found))
-    config, products = products_of("base", recipe="native", linear_layers="all")
+    config, coverage = coverage_of("base", recipe="native", linear_layers="all")
     assert "attention.wkv_b 256 -> 4096 in float8 will cost more" in next(
-        warnings(products, config, micro_batch_size=8)
+        warnings(coverage, config, micro_batch_size=8)
     )
     config = replace(config, training=Training(seq_len=512), float8=Float8(recipe="native"))
     assert "512 tokens on a rank at a time" in next(warnings(float8_coverage(config), config, micro_batch_size=1))
-    config, products = products_of("base", recipe="native")
-    (eager,) = warnings(products, replace(config, compile=Compile(enabled=False)), micro_batch_size=8)
+    config, coverage = coverage_of("base", recipe="native")
+    (eager,) = warnings(coverage, replace(config, compile=Compile(enabled=False)), micro_batch_size=8)
     assert eager.startswith("compile.enabled = false")
-    config, products = products_of("base", recipe="native", output_head=True)
-    (head,) = warnings(products, config, micro_batch_size=8)
+    config, coverage = coverage_of("base", recipe="native", output_head=True)
+    (head,) = warnings(coverage, config, micro_batch_size=8)
     assert head.startswith("float8.output_head = true")
-    assert not list(warnings(products, replace(config, training=Training(compute_dtype="float32")), micro_batch_size=8))
-    config, products = products_of("150m", recipe="native", linear_layers="all")
-    assert any("attention.wkv_a 768 -> 320" in text for text in warnings(products, config, micro_batch_size=32))
+    assert not list(warnings(coverage, replace(config, training=Training(compute_dtype="float32")), micro_batch_size=8))
+    config, coverage = coverage_of("150m", recipe="native", linear_layers="all")
+    assert any("attention.wkv_a 768 -> 320" in text for text in warnings(coverage, config, micro_batch_size=32))
 
 
 def test_table_and_warning_tell_the_same_share(monkeypatch):
     monkeypatch.setattr("swamla_titan.quantization.coverage._LITTLE", 1.0)
-    config, products = products_of("base", recipe="rowwise_with_gw_hp")
-    assert next(table(products, "rowwise_with_gw_hp")).endswith(" 37% of their operations")  # two thirds of 56%
-    assert "takes 37% of the operations" in next(warnings(products, config, micro_batch_size=8))
+    config, coverage = coverage_of("base", recipe="rowwise_with_gw_hp")
+    assert next(table(coverage, "rowwise_with_gw_hp")).endswith(" 37% of their operations")  # two thirds of 56%
+    assert "takes 37% of the operations" in next(warnings(coverage, config, micro_batch_size=8))
 
 
-def test_no_product_of_a_model_is_forgotten():
+def test_no_linear_layer_of_a_model_is_forgotten():
     with torch.device("meta"):
         model = SWAMLAModel(FLAVORS["base"])
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert [each.name for each in products_of("base", recipe="native")[1]] == linears
+    assert [each.name for each in coverage_of("base", recipe="native")[1]] == linears
 
 
 def test_a_stage_without_any_is_no_error():

@@ -20,7 +20,7 @@ RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: str, caplog: pytest.LogCaptureFixture):
+def test_every_layer_of_the_blocks_is_converted_and_the_head_is_not(recipe: str, caplog: pytest.LogCaptureFixture):
     model = small_model(torch.float32)
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
         convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
@@ -31,7 +31,7 @@ def test_every_product_of_the_blocks_is_converted_and_the_head_is_not(recipe: st
     assert caplog.text.count("as it was") == 1  # the head
 
 
-def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCaptureFixture):
+def test_a_layer_that_does_not_fit_is_left_and_named(caplog: pytest.LogCaptureFixture):
     model = small_model(torch.float32, qk_rope_head_dim=8)  # wkv_a: 64 -> 16 + 8; wq: 64 -> 2 * 40
     with caplog.at_level(logging.INFO, logger="swamla_titan"):
         convert_to_float8(model, Float8(recipe="rowwise", linear_layers="all"), CPU)
@@ -41,7 +41,7 @@ def test_a_product_that_does_not_fit_is_left_and_named(caplog: pytest.LogCapture
     assert "attention.wkv_a          1 x 64 -> 24        as it was: 24 is no multiple of 16" in caplog.text
 
 
-def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pytest.LogCaptureFixture):
+def test_a_layer_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pytest.LogCaptureFixture):
     """wq's 2 x 24 rows are 24 on each of two ranks, wkv_b's 2 x 32 are 32, and wkv_a is not divided."""
     model = small_model(torch.float32, qk_nope_head_dim=8, v_head_dim=24, qk_rope_head_dim=16)
     attention = model.blocks["2"].attention
@@ -67,9 +67,9 @@ def test_a_product_that_tensor_parallelism_makes_too_narrow_is_left(caplog: pyte
 def test_a_recipe_that_converts_nothing_is_refused():
     model = small_model(torch.float32, num_layers=2, dim=72)
     config = Float8(recipe="rowwise", linear_layers="all")
-    products = convert_to_float8(model, config, CPU)  # which may be a stage of a pipeline
+    coverage = convert_to_float8(model, config, CPU)  # which may be a stage of a pipeline
     with pytest.raises(UserError, match="would convert none of 8 linear layers"):
-        validate_coverage(products, config)
+        validate_coverage(coverage, config)
 
 
 def test_off_changes_nothing():
@@ -119,21 +119,21 @@ def test_loss_and_gradients_are_near_those_of_the_plain_model(recipe: str, dtype
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
     exact, found = (torch.cat([g.flatten() for g in gradients(each).values()]) for each in (plain, model))
-    # Errors of a few percent a product (below) add up over three blocks with large weights.
+    # Errors of a few percent a matmul (below) add up over three blocks with large weights.
     assert 0 < (found - exact).norm() < 0.15 * exact.norm()
 
 
 @pytest.mark.parametrize("recipe, off_by", [("tensorwise", 0.08), ("rowwise", 0.05), ("rowwise_with_gw_hp", 0.05)])
-def test_a_product_is_as_exact_as_its_type(recipe: str, off_by: float):
+def test_a_matmul_is_as_exact_as_its_type(recipe: str, off_by: float):
     plain, model = small_model(torch.float32), small_model(torch.float32)
     convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
     x, grad = torch.randn(64, 64), torch.randn(64, 64)
     results = []
     for each in (plain, model):
-        product, given = each.blocks["0"].attention.wo, x.clone().requires_grad_()
-        out = product(given)
+        linear, given = each.blocks["0"].attention.wo, x.clone().requires_grad_()
+        out = linear(given)
         out.backward(grad)
-        results.append((out, given.grad, product.weight.grad))
+        results.append((out, given.grad, linear.weight.grad))
     errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*results)]
     assert all(0.01 < error < off_by for error in errors[:2])
     assert (errors[2] < 1e-6) == (recipe == "rowwise_with_gw_hp")  # its gradients of weights are in full precision
@@ -146,14 +146,14 @@ def test_float32_weights_under_bfloat16_activations_are_what_bfloat16_weights_ar
     master, gathered = small_model(torch.float32), small_model(torch.float32)
     for model in (master, gathered):
         convert_to_float8(model, Float8(recipe=recipe, linear_layers="all"), CPU)
-    product, low = master.blocks["0"].feed_forward.down, gathered.blocks["0"].feed_forward.down.bfloat16()
-    x = torch.randn(2, 16, product.in_features, dtype=torch.bfloat16)
+    linear, low = master.blocks["0"].feed_forward.down, gathered.blocks["0"].feed_forward.down.bfloat16()
+    x = torch.randn(2, 16, linear.in_features, dtype=torch.bfloat16)
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-    outs = [product(inputs[0]), low(inputs[1])]
+    outs = [linear(inputs[0]), low(inputs[1])]
     assert outs[0].dtype == torch.bfloat16
     assert torch.equal(outs[0], outs[1])
     for out in outs:
         out.float().pow(2).sum().backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
-    assert product.weight.grad.dtype == torch.float32
-    assert torch.equal(product.weight.grad, low.weight.grad.float())
+    assert linear.weight.grad.dtype == torch.float32
+    assert torch.equal(linear.weight.grad, low.weight.grad.float())

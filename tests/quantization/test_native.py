@@ -1,4 +1,4 @@
-"""float8 by our own kernels, emulated on the CPU: products, modules and what is applied to blocks besides."""
+"""float8 by our own kernels, emulated on the CPU: matmuls, modules and what is applied to blocks besides."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from swamla_titan.model.layers import Linear
 from swamla_titan.model.swa import SlidingWindowAttention
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.quantization import coverage as products
+from swamla_titan.quantization import coverage
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.quantization.native import (
     NativeGateUp,
@@ -56,7 +56,7 @@ def error(found, exact):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings, of_gradients", [(Settings(), 0.07), (E4M3, 0.045)])
-def test_a_product_is_as_exact_as_its_types(dtype, settings, of_gradients):
+def test_a_matmul_is_as_exact_as_its_types(dtype, settings, of_gradients):
     """Of a random number, e4m3 with 3 bits behind the first is off by 2.6% (rms), e5m2 with 2 by 5.3%; two factors."""
     x, weight = torch.randn(3, 32, 64).to(dtype), torch.randn(48, 64)
     found = passes(lambda x, w: float8_linear(quantize(x), quantize(w, x.dtype), settings), x, weight)
@@ -67,7 +67,7 @@ def test_a_product_is_as_exact_as_its_types(dtype, settings, of_gradients):
     assert all(0.02 < each < of_gradients for each in errors[1:])
 
 
-def test_a_product_is_near_torchaos():
+def test_a_matmul_is_near_torchaos():
     plain = small_model(torch.float32).blocks["0"].attention.wo
     results = []
     for recipe in ("tensorwise", "native"):
@@ -140,7 +140,7 @@ def test_tiny_gradients_are_not_flushed():
 
 def test_a_gpu_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(products, "has_triton", lambda: False)
+    monkeypatch.setattr(coverage, "has_triton", lambda: False)
     with pytest.raises(UserError, match="needs the package triton"):
         convert_to_float8(small_model(torch.float32), NATIVE, torch.device("cuda", 0))
 
@@ -165,7 +165,7 @@ def test_a_branch_that_reads_its_input_itself_is_given_a_tensor(monkeypatch):
     losses[0].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
-    branches = {each.name: each.branch for each in products.survey(plain, NATIVE)}
+    branches = {each.name: each.branch for each in coverage.survey(plain, NATIVE)}
     assert branches["blocks.0.attention.wqkv"] is None
     assert branches["blocks.0.feed_forward.gate_up"] == "blocks.0.feed_forward"
 
@@ -192,7 +192,7 @@ def test_a_norm_with_a_reader_in_full_precision_stays_as_it_is():
     assert gradients(model)["blocks.2.attention_norm.weight"].isfinite().all()
 
 
-def test_one_cast_of_an_input_serves_all_its_products(monkeypatch):
+def test_one_cast_of_an_input_serves_all_its_readers(monkeypatch):
     casts = []
     real = float8_linears.float8_cast
     monkeypatch.setattr(
@@ -335,7 +335,7 @@ def test_compiled_by_inductor_without_a_break(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [("gradient_dtype", "e4m3"), ("fast_accumulation", True)])
-def test_keys_reach_the_products(monkeypatch, key, value):
+def test_keys_reach_the_matmuls(monkeypatch, key, value):
     seen = []
     real = float8_linears.scaled_matmul
 
