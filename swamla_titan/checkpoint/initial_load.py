@@ -37,7 +37,7 @@ class InitialLoad:
 
     @property
     def optimizer(self) -> str | None:
-        """optimizer.name of the run whose states are taken; None: they begin anew."""
+        """optimizer.name of the run whose states are taken; None: they start fresh."""
         name = self.fingerprint.get("optimizer.name") if OptimizerStates.group in self.groups else None
         return name if isinstance(name, str) else None
 
@@ -49,7 +49,7 @@ class InitialLoad:
         if self.optimizer not in (None, config.optimizer.name):
             raise UserError(
                 f'{_STATE}: {self.path} has states of "{self.optimizer}", and optimizer.name is '
-                f'"{config.optimizer.name}": take that, or "weights", with which the optimizer begins anew'
+                f'"{config.optimizer.name}": take that, or "weights", with which the optimizer starts fresh'
             )
         if self.annex_record:
             self.annex_record.require_equal(config.model, self.path)

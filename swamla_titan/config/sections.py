@@ -269,7 +269,7 @@ class Checkpoint:
     """What a new run begins with: a folder that `export` wrote, a checkpoint, or the dump folder of another run (its
     newest intact checkpoint); empty: weights drawn by job.seed. Not read again once the run has checkpoints itself."""
     initial_load_state: Literal["weights", "weights_and_optimizer", "all"] = "weights"
-    """What is taken of it. weights: step, data, optimizer and schedule begin anew, so all of them may be others;
+    """What is taken of it. weights: step, data, optimizer and schedule start fresh, so all of them may be others;
     weights_and_optimizer: the optimizer's states and the average of weights too; all: the run continues where that one
     stood, as with its own checkpoint (checkpoint.allow counts), and the other run stays as it is."""
 

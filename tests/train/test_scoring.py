@@ -109,6 +109,21 @@ def test_every_window_is_in_one_row_that_has_room():
     assert sum(tokens) > 0.9 * 32 * len(rows)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scores_on_a_gpu_in_16_bits_are_near_those_in_32(tiny, compiled):
+    shape = ("--model.dim", "256", "--model.swa_window", "128", "--training.seq_len", "512")
+    config = resolved(tiny, *shape, "--training.compute_dtype", "bfloat16", "--compile.enabled", str(compiled).lower())
+    model = ParallelModel(config, World.alone(torch.device("cuda")))
+    model.init_weights(0)
+    texts = requests() * 20
+    found = Scorer(model.world, 512, 4, model.score)(texts)
+    exact = ParallelModel(resolved(tiny, *shape, "--kernels.attention", "sdpa"), World.alone())
+    exact.init_weights(0)
+    expected = Scorer(exact.world, 512, 4, exact.score)(texts)
+    assert [each[0] for each in found] == pytest.approx([each[0] for each in expected], rel=5e-3)
+
+
 def scores_of_rank(config: str, overrides: tuple[str, ...]) -> list[Score]:
     config_of_run = resolved(Path(config), *overrides)
     world = init_distributed(config_of_run.parallel)
