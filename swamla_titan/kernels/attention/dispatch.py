@@ -4,7 +4,7 @@ Each is one entry, a subclass of Implementation; those that rotate queries and k
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import takewhile
@@ -35,7 +35,6 @@ from swamla_titan.kernels.attention.selective import (
     reference_selective_attention,
     selected_sums,
     selective_attention,
-    why_not_selective_kernel,
 )
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
 from swamla_titan.kernels.device import Limit, dtype_name, is_tuned_for
@@ -127,21 +126,26 @@ class Request:
         return self.seq_len == 1 or (not self.has_documents and (window is None or window >= self.seq_len))
 
 
+Need = Callable[[Request], str | None]
+
+
 class Entry(ABC):
     """What the choice reads of an implementation.
 
     `label` is what summaries call it; `asked_by` are the values of kernels.attention that allow it; `knows` are the
-    facts of a request that it takes into account: `why_not` and `is_timed` are asked of requests without others.
+    facts of a request that it takes into account: `needs` and `is_timed` are asked of requests without others. Each of
+    its `needs` says why a request does not meet it, or None.
     """
 
     name: str
     label: str
     asked_by: tuple[AttentionBackend, ...]
     knows: frozenset[str] = frozenset()
+    needs: tuple[Need, ...] = ()
 
     def why_not(self, request: Request) -> str | None:
         """What keeps it from the request, or None."""
-        return None
+        return next((why for need in self.needs if (why := need(request))), None)
 
     def is_timed(self, request: Request) -> bool:
         """Whether it was timed on such a device and found faster than what follows, else "auto" skips it."""
@@ -173,13 +177,6 @@ class SelectiveImplementation(Implementation):
     knows = frozenset({"selects", "chunk"})
     form: MaskForm = "selection"
 
-    def why_not(self, request: Request) -> str | None:
-        """As in Entry."""
-        if not request.selects:
-            return "no head that selects"
-        window = request.mask.window
-        return None if window is None else f"a window of {window} tokens"
-
     @abstractmethod
     def sums(self, query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> Tensor:
         """What each chunk of queries selects of each key, as selected_sums (selective.py) gives it."""
@@ -193,11 +190,6 @@ class FusedImplementation(Entry):
 
     layout: Layout
     over: frozenset[str]
-
-    def why_not(self, request: Request) -> str | None:
-        """As in Entry."""
-        assert request.projections is not None
-        return request.projections.why_apart
 
     @abstractmethod
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -271,16 +263,64 @@ def _why_not(entry: Entry, request: Request, asked: AttentionBackend) -> str | N
     return None if asked != "auto" or entry.is_timed(request) else "not timed on such a device"
 
 
-def _why_not_cudnn(request: Request, queries: int) -> str | None:
-    sizes = request.seq_len, queries, request.heads.qk_width, request.heads.v_width
+def _need(is_met: Callable[[Request], bool], reason: str) -> Need:
+    """`reason`, a format of the request, where it is not met."""
+    return lambda request: None if is_met(request) else reason.format(request)
+
+
+_ONE_DOCUMENT = _need(lambda request: not request.has_documents, "data.document_mask")
+_DOCUMENTS = _need(lambda request: request.has_documents, "no documents")
+_WINDOW = _need(lambda request: request.mask.window is not None, "no window")
+_NO_WINDOW = _need(lambda request: request.mask.window is None, "a window of {0.mask.window} tokens")
+_CHUNKS = _need(lambda request: request.chunk is not None, "full sequences")
+_SELECTS = _need(lambda request: request.selects, "no head that selects")
+_ONE_WIDTH = _need(lambda request: request.heads.qk_width == request.heads.v_width, "values of another width than keys")
+
+
+def _plain_causality(request: Request) -> str | None:
+    return None if request.is_plainly_causal else _ONE_DOCUMENT(request) or _NO_WINDOW(request)
+
+
+def _as_many_key_heads(request: Request) -> str | None:
+    """For kernels that give each query head a key head of its own."""
+    queries, keys = request.heads.queries, request.heads.keys
+    return None if queries == keys else Limit(f"takes as many key heads as query heads, not {keys} for {queries}")
+
+
+def _cudnn(request: Request) -> str | None:
+    sizes = request.seq_len, request.chunk or request.seq_len, request.heads.qk_width, request.heads.v_width
     return why_not_cudnn_heads(request.device, request.dtype, *sizes)
 
 
-def _why_not_grouped(heads: Heads) -> str | None:
-    """For kernels that give each query head a key head of its own."""
-    if heads.queries == heads.keys:
-        return None
-    return Limit(f"takes as many key heads as query heads, not {heads.keys} for {heads.queries}")
+def _window_kernel(request: Request) -> str | None:
+    return why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
+
+
+def _document_kernel(request: Request) -> str | None:
+    """Selective attention's takes the same heads."""
+    return why_not_document_kernel(request.device, request.dtype, request.heads.qk_width, request.heads.v_width)
+
+
+def _flex_kernel(request: Request) -> str | None:
+    """In float32 heads wider than 128 (MLA's of 192) want more shared memory than a GPU has."""
+    if request.device.type != "cuda":
+        return Limit("needs a GPU")
+    dtype, widths = request.dtype, (request.heads.qk_width, request.heads.v_width)
+    fits = dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and max(widths) <= 128)
+    return None if fits and min(widths) >= 16 else Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
+
+
+def _not_apart(request: Request) -> str | None:
+    """For those that rotate too."""
+    assert request.projections is not None
+    return request.projections.why_apart
+
+
+def _aligned_values(request: Request) -> str | None:
+    assert request.projections is not None
+    width = request.heads.qk_width - request.projections.rotary_width
+    fits = width % _ALIGNED == 0
+    return None if fits else Limit(f"takes unrotated parts of heads of multiples of {_ALIGNED}, not of {width}")
 
 
 _OURS: tuple[AttentionBackend, ...] = ("auto", "triton")
@@ -314,11 +354,7 @@ class _Causal(_SDPA):
 
     name, label, asked_by, form = "sdpa, causal", "sdpa, causal", _ALL_FAST, "none"
     knows = frozenset()
-
-    def why_not(self, request: Request) -> str | None:
-        if request.is_plainly_causal:
-            return None
-        return "data.document_mask" if request.has_documents else f"a window of {request.mask.window} tokens"
+    needs = (_plain_causality,)
 
 
 class _Chunked(Implementation):
@@ -326,16 +362,8 @@ class _Chunked(Implementation):
 
     name, label, asked_by, form = "cudnn, causal by chunks", "cudnn, causal by chunks", _MASKED, "chunks"
     knows = frozenset({"chunk"})
+    needs = (_CHUNKS, _NO_WINDOW, _ONE_DOCUMENT, _as_many_key_heads, _cudnn)
     operators = (torch.ops.swamla_titan.chunked_causal_attention.default,)
-
-    def why_not(self, request: Request) -> str | None:
-        if request.chunk is None:
-            return "full sequences"
-        if request.mask.window is not None:
-            return f"a window of {request.mask.window} tokens"
-        if request.has_documents:
-            return "data.document_mask"
-        return _why_not_grouped(request.heads) or _why_not_cudnn(request, request.chunk)
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, Chunks)
@@ -346,14 +374,8 @@ class _Window(Implementation):
     """Window and sink, also in documents, by our Triton kernel (CUDA)."""
 
     name, label, asked_by, form = "triton, windows", "triton", _OURS, "window"
+    needs = (_WINDOW, _ONE_WIDTH, _window_kernel)
     operators = (torch.ops.swamla_titan.window_attention.default,)
-
-    def why_not(self, request: Request) -> str | None:
-        if request.mask.window is None:
-            return "no window"
-        if request.heads.qk_width != request.heads.v_width:
-            return "values of another width than keys"
-        return why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
 
     def is_timed(self, request: Request) -> bool:
         return is_tuned_for(request.device, request.dtype)
@@ -367,13 +389,8 @@ class _Document(Implementation):
     """Causal inside documents, by our Triton kernel (CUDA)."""
 
     name, label, asked_by, form = "triton, documents", "triton", _OURS, "documents"
+    needs = (_NO_WINDOW, _document_kernel, _as_many_key_heads)
     operators = (torch.ops.swamla_titan.document_attention.default,)
-
-    def why_not(self, request: Request) -> str | None:
-        if request.mask.window is not None:
-            return f"a window of {request.mask.window} tokens"
-        widths = request.heads.qk_width, request.heads.v_width
-        return why_not_document_kernel(request.device, request.dtype, *widths) or _why_not_grouped(request.heads)
 
     def is_timed(self, request: Request) -> bool:
         widths = request.heads.qk_width, request.heads.v_width
@@ -387,20 +404,13 @@ class _Document(Implementation):
 class _Flex(Implementation):
     """Any mask, as tiles of 128 tokens, by FlexAttention, always compiled (CUDA).
 
-    Its kernels have no float64 and no heads narrower than 16. In float32 heads wider than 128 (MLA's of 192) want more
-    shared memory than a GPU has.
+    Its kernels have no float64 and no heads narrower than 16.
     """
 
     name, label, asked_by, form = "flex", "flex", _MASKED, "block"
     knows = frozenset({"chunk"})
+    needs = (_flex_kernel,)
     operators = (torch.ops.higher_order.flex_attention,)
-
-    def why_not(self, request: Request) -> str | None:
-        if request.device.type != "cuda":
-            return Limit("needs a GPU")
-        dtype, widths = request.dtype, (request.heads.qk_width, request.heads.v_width)
-        fits = dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and max(widths) <= 128)
-        return None if fits and min(widths) >= 16 else Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, BlockMask)
@@ -428,12 +438,8 @@ class _Selective(SelectiveImplementation):
     """
 
     name, label, asked_by = "triton, selective", "triton", _ALL_FAST
+    needs = (_SELECTS, _NO_WINDOW, _document_kernel, _as_many_key_heads)
     operators = (torch.ops.swamla_titan.selective_attention.default,)
-
-    def why_not(self, request: Request) -> str | None:
-        widths = request.heads.qk_width, request.heads.v_width
-        why = super().why_not(request) or why_not_selective_kernel(request.device, request.dtype, *widths)
-        return why or _why_not_grouped(request.heads)
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, Selection)
@@ -447,6 +453,7 @@ class _SelectiveReference(SelectiveImplementation):
     """The same written down, on any device."""
 
     name, label, asked_by, operators = "reference, selective", "reference", ATTENTION_BACKENDS, ()
+    needs = (_SELECTS, _NO_WINDOW)
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, Selection)
@@ -478,6 +485,7 @@ class _RotaryWindow(FusedImplementation):
     name, label, asked_by = "triton, windows with their rotation", "triton", ATTENTION_BACKENDS
     layout, over = "qkv", frozenset({WINDOW.name})
     knows = frozenset({"chunk"})  # WINDOW does not, so chunks never come here
+    needs = (_not_apart,)
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
@@ -491,20 +499,7 @@ class _Latent(FusedImplementation):
 
     name, label, asked_by = "cudnn, causal with its rotation", "cudnn with its rotation", _MASKED
     layout, over = "latent", frozenset({CAUSAL.name, DOCUMENT.name})
-
-    def why_not(self, request: Request) -> str | None:
-        if why := self._why_not_heads(request):
-            return why
-        return "data.document_mask" if request.has_documents else _why_not_cudnn(request, request.seq_len)
-
-    def _why_not_heads(self, request: Request) -> str | None:
-        if why := super().why_not(request):
-            return why
-        assert request.projections is not None
-        width = request.heads.qk_width - request.projections.rotary_width
-        if width % _ALIGNED:
-            return Limit(f"takes unrotated parts of heads of multiples of {_ALIGNED}, not of {width}")
-        return None
+    needs = (_not_apart, _aligned_values, _ONE_DOCUMENT, _cudnn)
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope] -> [B, T, H, v]."""
@@ -517,11 +512,7 @@ class _LatentDocuments(_Latent):
     """The same inside documents, by our Triton kernels (CUDA)."""
 
     name, label, asked_by = "triton, documents with their rotation", "triton with its rotation", _OURS
-
-    def why_not(self, request: Request) -> str | None:
-        if why := self._why_not_heads(request):
-            return why
-        return DOCUMENT.why_not(request) if request.has_documents else "no documents"
+    needs = (_not_apart, _aligned_values, _DOCUMENTS, DOCUMENT.why_not)
 
     def is_timed(self, request: Request) -> bool:
         return DOCUMENT.is_timed(request)

@@ -32,7 +32,6 @@ import torch
 from torch import Size, Tensor
 
 from swamla_titan.kernels.attention import selective_triton as kernels
-from swamla_titan.kernels.attention.document import why_not_document_kernel
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
 from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors_of_two, tma_readable
 from swamla_titan.kernels.flops import attention_flops, chunk_pairs
@@ -45,8 +44,6 @@ _ROWS = 128  # queries of a slab at least, and a divisor of those of most
 _REFERENCE_ROWS = 1024
 
 T = TypeVar("T")
-
-why_not_selective_kernel = why_not_document_kernel  # heads and types are the same
 
 
 class Slab(NamedTuple):
