@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import swamla_titan.kernels.float8.linear  # noqa: F401  registers its operators
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint
+from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS
 from swamla_titan.model import SWAMLAModel
@@ -139,11 +139,11 @@ def validate_recomputation(config: Config, device: torch.device) -> None:
 
 
 def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpoint) -> None:
-    """Change those of `model.blocks` (by layer number) in place that `config` names; parameter names stay.
+    """Checkpoint the blocks and annexes of the layers that `config` names, in place; parameter names stay.
 
     `full`: each block keeps its input alone. `selective` by blocks: so does each `every_n_blocks`-th layer. `selective`
-    by operators: each block keeps what attention, collectives and most matmuls gave. With `modules` the same
-    holds for a block's residual branches: of one, and the other keeps all, or of each by itself. Comes after tensor
+    by operators: each block keeps the results of attention, collectives and most matmuls. With `modules` the same holds
+    for a block's residual branches: for one, while the other keeps all, or for each by itself. Comes after tensor
     parallelism, which may change weights' shapes, and before compilation and FSDP2. `memory_budget` is the compiler's,
     see parallel/compile.py.
 
@@ -167,11 +167,11 @@ def apply_activation_checkpointing(model: SWAMLAModel, config: ActivationCheckpo
             annex.regions = _CheckpointedRegions(frozenset({"annex"}), contexts)
     what = {"block": "", "both": "attention and feed-forward, each by itself, of "}
     of = what.get(config.modules, f"{config.modules.replace('_', '-')} of ")
-    how = "but for attention and narrow matmuls" if contexts else "wholly"
+    how = "except attention and narrow matmuls" if contexts else "in full"
     logger.info("activation checkpointing: %s%d of %d blocks recomputed, %s", of, len(chosen), len(blocks), how)
 
 
-def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
+def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, ...]]:
     """[in, out] of the weights whose matmuls are recomputed, in full and as this rank's shard of them.
 
     Operators know no names. Where a kept matmul has the same shape, it is recomputed as well.
@@ -180,25 +180,21 @@ def _shapes_not_kept(blocks: Iterable[nn.Module]) -> frozenset[tuple[int, int]]:
     for block in blocks:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and spec_of(name, module).recomputed:
-                weight = module.weight
-                shapes.add((weight.shape[1], weight.shape[0]))
-                if isinstance(weight, DTensor):
-                    local = weight.to_local().shape
-                    shapes.add((local[1], local[0]))
+                shapes |= {tuple(weight.shape[::-1]) for weight in (module.weight, local(module.weight))}
     return frozenset(shapes)
 
 
-def _contexts(not_kept: frozenset[tuple[int, int]]) -> Callable[[], Any]:
+def _contexts(not_kept: frozenset[tuple[int, ...]]) -> Callable[[], Any]:
     """What `checkpoint` takes as `context_fn`."""
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_keep, not_kept))
-    # torch keeps compiled code between runs only where this says by what the choice was made: here, by this file.
+    # torch caches compiled code between runs only where this hash identifies the choice: here, by this file.
     source = Path(__file__).read_bytes() + repr((sorted(not_kept), sorted(map(str, _ATTENTION)))).encode()
     contexts.cache_hash = hashlib.sha256(source).hexdigest()  # type: ignore[attr-defined]
     return contexts
 
 
 def _keep(
-    not_kept: frozenset[tuple[int, int]], context: Any, operator: Any, *args: Any, **kwargs: Any
+    not_kept: frozenset[tuple[int, ...]], context: Any, operator: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
     if operator in _ATTENTION or operator in _COLLECTIVES:
         return CheckpointPolicy.MUST_SAVE

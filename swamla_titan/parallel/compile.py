@@ -35,9 +35,9 @@ def compile_model(
     """Compile `model.blocks` one by one, annexes and the cross-entropy, in place; nothing if `config` says so.
 
     All blocks of a kind share one compiled code, so a deep model compiles as fast as a shallow one. The loss is
-    compiled apart, which fuses its float32 upcast into the reduction. What cannot be compiled whole is an error and not
-    a silent break of the graph, and so is code that is compiled too often (8 times a kind of block, torch's limit for
-    one function). Comes after tensor parallelism and activation checkpointing, before FSDP2, whose hooks run outside.
+    compiled apart, which fuses its float32 upcast into the reduction. A graph break is an error, and so is code that is
+    compiled too often (8 times a kind of block, torch's limit for one function). Comes after tensor parallelism and
+    activation checkpointing, before FSDP2, whose hooks run outside.
 
     `memory_budget` (activation_checkpoint.memory_budget): below 1, the compiler keeps at most this share of the
     activations that it would keep by itself, between all (1) and a block's inputs (0), and recomputes what is cheapest.

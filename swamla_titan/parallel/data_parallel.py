@@ -232,7 +232,7 @@ def _dimensions_to_sum(parameter: nn.Parameter) -> set[str]:
 
 @torch.no_grad()
 def _sum(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """In place, in one message."""
+    """All-reduce tensors in place, in one message."""
     assert group is not None
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)

@@ -70,7 +70,7 @@ def gathers_float8(config: Config, degrees: Degrees) -> bool:
     if shards == 1:
         if wanted == "always":
             raise UserError(
-                'float8.fsdp_all_gather = "always": every rank has whole weights, and nothing is gathered; use '
+                'float8.fsdp_all_gather = "always": every rank has full weights, and nothing is gathered; use '
                 '"auto", or share them (parallel.dp_shard above 1)'
             )
         return False

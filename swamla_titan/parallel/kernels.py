@@ -108,9 +108,9 @@ class TritonSwiGLU(SwiGLU):
 
 
 def validate_attention(config: Config, world: World) -> None:
-    """Raise UserError if this machine lacks kernels.attention; GPUs of another one are not asked.
+    """Raise UserError if this machine cannot compute by kernels.attention; GPUs of another one are not checked.
 
-    What no machine could compute so is refused with the configuration (config/rules.py).
+    What no machine could compute by it is refused with the configuration (config/rules.py).
     """
     asked = config.kernels.attention
     if world.is_elsewhere or asked not in ("triton", "flex"):
@@ -122,7 +122,7 @@ def validate_attention(config: Config, world: World) -> None:
 
 
 def validate_elementwise(config: Config, world: World) -> None:
-    """Raise UserError if this machine lacks kernels.elementwise; GPUs of another one are not asked."""
+    """Raise UserError if this machine cannot run kernels.elementwise; GPUs of another one are not checked."""
     if world.is_elsewhere or not are_elementwise_ours(config, world.device):
         return
     if not is_gpu_with_triton(world.device):

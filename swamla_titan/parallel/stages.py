@@ -187,7 +187,7 @@ def _one_stage(stage: int, ahead: int, micro_batches: int) -> list[tuple[int, st
 
 
 def bubble_share(order: Order, costs: Sequence[float]) -> float:
-    """Share of their time that the ranks wait, all together; `costs[stage]` in any unit, forward and backward."""
+    """The share of all ranks' time that they wait; `costs[stage]` in any unit, forward and backward."""
     forward: dict[tuple[int, int], float] = {}  # when it ended, by (stage, micro-batch)
     to_inputs: dict[tuple[int, int], float] = {}  # likewise, the gradients that the stage before waits for
 
@@ -200,7 +200,7 @@ def bubble_share(order: Order, costs: Sequence[float]) -> float:
         return forward.get((stage, batch)) if stage == len(costs) - 1 else to_inputs.get((stage + 1, batch))
 
     clock, position, busy = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0), 0.0
-    # Each rank advances as far as its inputs are known; then others have made more of them known.
+    # Each rank advances as far as the times of its inputs are known; others then learn more of theirs.
     while any(position[rank] < len(order[rank]) for rank in order):
         before = dict(position)
         for rank, actions in order.items():

@@ -15,7 +15,7 @@ layer declares (model/layers.py):
 
 Between modules are plain tensors, of two layouts: the residual stream holds this rank's tokens, [B, T/n, dim], and
 inside attention and feed-forward are all tokens of this rank's heads or hidden units. Parameters stay DTensors under
-their own names, for FSDP2 and checkpoints look for them there; the modules compute with the local part.
+their own names, for FSDP2 and checkpoints look for them there; the modules compute with the local shards.
 """
 
 import warnings
@@ -50,7 +50,7 @@ from swamla_titan.model.row_table import RowTable
 
 
 def local_with_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, whose gradient becomes that part of the parameter's gradient.
+    """This rank's shard of a parameter, whose gradient becomes that shard of the parameter's gradient.
 
     The gradient of a replicated parameter is taken as it is, although it is this rank's summand only; see
     `all_reduce_replicated_grads`.
@@ -60,7 +60,7 @@ def local_with_gradient(parameter: Tensor) -> Tensor:
 
 
 class LocalParameters(Sharding):
-    """Parameters are DTensors over `group`, of which a module computes with the local part.
+    """Parameters are DTensors over `group`, of which a module computes with the local shard.
 
     As it is, for norms of whatever tokens or heads this rank has, and for linear layers whose rows are sharded: each
     rank computes its outputs for all tokens, and is given these, [B, T, in] -> [B, T, out/n].
@@ -140,11 +140,11 @@ _BY_ROLE: dict[Role, _Style] = {
 
 
 def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
-    """Make the model one rank's shard of it, in place; `mesh` has one dimension, World.weights["tensor"].
+    """Reduce the model to this rank's shard of it, in place; `mesh` has one dimension, World.weights["tensor"].
 
     Parameters become DTensors on `mesh`, without communication: a rank takes its shard of the values that it has, which
     must be the same on all ranks (or none, on the meta device). The model may be a pipeline stage; it is converted to
-    float8 before, if at all. Tokens, targets and documents go in whole, on every rank alike. Activations between
+    float8 before, if at all. Tokens, targets and documents are full, and the same on every rank. Activations between
     blocks are [B, T/n, dim]; the head gives logits [B, T, V/n], the model without targets full ones, and the loss is
     that of all, on every rank. `all_reduce_replicated_grads` (data_parallel.py) is due before each optimizer step.
 
@@ -177,11 +177,11 @@ def apply_tensor_parallel(model: SWAMLAModel, mesh: DeviceMesh) -> None:
 
 def sides_on_a_rank(ranks: int, name: str, linear: nn.Linear) -> tuple[int, int]:
     """[out, in] of a linear layer's weight as each of `ranks` ranks will have it."""
-    whole = linear.out_features, linear.in_features
+    sides = [linear.out_features, linear.in_features]
     _, placement = _style(name, linear)
-    if not isinstance(placement, Shard):
-        return whole
-    return (whole[0] // ranks, whole[1]) if placement.dim == 0 else (whole[0], whole[1] // ranks)
+    if isinstance(placement, Shard):
+        sides[placement.dim] //= ranks
+    return sides[0], sides[1]
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -203,7 +203,7 @@ def _unknown(name: str, module: nn.Module) -> TypeError:
 
 
 def _require_even_shards(model: nn.Module, ranks: int) -> None:
-    """No head, and no group of hidden units, is cut in two, and no rank has fewer than the others."""
+    """Raise UserError if a head, or a group of hidden units, would be cut, or some rank would have fewer."""
     for name, module in _modules(model):
         for key, parameter in module.named_parameters(recurse=False):
             _, placement = _style(name, module)

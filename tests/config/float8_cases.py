@@ -76,7 +76,7 @@ def fsdp_all_gather(run: Runner) -> None:
     assert "gathers the weights of matmuls in 8 bits" in (other.folder / "logs/rank-0.log").read_text()
     cannot = ("--float8.fsdp_all_gather", "always", "--parallel.data_parallel", "ddp")
     assert '"always" is not possible with parallel.data_parallel as set' in run.refusal(*tensorwise, *cannot)
-    assert "every rank has whole weights" in run.refusal(*tensorwise, "--float8.fsdp_all_gather", "always")
+    assert "every rank has full weights" in run.refusal(*tensorwise, "--float8.fsdp_all_gather", "always")
     assert "has no effect" in run.refusal("--float8.recipe", "rowwise", "--float8.fsdp_all_gather", "always")
 
 

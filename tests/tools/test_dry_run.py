@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_and_one_that_is_finished(dry_run, tiny, tmp_path):
         (("--data.source", "local", "--data.path", "nowhere"), "nowhere"),
         (("--data.tokenizer", "bite"), 'there is no tokenizer "bite"'),
         (("--gpus", "4", "--parallel.pipeline", "4"), "more than the 3 layers"),
-        ((*ALWAYS_FLOAT8, "--gpus", "1"), "every rank has whole weights"),
+        ((*ALWAYS_FLOAT8, "--gpus", "1"), "every rank has full weights"),
         ((*ALWAYS_FLOAT8, "--gpus", "3"), "3 ranks cannot share the "),
         ((*ALWAYS_FLOAT8, "--gpus", "3", *NO_DATA), "3 ranks cannot share the "),  # before data is opened
         (("--float8.recipe", "native", *NO_DATA), "would convert none of "),

@@ -35,7 +35,7 @@ CASES = [
     Case("--kernels.attention=triton --model.dim=128", 'kernels.attention = "triton" needs a GPU', OF_THIS_MACHINE),
     Case("--kernels.attention=flex", 'kernels.attention = "flex" needs a GPU', OF_THIS_MACHINE),
     Case("--float8.recipe=native", "would convert none of", OF_A_RUN),
-    Case(FLOAT8 + "--float8.fsdp_all_gather=always", "every rank has whole weights", OF_A_RUN),
+    Case(FLOAT8 + "--float8.fsdp_all_gather=always", "every rank has full weights", OF_A_RUN),
     Case("--compile.enabled=true --compile.cache_folder={folder}/file/x", "compile.cache_folder", OF_A_RUN),
     Case("--metrics.wandb=true", "metrics.wandb = true needs the package", OF_A_RUN),
     Case("--job.dump_folder={folder}/file/run", "file/run: cannot be written", OF_A_RUN),
