@@ -1,9 +1,11 @@
-"""How a process takes part in each sequence: alone, with all of its tokens; parallel/context.py has the other way."""
+"""Which tokens of each sequence a process computes, and their context: all; parallel/context.py has slices."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.attention.dispatch import Choice, Request, choose, choose_for_prompts
+from swamla_titan.kernels.attention.dispatch import Choice, Request, choose
 from swamla_titan.kernels.attention.masks import document_starts, mask_of_sequences
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import attention_kinds
@@ -14,9 +16,9 @@ from swamla_titan.model.config import ModelConfig
 class FullSequences:
     """This process computes every token of its sequences."""
 
-    def choose(self, request: Request, asked: AttentionBackend) -> Choice:
-        """What computes the attention of one kind of block."""
-        return choose(request, asked)
+    def __init__(self, choose: Callable[[Request, AttentionBackend], Choice] = choose) -> None:
+        """`choose`: chooses the implementation of attention."""
+        self.choose = choose
 
     def local(self, tokens: Tensor) -> Tensor:
         """The tokens of this process, [B, t], of something [B, T] for each token of full sequences."""
@@ -53,11 +55,3 @@ class FullSequences:
             return AttentionContext(positions, rotation, mask, choice.implementation)
 
         return SequenceContext({kind: of_kind(kind) for kind in dict.fromkeys(config.block_kinds)})
-
-
-class Prompts(FullSequences):
-    """The same for prompts, each of which has its own length."""
-
-    def choose(self, request: Request, asked: AttentionBackend) -> Choice:
-        """As in FullSequences."""
-        return choose_for_prompts(request, asked)

@@ -114,13 +114,14 @@ class Linear(nn.Linear):
     nn.Linear, which is what float8 conversion and tensor parallelism look for. Its memory comes uninitialized.
     """
 
+    sharding: Sharding = FULL
+
     def __init__(
         self, in_features: int, out_features: int, role: Role, parts: tuple[int, ...] = (1,), recomputed: bool = False
     ) -> None:
         """The arguments after the widths are as in LinearSpec."""
         super().__init__(in_features, out_features, bias=False)
         self.spec = LinearSpec(role, parts, recomputed)
-        self.sharding = FULL
 
     def reset_parameters(self) -> None:
         """Do nothing, because torch's initial values would be drawn and discarded."""
@@ -178,10 +179,7 @@ class PerChannel(nn.Module):
     """A module whose parameters have one axis: each rank holds them in full, in float32, and they do not decay."""
 
     initial: ClassVar[dict[str, float]]  # value of each parameter, by its name
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sharding = FULL
+    sharding: Sharding = FULL
 
 
 class Norm(PerChannel):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels.attention.dispatch import choose_for_prompts
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
@@ -14,7 +15,7 @@ from swamla_titan.model.blocks import Block
 from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.context import FullSequences, Prompts
+from swamla_titan.model.context import FullSequences
 from swamla_titan.model.init import initial_draws
 from swamla_titan.model.layers import Embedding, Head, build_norm
 from swamla_titan.model.loss_head import LossHead
@@ -218,7 +219,7 @@ class SWAMLAModel(nn.Module):
     def _context_of_prompts(self, seq_len: int, real: Tensor | None, device: torch.device) -> SequenceContext:
         real = None if real is None else real.to(device)
         of_prompts = self.config, seq_len, real, device, self.activation_dtype, self.attention_backend
-        return Prompts().context(*of_prompts)
+        return FullSequences(choose_for_prompts).context(*of_prompts)
 
     def _check_decoding(self, tokens: Tensor) -> None:
         if self.why_not_decode is not None:
