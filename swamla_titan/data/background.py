@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def in_background(work: Callable[[], Result]) -> "Future[Result]":
-    """The result of `work`, which begins now; an executor's threads would delay the end of the interpreter."""
+    """Start `work` in a daemon thread; an executor's threads would delay the end of the interpreter."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -23,5 +23,5 @@ def in_background(work: Callable[[], Result]) -> "Future[Result]":
 
 
 def is_done(future: "Future[Result]", seconds: float | None) -> bool:
-    """Whether the work is done, after a wait of at most `seconds`; None: to its end."""
+    """Wait at most `seconds` (None: any time); returns whether the work is done."""
     return future in wait([future], seconds).done

@@ -15,19 +15,19 @@ IGNORED = -100  # as a target: not counted in the loss
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's part of a step's global batch; it may be empty.
+    """One rank's slice of a step's global batch; it may be empty.
 
-    The global batch begins with sequence `first`; `sequences` [n] are the numbers of its sequences here, ascending;
-    `document_ids` is there with data.document_mask; `replaced` counts the stretches of bytes that were no UTF-8 in
-    documents begun in this step; `cursors` are those of all streams that the rank owns, after the batch; `excluded` is
-    what these found unreadable on the way, and exclude from here on.
+    The global batch begins with sequence number `first`, and `sequences` are the numbers of the sequences here,
+    ascending. `replaced` counts invalid UTF-8 byte sequences, which became U+FFFD, in documents that begin in this
+    step. `cursors`: of all streams that the rank owns, after the batch. `excluded`: what these streams found unreadable
+    in this step, and exclude from now on.
     """
 
     first: int
     sequences: torch.Tensor  # [n] int64
     tokens: torch.Tensor  # [n, T] int64
     targets: torch.Tensor  # [n, T] int64
-    document_ids: torch.Tensor | None  # [n, T] int64
+    document_ids: torch.Tensor | None  # [n, T] int64, with data.document_mask
     replaced: int
     cursors: dict[int, Cursor] = field(default_factory=dict)
     excluded: list[Exclusion] = field(default_factory=list)
@@ -35,7 +35,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """[local_batch_size, T]; sequences from number `sequences` on are fillers whose targets are all -100."""
+    """A micro-batch [local_batch_size, T]: `sequences` of the data, then padding whose targets are all -100."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -50,7 +50,7 @@ class MicroBatch:
 
 
 def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterator[MicroBatch]:
-    """A rank's sequences in `count` micro-batches: the same shape and number on every rank, filled up where short."""
+    """Cut a rank's sequences into `count` micro-batches, padded to one shape; both are equal on all ranks."""
     assert len(batch.tokens) <= local_batch_size * count, "count comes from micro_batch_count"
     for index in range(count):
         own = slice(index * local_batch_size, (index + 1) * local_batch_size)
@@ -58,9 +58,9 @@ def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterat
 
 
 def micro_batch_count(first: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
-    """Micro-batches of the step that begins with sequence `first`: what the rank with the most sequences needs.
+    """Micro-batches of the step that begins with sequence `first`: as many as the rank with the most sequences needs.
 
-    Every rank computes it by itself.
+    Every rank computes the same number without communication.
     """
     return -(-max(sequences_per_rank(first, global_batch_size, streams, world_size)) // local_batch_size)
 
@@ -71,7 +71,7 @@ def micro_batch_size(local_batch_size: int, global_batch_size: int, world_size: 
 
 
 def sequences_per_rank(first: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
-    """How many of the global batch from sequence `first` on each rank reads: those of the streams that it owns."""
+    """Number of sequences that each rank reads, from its streams, of the global batch that begins with `first`."""
     rounds, rest = divmod(global_batch_size, streams)  # rounds through all streams, and part of one
     owned = np.bincount(np.arange(streams) % world_size, minlength=world_size)
     numbers = np.arange(first, first + rest)
@@ -80,12 +80,12 @@ def sequences_per_rank(first: int, global_batch_size: int, streams: int, world_s
 
 
 def distinct_steps(global_batch_size: int, streams: int) -> int:
-    """After how many steps the streams that a step begins with come round again; 1000 stand for more."""
+    """Number of steps after which the assignment of sequences to streams repeats; at most 1000."""
     return min(streams // math.gcd(streams, global_batch_size), 1000)
 
 
 def waits_for_streams(global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> str | None:
-    """A warning if ranks wait for others that own more streams, for over a tenth of the time; else None."""
+    """A warning if ranks idle for over a tenth of the time, because others own more streams; else None."""
     steps = distinct_steps(global_batch_size, streams)
     counts = [
         micro_batch_count(step * global_batch_size, global_batch_size, streams, world_size, local_batch_size)
@@ -105,7 +105,7 @@ def waits_for_streams(global_batch_size: int, streams: int, world_size: int, loc
 def micro_batch(
     tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, chosen: slice, size: int
 ) -> MicroBatch:
-    """A micro-batch of `size` sequences: those chosen of [n, T], then fillers without targets."""
+    """A micro-batch of `size` sequences: the chosen ones of [n, T], padded with sequences without targets."""
     given = len(tokens[chosen])
 
     def filled(part: torch.Tensor, value: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def micro_batch(
 
 
 def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:
-    """Number of each token's document within its row, from 0: [N, T] -> [N, T] int64.
+    """Number of each token's document within its sequence, from 0: [N, T] -> [N, T] int64.
 
     End of text belongs to the document it ends: ids[t] = number of eot in tokens[:t].
     """

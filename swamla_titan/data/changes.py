@@ -1,4 +1,4 @@
-"""What differs between the data of a run and those that its checkpoint recorded, in words."""
+"""Describes how a run's data differ from the data that its checkpoint recorded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ _NAMED = 5  # files
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which keys of [data] differ between two `Corpus.settings`, "" for none."""
+    """Names the keys of [data] that differ between two `Corpus.settings`; "" if none does."""
     if before.get("source") != now["source"]:
         now = {"source": now["source"]}  # the keys of one kind of source say nothing of another
     return "; ".join(
@@ -18,7 +18,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which files differ between two results of `files_by_name`."""
+    """Names the files that differ between two results of `files_by_name`."""
     gone = [f"{name} is gone" for name in before if name not in now]
     changed = [
         f"{name} has {now[name]['bytes']:,} bytes, before {entry['bytes']:,}"
@@ -34,7 +34,7 @@ def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def files_by_name(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a `Source.record` has of each file: entries of local files, or names and sizes of a folder of datasets."""
+    """The entries of a `Source.record` by file; of a folder that `datasets` reads these are names and sizes."""
     files = record.get("files", [])
     entries = (each if isinstance(each, dict) else {"name": each[0], "bytes": each[1]} for each in files)
     return {entry["name"]: entry for entry in entries}
@@ -43,16 +43,16 @@ def files_by_name(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def fingerprint_changes(
     saved: dict[str, Any], current: dict[str, Any], details: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """What differs between two fingerprints: name -> a line about it; empty if cursors of one fit the other.
+    """The differences between two fingerprints: name -> a line; empty if cursors of one are valid for the other.
 
-    `details` says in words what differs of some names, "" for nothing.
+    `details` describes the difference of some names, "" for none.
     """
     changes: dict[str, str] = {}
     names = saved.keys() | current.keys()
     if saved.get("source") != current.get("source"):
-        names -= {"held out"}  # of other data other documents are
+        names -= {"held out"}  # it follows from the source
     for name in sorted(names):
-        # Fingerprints are hashes, which tell a user nothing: where it is known what they stand for, that is named.
+        # A hash means nothing to a user, so what it stands for is named where that is known.
         detail = (details or {}).get(name)
         if detail:
             changes[name] = f"{name}: {detail}"

@@ -1,4 +1,4 @@
-"""The corpus: all that the order of the data depends on, opened and checked once at the start."""
+"""The corpus: everything that determines the order of the data, opened and validated once at the start."""
 
 import dataclasses
 import itertools
@@ -29,11 +29,11 @@ _UNITS, _STREAMS = 2, 3  # what a permutation is for; streams.py has others
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training data: its sources, how they are tokenized and divided into segments, and what is held out of them.
+    """The training data: sources, tokenizer, segments, and which documents are held out.
 
-    `source` is all there is to read. Where files were added to a run, `earlier` has the earlier editions: the files
-    that it began with, then those that were added, and so on. A stream finishes its epoch, reads once what was added,
-    and from then on everything, see `edition_after`.
+    `source` has all files. Where files were added to a run, `earlier` has the earlier editions: the files that the run
+    began with, then those that were added, and so on. A stream finishes its epoch, reads once what was added, and from
+    then on everything, see `edition_after`.
     """
 
     data: Data
@@ -41,26 +41,26 @@ class Corpus:
     tokenizer: Tokenizer
     held_out: HeldOut
     seed: int
-    fraction: float = 0.0  # of the documents that was asked to be held out
+    fraction: float = 0.0  # of the documents that were to be held out
     # Found while it was opened, and skipped; the streams find them again, each where it reads.
     faults: list[Fault] = field(default_factory=list, compare=False)
     earlier: tuple[Source, ...] = ()
-    # What validation reads of the source, if that is not what training leaves out: the setting was changed in between.
+    # What validation reads of the source, if it is not what training leaves out, because the setting was changed.
     validated: HeldOut | None = None
-    # Of each edition, where they are known: from the checkpoint, or from the process that counted.
+    # Of each edition, if they are known from the checkpoint or from the process that counted.
     known_segments: tuple[Segments | None, ...] = field(default=(None,), compare=False)
-    # Since the checkpoint was written: files that were added, and what differs where the run cannot continue with it.
+    # Since the checkpoint was written: files that were added, or what differs if the run cannot continue with them.
     added_files: tuple[str, ...] = ()
     change: str = ""
 
     @property
     def skips_files(self) -> bool:
-        """Whether what cannot be read is skipped, file by file."""
+        """Whether files that cannot be read are skipped."""
         return self.data.on_error == "skip_file"
 
     @property
     def read_by_validation(self) -> HeldOut:
-        """What validation reads of the source, where it has no path of its own."""
+        """The documents that validation reads of the source, if validation.path is empty."""
         return self.validated or self.held_out
 
     @property
@@ -71,24 +71,23 @@ class Corpus:
     def edition_after(self, edition: int) -> int:
         """The edition that a stream reads after an epoch of `edition`.
 
-        Editions come as: the files of the run's beginning, those added, both, those added later, all, ... What was
-        added is read once by every stream; an edition of everything only until there is a larger one.
+        Editions are: the files of the run's beginning, those added, both, those added later, all, ... Every stream
+        reads what was added once, and an edition of everything until there is a larger one.
         """
         last = len(self.sources) - 1
         return last if edition in (last, last - 1) else edition + 1 + edition % 2
 
     def new_retry(self, is_closed: Callable[[], bool] | None = None) -> Retry:
-        """The retries of a process that reads it, until `is_closed()`."""
+        """The retries of a process that reads the corpus, until `is_closed()`."""
         return retry_of(self.data, is_closed)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys of [data] that decide what is read as text: where any of them changes, the data are others."""
+        """The keys of [data] that determine the text of documents; a change of one is a change of the data."""
         return {name: getattr(self.data, name) for name in ("source", *self.source.keys)}
 
     def record(self) -> dict[str, Any]:
-        """What must be remembered (JSON types) to open the same corpus after files were damaged or added, see
-        `open_corpus`."""
+        """What reopens the same corpus after files were damaged or added (JSON types), see `open_corpus`."""
         return {
             "settings": self.settings,
             "editions": [
@@ -103,7 +102,7 @@ class Corpus:
 
     @cached_property
     def segments(self) -> tuple[Segments, ...]:
-        """How each edition is divided among the streams; what is not known is counted now."""
+        """The segments of each edition; those that are not known are computed now."""
         return tuple(
             known or self._divided(source, number)
             for number, (source, known) in enumerate(zip(self.sources, self.known_segments))
@@ -115,7 +114,7 @@ class Corpus:
         return divide(source, order, streams, self.tokenizer, self.held_out, retry, self.skips_files)
 
     def with_recorded_segments(self, recorded: Iterable[dict[str, Any] | None]) -> "Corpus":
-        """The same corpus, divided as a checkpoint says of each edition; ValueError if that does not fit the data."""
+        """The same corpus with the segments that a checkpoint recorded; ValueError if they do not fit the data."""
         known = [
             None
             if each is None
@@ -125,7 +124,7 @@ class Corpus:
         return dataclasses.replace(self, known_segments=tuple(known))
 
     def first_segment(self, stream: int) -> int:
-        """With which segment a stream begins."""
+        """The segment that a stream reads first."""
         return self._first_segments[stream]
 
     @cached_property
@@ -133,14 +132,16 @@ class Corpus:
         return self._order(self.data.streams, _STREAMS)
 
     def _order(self, size: int, *purpose: int) -> list[int]:
-        """Shuffled, so that neighbours in a folder are not all with one stream and the streams of a batch not all in
-        one file; with data.shuffle_documents = 1 as they are."""
+        """An order of `size` things: shuffled, or with data.shuffle_documents = 1 as they are.
+
+        Shuffled, neighbours in a folder are not all in one stream, nor the streams of a batch all in one file.
+        """
         if self.data.shuffle_documents == 1:
             return list(range(size))
         return permutation(size, self.seed, *purpose).tolist()
 
     def with_segments(self, segments: tuple[Segments, ...]) -> "Corpus":
-        """The same corpus with what another process found out about it."""
+        """The same corpus with the segments that another process computed."""
         return dataclasses.replace(self, known_segments=segments)
 
     @property
@@ -152,7 +153,7 @@ class Corpus:
         return self.validated.threshold > self.held_out.threshold or not all(unseen)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for saved cursors to mean the same places (JSON types, for checkpoints)."""
+        """What must be equal for saved cursors to be valid (JSON types, for checkpoints)."""
         return {
             "source": f"{self.data.source} {self.sources[0].fingerprint}",
             "tokenizer": f"{self.tokenizer.name} {self.tokenizer.fingerprint}",
@@ -171,21 +172,20 @@ def open_corpus(
     tokenizer: Tokenizer | None = None,
     recorded: dict[str, Any] | None = None,
 ) -> Corpus:
-    """Open the training data; UserError if it is missing, unreadable or empty, at the start and not hours later.
+    """Open the training data; UserError if they are missing, unreadable or empty, at the start and not hours later.
 
-    Held out are the documents of `validation.path` that validation reads, wherever copies of them stand in the
-    training data, or without a path a share of the training data itself. `tokenizer` is the loaded
-    `data.tokenizer`, where the caller has it already.
+    Held out are copies of the documents of `validation.path`, as far as validation reads that, or without a path a
+    fraction of the training data. `tokenizer` is the loaded `data.tokenizer`, if the caller has it.
 
-    `recorded` is what `Corpus.record` gave at the last checkpoint. If the data are those of then, or with more files,
-    the run continues with what it began with: the same segments, and the same documents held out of training whatever
-    `validation` says now. With data.on_error = "skip_file" that is so also where files were damaged since.
+    `recorded` is the `Corpus.record` of the checkpoint to resume from. If the data are the same, or have more files,
+    the run keeps its segments and its held-out documents, whatever `validation` says now. With data.on_error =
+    "skip_file" it keeps them even if files were damaged since.
     """
     recorded = recorded or {}
     retry = retry_of(data)
     known = recorded.get("editions", [])
     if known and not recorded["fingerprint"]["source"].startswith(f"{data.source} "):
-        known = []  # of another kind
+        known = []  # of another kind of source
     editions = _open_editions(data, retry, known)
     source = editions.sources[-1]
     faults = list(source.unreadable)
@@ -223,8 +223,9 @@ def open_corpus(
 class _Editions(NamedTuple):
     """The sources of a run, see `Corpus.earlier`.
 
-    `segments` are the recorded ones, None where an edition is new; `change` says what differs from the recorded data,
-    where the run cannot continue with them; `added` names the files that were added.
+    segments: the recorded ones; None for an edition that is new.
+    change: what differs from the recorded data, if the run cannot continue with them.
+    added: the files that were added.
     """
 
     sources: list[Source]
@@ -234,10 +235,10 @@ class _Editions(NamedTuple):
 
 
 def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> _Editions:
-    """Open the training data; `recorded` has of each edition what `Corpus.record` gave, and is empty for a new run.
+    """Open the sources of all editions; `recorded`: the editions of a `Corpus.record`, empty for a new run.
 
-    Files may have been added to a folder: they make two more editions, one of them alone and one of everything.
-    UserError if there is no data, or it cannot be read.
+    Files that were added to a folder make two more editions, one of them alone and one of everything. UserError if
+    there are no data, or they cannot be read.
     """
     if not recorded:
         return _Editions([open_source(data, retry)], [None])
@@ -259,22 +260,22 @@ def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> 
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:
-    """A random order of `size` things that depends on the numbers `seeds` alone, in every version.
+    """A random order of `size` things that depends on `seeds` alone, in every version of numpy.
 
-    It is made of raw bits of a counter-based generator, because numpy promises that those stay the same in later
-    releases, and not what `Generator.permutation` gives.
+    It sorts raw bits of a counter-based generator, because numpy promises that these stay the same in later releases,
+    and does not promise it of `Generator.permutation`.
     """
     return np.argsort(np.random.Philox(np.random.SeedSequence(seeds)).random_raw(size), kind="stable")
 
 
 def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
-    """What validation reads, as `validation` says; adds to the corpus' faults what cannot be read."""
+    """The documents to hold out by `validation`; adds what cannot be read to the corpus' faults."""
     if validation.path:
         read = _path_documents(corpus.data, validation, corpus.tokenizer)
         return HeldOut(0, frozenset(text_hash(document.text) for document, _ in read))
     if validation.fraction == 0:
         return HeldOut(0)
-    faults: list[Fault] = list(corpus.source.unreadable)  # it begins again, and finds them again
+    faults: list[Fault] = list(corpus.source.unreadable)  # reading begins again, and finds the others again
     documents = all_documents(corpus.source, corpus.new_retry(), faults if corpus.skips_files else None)
     found = choose_held_out(documents, validation.fraction, corpus.data.text_separator)
     corpus.faults[:] = faults
@@ -282,16 +283,16 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
 
 
 def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -> ValidationSet | None:
-    """The documents of `validation.path`, or those held out of the training data, up to `validation.max_tokens`.
+    """Pack the documents of `validation.path`, or those held out of the training data, up to validation.max_tokens.
 
-    None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source,
-    without shuffling, so it is the same in every run. UserError if there is no text.
+    None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source, without
+    shuffling, so it is the same in every run. UserError if there is no text.
     """
     if validation.path:
         documents = _path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
-        # What cannot be read was reported already, or is when training finds it.
+        # Faults are ignored: they were reported already, or will be when training reads the file.
         faults: list[Fault] | None = [] if corpus.skips_files else None
         readable = all_documents(corpus.source, corpus.new_retry(), faults)
         held_out = (document for document in readable if document in corpus.read_by_validation)
@@ -310,13 +311,13 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
 
 
 def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:
-    """Retries of `data.retry_seconds`, where a trainer has replaced -1 by a number, see config/rules.py."""
+    """Retries by `data.retry_seconds`; a trainer has replaced its -1 by a number, see config/rules.py."""
     return Retry(data.retry_seconds if data.retry_seconds >= 0 else RETRY_SECONDS, is_closed)
 
 
 def _path_documents(data: Data, validation: Validation, tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """The documents of `validation.path` that validation reads, each with its tokens."""
-    # What validation means must not depend on what happens to be readable: nothing is skipped here.
+    # Nothing is skipped, because a validation loss must not depend on which files can be read.
     retry = retry_of(data)
     documents = all_documents(open_local(data, validation.path, "validation.path", retry=retry), retry)
     return _up_to(validation.max_tokens + 1, documents, tokenizer)
@@ -337,12 +338,12 @@ def text_sequences(data: Data, path: str, tokenizer: Tokenizer, seq_len: int, li
 
 
 def _up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents that hold text, each with its tokens, until there are `tokens` of them; then reading stops."""
+    """Non-empty documents, each with its tokens, until there are `tokens` tokens."""
     for document in documents:
         if document.is_empty:
             continue
-        row = with_eot(tokenizer, document.text)
-        yield document, row
-        tokens -= len(row)
+        encoded = with_eot(tokenizer, document.text)
+        yield document, encoded
+        tokens -= len(encoded)
         if tokens <= 0:
             return

@@ -1,4 +1,4 @@
-"""How a source is divided among the streams: by counted tokens where that is quick, by size otherwise."""
+"""Divides a source among the streams: by counted tokens where counting is quick, by size otherwise."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ from swamla_titan.data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 # Up to so much text all of it is tokenized once when a run begins, which takes seconds. The limit decides the order of
-# the data, so it is no setting.
+# the data, so it is not a setting.
 COUNTED_BYTES = 64 * MIB
-# Where the size is known only after reading, as on a server: of more units than this, none is read to find out.
+# Where the size is known only after reading, as on a server, a source of more units than this is not read to count.
 COUNTED_UNITS = 256
 
 _SAMPLED_UNITS, _SAMPLED_CHARS = 256, 1 << 15
@@ -38,7 +38,7 @@ def divide(
     retry: Retry,
     skips_files: bool,
 ) -> Segments:
-    """Segments of a source for `streams` streams, with its units in `order`.
+    """Divide a source, with its units in `order`, into a segment for each of `streams` streams.
 
     Raises a Fault for data that cannot be read, unless `skips_files`.
     """
@@ -52,7 +52,7 @@ def divide(
 
 
 def described(segments: Segments) -> str:
-    """How the data are divided, in a line for the log."""
+    """A log line on how the data are divided."""
     streams = len(segments.cuts)
     if segments.tokens is None:
         return f"{streams} streams, divided by size"
@@ -60,7 +60,7 @@ def described(segments: Segments) -> str:
 
 
 def uneven(source: Source, segments: Segments, seq_len: int) -> str | None:
-    """A warning if the streams cannot read the data evenly from the first epoch on, with how many would; else None."""
+    """A warning if streams cannot read the data evenly in the first epoch, with a number that can; else None."""
     streams = len(segments.cuts)
     if segments.tokens is not None:
         if segments.tokens >= streams * seq_len or streams == 1:
@@ -89,14 +89,14 @@ def uneven(source: Source, segments: Segments, seq_len: int) -> str | None:
 
 
 def _candidates(streams: int, units: int) -> set[int]:
-    """Numbers of streams that may be even: those near, and those that units of one size are shared equally by."""
+    """Numbers of streams to try: those near `streams`, and those that divide units of one size equally."""
     near = range(max(1, streams - _NEAR), streams + _NEAR + 1)
     multiples = range(1, 2 * streams // units + 1) if units <= streams else range(0)
     return {*near, *(units * factor for factor in multiples), *(-(-units // part) for part in range(1, 32))}
 
 
 def _spread(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> float:
-    """The largest of so many segments by size, as a multiple of the smallest."""
+    """Ratio of the largest to the smallest segment, if the source is cut by size into one per stream."""
     segments = cut_by_size(ring(range(len(sizes)), shared_units(sizes, documents, streams)), sizes, documents, streams)
     found = sizes_of(segments, sizes, documents)
     return max(found) / max(min(found), 1e-9)
@@ -105,7 +105,10 @@ def _spread(sizes: Sequence[float], documents: Sequence[int | None], streams: in
 def count_tokens(
     source: Source, tokenizer: Tokenizer, held_out: HeldOut, retry: Retry, skips_files: bool
 ) -> dict[int, list[tuple[int, int]]] | None:
-    """{unit: [(ordinal, tokens), ...]} of all documents to train on, end of text counted; None for a large corpus."""
+    """Count the tokens of all training documents: {unit: [(ordinal, tokens), ...]}; None for a large corpus.
+
+    The end-of-text token of each document counts.
+    """
     size = source.text_bytes
     if source.num_units > COUNTED_UNITS if size is None else size > COUNTED_BYTES:
         return None
@@ -123,7 +126,7 @@ def count_tokens(
             return None
         texts.append((unit, document))
     counted: dict[int, list[tuple[int, int]]] = {}
-    # The tokenizer runs beside other threads: it works outside of Python's lock.
+    # Threads run in parallel, because the tokenizer releases the GIL.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         lengths = threads.map(lambda entry: len(tokenizer.encode_array(entry[1].text)) + 1, texts)
         for (unit, document), length in zip(texts, lengths):
@@ -132,17 +135,17 @@ def count_tokens(
 
 
 def estimated_sizes(source: Source, tokenizer: Tokenizer, retry: Retry) -> list[float]:
-    """About how many tokens each unit has, up to a common factor.
+    """Estimate the tokens of each unit, up to a common factor.
 
-    A unit's size in bytes counts by the tokens in a byte of text, as seen at the start of the nearest of some hundred
-    units: code, prose and other languages differ by up to a factor of two.
+    The estimate is a unit's size in bytes times the tokens per byte at the start of the nearest of some hundred sampled
+    units, because code, prose and other languages differ by up to a factor of two.
     """
     sizes = [float(max(1, size)) for size in source.unit_sizes]
     if source.text_bytes is None:
-        return sizes  # one unit is as large as another, for all that is known
+        return sizes  # nothing is known of their sizes
     step = max(1, len(sizes) // _SAMPLED_UNITS)
     rates: list[float] = []
-    damaged: set[str] = set()  # files, of which no further unit is read, because each may be retried as long
+    damaged: set[str] = set()  # files of which no further unit is read, because each may take as many retries
     for unit in range(0, len(sizes), step):
         rate = 0.0
         if source.unit_files[unit] not in damaged:
@@ -157,7 +160,7 @@ def estimated_sizes(source: Source, tokenizer: Tokenizer, retry: Retry) -> list[
 
 
 def _tokens_per_byte(documents: Iterable[Document], tokenizer: Tokenizer) -> float:
-    """As seen at the beginning of a unit; 0 if there is nothing."""
+    """Tokens per byte at the beginning of a unit; 0 if it is empty."""
     found = np.zeros(2)  # tokens, bytes
     first = np.zeros(2)
     chars, before = 0, None

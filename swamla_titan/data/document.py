@@ -1,4 +1,4 @@
-"""A document, and a source of documents with its units."""
+"""Documents, and sources of documents, which consist of units."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,19 +8,19 @@ from swamla_titan.data.faults import DataFault, Fault
 
 MIB = 1 << 20
 
-# Where reading continues inside a unit: small, made of JSON types. "ordinal" is the number, within the unit, of the
-# document read next; the other keys are the source's own.
+# A place inside a unit, of JSON types: "ordinal" is the number, within the unit, of the document to be read next; other
+# keys are the source's own.
 Position = dict[str, Any]
 
-Cursor = dict[str, Any]  # where a stream stands, see streams.py; made of JSON types
+Cursor = dict[str, Any]  # a stream's position, of JSON types; see streams.py
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, with what is needed to continue after it.
+    """A text, and the position after it, from which reading can continue.
 
-    `ordinal` numbers the documents of a unit from 0; `position` is the place just after this document; `replaced`
-    counts the stretches of bytes that were not UTF-8 and became U+FFFD.
+    `ordinal` numbers the documents of a unit from 0. `replaced` counts invalid UTF-8 byte sequences, which became
+    U+FFFD.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing but white space: there is nothing to learn from it, and it is skipped everywhere."""
+        """Whether it is nothing but white space; such documents are skipped everywhere."""
         return not self.text or self.text.isspace()
 
 
@@ -39,30 +39,30 @@ class Unit(Protocol):
 
     @property
     def num_documents(self) -> int | None:
-        """How many documents it has; reading can begin at any of them. None: that is known only after reading."""
+        """Number of documents, at any of which reading can begin; None if it is known only after reading."""
         ...
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
-        """Its documents from `position` (None: its start) on, but only those with `ordinal % every == offset`.
+        """Yield the documents from `position` (None: the start) on that have `ordinal % every == offset`.
 
         The others are skipped as cheaply as possible. Raises DataFault for input that cannot be used, Unreachable where
-        a disk or a server does not answer; both are a Fault.
+        a disk or a server does not answer; both are Faults.
         """
         ...
 
 
 @dataclass
 class Source:
-    """A fixed, ordered list of units. Loader processes get a copy of it.
+    """A fixed, ordered list of units; loader processes get a copy of it.
 
-    `unit_sizes` says how much text each unit holds, about: in bytes, or where `sizes_are_known` is False in any
-    measure. `unit_files` names the file that a unit is part of; units of one file follow each other, in the order of
-    the file. `fingerprint` changes with the content as far as names and sizes show, not with the folder it lies in;
-    sizes follow from what it covers. `old_fingerprint` is what an earlier version had in its place. `description` says
-    what there is to read, and what is not read, in a line for the log. `keys` are those of [data] that decide what is
-    read as text. `record` has what must be remembered of the files (JSON types) to divide them into the same units once
-    more, also when some of them cannot be read any more. `unreadable` says why files have no units: they could not be
-    opened, and the policy is to continue without them.
+    unit_sizes: about how much text each unit holds, in bytes; in any measure if `sizes_are_known` is False.
+    unit_files: the file that each unit is a part of; units of one file follow each other, in the order of the file.
+    fingerprint: changes with names and sizes of the files, not with the folder that they are in.
+    old_fingerprint: the same as an earlier version computed it.
+    description: a log line on what is read, and what is not.
+    keys: those of [data] that determine the text of documents.
+    record: what divides the files into the same units again (JSON types), even if some cannot be read any more.
+    unreadable: files without units, because they could not be opened and data.on_error says to skip such files.
     """
 
     units: Sequence[Unit]
@@ -82,20 +82,20 @@ class Source:
 
     @property
     def text_bytes(self) -> int | None:
-        """How many bytes of text there are in all, about; None where that is known only after reading."""
+        """About how many bytes of text there are; None if it is known only after reading."""
         return sum(self.unit_sizes) if self.sizes_are_known else None
 
     def num_documents(self, unit: int) -> int | None:
-        """How many documents a unit has, if that is known without reading it."""
+        """Number of documents of a unit; None if it is known only after reading."""
         return self.units[unit].num_documents
 
     def read(self, unit: int, position: Position | None = None, every: int = 1, offset: int = 0) -> Iterator[Document]:
-        """Documents of a unit, see `Unit.read`."""
+        """Read a unit; see `Unit.read`."""
         return self.units[unit].read(position, every, offset)
 
 
 def decode_utf8(data: bytes) -> tuple[str, int]:
-    """Text of UTF-8 bytes, and how many stretches of bytes were no UTF-8 and became U+FFFD."""
+    """Decode UTF-8; also returns the number of invalid byte sequences, which became U+FFFD."""
     try:
         return data.decode("utf-8"), 0
     except UnicodeDecodeError:
@@ -104,7 +104,7 @@ def decode_utf8(data: bytes) -> tuple[str, int]:
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
-    """JSON can spell half a surrogate pair, which no encoding can write: each becomes U+FFFD and is counted."""
+    """Replace lone surrogates, which JSON can spell and UTF-8 cannot, by U+FFFD; also returns their number."""
     if text.isascii():
         return text, 0
     try:
@@ -116,7 +116,7 @@ def replace_surrogates(text: str) -> tuple[str, int]:
 
 
 def too_large(file: str, place: str, size: int | None, max_document_bytes: int, advice: str = "") -> DataFault:
-    """The fault of a document above data.max_document_mib; `size` None means that it was not read to its end."""
+    """The fault of a document larger than data.max_document_mib; `size` None: it was not read to its end."""
     found = f"a document of {size / MIB:.1f} MiB" if size is not None else "a document"
     limit = f"data.max_document_mib = {max_document_bytes // MIB}"
     return DataFault(file, place, f"{found} is larger than {limit}", f"Raise data.max_document_mib{advice}")

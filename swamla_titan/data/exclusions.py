@@ -1,4 +1,4 @@
-"""What a run excludes from its data because it could not be read: one list of the job, which its checkpoints hold."""
+"""Exclusions: the job's list of data that could not be read and is skipped; checkpoints hold it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from swamla_titan.system.bounded import Count, fit
 
-# When in a stream's life something is read: (edition of the corpus, epoch, place in the epoch's order); it only grows.
+# When a stream reads something: (edition of the corpus, epoch, index in the epoch's order); it only grows.
 Moment = tuple[int, int, int]
 
 
@@ -14,12 +14,12 @@ Moment = tuple[int, int, int]
 class Exclusion:
     """Stream `stream` reads nothing of `file` from document `ordinal` of unit `unit` on, in this and in later epochs.
 
-    Units that lie before it in the file are still read. It holds from the moment (`edition`, `epoch`, `item`) on: what
-    the stream had read before stays as it was, also for a run that resumes from a cursor before that moment. So the
-    list may be ahead of a cursor. Each stream finds the damage by itself, at a place in its own order, and so the order
-    of the data does not depend on which rank or worker reads which streams, or how far ahead.
+    Units before it in the file are still read. An exclusion applies from the moment (`edition`, `epoch`, `item`) on, so
+    what the stream read before that does not change, even if a run resumes from an earlier cursor and has the list
+    already. Each stream finds the damage by itself, at a moment of its own order. So the order of the data does not
+    depend on which rank or worker reads which streams, or how far ahead.
 
-    `place` and `reason` are for people.
+    `place` and `reason` are for messages.
     """
 
     stream: Count
@@ -38,15 +38,15 @@ class Exclusion:
 
     @property
     def key(self) -> tuple[int, str, int, int, Moment]:
-        """What is excluded, without the words, because two processes may word one fault differently."""
+        """Identifies the exclusion without `place` and `reason`, which two processes may word differently."""
         return self.stream, self.file, self.unit, self.ordinal, self.since
 
 
 def first_excluded(exclusions: Iterable[Exclusion], file: str, unit: int, moment: Moment) -> int | None:
-    """The ordinal in `unit`, a part of `file` read at `moment`, from which on a stream excludes it; None: it does not.
+    """The first document (ordinal) of `unit`, a part of `file`, that a stream excludes at `moment`; None: it reads all.
 
-    `exclusions` are those of the stream. Editions of a corpus number units each in its own way, so in another one the
-    stream finds the damage by itself.
+    `exclusions` are those of the stream. Each edition of a corpus numbers units in its own way, so in another edition
+    the stream finds the damage again.
     """
     ordinals = [
         each.ordinal if each.unit == unit else 0
@@ -57,7 +57,7 @@ def first_excluded(exclusions: Iterable[Exclusion], file: str, unit: int, moment
 
 
 def taken_from_cursors(cursors: dict[int, dict[str, Any]]) -> list[Exclusion]:
-    """Remove the exclusions from the cursors of checkpoints before 0.2, where each stream's cursor held its own.
+    """Move the exclusions out of the cursors of a checkpoint before 0.2, where each stream's cursor held its own.
 
     Raises ValueError for what such a checkpoint does not hold.
     """

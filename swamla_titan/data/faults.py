@@ -1,7 +1,8 @@
-"""Faults of the training data, each with its file and the place in it.
+"""Faults: errors in reading the training data, each with its file and the place in it.
 
-What is at fault decides what follows: a file (DataFault) is skipped with data.on_error = "skip_file", a network, disk
-or server (Unreachable) is retried first, and for this machine (of_machine) no file is ever skipped.
+The cause decides what follows: a bad file (DataFault) is skipped with data.on_error = "skip_file"; a network, disk or
+server that does not answer (Unreachable) is retried first; where this machine is at fault (of_machine), no file is ever
+skipped.
 """
 
 import errno
@@ -14,25 +15,25 @@ from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.escaping import one_line as escaped
 from swamla_titan.system.machine import PERMANENT, REMEDIES, chain, lack
 
-# Answers of an operating system that do not change by asking again: a missing file is reported at once.
+# Errors that a retry does not resolve: a missing file is reported at once.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Fault(Exception):
-    """`file` cannot be read at `place` ("line 21"; "" where it is the whole file), for `reason`.
+    """`file` cannot be read at `place` ("line 21"; "" for the file as a whole), for `reason`.
 
-    `advice` is a sentence on what to do about it. `may_pass`: a retry may help, as with bytes that a network corrupted;
-    False for what is plainly there and wrong.
+    `advice` is a sentence on what to do about it. `may_pass`: a retry may help, for example if a network corrupted
+    bytes; False for a file that is wrong.
     """
 
     has_safe_lines = True
-    of_machine = False  # no file is at fault
+    of_machine = False  # this machine is at fault, and no file
 
     def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = False) -> None:
-        super().__init__(file, place, reason, advice, may_pass)  # with these, pickle makes it again in other processes
+        super().__init__(file, place, reason, advice, may_pass)  # pickle rebuilds it of these in other processes
         self.file, self.place, self.reason, self.advice = file, place, reason, advice
         self.may_pass = may_pass
-        self.tried = ""  # how often and how long, in words
+        self.tried = ""  # how often and how long it was retried, in words
 
     @property
     def where(self) -> str:
@@ -45,31 +46,31 @@ class Fault(Exception):
 
 
 class DataFault(Fault, UserError):
-    """The file is damaged, gone, or not what it should be; waiting does not help."""
+    """The file is damaged, missing, or not what it should be; waiting does not help."""
 
 
 class Unreachable(Fault, RunFailed):
-    """Network, disk or server do not answer. It may pass, so reading is retried."""
+    """A network, disk or server does not answer; this may pass, so reading is retried."""
 
     def __init__(self, file: str, place: str, reason: str, advice: str = "", may_pass: bool = True) -> None:
         super().__init__(file, place, reason, advice, may_pass)
 
 
 class MachineFault(Unreachable):
-    """This machine is out of memory or the like. It may pass."""
+    """This machine lacks memory or another resource; this may pass."""
 
     of_machine = True
 
 
 class SetupFault(Fault, UserError):
-    """This machine does not let the process read any more, until somebody raises a limit."""
+    """This machine does not let the process read until the user raises a limit."""
 
     of_machine = True
 
 
 @contextmanager
 def readable(path: str, place: str = "") -> Iterator[None]:
-    """Turn errors of the operating system while reading `path` into the Fault that they are."""
+    """Turn errors of the operating system inside, which reads `path`, into Faults."""
     try:
         yield
     except OSError as error:
@@ -85,7 +86,7 @@ def refused(path: str, place: str, error: OSError) -> Fault:
 
 
 def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | None:
-    """The fault if `error` was raised because this machine lacks something; None: it has another cause."""
+    """The fault if `error` was raised because this machine lacks a resource; None: it has another cause."""
     number = lack(error)
     if number is None:
         return None
@@ -94,12 +95,12 @@ def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | Non
 
 
 def cut_short(file: str, place: str) -> DataFault:
-    """The fault of a file that ends before it did when the run began."""
+    """The fault of a file that is shorter than when the run began."""
     return DataFault(file, place, f"the file ends here, at {_size(file)} bytes; it was longer when it was opened")
 
 
 def of_another_size(file: str, size: int) -> DataFault:
-    """The fault of a file that has not the `size` which it had when the run began."""
+    """The fault of a file whose size is no longer `size`, as when the run began."""
     there = _size(file)
     now = "it is gone" if there < 0 else f"it has {there} bytes"
     return DataFault(file, "", f"{now}; when the run began, it had {size}", "Put the file back as it was")
@@ -124,7 +125,7 @@ def with_name(error: BaseException) -> str:
 
 
 def network_fault(file: str, place: str, error: Exception) -> Fault:
-    """What a library that reads remote files raised, as the kind of Fault that it is."""
+    """Turn an error of a library that reads remote files into a Fault."""
     reason = with_name(error)
     if fault := fault_of_machine(file, place, error):
         return fault
@@ -153,9 +154,9 @@ def _is_final(error: BaseException) -> bool:
 def _is_of_the_network(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    # By name: these libraries are imported when they are used, and which of them is, depends on versions.
-    rooms = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if rooms & {"aiohttp", "httpcore", "httpx", "requests", "urllib3", "fsspec"}:
+    # By name, because these libraries are imported only when they are used, and versions differ in which they use.
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    if packages & {"aiohttp", "httpcore", "httpx", "requests", "urllib3", "fsspec"}:
         return True
-    # pyarrow and gzip use OSError without a number for bytes that make no sense.
+    # pyarrow and gzip raise OSError without a number for invalid bytes.
     return isinstance(error, OSError) and error.errno is not None

@@ -12,17 +12,17 @@ from swamla_titan.data.document import Document
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
 
-# A corpus that ends within both limits is small: it is read whole at start-up and its share held out is exact.
+# A corpus within both limits is small: it is read in full at start-up, and the fraction held out is exact.
 SMALL_DOCUMENTS = 2048
 SMALL_CHARS = 64 << 20
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Documents whose hash lies below `threshold` (0 holds out none), and those of the hashes `exact`.
+    """Documents whose hash is less than `threshold` (0 holds out none) or in `exact`.
 
-    By text, not by place: copies of a document all fall on the same side, and a file that is moved or cut
-    differently changes nothing.
+    The text decides, not the place: either all copies of a document are held out or none, and moving or splitting files
+    changes nothing.
     """
 
     threshold: int
@@ -43,17 +43,17 @@ class HeldOut:
 
 
 def text_hash(text: str) -> int:
-    """A number in [0, 2**64), the same on every machine and in every run."""
+    """A hash in [0, 2**64), the same on every machine and in every run."""
     digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def choose_held_out(documents: Iterable[Document], fraction: float, separator: str = "") -> HeldOut:
-    """The rule for a corpus, `documents` being its texts in order (as many are read as needed).
+    """Choose what to hold out of a corpus of `documents`, of which only as many are read as needed.
 
-    In a large corpus a document is held out when its hash falls in the lowest `fraction` of all hashes. In a small
-    one that could by chance hold out nothing, or everything; so there the documents with the lowest hashes are
-    taken, `fraction` of them, at least one and never all. `separator` is data.text_separator, for a message.
+    In a large corpus a document is held out if its hash is in the lowest `fraction` of all possible hashes. In a small
+    one this could by chance hold out nothing or everything, so a `fraction` of the documents is held out, those with
+    the lowest hashes, at least one and never all. `separator` is data.text_separator, for a message.
     """
     if fraction == 0:
         return HeldOut(0)
@@ -83,21 +83,21 @@ def choose_held_out(documents: Iterable[Document], fraction: float, separator: s
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """N packed sequences, equal on all ranks. Bits per byte = sum of losses / ln 2 / sum of `target_bytes`."""
+    """N packed sequences, the same on all ranks. Bits per byte = sum of losses / ln 2 / sum of `target_bytes`."""
 
     tokens: torch.Tensor  # [N, T] int64
     targets: torch.Tensor  # [N, T] int64, -100 behind the last document
     document_ids: torch.Tensor | None  # [N, T] int64, with data.document_mask
-    target_bytes: torch.Tensor  # [N, T] int64: bytes of text behind each target, 0 for end of text and where ignored
+    target_bytes: torch.Tensor  # [N, T] int64: bytes of text of each target, 0 for end of text and ignored targets
 
     @property
     def fingerprint(self) -> str:
-        """How many targets there are, and a digest of them."""
+        """The number of targets and a digest of them."""
         digest = hashlib.blake2b(self.targets.numpy().tobytes(), digest_size=8).hexdigest()
         return f"{int((self.targets != IGNORED).sum())} targets, {digest}"
 
     def micro_batches(self, rank: int, world_size: int, local_batch_size: int) -> Iterator[MicroBatch]:
-        """Sequences rank, rank + world_size, ... in micro-batches; every rank gets equally many, filled up if short."""
+        """Sequences rank, rank + world_size, ... in micro-batches; all ranks get equally many, padded if necessary."""
         most = -(-len(self.tokens) // world_size)
         for start in range(0, most, local_batch_size):
             own = slice(rank + start * world_size, rank + (start + local_batch_size) * world_size, world_size)
@@ -105,7 +105,7 @@ class ValidationSet:
 
 
 def pack(text: np.ndarray, seq_len: int, tokenizer: Tokenizer, document_mask: bool) -> ValidationSet:
-    """Tokens as sequences of `seq_len`: every token but the first is a target once, the rest is padded."""
+    """Cut tokens into sequences of `seq_len`, the last one padded; every token but the first is a target once."""
     count = -(-(len(text) - 1) // seq_len)
     tokens = np.full(count * seq_len, tokenizer.eot_id, dtype=np.int64)
     targets = np.full(count * seq_len, IGNORED, dtype=np.int64)

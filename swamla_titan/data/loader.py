@@ -1,4 +1,4 @@
-"""Batches for the trainer: the same global ones however many ranks and loader processes read them."""
+"""Batches for the trainer; the global batches do not depend on the number of ranks and loader processes."""
 
 import atexit
 import logging
@@ -28,14 +28,14 @@ _LONGEST_CLOSE = 0.5  # seconds
 
 @dataclass
 class Part:
-    """What one reader read of a step. `error` instead of data where it could not be read."""
+    """One reader's part of a step; if it could not be read, it has an `error` and no data."""
 
     sequences: np.ndarray  # [n] int64, global numbers, ascending
     tokens: np.ndarray  # [n, T + 1] int32
-    cursors: dict[int, Cursor] = field(default_factory=dict)  # of the streams that were read, after it
+    cursors: dict[int, Cursor] = field(default_factory=dict)  # of the streams that were read, after this step
     replaced: int = 0
     excluded: list[Exclusion] = field(default_factory=list)  # found in this step
-    notes: list[str] = field(default_factory=list)  # for the log: what could be read in the end
+    notes: list[str] = field(default_factory=list)  # for the log: what was read after retries
     error: Exception | None = None
 
     @classmethod
@@ -44,7 +44,7 @@ class Part:
 
 
 class StepReader(Iterator[Part]):
-    """Endless: item k is the part of the k-th global batch from sequence `first` on that comes from `streams`.
+    """Reads the parts of global batches that come from `streams`, endlessly; the first begins with sequence `first`.
 
     `iter` opens it in the process that reads.
     """
@@ -61,10 +61,10 @@ class StepReader(Iterator[Part]):
     ) -> None:
         self._corpus, self._seq_len, self._size, self._first = corpus, seq_len, global_batch_size, first
         self._numbers = np.array(streams, dtype=np.int64)
-        self._cursors = {stream: cursors[stream] for stream in streams}  # of those that are not open yet
+        self._cursors = {stream: cursors[stream] for stream in streams}  # of streams that are not open yet
         self.excluded = list(excluded)
         self._streams: dict[int, PackedStream] = {}
-        self.is_closed = False  # set where the reader is a thread of the training process, which cannot be ended
+        self.is_closed = False  # set to stop a reader in a thread of the training process, which cannot be killed
 
     def __iter__(self) -> "StepReader":
         self._cache = TokenCache(self._corpus.tokenizer)
@@ -75,7 +75,7 @@ class StepReader(Iterator[Part]):
         try:
             part = self._part()
         except (UserError, RunFailed) as error:
-            # As a value, because the part is sent to another process.
+            # Returned, because the part is sent to another process.
             part = Part.failed(error)
         except MemoryError:
             advice = "lower data.num_workers or data.shuffle_documents"
@@ -108,11 +108,11 @@ class StepReader(Iterator[Part]):
 
 
 class BatchLoader(Iterator[StepBatch]):
-    """Endless iterator over one rank's part of each step's global batch; each batch carries the cursors after it.
+    """Endless iterator over one rank's slice of each step's global batch; each batch carries the cursors after it.
 
     Global sequence g comes from stream g % streams, each global batch takes the next G sequences, and rank r of R owns
-    the streams s with s % R == r. To resume, give the cursors of all streams, merged from the batches of every rank,
-    what was excluded until then, and the number of the sequence to come.
+    the streams s with s % R == r. To resume, pass the cursors of all streams, merged from the batches of all ranks, the
+    exclusions until then, and the number of the next sequence.
 
     Loader processes (worker.py) start with the first batch (or `start`) and live until `close`. If one dies, the next
     batch raises RunFailed.
@@ -131,7 +131,7 @@ class BatchLoader(Iterator[StepBatch]):
         excluded: Iterable[Exclusion] = (),
         first: int = 0,
     ) -> None:
-        """`num_workers` None takes data.num_workers. UserError if the cursors do not fit the configuration."""
+        """`num_workers` None: data.num_workers. Raises UserError if the cursors do not fit the configuration."""
         streams = corpus.data.streams
         if cursors is None:
             assert first == 0, "a later sequence needs cursors"
@@ -139,21 +139,23 @@ class BatchLoader(Iterator[StepBatch]):
         else:
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
             _check_cursors(cursors, streams, first)
-        _ = corpus.segments  # found once and not by each worker
+        _ = corpus.segments  # computed once and not by each worker
         self._corpus, self._seq_len, self._size = corpus, seq_len, global_batch_size
         self._workers = corpus.data.num_workers if num_workers is None else num_workers
         self._pin = torch.cuda.is_available()
-        # Before the batch to come: of the streams that this rank owns; what was excluded; the batch's first sequence.
+        # Before the next batch: cursors of this rank's streams, exclusions, and the batch's first sequence.
         self.cursors = {stream: cursors[stream] for stream in range(rank, streams, world_size)}
         self.excluded, self._first = list(excluded), first
-        self._before = self.cursors, self._first  # the same before the batch that was delivered last
+        self._before = self.cursors, self._first  # before the last batch that was delivered
         self._readers: list[StepReader] = []
         self._processes: list[LoaderProcess[Part]] = []
-        self._coming: Future[tuple[StepBatch, list[str]]] | None = None  # the batch to come, if it was asked for
+        self._coming: Future[tuple[StepBatch, list[str]]] | None = None  # the next batch, if it was requested
 
     def start(self) -> None:
-        """Start the processes and their reading ahead, so that it runs beside other preparations; else the first batch
-        does. Returns when they are up."""
+        """Start the processes, which read ahead while the caller prepares other things; returns when they run.
+
+        Without this call the first batch starts them.
+        """
         if self._readers:
             return
         streams, count = list(self.cursors), max(1, self._workers)
@@ -162,16 +164,16 @@ class BatchLoader(Iterator[StepBatch]):
         if not self._workers:
             iter(self._readers[0])
             return
-        # The interpreter's own end waits for processes, and they ignore its SIGTERM: they are ended before that.
+        # At its exit the interpreter waits for processes, which ignore its SIGTERM, so they are killed before that.
         atexit.register(self.close)
         with needed("the processes that read the data cannot be started"):
             for reader in self._readers:
                 self._processes.append(LoaderProcess(reader))
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait so long, None: to the end, for the batch to come; returns whether it can be taken without waiting.
+        """Wait for the next batch, at most `seconds` (None: any time); returns whether `next` returns at once.
 
-        Signals are handled meanwhile, because a thread waits, as reading may take minutes when a file server does not
+        A thread does the reading, so that signals are handled meanwhile: it may take minutes if a file server does not
         answer.
         """
         self.start()
@@ -181,7 +183,7 @@ class BatchLoader(Iterator[StepBatch]):
         return is_done(self._coming, seconds)
 
     def _ask(self) -> None:
-        device = torch.cuda.current_device() if self._pin else None  # threads begin with the first one
+        device = torch.cuda.current_device() if self._pin else None  # new threads use device 0
         self._coming = in_background(partial(self._make_ready, self._first, self.cursors, device))
 
     def __next__(self) -> StepBatch:
@@ -195,13 +197,13 @@ class BatchLoader(Iterator[StepBatch]):
         self.cursors, self._first = batch.cursors, self._first + self._size
         self.excluded += batch.excluded
         if self._workers:
-            self._ask()  # beside the step that trains on this one
+            self._ask()  # prepared while the step trains on this one
         return batch
 
     def restart(self, excluded: Iterable[Exclusion]) -> None:
-        """Go back to before the batch that was delivered last, and exclude `excluded` as well.
+        """Go back to before the last batch that was delivered, and add `excluded` to the exclusions.
 
-        For ranks that read the same streams, when one of them could not read what the others could.
+        Ranks that read the same streams need this if one of them could not read what the others could.
         """
         self.close()
         self.cursors, self._first = self._before
@@ -209,7 +211,7 @@ class BatchLoader(Iterator[StepBatch]):
         self.excluded += [each for each in excluded if each.key not in known]
 
     def close(self) -> None:
-        """End the processes. They hold nothing that is not in the cursors, so they are not asked but killed."""
+        """Kill the processes; they hold nothing that is not in the cursors."""
         atexit.unregister(self.close)
         for reader in self._readers:
             reader.is_closed = True
@@ -232,9 +234,9 @@ class BatchLoader(Iterator[StepBatch]):
         self.close()
 
     def _make_ready(self, first: int, cursors: dict[int, Cursor], device: int | None) -> tuple[StepBatch, list[str]]:
-        """The batch from sequence `first` on, in memory that `device` copies from, and notes for the log; in a thread.
+        """The batch that begins with sequence `first`, in memory pinned for `device`, and notes for the log.
 
-        `cursors` are those before it.
+        `cursors` are those before it. Runs in a thread.
         """
         if device is not None:
             torch.cuda.set_device(device)
@@ -249,7 +251,7 @@ class BatchLoader(Iterator[StepBatch]):
         tokens, targets = (
             torch.empty((len(rows), self._seq_len), dtype=torch.int64, pin_memory=self._pin) for _ in range(2)
         )
-        # By NumPy, because torch would wake all its threads for this, which takes 10 ms where the copy takes 0.1.
+        # By NumPy, because torch would wake all its threads, which takes 10 ms, and the copy takes 0.1 ms.
         tokens.numpy()[:] = rows[:, :-1]
         targets.numpy()[:] = rows[:, 1:]
         ids = None
@@ -263,7 +265,10 @@ class BatchLoader(Iterator[StepBatch]):
 
 
 def _check_cursors(cursors: dict[int, Cursor], streams: int, first: int) -> None:
-    """Streams take turns: at sequence `first` each has given one for every g < first with g % streams = its number."""
+    """Raise UserError or Damaged unless the cursors are those of `streams` streams before sequence `first`.
+
+    Streams take turns: by then each has yielded a sequence for every g < first with g % streams = its number.
+    """
     if cursors.keys() != set(range(streams)):
         raise UserError(
             f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors)} streams. "

@@ -1,4 +1,4 @@
-"""Reading with retries: how often, how long, and from exactly which document on."""
+"""Reading with retries: how often, how long, and from which document on."""
 
 import logging
 import random
@@ -13,40 +13,40 @@ from swamla_titan.errors import RunFailed
 
 logger = logging.getLogger(__name__)
 
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, and some of it by chance
+FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; each is twice the one before, with jitter
 POLL = 1.0  # seconds between two checks for whether the reader was closed
-LATE = 10.0  # seconds; a process that sleeps for that much longer than POLL was paused
-QUICK_TRIES = 2  # for bytes that make no sense, where a second look is enough
-SILENT_FILES = 3  # that may fail one after another; where more do not answer, it is not the files
+LATE = 10.0  # seconds; a process that slept for that much longer than POLL was paused
+QUICK_TRIES = 2  # for invalid bytes, which are read again without waiting for long
+SILENT_FILES = 3  # consecutive files that may not answer; if more do not, the files are not at fault
 
 Result = TypeVar("Result")
 
 
 class Retry:
-    """When one process retries to read data, with backoff, and when it stops.
+    """Decides when a process tries again to read data, with backoff, and when it stops.
 
-    All waiting in one step (from `begin_step` to `begin_step`) is at most `seconds` together, whatever the number of
-    files that do not answer, because other ranks wait for the step and their watchdogs look at the clock. Chance
-    spreads the tries of many processes over time; it decides nothing about the data.
+    All waits in one step (from `begin_step` to `begin_step`) take at most `seconds` together, however many files do not
+    answer, because other ranks and their watchdogs wait for the step. Random jitter spreads the tries of many processes
+    over time; it has no influence on the data.
     """
 
     def __init__(self, seconds: float = RETRY_SECONDS, is_closed: Callable[[], bool] | None = None) -> None:
-        """`is_closed()`: nobody waits for the data any more."""
+        """`is_closed()`: whether the reader was closed, so that retries are pointless."""
         self.seconds, self._is_closed = seconds, is_closed
         self._chance = random.Random()
-        self._spent = 0.0  # on outages of this step that are over
-        self._since: float | None = None  # when the outage that lasts began
+        self._spent = 0.0  # seconds, on past outages in this step
+        self._since: float | None = None  # when the present outage began
         self._tries = 0
         self._last: Fault | None = None
-        self._silent_files = 0  # that did not answer, one after another
+        self._silent_files = 0  # consecutive ones that did not answer
         self._notes: list[str] = []
 
     def begin_step(self) -> None:
-        """The data of the next step are read."""
+        """Begin to read the data of the next step."""
         self._spent, self._since = 0.0, None
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """`work()`, retried; raises the Fault that remains, with how often it was tried."""
+        """Run `work()`, with retries; raises its last Fault, which then says how often it was tried."""
         while True:
             try:
                 result = work()
@@ -59,9 +59,9 @@ class Retry:
                 return result
 
     def wait(self, fault: Fault) -> bool:
-        """Wait until it is time to retry; returns False at once if another try makes no sense.
+        """Wait until it is time to retry; returns False at once if there should be no other try.
 
-        Raises RunFailed, at once, where nobody waits for the data any more.
+        Raises RunFailed at once if the reader was closed.
         """
         self._require_open()
         now = time.monotonic()
@@ -80,7 +80,7 @@ class Retry:
         while delay > 0:
             began = time.monotonic()
             time.sleep(min(delay, POLL))
-            self._since += max(time.monotonic() - began - LATE, 0)  # a pause of this process is no part of the outage
+            self._since += max(time.monotonic() - began - LATE, 0)  # a pause of this process does not count
             delay -= POLL
             self._require_open()
         return True
@@ -90,7 +90,7 @@ class Retry:
             raise RunFailed("the reader's loader was closed")
 
     def success(self) -> None:
-        """Something was read."""
+        """Record that something was read."""
         self._silent_files = 0
         if self._since is not None:
             if self._last is not None:
@@ -98,7 +98,7 @@ class Retry:
             self._end_outage()
 
     def failed(self, fault: Fault) -> None:
-        """This file is not tried any more; `fault` then says how often it was."""
+        """Record that a file is not tried any more; `fault` then says how often it was."""
         if self._tries:
             fault.tried = f"given up after {self._words(timed=isinstance(fault, Unreachable))}"
         self._silent_files += isinstance(fault, Unreachable)
@@ -106,11 +106,11 @@ class Retry:
 
     @property
     def nothing_answers(self) -> bool:
-        """Whether so many files did not answer, one after another, that it cannot be the files' fault."""
+        """Whether so many consecutive files did not answer that the files cannot be at fault."""
         return self._silent_files > SILENT_FILES
 
     def notes(self) -> list[str]:
-        """What was read in the end although it first failed, since the last call; a line each."""
+        """A line for each read since the last call that failed first and then succeeded."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -128,9 +128,9 @@ class Retry:
 def read_on(
     source: Source, unit: int, position: Position | None, every: int, offset: int, retry: Retry
 ) -> Iterator[Document]:
-    """`source.read(...)`, retried from behind the last document it gave, so that none is lost and none comes twice.
+    """Call `source.read(...)` with retries, each from behind the last document, so that each is read exactly once.
 
-    Raises the Fault that remains, with how often it was tried.
+    Raises the last Fault, which then says how often it was tried.
     """
     while True:
         try:
@@ -154,8 +154,8 @@ def documents_by_unit(
 ) -> Iterator[tuple[int, Document]]:
     """Every document of a source with the number of its unit, in the source's order.
 
-    With `faults`, a damaged file is left out from the damage on and its fault added there; else the fault is raised. So
-    is that of a file which merely does not answer.
+    With `faults`, a damaged file is skipped from the damage on and its fault is added to the list; without, the fault
+    is raised. The fault of a file that does not answer is raised in both cases.
     """
     damaged = ""
     for unit in range(source.num_units):

@@ -1,10 +1,10 @@
 """The corpus as a ring of documents, cut into as many segments as there are streams.
 
-Every stream reads at the same speed: one sequence in turn. So streams read a corpus evenly only if their segments hold
-equally many tokens, whatever the files are; a segment may therefore begin and end inside a document. A stream reads a
-segment an epoch and continues with the next one around the ring. So segments of unequal size, where tokens are not
-counted, do not add up over epochs: after n epochs' worth of tokens every token was read n times, but for the seams,
-which is where the streams stand.
+All streams read at the same speed, one sequence in turn. So they read a corpus evenly only if their segments hold
+equally many tokens, whatever the sizes of files; a segment may therefore begin and end inside a document. A stream
+reads a segment per epoch, then the next one around the ring. So where tokens are not counted and segments are unequal,
+the differences do not add up over epochs: after n epochs' worth of tokens every token was read n times, except near the
+streams' present positions.
 """
 
 import heapq
@@ -18,16 +18,16 @@ import numpy as np
 
 from swamla_titan.system.bounded import Count, Within, fit
 
-ORDER = 3  # in the fingerprint: a new number where cursors of older checkpoints would mean other places
+ORDER = 3  # in the fingerprint: a new number whenever cursors of older checkpoints would point elsewhere
 
-# A unit that cannot be cut, because its documents are known only once it is read, is split into parts that may be this
-# many segments long.
+# A unit whose documents are known only after reading cannot be cut; it is split into parts of at most this many
+# segments.
 _LARGEST_PART = 1.5
 
 
 @dataclass(frozen=True)
 class Part:
-    """Documents number `offset`, `offset + every`, ... of a unit."""
+    """The documents `offset`, `offset + every`, ... of a unit."""
 
     unit: int
     every: int = 1
@@ -38,7 +38,7 @@ class Part:
 class Cut:
     """A border between two segments: at the start of document `ordinal` of a part of the ring, or inside the document.
 
-    `inside` counts the document's tokens before the border (int) or says what fraction of them lie there (float).
+    `inside`: the number (int) or fraction (float) of the document's tokens before the border.
     """
 
     part: int
@@ -48,9 +48,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Slice:
-    """Documents of a part with first <= ordinal < end (None: to its end).
+    """The documents of a part with first <= ordinal < end (None: to its end).
 
-    A slice that cuts a document holds that document alone: its tokens from `begin` to `finish`, as in `Cut.inside`.
+    A slice of one document's tokens, from `begin` to `finish` as in `Cut.inside`, holds no other document.
     """
 
     part: Part
@@ -64,7 +64,7 @@ class Slice:
 class Segments:
     """The ring, and the border at which each segment begins.
 
-    `tokens` is how many the ring holds where they were counted; None where segments are of equal size by estimate.
+    `tokens`: the number in the ring, if they were counted; None if segments are of equal size by estimate.
     """
 
     parts: list[Part]
@@ -72,8 +72,11 @@ class Segments:
     tokens: int | None = None
 
     def slices(self, segment: int) -> tuple[list[Slice], list[Slice], list[Slice]]:
-        """What a segment holds, in ring order: the rest of a document that the segment before began, whole documents,
-        and the beginning of one that the segment after ends."""
+        """The three parts of a segment, in ring order.
+
+        These are the rest of a document that the segment before began, full documents, and the beginning of a document
+        that the segment after ends.
+        """
         start = self.cuts[segment]
         end = self.cuts[segment + 1] if segment + 1 < len(self.cuts) else Cut(len(self.parts))
         head: list[Slice] = []
@@ -97,7 +100,7 @@ class Segments:
         return head, whole, tail
 
     def to_json(self) -> dict[str, Any]:
-        """All that cannot be found again without reading the data."""
+        """What cannot be computed again without reading the data, as JSON types."""
         shared = {part.unit: part.every for part in self.parts if part.every > 1}
         return {
             "tokens": self.tokens,
@@ -107,8 +110,7 @@ class Segments:
 
     @classmethod
     def from_json(cls, order: Sequence[int], content: Any, streams: int) -> "Segments":
-        """What `to_json` was given for so many streams, with the units in the same order. ValueError if it does not fit
-        them."""
+        """The inverse of `to_json`, for units in the same order; ValueError if it does not fit them or the streams."""
         record = fit(_Record, content, "segments")
         shared = dict(record.shared)
         if not all(0 <= unit < len(order) and every > 1 for unit, every in record.shared):
@@ -137,12 +139,12 @@ class _Record:
 
 
 def ring(order: Iterable[int], shared: Mapping[int, int]) -> list[Part]:
-    """The units in `order`, those in `shared` in so many parts."""
+    """The units in `order`; those in `shared` are split into that many parts."""
     return [Part(unit, every, offset) for unit in order for every in [shared.get(unit, 1)] for offset in range(every)]
 
 
 def cut_counted(parts: list[Part], counts: Iterable[tuple[int, int, int]], streams: int) -> Segments:
-    """Segments of equally many tokens, to the token.
+    """Cut the ring into segments of equally many tokens, exactly.
 
     `counts` has (part of the ring, ordinal, tokens) of each document, in ring order; `tokens` >= 1.
     """
@@ -161,9 +163,9 @@ def cut_counted(parts: list[Part], counts: Iterable[tuple[int, int, int]], strea
 
 
 def cut_by_size(parts: list[Part], sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> Segments:
-    """Segments of about equal size, from the size of each unit and the number of its documents.
+    """Cut the ring into segments of about equal size, by the size of each unit and the number of its documents.
 
-    Where a unit's number of documents is not known (None), the border moves to the nearer end of its part.
+    In a unit of an unknown number of documents (None) the border moves to the nearer end of its part.
     """
     every, ends = _laid_out(parts, sizes)
     total = ends[-1]
@@ -192,9 +194,10 @@ def _laid_out(parts: list[Part], sizes: Sequence[float]) -> tuple[list[float], l
 
 
 def shared_units(sizes: Sequence[float], documents: Sequence[int | None], streams: int) -> dict[int, int]:
-    """Units that must be read by several streams, and in how many parts: those of an unknown number of documents that
-    are larger than a segment, or where there are fewer units than streams, as they cannot be cut. Each part is read by
-    skipping the others.
+    """Units that several streams must share, and the number of parts of each.
+
+    These are units of an unknown number of documents, which cannot be cut, if they are larger than a segment or there
+    are fewer units than streams. A stream reads its part by skipping the documents of the others.
     """
     counts = [1] * len(sizes)
     largest = [(-sizes[unit], unit) for unit in range(len(sizes)) if documents[unit] is None]

@@ -21,15 +21,15 @@ from swamla_titan.data.segments import Slice
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 from swamla_titan.errors import UserError
 
-# A block of documents to be shuffled is closed early at this many characters, so that a thousand long documents do
-# not fill the memory, times the streams of a worker. It decides the order of the data.
+# Documents are shuffled in blocks. A block ends early at this many characters, because a worker holds a block of each
+# of its streams in memory. The limit is part of the order of the data.
 BLOCK_CHARS = 16 << 20
 
-_SLICES, _BLOCK = range(2)  # what a permutation is for; keeps the random numbers of the two apart
+_SLICES, _BLOCK = range(2)  # seeds by what a permutation is for, so that the two have different random numbers
 
 
 def _data_changed() -> UserError:
-    """The error for a cursor that points to nothing."""
+    """The error for a cursor that points to no document."""
     return UserError(
         "The checkpoint's place in the training data is not there any more: the data have changed since it was "
         "written. Restore them, or start a new run."
@@ -38,10 +38,7 @@ def _data_changed() -> UserError:
 
 @dataclass
 class StreamDocument:
-    """A document to be tokenized, of which the tokens from `begin` to `finish` are read, see `Slice`.
-
-    `key` identifies it among all documents.
-    """
+    """A document to be tokenized; its tokens from `begin` to `finish` are read, see `Slice`."""
 
     text: str
     key: tuple[int, int, int]  # (edition, unit, ordinal)
@@ -50,7 +47,7 @@ class StreamDocument:
     finish: int | float | None = None
 
     def cut(self, tokens: np.ndarray) -> np.ndarray:
-        """The part that is read of all `tokens` of the document."""
+        """Cut the part that is read out of all `tokens` of the document."""
         begin, finish = (int(at * len(tokens)) if isinstance(at, float) else at for at in (self.begin, self.finish))
         return tokens[begin:finish]
 
@@ -58,16 +55,16 @@ class StreamDocument:
 class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
     """The endless sequence of a stream's documents, epoch after epoch, each in another order; each with its cursor.
 
-    An epoch of a stream is one segment of the corpus; the next epoch is the segment behind it. Within an epoch the
-    segment's units come in a shuffled order, and the documents of a unit in shuffled blocks of
-    `data.shuffle_documents`; with 1 everything keeps the order of the files. A document that a border of segments cuts
-    stands at the end of the one epoch and at the beginning of the next, so that it is read in one piece.
+    An epoch of a stream is one segment of the corpus; the next epoch is the next segment. In an epoch the segment's
+    units are read in a shuffled order, and the documents of a unit in shuffled blocks of `data.shuffle_documents`; with
+    1 everything is read in the order of the files. A document that a border of segments cuts is read at the end of one
+    epoch and at the beginning of the next, so that its parts follow each other.
 
-    Where data were added to a run, the corpus has several editions, see `Corpus`: at the end of an epoch the stream
-    continues with the next one that is due.
+    If files were added to a run, the corpus has several editions, see `Corpus`; the stream changes to the next one at
+    the end of an epoch.
 
-    What cannot be read raises its Fault, or with data.on_error = "skip_file" is excluded, with what follows it in its
-    file, in this and in all later epochs, see exclusions.py.
+    A document that cannot be read raises its Fault, or with data.on_error = "skip_file" is excluded, together with what
+    follows it in its file, in this and in all later epochs, see exclusions.py.
     """
 
     def __init__(
@@ -78,14 +75,14 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         excluded: Iterable[Exclusion] = (),
         retry: Retry | None = None,
     ) -> None:
-        """Continue at `cursor`, or begin: the first document is that of the cursor once more.
+        """Begin with the document of `cursor`, or with the first one.
 
-        `excluded`: what the job has excluded so far. UserError if the cursor points to nothing.
+        `excluded`: what the job has excluded so far. UserError if the cursor points to no document.
         """
         self._retry = retry or corpus.new_retry()
-        # Of this stream; what it finds unreadable is appended.
+        # Exclusions of this stream; it appends what it finds unreadable.
         self.excluded = [each for each in excluded if each.stream == stream]
-        # The document of the cursor could not be read any more: the first document is that after its block.
+        # Whether the document of the cursor could not be read any more, so that the block after it comes first.
         self.lost_its_place = False
         self._corpus = corpus
         self._stream = stream
@@ -93,7 +90,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         self._reader: Iterator[Document] | None = None
         self._block: list[StreamDocument | None] = []
         self._order: list[int] = []
-        self._empty_epochs = 0  # one after another
+        self._empty_epochs = 0  # consecutive ones
         self._epoch_has_text = cursor is not None
         self._edition: int = cursor["edition"] if cursor else 0
         self._epoch: int = cursor["epoch"] if cursor else 0
@@ -103,7 +100,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         if self._edition >= len(corpus.sources):
             raise _data_changed()
         self._begin_epoch()
-        self._next = 0  # place in the block of the document to come
+        self._next = 0  # index in the block of the next document
         self._reloading = cursor is not None
         if cursor is not None:
             self._load_block()
@@ -121,7 +118,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         place = self._order[self._next]
         document = self._block[place]
         assert document is not None, "a document of a block is taken once"
-        self._block[place] = None  # its text is not needed again, because resuming reads the block again
+        self._block[place] = None  # frees its text; resuming reads the block again
         cursor = {
             "edition": self._edition,
             "epoch": self._epoch,
@@ -155,7 +152,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
                 continue
             piece = self._slices[self._item]
             part = piece.part
-            if self._reader is None:  # of this slice nothing was read; else its last block was not its end
+            if self._reader is None:  # nothing of this slice was read yet
                 start = self._after_block
                 if start is None and source.num_documents(part.unit) is not None:
                     start = {"ordinal": piece.first}
@@ -179,14 +176,14 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         chars = 0
         unit = piece.part.unit
         file = self._corpus.sources[self._edition].unit_files[unit]
-        # What is excluded is not touched: it may stop the reading for minutes, or be whole again by now.
+        # Excluded documents are not touched, because they may stall for minutes, or be readable again by now.
         ends = [end for end in (first_excluded(self.excluded, file, unit, self._moment), piece.end) if end is not None]
         try:
             while not ends or _ordinal(self._after_block) < min(ends):
                 document = next(reader, None)
                 if document is None or (ends and document.ordinal >= min(ends)):
                     break
-                self._after_block = document.position  # the block ends behind it, also where it is not part of it
+                self._after_block = document.position  # even if the document does not become part of the block
                 if document.ordinal < piece.first or document.is_empty or document in self._corpus.held_out:
                     continue
                 key = (self._edition, unit, document.ordinal)
@@ -203,7 +200,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         return self._edition, self._epoch, self._item
 
     def _exclude(self, fault: Fault, file: str, unit: int) -> None:
-        """Exclude the rest of a file, from behind the last document that was read; or raise its fault."""
+        """Exclude the rest of a file behind the last document that was read, or raise its fault."""
         if fault.of_machine:
             raise fault
         if not self._corpus.skips_files:
@@ -214,7 +211,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
             fault.advice = "Nothing else answers either, so it is not the file; start the same command again later"
             raise fault
         if self._reloading:
-            # The order within a block follows from how many documents it has, so none of them has a place any more.
+            # The order within a block follows from its number of documents, so none of them has its place any more.
             self._block = []
             self.lost_its_place, self._reloading = True, False
             self._after_block = self._block_start
@@ -253,20 +250,20 @@ def _ordinal(position: Position | None) -> int:
 
 
 class TokenCache:
-    """Tokens of documents; the last few long ones are kept for streams of the same process that read other parts.
+    """Tokenizes documents and caches the last long ones, because other streams of the process read other parts of them.
 
-    Without it, 64 streams over one book would tokenize it 64 times.
+    Without the cache, 64 streams over one book would tokenize it 64 times.
     """
 
     LONG_CHARS = 1 << 18
-    MAX_TOKENS = 1 << 26  # kept in all, 4 bytes each
+    MAX_TOKENS = 1 << 26  # in the cache, 4 bytes each
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._kept: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def tokens(self, document: StreamDocument) -> np.ndarray:
-        """int32 [n]: the tokens of the text and the end-of-text token behind them, as far as the document is read."""
+        """The tokens of a document that are read, int32 [n]; all of them are those of its text, then end of text."""
         tokens = self._kept.pop(document.key, None)
         if tokens is None:
             tokens = with_eot(self._tokenizer, document.text)
@@ -278,16 +275,16 @@ class TokenCache:
 
 
 class Packed(NamedTuple):
-    """A sequence of a stream, and where the stream stands after it."""
+    """A sequence of a stream, and the stream's cursor after it."""
 
     tokens: np.ndarray  # int32 [T + 1]: [:-1] are inputs, [1:] their targets
     cursor: Cursor  # of the next sequence's first token
-    replaced: int  # stretches of bytes that were no UTF-8, in documents that begin in this sequence
-    excluded: list[Exclusion]  # what was found unreadable on the way
+    replaced: int  # invalid UTF-8 byte sequences in documents that begin in this sequence
+    excluded: list[Exclusion]  # what was found unreadable while it was packed
 
 
 class PackedStream(Iterator[Packed]):
-    """A stream's documents, one after the other, cut in sequences of T + 1 tokens that overlap by one.
+    """A stream's documents, concatenated and cut into sequences of T + 1 tokens that overlap by one.
 
     The last target of a sequence is the first input of the next, so every token but the very first is a target
     exactly once.
@@ -303,9 +300,9 @@ class PackedStream(Iterator[Packed]):
         excluded: Iterable[Exclusion] = (),
         retry: Retry | None = None,
     ) -> None:
-        """Continue at `cursor`, or begin; see DocumentStream."""
+        """Continue at `cursor`, or begin a stream; see DocumentStream."""
         if cursor is not None and cursor["sequences"] == 0:
-            cursor = None  # of a stream that was never read: the same as none
+            cursor = None  # of a stream that was never read
         excluded = list(excluded)
         self._seq_len = seq_len
         self._cache = cache
@@ -328,8 +325,8 @@ class PackedStream(Iterator[Packed]):
     def __next__(self) -> Packed:
         sequence = np.empty(self._seq_len + 1, dtype=np.int32)
         filled = replaced = 0
-        # Take from one document after the other. The last target is put back afterwards, because the next sequence
-        # begins with it.
+        # One document after the other fills the sequence. The last target is put back afterwards, because the next
+        # sequence begins with it.
         while filled <= self._seq_len:
             while self._offset >= len(self._tokens):
                 replaced += self._begin_next_document()
@@ -345,19 +342,19 @@ class PackedStream(Iterator[Packed]):
         return Packed(sequence, cursor, replaced, excluded)
 
     def _begin_next_document(self) -> int:
-        """Returns how many stretches of its bytes were no UTF-8; of one that is continued they are counted already."""
+        """Returns the document's number of invalid UTF-8 byte sequences, which count where its beginning is read."""
         document, self._document = next(self._documents)
         self._tokens, self._offset = self._cache.tokens(document), 0
         return 0 if document.begin else document.replaced
 
 
 def initial_cursor() -> Cursor:
-    """The cursor of a stream that was not read yet."""
+    """The cursor at the beginning of a stream."""
     return {"edition": 0, "epoch": 0, "item": 0, "position": None, "document": 0, "token": 0, "sequences": 0}
 
 
 def is_cursor(value: Any) -> bool:
-    """Whether a value from a checkpoint has the form of a cursor; reading shows whether it points to something."""
+    """Whether a value from a checkpoint has the form of a cursor; whether it points to a document, reading shows."""
     if not isinstance(value, dict) or value.keys() != initial_cursor().keys():
         return False
     numbers = {**value, "position": 0}.values()
@@ -368,7 +365,7 @@ def is_cursor(value: Any) -> bool:
 
 
 def _is_position(position: dict[str, Any]) -> bool:
-    """The number of a document, and what the source adds: numbers of bytes, or a state as text."""
+    """Whether it has a document's ordinal, beside what the source adds: numbers of bytes, or a state as text."""
     return "ordinal" in position and all(
         type(value) is str if name == "state" else _is_count(value) for name, value in position.items()
     )

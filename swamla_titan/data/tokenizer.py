@@ -26,31 +26,31 @@ from swamla_titan.errors import UserError
 TIKTOKEN_ENCODINGS = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 EOT = "<|endoftext|>"
 
-# A download that has not ended by then is given up: a blocked network would otherwise hold a job for minutes.
+# Limit of a download, because a blocked network would otherwise hold a job for minutes.
 DOWNLOAD_SECONDS = 60
 
-# tiktoken's regular expression fails on a run of a million spaces, so longer texts are encoded in pieces of at most
-# this many characters. It decides tokens, so it is part of the order of the data.
+# Longer texts are encoded in pieces of at most this many characters, because tiktoken's regular expression fails on a
+# million consecutive spaces. It determines tokens, so it is part of the order of the data.
 PIECE_CHARS = 1 << 17
 
-# Every pattern here starts a new word at a single space between two visible characters, so cutting in front of such
-# a space leaves the tokens as they were.
+# All patterns here begin a new word at a single space between two word characters, so a cut before such a space does
+# not change tokens.
 _SAFE_CUT = re.compile(r"(?<=\w) (?=\w)")
 
 _SPACES = re.compile(r"\s+")
 
-# sha256 of OpenAI's two files of the GPT-2 vocabulary, the values tiktoken itself insists on.
+# sha256 of OpenAI's two files of the GPT-2 vocabulary, the values that tiktoken itself requires.
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
-# How cl100k_base splits text into words; used for `.tiktoken` files, which do not carry a pattern of their own.
+# The pattern by which cl100k_base splits text into words; used for `.tiktoken` files, which have none of their own.
 _CL100K_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
 
-# A vocabulary file may give its tokens any ranks below this, with gaps; every rank costs a row of the embedding.
+# Ranks in a vocabulary file are below this and may have gaps; every rank costs a row of the embedding.
 MAX_RANK = 1 << 22
 MAX_FILE_BYTES = 256 << 20
 _RANK = re.compile(rb"[0-9]{1,18}")
@@ -83,7 +83,7 @@ class Tokenizer(ABC):
         return self.encode_array(text).tolist()
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens: special tokens leave nothing, broken UTF-8 becomes U+FFFD."""
+        """Decode tokens: special tokens give nothing, invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(int(token)) for token in tokens).decode("utf-8", errors="replace")
 
 
@@ -105,7 +105,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-pair encoding run by tiktoken."""
+    """A byte-pair encoding, computed by tiktoken."""
 
     def __init__(self, name: str, encoding: tiktoken.Encoding, eot_id: int) -> None:
         self.name = name
@@ -127,15 +127,15 @@ class TiktokenTokenizer(Tokenizer):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token] if token < self.vocab_size else b""  # ids of the padded vocabulary mean nothing
+        return self._bytes[token] if token < self.vocab_size else b""  # the padded vocabulary has more ids
 
 
 def pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most PIECE_CHARS characters, cut in front of a space between words where there is one."""
+    """Cut `text` into pieces of at most PIECE_CHARS characters, before a space between words if there is one."""
     start = 0
     while len(text) - start > PIECE_CHARS:
         end = start + PIECE_CHARS
-        # Only the last stretch of the piece is searched: a text without spaces must not cost a scan per piece.
+        # Only the end of the piece is searched, so that a text without spaces is not scanned once more.
         cuts = [match.start() for match in _SAFE_CUT.finditer(text, end - 4096, end)]
         cut = cuts[-1] if cuts else end
         yield text[start:cut]
@@ -144,13 +144,13 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [n + 1]: tokens of a document, end-of-text last."""
+    """The tokens of a document and the end-of-text token, int32 [n + 1]."""
     tokens = tokenizer.encode_array(text)
     return np.append(tokens, np.int32(tokenizer.eot_id))
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `data.tokenizer` names. UserError if there is none, or its vocabulary cannot be had."""
+    """Load the tokenizer `name` (data.tokenizer); UserError if it is unknown or its vocabulary cannot be loaded."""
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
@@ -206,7 +206,7 @@ def _load_gpt2() -> Tokenizer:
 
 
 def _get_encoding(name: str) -> tiktoken.Encoding:
-    """From tiktoken's own cache, or downloaded; TimeoutError after DOWNLOAD_SECONDS, as tiktoken sets no time limit."""
+    """Load an encoding from tiktoken's cache or download it; TimeoutError after DOWNLOAD_SECONDS."""
     encoding = in_background(lambda: tiktoken.get_encoding(name))
     if not is_done(encoding, DOWNLOAD_SECONDS):
         raise TimeoutError(f"no answer within {DOWNLOAD_SECONDS} s")
@@ -214,7 +214,7 @@ def _get_encoding(name: str) -> tiktoken.Encoding:
 
 
 def _load_file(path: str) -> Tokenizer:
-    """A vocabulary in tiktoken's file format: a line per token, its bytes in base64, a space, its rank.
+    """Load a vocabulary in tiktoken's file format: a line per token, its bytes in base64, a space, its rank.
 
     The file has no split pattern and no special tokens: text is split as cl100k_base does, and end of text is the
     id after the highest rank.
@@ -224,7 +224,7 @@ def _load_file(path: str) -> Tokenizer:
     for number, line in enumerate(_read_file(path).splitlines(), start=1):
         if not line.strip():
             continue
-        # What is wrong is reported with its line. A dict alone would keep the last of two equal tokens, silently.
+        # Errors name their line. A dict alone would silently keep the last of two equal tokens.
         where = f"data.tokenizer: {path}, line {number}"
         token, rank = _entry_of(line)
         if not token or rank is None:
@@ -253,7 +253,7 @@ def _load_file(path: str) -> Tokenizer:
 
 
 def _read_file(path: str) -> bytes:
-    """The content of a vocabulary file; nothing that is no file, or is too large to be one, is read."""
+    """Read a vocabulary file; UserError for anything but a regular file, and for one that is too large."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -272,7 +272,7 @@ def _read_file(path: str) -> bytes:
 
 
 def _entry_of(line: bytes) -> tuple[bytes, int | None]:
-    """Token and rank of a line; an empty token or no rank where it has none."""
+    """Token and rank of a line; (b"", None) if it has not both."""
     parts = line.split()
     if len(parts) != 2 or not _RANK.fullmatch(parts[1]):
         return b"", None
@@ -301,7 +301,7 @@ class CompressedVocabulary:
 
 
 def compress(tokenizer: Tokenizer) -> CompressedVocabulary:
-    """The compressed vocabulary of a tokenizer, which is computed once. Ids are in the order of first tokens."""
+    """Compress the vocabulary of a tokenizer, once per process. Ids are in the order of first tokens."""
     if tokenizer.fingerprint not in _KNOWN:
         of_key: dict[str | bytes | int, int] = {}
         keys = (_key(token, tokenizer) for token in range(tokenizer.vocab_size))
@@ -314,7 +314,7 @@ _KNOWN: dict[str, CompressedVocabulary] = {}  # by the tokenizer's fingerprint; 
 
 
 def _key(token: int, tokenizer: Tokenizer) -> str | bytes | int:
-    """What tokens with one compressed id have in common; bytes that are no text, and end of text, are unlike others.
+    """The key that tokens with one compressed id share; invalid UTF-8 and end of text have keys of their own.
 
     Texts are compared as they are decoded. The strings of vocabulary files have marks for spaces, such as GPT-2's
     U+0120, which is a letter with an accent: stripped of it " old" would become "gold".
@@ -329,9 +329,9 @@ def _key(token: int, tokenizer: Tokenizer) -> str | bytes | int:
 
 
 def normal_form(text: str) -> str:
-    """NFKC, without accents, in lower case, with single spaces within and none around; a lone space stays.
+    """Normalize a text: NFKC, without accents, in lower case, with single spaces, and stripped; a lone space stays.
 
-    A text of which nothing would be left, as an accent alone, stays as it is.
+    A text that would become empty, such as a lone accent, stays as it is.
     """
     decomposed = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     bare = "".join(character for character in decomposed if not unicodedata.category(character).startswith("M"))

@@ -1,12 +1,12 @@
-"""Loader processes: each reads its part of the steps ahead of the trainer, and ends with it.
+"""Loader processes: each reads its part of the steps ahead of the trainer, and ends when the trainer ends.
 
-A fork server makes them: forking the training process itself would copy its threads' locks and its CUDA state, and
-starting each process from nothing would import torch once per process. The server imports once, and because the
-processes are no children of the trainer's, one that dies interrupts nothing.
+A fork server starts them, because a fork of the training process would copy its threads' locks and its CUDA state, and
+a spawned process would import torch each time. The server imports once, and because the processes are not children of
+the trainer, one that dies interrupts nothing.
 
-torch's DataLoader and torchdata's are not used, because a stop must end what hangs in a read: they end their workers by
-an Event whose lock a worker that was killed may hold, and then hang themselves (a comment in `_shutdown_workers` of
-torch/utils/data/dataloader.py says so). Nothing public of theirs goes around that.
+The DataLoaders of torch and torchdata are not used, because a stop must end a process that hangs in a read. They end
+their workers by an Event whose lock a killed worker may hold, and then hang themselves (see the comment in
+`_shutdown_workers` of torch/utils/data/dataloader.py), and have no public way around that.
 """
 
 import logging
@@ -31,7 +31,7 @@ from swamla_titan.system.console import LogFormatter, open_console
 from swamla_titan.system.machine import needed
 from swamla_titan.system.process import wait_for_end
 
-PREFETCH_STEPS = 4  # that a process may be ahead of what was taken from it
+PREFETCH_STEPS = 4  # that a process may read ahead
 _LONGEST_TEMPORARY_FOLDER = 107 - 32  # bytes
 _NEXT = b"next"
 _LONGEST_END = 5.0  # seconds from the end of a process's output to its own
@@ -46,7 +46,7 @@ class LoaderProcess(Generic[Part]):
         context = _fork_server()
         self._connection, other_end = context.Pipe()
         try:
-            with other_end:  # the process has its own copy; while this one is open, the process's end would not be seen
+            with other_end:  # the process has its own copy; while this one is open, its end would not be noticed
                 self.process = context.Process(target=_read_ahead, args=(os.getpid(), parts, other_end), daemon=True)
                 self.process.start()
         except BaseException:
@@ -54,7 +54,7 @@ class LoaderProcess(Generic[Part]):
             raise
 
     def receive(self) -> Part:
-        """The next part; raises RunFailed if the process is gone, and what the iteration raised."""
+        """The next part; raises RunFailed if the process has ended, RuntimeError with what the iteration raised."""
         try:
             self._connection.send_bytes(_NEXT)
             part = self._connection.recv()
@@ -70,40 +70,40 @@ class LoaderProcess(Generic[Part]):
         return part
 
     def kill(self) -> None:
-        """End the process at once; a thread that waits in `receive` is released."""
+        """Kill the process; a thread that waits in `receive` is released."""
         self.process.kill()
         self.process.join()
 
     def close(self) -> None:
-        """Free what it held, after `kill`."""
+        """Free its resources, after `kill`."""
         self._connection.close()
         self.process.close()
 
 
 @dataclass
 class _Broken:
-    """Sent instead of a part, where a fault of the program ended the iteration."""
+    """Sent instead of a part if a bug ended the iteration."""
 
     traceback: str
 
 
 def _read_ahead(trainer: int, parts: Iterable[object], connection: Connection) -> None:
-    """What a loader process does; `trainer` is the PID of the training process."""
+    """The main function of a loader process; `trainer` is the PID of the training process."""
     _settle(trainer)
     ahead: queue.Queue[object] = queue.Queue(PREFETCH_STEPS - 1)
     threading.Thread(target=_send, args=(ahead, connection), daemon=True, name="sender").start()
     try:
         for part in parts:
-            ahead.put(part)  # with one more part at hand, it waits until there is room
+            ahead.put(part)  # waits, with one more part in hand, until there is room
     except Exception:
         ahead.put(_Broken(traceback.format_exc()))
-    threading.Event().wait()  # until it is killed, because the sender is not done
+    threading.Event().wait()  # until it is killed, because the sender still sends
 
 
 def _send(ahead: "queue.Queue[object]", connection: Connection) -> None:
-    """Send a part for each request; the process ends if nobody can ask any more.
+    """Send a part for each request; end the process when the other end of the connection is closed.
 
-    Without requests, as many parts as fit in the pipe would be read ahead: hundreds of short ones.
+    Without requests it would read ahead as many parts as fit in the pipe: hundreds of short ones.
     """
     try:
         with suppress(EOFError, OSError):
@@ -118,16 +118,16 @@ def _send(ahead: "queue.Queue[object]", connection: Connection) -> None:
 def _settle(trainer: int) -> None:
     """Ignore the signals that reach all processes of the job, and end with the training process.
 
-    Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes; what follows from them is decided in the training
-    process, which still needs its batches until the last step is saved. It kills the loader processes itself; where it
-    is killed before it can, they end themselves.
+    Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes. The training process decides what follows, and
+    needs batches until the last step is saved. It kills the loader processes itself; if it is killed before it can,
+    they end themselves.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     open_console()
     if logging.lastResort is not None:  # what is logged here goes to standard error, by no handler of its own
         logging.lastResort.setFormatter(LogFormatter())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process, because their number is the user's to choose
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; data.num_workers sets the number
     # The parent is the fork server, which lives as long as its processes do.
     threading.Thread(target=_end_with, args=(trainer,), daemon=True, name="trainer-watch").start()
 
@@ -139,9 +139,9 @@ def _end_with(trainer: int) -> None:
 
 
 def prepare_workers(count: int) -> None:
-    """Let the fork server of the loader's `count` processes begin to start, which takes seconds.
+    """Start the fork server for `count` loader processes without waiting for it, because its start takes seconds.
 
-    Nothing waits for it; without this call the first loader starts it. Raises UserError as a loader does.
+    Without this call the first loader starts it. Raises UserError as a loader does.
     """
     if count:
         with needed("the processes that read the data cannot be started"):
@@ -158,16 +158,16 @@ def _fork_server() -> ForkServerContext:
 
 
 def _make_sockets_where_their_names_fit() -> None:
-    """Let multiprocessing keep its sockets in /tmp where the folder for temporary files has too long a name.
+    """Make multiprocessing keep its sockets in /tmp if the name of the temporary folder is too long.
 
-    The name of a socket has 107 bytes at most, of which Python takes 32, and clusters like to name TMPDIR after jobs.
+    The name of a socket has at most 107 bytes, of which Python needs 32, and clusters often name TMPDIR after jobs.
     """
     usual = tempfile.gettempdir()
     if len(os.fsencode(usual)) <= _LONGEST_TEMPORARY_FOLDER:
         return
     kept, tempfile.tempdir = tempfile.tempdir, "/tmp"
     try:
-        multiprocessing.util.get_temp_dir()  # made once, and remembered
+        multiprocessing.util.get_temp_dir()  # created once and cached
     except OSError as error:
         raise UserError(
             f"the loader's processes talk through sockets, whose names are too long in {usual}, and there can be "

@@ -1,6 +1,6 @@
-"""The sources of documents, each a module of this package by the name that `data.source` has for it.
+"""Sources of documents: `data.source` is the name of a module here.
 
-It defines `open_source(data, retry, recorded)`, which returns its `Source`.
+Each module defines `open_source(data, retry, recorded)`, which returns a `Source`.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from swamla_titan.data.retry import Retry
 
 
 def open_source(data: Data, retry: Retry | None = None, recorded: dict[str, Any] | None = None) -> Source:
-    """The source that `data.source` and its keys name. UserError if it is not there or cannot be read.
+    """Open the source that [data] names; UserError if it does not exist or cannot be read.
 
-    `recorded` is the `Source.record` of when the run began; it counts with data.on_error = "skip_file" only.
+    `recorded` is the `Source.record` of the run's beginning, which only data.on_error = "skip_file" uses.
     """
     module = importlib.import_module(f"{__name__}.{data.source}")
     source: Source = module.open_source(data, retry or Retry(), recorded if data.on_error == "skip_file" else None)
@@ -23,7 +23,7 @@ def open_source(data: Data, retry: Retry | None = None, recorded: dict[str, Any]
 
 
 def pinned(data: Data) -> Data:
-    """The section with `data.revision` as a commit, if it names a dataset of the Hub."""
+    """The section with `data.revision` resolved to a commit, for a dataset of the Hugging Face Hub."""
     if data.source != "huggingface":
         return data
     from swamla_titan.data.sources.huggingface import commit_of

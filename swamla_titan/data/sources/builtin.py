@@ -1,4 +1,4 @@
-"""The source that is always there: the topics of Python's own documentation."""
+"""A source that needs no files: the topics of Python's own documentation."""
 
 import hashlib
 import platform
@@ -14,7 +14,7 @@ from swamla_titan.errors import UserError
 
 @dataclass(frozen=True)
 class Topic:
-    """A topic of the documentation, a unit of one document."""
+    """A topic of the documentation: a unit of one document."""
 
     name: str
     text: str
@@ -36,7 +36,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
             "Use data.source = local with text of your own."
         ) from error
     units = [Topic(name, text) for name, text in sorted(topics.items())]
-    # The text changes with Python's version, and it is small: hash it whole.
+    # All of the text is hashed, because it is small and changes with Python's version.
     digest = hashlib.blake2b(digest_size=16)
     for unit in units:
         digest.update(f"{unit.name}\0{unit.text}\0".encode())

@@ -1,12 +1,12 @@
-"""What a file is, by its first bytes: text in UTF-8, or something that must not be trained on."""
+"""Recognizes by its first bytes whether a file is text in UTF-8, or something that must not be trained on."""
 
 from typing import NamedTuple
 
 from swamla_titan.data.document import decode_utf8
 
-HEAD_BYTES = 64 << 10  # of each file that are checked, once, when the data are opened
+HEAD_BYTES = 64 << 10  # of each file are checked, once, when the data are opened
 
-# Above these shares, and above FEW, a file is not text in UTF-8; below them what is wrong is replaced and counted.
+# A file with larger shares of such bytes, and more than FEW, is not text in UTF-8; else they are replaced and counted.
 # Latin-1 spends 1 to 5% of its bytes on accented letters; UTF-16 of any script has a control byte in every other word.
 MOST_UNDECODABLE, MOST_CONTROL = 1 / 200, 1 / 20
 FEW = 10
@@ -37,14 +37,14 @@ _SIGNATURES = [
 
 
 class Finding(NamedTuple):
-    """What a file is instead of text in UTF-8, and what to do about it."""
+    """What a file is if it is not text in UTF-8, and what to do about it."""
 
     what: str
     advice: str
 
 
 def other_than_text(head: bytes) -> Finding | None:
-    """What a file that begins with `head` is, if it is not text in UTF-8, whole or nearly so."""
+    """What a file that begins with `head` is; None if it is text in UTF-8, entirely or nearly."""
     for signature, what, advice in _SIGNATURES:
         if head.startswith(signature):
             return Finding(what, advice)
@@ -52,7 +52,7 @@ def other_than_text(head: bytes) -> Finding | None:
         return Finding("bzip2 data", _DECOMPRESS)
     if head and not head.strip(b"\x00"):
         return Finding("nothing but NUL bytes", "Write or download it again, or remove it")
-    # A tail of NULs is no mark of an encoding: file systems leave one where a machine failed while it wrote.
+    # NULs at the end do not show an encoding: file systems leave them if a machine failed during a write.
     head = head.rstrip(b"\x00") if len(head) - len(head.rstrip(b"\x00")) > FEW else head
     control = len(head) - len(head.translate(None, _CONTROL))
     if control > FEW and control > MOST_CONTROL * len(head):

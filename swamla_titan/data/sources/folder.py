@@ -1,4 +1,4 @@
-"""Which files of a folder are data: by their endings, without those that only describe the data beside them."""
+"""Selects the data files of a folder by their endings, without files that only describe the data."""
 
 import os
 import re
@@ -12,10 +12,10 @@ TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
 KNOWN = (*TEXT, *JSON_LINES, *PARQUET)
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
 COMPRESSED = tuple(kind + packed for kind in KNOWN for packed in PACKED)
-# Data that is not read here: where it lies, a README is about it.
+# Data that is not read here; a README beside such files describes them.
 OTHER_DATA = (".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".tar", ".bin", ".npy", ".h5", ".warc", *PACKED)
 
-# Files of these names describe the data, or the package that they came in.
+# Files of these names describe the data or their package.
 _ABOUT_TEXT = re.compile(
     r"((read[-_ ]?me|licen[cs]es?|copying|change[-_ ]?log|requirements|third[-_ ]?party)([-_. ][\w.-]{0,24})?"
     r"|copyrights?|notices?|changes|release[-_ ]?notes|authors|contributors|contributing|citations?|maintainers"
@@ -28,7 +28,7 @@ _ABOUT_JSON = re.compile(
     r"|.*[-_.]?stat(istic)?s|.*[-_.]?config|package(-lock)?|composer|tokenizer|vocab|special_tokens_map"
     r"|.*\.safetensors\.index|.*\.info)\.json"
 )
-# So do all files in folders of these names: tables' logs, unfinished output, packages' own.
+# So do all files in folders of these names: logs of tables, unfinished output, metadata of packages.
 _ABOUT_FOLDER = re.compile(
     r"_temporary|_delta_log|_spark_metadata|_change_data|__macosx|__pycache__|.*\.(egg-info|dist-info)"
 )
@@ -36,16 +36,16 @@ _ABOUT_FOLDER = re.compile(
 
 @dataclass(frozen=True)
 class Listing:
-    """What there is below the folder `root`; sorted names relative to it."""
+    """The files below the folder `root`, as sorted names relative to it."""
 
     root: str
     names: list[str]  # to be read
-    about: list[str]  # that describe them
+    about: list[str]  # that describe the data
     unknown: list[str]  # of other kinds
 
 
 def find_files(path: str, setting: str) -> Listing:
-    """The files at `path`. UserError if there is none to read, or a compressed one that would be missed.
+    """Find the files at `path`; UserError if there is none to read, or a compressed one that would be left out.
 
     `setting` names the configuration key that `path` came from.
     """
@@ -84,12 +84,12 @@ def find_files(path: str, setting: str) -> Listing:
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """The first of some names, for people."""
+    """The first of some names, for a message."""
     return ", ".join(one_line(name[:100]) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def special_kind(mode: int) -> str:
-    """What a file that is no regular one is, in words."""
+    """The kind of a file that is not regular, in words."""
     kinds = [(stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder")]
     return next((words for test, words in kinds if test(mode)), "a device")
 
@@ -105,7 +105,7 @@ def _mode(path: str, setting: str) -> int:
 
 
 def _hint(path: str) -> str:
-    """What may be meant by a path that leads nowhere."""
+    """A hint on what may be meant by a path that does not exist."""
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
     if "://" in path:
@@ -120,13 +120,13 @@ def _hint(path: str) -> str:
 
 
 def _below(path: str, setting: str) -> list[str]:
-    """Names of all files below a folder, sorted; hidden ones, and those in hidden folders, are not listed."""
+    """Sorted names of all files below a folder, except hidden ones and those in hidden folders."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{setting}: {error.filename} cannot be read: {error.strerror}") from error
 
     found: list[str] = []
-    seen: set[str] = set()  # folders: links may lead to one twice, or around in a circle
+    seen: set[str] = set()  # folders, because links may lead to one twice, or in a circle
     for folder, folders, files in os.walk(path, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if os.path.realpath(folder) in seen:
@@ -138,9 +138,9 @@ def _below(path: str, setting: str) -> list[str]:
 
 
 def _about(readable: list[str], found: list[str]) -> set[str]:
-    """Which of the readable files describe the data: of JSON beside any others, of text beside records or other data.
+    """The readable files that describe the data: JSON files beside any others, text files beside records or other data.
 
-    A folder of nothing but text is read whole, its README as well.
+    In a folder of text alone all files are data, a README included.
     """
     suspects = {name for name in readable if _is_about(name)}
     data = [name for name in readable if name not in suspects]

@@ -1,4 +1,4 @@
-"""Datasets read with Hugging Face's `datasets`, streamed: from the Hub, or from a local folder."""
+"""Datasets that Hugging Face's `datasets` streams, from the Hub or from a local folder."""
 
 import hashlib
 import itertools
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None) -> Source:
-    """One split of a dataset; a unit is a shard, as `datasets` counts them (a file, or a row group of one)."""
+    """Open one split of a dataset; a unit is a shard of `datasets` (a file, or a row group of one)."""
     import datasets  # takes a second, and only this source needs it
 
     if not data.path:
@@ -54,7 +54,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
             _without_commit.pop(path),
         )
     columns, reads_text = dataset.column_names, _reads_only(builder)
-    # The columns are those of the first file. Where files are skipped, it may be one without the column.
+    # The columns are those of the first file, which may lack the column if files are skipped.
     if columns is not None and not (skips_files and reads_text):
         _require_column(label, key, columns)
     if reads_text:  # whatever the first file holds
@@ -65,7 +65,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
     if not skips_files:
         for name, size in files:
             if size and name.endswith(_PLAIN_TEXT) and name not in unread:
-                require_text(os.path.join(path, name))  # what decodes may still be none, as UTF-16 often does
+                require_text(os.path.join(path, name))  # because other encodings, such as UTF-16, often decode
     files = _as_recorded(recorded, files, count) if is_folder else []
     content = files if is_folder else (path, data.revision or None)  # a folder may move
 
@@ -91,7 +91,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
 
 
 def _load(data: Data, path: str, text_alone: Any) -> tuple[Any, Any]:
-    """The streamed dataset, and what reads its files."""
+    """Load the streamed dataset, and the builder that reads its files."""
     import datasets
 
     skips_files = data.on_error == "skip_file"
@@ -108,21 +108,21 @@ def _load(data: Data, path: str, text_alone: Any) -> tuple[Any, Any]:
     except Exception:
         if not skips_files:
             raise
-        # The first file is read to see which columns there are, and may be the one to skip.
+        # `datasets` reads the columns from the first file, which may be the one to skip.
         dataset = load(features=text_alone)
     builder = _builder_of(dataset)
     _read_only(builder, data.text_key)
     if dataset.num_shards < data.streams and hasattr(dataset, "reshard"):
-        # By row groups instead of files, where the format allows it; it opens every file, which is only worth its time
-        # while there are too few shards for the streams.
-        with suppress(*([Exception] if skips_files else [])):  # a file to skip cannot be opened
+        # Shards become row groups instead of files, if the format allows it. That opens every file, which is worth its
+        # time only if there are too few shards for the streams.
+        with suppress(*([Exception] if skips_files else [])):  # a file that is to be skipped cannot be opened
             dataset = dataset.reshard()
     return dataset, builder
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard `number` of `count`, which is called `file`. A position holds the state of its reader, as text."""
+    """Shard `number` of `count`, called `file` in messages. A position holds the state of its reader, as text."""
 
     dataset: Any
     number: int
@@ -155,7 +155,7 @@ class Shard:
             if row is None:
                 return
             if ordinal % every == offset:
-                # The state as text, because it is stored as it is, and nothing else reads it.
+                # The state is stored as text, because nothing else reads it.
                 after = {"ordinal": ordinal + 1, "state": json.dumps(shard.state_dict())}
                 text, replaced = self._text(row, place)
                 yield Document(text, ordinal, after, replaced)
@@ -179,7 +179,7 @@ class Shard:
 
 
 def _loaded(label: str, load: Callable[[], Result], retry: Retry) -> Result:
-    """`load()`, retried while the network does not answer. Raises UserError if it fails for good."""
+    """Run `load()` with retries while the network does not answer; UserError if it fails for good."""
     file = f"data.path, data.name, data.split: {label}"
 
     def attempt() -> Result:
@@ -187,7 +187,7 @@ def _loaded(label: str, load: Callable[[], Result], retry: Retry) -> Result:
             return load()
         except Exception as error:  # whatever lies below: HTTP, file system, parser, builder
             fault = _cache_fault(file, "", error) or network_fault(file, "", error)
-            # A wrong key looks like many things, but a network that is down says so.
+            # A wrong key gives all kinds of errors, but a network that is down can be recognized.
             fault.may_pass = isinstance(fault, Unreachable)
             raise fault from error
 
@@ -198,9 +198,9 @@ def _loaded(label: str, load: Callable[[], Result], retry: Retry) -> Result:
         if fault.of_machine:
             raise
         tried = f" ({fault.tried})" if fault.tried else ""
-        # All of it: what there is to choose from stands in later lines.
+        # All lines, because the later ones name the valid choices.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:600].rstrip(".:")
-        if isinstance(error, StopIteration):  # of looking for a first row
+        if isinstance(error, StopIteration):  # there was no first row
             reason = "its files hold no data"
         advice = "Check the three keys and the network"
         if "save_to_disk" in reason:
@@ -218,7 +218,7 @@ def _require_column(label: str, text_key: str, columns: list[str]) -> None:
 
 
 def _cache_fault(file: str, place: str, error: Exception) -> Fault | None:
-    """The fault if what could not be opened is in the folder that `datasets` keeps things in, or is above it."""
+    """The fault if a path in the cache folder of `datasets`, or above it, could not be opened; else None."""
     import datasets
 
     cache = Path(datasets.config.HF_CACHE_HOME).absolute()
@@ -232,9 +232,9 @@ def _cache_fault(file: str, place: str, error: Exception) -> Fault | None:
 
 
 def commit_of(path: str, revision: str) -> str:
-    """The commit that a revision (empty: the newest) of a dataset means, so that a whole run reads the same one.
+    """Resolve a revision of a dataset (empty: the newest) to a commit, so that a whole run reads the same one.
 
-    For a folder, and where the Hub cannot be asked, the revision as it is.
+    Returns the revision unchanged for a folder, or if the Hub does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -242,17 +242,17 @@ def commit_of(path: str, revision: str) -> str:
         return revision
     try:
         return HfApi().dataset_info(path, revision=revision or None, timeout=30).sha or revision
-    except Exception as error:  # offline, or no such dataset: loading it shows which
+    except Exception as error:  # offline, or no such dataset, which loading will show
         _without_commit[path] = with_name(error)
         return revision
 
 
-# Datasets whose commit could not be asked for, and why: a warning once they are open, beside no error of theirs.
+# Why the commit of a dataset is not known; a warning once it is open, because an error in opening it says more.
 _without_commit: dict[str, str] = {}
 
 
 def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
-    """(name, bytes) of the files below a folder; UserError for a pipe or a device, on which `datasets` would hang."""
+    """(name, bytes) of the files below a folder; UserError for a pipe or a device, because `datasets` would hang."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=False):
         folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk continues with what is left here
@@ -269,12 +269,12 @@ def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
 
 
 def _builder_of(dataset: Any) -> Any:
-    """What reads the files of a streamed dataset; None where that is no builder of tables."""
+    """The builder that reads the files of a streamed dataset; None if it builds no tables."""
     return getattr(getattr(getattr(dataset, "_ex_iterable", None), "generate_tables_fn", None), "__self__", None)
 
 
 def _unread(folder: str, files: list[tuple[str, int]], builder: Any) -> list[str]:
-    """Files of a folder that no split has: where it holds several formats, `datasets` reads the most frequent one."""
+    """Files of a folder that are in no split, because `datasets` reads only the most frequent of several formats."""
     splits = getattr(getattr(builder, "config", None), "data_files", None)
     if not isinstance(splits, dict):
         return []
@@ -283,25 +283,25 @@ def _unread(folder: str, files: list[tuple[str, int]], builder: Any) -> list[str
 
 
 def _reads_only(builder: Any) -> bool:
-    """Whether `_read_only` has an effect on a builder."""
+    """Whether `_read_only` can change a builder."""
     return hasattr(builder, "_cast_table")
 
 
 def _read_only(builder: Any, text_key: str) -> None:
-    """Have a builder read one column, as strings, if it can.
+    """Make a builder read one column, as strings, if it can.
 
-    It would cast every file to the columns and types of the first one, and refuse the file where a column that nobody
-    reads has another type.
+    Without this it would cast every file to the columns and types of the first one, and reject files in which an unused
+    column has another type.
     """
     if not _reads_only(builder):
         return
     builder._cast_table = partial(_only_column, text_key)
     if getattr(getattr(builder, "config", None), "columns", ()) is None:
-        builder.config.columns = [text_key]  # of parquet, where the others need not even be read
+        builder.config.columns = [text_key]  # of parquet, whose other columns need not be read
 
 
 def _only_column(text_key: str, table: pa.Table, **unused: Any) -> pa.Table:
-    """A table of the column of text alone, in place of a builder's own cast of all columns."""
+    """Replaces a builder's cast of all columns: a table of the text column alone."""
     count = table.column_names.count(text_key)
     if count != 1:
         there = listed(table.column_names, 20) or "none"
@@ -336,8 +336,10 @@ _OTHERS = "Where other files have it, correct this one or remove it; else set da
 def _as_recorded(
     recorded: dict[str, Any] | None, files: list[tuple[str, int]], num_units: int
 ) -> list[tuple[str, int]]:
-    """The files of a folder as they were when the run began, if they are those but for their sizes: a file that was cut
-    is still the run's. Otherwise as they are now, which makes it another dataset."""
+    """The files as they were when the run began, if only sizes differ; otherwise as they are now: another dataset.
+
+    A file that was truncated is still a file of the run.
+    """
     before = [(name, size) for name, size in (recorded or {}).get("files", [])]
     if (recorded or {}).get("units") != num_units or [name for name, _ in before] != [name for name, _ in files]:
         return files
@@ -348,18 +350,17 @@ def _as_recorded(
 
 
 def _disable_retries() -> None:
-    """Have `datasets` raise errors at once, because its own retries take minutes without a log line and end at a time
-    that nobody has set."""
+    """Make `datasets` raise errors at once; its own retries take minutes without a log line, at limits of its own."""
     import datasets
 
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it would log of a fault, the fault itself says
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # because faults report the same
     for name in ("STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"):
         setattr(datasets.config, name, 1)
     for name in vars(datasets.config).keys() & _WAITS:
         setattr(datasets.config, name, 0)
 
 
-# Seconds that it would sleep after the last try as well; which of them there are depends on its version.
+# Seconds that it would sleep even after the last try; which of these names exist depends on its version.
 _WAITS = {
     "STREAMING_READ_RETRY_INTERVAL",
     "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL",

@@ -1,4 +1,4 @@
-"""Files and folders on disk."""
+"""The source of local files and folders."""
 
 import hashlib
 import os
@@ -17,25 +17,24 @@ from swamla_titan.data.sources.parquet import NoTextColumn, RowGroup, row_groups
 from swamla_titan.data.sources.text import FileRange, WholeFile, require_text
 from swamla_titan.errors import UserError
 
-# Files of many documents are cut in ranges of this many bytes. A stream of a corpus that is not counted reads whole
-# ranges: enough of them that half a range more or less is little, not so many that opening files costs more than
-# reading them.
+# Files of many documents are cut into ranges of this many bytes. If tokens are not counted, streams read full ranges:
+# so many that half a range more or less is little, and not so many that opening files costs more than reading them.
 MIN_RANGE, MAX_RANGE = 16 << 10, 16 << 20
 RANGES_PER_STREAM = 64
 
 SKIPPING = 'data.on_error = "skip_file" skips such files'
 
-Entry = dict[str, Any]  # what is remembered of a file: name, bytes, of parquet its row groups, "lost" where unreadable
+Entry = dict[str, Any]  # a file in the data record: name, bytes, row groups of parquet, "lost" if it is unreadable
 Result = TypeVar("Result")
 
 
 def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None) -> Source:
-    """A file, or every file below a folder that holds data (see folder.py), sorted by path.
+    """Open a file, or all data files below a folder (see folder.py), sorted by path.
 
     A file that cannot be opened raises its DataFault, or with data.on_error = "skip_file" has no units. `recorded` is
-    the `Source.record` of when the run began: files that were there then are divided as they were, those of another
-    size or gone as well, because reading finds the damage. That, too, is for "skip_file" only; others are to see that
-    their data have changed.
+    the `Source.record` of the run's beginning. Files in it are divided as they were then, even if they are missing or
+    have another size, because reading finds the damage. Only "skip_file" uses it; other runs should notice that their
+    data have changed.
     """
     return open_local(data, data.path, retry=retry, recorded=recorded)
 
@@ -48,11 +47,11 @@ def open_local(
     recorded: dict[str, Any] | None = None,
     entries: list[Entry] | None = None,
 ) -> Source:
-    """Local files at `path`, which the key `setting` names; see `open_source`.
+    """Open local files at `path`, the value of the key `setting`; see `open_source`.
 
-    `entries`, from `Source.record`, names the files to read instead of looking for them.
+    `entries`, from a `Source.record`: the files to read, without a search for others.
     """
-    looked_for = entries is None  # those that a run had before may be lost by now
+    looked_for = entries is None  # recorded files may be unreadable by now
     if entries is None:
         opening = _Opening(data, setting, retry or Retry(), find_files(path, setting))
         entries = opening.entries(recorded)
@@ -82,7 +81,7 @@ def open_local(
 
 
 class _Opening:
-    """Looks at files, and remembers those that cannot be read, where they may be skipped."""
+    """Opens files, and collects the faults of those that are skipped because they cannot be read."""
 
     def __init__(self, data: Data, setting: str, retry: Retry, listing: Listing) -> None:
         self._data, self._setting, self._retry, self._listing = data, setting, retry, listing
@@ -92,8 +91,7 @@ class _Opening:
         self._special: list[str] = []  # names of what is no regular file
 
     def entries(self, recorded: dict[str, Any] | None) -> list[Entry]:
-        """What is to be remembered of each file: as it is now, or if the run began with it and some of those files are
-        still whole, as it was then."""
+        """The entry of each file: as it was when the run began, if some of its files are intact, else as it is now."""
         now = self._sizes()
         before = {entry["name"]: entry for entry in (recorded or {}).get("files", [])}
         if not any(now.get(name) == entry["bytes"] for name, entry in before.items() if "lost" not in entry):
@@ -108,8 +106,10 @@ class _Opening:
         return [entry for _, entry in sorted({**before, **found}.items())]
 
     def _sizes(self) -> dict[str, int]:
-        """{name: bytes, -1 where that cannot be read} of the files listed. Only regular ones are ever opened, because
-        reading a pipe or a device may never end."""
+        """{name: bytes, -1 if it cannot be read} of the files listed.
+
+        Only regular files are opened, because reading a pipe or a device may never end.
+        """
         sizes: dict[str, int] = {}
         for name in self._listing.names:
             found = self._opened(partial(_status, os.path.join(self._listing.root, name)), None)
@@ -122,7 +122,7 @@ class _Opening:
         return sizes
 
     def _entry(self, file: str, name: str, size: int) -> Entry:
-        """What is to be remembered of a file as it is now."""
+        """The entry of a file as it is now."""
         entry: Entry = {"name": name, "bytes": max(0, size)}
         is_good: bool | None = size >= 0
         if size >= 0 and name.lower().endswith(PARQUET):
@@ -135,15 +135,17 @@ class _Opening:
         return entry
 
     def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
-        """`work()`, retried; where it fails for good and files may be skipped, `otherwise`."""
+        """Run `work()` with retries; returns `otherwise` if it fails for good and the file may be skipped."""
         try:
             return self._retry.call(work)
-        except DataFault as fault:  # a file that merely does not answer is not skipped for a whole run
+        except (
+            DataFault
+        ) as fault:  # not Unreachable: such a file may answer later, and would be skipped in all of the run
             self._skip(fault)
             return otherwise
 
     def _skip(self, fault: DataFault) -> None:
-        """Remember the fault of a file that is skipped, or raise it."""
+        """Add the fault of a file that is skipped, or raise it."""
         if not self._skips:
             if self._may_skip and len(self._listing.names) > 1 and not isinstance(fault, NoTextColumn):
                 fault.advice = ". ".join(part for part in (fault.advice, SKIPPING) if part)
@@ -151,7 +153,7 @@ class _Opening:
         self.faults.append(fault)
 
     def _compare_with_others(self, fault: NoTextColumn, now: dict[str, int]) -> None:
-        """Where another file has the column of text, the fault is the file's, not the key's."""
+        """Change the advice if another file has the text column: then the file is at fault and not the key."""
         for name in now:
             file = self._path(name)
             if not name.lower().endswith(PARQUET) or file == fault.file:
@@ -170,7 +172,7 @@ class _Opening:
         range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * data.streams))))
         for entry in entries:
             name, size, file = entry["name"].lower(), entry["bytes"], self._path(entry["name"])
-            if "lost" in entry:  # it has no units, also when it is readable again: the order must not change in a run
+            if "lost" in entry:  # no units, even if it is readable again, because the order must not change in a run
                 continue
             if name.endswith(PARQUET):
                 for number, (group_bytes, rows) in enumerate(entry["groups"]):
@@ -179,7 +181,7 @@ class _Opening:
             elif name.endswith(cut_in_ranges):
                 json_key = data.text_key if name.endswith(JSON_LINES) else None
                 separator = b"\n" if json_key is not None else data.text_separator.encode(errors="surrogateescape")
-                # Each range finds where its first document begins, so that the file need not be read here.
+                # Each range finds its first document, so that the file need not be read here.
                 for start in range(0, size, range_size):
                     end = min(size, start + range_size)
                     yield entry, FileRange(file, size, start, end, separator, most, json_key), end - start
@@ -194,7 +196,7 @@ class _Opening:
         return os.path.join(self._listing.root, name.replace("/", os.sep))
 
     def description(self, entries: list[Entry], num_units: int) -> str:
-        """What there is to read, and what is not read, in a line for the log."""
+        """A log line on what is read, and what is not."""
         whole = [entry["bytes"] for entry in entries if "lost" not in entry]
         found = f"{counted(len(whole), 'file')}, {readable_size(sum(whole))} in {counted(num_units, 'unit')}"
         listing = self._listing

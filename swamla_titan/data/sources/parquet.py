@@ -1,4 +1,4 @@
-"""Parquet files: each row group is a unit."""
+"""Parquet files: a row group is a unit."""
 
 import os
 from collections.abc import Iterator
@@ -22,17 +22,17 @@ from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
 from swamla_titan.data.sources.folder import listed
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
-MOST_ROWS = 256  # the same, in rows: equal texts may be stored once, so a row may hold more than its share of the bytes
+MOST_ROWS = 256  # decoded at a time, because equal texts may be stored once, so that rows hold more bytes than the file
 
 
 class NoTextColumn(DataFault):
-    """A whole file without a column of text of the name asked for: it, or the name, is wrong."""
+    """A valid file has no text column of the name in data.text_key; one of both is wrong."""
 
 
 def row_groups(path: str, column: str) -> list[list[int]]:
     """[bytes of text as the file encodes it, rows] of each row group.
 
-    DataFault if it is no parquet file, or its text column does not hold text; NoTextColumn if it has none.
+    DataFault if it is not a parquet file, or its text column does not hold text; NoTextColumn if it has none.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -50,7 +50,7 @@ def row_groups(path: str, column: str) -> list[list[int]]:
                 _require_text(path, column, file)
     except Fault:
         raise
-    except Exception as error:  # pyarrow raises many kinds for bytes that make no sense
+    except Exception as error:  # pyarrow raises many kinds for invalid bytes
         raise _fault(path, "", error) from error
     return found
 
@@ -58,13 +58,13 @@ def row_groups(path: str, column: str) -> list[list[int]]:
 def is_any(kind: pa.DataType, names: list[str]) -> bool:
     """Whether a column's type is one of these (names of functions of pyarrow.types), or a dictionary of such values."""
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
-    # The views came later than the oldest pyarrow supported.
+    # The oldest pyarrow supported has no views.
     return any(getattr(pa.types, name)(values) for name in names if hasattr(pa.types, name))
 
 
 STRING_TYPES = ["is_string", "is_large_string", "is_string_view"]
 _BINARY_TYPES = ["is_binary", "is_large_binary", "is_binary_view"]
-# A column of nulls alone is what writers make of texts that are all missing: so many empty documents.
+# Writers make a column of nulls of texts that are all missing; these are empty documents.
 _TEXT_TYPES = [*STRING_TYPES, "is_null", *_BINARY_TYPES]
 
 
@@ -92,21 +92,20 @@ def _require_text_column(path: str, column: str, schema: pa.Schema) -> None:
 
 
 def _is_signed(path: str, metadata: pq.FileMetaData) -> bool:
-    """Whether there is more in the footer than metadata. The program would end in the middle of pyarrow if it asked for
-    the metadata of an encrypted column."""
+    """Whether the footer has more than metadata; pyarrow would abort the process on metadata of an encrypted column."""
     with open(path, "rb") as file:
         file.seek(-8, os.SEEK_END)
         return int.from_bytes(file.read(4), "little") != int(metadata.serialized_size)
 
 
 def _leaf(metadata: pq.FileMetaData, column: str) -> int | None:
-    """The number of a top-level column among those that are stored: nested columns may hold the same name."""
+    """The index of a top-level column among stored columns; nested columns may have the same name."""
     paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     return paths.index(column) if column in paths else None
 
 
 def _require_text(path: str, column: str, file: pq.ParquetFile) -> None:
-    """DataFault if the first values of a binary column are something else than text."""
+    """Raise DataFault if the first values of a binary column are not text."""
     head = b""
     for batch in file.iter_batches(16, columns=[column], use_threads=False):
         for value in _values(batch, column):
@@ -114,7 +113,7 @@ def _require_text(path: str, column: str, file: pq.ParquetFile) -> None:
                 break
             value = value.as_py() or b""
             head += value[:HEAD_BYTES]
-            # A signature stands at the beginning of a value, and the first one is usually like all others.
+            # Checked at the first values, because a signature is at the beginning of a value, and values are alike.
             if other := other_than_text(head):
                 raise DataFault(path, f'column "{column}"', f"it holds {other.what}", other.advice)
         if head:
@@ -122,7 +121,7 @@ def _require_text(path: str, column: str, file: pq.ParquetFile) -> None:
 
 
 def _values(batch: pa.RecordBatch, column: str) -> Any:
-    """The column as bytes: pyarrow would raise for strings that are no UTF-8, here they are replaced and counted."""
+    """The column as bytes, because pyarrow would raise for invalid UTF-8, which is replaced and counted here."""
     values = batch.column(batch.schema.get_field_index(column))
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -131,7 +130,7 @@ def _values(batch: pa.RecordBatch, column: str) -> Any:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows of one row group; a document is a row. To continue from a row, the rows before it are decoded too."""
+    """A row group, whose rows are documents. To continue from a row, the rows before it are decoded too."""
 
     path: str
     size: int  # of the file
@@ -177,10 +176,10 @@ class RowGroup:
 
 
 def _fault(path: str, place: str, error: Exception) -> Fault:
-    """What is wrong with a file that pyarrow does not read."""
+    """The fault of a file that pyarrow cannot read."""
     if fault := fault_of_machine(path, place, error):
         return fault
-    # For pages that make no sense pyarrow raises an OSError without a number.
+    # For invalid pages pyarrow raises an OSError without a number.
     if isinstance(error, OSError) and error.errno is not None:
         return refused(path, place, error)
     with readable(path), open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Text files as units: whole files, and byte ranges of files of many documents."""
+"""Units of text files: full files, and byte ranges of files of many documents."""
 
 import json
 import os
@@ -40,11 +40,11 @@ class WholeFile:
 
 @dataclass(frozen=True)
 class FileRange:
-    """The documents that start in bytes [start, end) of a file in which `separator` stands between documents.
+    """The documents that start in bytes [start, end) of a file whose documents `separator` separates.
 
-    Separators that overlap are one border: all of "\\n\\n\\n" stands between two documents where "\\n\\n" separates
-    them. Where the borders are is thus seen from the bytes around them, without reading the file from its beginning, so
-    neighbouring ranges meet exactly: no document is lost, read twice or cut differently, however the ranges are chosen.
+    Overlapping separators are one border: with "\\n\\n", all of "\\n\\n\\n" separates two documents. So the bytes
+    around a border determine it, without reading the file from its beginning, and neighbouring ranges meet exactly: no
+    document is lost, read twice or cut differently, however the ranges are chosen.
     """
 
     path: str
@@ -53,7 +53,7 @@ class FileRange:
     end: int
     separator: bytes
     max_document_bytes: int
-    json_key: str | None = None  # a line is a JSON object, and this field of it the text; None: plain text
+    json_key: str | None = None  # lines are JSON objects with the text in this field; None: plain text
 
     @property
     def num_documents(self) -> None:
@@ -61,12 +61,12 @@ class FileRange:
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         with readable(self.path), open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > self.size:  # what is cut short is read up to there
+            if os.fstat(file.fileno()).st_size > self.size:  # a truncated file is read up to its end
                 raise of_another_size(self.path, self.size)
             start = position["byte"] if position else self._first_start(file)
             ordinal = position["ordinal"] if position else 0
             for data, at, after in self._split(file, start):
-                if at == 0 or self.json_key is not None:  # files with a mark may have been joined
+                if at == 0 or self.json_key is not None:  # files with a byte order mark may have been concatenated
                     data = data.removeprefix(BOM)
                 if not data or data.isspace():
                     continue
@@ -76,14 +76,14 @@ class FileRange:
                 ordinal += 1
 
     def _first_start(self, file: BinaryIO) -> int:
-        """First byte at or after `start` that follows a border; the file's first byte and its end count as well."""
+        """The first byte at or after `start` that follows a border; the file's first byte and its end count as such."""
         if self.start == 0:
             return 0
-        # A border that ends at `start` or later holds a separator from here on, and any of its separators leads to its
-        # end; what lies before the first one is the rest of an earlier range's document.
+        # A border that ends at `start` or later has a separator from here on, and each of its separators leads to its
+        # end. What is before the first separator is the rest of an earlier range's document.
         begin = max(0, self.start - len(self.separator))
         if not self._holds_separator(file, begin):
-            # All of it lies in one document.
+            # The range is in the middle of one document.
             if self.end - self.start > self.max_document_bytes:
                 raise self._too_large(self.start)
             return self.end
@@ -91,7 +91,7 @@ class FileRange:
         return after
 
     def _holds_separator(self, file: BinaryIO, begin: int) -> bool:
-        """Whether one starts in bytes [begin, end): a long document is not read to its end by each of its ranges."""
+        """Whether a separator starts in bytes [begin, end), so that not each range reads a long document to its end."""
         file.seek(begin)
         at, kept = begin, b""
         while at < self.end + len(self.separator) - 1:
@@ -105,9 +105,9 @@ class FileRange:
         return False
 
     def _split(self, file: BinaryIO, start: int) -> Iterator[tuple[bytes, int, int]]:
-        """(document, its first byte, first byte after it and the border behind it), for each that starts before `end`.
+        """Yield (document, its first byte, first byte after the border behind it) for each that starts before `end`.
 
-        A border that reaches `end` is followed no further: no document behind it is of this range.
+        A border that reaches `end` is not followed further, because the document behind it is not in this range.
         """
         file.seek(start)
         buffer = bytearray()
@@ -116,7 +116,7 @@ class FileRange:
         while at < self.end:
             found = buffer.find(self.separator, searched)
             if found < 0:
-                # What was searched is not searched again, but for a separator that the next chunk may complete.
+                # Only a separator that the next chunk may complete is searched again.
                 searched = max(0, len(buffer) - len(self.separator) + 1)
                 if len(buffer) - len(self.separator) > self.max_document_bytes:
                     raise self._too_large(at)
@@ -136,7 +136,7 @@ class FileRange:
             searched = 0
 
     def _border_end(self, file: BinaryIO, buffer: bytearray, at: int, found: int) -> int:
-        """Where the border ends that begins with the separator at place `found` of the buffer."""
+        """The end of the border that begins with the separator at index `found` of the buffer."""
         length = len(self.separator)
         while length > 1 and at + found + length < self.end:
             overlapping = found + 2 * length - 1  # the end of the last separator that would overlap this one
@@ -149,7 +149,7 @@ class FileRange:
         return found + length
 
     def _fill(self, file: BinaryIO, buffer: bytearray, at: int) -> bool:
-        """Reads on into the buffer, which begins with byte `at`; False at the end of the file."""
+        """Append the next bytes to the buffer, which begins with byte `at`; returns False at the end of the file."""
         there = at + len(buffer)
         size = min(CHUNK, max(self.end - there, BEYOND), self.size - there)
         if size <= 0:
@@ -189,7 +189,7 @@ class FileRange:
         return value, replaced + surrogates
 
     def _json_advice(self, data: bytes) -> str:
-        """What to do about a line that is no JSON object."""
+        """What to do about a line that is not a JSON object."""
         start = data.strip()[:1]
         if start == b"[":
             return "If the file is one JSON array, write its objects a line each: jq -c '.[]' FILE > NEW.jsonl"
@@ -206,7 +206,7 @@ class FileRange:
         return too_large(self.path, self._place(max(at, self.start)), None, self.max_document_bytes, advice)
 
     def _place(self, at: int) -> str:
-        """A byte of the file, for people: of JSON its line. Lines are counted only now, when there is a fault."""
+        """The place of a byte, for a message: of JSON its line, which is counted only for a fault."""
         if self.json_key is None:
             return f"from byte {at}"
         lines = 1
@@ -223,19 +223,19 @@ def _loaded(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # an integer of more digits than Python converts; it is not the text, so it may be rounded
+    except ValueError:  # an integer has more digits than Python converts; it is not the text, so rounding does no harm
         return json.loads(text, parse_int=float)
 
 
 def _shown(value: object) -> str:
-    """The beginning of a JSON value, however deep or long."""
+    """The beginning of a JSON value, for a message."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     return json.dumps(value)[:60]
 
 
 def require_text(path: str) -> bool:
-    """DataFault if a file begins with other bytes than text."""
+    """Raise DataFault if a file does not begin with text; returns True."""
     with readable(path), open(path, "rb") as file:
         other = other_than_text(file.read(HEAD_BYTES))
     if other:
