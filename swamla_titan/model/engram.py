@@ -276,7 +276,7 @@ class Engram(Annex):
         """Stream [B, t, dim] and memory [B, t, d_mem] -> gated values [B, t, dim] and the gate [B, t]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         query, key = x.to(wide), self.key(memory).to(wide)
-        # Sums over dim of what is not yet normed: one pass over both, and none in the backward pass.
+        # The norms scale the sum over dim: one kernel reads query and key, and the backward pass needs no further one.
         score = (query * key * (self.query_norm.gain(wide) * self.key_norm.gain(wide))).sum(dim=-1)
         score = score * inverse_rms(query) * inverse_rms(key) / math.sqrt(x.shape[-1])
         if self.sharpen_gate:

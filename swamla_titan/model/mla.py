@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads from one small latent."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one small latent gives all heads' keys and values."""
 
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ class MLACache:
         self.rope_keys[:, : rope_keys.shape[1]] = rope_keys
 
     def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token a sequence, [B, 1, R] and [B, 1, rope]; all slots: [B, S, R] and [B, S, rope]."""
+        """Store one token per sequence, [B, 1, R] and [B, 1, rope]; returns all slots, [B, S, R] and [B, S, rope]."""
         self.latents.index_copy_(1, self.clock.length, latents)
         self.rope_keys.index_copy_(1, self.clock.length, rope_keys)
         return self.latents, self.rope_keys
@@ -39,10 +39,10 @@ class MLACache:
 
 
 class SelectiveMLACache(MLACache):
-    """The same with one value per token: what later ones have selected of it (kernels/attention/selective.py).
+    """MLACache with one more value per token: how much later ones have selected it (kernels/attention/selective.py).
 
-    A cache with room for fewer tokens than come drops those of which most was selected, of each sequence by itself, but
-    never the first token of a sequence, nor the newest. Padding counts as selected without end, so it goes first.
+    Where there are more tokens than room, each sequence drops those that were selected most, but never its first token
+    nor the newest. Padding counts as selected infinitely, so it is dropped first.
     """
 
     def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
@@ -51,12 +51,12 @@ class SelectiveMLACache(MLACache):
         kind = torch.promote_types(dtype, torch.float32)
         self.room = max_tokens
         self.selected = torch.zeros(batch, max_tokens, dtype=kind, device=device)
-        # Slots of the first token and of the newest: [B, room], False there.
+        # [B, room]: True in the slot of the first token, and in that of the newest.
         self.is_first = torch.zeros(batch, max_tokens, dtype=torch.bool, device=device)
         self.is_newest = torch.zeros_like(self.is_first)
 
     def fill_selected(self, latents: Tensor, rope_keys: Tensor, selected: Tensor) -> None:
-        """`fill`, with what the prompts' tokens selected of each other, [B, T]."""
+        """`fill`, with how much the prompts' tokens selected each other, [B, T]."""
         index, starts = torch.arange(latents.shape[1], device=latents.device), self.clock.starts[:, None]
         selected = selected.masked_fill(index < starts, float("inf"))
         is_first, is_newest = index == starts, (index == index[-1]).expand_as(selected)
@@ -71,7 +71,7 @@ class SelectiveMLACache(MLACache):
             stored[:, : latents.shape[1]] = now
 
     def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token a sequence, as in MLACache, if need be in the place of another; all slots."""
+        """As in MLACache; once the cache is full, a token takes the slot of one that is dropped."""
         least_wanted = self.selected.masked_fill(self.is_first | self.is_newest, -1).argmax(dim=1, keepdim=True)
         slot = torch.where(self.clock.length < self.room, self.clock.length, least_wanted)  # [B, 1]
         for stored, now in ((self.latents, latents), (self.rope_keys, rope_keys)):
@@ -81,11 +81,11 @@ class SelectiveMLACache(MLACache):
         return self.latents, self.rope_keys
 
     def select(self, scores: Tensor) -> None:
-        """What the newest token selects, by the selecting head's scores [B, S]; of an empty slot it means nothing."""
+        """Add what the newest token selects, by the selecting head's scores [B, S]; `append` resets an empty slot."""
         self.selected += scores.relu().masked_fill(self.is_first | self.is_newest, 0)
 
     def next_mask(self) -> Tensor:
-        """As in MLACache: the slots in use, for what was selected without end has no weight."""
+        """As in MLACache: the slots in use, because what was selected infinitely has no weight."""
         in_use = torch.arange(self.room, device=self.selected.device) <= self.clock.length
         return in_use.expand(self.selected.shape[0], 1, 1, -1)
 

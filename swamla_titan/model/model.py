@@ -150,7 +150,7 @@ class SWAMLAModel(nn.Module):
     def context(
         self, seq_len: int, document_ids: Tensor | None = None, device: torch.device | None = None
     ) -> SequenceContext:
-        """The context of all blocks for a forward pass over `seq_len` tokens, on `device` (None: the weights')."""
+        """The context of all blocks for a forward pass of `seq_len` tokens, on `device` (None: the weights')."""
         device = device or self.device
         return self.sequences.context(
             self.config, seq_len, document_ids, device, self.activation_dtype, self.attention_backend

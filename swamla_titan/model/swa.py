@@ -1,4 +1,4 @@
-"""Sliding-window attention with sinks: local, with the first tokens of the document always in view."""
+"""Sliding-window attention with sinks: a query sees the newest keys and the first ones of its document."""
 
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ class SWACache:
 
     def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
         self.clock = clock
-        # Never more slots than there are tokens.
+        # At most as many slots as tokens.
         self.sink, self.window = min(config.swa_sink_size, max_tokens), min(config.swa_window, max_tokens)
         # Zeros and not empty: a slot that is masked still meets a weight of 0, and 0 * NaN is NaN.
         shape = (clock.starts.shape[0], self.sink + self.window, config.kv_heads, config.head_dim)
@@ -33,8 +33,8 @@ class SWACache:
         length = keys.shape[1]
         times = torch.arange(max(0, length - self.window), length, device=keys.device)
         ring = self.sink + times % self.window
-        # Past a short prompt's end this stores a key that is not the position's own; it is masked until `append`
-        # writes that position.
+        # Sink positions after a short prompt's end get the key of its last token; they are masked until `append` writes
+        # their own.
         sinks = torch.arange(self.sink, device=keys.device)
         at = (self.clock.starts[:, None] + sinks).clamp(max=length - 1)[:, :, None, None]  # [B, sink, 1, 1]
         at = at.expand(-1, -1, *keys.shape[2:])
@@ -43,7 +43,7 @@ class SWACache:
             slots[:, : self.sink] = new.gather(1, at)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Store one token a sequence: keys and values [B, 1, G, D] at positions [B, 1]."""
+        """Store one token per sequence: keys and values [B, 1, G, D] at positions [B, 1]."""
         ring = self.sink + self.clock.length % self.window  # [1]
         own = (positions == torch.arange(self.sink, device=keys.device))[:, :, None, None]  # [B, sink, 1, 1]
         for slots, new in ((self.keys, keys), (self.values, values)):
