@@ -81,6 +81,11 @@ def differentiate(
 
 
 def _count(operator: CustomOpDef, times: int, flops: Callable[..., int]) -> None:
+    """For torch's FlopCounterMode, by which the compiler estimates what recomputing an operator costs, else nothing.
+
+    The formulas count as model/counts.py does: visible pairs, as if each sequence were one document. (torch counts all
+    pairs, and in the backward pass of attention the recomputed scores too.)
+    """
     names = _names(operator)
 
     @register_flop_formula(operator._opoverload.overloadpacket)

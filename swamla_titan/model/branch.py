@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.dispatch import FusedImplementation, Heads, Implementation, Projections, Request
-from swamla_titan.kernels.attention.masks import Mask, MaskSpec, Selection, SelectionRule
-from swamla_titan.kernels.flops import causal_pairs, window_pairs
+from swamla_titan.kernels.attention.masks import Mask, MaskSpec, Selection, SelectionRule, causal_pairs, window_pairs
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import Rotary, Rotation, rotation, spec_of
 

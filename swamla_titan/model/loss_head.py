@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy
-from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy
+from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy
 from swamla_titan.model.config import ModelConfig
 
 

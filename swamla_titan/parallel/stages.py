@@ -2,7 +2,7 @@
 
 A pipeline runs at the pace of its slowest stage, so the cut minimizes the largest cost; among the cuts that reach that
 minimum, it is the one whose costs are the most alike. Both are found exactly, by dynamic programming over (stages,
-layers). Costs are floating-point operations as model/flops.py counts them, and the loss beside the head.
+layers). Costs are floating-point operations as model/counts.py counts them, and the loss beside the head.
 
 A simulation of the schedule gives how long ranks wait and how much each has in flight. An action begins when its rank
 is free and its inputs are there; transfers take no time and nothing is recomputed, so the share of waiting is a lower
@@ -39,7 +39,7 @@ class StageCost:
 def piece_costs(config: ModelConfig, seq_len: int) -> list[int]:
     """Operations to train on a sequence of `seq_len` tokens: [embedding, each layer ..., final norm, head and loss].
 
-    The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/flops.py.
+    The embedding is a look-up and counts nothing. Without the loss, the sum is `training_flops` of model/counts.py.
     """
     layer = {kind: block_flops(config, kind, seq_len) for kind in set(config.block_kinds)}
     logits = seq_len * config.padded_vocab_size

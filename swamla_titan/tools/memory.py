@@ -11,7 +11,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.rules import wants_fused_loss
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
+from swamla_titan.kernels.cross_entropy import tokens_per_chunk
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.layers import Linear
 from swamla_titan.model.row_table import RowTable, row_tables

@@ -12,7 +12,7 @@ from swamla_titan.config.sections import KEYS
 from swamla_titan.config.toml import LARGEST_FILE, shown, toml
 from swamla_titan.errors import UserError
 from swamla_titan.fields import INTEGERS, LONGEST_STRING, TABLE
-from swamla_titan.kernels.flops import window_pairs
+from swamla_titan.kernels.attention.masks import window_pairs
 
 BUILTIN = 'data.source = "builtin"\n'
 NUMBERS = [name for name, setting in KEYS.items() if setting.kind in (int, float, TABLE, INTEGERS)]

@@ -8,9 +8,8 @@ import os
 import pytest
 import torch
 
-from swamla_titan.kernels import linear_cross_entropy as fused
-from swamla_titan.kernels.cross_entropy import cross_entropy
-from swamla_titan.kernels.linear_cross_entropy import linear_cross_entropy, plain_rows
+from swamla_titan.kernels import cross_entropy as fused
+from swamla_titan.kernels.cross_entropy import cross_entropy, linear_cross_entropy, plain_rows
 
 VOCAB, PADDED, WIDTH = 50, 64, 24
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

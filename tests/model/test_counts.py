@@ -5,8 +5,7 @@ import torch
 from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from swamla_titan.kernels.attention.masks import dense_mask
-from swamla_titan.kernels.flops import causal_pairs, window_pairs
+from swamla_titan.kernels.attention.masks import causal_pairs, dense_mask, window_pairs
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.counts import flavor_table, parameter_counts, training_flops, training_flops_per_token
 

@@ -15,7 +15,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Kernels, Parallel, Training
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.flops import causal_pairs, window_pairs
+from swamla_titan.kernels.attention.masks import causal_pairs, window_pairs
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.blocks import BLOCKS, Block, Regions
 from swamla_titan.parallel import activation_checkpoint

@@ -10,7 +10,7 @@ from swamla_titan.config import Override, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import fake_world
-from swamla_titan.kernels.flops import causal_pairs, window_pairs
+from swamla_titan.kernels.attention.masks import causal_pairs, window_pairs
 from swamla_titan.model import FLAVORS
 from swamla_titan.model.counts import training_flops
 from swamla_titan.parallel.pipeline import Pipeline, build_stages

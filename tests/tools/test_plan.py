@@ -18,8 +18,7 @@ from swamla_titan.config.sections import Optimizer, Parallel
 from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World
-from swamla_titan.kernels.cross_entropy import cross_entropy
-from swamla_titan.kernels.linear_cross_entropy import tokens_per_chunk
+from swamla_titan.kernels.cross_entropy import cross_entropy, tokens_per_chunk
 from swamla_titan.kernels.rows import Segments
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel

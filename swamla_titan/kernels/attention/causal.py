@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
+from swamla_titan.kernels.attention.masks import attention_flops, chunk_pairs
 from swamla_titan.kernels.device import Limit
-from swamla_titan.kernels.flops import attention_flops, chunk_pairs
 from swamla_titan.kernels.operator import differentiate
 
 # cuDNN's deterministic backward takes a workspace that outgrows the GPU's memory from about here on.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from swamla_titan.kernels.attention.masks import attention_flops, causal_pairs
 from swamla_titan.kernels.attention.tiles_triton import (
     LN_2,
     LOG2_E,
@@ -36,7 +37,6 @@ from swamla_titan.kernels.device import (
     tma_readable,
     why_no_kernels,
 )
-from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.limits import DOCUMENT_V_WIDTHS, DOCUMENT_WIDTHS
 from swamla_titan.kernels.operator import differentiate
 from swamla_titan.kernels.triton import jit, tl

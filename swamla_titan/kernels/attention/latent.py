@@ -10,11 +10,11 @@ import torch
 from torch import Size, Tensor
 
 from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import rotary_triton as kernels
 from swamla_titan.kernels.attention.causal import KERNELS
+from swamla_titan.kernels.attention.masks import attention_flops, causal_pairs
 from swamla_titan.kernels.device import power_of_two
-from swamla_titan.kernels.flops import attention_flops, causal_pairs
 from swamla_titan.kernels.operator import differentiate
+from swamla_titan.kernels.triton import jit, tl
 
 _HEADS_PER_TILE = 16
 
@@ -134,7 +134,7 @@ def _make_heads(
     tokens, sizes = _sizes(query, keys_values, cos, sin)
     if rope_key.stride(-1) != 1 or rope_key.stride(0) != rope_key.shape[1] * rope_key.stride(1):
         rope_key = rope_key.contiguous()
-    kernels.make_heads[(tokens,)](
+    make_heads[(tokens,)](
         *(query, keys_values, rope_key, cos, sin, rotated, key, rope_key.stride(1), cos.shape[0] * cos.shape[1]),
         **sizes,
         num_warps=4,
@@ -151,7 +151,7 @@ def _gradients_of_heads(
     grad_rope_key: Tensor,
 ) -> None:
     tokens, sizes = _sizes(grad_query, grad_keys_values, cos, sin)
-    kernels.gradients_of_heads[(tokens,)](
+    gradients_of_heads[(tokens,)](
         *(grad_query, grad_key, grad_value, cos, sin, grad_keys_values, grad_rope_key, cos.shape[0] * cos.shape[1]),
         **sizes,
         PADDED_VALUE=power_of_two(sizes["VALUE"]),
@@ -180,3 +180,104 @@ def _sizes(query: Tensor, keys_values: Tensor, cos: Tensor, sin: Tensor) -> tupl
         "VALUE": keys_values.shape[-1] - nope,
     }
     return batch * length, sizes
+
+
+@jit
+def make_heads(
+    query_ptr, keys_values_ptr, rope_key_ptr, cos_ptr, sin_ptr, to_query_ptr, to_key_ptr,
+    rope_key_stride, angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """Rotated queries and expanded keys of one token, [HEADS, NOPE + 2 HALF] each.
+
+        query        TILE heads [ nope | rope ]   ->  to_query [ nope | rotated ]
+        keys_values  TILE heads [ nope | value ]  ->  to_key   [ nope | rotated rope_key ]
+        rope_key     [ rope ], one for all heads      (value is read by the attention kernel where it is)
+
+    Tokens of rope_key are `rope_key_stride` apart. cos and sin [angles, HALF]: token t has row t % angles.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, PADDED_HALF)
+    in_half = half < HALF
+    cos = tl.load(cos_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    rope_key_ptr += token * rope_key_stride + half
+    shared_first = tl.load(rope_key_ptr, mask=in_half, other=0.0).to(tl.float32)
+    shared_second = tl.load(rope_key_ptr + HALF, mask=in_half, other=0.0).to(tl.float32)
+    kind = to_key_ptr.dtype.element_ty
+    key_first = (shared_first * cos - shared_second * sin).to(kind)
+    key_second = (shared_second * cos + shared_first * sin).to(kind)
+
+    nope = tl.arange(0, PADDED_NOPE)[None, :]
+    query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    to_query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    to_key_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    keys_values_ptr += token * (HEADS * (NOPE + VALUE))
+    # Tiles of heads, because all heads of a token at once would not fit into the registers.
+    for start in range(0, HEADS, TILE):
+        head = start + tl.arange(0, TILE)[:, None]
+        in_nope = (head < HEADS) & (nope < NOPE)
+        in_rope = (head < HEADS) & in_half[None, :]
+        at = head * (NOPE + 2 * HALF) + nope
+        tl.store(to_query_ptr + at, tl.load(query_ptr + at, mask=in_nope), mask=in_nope)
+        key = tl.load(keys_values_ptr + head * (NOPE + VALUE) + nope, mask=in_nope)
+        tl.store(to_key_ptr + at, key, mask=in_nope)
+
+        rope = head * (NOPE + 2 * HALF) + NOPE + half[None, :]
+        first = tl.load(query_ptr + rope, mask=in_rope, other=0.0).to(tl.float32)
+        second = tl.load(query_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32)
+        tl.store(to_query_ptr + rope, (first * cos - second * sin).to(kind), mask=in_rope)
+        tl.store(to_query_ptr + rope + HALF, (second * cos + first * sin).to(kind), mask=in_rope)
+        tl.store(to_key_ptr + rope, tl.broadcast_to(key_first[None, :], (TILE, PADDED_HALF)), mask=in_rope)
+        tl.store(to_key_ptr + rope + HALF, tl.broadcast_to(key_second[None, :], (TILE, PADDED_HALF)), mask=in_rope)
+
+
+@jit
+def gradients_of_heads(
+    grad_query_ptr, grad_key_ptr, grad_value_ptr, cos_ptr, sin_ptr, grad_keys_values_ptr, grad_rope_key_ptr,
+    angles, HEADS: tl.constexpr, TILE: tl.constexpr, NOPE: tl.constexpr, PADDED_NOPE: tl.constexpr,
+    HALF: tl.constexpr, PADDED_HALF: tl.constexpr, VALUE: tl.constexpr, PADDED_VALUE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one token's projections, from those of queries, keys and values: the inverse of `make_heads`.
+
+    grad_query  TILE heads [ nope | rope ]  ->  rope rotated back in place
+    grad_key    TILE heads [ nope | rope ]  ->  grad_keys_values [ nope | .     ], and the sum of rope over heads
+    grad_value  TILE heads [ value ]        ->  grad_keys_values [ .    | value ]
+                                                grad_rope_key    [ rope ]: that sum, in float32, rotated back
+    """
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, PADDED_HALF)
+    in_half = half < HALF
+    cos = tl.load(cos_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token % angles * HALF + half, mask=in_half, other=0.0)
+    kind = grad_keys_values_ptr.dtype.element_ty
+
+    nope = tl.arange(0, PADDED_NOPE)[None, :]
+    column = tl.arange(0, PADDED_VALUE)[None, :]
+    grad_query_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    grad_key_ptr += token * (HEADS * (NOPE + 2 * HALF))
+    grad_value_ptr += token * (HEADS * VALUE)
+    grad_keys_values_ptr += token * (HEADS * (NOPE + VALUE))
+    sum_first = tl.zeros((PADDED_HALF,), tl.float32)
+    sum_second = tl.zeros((PADDED_HALF,), tl.float32)
+    # Summed before it is rotated back, because all heads have the token's angles: one rotation instead of HEADS.
+    for start in range(0, HEADS, TILE):
+        head = start + tl.arange(0, TILE)[:, None]
+        in_nope = (head < HEADS) & (nope < NOPE)
+        in_rope = (head < HEADS) & in_half[None, :]
+        in_value = (head < HEADS) & (column < VALUE)
+        grad_key = tl.load(grad_key_ptr + head * (NOPE + 2 * HALF) + nope, mask=in_nope)
+        tl.store(grad_keys_values_ptr + head * (NOPE + VALUE) + nope, grad_key, mask=in_nope)
+        grad_value = tl.load(grad_value_ptr + head * VALUE + column, mask=in_value)
+        tl.store(grad_keys_values_ptr + head * (NOPE + VALUE) + NOPE + column, grad_value, mask=in_value)
+
+        rope = head * (NOPE + 2 * HALF) + NOPE + half[None, :]
+        sum_first += tl.sum(tl.load(grad_key_ptr + rope, mask=in_rope, other=0.0).to(tl.float32), axis=0)
+        sum_second += tl.sum(tl.load(grad_key_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32), axis=0)
+        first = tl.load(grad_query_ptr + rope, mask=in_rope, other=0.0).to(tl.float32)
+        second = tl.load(grad_query_ptr + rope + HALF, mask=in_rope, other=0.0).to(tl.float32)
+        tl.store(grad_query_ptr + rope, (first * cos + second * sin).to(kind), mask=in_rope)
+        tl.store(grad_query_ptr + rope + HALF, (second * cos - first * sin).to(kind), mask=in_rope)
+    grad_rope_key_ptr += token * (2 * HALF) + half
+    tl.store(grad_rope_key_ptr, (sum_first * cos + sum_second * sin).to(kind), mask=in_half)
+    tl.store(grad_rope_key_ptr + HALF, (sum_second * cos - sum_first * sin).to(kind), mask=in_half)

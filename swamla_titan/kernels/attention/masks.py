@@ -1,16 +1,16 @@
-"""Which keys a query sees: one rule, and the forms of mask that implementations of attention take.
+"""Which keys a query sees: one rule, how many they are, and the forms of mask that implementations of attention take.
 
 Documents are maximal runs of equal ids along a sequence. One tensor describes them, the index at which each token's
 document starts: mask, positions and sink all derive from it, so they cannot disagree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # side of FlexAttention's mask tiles, its own default
@@ -78,6 +78,32 @@ def block_mask_of_one_document(seq_len: int, window: int | None, sink: int, devi
     with torch.inference_mode(False):
         starts = torch.zeros(1, seq_len, dtype=torch.int32, device=device)
         return _sequence_block_mask(starts, window, sink, mask_mod)
+
+
+def causal_pairs(seq_len: int) -> int:
+    """Visible (query, key) pairs of a sequence under a causal mask."""
+    return seq_len * (seq_len + 1) // 2
+
+
+def chunk_pairs(queries: int, starts: Sequence[int]) -> int:
+    """Visible (query, key) pairs of a sequence's chunks of equal length, `queries` in all, that begin at `starts`."""
+    length = queries // len(starts)
+    return sum(start * length + causal_pairs(length) for start in starts)
+
+
+def window_pairs(seq_len: int, window: int, sink: int) -> int:
+    """Visible (query, key) pairs of a sequence under a window with sinks; a key in both counts once."""
+    window = min(window, seq_len)
+    in_window = causal_pairs(window) + (seq_len - window) * window
+    late = seq_len - window  # queries whose window no longer reaches the first key: they miss 1, 2, ..., `late` keys
+    sink = min(sink, late)
+    return in_window + causal_pairs(sink) + (late - sink) * sink
+
+
+def attention_flops(query: Size, value_dim: int, pairs: int) -> int:
+    """Operations of a forward pass, with queries [B, T, H, D] and `pairs` per sequence: scores, and sums of values."""
+    batch, _, heads, width = query
+    return 2 * batch * heads * pairs * (width + value_dim)
 
 
 class MaskSpec(NamedTuple):

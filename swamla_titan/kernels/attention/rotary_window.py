@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from swamla_titan.kernels.attention import rotary_triton as kernels
+from swamla_titan.kernels.attention.masks import attention_flops, window_pairs
 from swamla_titan.kernels.attention.window import run_backward, run_forward
 from swamla_titan.kernels.device import power_of_two
-from swamla_titan.kernels.flops import attention_flops, window_pairs
 from swamla_titan.kernels.operator import differentiate
+from swamla_titan.kernels.triton import jit, tl
+
+_ROWS = 32  # queries and keys per program
 
 
 def rotary_window_attention(
@@ -104,11 +106,57 @@ def _rotate(qkv: Tensor, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape[0] in (1, batch)
     rows = batch * length * groups * (members - 1)
-    kernels.rotate_heads[(-(-rows // kernels.ROWS.value),)](
+    rotate_heads[(-(-rows // _ROWS),)](
         *(qkv, query, key, cos, sin, rows, length * cos.shape[0], groups),
         PER_KEY=members - 2,
         HALF=width // 2,
         PADDED_HALF=power_of_two(width // 2),
+        ROWS=_ROWS,
         BACK=back,
         num_warps=4,
     )
+
+
+@jit
+def rotate_heads(
+    qkv_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, rows, angles, groups,
+    PER_KEY: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, ROWS: tl.constexpr,
+    BACK: tl.constexpr,
+):  # fmt: skip
+    """qkv [tokens, groups, PER_KEY + 2, 2 HALF] -> q [tokens, groups * PER_KEY, 2 HALF], k [tokens, groups, 2 HALF].
+
+        qkv, one group   [ q 0 | q 1 | ... | k | v ]     a program rotates ROWS of all q and k, each by its token's
+                            v     v          v           angles; v is skipped
+        q, k             [ q 0 | q 1 | ... ] [ k ]
+
+    BACK: from q and k into qkv, by the inverse rotation. cos and sin [angles, HALF]: token t has row t % angles. `rows`
+    counts queries and keys of all tokens.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    member = row % (PER_KEY + 1)
+    group = row // (PER_KEY + 1) % groups
+    token = row // (PER_KEY + 1) // groups
+    column = tl.arange(0, PADDED_HALF)[None, :]
+    mask = inside[:, None] & (column < HALF)
+    angle = (token % angles)[:, None] * HALF + column
+    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    token, group = token.to(tl.int64), group.to(tl.int64)
+    at = ((token * groups + group) * (PER_KEY + 2) + member)[:, None] * (2 * HALF) + column
+    is_key = (member == PER_KEY)[:, None]
+    q_at = (token * groups * PER_KEY + group * PER_KEY + member)[:, None] * (2 * HALF) + column
+    k_at = (token * groups + group)[:, None] * (2 * HALF) + column
+    apart = tl.where(is_key, k_ptr + k_at, q_ptr + q_at)
+    if BACK:
+        first = tl.load(apart, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(apart + HALF, mask=mask, other=0.0).to(tl.float32)
+        sin = -sin
+        to = qkv_ptr + at
+    else:
+        first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(qkv_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        to = apart
+    kind = qkv_ptr.dtype.element_ty
+    tl.store(to, (first * cos - second * sin).to(kind), mask=mask)
+    tl.store(to + HALF, (second * cos + first * sin).to(kind), mask=mask)

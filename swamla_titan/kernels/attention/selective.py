@@ -32,9 +32,8 @@ import torch
 from torch import Size, Tensor
 
 from swamla_titan.kernels.attention import selective_triton as kernels
-from swamla_titan.kernels.attention.masks import Selection, SelectionRule
+from swamla_titan.kernels.attention.masks import Selection, SelectionRule, attention_flops, chunk_pairs
 from swamla_titan.kernels.device import SplitWidth, Tiles, strides, tma_descriptors_of_two, tma_readable
-from swamla_titan.kernels.flops import attention_flops, chunk_pairs
 from swamla_titan.kernels.operator import differentiate
 
 MOST_ELEMENTS = 1 << 26  # of F at a time: 128 MiB, and 256 MiB of its gradient; 16 sequences of 2048 in one slab

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from swamla_titan.kernels.attention import window_triton as kernels
+from swamla_titan.kernels.attention.masks import attention_flops, window_pairs
 from swamla_titan.kernels.device import (
     Limit,
     SplitWidth,
@@ -19,7 +20,6 @@ from swamla_titan.kernels.device import (
     tma_readable,
     why_no_kernels,
 )
-from swamla_titan.kernels.flops import attention_flops, window_pairs
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 from swamla_titan.kernels.operator import differentiate
 

@@ -10,16 +10,29 @@ fuses it with the residual sum before; others by kernels that write nothing but 
 SwiGLU's gradient may use an upper bound instead (`swiglu_gradient_amax_bound`), because a type with a wide exponent
 range, as e5m2, loses nothing by a scale that is too large. The casting kernels then compute, quantize and write x and
 x^T while they read their input once. All casts round to the activations' dtype first, so that fusing changes no bit.
+
+A float8 matmul reads both operands along the axis that it sums over, so an operand of two matmuls (forward and
+backward) is needed both ways. A program computes one tile and transposes it through shared memory, so that both copies
+are written in full sectors. All kernels but the plain amax have the grid (tiles of columns, tiles of rows):
+
+                  c                             c                                r
+        x [   .   .   .   ]         out [   .   .   .   ]       out_t    [   .   .   ]
+      r   [   .   #   .   ]   ->  r     [   .   #   .   ]    and       c [   .   #   ]
+          [   .   .   .   ]             [   .   .   .   ]                [   .   .   ]
+
+Their `scale_ptr` holds one float32, a power of two: the value that a quantized 1 stands for. A GPU's float8 conversions
+saturate, but because the scale follows from amax nothing here is out of range.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swamla_titan.kernels.float8 import casts_triton as kernels
 from swamla_titan.kernels.operator import inlined, operator
 from swamla_titan.kernels.swiglu import swiglu
+from swamla_titan.kernels.triton import jit, tl
 
 _BLOCK = 8192  # elements that a program reduces to their amax
 _TILE = 64  # rows and columns of a program's tile: x and x^T are both written in full sectors of memory
@@ -45,7 +58,7 @@ def tensor_amax(x: Tensor) -> Tensor:
     x = x.contiguous()
     found = x.new_empty(-(-x.numel() // _BLOCK), dtype=torch.int32)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        inlined(kernels.float8_amax)[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
+        inlined(amax_of_blocks)[(len(found),)](x, found, x.numel(), BLOCK=_BLOCK, num_warps=8)
     return found.amax().view(torch.float32)
 
 
@@ -90,7 +103,7 @@ def float8_cast(
     out, out_t = _fake_cast(x, scale, dtype, through, untransposed, transposed, after)
     if _by_kernels(x):
         inputs = x, scale, out, out_t, x if after is None else after, *x.shape
-        _launch("float8_cast", inputs, _bf16(through), UNTRANSPOSED=untransposed, TRANSPOSED=transposed)
+        _launch(write_cast, inputs, _bf16(through), UNTRANSPOSED=untransposed, TRANSPOSED=transposed)
         return out, out_t
     return _with_transposed(plain_cast(x.to(through), scale, dtype), untransposed, transposed)
 
@@ -117,7 +130,7 @@ def float8_swiglu_backward(
     out, out_t = _fake_swiglu_backward(grad, gate_up, scale, group, dtype)
     if _by_kernels(grad):
         inputs = grad, gate_up, scale, out, out_t, *grad.shape
-        _launch("float8_swiglu_backward", inputs, _bf16(grad.dtype), GROUP=group, C=min(_TILE, group))
+        _launch(write_swiglu_gradient, inputs, _bf16(grad.dtype), GROUP=group, C=min(_TILE, group))
         return out, out_t
     gradient = swiglu_gradient(grad, gate_up, group).to(grad.dtype)
     return _with_transposed(plain_cast(gradient, scale, dtype), True, True)
@@ -178,7 +191,7 @@ def _swiglu_amax(gate_up: Tensor, grad: Tensor | None, group: int) -> Tensor:
     programs = -(-rows // _TILE) * -(-hidden // tile)
     found = gate_up.new_empty((2 if grad is None else 1, programs), dtype=torch.int32)
     inputs = gate_up, gate_up if grad is None else grad.contiguous(), found, rows, hidden
-    _launch("float8_swiglu_amax", inputs, {}, GROUP=group, BACKWARD=grad is not None, C=tile)
+    _launch(amax_of_swiglu, inputs, {}, GROUP=group, BACKWARD=grad is not None, C=tile)
     return found
 
 
@@ -201,7 +214,7 @@ def cast_swiglu(
         out, out_t = empty_pair(gate_up, (gate_up.shape[0], width), dtype, transposed)
         inputs = gate_up, scale, out, out_t, gate_up.shape[0], width
         tile = {"GROUP": group, "C": min(_TILE, group)}
-        _launch("float8_swiglu", inputs, _bf16(gate_up.dtype), TRANSPOSED=transposed, **tile)
+        _launch(write_swiglu, inputs, _bf16(gate_up.dtype), TRANSPOSED=transposed, **tile)
         return out, out_t
     result = swiglu(gate_up.float(), group).to(gate_up.dtype)
     return _with_transposed(plain_cast(result, scale, dtype), True, transposed)
@@ -215,7 +228,7 @@ def cast_rms_norm(
     if _by_kernels(x):
         out, out_t = empty_pair(x, x.shape, dtype, transposed)
         inputs = x, weight, rstd.contiguous(), scale, out, out_t, *x.shape
-        _launch("float8_rms_norm", inputs, _bf16(x.dtype), TRANSPOSED=transposed)
+        _launch(write_rms_norm, inputs, _bf16(x.dtype), TRANSPOSED=transposed)
         return out, out_t
     result = (x.float() * rstd[:, None] * weight.float()).to(x.dtype)
     return _with_transposed(plain_cast(result, scale, dtype), True, transposed)
@@ -246,7 +259,7 @@ def _by_kernels(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _launch(name: str, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool], **options: bool | int) -> None:
+def _launch(kernel: Any, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool], **options: bool | int) -> None:
     """Launch a kernel with one program per tile; the last two inputs are the numbers of rows and columns."""
     rows, columns = inputs[-2:]
     assert isinstance(rows, int)
@@ -255,4 +268,191 @@ def _launch(name: str, inputs: tuple[Tensor | int, ...], dtype: dict[str, bool],
     tile = {"R": _TILE, "C": _TILE} | options
     grid = -(-columns // tile["C"]), -(-rows // tile["R"])
     with torch.cuda.device_of(inputs[0]):  # Triton launches on the current one
-        inlined(getattr(kernels, name))[grid](*inputs, **dtype, **tile, num_warps=4)
+        inlined(kernel)[grid](*inputs, **dtype, **tile, num_warps=4)
+
+
+@jit
+def _quantized(values, scale_ptr, out_ptr):
+    # The load is volatile so that the two copies share no conversion: if ptxas 12.8 stores the same converted float32
+    # values both untransposed and, byte by byte, transposed, it loses half of the conversions and reads registers that
+    # nothing has written.
+    # The scale of a tensor that holds an infinity is infinity, so its finite values become 0 and infinity becomes NaN,
+    # which shows in all that is computed from it.
+    return (values * (1.0 / tl.load(scale_ptr, volatile=True))).to(out_ptr.dtype.element_ty)
+
+
+@jit
+def _store_with_transposed(
+    values, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns,
+    UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Quantize values [R, C], float32, into out [rows, columns] and out_t [columns, rows], at `row` and `column`."""
+    far_row, far_column = row.to(tl.int64), column.to(tl.int64)
+    if UNTRANSPOSED:
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        at = far_row[:, None] * columns + column[None, :]
+        tl.store(out_ptr + at, _quantized(values, scale_ptr, out_ptr), mask=inside)
+    if TRANSPOSED:
+        inside = (column < columns)[:, None] & (row < rows)[None, :]
+        at = far_column[:, None] * rows + row[None, :]
+        tl.store(out_t_ptr + at, tl.trans(_quantized(values, scale_ptr, out_t_ptr)), mask=inside)
+
+
+@jit
+def _rows_and_columns(R: tl.constexpr, C: tl.constexpr):
+    """The indices [R] and [C] of this program's tile."""
+    return tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
+
+
+@jit
+def _gate_column(GROUP: tl.constexpr, C: tl.constexpr):
+    """The columns in gate_up of this program's gates; the up projections of the same units are GROUP further right."""
+    parts: tl.constexpr = GROUP // C
+    tile = tl.program_id(0)
+    # Written so that the compiler sees the multiples of C in it: it then reads 16 bytes at a time.
+    return tile // parts * (2 * GROUP) + tile % parts * C + tl.arange(0, C)
+
+
+@jit
+def _load_tile(x_ptr, row, column, rows, stride, end):
+    """[R, C] of a matrix whose rows are `stride` apart, in float32; zeros from row `rows` and column `end` on."""
+    at = row.to(tl.int64)[:, None] * stride + column[None, :]
+    inside = (row < rows)[:, None] & (column < end)[None, :]
+    return tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _rounded(x, TO_BFLOAT16: tl.constexpr):
+    """x in float32, rounded to bfloat16 if asked."""
+    if TO_BFLOAT16:
+        x = x.to(tl.bfloat16).to(tl.float32)
+    return x
+
+
+@jit
+def write_cast(
+    x_ptr, scale_ptr, out_ptr, out_t_ptr, after_ptr, rows, columns,
+    TO_BFLOAT16: tl.constexpr, UNTRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Cast x [rows, columns]. Nothing is read at `after_ptr`.
+
+    x [r, c]  ->  out [r, c], out_t [c, r]
+    """
+    row, column = _rows_and_columns(R, C)
+    x = _rounded(_load_tile(x_ptr, row, column, rows, columns, columns), TO_BFLOAT16)
+    _store_with_transposed(
+        x, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns, UNTRANSPOSED, TRANSPOSED
+    )  # fmt: skip
+
+
+@jit
+def write_rms_norm(
+    x_ptr, weight_ptr, rstd_ptr, scale_ptr, out_ptr, out_t_ptr, rows, columns,
+    TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Cast x [rows, columns] * rstd [rows] * weight [columns].
+
+    weight          [c]
+    rstd [r]   x [r, c]  ->  out [r, c], out_t [c, r]
+    """
+    row, column = _rows_and_columns(R, C)
+    x = _load_tile(x_ptr, row, column, rows, columns, columns)
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    x = _rounded(x * rstd[:, None] * weight[None, :], TO_BFLOAT16)
+    _store_with_transposed(x, scale_ptr, out_ptr, out_t_ptr, row, column, rows, columns, True, TRANSPOSED)
+
+
+@jit
+def write_swiglu(
+    gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
+    GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, TRANSPOSED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Cast silu(gate) * up [rows, hidden] of gate_up [rows, hidden / GROUP, 2, GROUP]; C divides GROUP.
+
+           |--- GROUP ---|--- GROUP ---|
+    gate_up [ .  gate  .  |  .   up   . | next group ... ]  ->  out [r, c], out_t [c, r]
+                  ^ _gate_column  ^ GROUP further right
+    """
+    row, column = _rows_and_columns(R, C)
+    gate_column = _gate_column(GROUP, C)
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    out = _rounded(gate * tl.sigmoid(gate) * up, TO_BFLOAT16)
+    _store_with_transposed(out, scale_ptr, out_ptr, out_t_ptr, row, column, rows, hidden, True, TRANSPOSED)
+
+
+@jit
+def write_swiglu_gradient(
+    grad_ptr, gate_up_ptr, scale_ptr, out_ptr, out_t_ptr, rows, hidden,
+    GROUP: tl.constexpr, TO_BFLOAT16: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Cast the gradient of gate_up [rows, hidden / GROUP, 2, GROUP] from grad [rows, hidden]; C divides GROUP.
+
+    grad [r, c]
+    gate_up [ .  gate  .  |  .   up   . ]  ->  the same two tiles of out, and of out_t
+                  ^ _gate_column  ^ GROUP further right
+    """
+    row, column = _rows_and_columns(R, C)
+    gate_column = _gate_column(GROUP, C)
+    up_column = gate_column + GROUP
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, up_column, rows, 2 * hidden, 2 * hidden)
+    grad = _load_tile(grad_ptr, row, column, rows, hidden, hidden)
+    sigmoid = tl.sigmoid(gate)
+    grad_gate = _rounded(grad * up * sigmoid * (1 + gate * (1 - sigmoid)), TO_BFLOAT16)
+    grad_up = _rounded(grad * gate * sigmoid, TO_BFLOAT16)
+    _store_with_transposed(grad_gate, scale_ptr, out_ptr, out_t_ptr, row, gate_column, rows, 2 * hidden, True, True)
+    _store_with_transposed(grad_up, scale_ptr, out_ptr, out_t_ptr, row, up_column, rows, 2 * hidden, True, True)
+
+
+@jit
+def _abs_bits(x):
+    """The bits of |x|, float32, as int32: ordered as the absolute values are, with NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def amax_of_blocks(x_ptr, amax_ptr, elements, BLOCK: tl.constexpr):
+    """The bits of the amax of each BLOCK of x [elements]: int32 [programs].
+
+    x [ BLOCK | BLOCK | BLOCK | ... ]
+          v       v       v
+    amax  0       1       2
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < elements, other=0.0).to(tl.float32)
+    tl.store(amax_ptr + tl.program_id(0), tl.max(_abs_bits(x), 0))
+
+
+@jit
+def amax_of_swiglu(
+    gate_up_ptr, grad_ptr, amax_ptr, rows, hidden,
+    GROUP: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The bits of each tile's amax. Forward: of SwiGLU's output and of gate_up, int32 [2, programs].
+
+    BACKWARD: of gate_up's gradient, int32 [programs].
+
+        grad [r, c]   (BACKWARD)
+        gate_up [ .  gate  .  |  .   up   . ]  ->  amax [program], amax [programs + program]
+                      ^ _gate_column  ^ GROUP further right
+    """
+    row, column = _rows_and_columns(R, C)
+    gate_column = _gate_column(GROUP, C)
+    gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
+    up = _load_tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    sigmoid = tl.sigmoid(gate)
+    if BACKWARD:
+        grad = _load_tile(grad_ptr, row, column, rows, hidden, hidden)
+        bits = tl.maximum(_abs_bits(grad * up * sigmoid * (1 + gate * (1 - sigmoid))), _abs_bits(grad * gate * sigmoid))
+    else:
+        bits = _abs_bits(gate * sigmoid * up)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(amax_ptr + program, tl.max(tl.max(bits, 1), 0))
+    if not BACKWARD:
+        both = tl.maximum(_abs_bits(gate), _abs_bits(up))
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        tl.store(amax_ptr + programs + program, tl.max(tl.max(both, 1), 0))
