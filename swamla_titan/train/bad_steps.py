@@ -1,18 +1,17 @@
-"""Bad steps: which steps are bad, that they change nothing, and when a streak of them is too long.
+"""Judges steps: which are bad, so that they change nothing, and when a streak of bad steps is too long.
 
 A step is bad if its loss or its gradient norm, both of the global batch, is not finite, or if the norm is a spike:
 
     norm > mean + spike_sigma * std    of the norms of the last `spike_window` good steps,
 
-std that of the window itself (divided by its size). Until the window is full nothing is a spike, and a bad step's norm
-never enters the window.
+where std is that of the window as a population (divided by its size). Until the window is full nothing is a spike, and
+a bad step's norm never enters the window.
 
-A bad step is computed like any other and then not applied: the optimizer's kernels read the flag on the device and
-leave weights, moments, their step counts and weight decay alone. The run's step number advances, and with it all that
-is a function of it: the batch is consumed, the learning rate is the next step's. So the order of the data and the
-schedule remain functions of the step alone, whatever was skipped.
+A bad step is computed like any other but not applied: the optimizer's kernels read the flag on the device and leave
+weights, moments and step counts unchanged, and apply no weight decay. The run's step number advances, so that the order
+of the data and the learning rate remain functions of the step alone, whatever was skipped.
 
-All of this is in tensors on the device. The host waits for them only where it logs or saves.
+All of this is in tensors on the device; the host waits for them only when it logs or saves.
 """
 
 import math
@@ -27,12 +26,12 @@ from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 
 _SKIPPED, _STREAK, _TRAINED, _REWINDS = range(4)  # indices of the counts
-_EMPTY = -1.0  # an entry of the window that holds no norm yet; norms are not negative
-_REMEMBERED = 64  # bad steps whose loss and norm are kept; more if a streak may be longer
+_EMPTY = -1.0  # marks entries of the window without a norm; norms are not negative
+_REMEMBERED = 64  # bad steps whose loss and norm are kept, or as many as a streak may have
 
 
 class BadStep(NamedTuple):
-    """A step that was skipped. A norm above `limit` was a spike; infinite: there was no limit."""
+    """A step that was skipped; its norm was a spike if above `limit`, which is infinite if there was none."""
 
     step: int
     loss: float
@@ -62,7 +61,7 @@ class BadSteps(StateGroup):
         self.world = world or World.alone(device)
         self.skipped = self.streak = self.trained = self.rewinds = 0
         self.trained_before_streak = 0  # `trained` as of the streak that `too_many` found
-        # Oldest first and no ring buffer, because mean and std must not depend on where a run was resumed.
+        # Oldest first and not a ring buffer, because mean and std must not depend on where a run was resumed.
         self._norms = torch.full((config.spike_window,), _EMPTY, dtype=torch.float64, device=device)
         self._counts = torch.zeros(4, dtype=torch.int64, device=device)
         # [remembered, fields of BadStep], the newest last; step 0 where there is none.
@@ -73,7 +72,7 @@ class BadSteps(StateGroup):
         self._copied: torch.cuda.Event | None = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors, the same on every rank."""
+        """The live tensors, which are the same on every rank."""
         return {"norms": self._norms, "counts": self._counts, "recent": self._recent}
 
     def loaded(self, state: dict[str, Tensor], step: int) -> None:
@@ -151,7 +150,7 @@ class BadSteps(StateGroup):
         return self._remembered()[-(self.skipped - before) :] if self.skipped > before else []
 
     def newest_streak(self) -> list[BadStep]:
-        """The newest streak, as far as remembered; waits for the device. Complete where it was too long."""
+        """The newest streak, as far as remembered, which is all of one that was too long; waits for the device."""
         newest: list[BadStep] = []
         for bad in reversed(self._remembered()):
             if newest and bad.step != newest[0].step - 1:
@@ -161,18 +160,15 @@ class BadSteps(StateGroup):
         return newest[-max(self.streak, self.config.max_bad_steps) :]
 
     def reset_streak(self) -> None:
-        """Count from zero again: in the checkpoint of a run that a streak stopped, for the user's next start."""
+        """Count the streak from zero again, so that a run which a streak stopped can be started again."""
         self._counts[_STREAK].zero_()
 
     def empty_window(self) -> dict[str, Tensor]:
-        """The tensors of `state_dict` that depend on the weights, as of a new run: to load into, for `rewound`."""
+        """New tensors of `state_dict` that depend on the weights; a checkpoint's are loaded into them for `rewound`."""
         return {"norms": torch.full_like(self._norms, _EMPTY)}
 
     def rewound(self, step: int, trained: int, window: dict[str, Tensor]) -> None:
-        """Continue after `step` with the weights that step `trained` made, and with the window of that time.
-
-        The counts stay.
-        """
+        """Continue after `step` with the weights that step `trained` made, and with their window; the counts stay."""
         self._norms.copy_(window["norms"])
         self._counts[_REWINDS].add_(1)
         self._counts[_TRAINED].fill_(trained)
@@ -181,13 +177,13 @@ class BadSteps(StateGroup):
 
     @staticmethod
     def empty_counts() -> dict[str, Tensor]:
-        """The counts of `state_dict`, on the host: to load those of another checkpoint into, for `trained_of`."""
+        """New counts of `state_dict`, on the host; a checkpoint's are loaded into them for `trained_of`."""
         return {"counts": torch.zeros(4, dtype=torch.int64)}
 
     @staticmethod
     def trained_of(state: dict[str, Tensor], step: int) -> int:
-        """The step that made the weights of a checkpoint of `step`."""
-        # All zero if the run had no policy, because every step either counts as skipped or has trained the weights.
+        """The step that made the weights in a checkpoint of `step`."""
+        # All zero if the run did not skip bad steps, because a step either counts as skipped or trains the weights.
         return int(state["counts"][_TRAINED]) if state["counts"].any() else step
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Where a run logs: lines on the console, and metrics to metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Logs a run: lines to the console, metrics to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the record above the progress bar.
 
-        What the console does not accept is dropped (system/console.py), because the log in the dump folder has it too.
+        Text that the console does not accept is dropped (system/console.py); the log in the dump folder has it too.
         """
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
@@ -49,7 +49,7 @@ def log_to_console(level: int = logging.INFO) -> None:
 
 
 class _Destination(NamedTuple):
-    """TensorBoard or Weights & Biases; whatever its functions raise, the run continues."""
+    """TensorBoard or Weights & Biases; the run continues whatever its functions raise."""
 
     name: str
     write: Callable[[int, Values], object]
@@ -57,12 +57,12 @@ class _Destination(NamedTuple):
 
 
 class MetricsLogger(Policy):
-    """Sends the metrics of a step to every destination that the configuration asks for; exists on rank 0.
+    """Sends the metrics of a step to every destination in [metrics]; rank 0 has one.
 
-    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError
-    where a destination cannot be opened, except a Weights & Biases service that does not answer. Later no destination
-    ends the run: lines of metrics.jsonl that a full disk does not accept wait in memory, and TensorBoard or Weights &
-    Biases, if they fail, get no more metrics until the next start.
+    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError if
+    a destination cannot be opened, but not if Weights & Biases does not answer. Later no destination ends the run: if
+    the disk is full, lines of metrics.jsonl wait in memory, and if TensorBoard or Weights & Biases fail, they get no
+    more metrics until the next start.
     """
 
     def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
@@ -84,7 +84,7 @@ class MetricsLogger(Policy):
 
         The folder must still be this run's, because files that were removed are created again.
         """
-        # JSON has no word for NaN or infinity; null keeps the line readable by any reader.
+        # JSON has no NaN or infinity; any reader can read null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         for warning in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
             if warning:
@@ -109,12 +109,12 @@ class MetricsLogger(Policy):
         for each in self._destinations:
             try:
                 each.close()
-            except Exception as error:  # no reason to fail: training is over, or ends with an error that says more
+            except Exception as error:  # not raised, because training is over, or ends with an error that says more
                 logger.warning("the last metrics in %s may be missing (%s)", self._folder, error)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Turns an error of the disk into a UserError, because the next start would meet it too."""
+        """Turns an error of the disk into a UserError, because the next start would have it too."""
         try:
             yield
         except OSError as error:
@@ -190,10 +190,10 @@ def _open_tensorboard(folder: Path, step: int) -> _Destination | None:
 
 
 def _open_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> _Destination | None:
-    """The W&B run; None, with a warning, if the service does not answer. Raises UserError without an account.
+    """Open the W&B run; None, with a warning, if the service does not answer; UserError without an account.
 
-    The id is stored in the dump folder, so a resumed run continues its own W&B run. The folder's name does not identify
-    it, because another run of the same project may have that name too.
+    Its id is stored in the dump folder, so that a resumed run continues it; another run of the project may have the
+    folder's name.
     """
     id_file = folder / "wandb" / "run-id.txt"
     if not id_file.exists():
@@ -231,7 +231,7 @@ def _open_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> _D
 
 @contextmanager
 def _without_terminal() -> Iterator[None]:
-    """Replaces standard input, because without an account wandb asks at the terminal, and a run would wait forever."""
+    """Replaces standard input, because without an account wandb would ask at the terminal and wait forever."""
     terminal = sys.stdin
     with open(os.devnull, encoding="utf-8") as empty:
         sys.stdin = empty

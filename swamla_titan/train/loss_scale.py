@@ -1,8 +1,8 @@
-"""Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740), if float8.loss_scaling asks for it.
+"""Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740), with float8.loss_scaling.
 
-The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it after it. A step
-whose gradient norm is then not finite halves the scale, and the bad-step policy skips it; a streak of 2,000 finite ones
-doubles it (the constants of torch.amp.GradScaler). The scale is on the device, and the host never waits for it.
+The loss is multiplied by a power of two before the backward pass, and the gradients are divided by it afterwards. A
+step whose gradient norm is then not finite halves the scale, and is skipped as bad; 2,000 consecutive finite steps
+double it (the constants of torch.amp.GradScaler). The scale is on the device, and the host never waits for it.
 """
 
 import torch
@@ -17,7 +17,7 @@ _LEAST, _MOST = 2.0**-60, 2.0**60
 
 
 class LossScale(StateGroup, Policy):
-    """The scale, the same on every rank, because it follows from the norm of the global gradient."""
+    """The scale; it is the same on every rank, because it follows from the norm of the global gradient."""
 
     group = "loss_scale"
 

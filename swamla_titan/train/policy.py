@@ -1,4 +1,4 @@
-"""What the trainer calls beside its steps: the hooks of a policy."""
+"""Policies: hooks that the trainer calls around its steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +22,10 @@ class StepOutcome(NamedTuple):
 
 
 class Policy:
-    """Something that a run does beside its steps; it overrides the hooks that it needs.
+    """Something that a run does beside its steps; a subclass overrides the hooks that it needs.
 
-    `Trainer.policies` lists those of a run, and the trainer calls each hook in the order of this list. All ranks have
-    the same policies but for the metrics logger, which rank 0 has; so only hooks of the others may communicate.
+    The trainer calls each hook in the order of `Trainer.policies`. All ranks have the same policies, except for the
+    metrics logger, which only rank 0 has; so its hooks must not communicate.
     """
 
     def begin(self, step: int) -> None:
@@ -43,7 +43,7 @@ class Policy:
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Encloses work between steps, `doing` "validation", "checkpoint" or "rewind"; does not wait for the device."""
+        """Encloses work between steps, "validation", "checkpoint" or "rewind"; does not wait for the device."""
         yield
 
     def close(self, discard: bool) -> None:

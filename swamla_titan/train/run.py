@@ -25,9 +25,9 @@ from swamla_titan.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 Advise = Callable[[Config, World], list[str]]
-"""Changes of a configuration that save memory on this rank, with what each saves; those that save most come first."""
+"""Computes lines on changes of a configuration that save memory on this rank, the largest saving first."""
 
-# Where the savings could not be computed.
+# Used if the savings could not be computed.
 _IN_GENERAL = (
     'a smaller training.local_batch_size, activation_checkpoint.mode = "selective" or "full", a shorter '
     "training.seq_len, more ranks that share weights or sequences, or fewer bytes for moments (optimizer.moments, "
@@ -39,7 +39,7 @@ _LAST = "a smaller model; `swamla-titan plan CONFIG` estimates the memory before
 def train(config: Config, advise: Advise) -> int:
     """Train as one of the processes that the launcher started; returns the exit code.
 
-    `advise` is called where a GPU's memory is full.
+    `advise` is called if the memory of a GPU is full.
     """
     if not faulthandler.is_enabled() and sys.__stderr__:
         faulthandler.enable(sys.__stderr__)  # a crash in C code leaves Python's stacks there
@@ -58,7 +58,7 @@ def train(config: Config, advise: Advise) -> int:
         if asked := stop.agreed(world.all_reduce_max):
             return asked.code
         folder = Path(config.job.dump_folder)
-        # Rank 0 holds the folder for all. The lock cannot be broadcast, so nothing is returned.
+        # Rank 0 holds the lock for all; it is kept in a list, because a lock cannot be broadcast.
         held: list[Hold] = []
         broadcast_from_rank_0(world, lambda: held.append(stack.enter_context(exclusive(folder))))
         watchdog = Watchdog(config.fault_tolerance, folder / "traces", world)
@@ -84,7 +84,7 @@ def build_trainer(config: Config, world: World, stop: StopRequest, watchdog: Wat
 def _explained_shortage() -> Iterator[None]:
     """Turns a lack of resources while training into a RankFailed, because the next start may have them again.
 
-    A lack before that is a UserError, or ends in cli.py with 2.
+    Before training it is a UserError, or ends in cli.py with exit code 2.
     """
     try:
         yield
@@ -100,11 +100,11 @@ def _explained_shortage() -> Iterator[None]:
 
 
 def _ends_alone(kind: type[BaseException] | None) -> bool:
-    """Whether a run that ends with this kind of exception (None: in order) may end on this rank only.
+    """Whether a run that ends with this kind of exception (None: normally) may end on this rank alone.
 
-    The other ranks are then in a collective that this one never enters, and whatever waits for the device, such as
-    destroying NCCL's communicators, would hang until a time-out, with the error not reported. The launcher sees this
-    process die, and ends the others.
+    The other ranks are then in a collective that this one never enters. Whatever waits for the device, such as
+    destroying NCCL's communicators, would hang until a timeout, before the error is reported. The launcher notices that
+    this process ends, and ends the others.
     """
     return kind is not None and (not issubclass(kind, UserError | RunFailed) or issubclass(kind, RankFailed))
 
@@ -141,12 +141,12 @@ def explained_out_of_memory(config: Callable[[], Config], world: World, traces: 
 
 
 def message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
-    """What happened, how full the device is, and which keys to change."""
+    """The message: what happened, how full the device is, and which keys to change."""
     first_line = str(error).strip().splitlines()[0]
-    what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is about torch's environment variables
+    what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is on torch's environment variables
     try:
         lines = advise(config, world)
-    except Exception:  # no memory may be left to compute it, and the user needs the rest of the message
+    except Exception:  # there may be no memory left to compute it, and the user needs the rest of the message
         logger.debug("no savings computed", exc_info=True)
         lines = [_IN_GENERAL]
     advice = "\n".join(f"  - {line}" for line in (*lines, _LAST))

@@ -1,14 +1,14 @@
-"""What a run is made of, resolved once, before its model is built and before anything is written.
+"""Sets up a run: resolves and validates everything once, before the model is built and anything is written.
 
-What the configuration, this machine, the data and the checkpoint make impossible is refused here, in the order of
-`set_up`, but for the processes and their devices (launch/process_group.py), the lock of the dump folder, and what only
-a write there, a login at W&B or a full GPU shows. The phases also stand alone:
+Errors of configuration, machine, data and checkpoint are raised here, in the order of `set_up`. Elsewhere are only
+those of processes and devices (launch/process_group.py), the lock of the dump folder, and what a write there, a login
+at W&B or a full GPU shows. The phases can be called alone:
 
     set_up_machine  precision and determinism, and whether this machine can do what is configured: VALIDATIONS
     set_up_inputs   the checkpoint to resume from, the data as it recorded them, "auto", the micro-batch, validation
     set_up_resume   the fingerprint of the run, and the train state that it continues from
 
-What only rank 0 may do, it does and broadcasts. Where any rank can fail, all raise its error.
+Rank 0 does what only one rank may do, and broadcasts the result. If one rank fails, all raise its error.
 """
 
 import dataclasses
@@ -63,10 +63,10 @@ Opened = Callable[[Origin | Corpus], object]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: a checkpoint and data, both opened."""
+    """The inputs of a run: a checkpoint and data, both opened."""
 
     config: Config  # with the tokenizer's vocabulary, and without "auto"
-    choices: list[str]  # what "auto" was resolved to, and why
+    choices: list[str]  # how "auto" was resolved, and why
     world: World
     checkpoints: Checkpoints
     origin: Origin  # the checkpoint to resume from, if there is one
@@ -80,14 +80,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """All that a run is made of, but for its model, and for what it writes."""
+    """Everything that a run is made of, except its model and its outputs."""
 
     fingerprint: dict[str, Any]  # what must be equal for a checkpoint to be resumed
-    files: dict[str, bytes]  # of each checkpoint, by name: with them it can be used elsewhere
+    files: dict[str, bytes]  # by name, of each checkpoint, so that it can be used elsewhere
     train_state: TrainState  # where the run stands
 
     def open_loader(self, num_workers: int | None = None) -> BatchLoader:
-        """The batches of this rank, from where the run stands; `num_workers` None: as configured."""
+        """The batches of this rank, from the run's position on; `num_workers` None: as configured."""
         training = self.config.training
         with self.checkpoints.loading(self.origin.path):
             return all_ranks_or_raise(
@@ -106,7 +106,7 @@ class Setup(Inputs):
             )
 
     def build_state(self) -> RunState:
-        """Model, optimizers and all else that training changes, filled from the checkpoint if there is one."""
+        """Build model, optimizers and other state that training changes, and load the checkpoint if there is one."""
         with self.checkpoints.loading(self.origin.path):
             state = RunState(self.config, self.world, self.origin.path, self.train_state.step, self.initial)
         if self.annex_record:
@@ -115,7 +115,7 @@ class Setup(Inputs):
         return state
 
 
-# What is refused before the data are opened, in this order, by what `check` calls it.
+# Validations before the data are opened, in this order, by the subjects of `check`.
 VALIDATIONS: dict[str, Callable[[Config, World], object]] = {
     "files": lambda config, world: validate_open_files(config),
     "compile": lambda config, world: validate_cache_folder(config.compile),
@@ -138,13 +138,13 @@ def validate_open_files(config: Config) -> None:
 
 
 def validate(config: Config, world: World) -> None:
-    """Raise UserError for what this machine, or this number of ranks, cannot do."""
+    """Raise UserError if this machine, or this number of ranks, cannot run the configuration."""
     for validation in VALIDATIONS.values():
         validation(config, world)
 
 
 def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None) -> Setup:
-    """All phases, for a run; all ranks call this.
+    """Set up a run, in all phases; all ranks call this.
 
     `damaged`: see `from_newest_intact`. Raises UserError, on every rank, for anything wrong with configuration,
     machine, tokenizer, data or checkpoint, and DamagedCheckpoints where an older one may be intact.
@@ -154,7 +154,7 @@ def set_up(config: Config, world: World, damaged: dict[Path, str] | None = None)
 
 
 def rehearse(config: Config, world: World) -> Setup:
-    """Refuse what `train` refuses, in its order, without starting a process or writing anything."""
+    """Raise the errors that `train` would, in its order, without starting a process or writing anything."""
     validate_open_files(config)
     validate_exclusive(Path(config.job.dump_folder))
     validate(config, world)
@@ -162,7 +162,7 @@ def rehearse(config: Config, world: World) -> Setup:
 
 
 def rehearse_inputs(config: Config, world: World, opened: Opened = lambda result: None) -> Setup:
-    """What `rehearse` does once this machine is validated; `opened`: see `set_up_inputs`."""
+    """The part of `rehearse` after the validation of this machine; `opened`: see `set_up_inputs`."""
 
     def resumed(damaged: dict[Path, str]) -> Setup:
         setup = set_up_resume(set_up_inputs(config, world, damaged, opened))
@@ -173,9 +173,9 @@ def rehearse_inputs(config: Config, world: World, opened: Opened = lambda result
 
 
 def set_up_machine(config: Config, world: World) -> None:
-    """Set precision and determinism, refuse what this machine cannot compute, and start helper processes."""
+    """Set precision and determinism, validate this machine, and start helper processes."""
     set_precision_and_determinism(config, world.device, world.rank)
-    # The compiler's helpers are waited for first, so they start first; they end with this process, refused or not.
+    # The compiler's processes start first, because they are needed first; they end with this process in any case.
     all_ranks_or_raise(world, lambda: warm_compiler(config.compile, world.device))
     all_ranks_or_raise(world, lambda: validate(config, world))
     all_ranks_or_raise(world, lambda: prepare_workers(config.data.num_workers))
@@ -207,7 +207,7 @@ def set_up_inputs(
     opened(corpus)
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
-    # "auto" comes after the tokenizer, because the head's share of the operations depends on the vocabulary.
+    # "auto" is resolved after the tokenizer, because the head's share of the operations depends on the vocabulary.
     config, choices = resolve_auto(config, world, initial.optimizer if initial else origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
@@ -218,7 +218,7 @@ def set_up_inputs(
         validations.append(TaskValidator(config, world, corpus.tokenizer, size))
     record = None
     if annexes_of(config.model):
-        # Of rank 0, because Pythons with other tables of Unicode compress otherwise.
+        # Rank 0 decides, because other versions of Python have other Unicode tables.
         before = initial.annex_record if initial else origin.annex_record
         ids = broadcast_from_rank_0(world, lambda: compressed_vocabulary(corpus.tokenizer, before))
         record = AnnexRecord.of(config.model, ids)
@@ -273,7 +273,7 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         if recorded is None:
             raise
-        # JSON within bounds, but not in the shape that this program writes.
+        # It is valid JSON, but not of the form that this program writes.
         raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
     if not config.validation.interval:
         return config, corpus, None
@@ -281,9 +281,9 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
 
 
 def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:
-    """The resolved configuration, the data record, and a vocabulary that was read from a file.
+    """The resolved configuration, the data record, and the vocabulary if it is a file.
 
-    Read once, because the file may be gone when a checkpoint is written.
+    The vocabulary is read now, because the file may be gone when a checkpoint is written.
     """
     files = {CONFIG: to_toml(config).encode(), DATA: data_record(corpus, validation)}
     vocabulary = Path(config.data.tokenizer)

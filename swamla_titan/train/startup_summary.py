@@ -1,4 +1,4 @@
-"""The log lines that open a run: what is trained, on what, and from where."""
+"""The log lines at the start of a run: model, data, device, kernels, and where it resumes."""
 
 import json
 import logging
@@ -37,12 +37,12 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# Values that held before there was a key for them.
+# What older versions did before there was a key for it.
 _BEFORE_THE_KEY = {("optimizer", "decay_embeddings"): True}
 
 
 def log_startup_summary(setup: Setup, parts: Sequence[nn.Module]) -> None:
-    """Log what a run is made of; `parts` are those of the model on this rank. All ranks call this."""
+    """Log the parts of a run; `parts`: those of the model on this rank. All ranks call this."""
     config, world = setup.config, setup.world
     _log_model(config)
     if config.parallel.tables_on_host:
@@ -128,7 +128,7 @@ def _log_kernels(config: Config, world: World) -> None:
 
 
 def elementwise_of(config: Config, choices: Mapping[str, Choice], device: torch.device) -> str | None:
-    """What our kernels compute between the linear layers, in words; None: nothing. `choices`: of attention."""
+    """What our kernels compute between linear layers, in words; None: nothing. `choices`: those of attention."""
     if not are_elementwise_ours(config, device):
         return None
     float8 = {each.kind for each in float8_coverage(config) if each.why_not is None}

@@ -1,4 +1,4 @@
-"""A training step, as the trainer and the benchmarks take it, and the state that it changes."""
+"""A training step, which the trainer and benchmarks call, and the state that it changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints 
 
 
 class RunState(State):
-    """This rank's shards of model and optimizers, the average of weights, the state of policies, the random states.
+    """The state of a run on this rank: shards of model and optimizers, average of weights, policies, random states.
 
     `bad_steps` is None where bad steps are not skipped, `ema` where no average is kept, `loss_scale` where the loss is
     not scaled.

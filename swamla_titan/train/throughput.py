@@ -1,4 +1,4 @@
-"""Speed and memory of a run between two log lines, and whether its steps wait for data."""
+"""Measures speed and memory between two log lines, and whether steps wait for data."""
 
 import os
 import re
@@ -14,13 +14,13 @@ import torch
 from swamla_titan.config.sections import Data
 from swamla_titan.train.policy import Policy, Values
 
-# The warning that steps wait for data.
+# Limits of the warning that steps wait for data.
 _LEAST_SHARE = 0.05  # of the steps' time
-_LEAST_STEPS = 10  # for which a share is computed
+_LEAST_STEPS = 10  # over which the share is computed
 _REPEAT_AT = 1.5  # times the share of the last warning
 _REPEAT_AFTER = 2000  # steps
 
-# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets. Of several names whose words all occur in
+# Dense bf16 peak of the tensor cores, FLOP/s, from the vendors' data sheets. Of several names whose words all occur in
 # the device's name, the longest one counts.
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
@@ -37,16 +37,16 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a CUDA device in FLOP/s; None if it is not in the table or is no GPU."""
     if device.type != "cuda":
         return None
-    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # whole words: an A1000 is no A100
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # full words, because an A1000 is not an A100
     known = [key for key in PEAK_BF16_FLOPS if words.issuperset(key.split())]
     return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The steps between two log lines, in `seconds`, without validation and checkpoints.
+    """The steps between two log lines, and their time in seconds, without validation and checkpoints.
 
-    In `waited` of these seconds the device was idle, because the steps' data were not there.
+    For `waited` of these seconds the device was idle because data were missing.
     """
 
     steps: int = 0
@@ -82,7 +82,7 @@ class Throughput(Policy):
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Encloses the wait for the loader, before each step."""
+        """Encloses the wait for the loader before each step."""
         start = time.perf_counter()
         before = self._event()
         yield
@@ -114,7 +114,7 @@ class Throughput(Policy):
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Leave out what this encloses. The device is idle before it, because the step was logged or is being saved."""
+        """Leave out what this encloses. The device is idle before it, because the step was logged or will be saved."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
@@ -152,7 +152,7 @@ class Throughput(Policy):
 
 
 class DataWait:
-    """Warns where steps wait for data: once, and again where it gets worse or after many steps."""
+    """Warns that steps wait for data: once, and again if it gets worse or after many steps."""
 
     def __init__(self, advice: str) -> None:
         self._advice = advice
@@ -163,11 +163,11 @@ class DataWait:
 
     @classmethod
     def of(cls, data: Data, units: int, ranks: int) -> "DataWait":
-        """For a rank of `ranks` that read different sequences of a source of `units` units."""
+        """For one of `ranks` ranks that read different sequences, of a source of `units` units."""
         return cls(data_wait_advice(data, units, streams=-(-data.streams // ranks), cores=cores_per_rank()))
 
     def warning(self, interval: Interval) -> str | None:
-        """The warning that is due after an interval, if any. The first interval does not count: loaders start in it."""
+        """The warning that is due after an interval, or None. The first does not count, because loaders start in it."""
         if not self._begun:
             self._begun = True
             return None
@@ -191,7 +191,7 @@ def cores_per_rank() -> int:
 
 
 def data_wait_advice(data: Data, units: int, streams: int, cores: int) -> str:
-    """What helps a rank that waits for data, owns `streams` of the streams and has `cores` cores."""
+    """Advice for a rank that waits for data, owns `streams` of the streams and has `cores` cores."""
     workers, most = data.num_workers, min(streams, cores)
     if workers == 0:
         first = "With data.num_workers = 0 data are read between the steps: set it to 1 or more, to read beside them"

@@ -34,9 +34,9 @@ class Validation(ABC):
 
 
 class Validator(Validation):
-    """Holds this rank's share of the held-out sequences and evaluates a model on them.
+    """Evaluates a model on this rank's slice of the held-out sequences.
 
-    Every rank runs the same number of micro-batches, so that collectives inside the model match.
+    All ranks run equally many micro-batches, so that collectives inside the model match.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Python's garbage collection at steps that all ranks share (training.gc_interval).
+"""Runs Python's garbage collection at the same steps on all ranks (training.gc_interval).
 
-A collection at a random moment on one rank would delay all ranks. What exists before the first step is never scanned,
-and neither is compiled code, so that even a full collection takes milliseconds.
+A collection on one rank at a random moment would delay all ranks. Objects from before the first step, and compiled
+code, are never scanned, so that even a full collection takes milliseconds.
 """
 
 import gc
@@ -19,7 +19,7 @@ class GarbageCollection(Policy):
         self._first_step = first_step
 
     def before_step(self, step: int) -> None:
-        """Collect what the step before `step` left, with its checkpoint and validation."""
+        """Collect garbage of the step before `step`, with its checkpoint and validation."""
         if not self._interval:
             return
         before = step - 1

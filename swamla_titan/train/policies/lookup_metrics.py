@@ -1,4 +1,4 @@
-"""Metrics of what a model looks up: means that annexes observe, and the share of rows of tables that steps touch."""
+"""Metrics of models with tables: means that annexes observe, and the share of rows that steps look up."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ from swamla_titan.train.step import RunState
 
 
 def lookup_metrics(config: ModelConfig, state: RunState, world: World) -> list[Policy]:
-    """The policies of a model that looks up something, none of another; all ranks call this."""
+    """The policies of a model with tables or annexes, none for other models; all ranks call this."""
     touched = TouchedRows(state.optimizers, world)
     means = [AnnexMetrics(config, state.model.parts, world)] if annexes_of(config) else []
     return [*([touched] if touched.is_needed() else []), *means]
 
 
 class AnnexMetrics(Policy):
-    """For each layer with an annex NAME, NAME_OBSERVED_LAYER, a mean over tokens: as engram_gate_2."""
+    """Means over tokens, of each layer with an annex NAME: NAME_OBSERVED_LAYER, such as engram_gate_2."""
 
     def __init__(self, config: ModelConfig, parts: Sequence[SWAMLAModel], world: World) -> None:
         """`parts` are those of the model on this rank."""
@@ -49,9 +49,10 @@ class AnnexMetrics(Policy):
 
 
 class TouchedRows(Policy):
-    """Reads the optimizer's `touched`, which holds of each row the number of the step that last looked it up.
+    """The share of rows that any step looked up, and that the steps since the last log line did.
 
-    Rows of steps that were skipped as bad do not count.
+    It reads the optimizer's `touched`: for each row the last step that looked it up. Steps that were skipped as bad do
+    not count.
     """
 
     def __init__(self, optimizers: Sequence[GroupedOptimizer], world: World) -> None:
@@ -67,19 +68,19 @@ class TouchedRows(Policy):
         return self._world.all_reduce_max(float(bool(self._states))) > 0
 
     def begin(self, step: int) -> None:
-        """Count from here on."""
+        """Count the steps from here on."""
         for state, since in zip(self._states, self._since):
             since.copy_(state["step"])
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Count from here on again after a rewind, because it restores older numbers of steps."""
+        """After a rewind, which restores older step counts, count from here on again."""
         yield
         if doing == "rewind":
             self.begin(0)
 
     def metrics(self) -> Values:
-        """The two shares; waits for the device. All ranks call this."""
+        """Both shares; waits for the device. All ranks call this."""
         counts = torch.zeros(3, dtype=torch.float64, device=self._world.device)
         for state, since in zip(self._states, self._since):
             touched = local(state["touched"])

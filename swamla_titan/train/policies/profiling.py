@@ -1,4 +1,4 @@
-"""A profile of some steps, for chrome://tracing or Perfetto."""
+"""Profiles some steps, for chrome://tracing or Perfetto."""
 
 import errno
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class StepProfiler(Policy):
     """Records steps start_step .. start_step + num_steps - 1 into traces/steps-A-B.json, once.
 
-    If the run ends before the last of them, it records the steps until then.
+    If the run ends earlier, the file has the steps until then.
     """
 
     def __init__(self, config: Profiling, folder: Path, rank: int = 0) -> None:

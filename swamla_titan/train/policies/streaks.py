@@ -54,12 +54,12 @@ _NAMED = 8  # in a warning
 
 
 def bad_step_policy(setup: Setup, state: RunState, loader: BatchLoader) -> "BadStepPolicy":
-    """The policy by fault_tolerance.skip_bad_steps; with it every rank has a judge of steps, `state.bad_steps`."""
+    """The policy that fault_tolerance.skip_bad_steps asks for; `state.bad_steps` is there if it is true."""
     return SkippingPolicy(setup, state, state.bad_steps, loader) if state.bad_steps else BadStepPolicy(setup.config)
 
 
 class BadStepPolicy(Policy):
-    """Ends a run at the first loss or gradient norm that is not finite; for runs that apply bad steps."""
+    """Ends a run at the first loss or gradient norm that is not finite, because such steps are applied."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -100,14 +100,15 @@ class BadStepPolicy(Policy):
 
 
 class SkippingPolicy(BadStepPolicy):
-    """Acts on what `judge`, the BadSteps of the run, has found; for runs that skip bad steps."""
+    """Reports the steps that `judge` found bad, and ends streaks of them; for runs that skip bad steps."""
 
     def __init__(self, setup: Setup, state: RunState, judge: BadSteps, loader: BatchLoader) -> None:
         super().__init__(setup.config)
         self._state, self._judge, self._loader, self._world = state, judge, loader, setup.world
         self._traces = Path(setup.config.job.dump_folder) / "traces"
         self._rewinding = Rewinding(setup.config, setup.checkpoints, judge, setup.world)
-        # The cursors before each of the last batches. `too_many` answers a step late: one more than a streak.
+        # The cursors before each of the last batches: one more than a streak has, because `too_many` answers a step
+        # late.
         steps = setup.config.fault_tolerance.max_bad_steps + 1
         self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
 
@@ -129,8 +130,8 @@ class SkippingPolicy(BadStepPolicy):
         return self._judge.too_many(step)
 
     def require_finite(self, step: int, outcome: StepOutcome, to_save: bool = False) -> bool:
-        # A good step that was far too large can leave such weights: every step after it is bad, and only a rewind
-        # helps. So the weights are checked before saving, and in a streak of bad steps.
+        # A good step can be so large that the weights overflow. All steps after it are bad, and only a rewind helps, so
+        # the weights are checked before saving and in a streak of bad steps.
         suspected = to_save or self._judge.streak > 0
         if not suspected or are_finite(self._state.model.parts, self._world):
             return True
@@ -142,8 +143,8 @@ class SkippingPolicy(BadStepPolicy):
         self, step: int, sequences: int, too_many: bool, paused: AbstractContextManager[None]
     ) -> RunFailed | None:
         is_full = self._judge.streak >= self._config.fault_tolerance.max_bad_steps
-        # A run stops as soon as the streak is known. But a rewind changes the weights, so that its step must not depend
-        # on whether a log line happened to show the streak earlier.
+        # A run stops as soon as the streak is known. A rewind changes the weights, so its step must not depend on
+        # whether a log line showed the streak earlier.
         if not too_many and not (is_full and not self._rewinding.is_possible(step)):
             return None
         streak = self._judge.newest_streak()
@@ -164,13 +165,13 @@ class SkippingPolicy(BadStepPolicy):
         )
 
     def _write(self, streak: Sequence[BadStep], step: int, sequences: int) -> Path:
-        """`write_bad_batches` with the cursors of all ranks; all call it. A disk error is only logged."""
+        """Write a streak's batches with the cursors of all ranks, which all call this; a disk error is only logged."""
         path = self._traces / f"bad-steps-{step}.json"
         size = self._config.training.global_batch_size
         own = {(step, stream): cursor for step, cursors in self._cursors for stream, cursor in cursors.items()}
         cursors = all_gather_dict(self._world, own)
         if self._world.is_rank_0:
-            first = sequences - step * size  # not 0 where checkpoint.allow has changed the batch or the data
+            first = sequences - step * size  # not 0 if checkpoint.allow has changed the batch or the data
             try:
                 write_bad_batches(path, streak, first, size, self._config.data.streams, cursors)
             except OSError as error:  # the run must still rewind or stop
@@ -179,7 +180,7 @@ class SkippingPolicy(BadStepPolicy):
 
 
 class _Saved(NamedTuple):
-    """A checkpoint: the step that it is of, the one that made its weights, and whether checkpoint.interval saved it."""
+    """A checkpoint's step, the step that made its weights, and whether checkpoint.interval saved it."""
 
     step: int
     trained: int
@@ -187,35 +188,35 @@ class _Saved(NamedTuple):
 
 
 class Rewinding:
-    """Decides which checkpoint a run goes back to, how often it may, and which ones it may still need.
+    """Chooses the checkpoint that a run goes back to, counts rewinds, and protects checkpoints that it may still need.
 
-    One on every rank.
+    Every rank has one.
     """
 
     def __init__(self, config: Config, checkpoints: Checkpoints, bad_steps: BadSteps, world: World) -> None:
-        """If rewinds are allowed, `checkpoints` protects from here on what they may need."""
+        """From now on `checkpoints` protects what rewinds may need, if rewinds are allowed."""
         self._most = config.fault_tolerance.max_rewinds
         self._steps = config.training.steps
         self._checkpoints, self._bad_steps, self._world = checkpoints, bad_steps, world
         self._known: dict[tuple[Path, int], _Saved | None] = {}
         self._found_none = False
-        self._unsaved: int | None = None  # the first step whose weights may_mend left to a rewind
+        self._unsaved: int | None = None  # the first step that was not saved, in the hope of a rewind
         if self._most:
             checkpoints.protected = self.protected
 
     def is_possible(self, step: int) -> bool:
-        """Whether a streak that is full at the end of `step` may end in a rewind; as of the policy's last `read`."""
+        """Whether a streak that is full at the end of `step` can end in a rewind, as of the last `report`."""
         return self._bad_steps.rewinds < self._most and not self._found_none and step < self._steps
 
     def report(self, target: Path, step: int) -> str:
-        """The log line about the rewind that was made at the end of `step`."""
+        """The log line on the rewind at the end of `step`."""
         return (
             f"rewound to the weights and optimizer of {target}; step {step + 1} continues with the next batch; "
             f"rewind {self._bad_steps.rewinds} of {self._most}"
         )
 
     def why_not(self) -> str:
-        """Why a run stops although it was allowed to rewind, a sentence with a space behind it; else nothing."""
+        """Why a run stops although rewinds are allowed: a sentence and a space, or nothing."""
         if self._found_none:
             return (
                 "There is no rewind, because no intact checkpoint holds weights from before those that the streak "
@@ -224,10 +225,10 @@ class Rewinding:
         return f"All {self._most} rewinds were made. " if 0 < self._most <= self._bad_steps.rewinds else ""
 
     def may_mend(self, step: int) -> bool:
-        """Whether weights that are not finite at the end of `step` may be kept, unsaved, until a rewind.
+        """Whether a run with weights that are not finite at the end of `step` may continue, unsaved, until a rewind.
 
-        A streak of bad steps leads to one soon. Without one, a single save may be skipped: if steps are good until the
-        next save, in spite of such weights, there will be no streak.
+        A streak of bad steps leads to a rewind soon. Without a streak, one save may be skipped: if the steps until the
+        next save are good in spite of such weights, there will be no streak.
         """
         if not self.is_possible(step):
             return False
@@ -237,10 +238,10 @@ class Rewinding:
         return self._unsaved == step
 
     def rewind(self, step: int, state: State) -> Path | None:
-        """Go back from the streak that `too_many` has found at the end of `step`; returns the checkpoint, None if none.
+        """Rewind for the streak that `too_many` found at the end of `step`; returns the checkpoint, None if none.
 
-        All ranks call this. Loads what was learned into `state`. Skips a checkpoint that does not fit, as one of
-        another model, like a damaged one.
+        Loads weights and optimizer states into `state`. Skips checkpoints that are damaged or do not fit, such as those
+        of another model. All ranks call this.
         """
         before = self._bad_steps.trained_before_streak
         targets = broadcast_from_rank_0(
@@ -258,21 +259,21 @@ class Rewinding:
         return target
 
     def protected(self, kept: Sequence[Path], others: Sequence[Path]) -> set[Path]:
-        """Those of `others`, newest first, that a run resumed from one of the `kept` checkpoints may go back to."""
+        """The checkpoints of `others`, newest first, that a run which resumes from one of `kept` may go back to."""
         needed = set()
         for saved in filter(None, map(self._saved, kept)):
             needed |= {path for path, _ in islice(self._older(saved.trained, saved.step, [*kept, *others]), 1)}
         return needed
 
     def _older(self, trained: int, step: int, paths: Iterable[Path]) -> Iterator[tuple[Path, int]]:
-        """Those saved before `step`, with weights from before those that step `trained` made, and the step that did."""
+        """Checkpoints before `step` with weights older than those of step `trained`, and the step that made them."""
         for path in paths:
             saved = self._saved(path)
             if saved and saved.at_interval and saved.step < step and saved.trained < trained:
                 yield path, saved.trained
 
     def _saved(self, path: Path) -> _Saved | None:
-        """Read a checkpoint's steps, damaged or not; None, with one warning, if it cannot be read."""
+        """The steps of a checkpoint, damaged or not; None, with one warning, if it cannot be read."""
         try:
             key = path, path.stat().st_ino  # because a damaged checkpoint may be replaced by another of this name
         except OSError:
@@ -298,12 +299,12 @@ def write_bad_batches(
     streams: int,
     cursors: dict[tuple[int, int], Cursor],
 ) -> None:
-    """Write a JSON list with an object for each bad step: loss, norm, and what its batch consisted of.
+    """Write a JSON list with an object for each bad step: loss, norm, and the data of its batch.
 
-    `first_sequence` .. `last_sequence` are global sequence numbers, where step 1 would begin with `first`: 0 if batches
-    always had one size. Sequence g is the next one of stream g % streams. `cursors` maps (step, stream) to the stream's
-    position before the batch; it lacks steps before a restart. NaN and infinities, which JSON lacks, are the strings
-    "nan", "inf" and "-inf". A limit that did not exist is absent. Raises OSError.
+    `first_sequence` .. `last_sequence` are global sequence numbers, where step 1 would begin with `first`: 0 if the
+    batch size never changed. Sequence g is the next one of stream g % streams. `cursors` maps (step, stream) to the
+    stream's cursor before the batch; it lacks steps before a restart. NaN and infinities, which JSON lacks, become the
+    strings "nan", "inf" and "-inf". A step without a limit has no key for it. Raises OSError.
     """
     objects: list[dict[str, Any]] = []
     for step in bad:
@@ -334,7 +335,7 @@ def warning(skipped: Sequence[BadStep], in_all: int) -> str:
 
 
 def remedies(config: Config) -> str:
-    """What to try where losses or gradients are not finite or spike: a sentence that depends on the configuration."""
+    """What to try against losses or gradients that are not finite or spike: a sentence for this configuration."""
     clip, float8 = config.training.max_grad_norm, config.float8
     tries = ["lower optimizer.lr or lengthen lr_schedule.warmup_steps"]
     if clip == 0:

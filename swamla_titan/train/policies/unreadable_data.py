@@ -1,6 +1,6 @@
 """The next step's batch: all ranks wait for it, fail, and skip unreadable parts of the data together.
 
-A policy keeps what the run skips: files, or the rest of files, and bytes that it replaces.
+The policy counts and lists the skipped files, or rests of files, and counts bytes that were replaced.
 """
 
 import json
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 NAME = "skipped_files.json"
 POLL_SECONDS = 1.0  # between two checks for a signal, while a rank waits for its data
 
-_READY, _EXCLUDED, _WAITING, _FAILED = range(4)  # the state of a rank; the maximum over all ranks decides
+_READY, _EXCLUDED, _WAITING, _FAILED = range(4)  # states of a rank; the maximum over all ranks decides
 
 
 class UnreadableData(Policy):
-    """Counts and logs what the run could not read since it began; has the job's list of exclusions, on every rank.
+    """Counts and logs the data that the run could not read; holds the job's list of exclusions, on every rank.
 
     Rank 0 writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this start),
-    `place`, `reason`; a file that streams share has an object for each stream that reached it. A resumed run reads the
-    list from its checkpoint, so the file may be lost, or not writable.
+    `place`, `reason`; a file that streams share has an object for each stream that reached the damage. A resumed run
+    reads the list from its checkpoint and does not need this file.
     """
 
     def __init__(self, folder: Path, corpus: Corpus, start: TrainState, writes: Callable[[], bool]) -> None:
-        """Take what was skipped from `start`; `corpus` knows the files that could not be opened.
+        """Begin with the exclusions of `start`, and the files that `corpus` could not open.
 
         `writes()`: whether this rank logs and writes.
         """
@@ -56,22 +56,22 @@ class UnreadableData(Policy):
             self._write()
 
     def metrics(self) -> dict[str, float | int]:
-        """The number of files of which something is skipped, if there are any."""
+        """The number of files of which a part is skipped, if there are any."""
         return {"skipped_files": len(self._files)} if self._files else {}
 
     def state(self, world: World) -> dict[str, Any]:
-        """What a TrainState has of it; `replaced_bytes` of all ranks since the run began. Collective."""
+        """The fields of a TrainState: exclusions, and `replaced_bytes` of all ranks since the run began. Collective."""
         replaced = self._replaced_before + sum(all_gather_dict(world, {world.data_rank: self._replaced}).values())
         return {"replaced_bytes": replaced, "excluded": list(self._excluded)}
 
     def add_replaced(self, count: int) -> None:
-        """Count stretches of bytes that this rank has read as U+FFFD in a batch; warn of the first."""
+        """Count invalid UTF-8 byte sequences of a batch, which this rank read as U+FFFD; warn of the first."""
         if count and not self._replaced_before + self._replaced:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
         self._replaced += count
 
     def exclude(self, step: int, found: Iterable[Exclusion]) -> None:
-        """Add what was found unreadable for the batch of `step` (from 1); ranks may have found the same."""
+        """Add what ranks found unreadable in the batch of `step` (from 1); several ranks may have found the same."""
         new = sorted({each.key: each for each in found}.values(), key=lambda each: each.key)
         self._excluded += new
         for each in new:
@@ -101,10 +101,10 @@ def next_batch(
 ) -> StepBatch | Stop:
     """This rank's slice of the batch of `step` (from 1); all ranks call this.
 
-    Returns a Stop, on every rank, if a rank still waits for its data and a signal came to one of them. If one rank
-    cannot read its data, all raise its UserError or RunFailed. Ranks that read the same streams must exclude the same:
-    where one of them could not read what the others could, these go back to before the step and exclude it too. Adds
-    what is excluded to `unreadable`.
+    Returns a Stop, on every rank, if a rank still waits for its data and any rank got a signal. If one rank cannot read
+    its data, all raise its UserError or RunFailed. Ranks that read the same streams must exclude the same: if only some
+    of them found data unreadable, the others go back to before the step and exclude these data too. Adds the exclusions
+    to `unreadable`.
     """
     batch: StepBatch | None = None
     error: UserError | RunFailed | None = None
@@ -141,7 +141,7 @@ def next_batch(
 
 
 def _missing(own: list[Exclusion], of_all: list[list[Exclusion]]) -> list[Exclusion]:
-    """What other ranks exclude and this one does not, each once."""
+    """The exclusions of other ranks that this one does not have, each once."""
     known = {each.key for each in own}
     rest = {each.key: each for theirs in of_all for each in theirs if each.key not in known}
     return [rest[key] for key in sorted(rest)]

@@ -1,13 +1,12 @@
-"""The watchdog: a process that makes no progress writes where it is, and ends, so that its launcher restarts it.
+"""The watchdog ends a process that makes no progress, after it wrote all stacks, so that its launcher restarts it.
 
 Two timers watch the main thread. A Python thread checks once a second; it can write files, ask the other ranks and
 write to the log. It cannot run while C code holds the GIL. For that case there is a `Backstop` (system/process.py): a
 little later than the thread would have, it has C code write all stacks and ends the process.
 
-A suspended process does not hang. Limits count the time in which this process ran, without the time for which it was
-suspended (Ctrl-Z and `fg`, `scontrol suspend`, a virtual machine that is migrated), and without the time for which
-another process of the run on this machine is, because this one may be waiting for it. A process on another machine that
-does not answer counts as lost.
+A suspended process does not hang. So limits count the time in which this process ran, without the time in which it, or
+another process of the run on this machine, was suspended (Ctrl-Z and `fg`, `scontrol suspend`, a virtual machine that
+is migrated). A process on another machine that does not answer counts as lost.
 """
 
 import faulthandler
@@ -42,9 +41,9 @@ PACKAGE = Path(__file__).parents[2]
 
 # Seconds. When a rank ends, the launcher ends the others, so each waits until all have written their stacks.
 BACKSTOP = 10.0  # after the limit, the backstop ends a process whose Python cannot run
-OTHERS = 15.0  # the longest wait for the other ranks
-ANSWER = 5.0  # the longest wait for their store
-REPORT = 30.0  # the longest time for the whole report; the backstop enforces it
+OTHERS = 15.0  # limit of the wait for the other ranks
+ANSWER = 5.0  # limit of the wait for their store
+REPORT = 30.0  # limit of the report, which the backstop enforces
 POLL = 1.0  # between two checks of the main thread, and of whether another rank hangs
 
 _HANG, _PLACE = "hang", "place/"  # keys in the ranks' store
@@ -53,7 +52,7 @@ _Places = dict[int, tuple[int, str]]  # by rank: the step that it took last, and
 
 @dataclass(frozen=True)
 class _Progress:
-    """What the main thread does, since when, and how long it may take."""
+    """The main thread's present work, since when, and its time limit."""
 
     step: int  # the last one taken
     doing: str
@@ -68,20 +67,20 @@ class _Progress:
 class Watchdog(Policy):
     """Ends this process, with exit code 1, if its trainer makes no progress for too long.
 
-    Between two calls of `after_step` lie at most `step_timeout` seconds; the start, the first step and each `pause` may
-    last `first_step_timeout`. A GPU computes behind its host, which waits for it when it logs, or when some 1000
-    kernels are queued, so a step that never ends on the GPU is noticed a few steps later. It watches from its creation,
-    before there is a trainer, to `stop`, after the trainer has closed its policies.
+    Two calls of `after_step` may be `step_timeout` seconds apart; the start, the first step and each `pause` may last
+    `first_step_timeout`. A GPU computes behind its host, which waits for it when it logs, or when some 1000 kernels are
+    queued, so a step that hangs on the GPU is noticed a few steps later. It watches from its creation, before there is
+    a trainer, to `stop`, after the trainer has closed its policies.
 
-    Then every rank writes, also those that only wait, because the first one asks all: the stacks of all threads to
+    The rank that hangs notifies the others, and every rank writes the stacks of all threads to
     traces/hang-step-N-rank-R.txt, NCCL's flight recorder to traces/hang-step-N-nccl-rank-R, with the N of the rank that
     noticed first, and a log line that says where the ranks are. Before `begin` no file is created. A process whose
-    Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is created at `begin`, empty, and removed at
-    the end. Where the C code in question blocks signals, such a process is killed (137).
+    Python cannot run leaves its stacks in traces/hang-rank-R.txt, which is created empty at `begin` and removed at the
+    end. If its C code blocks signals, such a process is killed (137).
     """
 
     def __init__(self, config: FaultTolerance, traces: Path, world: World) -> None:
-        """Starts watching, with the limit of a start; `step_timeout` 0: does nothing, ever."""
+        """Start watching, with the limit of a start; with `step_timeout` 0 the watchdog never does anything."""
         self._config, self._traces, self._world = config, traces, world
         self._now = _Progress(0, "starting", config.first_step_timeout, time.monotonic())
         self._arming = threading.Lock()
@@ -125,7 +124,7 @@ class Watchdog(Policy):
 
     @contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """Let this work last as long as the first step; then the limit before it starts again."""
+        """Limit what this encloses like the first step; then the limit before it begins again."""
         before = self._now
         self._expect(_Progress(before.step, doing, self._config.first_step_timeout, time.monotonic()))
         try:
@@ -134,7 +133,7 @@ class Watchdog(Policy):
             self._expect(_Progress(before.step, before.doing, before.limit, time.monotonic()))
 
     def stop(self) -> None:
-        """Stop watching. If the watchdog is reporting a hang, this does not return, because the process ends."""
+        """Stop watching; does not return if the watchdog reports a hang, because the process ends."""
         if self._thread is None:
             return
         self._closed.set()
@@ -153,13 +152,13 @@ class Watchdog(Policy):
     def _remove_if_empty(self) -> None:
         with suppress(OSError):
             there = self._backstop_path.stat()
-            # Only its own file, because the folder may belong to another run by now.
+            # It removes its own file alone, because the folder may belong to another run by now.
             if self._file and there.st_size == 0 and os.path.samestat(there, os.fstat(self._file.fileno())):
                 self._backstop_path.unlink()
                 self._traces.rmdir()  # unless there is something in it
 
     def _expect(self, progress: _Progress) -> None:
-        """Record what the main thread does next. It arms the backstop itself only if that would act too late."""
+        """Record what the main thread does next; arms the backstop only if it would act too late otherwise."""
         self._now = progress
         if self._thread and progress.deadline + BACKSTOP < self._armed:
             self._arm(progress.limit + BACKSTOP)
@@ -191,7 +190,7 @@ class Watchdog(Policy):
                 return
 
     def _some_are_stopped(self, reported: set[int]) -> bool:
-        """Whether a process of this run is suspended on this machine; logs each of them once."""
+        """Whether a process of this run on this machine is suspended; logs each of them once."""
         found = {pid for pid in local_worker_pids() if stopped(pid)}
         for pid in sorted(found - reported):
             logger.warning("process %d of this run is stopped, and waited for (kill -CONT %d continues it)", pid, pid)
@@ -200,14 +199,14 @@ class Watchdog(Policy):
         return bool(found)
 
     def _arm(self, seconds: float) -> None:
-        """Let the backstop end the process in so many seconds, and not earlier."""
-        with self._arming:  # else the older of two deadlines could be set last
+        """Set the backstop to end the process in `seconds`, and not earlier."""
+        with self._arming:  # so that the older of two deadlines is not set last
             self._armed = time.monotonic() + seconds
             if self._backstop:
                 self._backstop.arm(seconds)
 
     def _listen(self) -> None:
-        """Ask the ranks' store, which does not answer while the process that hosts it is suspended."""
+        """Poll the ranks' store, which does not answer while the process that hosts it is suspended."""
         while not self._closed.wait(POLL):
             if self._another_stopped():
                 self._other_hangs.set()
@@ -245,11 +244,11 @@ class Watchdog(Policy):
             )
             self._remove_if_empty()
         finally:
-            # sys.exit would only end this thread, and nothing can end the main thread.
+            # sys.exit would end this thread alone, and nothing can end the main thread.
             os._exit(EXIT_FAILED)
 
     def _agree_on_step(self, step: int) -> int:
-        """Report the hang to the other ranks; returns the step of the rank that did so first.
+        """Notify the other ranks of the hang; returns the step of the rank that noticed first.
 
         All ranks name their files by it, because their own steps may differ, and NCCL's tools find the files of one
         hang by their common prefix.
@@ -330,7 +329,7 @@ def write_nccl_trace(path: Path) -> bool:
 
 
 def place_of_main_thread() -> str:
-    """Where the main thread is: its innermost function, and the innermost one of this package that led there."""
+    """Where the main thread is: its innermost function, and the innermost function of this package."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "ending"
