@@ -38,8 +38,8 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"the model has {', '.join(unknown)}, which the exported code does not implement")
     return {
         "model_type": MODEL_TYPE,
-        "vocab_size": config.padded_vocab_size,
-        "unpadded_vocab_size": config.vocab_size,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.padded_vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,

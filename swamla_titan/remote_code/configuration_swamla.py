@@ -11,8 +11,8 @@ class SwamlaConfig(PreTrainedConfig):
     `layer_types` says of each block whether its attention is "sliding_attention" or "full_attention" (multi-head latent
     attention), and `rope_parameters` has the rotary base and scaling of each of the two. A query of a sliding block
     sees the latest `sliding_window` keys, itself among them, and the first `sliding_window_sinks` of its document.
-    `vocab_size` counts the rows of the embedding, of which those from `unpadded_vocab_size` on stand for no token;
-    logits leave them out. `intermediate_group` is the number of gate projections that lie together in `gate_up`, before
+    `padded_vocab_size` counts the rows of the embedding, of which those from `vocab_size` on stand for no token; logits
+    leave them out. `intermediate_group` is the number of gate projections that lie together in `gate_up`, before
     as many of the up projections. `selection_head`: the head that selects in selective attention; None: not selective.
     `engram`: layers, sizes and hashes of the n-gram memory; None: there is none.
     """
@@ -32,8 +32,8 @@ class SwamlaConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 50304,
-        unpadded_vocab_size: int | None = None,
+        vocab_size: int = 50257,
+        padded_vocab_size: int | None = None,
         hidden_size: int = 1024,
         num_hidden_layers: int = 12,
         num_attention_heads: int = 16,
@@ -67,7 +67,7 @@ class SwamlaConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
-        self.unpadded_vocab_size = unpadded_vocab_size or vocab_size
+        self.padded_vocab_size = padded_vocab_size or vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -103,3 +103,7 @@ class SwamlaConfig(PreTrainedConfig):
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         super().__init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, *unused: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: `rope_parameters` is complete, and the first 5.x releases would add keys beside the layer types."""
+        return kwargs

@@ -9,6 +9,7 @@ blocks (`SwamlaModel.plan`).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,6 +97,18 @@ class SwamlaCacheLayer(CacheLayerMixin):
         return -1 if self.room is None else self.room
 
     get_max_cache_shape = get_max_length  # its name before
+
+    @property
+    def max_cache_len(self) -> int:
+        """The same."""
+        return self.get_max_length()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, once there are tokens."""
+        return -1 if self.keys is None else self.keys.shape[0]
+
+    max_batch_size = batch_size  # its name before
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a window has overwritten what stood there before."""
@@ -686,7 +699,6 @@ class SwamlaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True  # where a model has no sinks, see SwamlaModel.plan
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True  # tokens cannot be taken back
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -728,13 +740,13 @@ class SwamlaModel(SwamlaPreTrainedModel):
         super().__init__(config)
         _require_known(config)
         layers, own = range(config.num_hidden_layers), config.engram or {"layers": ()}
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([SwamlaBlock(config, layer) for layer in layers])
         self.annexes = nn.ModuleDict(
             {str(layer): nn.ModuleDict({"engram": SwamlaEngram(config, layer)}) for layer in own["layers"]}
         )
         if config.engram:
-            self.compressed_ids = SwamlaCompressedIds(config.vocab_size)
+            self.compressed_ids = SwamlaCompressedIds(config.padded_vocab_size)
         self.norm = new_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -769,7 +781,7 @@ class SwamlaModel(SwamlaPreTrainedModel):
         if isinstance(attention_mask, dict):
             plan: dict[str, Any] = attention_mask
         else:
-            plan = self.plan(self.config, x, attention_mask, cache, position_ids)
+            plan = self.plan(self.config, x.shape[:2], x.device, attention_mask, cache, position_ids)
         positions = plan["positions"]
         rotations = {
             SLIDING: rotation(positions, self.config.head_dim, self._rope(SLIDING), x.dtype),
@@ -821,12 +833,13 @@ class SwamlaModel(SwamlaPreTrainedModel):
     @staticmethod
     def plan(
         config: SwamlaConfig,
-        x: Tensor,
+        shape: Sequence[int],
+        device: torch.device,
         attention_mask: Tensor | None,
         cache: Cache | None,
         position_ids: Tensor | None,
     ) -> dict[str, Tensor | None]:
-        """Positions of the tokens x [B, T, ...], -1 in the padding, and of each type of layer the mask.
+        """Positions of tokens of a shape [B, T], -1 in the padding, and of each type of layer the mask.
 
         Masks are boolean [B or 1, 1, T, keys], True where a query sees a key, over what the cache gives; None: causal.
         For implementations of attention that take no such mask, it is the padding [B, S], or None. "selectable" has the
@@ -834,7 +847,7 @@ class SwamlaModel(SwamlaPreTrainedModel):
 
         Raises ValueError for an implementation that cannot compute this model's attention.
         """
-        (batch, tokens), device = x.shape[:2], x.device
+        batch, tokens = shape
         past = 0 if cache is None else int(cache.get_seq_length())
         if attention_mask is not None:
             if attention_mask.shape[-1] < past + tokens or attention_mask.dim() != 2:
@@ -974,7 +987,7 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
     def __init__(self, config: SwamlaConfig) -> None:
         super().__init__(config)
         self.model = SwamlaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -993,7 +1006,7 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, unpadded_vocab_size], and with `labels` [B, T] the mean loss of their prediction.
+        """Logits [B, T, vocab_size], and with `labels` [B, T] the mean loss of their prediction.
 
         Labels of -100 do not count. `logits_to_keep`: how many of the last positions get logits, or which; 0: all. The
         others as in SwamlaModel.
@@ -1012,10 +1025,10 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])[..., : self.config.unpadded_vocab_size]
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.unpadded_vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1028,17 +1041,26 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(
         config: SwamlaConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        input_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
-        """What `generate` makes before each compiled forward pass, whose shapes it keeps the same."""
-        found = cache if past_key_values is None else past_key_values
-        assert found is not None
-        return SwamlaModel.plan(config, inputs_embeds, attention_mask, with_own_layers(found, config), position_ids)
+        """What `generate` makes before each compiled forward pass, whose shapes it keeps the same.
+
+        Some arguments have two names, because transformers has renamed them.
+        """
+        own, x = cache if past_key_values is None else past_key_values, inputs_embeds
+        x = input_embeds if x is None else x
+        assert own is not None
+        assert x is not None
+        # The embeddings are empty, and not always on the device.
+        device = next((each.device for each in (attention_mask, position_ids) if each is not None), x.device)
+        plan = SwamlaModel.plan
+        return plan(config, x.shape[:2], device, attention_mask, with_own_layers(own, config), position_ids)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in PreTrainedModel; logits are of the first `new_num_tokens` ids."""
@@ -1046,7 +1068,7 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
             raise ValueError("the n-gram tables of this model belong to its vocabulary, which cannot be resized")
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:
-            self.config.unpadded_vocab_size = new_num_tokens
+            self.config.vocab_size, self.config.padded_vocab_size = new_num_tokens, embedding.num_embeddings
         return embedding
 
 

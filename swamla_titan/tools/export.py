@@ -7,6 +7,7 @@ tokenizer.json, tokenizer_config.json      the vocabulary
 README.md                                  the model card
 """
 
+import errno
 import json
 import os
 import shutil
@@ -74,7 +75,7 @@ def export(
         _WRITERS[format](tensors, folder)
         texts = {
             "config.json": _json(_config(loaded, tokenizer, dtype)),
-            "generation_config.json": _json(_token_ids(loaded, tokenizer)),
+            "generation_config.json": _json(_generation(loaded, tokenizer)),
             "README.md": model_card(path, loaded.config, loaded.model, dtype, ema),
             **tokenizer_files(tokenizer, _pad_id(loaded, tokenizer), loaded.config.model.max_seq_len),
         }
@@ -118,19 +119,21 @@ def _config(loaded: LoadedModel, tokenizer: Tokenizer, dtype: Dtype) -> dict[str
         **settings,
         "residual_dropout": loaded.config.model.dropout,
         "dtype": dtype,
-        **_token_ids(loaded, tokenizer),
+        "bos_token_id": _begin_id(loaded, tokenizer),
+        "eos_token_id": tokenizer.eot_id,
         OWN_SETTINGS: {"model": asdict(loaded.config.model)},
     }
 
 
-def _token_ids(loaded: LoadedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The special ids. Text may begin with the end of the one before, unless the model has never seen that."""
-    begin = None if loaded.config.data.document_mask else tokenizer.eot_id
-    return {
-        "bos_token_id": begin,
-        "eos_token_id": tokenizer.eot_id,
-        "pad_token_id": _pad_id(loaded, tokenizer),
-    }
+def _generation(loaded: LoadedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of generation_config.json. The padding is here alone: it lies beyond vocab_size."""
+    begin = _begin_id(loaded, tokenizer)
+    return {"bos_token_id": begin, "eos_token_id": tokenizer.eot_id, "pad_token_id": _pad_id(loaded, tokenizer)}
+
+
+def _begin_id(loaded: LoadedModel, tokenizer: Tokenizer) -> int | None:
+    """What a text may begin with: the end of the one before, unless attention stops there."""
+    return None if loaded.config.data.document_mask else tokenizer.eot_id
 
 
 def _pad_id(loaded: LoadedModel, tokenizer: Tokenizer) -> int:
@@ -175,7 +178,10 @@ def _write_dcp(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _write_torch(tensors: dict[str, Tensor], folder: Path) -> None:
-    torch.save(tensors, folder / "pytorch_model.bin")
+    try:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    except RuntimeError:  # without the system's reason
+        raise OSError(errno.EIO, "torch could not write all of the weights; is the disk full?") from None
 
 
 _WRITERS = {"safetensors": _write_safetensors, "dcp": _write_dcp, "torch": _write_torch}
@@ -208,14 +214,10 @@ def _written_aside(target: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError | SafetensorError | CheckpointException) or _is_of_torch_writer(error):
+        if isinstance(error, OSError | SafetensorError | CheckpointException):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(f"{target}: cannot be written ({reason})") from None
         raise
-
-
-def _is_of_torch_writer(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -1,13 +1,21 @@
-"""`export` on checkpoints of short runs: the folder that it writes."""
+"""`export` on checkpoints of short runs: the folder that it writes, and what it refuses."""
 
+import ast
+import errno
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from swamla_titan.cli import main
+from swamla_titan.tools import export
 from swamla_titan.tools.generate import load_model
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, metrics, train
@@ -15,11 +23,17 @@ from tests.train.runs import checkpoint, metrics, train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dump folder of a run of four steps."""
+    """The dump folder of a run of two steps."""
     folder = tmp_path_factory.mktemp("trained")
-    settings = "--training.steps", "4", "--validation.interval", "2", "--checkpoint.interval", "2"
+    settings = "--training.steps", "2", "--validation.interval", "2", "--checkpoint.interval", "2"
     assert train(tiny_config(folder), *settings, "--data.num_workers", "0", "--ema.decay", "0.5") == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What it is exported to."""
+    return exported(trained, tmp_path_factory.mktemp("exported") / "new" / "out")
 
 
 def exported(trained: Path, out: Path, *options: str) -> Path:
@@ -27,42 +41,174 @@ def exported(trained: Path, out: Path, *options: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_each_tensor_is_the_checkpoint_s_in_the_chosen_dtype(trained, tmp_path, dtype):
-    stored = load_file(exported(trained, tmp_path / "out", "--dtype", dtype) / "model.safetensors")
-    model = load_model(checkpoint(trained, 4), False, torch.device("cpu")).model
-    own = {f"model.{name}": tensor.to(getattr(torch, dtype)) for name, tensor in model.named_parameters()}
-    assert own.keys() == stored.keys()
-    assert all(torch.equal(own[name], stored[name]) and own[name].dtype == stored[name].dtype for name in own)
+def weights(trained: Path, dtype: torch.dtype = torch.float32, ema: bool = False) -> dict[str, torch.Tensor]:
+    model = load_model(checkpoint(trained, 2), ema, torch.device("cpu")).model
+    return {f"model.{name}": tensor.detach().to(dtype) for name, tensor in model.named_parameters()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_each_tensor_is_that_of_the_checkpoint(trained, folder):
+    assert_same(load_file(folder / "model.safetensors"), weights(trained))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_in_several_files(trained, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(export, "MOST_OF_A_SHARD", 100_000)
+    out = exported(trained, tmp_path / "out", "--dtype", dtype)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {name: load_file(out / name) for name in index["weight_map"].values()}
+    assert len(files) > 1
+    assert {path.name for path in out.glob("*.safetensors")} == files.keys()
+    own = weights(trained, getattr(torch, dtype))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in own.values())
+    assert_same({name: files[file][name] for name, file in index["weight_map"].items()}, own)
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
 
 
 def test_the_average_of_the_weights(trained, tmp_path):
-    stored = load_file(exported(trained, tmp_path / "out", "--ema") / "model.safetensors")
-    model = load_model(checkpoint(trained, 4), True, torch.device("cpu")).model
-    assert torch.equal(stored["model.norm.weight"], model.norm.weight)
-    other = load_model(checkpoint(trained, 4), False, torch.device("cpu")).model
-    assert not torch.equal(model.norm.weight, other.norm.weight)
+    average = weights(trained, ema=True)
+    assert not torch.equal(average["model.norm.weight"], weights(trained)["model.norm.weight"])
+    assert_same(load_file(exported(trained, tmp_path / "out", "--ema") / "model.safetensors"), average)
 
 
-def test_the_card_says_what_the_run_recorded(trained, tmp_path):
-    card = (exported(trained, tmp_path / "out") / "README.md").read_text()
-    state = json.loads((checkpoint(trained, 4) / "train.json").read_text())
-    loss, val_loss = (metrics(trained, name)[4] for name in ("loss", "val_loss"))
+def test_other_formats_hold_the_same(trained, tmp_path):
+    own = weights(trained)
+    out = exported(trained, tmp_path / "torch", "--format", "torch")
+    assert_same(torch.load(out / "pytorch_model.bin", weights_only=True), own)
+    out = exported(trained, tmp_path / "dcp", "--format", "dcp")
+    found = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    dcp.load(found, checkpoint_id=out, no_dist=True)
+    assert_same(found, own)
+
+
+def test_the_card_has_what_the_run_recorded(trained, folder):
+    card = (folder / "README.md").read_text()
+    state = json.loads((checkpoint(trained, 2) / "train.json").read_text())
+    loss, val_loss = (metrics(trained, name)[2] for name in ("loss", "val_loss"))
     for line in (
         f"| tokens | {state['tokens']:,} |",
-        "| steps | 4 of 4 |",
-        f"| loss | {loss:.4f} (step 4) |",
-        f"| val_loss | {val_loss:.4f} (step 4) |",
+        "| steps | 2 of 2 |",
+        "| data | local made-up-text |",
+        f"| loss | {loss:.4f} (step 2) |",
+        f"| val_loss | {val_loss:.4f} (step 2) |",
         "library_name: transformers",
         'dump_folder = "run"',
+        *(f"| version of {name} | " for name in state["versions"]),
     ):
         assert line in card
     assert str(trained) not in card
 
 
+def test_the_exported_code_imports_torch_and_transformers_alone(folder):
+    names = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add("." * node.level + (node.module or "").split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"torch", "transformers", ".configuration_swamla"}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command that is refused."""
+    capsys.readouterr()
+    assert main(["export", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
 def test_a_folder_in_use_is_left_alone(trained, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
-    assert main(["export", str(trained), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("error: ") == 1
+    for out in ("out", "out/mine"):
+        assert "exists, and is no empty folder" in refusal(capsys, str(trained), str(tmp_path / out))
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
+    broken = tmp_path / "step-00000002"
+    shutil.copytree(checkpoint(trained, 2), broken)
+    file = next(broken.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "has changed since it was written" in refusal(capsys, str(broken), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "dcp", "torch"])
+def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, capsys, monkeypatch, format):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes of a file; Python ignores the signal
+    try:
+        message = refusal(capsys, str(trained), str(tmp_path / "new/out"), "--format", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "out: cannot be written" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export.shutil, "copyfile", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(str(trained), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_float16_cannot_hold(trained, tmp_path, capsys, monkeypatch):
+    tensors = export.exported_tensors
+
+    def with_large(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            model.get_parameter("norm.weight").fill_(1e6)
+        return tensors(model, dtype)
+
+    monkeypatch.setattr(export, "exported_tensors", with_large)
+    message = refusal(capsys, str(trained), str(tmp_path / "out"), "--dtype", "float16")
+    assert "model.norm.weight has values that float16 cannot hold" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeHub:
+    """What of huggingface_hub is called."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, []
+        self.module = SimpleNamespace(HfApi=lambda: self)
+
+    def create_repo(self, repository: str, exist_ok: bool) -> None:
+        self.calls.append(("create", repository, exist_ok))
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.error:
+            raise self.error
+        self.calls.append(("upload", repo_id, sorted(os.listdir(folder_path))))
+
+
+def test_push_to_hub(trained, tmp_path, capsys, monkeypatch):
+    hub = FakeHub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub.module)
+    exported(trained, tmp_path / "kept")
+    assert hub.calls == []
+    out = exported(trained, tmp_path / "out", "--push-to-hub", "me/mine")
+    assert hub.calls == [("create", "me/mine", True), ("upload", "me/mine", sorted(os.listdir(out)))]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", FakeHub(OSError(errno.ENETDOWN, "no network")).module)
+    assert main(["export", str(trained), str(tmp_path / "other"), "--push-to-hub", "me/mine"]) == 1
+    message = capsys.readouterr().err
+    assert "is complete, and was not uploaded to me/mine" in message
+    assert "no network" in message
+    assert sorted(os.listdir(tmp_path / "other")) == sorted(os.listdir(out))

@@ -1,0 +1,34 @@
+"""An exported folder in the hands of a user: user.py, in a process that cannot import this package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.cli import main
+from tests.tiny_config import tiny_config
+from tests.train.runs import train
+
+pytestmark = pytest.mark.slow
+
+USER = Path(__file__).with_name("user.py")
+SHORT = ("--training.steps", "6", "--validation.interval", "0", "--optimizer.lr", "0.01", "--data.num_workers", "0")
+SHAPES = {
+    "as-it-is": (),
+    "with-everything": (
+        *("--model.mla_selective", "true", "--model.tie_embeddings", "false", "--model.rope_scaling", "2.0"),
+        *("--model.engram.layers", "[1]", "--model.engram.d_mem", "64", "--model.engram.table_size", "500"),
+        *("--model.qk_norm", "true", "--model.num_kv_heads", "1", "--model.q_lora_rank", "24"),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_user_does(tmp_path, shape):
+    assert train(tiny_config(tmp_path), *SHORT, *SHAPES[shape]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    command = [sys.executable, "-I", str(USER), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 10
