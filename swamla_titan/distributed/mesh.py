@@ -152,12 +152,11 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, UserError | Run
 
 def meshes(degrees: Degrees, device_type: str, data_parallel: str) -> tuple[DeviceMesh, DeviceMesh]:
     """The meshes `weights` and `activations` of a World; the default process group must be initialized."""
-    weights, activations = degrees.weights_mesh(data_parallel), degrees.activations_mesh()
-    return _mesh(device_type, weights), _mesh(device_type, activations)
-
-
-def _mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    sizes = degrees.weights_mesh(data_parallel), degrees.activations_mesh()
+    weights, activations = (
+        init_device_mesh(device_type, tuple(each.values()), mesh_dim_names=tuple(each)) for each in sizes
+    )
+    return weights, activations
 
 
 def create_stage_group(weights: DeviceMesh) -> dist.ProcessGroup:

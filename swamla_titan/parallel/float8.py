@@ -99,8 +99,8 @@ class Resolved(NamedTuple):
     lines: list[str]
 
 
-def resolve_auto(config: Config, world: World, begun_with: str | None) -> Resolved:
-    """What a run uses; all ranks call this.
+def resolve_auto(config: Config, world: World, begun_with: str | None = None) -> Resolved:
+    """What a run in this world uses, which may be a planned one; all ranks call this.
 
     `begun_with`: optimizer.name of the checkpoint to resume from, which "auto" keeps, because the states of one
     optimizer do not fit another. Each start chooses the recipe again, by the GPUs it finds, because weights are float32
@@ -114,11 +114,6 @@ def resolve_auto(config: Config, world: World, begun_with: str | None) -> Resolv
         config, line = _with_optimizer(config, begun_with)
         lines.append(line)
     return Resolved(config, lines)
-
-
-def resolve_auto_for(config: Config, degrees: Degrees, device: torch.device, begun_with: str | None = None) -> Resolved:
-    """The same for ranks that do not exist here, each with such a device."""
-    return resolve_auto(config, World.planned(degrees, device), begun_with)
 
 
 def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str | None:

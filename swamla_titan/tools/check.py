@@ -34,7 +34,7 @@ from swamla_titan.parallel.float8 import (
     float8_coverage,
     float8_moments_advice,
     may_save_by_float8_moments,
-    resolve_auto_for,
+    resolve_auto,
 )
 from swamla_titan.parallel.kernels import attention_choices, attention_summary, choose_kernels
 from swamla_titan.quantization.coverage import table, warnings
@@ -428,7 +428,7 @@ def _decided(config: Config, device: torch.device) -> Resolved:
         sized = _resolved(config)
     except UserError:
         sized = config  # the lines on tokenizer and model report why
-    choice = resolve_auto_for(sized, fit_degrees(config.parallel, _ranks(config)), device)
+    choice = resolve_auto(sized, _world(config, device))
     return Resolved(replace(choice.config, model=config.model), choice.lines)
 
 

@@ -26,7 +26,7 @@ from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import Attention
 from swamla_titan.parallel.context import exchanged_bytes
-from swamla_titan.parallel.float8 import float8_coverage, resolve_auto_for, saved_by_float8_moments, validate_float8
+from swamla_titan.parallel.float8 import float8_coverage, resolve_auto, saved_by_float8_moments, validate_float8
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
 from swamla_titan.parallel.pipeline import ModelStage, Pipeline
@@ -113,7 +113,7 @@ def plan(config: Config, ranks: int) -> Plan:
     because of what this machine lacks, such as GPUs.
     """
     degrees = fit_degrees(config.parallel, ranks)
-    config, choices = resolve_auto_for(config, degrees, ELSEWHERE)
+    config, choices = resolve_auto(config, World.planned(degrees, ELSEWHERE))
     validate_float8(config, ELSEWHERE, degrees)
     batch = batch_of(config, degrees)
     laid_out = _for_any_machine(config)

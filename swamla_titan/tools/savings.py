@@ -20,7 +20,7 @@ from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.device import has_triton
 from swamla_titan.kernels.limits import FLOAT8_CAPABILITY
-from swamla_titan.parallel.float8 import resolve_auto_for
+from swamla_titan.parallel.float8 import resolve_auto
 from swamla_titan.tools.plan import memory_at
 from swamla_titan.tools.plan_report import size
 
@@ -82,7 +82,7 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
     degrees = fit_degrees(config.parallel, ranks)
     if not config.model.vocab_size:
         config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    config = resolve_auto_for(config, degrees, ELSEWHERE if has_float8 else torch.device("cpu")).config
+    config = resolve_auto(config, World.planned(degrees, ELSEWHERE if has_float8 else torch.device("cpu"))).config
     now = memory_at(config, ranks, rank).total
     found = []
     for change in _changes(config, ranks, device, has_float8):

@@ -12,12 +12,12 @@ import torch
 from swamla_titan.config import Config, load_config, shipped_configs, with_vocabulary
 from swamla_titan.config.sections import Compile, Float8, Optimizer, Parallel, Training
 from swamla_titan.distributed.degrees import Degrees, fit_degrees
-from swamla_titan.distributed.mesh import ELSEWHERE
+from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
 from swamla_titan.launch.process_group import init_distributed
 from swamla_titan.model import FLAVORS
 from swamla_titan.parallel import float8
-from swamla_titan.parallel.float8 import float8_moments_advice, resolve_auto, resolve_auto_for
+from swamla_titan.parallel.float8 import float8_moments_advice, resolve_auto
 from swamla_titan.tools.plan import plan
 from swamla_titan.tools.plan_report import report
 from tests.distributed.job import run_and_listen
@@ -46,7 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 def recipe(config: Config, device: torch.device = GPU) -> tuple[str, str]:
     """What is taken, and the line on it."""
-    chosen, lines = resolve_auto_for(config, fit_degrees(config.parallel, 1), device)
+    chosen, lines = resolve_auto(config, World.planned(fit_degrees(config.parallel, 1), device))
     assert len(lines) == 1
     return chosen.float8.recipe, lines[0]
 
@@ -99,9 +99,9 @@ def test_it_is_off_where_the_device_has_none_and_plan_supposes_one_that_has(gpu,
 
 def test_other_keys_of_a_recipe_that_is_off_are_gone_and_those_of_native_stay(gpu, tmp_path):
     keys = Float8("auto", output_head=True, fast_accumulation=True, gradient_dtype="e4m3", loss_scaling=True)
-    chosen, _ = resolve_auto_for(base(float8=keys), Degrees(), torch.device("cpu"))
+    chosen, _ = resolve_auto(base(float8=keys), World.planned(Degrees(), torch.device("cpu")))
     assert chosen.float8 == Float8()
-    chosen, _ = resolve_auto_for(base(float8=keys), Degrees(), GPU)
+    chosen, _ = resolve_auto(base(float8=keys), World.planned(Degrees(), GPU))
     assert chosen.float8 == replace(keys, recipe="native")
 
 
@@ -121,7 +121,7 @@ def test_other_keys_of_a_recipe_that_is_off_are_gone_and_those_of_native_stay(gp
 )
 def test_the_optimizer_is_the_runs_own_or_by_the_recipe(gpu, sections, begun_with, expected):
     config = base(**{"optimizer": Optimizer("auto")} | sections)
-    chosen, lines = resolve_auto_for(config, Degrees(), GPU, begun_with)
+    chosen, lines = resolve_auto(config, World.planned(Degrees(), GPU), begun_with)
     assert chosen.optimizer == replace(config.optimizer, name=expected)
     assert lines[-1].startswith(f'optimizer.name = "auto" is "{expected}": ')
 
@@ -129,12 +129,12 @@ def test_the_optimizer_is_the_runs_own_or_by_the_recipe(gpu, sections, begun_wit
 def test_what_a_run_began_with_may_not_be_possible_any_more(gpu):
     config = base(optimizer=Optimizer("auto", moments="bfloat16"))
     with pytest.raises(UserError, match=r"optimizer\.moments"):
-        resolve_auto_for(config, Degrees(), GPU, "adamw_fp8")
+        resolve_auto(config, World.planned(Degrees(), GPU), "adamw_fp8")
 
 
 def test_without_auto_nothing_is_chosen_or_said():
     config = base(float8=Float8("rowwise"), optimizer=Optimizer("lion"))
-    assert resolve_auto_for(config, Degrees(), ELSEWHERE, "adamw") == (config, [])
+    assert resolve_auto(config, World.planned(Degrees(), ELSEWHERE), "adamw") == (config, [])
 
 
 def _on_mixed_machines(bad: int) -> tuple[str, str, list[str]]:
@@ -244,5 +244,5 @@ def test_a_shipped_configuration_has_products_and_moments_in_float8():
 def test_a_gpu_takes_native_for_base():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs float8")
-    chosen, _ = resolve_auto_for(base(optimizer=Optimizer("auto")), Degrees(), GPU)
+    chosen, _ = resolve_auto(base(optimizer=Optimizer("auto")), World.planned(Degrees(), GPU))
     assert (chosen.float8.recipe, chosen.optimizer.name) == ("native", "adamw_fp8")
