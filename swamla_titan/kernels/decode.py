@@ -13,10 +13,10 @@ from swamla_titan.kernels import decode_triton as kernels
 from swamla_titan.kernels.device import Limit, is_tuned_for, power_of_two, why_no_kernels
 from swamla_titan.kernels.swiglu import triton_swiglu
 
-MOST_TOKENS = 32  # of a linear layer by our kernels; of more cuBLAS reads the weights as fast
+MOST_TOKENS_TO_SAMPLE = 1 << 16  # of a vocabulary, whose logits lie in the registers of one program
 _LEAST = 16  # a side of a tensor core's tile
-_PROGRAMS = 264  # two for each multiprocessor of an H100
-_PARTS = 16  # of a sequence's latents, at most
+_MULTIPROCESSORS = 132  # of an H100
+_PARTS = 32  # of a sequence's latents, at most
 _SLOTS = 64  # of a cache, in a tile
 
 
@@ -33,30 +33,34 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x [B, K] and weight [N, K] -> residual + rms_norm(x, gain) weight^T, [B, N]; without what is None.
 
-    `group` > 0: the weight is of gates and up projections in groups, as SwiGLU has them, and the result silu(gate) up,
-    [B, N / 2].
+    The result is written over the residual. `group` > 0: the weight is of gates and up projections in groups, as SwiGLU
+    has them, and the result silu(gate) up, [B, N / 2]. Of several tokens cuBLAS reads the weights as fast.
     """
-    (tokens, width), outputs = x.shape, weight.shape[0] // (2 if group else 1)
-    if tokens > MOST_TOKENS:
-        return _linear_of_many(x, weight, gain, eps, residual, group)
-    out = x.new_empty(tokens, outputs)
-    rule = {"K": width, "NORM": gain is not None, "RESIDUAL": residual is not None, "GROUP": group}
-    given = x, gain, weight, residual, out, eps
-    if tokens == 1:
-        columns, options = _tile_of_one(outputs, width)
-        kernels.linear_of_one[(-(-outputs // columns), 1)](*given, outputs, **rule, BN=columns, **options, **_pdl(x))
-        return out
-    columns, options = _tile_of_few(outputs, width)
-    rows = max(_LEAST, power_of_two(tokens))
-    grid = -(-outputs // columns), -(-tokens // rows)
-    kernels.linear_of_few[grid](*given, tokens, outputs, **rule, BM=rows, BN=columns, **options, **_pdl(x))
+    if len(x) > 1:
+        x = x if gain is None else rms_norm(x, gain, eps)
+        if group:
+            return triton_swiglu(F.linear(x, weight), group)
+        return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.t())
+    width, outputs = x.shape[1], weight.shape[0] // (2 if group else 1)
+    out = x.new_empty(1, outputs) if residual is None else residual
+    tile = _tile(width, outputs, group, gain is not None)
+    kernels.linear_of_one[(-(-outputs // tile["BN"]),)](
+        *(x, gain, weight, residual, out, eps, outputs),
+        K=width,
+        NORM=gain is not None,
+        RESIDUAL=residual is not None,
+        GROUP=group,
+        **tile,
+        **_pdl(x),
+    )
     return out
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / rms(x) * gain of [B, K]."""
-    out, width = torch.empty_like(x), x.shape[1]
-    kernels.rms_norm_rows[(len(x),)](x, gain, out, eps, K=width, BK=power_of_two(width), **_pdl(x))
+    width = x.shape[1]
+    out = x.new_empty(x.shape)
+    kernels.rms_norm_rows[(len(x),)](x, gain, out, eps, x.stride(0), K=width, BK=power_of_two(width), **_pdl(x))
     return out
 
 
@@ -79,20 +83,21 @@ def ring_attention(
     """
     batch, groups, members, width = qkv.shape
     per_key, of_norms = members - 2, gains or (None, None)
-    out = qkv.new_empty(batch, groups * per_key * width)
+    out, half = qkv.new_empty(batch, groups * per_key * width), width // 2
+    window = keys.shape[1] - sink
+    slots, warps = _ring_tile(batch * groups, window, power_of_two(half))
     kernels.ring_attention[(groups, batch)](
         *(qkv, *rotation, *of_norms, *clock, keys, values, out, scale, eps, groups),
         PER_KEY=per_key,
-        QUERIES=max(_LEAST, power_of_two(per_key)),
-        HALF=width // 2,
-        PADDED=max(_LEAST, power_of_two(width // 2)),
-        WINDOW=keys.shape[1] - sink,
+        HALF=half,
+        PADDED=power_of_two(half),
+        WINDOW=window,
         SINK=sink,
-        BN=_SLOTS,
+        SINKS=power_of_two(max(sink, 1)),
+        BN=slots,
         QK_NORM=gains is not None,
         **_pdl(qkv),
-        num_warps=4,
-        num_stages=3,
+        num_warps=warps,
     )
     return out
 
@@ -152,8 +157,8 @@ def latent_attention(
     rows, warps = (1, 4) if batch < _LEAST else (_LEAST, 8)
     columns = min(power_of_two(value), 32 if rows == 1 else 64)
     kernels.latent_values[(heads, -(-value // columns), -(-batch // rows))](
-        *(mixed, largest, denominator, up, out, batch, heads),
-        PARTS=parts,
+        *(mixed, largest, denominator, up, out, batch, parts, heads),
+        PARTS=power_of_two(parts),
         NOPE=nope,
         VALUE=value,
         **of_rank,
@@ -165,29 +170,49 @@ def latent_attention(
     return out
 
 
-def _linear_of_many(
-    x: Tensor, weight: Tensor, gain: Tensor | None, eps: float, residual: Tensor | None, group: int
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    x = x if gain is None else rms_norm(x, gain, eps)
-    if group:
-        return triton_swiglu(F.linear(x, weight), group)
-    return F.linear(x, weight) if residual is None else torch.addmm(residual, x, weight.t())
+    """One token id per sequence, [B] int64, from logits [B, V]; V is at most MOST_TOKENS_TO_SAMPLE.
+
+    As model/generation.py defines it, and of the same distribution, but other draws. `temperature` 0: the likeliest.
+    """
+    batch, size = logits.shape
+    out = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    seed = out
+    if temperature:
+        seed = torch.randint(1 << 62, (1,), device=logits.device, generator=generator)
+    columns = power_of_two(size)
+    kernels.sample_rows[(batch,)](
+        *(logits, seed, out, size, logits.stride(0), 1 / temperature if temperature else 1.0, top_k, top_p),
+        SIZE=columns,
+        GREEDY=not temperature,
+        TOP_K=0 < top_k < size,
+        TOP_P=top_p < 1,
+        num_warps=max(1, min(32, columns // 1024)),
+    )
+    return out
 
 
 def _parts(batch: int, heads: int, room: int) -> int:
     """Into how many parts a sequence's latents are cut, so that there are programs for all multiprocessors."""
     programs = batch * -(-heads // 32)
-    return max(1, min(_PROGRAMS // programs, _PARTS, -(-room // _SLOTS)))
+    return max(1, min(-(-_MULTIPROCESSORS // programs), _PARTS, -(-room // _SLOTS)))
 
 
-def _tile_of_one(outputs: int, width: int) -> tuple[int, dict[str, int]]:
-    """Outputs of a program of linear_of_one, and its other options."""
-    return 4, {"BK": min(power_of_two(width), 2048), "num_warps": 4}
+def _tile(width: int, outputs: int, group: int, is_normed: bool) -> dict[str, int]:
+    """Outputs and inputs of a program of linear_of_one at a time, and its warps: the fastest on an H200."""
+    if not is_normed:
+        return {"BN": 4, "BK": min(power_of_two(width), 2048), "num_warps": 4}
+    if group:
+        return {"BN": 8, "BK": 512, "num_warps": 2}
+    return {"BN": 8, "BK": 512, "num_warps": 4} if outputs > 8192 else {"BN": 4, "BK": 512, "num_warps": 2}
 
 
-def _tile_of_few(outputs: int, width: int) -> tuple[int, dict[str, int]]:
-    """Outputs of a program of linear_of_few, and its other options."""
-    return (16 if outputs < 3000 else 32), {"BK": 128, "num_warps": 4, "num_stages": 4}
+def _ring_tile(programs: int, window: int, padded: int) -> tuple[int, int]:
+    """Slots of a ring in a tile, and warps. Few programs take all at once; of many several share a multiprocessor."""
+    slots = min(power_of_two(window), 256 if programs <= _MULTIPROCESSORS else _SLOTS)
+    return slots, max(1, min(16, slots * padded // 1024))
 
 
 def _pdl(x: Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from swamla_titan.model.mla import LatentAttention, MLACache
 from swamla_titan.model.swa import SlidingWindowAttention, SWACache
 
 Rotation = tuple[Tensor, Tensor]
-Step = Callable[[Tensor], Tensor]  # the residual stream [B, dim] -> [B, dim]
+Step = Callable[[Tensor], Tensor]  # the residual stream [B, dim], which may be overwritten -> [B, dim]
 
 
 def why_not_fused(module: torch.nn.Module, dtype: torch.dtype) -> str | None:
@@ -39,7 +39,9 @@ def fused_step(block: Block, cache: Any, clock: Clock, rotations: dict[str, Rota
     if isinstance(attention, SlidingWindowAttention) and isinstance(cache, SWACache):
         return partial(_swa_step, block, attention, cache, clock, rotations[block.kind])
     if isinstance(attention, LatentAttention) and type(cache) is MLACache:
-        return partial(_mla_step, block, attention, cache, clock, rotations[block.kind])
+        first = attention.wq_a if attention.q_lora_rank else attention.wq
+        weight = torch.cat([first.weight, attention.wkv_a.weight])  # one linear layer, as they have the same input
+        return partial(_mla_step, block, attention, weight, cache, clock, rotations[block.kind])
     return None
 
 
@@ -62,7 +64,7 @@ def all_rotations(
 def _swa_step(
     block: Block, attention: SlidingWindowAttention, cache: SWACache, clock: Clock, rotation: Rotation, x: Tensor
 ) -> Tensor:
-    qkv = _linear(x, attention.wqkv, block.attention_norm)
+    qkv = _linear(x, attention.wqkv.weight, block.attention_norm)
     qkv = qkv.view(len(x), -1, attention.queries_per_key + 2, attention.head_dim)
     gains = None
     if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
@@ -74,16 +76,21 @@ def _swa_step(
 
 
 def _mla_step(
-    block: Block, attention: LatentAttention, cache: MLACache, clock: Clock, rotation: Rotation, x: Tensor
+    block: Block,
+    attention: LatentAttention,
+    weight: Tensor,
+    cache: MLACache,
+    clock: Clock,
+    rotation: Rotation,
+    x: Tensor,
 ) -> Tensor:
+    both = _linear(x, weight, block.attention_norm)
+    query, new = both.split([len(weight) - attention.wkv_a.out_features, attention.wkv_a.out_features], dim=1)
     if attention.q_lora_rank:
-        query = _linear(_linear(x, attention.wq_a, block.attention_norm), attention.wq_b, attention.q_norm)
-    else:
-        query = _linear(x, attention.wq, block.attention_norm)
-    new = _linear(x, attention.wkv_a, block.attention_norm)
+        query = _linear(query, attention.wq_b.weight, attention.q_norm)
     up = attention.wkv_b.weight.unflatten(0, (-1, attention.nope_dim + attention.v_dim))
     attended = kernels.latent_attention(
-        query.view(len(x), -1, attention.qk_dim),
+        query.unflatten(1, (-1, attention.qk_dim)),
         new,
         up,
         rotation,
@@ -104,7 +111,7 @@ def _feed_forward(block: Block, x: Tensor) -> Tensor:
     return kernels.linear(hidden, layers.down.weight, residual=x)
 
 
-def _linear(x: Tensor, linear: Linear, norm: torch.nn.Module) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, norm: torch.nn.Module) -> Tensor:
     """The linear layer of x [B, K] behind the norm."""
     assert isinstance(norm, RMSNorm)
-    return kernels.linear(x, linear.weight, norm.weight, EPS)
+    return kernels.linear(x, weight, norm.weight, EPS)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from swamla_titan.distributed.dtensor import local
+from swamla_titan.kernels import decode as kernels
+from swamla_titan.kernels.device import why_no_kernels
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.model import SWAMLAModel
 
@@ -172,7 +174,10 @@ def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """One token id per sequence, [B] int64, from logits [B, V]; the options as in `stream`."""
-    if temperature < GREEDY_BELOW:
+    temperature = 0 if temperature < GREEDY_BELOW else temperature
+    if not why_no_kernels(logits.device) and logits.shape[1] <= kernels.MOST_TOKENS_TO_SAMPLE:
+        return kernels.sample(logits, temperature, top_k, top_p, generator)
+    if not temperature:
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
     # As torch.multinomial draws one, which would wait for a GPU to see whether these are probabilities.
