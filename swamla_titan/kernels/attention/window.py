@@ -47,56 +47,10 @@ def window_attention(
     return out
 
 
-@torch.library.custom_op("swamla_titan::window_attention", mutates_args=())
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
-    with torch.cuda.device_of(query):  # Triton launches on the current one
-        return run_forward(query, key, value, starts, window, sink, scale)
-
-
-@_forward.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
-
-
-@torch.library.custom_op("swamla_titan::window_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: int,
-    sink: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    with torch.cuda.device_of(query):
-        run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
-    return gradients
-
-
-@_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _flops(query: Size, window: int, sink: int, **_: Any) -> int:
-    return attention_flops(query, query[3], window_pairs(query[1], window, sink))
-
-
-differentiate(_forward, _backward, ("out", "lse"), _flops)
-
-
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out and lse as by `_forward`, for operators that compute more than attention."""
+    """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
     batch, length, heads, width = query.shape
     # The kernels would read out of bounds otherwise.
     assert key.shape == value.shape == (batch, length, key.shape[2], width)
@@ -109,14 +63,15 @@ def run_forward(
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     tiles, split = forward_tiles(query.dtype, width), _split(width, query.dtype)
     rule = _rule(query, key, starts, window, sink)
-    kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
-        *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
-        *(query, key, value, out, lse, starts),
-        *(*strides(query, key, value, out), heads, length, scale),
-        **rule,
-        **split._asdict(),
-        **tiles.constants(),
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        kernels.window_forward[(-(-length // tiles.queries), heads, batch)](
+            *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
+            *(query, key, value, out, lse, starts),
+            *(*strides(query, key, value, out), heads, length, scale),
+            **rule,
+            **split._asdict(),
+            **tiles.constants(),
+        )
     return out, lse
 
 
@@ -145,34 +100,74 @@ def run_backward(
     step = max(tiles.keys, key_tiles.keys)
     far_tiles = {"FAR_BM": tiles.queries, "STEP": step}
     far = query.new_empty(batch, heads, query_tiles, 2, sink, width, dtype=torch.float32)
-    kernels.window_grad_query[(query_tiles, heads, batch)](
-        *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
-        *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
-        *(*strides(query, key, value, out, grad_out, grad_query), heads, length, scale),
-        **rule,
-        **split._asdict(),
-        **tiles.constants(),
-        STEP=step,
-    )
     key_grid = -(-length // key_tiles.keys), key.shape[2], batch
     sums = query.new_empty(batch, key.shape[2], key_grid[0], 2, sink, width, dtype=torch.float32)
-    if sink:
-        kernels.window_sum_far[key_grid](
-            *(far, sums, starts, heads, length, query_tiles),
+    with torch.cuda.device_of(query):
+        kernels.window_grad_query[(query_tiles, heads, batch)](
+            *(*tma_descriptors(key, tiles.keys, split), *tma_descriptors(value, tiles.keys, split)),
+            *(query, key, value, out, grad_out, grad_query, lse, delta, far, starts),
+            *(*strides(query, key, value, out, grad_out, grad_query), heads, length, scale),
             **rule,
-            **far_tiles,
-            D=width,
-            BN=key_tiles.keys,
+            **split._asdict(),
+            **tiles.constants(),
+            STEP=step,
         )
-    kernels.window_grad_key_value[key_grid](
-        *(*tma_descriptors(query, key_tiles.queries, split), *tma_descriptors(grad_out, key_tiles.queries, split)),
-        *(key, value, grad_key, grad_value, lse, delta, sums, starts),
-        *(*strides(key, value, grad_key, grad_value), heads, length, scale),
-        **rule,
-        **split._asdict(),
-        **key_tiles.constants(),
-        **far_tiles,
-    )
+        if sink:
+            kernels.window_sum_far[key_grid](
+                *(far, sums, starts, heads, length, query_tiles),
+                **rule,
+                **far_tiles,
+                D=width,
+                BN=key_tiles.keys,
+            )
+        kernels.window_grad_key_value[key_grid](
+            *(*tma_descriptors(query, key_tiles.queries, split), *tma_descriptors(grad_out, key_tiles.queries, split)),
+            *(key, value, grad_key, grad_value, lse, delta, sums, starts),
+            *(*strides(key, value, grad_key, grad_value), heads, length, scale),
+            **rule,
+            **split._asdict(),
+            **key_tiles.constants(),
+            **far_tiles,
+        )
+
+
+_forward = torch.library.custom_op("swamla_titan::window_attention", run_forward, mutates_args=())
+
+
+@_forward.register_fake
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("swamla_titan::window_attention_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    sink: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
+    return gradients
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _flops(query: Size, window: int, sink: int, **_: Any) -> int:
+    return attention_flops(query, query[3], window_pairs(query[1], window, sink))
+
+
+differentiate(_forward, _backward, ("out", "lse"), _flops)
 
 
 _STEP = 64  # of windows that reach across a sequence, so that few lengths of prompts compile a kernel of their own
