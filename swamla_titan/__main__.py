@@ -1,11 +1,11 @@
-"""The command, from its first moment on: what it may import, and signals that come while it imports."""
+"""The start of the command: its import path, and signals during its imports."""
 
 import os
 import sys
 
 
 def leave_out_the_current_folder() -> None:
-    """`python -m` looks for modules in the current folder first, which may hold a random.py; its children do too."""
+    """Remove the current folder from the import path, here and in child processes; it may hold a random.py."""
     try:
         current = os.getcwd()
     except OSError as error:
@@ -30,7 +30,7 @@ def run() -> int:
     leave_out_the_current_folder()
     import signal
 
-    # What is imported next takes some hundredths of a second, until a signal can be handled; the rest takes seconds.
+    # Signals are blocked for some hundredths of a second, until they can be handled; other imports take seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     from swamla_titan.launch.ranks import RESTART_COUNT
     from swamla_titan.launch.worker import exit_through_launcher, install_early_handlers

@@ -1,7 +1,4 @@
-"""What must hold between the keys of a configuration: when a key has an effect, and which keys conflict.
-
-Keys have names like "data.source".
-"""
+"""Conditions for keys of a configuration to have an effect, and conflicts between keys; a key is "section.key"."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Missing(NamedTuple):
-    """The keys, as section.key, that take a setting its effect, and what would give it one, to follow "set"."""
+    """The keys that deprive a setting of its effect, and what would give it one: words that follow "set"."""
 
     keys: tuple[str, ...]
     remedy: str
@@ -33,8 +30,8 @@ class Conflict(NamedTuple):
 class Condition:
     """What must hold for a setting to have an effect; `&` and `|` combine conditions.
 
-    `missing`: configuration -> what does not hold, None: it does. `ignorable`: the default in the setting's place would
-    be the same; else the setting stays where it is tolerated.
+    `missing`: configuration -> what does not hold; None: it holds. `ignorable`: a setting without effect can be
+    replaced by its default; if False, it stays where it is tolerated.
     """
 
     missing: Callable[[Any], Missing | None]
@@ -52,7 +49,7 @@ class Condition:
 
 
 def decided_by(keys: tuple[str, ...], holds: Callable[[Any], bool], remedy: str, ignorable: bool = True) -> Condition:
-    """A predicate over a configuration, and the keys that decide it."""
+    """A condition by a predicate over a configuration, and the keys that decide it."""
     return Condition(lambda config: None if holds(config) else Missing(keys, remedy), ignorable)
 
 

@@ -1,11 +1,11 @@
-"""The two ways in which a command ends early, and the exit codes users and launchers see."""
+"""The two kinds of errors that end a command, and the exit codes that users and launchers see."""
 
 from swamla_titan.escaping import one_line
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose, start the same command again to continue
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on purpose; the same command continues the run
 EXIT_RE_RENDEZVOUS = 76  # of a worker stopped for a re-rendezvous; the agent starts it again
 
 
@@ -13,12 +13,12 @@ _LONGEST_LINE = 3000  # characters
 
 
 def _brief(line: str) -> str:
-    """The line without the middle of what is long: it may quote a value of megabytes."""
+    """Cut out the middle of a long line, which may quote a value of megabytes."""
     return line if len(line) <= _LONGEST_LINE else f"{line[:2000]} ... ({len(line)} characters) ... {line[-800:]}"
 
 
 class Message(Exception):
-    """An error whose text is for the user. Each argument is one line, whatever file names and values it quotes."""
+    """An error for the user; each argument becomes one line, whatever file names and values it quotes."""
 
     has_safe_lines = True
 
@@ -27,7 +27,7 @@ class Message(Exception):
 
 
 class UserError(Message):
-    """Something the user gave (file, key, data, checkpoint) cannot be used.
+    """An input of the user (file, key, data, checkpoint) cannot be used.
 
     The command line prints the message alone, without a traceback, and exits with 2. The message says what is
     wrong, where, and what to change.
@@ -35,11 +35,11 @@ class UserError(Message):
 
 
 class Damaged(UserError):
-    """A checkpoint is not what this program wrote. The message says what of it; an older one may do."""
+    """A checkpoint is not as this program wrote it; the message says how. An older one may be intact."""
 
 
 class UnknownGroup(UserError):
-    """A checkpoint holds tensors that this version of the program does not know. No older one may take its place."""
+    """A checkpoint holds tensors that this version of the program does not know; no older one may replace it."""
 
 
 class RunFailed(Message):
@@ -50,4 +50,4 @@ class RunFailed(Message):
 
 
 class RankFailed(RunFailed):
-    """Likewise, of this process alone: the others cannot be notified, and end because the launcher sees it end."""
+    """The same on one rank: the others cannot be notified, and end because the launcher sees this process end."""

@@ -1,7 +1,7 @@
-"""Text without control characters, for terminals and logs.
+"""Escapes control characters in text for terminals and logs.
 
-File names, values of a configuration and messages of libraries may contain anything: line breaks, terminal escape
-sequences, characters that the stream's encoding lacks. Standard library only: every process begins with it.
+File names, values of a configuration and messages of libraries may contain line breaks, terminal escape sequences, and
+characters that the stream's encoding lacks. Standard library only, because every process begins with it.
 """
 
 # Control characters, line separators, marks of writing direction, and surrogates (bytes of names that are no text).
@@ -17,5 +17,5 @@ def one_line(text: object) -> str:
 
 
 def several_lines(text: object) -> str:
-    """`text` with every control character escaped but line breaks and tabs."""
+    """`text` with every control character escaped, except line breaks and tabs."""
     return str(text).translate(_SEVERAL_LINES)

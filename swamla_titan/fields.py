@@ -1,8 +1,8 @@
-"""Dataclass fields that say which values they allow and what they mean.
+"""Dataclass fields that declare their allowed values and their meaning.
 
-A field's annotation has its type, `Literal[...]` where it is a choice, and `Limits`; the docstring below the field has
-its meaning. The config checker refuses by the first, and `config show` prints both. Nothing here knows of TOML, so the
-model's own `ModelConfig` uses it as well.
+A field's annotation has its type, `Literal[...]` for a choice, and `Limits`; the docstring below the field has its
+meaning. The configuration is validated by the first, and `config show` prints both. Nothing here depends on TOML, so
+`ModelConfig` uses it as well.
 """
 
 import ast
@@ -22,9 +22,9 @@ from swamla_titan.conditions import Condition
 TABLE = dict[str, float]
 INTEGERS = tuple[int, ...]
 Rule = Callable[[Any, Mapping[str, Any]], "str | None"]
-"""(value, all values of the section by name) -> what is wrong with the value beside the others, None: nothing."""
+"""(value, all values of the section by name) -> how the value conflicts with the others; None: it does not."""
 
-# Bound of a number without a natural one, such as a factor: beyond it float32 overflows.
+# Bound of numbers without a natural one, such as factors, because float32 overflows beyond it.
 HUGE = 1e30
 LONGEST_STRING = 4000  # characters; the longest path that an operating system takes has 4095 bytes
 MOST_ENTRIES = 1000  # of a table
@@ -47,13 +47,13 @@ _WORDS: dict[Any, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an annotation says beside the type: `Annotated[int, Limits(0, 9)]`; of several the last one counts.
+    """Limits of a field in its annotation: `Annotated[int, Limits(0, 9)]`; of several the last one counts.
 
-    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. The numbers
-    of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) are each checked like a number. `needs` says when the
-    setting has an effect, None: always. `rule` holds it against other values. `quantity` says what a number is, for
-    rules that know no key by its name. `path`: a string that names a file or folder. `any_text`: a string that may hold
-    control characters.
+    `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. Each number
+    of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) is checked. `needs`: the condition for the setting to
+    have an effect; None: always. `rule` compares it with other values. `quantity` is the role of a number, for rules
+    that do not know keys by name. `path`: the string names a file or folder. `any_text`: the string may contain control
+    characters.
     """
 
     minimum: float | None = None
@@ -73,7 +73,7 @@ Share = Annotated[float, Limits(0, below=1)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting(Limits):
-    """A field of a dataclass; `kind` is its type: `int`, `float`, `bool`, `str`, TABLE or INTEGERS."""
+    """A field with its limits; `kind` is its type: `int`, `float`, `bool`, `str`, TABLE or INTEGERS."""
 
     owner: type
     name: str
@@ -88,7 +88,7 @@ class Setting(Limits):
 
     @property
     def expectation(self) -> str:
-        """What a value must be, in words: `a whole number >= 1`, `one of "a", "b"`."""
+        """The allowed values in words: `a whole number >= 1`, `one of "a", "b"`."""
         if self.choices:
             return ("one of " if len(self.choices) > 1 else "only ") + ", ".join(map(json.dumps, self.choices))
         bounds = ((sign, getattr(self, name)) for name, (sign, _) in _BOUNDS.items())
@@ -96,10 +96,9 @@ class Setting(Limits):
         return f"{_WORDS[self.kind]} {limits}".strip()
 
     def problem(self, value: Any) -> str | None:
-        """None if `value` has the type and is within the limits, else what was expected.
+        """What was expected, if `value` has another type or is not within the limits; else None.
 
-        A whole number is accepted where a number is asked for; a boolean is never a number, and NaN and infinity are
-        never in range.
+        A whole number is accepted as a float; a boolean is never a number, and NaN and infinity are never in range.
         """
         kind, each_of = self.kind, [value]
         if kind == TABLE and isinstance(value, dict):
@@ -118,7 +117,7 @@ class Setting(Limits):
             return type(value) is kind and (not self.choices or value in self.choices)
         if type(value) is not kind and not (kind is float and type(value) is int):
             return False
-        # Compared as it is: a whole number may be too large to be made a float.
+        # Not converted for the comparison, because a whole number may be too large for a float.
         return (type(value) is int or math.isfinite(value)) and all(
             getattr(self, name) is None or compare(value, getattr(self, name)) for name, (_, compare) in _BOUNDS.items()
         )
@@ -162,7 +161,7 @@ def brief(value: object) -> str:
 
 
 def sections(cls: type, prefix: str = "") -> dict[str, type]:
-    """Dotted name -> dataclass of every field of a dataclass that is one itself, and of theirs, in order."""
+    """Dotted name -> dataclass, of all fields that are dataclasses, recursively and in order."""
     found: dict[str, type] = {}
     for name, kind in get_type_hints(cls).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -172,7 +171,7 @@ def sections(cls: type, prefix: str = "") -> dict[str, type]:
 
 @cache
 def _docs(cls: type) -> dict[str, str]:
-    """The docstrings below a dataclass's fields, those that it inherits first."""
+    """The docstrings below a dataclass's fields, inherited ones first."""
     found: dict[str, str] = {}
     for each in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         [defined] = ast.parse(textwrap.dedent(inspect.getsource(each))).body
@@ -183,7 +182,7 @@ def _docs(cls: type) -> dict[str, str]:
 
 
 def _text_problem(text: str, any_text: bool = False) -> str | None:
-    """Why a string is not allowed as a setting: it could not be written to config.toml, or passed to a program."""
+    """Why a string is not a valid setting, because it could not be written to config.toml or passed to a program."""
     if len(text) > LONGEST_STRING:
         return f"expected at most {LONGEST_STRING} characters, not {len(text)}"
     if any("\ud800" <= character <= "\udfff" for character in text):

@@ -1,13 +1,13 @@
-"""Keeps to itself what torchao and torch say when torchao is imported."""
+"""Silences the warnings of torchao and torch at the import of torchao."""
 
 import logging
 
 
 def quiet_torchao() -> None:
-    """Call before torchao is first imported.
+    """Silence them; call this before torchao is first imported.
 
-    It warns that it has no kernels of its own for this Python or CPU, of which nothing here uses any; torch warns of
-    how it registers its enumerations.
+    It warns that it has no kernels for this Python or CPU, which nothing here uses; torch warns of how torchao
+    registers enumerations.
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

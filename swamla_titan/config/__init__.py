@@ -1,4 +1,4 @@
-"""Configuration: one dataclass per TOML section, and the way from a file to a checked `Config`."""
+"""Configuration: a dataclass for each TOML section, and how a file becomes a validated `Config`."""
 
 from swamla_titan.config.load import Override, load_config, split_overrides, to_toml
 from swamla_titan.config.rules import with_vocabulary

@@ -1,4 +1,4 @@
-"""When keys have an effect; whoever writes a key expects one, so a key without is an error if it is not the default."""
+"""Conditions for keys to have an effect. A key without effect is an error unless it has its default value."""
 
 from collections.abc import Iterator
 from functools import reduce
@@ -23,7 +23,7 @@ from swamla_titan.model import FLAVORS, ModelConfig
 
 
 def _reads(config: Config, *others: str) -> bool:
-    """Whether not all files that are read have one of these endings; a folder may hold any."""
+    """Whether a file is read that has none of these endings; a folder may hold any file."""
     paths = [config.validation.path] if config.validation.path else []
     paths += [config.data.path] if config.data.source == "local" else []
     return not all(path.endswith(others) for path in paths)
@@ -44,7 +44,7 @@ _NEEDS: dict[str, Condition] = {
     "data.path data.on_error": _FILES,
     "data.name data.split data.revision": when("data.source", "huggingface"),
     "data.max_document_mib data.retry_seconds": _FILES_OF_ANY_KIND,
-    "data.text_key": decided_by(  # rows of named fields: not of a single text file, nor of text that ships with Python
+    "data.text_key": decided_by(  # records with named fields, which text files and Python's documentation do not have
         ("data.source", "data.path"),
         lambda config: config.data.source == "huggingface" or _reads(config, ".txt", ".md"),
         'data.source = "huggingface", or a path to jsonl or parquet',
@@ -78,14 +78,14 @@ _NEEDS: dict[str, Condition] = {
     "float8.gradient_dtype float8.fast_accumulation": _NATIVE,
     "float8.fsdp_all_gather": decided_by(
         ("float8.recipe",),
-        lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # as is anyway
+        lambda config: config.float8.recipe == "tensorwise" or config.float8.fsdp_all_gather == "never",  # true anyway
         'float8.recipe = "tensorwise"',
     ),
     "checkpoint.initial_load_state": when_on("checkpoint.initial_load"),
     "checkpoint.keep_every": when_on("checkpoint.keep_latest", "checkpoint.keep_latest to a number from 1"),
     "validation.fraction": decided_by(
         ("validation.path",),
-        lambda config: not config.validation.path or config.validation.fraction == 0,  # as is so anyway
+        lambda config: not config.validation.path or config.validation.fraction == 0,  # true anyway
         'validation.path = ""',
     ),
     "validation.max_tokens": when_on("validation.interval") | when_on("validation.path"),
@@ -118,7 +118,7 @@ def has_effect(config: Config, name: str) -> bool:
 
 
 def without_effect(config: Config, flavor: str | None = None) -> Iterator[Conflict]:
-    """Every key that is not the default, or not the flavor's, and has no effect; first of each is the key itself."""
+    """Every key without effect whose value is not the default or the flavor's; it is the first key of its Conflict."""
     defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
     for name in filter(NEEDS.get, KEYS):
         value, needs = value_at(config, name), NEEDS[name]

@@ -1,4 +1,4 @@
-"""From a TOML file and command-line overrides to a checked `Config`, or one message with every error in it.
+"""Loads a `Config` from a TOML file and command-line overrides, or raises one error that lists all mistakes.
 
 Precedence: command line > TOML file > flavor > default.
 """
@@ -33,15 +33,15 @@ _FINEWEB = (  # as in the shipped configurations
     '  path = "HuggingFaceFW/fineweb-edu"',
     '  name = "CC-MAIN-2024-10"',
 )
-# Section -> the key by which it takes ready-made values, and those by name. The key is no part of a Config.
+# Section -> the key that selects ready-made values, and these by name. The key is not part of a Config.
 READY_MADE: dict[str, tuple[str, Mapping[str, Any]]] = {
     "model": ("flavor", FLAVORS),
     **{name: ("preset", kind.presets) for name, kind in SECTIONS.items() if hasattr(kind, "presets")},
 }
 Tables = dict[str, dict[str, Any]]
 Errors = list[tuple[Any, ...]]
-"""Of each error the function that puts it into words, and its arguments; called for errors that are listed alone,
-because to look for the nearest key takes time."""
+"""For each error a function that words it, and its arguments; called only for errors that are listed, because the
+search for the nearest key takes time."""
 
 
 class Override(NamedTuple):
@@ -55,7 +55,7 @@ class Override(NamedTuple):
 def load_config(
     path: str | Path, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
 ) -> Config:
-    """Read and check a file.
+    """Load and validate a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
     the value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys
@@ -71,7 +71,7 @@ def load_config(
     for override in overrides:
         _apply_override(override, tables, errors)
     checked = {section: _checked_values(section, table, errors) for section, table in tables.items()}
-    # Keys that tie others together are checked as well, with defaults where a value was refused: all errors at once.
+    # Rules between keys are checked as well, with defaults in place of invalid values, to report all errors at once.
     refused = {f"{section}.{key}" for section in tables for key in tables[section].keys() - checked[section].keys()}
     flavor = checked.get("model", {}).get("flavor")
     config = _built(checked, refused, errors)
@@ -91,7 +91,7 @@ def load_config(
     _raise_if_any(errors, path)
     for each in tolerated:
         warn(_at(each.keys[0], ": ".join(filter(None, (each.problem, each.consequence)))))
-        # A model keeps its value: a checkpoint may have it as well, and a resumed run is held against that.
+        # Keys of the model stay, because a resumed run is compared with its checkpoint, which may have them too.
         if each in idle and NEEDS[each.keys[0]].ignorable and not each.keys[0].startswith("model."):
             config = without(config, each.keys[0])
     return config
@@ -112,7 +112,7 @@ def _at(section_key: str, problem: str) -> str:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Take `--section.key value` and `--section.key=value` out of a command line.
+    """Split `--section.key value` and `--section.key=value` from a command line.
 
     Returns the overrides and the remaining arguments. Raises UserError where a value is missing.
     """
@@ -186,7 +186,7 @@ def _with_new_name(override: Override, warn: Callable[[str], None]) -> Override:
 
 
 def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
-    """Put a command-line value, converted to the key's type, over the file's."""
+    """Replace the file's value by a command-line value, converted to the key's type."""
     section, key, text = override
     where = shortened(f"--{section}.{key} {text}")
     where = where if where.isprintable() else shown(where)
@@ -199,7 +199,7 @@ def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
 
 
 def _parsed(text: str, kind: Any) -> Any:
-    """The text as a value of this type, or the text itself if it is none."""
+    """The text as a value of this type, or unchanged if it is not one."""
     try:
         if kind is bool:
             return {"true": True, "false": False}.get(text, text)
@@ -260,10 +260,10 @@ def _expanded(path: str) -> str:
 
 
 def _built(checked: Tables, refused: set[str], errors: Errors) -> Config:
-    """The configuration of the values by their sections; with the default model where its values do not fit together.
+    """Build the configuration of validated values; with the default model if the model's values conflict.
 
-    The model's sections take a flavor or preset, then the keys that were given. The vocabulary is the tokenizer's
-    unless it was given.
+    Sections of the model begin with a flavor or preset, which given keys override. The vocabulary is the tokenizer's
+    unless it is given.
     """
     merged: dict[str, Any] = dataclasses.asdict(ModelConfig()) | {"vocab_size": 0}
     for section in sorted(each for each in checked if each.partition(".")[0] == "model"):  # [model] first
@@ -287,7 +287,7 @@ def _built(checked: Tables, refused: set[str], errors: Errors) -> Config:
 
 @cache
 def _keys(section: str) -> dict[str, Any]:
-    """Valid keys of a section and their types; `flavor` belongs to [model] though it is no property of a model."""
+    """Valid keys of a section and their types, including its selector, such as `flavor` of [model]."""
     selector = {READY_MADE[section][0]: str} if section in READY_MADE else {}
     return selector | {key: setting.kind for key, setting in settings(SECTIONS[section]).items()}
 

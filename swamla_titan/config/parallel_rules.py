@@ -1,4 +1,4 @@
-"""Rules of [parallel] that hold for any number of processes; distributed/degrees.py has those that depend on it."""
+"""Rules of [parallel] that do not depend on the number of processes; distributed/degrees.py has the others."""
 
 import math
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def _tensor(config: Config) -> Iterator[Conflict]:
     heads: dict[int, str] = {}
     for key, number in model.quantities("heads").items():
         if number and has_effect(config, f"model.{key}"):
-            heads.setdefault(number, key)  # said once of a number that several kinds have
+            heads.setdefault(number, key)  # reported once for a number that several kinds have
     shared = [*((key, f"model.{key} = {number}", number) for number, key in heads.items()), *shared]
     if model.vocab_size:  # else the tokenizer's, which is not known here
         padded = model.padded_vocab_size
@@ -82,7 +82,7 @@ def _tensor(config: Config) -> Iterator[Conflict]:
 
 
 def why_not_shared(tensor: int, what: str, number: int) -> str | None:
-    """Why `number` units of `what` do not divide evenly among tensor-parallel ranks; None: they do."""
+    """Why tensor-parallel ranks cannot divide `number` units of `what` evenly; None: they can."""
     if number % tensor == 0:
         return None
     divisor = next(degree for degree in range(tensor - 1, 0, -1) if number % degree == 0)
@@ -91,8 +91,8 @@ def why_not_shared(tensor: int, what: str, number: int) -> str | None:
 
 def _sequence_length(config: Config) -> Iterator[Conflict]:
     length, tensor, context = config.training.seq_len, config.parallel.tensor, config.parallel.context
-    # Each rank of `context` takes a slice from the front of the sequence and one from its end: equal work under a
-    # causal mask. Between linear layers the ranks of `tensor` shard the tokens of each rank.
+    # Each rank of `context` takes a slice from the front of the sequence and one from its end, for equal work under a
+    # causal mask. Between linear layers the ranks of `tensor` shard these tokens.
     parts = {"2 x context": 2 * context if context > 1 else 1, "tensor": tensor}
     unit = math.prod(parts.values())
     if length % unit:

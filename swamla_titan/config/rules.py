@@ -1,4 +1,4 @@
-"""Rules that tie keys together."""
+"""Rules between keys."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limit
 _MOST_TOKENS = 1 << 36  # of a step: 69 billion
 _MOST_PARAMETERS = 1 << 47  # 140 trillion
 _MOST_ACTIONS = 1 << 18  # of a pipeline's schedule
-_MOST_CUTS = 1 << 26  # candidates when layers are divided into stages
+_MOST_CUTS = 1 << 26  # candidates in the division of layers into stages
 _WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 
 
@@ -54,7 +54,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
         yield Conflict(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
     warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
-    # A warm-up that alone takes longer has no effect, which effects.py says.
+    # effects.py reports a warm-up that alone takes longer.
     if schedule.name == "wsd" and schedule.decay_steps and schedule.warmup_steps <= training.steps < warm_up_and_decay:
         yield Conflict(
             ("lr_schedule.decay_steps", "lr_schedule.warmup_steps", "training.steps"),
@@ -95,10 +95,10 @@ def _is_shared_folder(path: str) -> bool:
 
 
 def _attention(config: Config) -> Iterator[Conflict]:
-    """Conflicts of kernels.attention with a model none of whose blocks it can compute, on any machine.
+    """Conflicts of kernels.attention with a model of whose blocks it can compute none, on any machine.
 
-    kernels/attention/dispatch.py chooses the implementation on a machine, and `validate_attention`
-    (parallel/kernels.py) raises by its choice. Nothing is an error here that it could choose.
+    kernels/attention/dispatch.py chooses the implementation for a machine, and `validate_attention`
+    (parallel/kernels.py) raises the errors of its choice. What it could choose is no error here.
     """
     asked, model = config.kernels.attention, config.model
     if asked not in ("triton", "flex"):
@@ -128,7 +128,7 @@ def _attention(config: Config) -> Iterator[Conflict]:
 
 
 def _wants_mask(config: Config, kind: str) -> bool:
-    """Whether blocks of a kind are not plainly causal, so that the kernels for that are not taken first."""
+    """Whether blocks of a kind need more than a causal mask, so that causal kernels are not preferred."""
     model, length = config.model, config.training.seq_len
     if config.parallel.context > 1 or (config.kernels.attention == "triton" and _selects(model, kind)):
         return True
@@ -171,7 +171,7 @@ def _window_kernel(model: ModelConfig, kind: str) -> Iterator[Conflict]:
 
 
 def _document_kernel(config: Config, kind: str) -> Iterator[Conflict]:
-    """Conflicts of our document kernel with a kind of block that has head widths of its own, as MLA has."""
+    """Conflicts of our document kernel with a kind of block that declares its head widths, such as MLA."""
     at, model, dtype = "kernels.attention", config.model, config.training.compute_dtype
     sides = (
         (model.quantities("qk_width", kind), DOCUMENT_WIDTHS),
@@ -214,7 +214,7 @@ def _float8(config: Config) -> Iterator[Conflict]:
     float8, training, parallel = config.float8, config.training, config.parallel
     if float8.recipe == "off":
         return
-    # Replicated linear layers multiply the tokens of one tensor-parallel rank, sharded ones those of all.
+    # Replicated linear layers compute the tokens of one tensor-parallel rank, sharded ones those of all.
     tokens, odd = divmod(training.seq_len, parallel.context * parallel.tensor)
     if float8.recipe != "auto" and (odd or tokens % FLOAT8_MULTIPLE):
         yield Conflict(
@@ -252,7 +252,7 @@ def why_not_gathered(config: Config) -> list[str]:
 
 
 def retry_seconds(config: Config) -> float:
-    """Maximum time that a step waits for data: `data.retry_seconds` with -1 resolved, at most half the step's limit."""
+    """The longest wait of a step for data: `data.retry_seconds`, -1 resolved, at most half of step_timeout."""
     wanted = config.data.retry_seconds
     half = config.fault_tolerance.step_timeout / 2  # the last attempt, and the step itself, take time too
     wanted = RETRY_SECONDS if wanted < 0 else wanted
@@ -260,7 +260,7 @@ def retry_seconds(config: Config) -> float:
 
 
 def _sizes(config: Config) -> Iterator[Conflict]:
-    """Values within their own bounds that together would make `plan` and the start of a run take hours."""
+    """Conflicts of values that together would make `plan` and the start of a run take hours."""
     training, model, parallel = config.training, config.model, config.parallel
     tokens = training.global_batch_size * training.seq_len
     if tokens > _MOST_TOKENS:
@@ -309,10 +309,10 @@ def _sizes(config: Config) -> Iterator[Conflict]:
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """The configuration with the tokenizer's vocabulary in the model, unless a larger one was asked for.
+    """Set the model's vocabulary to the tokenizer's, unless a larger one is configured.
 
-    Raises UserError if the model's vocabulary is too small for the tokenizer, or if the ranks of parallel.tensor cannot
-    share it.
+    Raises UserError if the configured one is smaller than the tokenizer's, or if the ranks of parallel.tensor cannot
+    divide it.
     """
     given = config.model.vocab_size
     if 0 < given < vocab_size:

@@ -12,14 +12,14 @@ _FOLDER = "train_configs"
 
 
 def checkout() -> Path | None:
-    """The repository that this package runs from, also if it is installed from there as editable; else None."""
+    """The repository that this package runs from, directly or by an editable install; else None."""
     root = _PACKAGE.parent
     return root if (root / "pyproject.toml").is_file() and (root / _FOLDER).is_dir() else None
 
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> path of each shipped TOML file, sorted by name."""
-    # In the repository the folder stands beside the package; setup.py has it installed within.
+    # In the repository the folder is beside the package; setup.py installs it inside.
     folder = (checkout() or _PACKAGE) / _FOLDER
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
@@ -33,7 +33,7 @@ def find_config(name: str) -> Path:
     shipped = shipped_configs()
     if name in shipped and os.path.isdir(path):  # a folder of that name, perhaps of its runs, is no configuration
         return shipped[name]
-    if os.path.lexists(path):  # unlike Path.exists it is False for what can be no name
+    if os.path.lexists(path):  # Path.exists raises for what cannot be a name
         return Path(path)
     if name in shipped:
         return shipped[name]

@@ -1,21 +1,21 @@
-"""What makes a run less likely to diverge: the default warm-up, and advice where a configuration does without."""
+"""Settings against divergence: the default warm-up, and advice for configurations that lack one."""
 
 from swamla_titan.config.sections import Config, LRSchedule
 
 WARMUP = 400  # steps: by then Adam's second moments, with beta2 = 0.95 to 0.99, have long forgotten their start
-_SHARE = 10  # of the run, which is all that a short one spends on it
-_LONG = 1000  # steps of a run that is worth the advice
+_SHARE = 10  # a short run warms up for a tenth of its steps
+_LONG = 1000  # steps; shorter runs get no advice
 
 
 def warmup_steps(schedule: LRSchedule, steps: int) -> int:
-    """Steps of warm-up of a run of `steps`: as configured, or 400, a tenth of a short run, and none of wsd's decay."""
+    """Warm-up of a run of `steps`: as configured, or 400 steps, a tenth of a short run, and not into wsd's decay."""
     if schedule.warmup_steps >= 0:
         return schedule.warmup_steps
     return max(0, min(WARMUP, steps // _SHARE, steps - schedule.decay_steps))
 
 
 def stability_advice(config: Config) -> list[str]:
-    """What `check` and the start of a run warn of."""
+    """The warnings of `check` and of a run's start."""
     training, model = config.training, config.model
     lines = []
     warmup, usual = warmup_steps(config.lr_schedule, training.steps), min(WARMUP, training.steps // _SHARE)

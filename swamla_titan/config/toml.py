@@ -14,13 +14,13 @@ else:
     import tomli as tomllib
 
 LARGEST_FILE = 1 << 20  # bytes; a file with every key and its docs has 20,000
-_MOST_DOTS = 1000  # of a line; the reader takes time with the square of a dotted key's parts
+_MOST_DOTS = 1000  # of a line, because the parser takes quadratic time for dotted keys
 _SHOWN = 100  # characters of a value in a message
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00": "UTF-32"}
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a file; UserError that names the file, whatever is wrong with it."""
+    """Read a TOML file; whatever is wrong is a UserError that names the file."""
     try:
         return parse_toml(_text(_bytes(path)))
     except OSError as error:
@@ -31,7 +31,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """`text` as TOML; ValueError, whatever is wrong with it."""
+    """Parse TOML; whatever is wrong is a ValueError."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.count(".") > _MOST_DOTS:
             raise ValueError(f"line {number} has more than {_MOST_DOTS} dots")
@@ -41,14 +41,14 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise
     except RecursionError:
         raise ValueError("values are nested too deeply") from None
-    except (ValueError, OverflowError) as error:  # a number of more digits than Python reads, a date that is none
+    except (ValueError, OverflowError) as error:  # a number of too many digits, or an invalid date
         raise ValueError(str(error).partition(";")[0]) from None
     except MemoryError:
         raise ValueError("it does not fit into the memory") from None
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of a regular file; reading a pipe or a device might block or never end."""
+    """Read a regular file; no other, because reading a pipe or a device might block or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         mode = os.fstat(descriptor).st_mode
@@ -68,7 +68,7 @@ def _text(content: bytes) -> str:
         raise ValueError(f"it is in {encoding}; save it as UTF-8")
     if b"\0" in content:
         raise ValueError(f"line {_line(content, content.index(0))} has a NUL byte, which no text has")
-    content = content.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors begin UTF-8 with
+    content = content.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -80,11 +80,11 @@ def _line(content: bytes, at: int) -> int:
 
 
 def toml(value: Any) -> str:
-    """A value as it would stand in a TOML file."""
+    """A value in TOML syntax."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's; it leaves bare what no terminal shows as it is.
+        # JSON's escapes are valid TOML, but it does not escape all unprintable characters.
         return "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(value, ensure_ascii=False))
     if isinstance(value, dict):
         return f"{{{', '.join(f'{toml(name)} = {toml(each)}' for name, each in value.items())}}}"
@@ -120,6 +120,6 @@ def shortened(text: str, most: int = _SHOWN) -> str:
 
 
 def name(text: str | os.PathLike[str]) -> str:
-    """The name of a key, section or file as the user gave it, made printable."""
+    """The name of a key, section or file as the user gave it, in printable form."""
     text = os.fspath(text)
     return text if text.isprintable() and len(text) <= 300 else shown(text)
