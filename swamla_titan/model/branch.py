@@ -124,7 +124,7 @@ class Mixer(Branch, is_abstract=True):
     @classmethod
     @abstractmethod
     def pairs(cls, config: ModelConfig, seq_len: int) -> int:
-        """Pairs of a query and a key that it sees, in one document of `seq_len` tokens."""
+        """Pairs of a query and a key that it sees, in a document of `seq_len` tokens; those of documents add up."""
 
     @classmethod
     @abstractmethod
