@@ -1,16 +1,16 @@
-"""The elastic agent of one machine: torchrun, adapted to this program's workers and to machines that join and leave.
+"""The elastic agent of a machine: torchrun, adapted to this program's workers and to machines that join and leave.
 
 usage: python -m swamla_titan.launch.agent TORCHRUN_ARGUMENT ...
 
 What differs from `python -m torch.distributed.run`:
 - Machines find each other by their routes and not by their host names, see endpoint.py.
-- Its store listens at one address, the loopback one if the run has one machine, see rendezvous.py.
-- Settings of torchrun in the environment (PET_...) are ignored, because they are those of another start.
+- Its store listens at one address, the loopback address if the run has one machine, see rendezvous.py.
+- Settings of torchrun in the environment (PET_...) are ignored, because they belong to another start.
 - A machine may start before the one that hosts the rendezvous endpoint.
 - When a machine joins, torchrun stops all workers to start them again as one larger group (re-rendezvous). A file in
-  the launch folder lets them distinguish this from the user's stop, and they have 10 minutes to save: torchrun gives 30
-  seconds.
-- If the endpoint stops answering without closing its connections, torchrun waits for a quarter of an hour or for ever.
+  the launch folder lets them distinguish this from the user's stop, and they have 10 minutes to save; torchrun would
+  give them 30 seconds.
+- If the endpoint stops answering without closing its connections, torchrun waits for a quarter of an hour or forever.
   Here a heartbeat ends it after a minute, and run_train.sh ends the workers.
 - An error that ends torchrun itself is reported in one message.
 """
@@ -57,7 +57,7 @@ from swamla_titan.system.process import RunningTime
 logger = logging.getLogger(__name__)
 
 ENDPOINT_TIMEOUT = timedelta(minutes=10)  # as long as torchrun waits for enough machines
-SAVE_TIMEOUT = timedelta(minutes=10)  # then workers are killed and resume from the checkpoint before
+SAVE_TIMEOUT = timedelta(minutes=10)  # then workers are killed, and resume from the last checkpoint
 HEARTBEAT_TIMEOUT = 60.0  # seconds that the endpoint may not answer
 HEARTBEAT_INTERVAL = 5.0
 KEPT = ("PET_RDZV_CONF", "PET_MONITOR_INTERVAL", "PET_NUMA_BINDING")  # run_train.sh has no variable for these
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _drop_foreign_settings() -> None:
-    """Clusters and earlier starts leave torchrun's settings in the environment, where run_train.sh has its own."""
+    """Remove torchrun's settings from the environment, where clusters and earlier starts leave them."""
     for name in list(os.environ):
         if name.startswith("PET_") and name not in KEPT:
             value = os.environ.pop(name)
@@ -133,7 +133,7 @@ def _set_interfaces(endpoint: Endpoint, alone: bool) -> None:
 
 def _heartbeat(endpoint: Endpoint) -> None:
     """End this process once the endpoint has not answered for `HEARTBEAT_TIMEOUT`, whatever torchrun waits for."""
-    # A connection that nobody accepts takes as long as the interval. Time in which this machine was paused is left out.
+    # A connection that nobody accepts takes as long as the interval. The time of pauses of this machine does not count.
     running = RunningTime(2 * HEARTBEAT_INTERVAL)
     answered = 0.0
     while running.update() - answered < HEARTBEAT_TIMEOUT:

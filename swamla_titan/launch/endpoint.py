@@ -1,12 +1,12 @@
-"""The rendezvous endpoint, seen from one machine: whether this machine hosts it, and at which address others reach it.
+"""The rendezvous endpoint: whether this machine hosts it, and at which address other machines reach this one.
 
-torchrun guesses both from this machine's host name. On rented machines that name often resolves to 127.0.1.1, or to
-nothing: then nobody hosts the endpoint, or the others are sent to an address of their own. So both are derived from the
-route to the endpoint instead.
+torchrun guesses both from this machine's host name. On rented machines that name often resolves to 127.0.1.1, or not at
+all. Then nobody hosts the endpoint, or the other machines connect to themselves. So both are derived from the route to
+the endpoint instead.
 
-Whoever reaches a port at which a run listens can end that run, or have code run in it. So no port is open at all
-addresses of a machine: a run of one machine listens at the loopback address, one of several at the address by which the
-others reach this machine. Standard library only.
+Whoever can connect to a port of a run can end the run, or run code in it. So no port is open at all addresses of a
+machine: a run of one machine listens at the loopback address, a run of several at the address by which the others reach
+this machine. Standard library only.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ class Endpoint:
 
 
 def local_endpoint() -> Endpoint:
-    """The endpoint of a run of this machine alone: out of reach for all others, at any free port."""
+    """The endpoint of a run on this machine alone, at any free port, which other machines cannot reach."""
     return Endpoint(LOOPBACK, 0, True, LOOPBACK, _interface(LOOPBACK))
 
 
@@ -71,7 +71,7 @@ def resolve_endpoint(endpoint: str) -> Endpoint:
 
 
 def listen(address: str, port: int) -> socket.socket | None:
-    """A socket that listens at this address of this machine alone; None if another program listens there already."""
+    """A socket that listens at this one address; None if another program listens there already."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -86,7 +86,7 @@ def listen(address: str, port: int) -> socket.socket | None:
 
 
 def wait_for_endpoint(endpoint: Endpoint, timeout: float, log: Callable[[str], None]) -> None:
-    """Return once something listens there; `log` a line if it does not yet. UserError after `timeout` seconds."""
+    """Wait until something listens there; `log` a line if it does not yet. UserError after `timeout` seconds."""
     running = RunningTime(10.0)
     logged = False
     while not answers(endpoint.host, endpoint.port):
@@ -116,7 +116,7 @@ def _split(endpoint: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a name by convention, is that of the machine that uses it."""
+    """Whether a host is the loopback address, or a name for it by convention."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -133,7 +133,7 @@ def is_address(host: str) -> bool:
 
 
 def _address_for_others(endpoint: str, host: str, loopback: str) -> str:
-    """This machine's address for others, where its name gives none. Raises UserError if there are several."""
+    """This machine's address for others, if its name gives none; UserError if there are several."""
     if (default := _source(_DOCUMENTATION_ADDRESS)) and not is_loopback(default):
         return default
     others = [address for address in _addresses() if not is_loopback(address)]
@@ -157,7 +157,7 @@ def _source(target: str) -> str | None:
 
 
 def _interface(address: str) -> str | None:
-    """The network interface that has an address; None where that cannot be found."""
+    """The network interface of an address; None if it is unknown."""
     interfaces = _addresses()
     if address not in interfaces and is_loopback(address):  # all of 127.0.0.0/8 are the one that has 127.0.0.1
         address = LOOPBACK
@@ -165,7 +165,7 @@ def _interface(address: str) -> str | None:
 
 
 def _addresses() -> dict[str, str]:
-    """This machine's addresses, each with its interface; empty where that is not known (not Linux)."""
+    """This machine's addresses, each with its interface; empty if they are unknown (not Linux)."""
     found = {}
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -1,6 +1,6 @@
-"""Validates configuration and launch once, before run_train.sh starts processes that would each report the same.
+"""Validates configuration and launch once, before run_train.sh starts processes that would all report the same.
 
-What devices, data and the checkpoint rule out is refused by those processes (train/setup.py).
+These processes validate devices, data and checkpoint (train/setup.py).
 
 usage: python -m swamla_titan.launch.preflight PROCESSES GPUS CONFIG [--section.key value ...]
 
@@ -22,7 +22,7 @@ from swamla_titan.system.machine import allow_open_files, needed
 def preflight(arguments: Sequence[str]) -> None:
     """Raise UserError if the configuration is wrong, fits none of the numbers of processes, or GPUs are missing.
 
-    An elastic run may have several numbers of processes; one that fits is enough. Raises OSError if a process may not
+    An elastic run may have several numbers of processes, of which one must fit. Raises OSError if a process may not
     open as many files as it needs.
     """
     overrides, rest = split_overrides(arguments)

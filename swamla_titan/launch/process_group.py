@@ -1,4 +1,4 @@
-"""Initializes and destroys the process group: the rank that the launcher assigned, its device, its meshes."""
+"""Initializes and destroys the process group of the ranks that the launcher assigned, with devices and meshes."""
 
 import os
 import re
@@ -25,8 +25,8 @@ def validate_launch(
 ) -> None:
     """Raise UserError if [parallel] fits no number of processes in `sizes`, or this machine cannot run it.
 
-    `local_size` processes run here, on `gpus` GPUs (None: those that torch sees), of which the user `asked` for so many
-    (None: by the variable NGPU).
+    `local_size` processes run here, on `gpus` GPUs (None: those that torch sees), and the user `asked` for this many
+    GPUs (None: the variable NGPU).
     """
     _validate_sizes(parallel, sizes)
     gpus = _gpus_here() if gpus is None else gpus

@@ -1,7 +1,7 @@
-"""The rank of this process, as torchrun assigned it by environment variables, and whether it logs to the console.
+"""Reads the rank of this process from torchrun's environment variables, and whether it logs to the console.
 
-Other launchers, and shells in which one ran, leave variables of the same names: WORLD_SIZE, RANK, LOCAL_RANK. Only
-torchrun's count, which come with its count of restarts; `rank_info` is the one function that reads them.
+Other launchers, and shells in which one ran, leave variables of the same names: WORLD_SIZE, RANK, LOCAL_RANK. They
+count only together with torchrun's count of restarts; `rank_info` is the one function that reads them.
 
 Standard library only: it runs before torch is imported.
 """
@@ -25,7 +25,7 @@ TAKE_AWAY = (
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The rank of this process among those that torchrun started, in all and on its machine."""
+    """The rank of a process among all that torchrun started, and among those on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -35,7 +35,7 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """The rank that torchrun assigned to this process; that of a single process where it was not torchrun.
+    """The rank that torchrun assigned to this process; without torchrun that of a single process.
 
     Raises UserError if torchrun's variables are incomplete or invalid.
     """
@@ -57,7 +57,7 @@ def rank_info() -> RankInfo:
 
 
 def foreign_variables() -> list[str]:
-    """Variables which claim that this is one process of several, though torchrun did not start it."""
+    """Variables by which this would be one of several processes, if torchrun had started it."""
     if RESTART_COUNT in os.environ:
         return []
     return [
@@ -77,8 +77,8 @@ def logs_to_console() -> bool:
     """Whether this process logs to the console: LOG_RANK names it, or no launcher started it.
 
     LOG_RANK lists processes by their local ranks; default 0. All raise the same errors, so one message is enough.
-    run_train.sh shows no other output anyway, but torchrun by itself does. Raises UserError if LOG_RANK names no
-    process of this machine.
+    run_train.sh shows no other output, but torchrun alone would. Raises UserError if LOG_RANK names no process of this
+    machine.
     """
     if RESTART_COUNT not in os.environ:
         return True

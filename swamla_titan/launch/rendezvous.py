@@ -1,7 +1,7 @@
-"""The stores at which the agents of a run find each other, and then its workers.
+"""The stores by which the agents of a run find each other, and then its workers.
 
-torchrun's own agent store listens at every address of the machine that hosts it, and the rendezvous state in it, which
-any client can set, is unpickled by every agent. Here a store listens at one address, and the state is validated.
+torchrun's own store listens at every address of its machine, and every agent unpickles the rendezvous state in it,
+which any client can set. Here a store listens at one address, and the state is validated.
 """
 
 import io
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "swamla-titan"
 AGENT_CONNECT_TIMEOUT = timedelta(minutes=1)
-# For later answers of the agents' store. There are none while the process that hosts it is paused; a lost machine is
-# detected sooner, by the heartbeat of agent.py.
+# For later answers of the agents' store, which does not answer while its process is paused. The heartbeat of agent.py
+# detects a lost machine sooner.
 AGENT_STORE_TIMEOUT = timedelta(minutes=30)
 WORKER_CONNECT_TIMEOUT = 300.0  # seconds; torchrun starts the workers of all machines within seconds of each other
 WARN_AFTER = 20.0  # seconds before a worker reports what it waits for
@@ -72,10 +72,10 @@ class CheckedBackend(C10dRendezvousBackend):
 
 
 def validate_state(state: bytes) -> None:
-    """Raise RendezvousStateError if unpickling these bytes would create or call what no rendezvous state contains."""
+    """Raise RendezvousStateError if unpickling would create or call anything that is not part of a rendezvous state."""
     try:
         _StateUnpickler(io.BytesIO(state)).load()
-    except Exception as error:  # of bytes that are no pickle it may be any
+    except Exception as error:  # invalid pickles raise any kind
         raise RendezvousStateError(f"what lies at the rendezvous endpoint is no state of a run: {error}") from None
 
 
@@ -112,8 +112,8 @@ def use_store(store: TCPStore) -> None:
 def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.Store:
     """The workers' store, once all ranks are connected. `while_waiting` is called at each poll, and may raise.
 
-    Rank 0 hosts it, unless torchrun's agent does. Raises RankFailed after a timeout, which is shorter than that of the
-    slowest collective, because a machine may be lost between torchrun's start and here. No call blocks in C code, where
+    Rank 0 hosts it, unless torchrun's agent does. Raises RankFailed after a timeout, which is shorter than that of
+    collectives, because a machine may be lost between torchrun's start and this call. No call blocks in C code, where
     signals are not handled.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -141,8 +141,8 @@ def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.S
             store = TCPStore(address, port, wait_for_workers=False, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise RankFailed(f"rank {here.rank} found no store of this run at {where}: {error}") from None
-    # Each agent counts its own restarts, so they are no part of the key, unless torchrun shares one store among all its
-    # starts (not under run_train.sh). That may then count too many, and missing ranks are waited for later.
+    # Each agent counts its own restarts, so the count is part of the key only if torchrun shares one store among all
+    # its starts (not under run_train.sh). Such a store may count too many, and missing ranks are waited for later.
     start = f"{os.environ.get(RESTART_COUNT)}/" if is_shared else ""
     connected = f"swamla-titan/came/{start}{here.size}"
     store.add(connected, 1)
@@ -151,7 +151,7 @@ def connect_workers(here: RankInfo, while_waiting: Callable[[], None]) -> dist.S
 
 
 def _host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
-    """The store in this process. run_train.sh gives a numeric address, the one of this machine to listen at."""
+    """Host the store in this process. run_train.sh gives the numeric address of this machine to listen at."""
     if not is_address(address):
         return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout)
     listener = listen(address, port)

@@ -1,4 +1,4 @@
-"""Stopping on purpose: the first signal requests a checkpoint and a clean exit, the second ends at once."""
+"""Stopping on purpose: the first signal requests a checkpoint and a clean exit, the second ends the process at once."""
 
 import logging
 import os
@@ -28,7 +28,7 @@ _NO_STOP, _RE_RENDEZVOUS = 0, 1  # less than the numbers of the signals above: t
 
 @dataclass(frozen=True)
 class Stop:
-    """Why all ranks stop now, what follows, and the exit code."""
+    """Why all ranks stop now, what happens next, and the exit code."""
 
     reason: str
     outlook: str
@@ -38,8 +38,8 @@ class Stop:
 class StopRequest:
     """Remembers that SIGTERM (schedulers), SIGUSR1 (SLURM's warning) or SIGINT (Ctrl-C) arrived.
 
-    Until `finish_step_first` is set there is nothing to save. A signal that every rank has then ends the process with
-    SystemExit(75); one that others may not have is remembered, because they would wait for this rank.
+    Until `finish_step_first` is set there is nothing to save. A signal that all ranks get then ends the process with
+    SystemExit(75); one that other ranks may not get is remembered, because they would wait for this rank.
 
     The agent's SIGTERM for a re-rendezvous is remembered too, but does not count as the user's first signal.
     """
@@ -55,7 +55,7 @@ class StopRequest:
             self._remember(requested, None)
 
     def agreed(self, all_reduce_max: Callable[[float], float]) -> Stop | None:
-        """What stops the run, the same on every rank: a signal may have reached only one of them, or some later.
+        """What stops the run, the same on every rank, although a signal may have reached only some of them.
 
         Collective; `all_reduce_max` is World's.
         """
@@ -68,9 +68,9 @@ class StopRequest:
         return Stop(f"stopped by {signal.Signals(number).name}", "the same command continues it", EXIT_STOPPED)
 
     def exit_without_peers(self) -> None:
-        """Called while this rank waits for the others. Raises SystemExit if it has a stop request and times out.
+        """Raise SystemExit if this rank has a stop request and the ranks that it waits for do not connect in time.
 
-        Under scripts/torchrun.sh the other machines usually connect soon, and would wait for this rank for ever, so it
+        Under scripts/torchrun.sh the other machines usually connect soon, and would wait for this rank forever, so it
         waits for `PEERS_TIMEOUT`.
         """
         if not self.received and not self.re_rendezvous:
@@ -95,6 +95,6 @@ class StopRequest:
             raise SystemExit(EXIT_STOPPED)
 
     def forget(self) -> None:
-        """Restore the handlers from before; early ones are replaced by the default, which ends the process."""
+        """Restore the former handlers; early ones are replaced by the default, which ends the process."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is early_handler else handler)

@@ -1,14 +1,14 @@
 """A worker's side of the launcher: its exit code, and signals before torch is imported.
 
-launch/__init__.py draws a worker's states and lists the files of the launch folder. Reasons that it does not give:
+launch/__init__.py draws a worker's states and lists the files of the launch folder. In addition:
 
-- Exit codes 2 and 75 are left in the folder and become 0, because torchrun would start the workers again.
-- The folder has each worker's process id, so that signals reach the workers themselves and not torchrun, which would
-  give them only 30 seconds.
+- Exit codes 2 and 75 are written to the folder and become 0, because torchrun would start the workers again.
+- The folder has each worker's process id, so that signals go to the workers and not to torchrun, which would give them
+  only 30 seconds.
 - During a re-rendezvous torchrun stops healthy workers with SIGTERM, which is not the user's stop and must not end the
-  run: EXIT_RE_RENDEZVOUS is never left for run_train.sh. The agents of the other machines begin theirs within a second,
-  so workers that know of it from other ranks alone wait to be stopped by their own agent: if they ended first, it would
-  look like a crash.
+  run: EXIT_RE_RENDEZVOUS is never written for run_train.sh. The agents of the other machines begin theirs within a
+  second, so workers that other ranks notified wait for their own agent to stop them: if they ended first, it would look
+  like a crash.
 - A worker whose launcher has ended kills its torchrun and ends, because nothing would forward signals to it any more,
   and whoever gives the command again needs the GPUs and the dump folder.
 
@@ -42,8 +42,8 @@ _early_signal: signal.Signals | None = None
 def exit_through_launcher(main: Callable[[], int]) -> int:
     """Run `main` and return the code to exit with: its own, unless scripts/torchrun.sh started this process.
 
-    Then 2 and 75, returned or raised as SystemExit, become 0 and are left for the launcher. Every worker must end with
-    the same code: if one ends so alone, the others wait for it.
+    Then 2 and 75, returned or raised as SystemExit, become 0 and are written to the launch folder. All workers must end
+    with the same code: if one ended so alone, the others would wait for it.
     """
     if FOLDER not in os.environ:
         return main()
@@ -54,7 +54,7 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT
-    # torchrun ignores the signals, so that only the workers act on them, and its children inherit that.
+    # torchrun ignores the signals, so that only the workers act on them, and workers inherit that.
     install_early_handlers(trains=True)
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
     for leftover in ("stopping", "code"):  # of the worker before a restart
@@ -86,7 +86,7 @@ def exit_through_launcher(main: Callable[[], int]) -> int:
 def report_bad_input() -> None:
     """Report to the launcher that this worker alone ends with 2, for a fault of its machine that no restart fixes.
 
-    The other ranks do not know of it, so the worker itself must end as after a crash, for torchrun to end them. Does
+    The other ranks do not know of it, so the worker must end as if it had crashed, so that torchrun ends them. Does
     nothing without a launcher.
     """
     global _ended_for_bad_input
@@ -107,7 +107,7 @@ def any_bad_input() -> bool:
 def install_early_handlers(trains: bool) -> None:
     """Handle signals during the seconds of imports, so that none is lost and none ends in a traceback.
 
-    A process that trains exits with 75, or remembers the signal where others would wait for it; launch/signals.py
+    A process that trains exits with 75, or remembers the signal if other processes would wait for it; launch/signals.py
     replaces these handlers. Ctrl-C ends other commands at once, without Python's KeyboardInterrupt.
     """
     if trains:
@@ -179,8 +179,8 @@ def re_rendezvous() -> Iterator[None]:
 def acknowledge_stop() -> None:
     """Report to the launcher that a signal arrived here, so that it does not forward it. Does nothing without one.
 
-    Schedulers and terminals send a signal to every process of a job; a worker that has it from there must not mistake
-    the forwarded one for the second signal, which ends a run at once.
+    Schedulers and terminals send a signal to every process of a job; a worker that got it must not mistake the
+    forwarded one for the second signal, which ends a run at once.
     """
     with suppress(OSError):  # on a full disk the run must still save
         if FOLDER in os.environ and _file("pid").exists():
@@ -188,10 +188,10 @@ def acknowledge_stop() -> None:
 
 
 def _end_with_launcher(torchrun: int) -> None:
-    """Wait for the launcher's end, which precedes this process's only if it is killed; then kill torchrun and exit.
+    """Wait for the end of the launcher, which ends before its workers only if it is killed; kill torchrun and exit.
 
-    `torchrun` is the process id of this one's parent. It is killed first, because it would start the workers again; if
-    it is gone, its id may be another process's.
+    `torchrun` is the process id of the parent. It is killed first, because it would start the workers again; if it is
+    gone already, another process may have its id.
     """
     try:
         launcher = int((Path(os.environ[FOLDER]) / "launcher").read_text())

@@ -1,1 +1,1 @@
-"""The process and its machine: console, limits, clocks, files, and the process's end."""
+"""The process and its machine: console, limits of resources, files, running time, and the process's end."""

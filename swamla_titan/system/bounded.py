@@ -1,4 +1,4 @@
-"""Bounded reading of untrusted files: regular files only, a maximum size, JSON of a known shape.
+"""Reads untrusted files within bounds: regular files only, a maximum size, JSON of a known form.
 
 `fit` validates parsed JSON against a type; its error names the place that differs. A type is `int`, `float`, `bool`,
 `str`, `Any` (JSON of limited depth), `list[T]`, `dict[str, T]`, `dict[int, T]` (keys in decimal), a union, a dataclass
@@ -39,7 +39,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
     Raises ValueError for a longer one, and for anything but a regular file (a link, a pipe, a device); else OSError.
     """
-    _require_regular(os.lstat(path))  # first, because opening a device may do something, and a pipe blocks
+    _require_regular(os.lstat(path))  # before it is opened, because a device may react, and a pipe blocks
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)

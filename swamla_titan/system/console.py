@@ -1,6 +1,6 @@
-"""Standard streams that never fail, and log records of one line.
+"""Standard streams that never raise, and log records of one line.
 
-Standard library only: every process begins with it.
+Standard library only, because every process begins with it.
 """
 
 import io
@@ -15,7 +15,7 @@ from swamla_titan.escaping import one_line, several_lines
 
 
 class Lines(str):
-    """Intentionally multi-line text: as an argument of a log message it keeps its line breaks."""
+    """Text of several lines, which keeps its line breaks as an argument of a log message."""
 
 
 class LogFormatter(logging.Formatter):
@@ -41,9 +41,9 @@ def _safe_argument(value: Any) -> Any:
 
 
 class Stream(io.FileIO):
-    """The file descriptor of standard output or error. Drops what cannot be written, and raises nothing.
+    """The file descriptor of standard output or error; drops what cannot be written, and raises nothing.
 
-    A full disk, a closed pipe or a terminal that hung up must not end a run; `lost` is the first error, for commands
+    A full disk, a closed pipe or a terminal that hung up must not end a run. `lost` is the first error, for commands
     whose purpose is their output.
     """
 
@@ -67,11 +67,11 @@ class Stream(io.FileIO):
 
 
 def open_console() -> None:
-    """Replace the three standard streams so that printing cannot end this process. To be called before all else.
+    """Replace the three standard streams so that printing cannot end this process; call this first.
 
-    A closed descriptor is opened on /dev/null, because the next file to be opened would get its number and what is
-    printed. Characters that the encoding lacks are escaped. Streams that something else has replaced, such as a test,
-    are left alone.
+    A closed descriptor is opened on /dev/null, because otherwise the next file that is opened would get its number, and
+    all output. Characters that the encoding lacks are escaped. Streams that something else has replaced, such as a
+    test, are left alone.
     """
     for descriptor in (0, 1, 2):
         _open_if_closed(descriptor)
@@ -114,7 +114,7 @@ def _raw(stream: Any) -> Any:
 
 
 def _replacement(stream: Any, descriptor: int) -> TextIO:
-    if stream is None:  # it was closed when Python started, and its number may be any file's now
+    if stream is None:  # it was closed when Python started, and its number may be that of any file now
         return io.TextIOWrapper(io.BufferedWriter(Stream(os.devnull, "w")), "utf-8", "backslashreplace")
     with suppress(OSError, ValueError):
         stream.flush()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 class LineFile:
-    """Appends lines; what cannot be written stays in memory and is written first with the next line.
+    """Appends lines; what cannot be written stays in memory, and is written before the next line.
 
-    A process that is killed may leave the last line truncated; the next process ends that line before it appends.
-    Raises OSError if the file cannot be opened; later nothing is raised.
+    A process that is killed may truncate the last line; the next process ends that line before it appends. Raises
+    OSError if the file cannot be opened, and later nothing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class LineFile:
     def follow(self) -> str | None:
         """Open the file again if its path was removed or replaced; returns a warning for the user.
 
-        Only where its folder is known to be still this run's.
+        The caller must know that the folder still belongs to this run.
         """
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
@@ -68,7 +68,7 @@ class LineFile:
         return f"{self.path} lacks the last {lines} lines ({error.strerror})" if error else None
 
     def _write(self) -> OSError | None:
-        """Write what is in memory, as far as possible."""
+        """Write what is in memory, as far as possible; returns the error, if any."""
         try:
             while self._waiting:
                 # On a full disk a write may be partial; the rest follows when there is room.
@@ -96,7 +96,7 @@ class LineFileHandler(logging.Handler):
             self.handleError(record)
             return
         if warning:
-            # This record comes here too; writing it gives no second warning.
+            # This record comes here too, and gives no second warning.
             logging.getLogger(__name__).warning("%s", warning)
 
     def close(self) -> None:

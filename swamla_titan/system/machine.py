@@ -1,4 +1,4 @@
-"""Explains errors of the operating system: which resource this machine lacks, and what to do about it.
+"""Explains errors of the operating system: which resource this machine lacks, and a remedy.
 
 Standard library only, because it also explains why torch cannot be imported.
 """
@@ -19,7 +19,7 @@ _SHARED_MEMORY_REMEDY = (
     f"{SHARED_MEMORY} is too small, or cannot be written: make it larger (docker run --shm-size=1g, or --ipc=host)"
 )
 
-# Error numbers that mean a lack of resources, and not a fault of the file or server.
+# Errors that are a lack of resources, and not a fault of a file or server.
 REMEDIES = {
     errno.EMFILE: "This process may open no more files: raise the limit (ulimit -n 65536), or lower data.num_workers",
     errno.ENFILE: "All programs of this machine together have too many files open: close some, or raise fs.file-max",
@@ -34,7 +34,7 @@ REMEDIES = {
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f)",
 }
 
-# Those that neither a retry nor a restart resolves.
+# Errors that neither a retry nor a restart resolves.
 PERMANENT = {errno.EMFILE, errno.EROFS, errno.EFBIG}
 
 _NO_TEMPORARY_FOLDER = "No usable temporary directory found"
@@ -56,7 +56,7 @@ def lack(error: BaseException) -> int | None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line: the resource that this machine lacks, where that was noticed, and a remedy; None for other errors."""
+    """One line: the resource that this machine lacks, where in the code, and a remedy; None for other errors."""
     if any(_NO_TEMPORARY_FOLDER in str(each) for each in chain(error) if isinstance(each, FileNotFoundError)):
         return "no folder for temporary files can be written. Set TMPDIR to one that can"
     number = lack(error)
@@ -73,8 +73,8 @@ def explain(error: BaseException) -> str | None:
 def allow_open_files(num_workers: int) -> None:
     """Raise this process's limit of open files as far as allowed.
 
-    Raises OSError if that is too few for a training process with this many data workers.
-    The usual soft limit of 1,024 is for programs that use select(); the hard limit is the system's.
+    Raises OSError if that is too low for a training process with this many data workers. The usual soft limit of 1,024
+    is meant for programs that use select(); the hard limit is the system's.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= OPEN_FILES:
@@ -108,7 +108,7 @@ def needed(what: str) -> Iterator[None]:
 
 
 def chain(error: BaseException | None, contexts: bool = True) -> Iterator[BaseException]:
-    """An error, its cause (with `contexts` also the error that was being handled), and so on."""
+    """An error, its cause (with `contexts` also the error that was being handled), and their causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -129,7 +129,7 @@ def _errno_in_text(text: str) -> int | None:
 def _is_about_shared_memory(error: BaseException, names: list[str]) -> bool:
     if any(name.startswith(SHARED_MEMORY) for name in names) or any(SHARED_MEMORY in str(e) for e in chain(error)):
         return True
-    # Semaphores are in shared memory, but the operating system names no file.
+    # Semaphores are in shared memory too, but the operating system names no file.
     calls = (call for each in chain(error) for call in _calls(each))
     return any(path.endswith("multiprocessing/synchronize.py") for path, _ in calls)
 

@@ -1,7 +1,7 @@
-"""Processes: how long one ran, how it ends, and what ends it where its Python cannot run.
+"""Processes: their running time, their end, and a backstop that ends one whose Python cannot run.
 
-This file is also the program of the backstop's monitor, which starts in some 20 ms: standard library only, no import of
-ours. Workers begin with it too.
+This file is also the program of the backstop's monitor, which must start in some 20 ms. So it imports the standard
+library only, and nothing of this package. Workers begin with it too.
 """
 
 import atexit
@@ -21,25 +21,25 @@ from typing import NoReturn, TextIO
 # At this signal, which nothing else uses, C code dumps all stacks.
 STACKS = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 _POLL_INTERVAL = 0.25  # seconds
-_LONGEST = 0.5  # the time between two polls counts for so much at most, the rest was a pause
+_LONGEST = 0.5  # seconds that the time between two polls can count for; more was a pause
 _GRACE_PERIOD = 5.0  # seconds in which the process may end by itself, with exit code 1, before it is killed
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit as Python does, but without destroying what libraries have left running.
+    """Exit as Python does, but without destructors, because threads of libraries may still run.
 
-    Threads of torch's process groups may still run then, and occasionally abort a process that is done ("terminate
-    called without an active exception"), which torchrun takes for a crash and restarts.
+    Threads of torch's process groups occasionally abort a process at its end ("terminate called without an active
+    exception"), which torchrun takes for a crash and restarts.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or there was none
+        with suppress(OSError, ValueError, AttributeError):  # it is closed or None
             stream.flush()
     os._exit(code)
 
 
 def wait_for_end(pid: int) -> None:
-    """Returns when the process has ended."""
+    """Wait until the process has ended."""
     try:
         if hasattr(os, "pidfd_open"):  # Linux; a new process with the same PID cannot be mistaken for it
             poll = select.poll()
@@ -56,15 +56,15 @@ def wait_for_end(pid: int) -> None:
         except ProcessLookupError:
             return
         except PermissionError:
-            return  # not ours: another process has the PID now
+            return  # another user's process has the PID now
         time.sleep(1)
 
 
 class RunningTime:
-    """Counts the seconds in which this process ran, from frequent readings of the clock.
+    """Counts the seconds in which this process ran, by frequent readings of the clock.
 
-    The time between two readings counts for `longest` seconds at most, because in a longer one the process was paused:
-    stopped (Ctrl-Z, `scontrol suspend`), frozen with its container, or moved with its machine. No clock of the system
+    The time between two readings counts for at most `longest` seconds. If it was longer, the process was paused:
+    stopped (Ctrl-Z, `scontrol suspend`), frozen with its container, or migrated with its machine. No system clock
     leaves all of that out.
     """
 
@@ -74,7 +74,7 @@ class RunningTime:
         self.seconds = 0.0
 
     def update(self) -> float:
-        """The seconds up to now; to be called every `longest` seconds, or more often."""
+        """The seconds until now; must be called every `longest` seconds, or more often."""
         now = time.monotonic()
         self.seconds += min(now - self._last, self._longest)
         self._last = now
@@ -84,11 +84,9 @@ class RunningTime:
 class Backstop:
     """Ends this process if it does not call `arm` again in time, also where C code holds the GIL.
 
-    A small process monitors it. faulthandler's timer would do the same by the clock, and so end a process that was
-    paused for longer than the timeout in the moment it continues. The monitor counts the seconds in which it runs
-    itself, and leaves out those in which the monitored process is stopped.
-
-    To be created by the main thread.
+    A small process monitors it. faulthandler's timer goes by the clock, and so would end a process that was paused for
+    longer than the timeout as soon as it continues. The monitor counts the seconds in which it runs itself, except
+    those in which the monitored process is stopped. The main thread must create a Backstop.
     """
 
     def __init__(self) -> None:
@@ -102,7 +100,7 @@ class Backstop:
         self._path = ""
 
     def write_to(self, stacks: TextIO, path: Path | None = None) -> None:
-        """Set the file for the stacks; with its path, a line before them gives the reason."""
+        """Set the file for the stacks; if `path` names it, a line before the stacks gives the reason."""
         faulthandler.register(STACKS, file=stacks, all_threads=True, chain=True)
         self._path = str(path.absolute()) if path else ""
 
@@ -134,9 +132,9 @@ def stopped(pid: int) -> bool:
 
 
 def _monitor(pid: int, stacks: int) -> None:
-    """The monitor: reads lines `SECONDS PATH` from standard input, and ends with the process that writes them."""
+    """The monitor: reads lines `SECONDS PATH` from standard input, and ends when the process that writes them ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # schedulers and terminals send them to all; it ends with the other one
+        signal.signal(number, signal.SIG_IGN)  # schedulers and terminals send them to all processes
     running = RunningTime(_LONGEST)
     timeout, end, path, unread = 0.0, float("inf"), "", b""
     while running.seconds < end:
