@@ -365,13 +365,15 @@ def _sections(own: Tensor, far: Tensor, sinks: Tensor | None, exchange: WindowEx
     return torch.cat(parts, dim=1)
 
 
-def _with_halos(own: Tensor, received: Tensor, exchange: HaloExchange, halo: int) -> Iterator[list[Tensor]]:
+def _with_halos(own: Tensor, received: Tensor, exchange: HaloExchange, halo: int) -> list[list[Tensor]]:
     """Each stretch of tokens [B, n, ...] behind the pieces of its halo, zeros where that lies before the sequence."""
+    sections = []
     for pieces in exchange.sections:
-        missing = halo - sum(piece.length for piece in pieces[:-1])
+        missing = halo - sum([piece.length for piece in pieces[:-1]])
         zeros = [own.new_zeros(len(own), missing, *own.shape[2:])] if missing else []
-        sources = ((own if piece.own else received, piece) for piece in pieces)
-        yield [*zeros, *(source[:, piece.start : piece.start + piece.length] for source, piece in sources)]
+        sources = [(own if piece.own else received, piece) for piece in pieces]
+        sections.append(zeros + [source[:, piece.start : piece.start + piece.length] for source, piece in sources])
+    return sections
 
 
 def _start_halos(tensors: Sequence[Tensor], exchange: HaloExchange, group: str) -> Tensor:
