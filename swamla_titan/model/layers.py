@@ -222,7 +222,7 @@ class DynamicTanh(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        alpha, weight, bias = (self.sharding.parameter(each).to(wide) for each in (self.alpha, self.weight, self.bias))
+        alpha, weight, bias = [self.sharding.parameter(each).to(wide) for each in (self.alpha, self.weight, self.bias)]
         return (torch.tanh(alpha * x.to(wide)) * weight + bias).to(x.dtype)
 
 
