@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swamla_titan.model.blocks import Regions
-from swamla_titan.model.branch import Branch, Clock
+from swamla_titan.model.branch import Branch, Clock, Regions
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.row_table import RowTable
 
@@ -56,7 +55,7 @@ class Annex(Branch, is_abstract=True):
     """A branch before a block, which looks up rows of its `table`. Its constructor takes (config, layer).
 
     `observed` names the tensors [B, t] that `forward` gives beside the stream; their means are metrics. `regions` may
-    be replaced, see blocks.Regions; its region is "annex".
+    be replaced, see branch.Regions; its region is "annex".
     """
 
     observed: ClassVar[tuple[str, ...]] = ()

@@ -1,13 +1,12 @@
 """The pre-norm residual block: the attention of each kind, and SwiGLU (Shazeer, arXiv:2002.05202)."""
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swamla_titan.kernels.swiglu import swiglu
-from swamla_titan.model.branch import Attention, Branch, Mixer, Saved, SequenceContext, TokenContext
+from swamla_titan.model.branch import Attention, Branch, Mixer, Regions, Saved, SequenceContext, TokenContext
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import Linear, Role, build_norm
 from swamla_titan.model.mla import LatentAttention
@@ -78,18 +77,6 @@ class FeedForward(Branch):
         """[B, T, dim] -> [B, T, dim]."""
         out: Tensor = self.down(self.activation(self.gate_up(x)))
         return out
-
-
-class Regions:
-    """Runs the regions of a block's forward pass, each by its name.
-
-    "block" is all of it, "attention" and "feed_forward" are the residual branches, "residual" is the sum between them.
-    Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
-    """
-
-    def run(self, name: str, forward: Callable[..., Any], *inputs: Any) -> Any:
-        """forward(*inputs)."""
-        return forward(*inputs)
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ subclass of Mixer in a file of its own and a line of BLOCKS (model/blocks.py).
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -81,6 +81,18 @@ class AttentionCache(Protocol):
 
     def next_mask(self) -> Tensor:
         """Which slots the next token of each sequence sees, boolean [B, 1, 1, slots]."""
+
+
+class Regions:
+    """Runs the regions of a block's forward pass, each by its name.
+
+    "block" is all of it, "attention" and "feed_forward" are the residual branches, "residual" is the sum between them.
+    Activation checkpointing gives blocks an object that recomputes some regions in the backward pass.
+    """
+
+    def run(self, name: str, forward: Callable[..., Any], *inputs: Any) -> Any:
+        """forward(*inputs)."""
+        return forward(*inputs)
 
 
 class Branch(nn.Module):

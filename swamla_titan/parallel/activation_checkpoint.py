@@ -25,7 +25,8 @@ from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.blocks import Block, Regions
+from swamla_titan.model.blocks import Block
+from swamla_titan.model.branch import Regions
 from swamla_titan.model.layers import spec_of
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.masks import causal_pairs, window_pairs
 from swamla_titan.model import ModelConfig
-from swamla_titan.model.blocks import BLOCKS, Block, Regions
+from swamla_titan.model.blocks import BLOCKS, Block
+from swamla_titan.model.branch import Regions
 from swamla_titan.parallel import activation_checkpoint
 from swamla_titan.parallel.activation_checkpoint import (
     apply_activation_checkpointing,

@@ -12,7 +12,7 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8, 
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import fake_world
 from swamla_titan.model import ModelConfig, SWAMLAModel
-from swamla_titan.model.blocks import Regions
+from swamla_titan.model.branch import Regions
 from swamla_titan.model.counts import training_flops
 from swamla_titan.optim import group_table
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
