@@ -91,7 +91,7 @@ def ngram_hashes(engram: EngramConfig, largest_id: int) -> dict[int, NgramHash]:
 
 
 def _multiplier(seed: int, layer: int, lag: int, largest_id: int) -> int:
-    """An odd number whose product with `largest_id` is an int64."""
+    """An odd number that times `largest_id` still is an int64."""
     digest = hashlib.sha256(f"n-gram/{seed}/{layer}/{lag}".encode()).digest()
     odd_numbers = (2**63 - 1) // max(largest_id, 1) // 2
     return 2 * (int.from_bytes(digest[:16], "little") % odd_numbers) + 1
