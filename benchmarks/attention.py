@@ -23,7 +23,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.device_time import device_milliseconds
-from swamla_titan.kernels.attention.dispatch import DOCUMENT, FLEX, SDPA, WINDOW, Implementation, reference_attention
+from swamla_titan.kernels.attention.dispatch import (
+    DOCUMENT,
+    FLEX,
+    HOPPER,
+    SDPA,
+    WINDOW,
+    Implementation,
+    reference_attention,
+)
 from swamla_titan.kernels.attention.masks import (
     DocumentRule,
     Mask,
@@ -123,6 +131,9 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
     elif shape.documents:
         bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
         found["triton"] = by(DOCUMENT, DocumentRule(*bounds)), True
+        found["cuda"] = by(HOPPER, DocumentRule(*bounds)), True
+    else:
+        found["cuda"] = by(HOPPER, None), True
     sink = SINK if shape.window else 0
     if shape.documents:
         found["flex"] = by(FLEX, block_mask(starts, shape.window, sink)), True

@@ -57,7 +57,7 @@ PROFILED = 3  # steps
 KINDS = {
     "communication": ("nccl", "multimem", "symm"),
     "products": ("nvjet", "gemm", "cutlass", "xmma"),
-    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_", "document_", "select"),
+    "attention": ("flex", "sdpa", "cudnn", "fmha", "flash", "window_", "document_", "hopper_", "select"),
     "casts": ("float8_",),
     "optimizer": ("adam", "fusedoptimizer", "lpnorm", "_lerp_"),  # the last: AdamW and Muon by rules
     "fused": ("triton", "swiglu_", "_heads", "cross_entropy_rows"),

@@ -236,15 +236,15 @@ class Float8:
 class Kernels:
     attention: AttentionBackend = "auto"
     """auto: the fastest implementation on this device. triton: our kernels for sliding windows and for documents in
-    MLA, which auto takes on H100 and H200 in 16 bits (CUDA). flex: FlexAttention for windows and documents (CUDA).
-    sdpa: PyTorch's attention with boolean masks. reference: plain and slow. All but reference take our kernels for
-    mla_selective (CUDA, 16 bits)."""
+    MLA, which auto takes on H100 and H200 in 16 bits (CUDA); there MLA has CUDA C++ kernels in bfloat16. flex:
+    FlexAttention for windows and documents (CUDA). sdpa: PyTorch's attention with boolean masks. reference: plain and
+    slow. All but reference take our kernels for mla_selective (CUDA, 16 bits)."""
     loss: Literal["auto", "fused", "plain"] = "auto"
     """fused: output head and loss in one operation, which never materializes all logits. auto: fused on GPUs in 16
     bits, but not with a float8 head, tensor or pipeline parallelism. plain: all logits first."""
     elementwise: Literal["auto", "triton", "plain"] = "auto"
     """Fused elementwise kernels: SwiGLU, and the rotation of queries and keys. triton: our kernels (CUDA); rotation in
-    SWA if attention is by triton, without qk_norm; in MLA if it is by cuDNN, or documents by triton, without context
+    SWA if attention is by triton, without qk_norm; in MLA if it is by cuDNN or our kernels, without context
     parallel; in both without selective = "operators". auto: these on H100 and H200 in 16 bits. plain: left to
     torch.compile."""
 

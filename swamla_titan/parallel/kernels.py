@@ -9,7 +9,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.rules import wants_fused_loss
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.attention.dispatch import IMPLEMENTATIONS, Choice, Implementation, choose
+from swamla_titan.kernels.attention.dispatch import HOPPER, IMPLEMENTATIONS, Choice, Implementation, choose
 from swamla_titan.kernels.device import Limit, has_triton, is_tuned_for
 from swamla_titan.kernels.swiglu import triton_swiglu
 from swamla_titan.model import SWAMLAModel
@@ -116,7 +116,8 @@ def validate_attention(config: Config, world: World) -> None:
     if world.is_elsewhere or asked not in ("triton", "flex"):
         return
     choices = attention_choices(config, world.device)
-    if all(each.implementation.label != asked for each in choices.values()):
+    # HOPPER is ours too; it takes nothing if "flex" is asked for.
+    if all(each.implementation.label not in (asked, HOPPER.label) for each in choices.values()):
         why = _why_not(asked, choices)
         raise UserError(f'kernels.attention = "{asked}" {why}; with "auto" what fits is taken')
 

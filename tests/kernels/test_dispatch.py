@@ -33,6 +33,7 @@ def _gpu(monkeypatch):
     """Nothing here touches a GPU: what is asked of one is answered."""
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
+    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: "needs NVRTC")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
 
 
@@ -167,6 +168,35 @@ def test_a_fact_that_an_implementation_does_not_know_is_refused(monkeypatch, req
 def test_every_optional_field_of_a_request_is_a_fact_or_an_offer():
     optional = [each.name for each in fields(Request) if each.default is not MISSING]
     assert optional == ["projections", *replace(WINDOW, selects=True, chunk=256).facts]
+
+
+EQUAL = replace(CAUSAL, heads=Heads(16, 16, 128, 128))
+
+
+@pytest.mark.parametrize(
+    "request_, asked, taken, why",
+    [
+        (CAUSAL, "auto", "cuda, causal", None),
+        (CAUSAL, "triton", "cuda, causal", None),
+        (replace(CAUSAL, has_documents=True), "auto", "cuda, causal", None),
+        (CAUSAL, "flex", "sdpa, causal", "attention by flex"),
+        (CAUSAL, "sdpa", "sdpa, causal", "attention by sdpa"),
+        (replace(CAUSAL, chunk=256), "auto", "cudnn, causal by chunks", "parallel.context"),
+        (replace(CAUSAL, selects=True), "auto", "triton, selective", "model.mla_selective"),
+        (WINDOW, "auto", "triton, windows", "a window of 256 tokens"),
+        (replace(WINDOW, seq_len=200), "auto", "sdpa, causal", "a window of 256 tokens"),
+        (GROUPED, "auto", "sdpa, causal", "takes as many key heads as query heads, not 4 for 16"),
+        (EQUAL, "auto", "sdpa, causal", "not timed on such a device"),
+        (EQUAL, "triton", "cuda, causal", None),
+    ],
+)
+def test_where_hopper_s_kernels_are_taken(monkeypatch, request_, asked, taken, why):
+    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: None)
+    choice = choose(replace(request_, projections=LATENT), asked)
+    assert choice.implementation.name == taken
+    assert choice.why_not.get("cuda, causal") == why
+    assert (choice.fused is dispatch.LATENT_HOPPER) == (why is None)
+    assert choice.form in ("none", "documents") or why
 
 
 def test_what_is_not_timed_on_a_device_is_taken_only_when_asked_for(monkeypatch):

@@ -28,6 +28,9 @@ if not INTERPRETED:
     CASES += [("cudnn", torch.bfloat16, (batch, tokens, 4, 128, 64, 128)) for batch, tokens in ((1, 1), (3, 1), (2, 2))]
 
 
+if not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    CASES += [("hopper", torch.bfloat16, (batch, tokens, 4, 128, 64, 128)) for batch, tokens in ((2, 300), (1, 1))]
+
 CASES += [("documents", torch.float16, (2, 70, 3, 32, 16, 32)), ("documents", torch.float16, (1, 200, 2, 128, 64, 128))]
 
 

@@ -23,6 +23,12 @@ CPU = torch.device("cpu")
 TRITON = Kernels(attention="triton", elementwise="triton")
 
 
+@pytest.fixture(autouse=True)
+def _without_nvrtc(monkeypatch):
+    """As here, on a machine with a GPU too."""
+    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: "needs NVRTC")
+
+
 def chosen(
     own,
     checkpointing="none",

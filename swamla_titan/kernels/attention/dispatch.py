@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
+from swamla_titan.kernels.attention.hopper import TIMED_WIDTHS as HOPPER_TIMED_WIDTHS
+from swamla_titan.kernels.attention.hopper import hopper_attention, why_not_hopper_kernel
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import (
     Chunks,
@@ -233,7 +235,7 @@ def choose(request: Request, asked: AttentionBackend) -> Choice:
     assert taken is not None, f"no implementation knows {' and '.join(request.facts)}"
     form: MaskForm = "none" if request.is_plainly_causal else taken.form
     layout = request.projections and request.projections.layout
-    fused = _first([each for each in FUSED if each.layout == layout], request, asked, reasons)
+    fused = _first([each for each in reversed(FUSED) if each.layout == layout], request, asked, reasons)
     return Choice(taken, form, fused, reasons)
 
 
@@ -301,6 +303,11 @@ def _document_kernel(request: Request) -> str | None:
     return why_not_document_kernel(request.device, request.dtype, request.heads.qk_width, request.heads.v_width)
 
 
+def _hopper_kernel(request: Request) -> str | None:
+    about = request.heads.qk_width, request.heads.v_width, request.has_documents
+    return why_not_hopper_kernel(request.device, request.dtype, *about)
+
+
 def _flex_kernel(request: Request) -> str | None:
     """In float32 heads wider than 128 (MLA's of 192) want more shared memory than a GPU has."""
     if request.device.type != "cuda":
@@ -347,6 +354,22 @@ class _SDPA(Implementation):
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert mask is None or isinstance(mask, Tensor)
         return _sdpa(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale).transpose(1, 2)
+
+
+class _Hopper(Implementation):
+    """Causal, also inside documents, by our CUDA C++ kernels for Hopper."""
+
+    name, label, asked_by, form = "cuda, causal", "cuda", _OURS, "documents"
+    needs = (_NO_WINDOW, _as_many_key_heads, _hopper_kernel)
+    operators = (torch.ops.swamla_titan.hopper_attention.default,)
+
+    def is_timed(self, request: Request) -> bool:
+        widths = request.heads.qk_width, request.heads.v_width
+        return widths == HOPPER_TIMED_WIDTHS and is_tuned_for(request.device, request.dtype)
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
+        documents = (mask.starts, mask.ends) if isinstance(mask, DocumentRule) else ()
+        return hopper_attention(query, key, value, scale, *documents)
 
 
 class _Causal(_SDPA):
@@ -463,10 +486,11 @@ class _SelectiveReference(SelectiveImplementation):
         return reference_selected_sums(query, key, rule, scale)
 
 
-CAUSAL, CHUNKED, WINDOW, DOCUMENT = _Causal(), _Chunked(), _Window(), _Document()
+HOPPER, CAUSAL, CHUNKED, WINDOW, DOCUMENT = _Hopper(), _Causal(), _Chunked(), _Window(), _Document()
 FLEX, SDPA, REFERENCE = _Flex(), _SDPA(), _Reference()
 SELECTIVE, SELECTIVE_REFERENCE = _Selective(), _SelectiveReference()
 IMPLEMENTATIONS: list[Implementation] = [  # the fastest first
+    HOPPER,
     CAUSAL,
     CHUNKED,
     WINDOW,
@@ -498,14 +522,16 @@ class _Latent(FusedImplementation):
     """Causal attention with the rotation and the keys' expansion before, by cuDNN (CUDA)."""
 
     name, label, asked_by = "cudnn, causal with its rotation", "cudnn with its rotation", _MASKED
-    layout, over = "latent", frozenset({CAUSAL.name, DOCUMENT.name})
-    needs = (_not_apart, _aligned_values, _ONE_DOCUMENT, _cudnn)
+    layout, over = "latent", frozenset({HOPPER.name, CAUSAL.name, DOCUMENT.name})
+    needs: tuple[Need, ...] = (_not_apart, _aligned_values, _ONE_DOCUMENT, _cudnn)
+    options: ClassVar[dict[str, Any]] = {}
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope] -> [B, T, H, v]."""
         query, keys_values, rope_key = projections
         documents = (mask.starts, mask.ends) if isinstance(mask, DocumentRule) else ()
-        return latent_attention(query.contiguous(), keys_values.contiguous(), rope_key, cos, sin, scale, *documents)
+        about = rope_key, cos, sin, scale, *documents
+        return latent_attention(query.contiguous(), keys_values.contiguous(), *about, **self.options)
 
 
 class _LatentDocuments(_Latent):
@@ -518,8 +544,20 @@ class _LatentDocuments(_Latent):
         return DOCUMENT.is_timed(request)
 
 
-ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS = _RotaryWindow(), _Latent(), _LatentDocuments()
-FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS]
+class _LatentHopper(_Latent):
+    """The same, also inside documents, by our CUDA C++ kernels for Hopper."""
+
+    name, label, asked_by = "cuda, causal with its rotation", "cuda with its rotation", _OURS
+    needs = (_not_apart, _aligned_values, HOPPER.why_not)
+    options: ClassVar[dict[str, Any]] = {"kernel": "hopper"}
+
+    def is_timed(self, request: Request) -> bool:
+        return HOPPER.is_timed(request)
+
+
+ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS, LATENT_HOPPER = _RotaryWindow(), _Latent(), _LatentDocuments(), _LatentHopper()
+# The fastest last, because the reason against the first one tells most where none is taken.
+FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS, LATENT_HOPPER]
 
 
 def choose_for_prompts(request: Request, asked: AttentionBackend) -> Choice:
