@@ -65,8 +65,9 @@ class SWAMLAModel(nn.Module):
         self.devices, share = devices, -(-len(self.blocks) // len(devices))
         for number, block in enumerate(self.blocks.values()):
             block.to_empty(device=devices[number // share])
-        for module in (self.embedding, self.annexes, self.norm, self.head):
-            module.to_empty(device=devices[0])
+        for module in self.children():
+            if module is not self.blocks:
+                module.to_empty(device=devices[0])
         self.tie_weights()
 
     def tie_weights(self) -> None:
