@@ -51,7 +51,7 @@ class SwamlaCacheLayer(CacheLayerMixin):
     def __init__(self, config: SwamlaConfig, room: int | None) -> None:
         super().__init__()
         self.config, self.room = config, room
-        self.is_compileable = room is not None
+        self.is_compileable, self.is_empty = room is not None, True
         self.length: Any = 0 if room is None else torch.zeros((), dtype=torch.int64)
         self.positions = self.selected = None
         # Of an Engram before the block: ids of the latest tokens, and inputs of its convolution.
@@ -82,6 +82,7 @@ class SwamlaCacheLayer(CacheLayerMixin):
 
     def advance(self, tokens: int) -> None:
         """Count further tokens."""
+        self.is_empty = False
         self.length = self.length + tokens if self.room is None else self.length.add_(tokens)
 
     def get_seq_length(self, *unused: Any) -> Any:
@@ -124,6 +125,7 @@ class SwamlaCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self.is_empty = True
         if self.room is None:
             self.length, self.is_initialized = 0, False
             for name in self.tensors:
@@ -187,10 +189,15 @@ class WindowCacheLayer(SwamlaCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, positions: Tensor, **unused: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [B, G, n, D] of tokens at positions [B, n]; what was there with them behind, [B, G, slots + n, D]."""
+        """Store [B, G, n, D] of tokens at positions [B, n]; all slots as they were before, and behind them what is new.
+
+        Slots are left out while there is nothing in them.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-        seen = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        seen = key_states, value_states
+        if not self.is_empty:
+            seen = torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
         last, unseen = positions.amax(dim=1, keepdim=True), self.slots - 1
         slots = [
             torch.where((positions >= 0) & (positions > last - self.ring), self.sinks + positions % self.ring, unseen)
@@ -926,17 +933,16 @@ class _Masks:
         """The mask of sliding-window attention."""
         window, sinks = self.config.sliding_window, self.config.sliding_window_sinks
         layer = self._layer(SLIDING)
+        if layer is not None and layer.is_empty:
+            layer = None
         if layer is None and self.plain and self.tokens <= window:
             return None
         query, key = self.positions[:, :, None], self.positions[:, None]
         seen = self._among_new() & ((query - key < window) | (key < sinks) & (key >= 0))
-        if self.plain and self.cache is None:
+        if self.plain and layer is None:
             seen = seen[:1]
         if layer is not None:
-            stored = layer.positions
-            if stored is None:
-                stored = self.positions.new_full((len(self.positions), layer.slots), -1)
-            slot, stored = torch.arange(layer.slots, device=self.device), stored.to(self.device)[:, None]
+            slot, stored = torch.arange(layer.slots, device=self.device), layer.positions.to(self.device)[:, None]
             # A sink is seen there once it has left the window, else its weight would count twice.
             reaches = torch.where(slot < sinks, query - stored >= window, query - stored < window)
             before = (stored >= 0) & reaches & (query >= 0)

@@ -1,9 +1,12 @@
 """The exported code computes what the model computes: prompts, cached decoding, padding, documents, loss."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swamla_titan.model.cache import DecodeCache
 from tests.remote_code.models import SHAPES, exported, of_shape, random_tokens
@@ -98,3 +101,88 @@ def test_implementations_of_attention(implementation):
     assert_close(theirs.lm_head(outputs.hidden_states[-1])[..., :50], ours(tokens))
     if implementation == "eager":
         assert [each.shape for each in outputs.attentions] == [(2, 4, LENGTH, LENGTH)] * 3
+
+
+def _kernel(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What serving engines and flash attention are given: a window, padding, heads of one width; here written down."""
+    assert key.shape[-1] == value.shape[-1]
+    key, value = (each.repeat_interleave(module.num_key_value_groups, dim=1) for each in (key, value))
+    distance = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
+    seen = (distance >= 0) & (distance < (sliding_window or LENGTH))
+    if attention_mask is not None:
+        seen = seen & (attention_mask[:, None, None] | (distance == 0))
+    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The name of an implementation of attention that takes no mask with an element for each pair."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "kernel", _kernel)
+    return "kernel"
+
+
+@pytest.mark.parametrize("shape", ["no-sinks", "all-latent"])
+@torch.no_grad()
+def test_attention_by_a_registered_kernel(kernel, shape):
+    ours, _ = of_shape(shape)
+    theirs = exported(ours, attn_implementation=kernel)
+    tokens, mask = random_tokens(shape, 2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
+    expected = ours(tokens)
+    assert_close(theirs(tokens, use_cache=False).logits, expected)
+    mask[0, :11] = 0
+    padded = theirs(tokens, attention_mask=mask, use_cache=False).logits
+    assert_close(padded[1], expected[1])
+    assert_close(padded[0, 11:], ours(tokens[:1, 11:])[0])
+    if shape == "all-latent":
+        cache = DynamicCache()
+        assert_close(theirs(tokens[:, :9], cache=cache).logits, expected[:, :9])
+        assert_close(theirs(tokens[:, 9:10], cache=cache).logits, expected[:, 9:10])
+
+
+@pytest.mark.parametrize(
+    "shape, reason",
+    [
+        ("tiny", "queries see the first 3 tokens beside their window"),
+        ("selective", "tokens beside their window and attention is selective"),
+        ("no-sinks", "the cache of a window is a ring"),
+    ],
+)
+def test_what_a_registered_kernel_cannot_compute(kernel, shape, reason):
+    theirs = exported(of_shape(shape)[0], attn_implementation=kernel)
+    with pytest.raises(ValueError, match=f'"kernel" cannot compute this model, because .*{reason}'):
+        theirs(random_tokens(shape, 1, 5))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"norm": "layernorm"}, "norm = 'layernorm'"),
+        ({"layer_types": ["full_attention", "conv", "conv"]}, r"layer_types\[1\] = 'conv'"),
+    ],
+)
+def test_settings_that_the_code_does_not_implement(changes, words):
+    with pytest.raises(ValueError, match=words):
+        exported(of_shape("tiny")[0], **changes)
+
+
+def test_caches_that_are_not_this_model_s():
+    theirs = of_shape("tiny")[1]
+    tokens, used = random_tokens("tiny", 1, 8), DynamicCache()
+    used.update(torch.ones(1, 4, 3, 8), torch.ones(1, 4, 3, 8), 0)
+    with pytest.raises(ValueError, match="needs a new DynamicCache or StaticCache"):
+        theirs(tokens, cache=used)
+    with pytest.raises(ValueError, match="several documents in a sequence cannot be remembered"):
+        theirs(tokens, cache=DynamicCache(), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    with pytest.raises(ValueError, match="so it needs input_ids"):
+        of_shape("engram")[1](inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64))
