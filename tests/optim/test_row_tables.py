@@ -409,7 +409,7 @@ def test_a_table_on_the_host_keeps_its_dtype_and_its_rows_are_rounded_when_they_
 
 @pytest.mark.parametrize("piece", [4, 1 << 18])
 def test_a_table_on_the_host_moves_by_the_same_bits(piece, monkeypatch):
-    """Rows that stay keep theirs: those of padding, whose gradient is zero, and all of a bad step."""
+    """Rows that were read ahead are used if they stay: those of padding, whose gradient is zero, and in a bad step."""
     monkeypatch.setattr("swamla_titan.model.row_table._ROWS_OF_A_PIECE", piece)
     found = []
     for on_host in (False, True):
@@ -417,11 +417,15 @@ def test_a_table_on_the_host_moves_by_the_same_bits(piece, monkeypatch):
         table._host_of = torch.device("cpu") if on_host else None
         optimizer, average = optimizer_of(model), AveragedWeights([model], 0.8)
         average.restart()
+        following = request_rows([table], [lookups(1)])
         for step in range(1, 12):
             flag = torch.tensor(float(step in (3, 4)))
             padding = table(torch.tensor([ROWS - 1, 0, step])) * torch.tensor([0.0, 0.0, 1.0])[:, None]
             padding.sum().backward()
-            backward(table, lookups(step))
+            pull(look_up([table], following, torch.float32)[0]).backward()
+            table.gradient.merge()
+            following = request_rows([table], [lookups(step + 1)])
+            assert bool(following.read_ahead([table])) == on_host, "before the update"
             average.before_update(flag)
             optimizer.step(LR, bad=flag)
             optimizer.zero_grad()
