@@ -1,4 +1,4 @@
-"""`check`: whether this machine and a configuration are fit for training; one line each, with a remedy if not."""
+"""`check`: probes whether this machine and a configuration are fit for training; a line each, with a remedy."""
 
 import copy
 import json
@@ -82,33 +82,16 @@ Probe = Callable[[Config, torch.device], Finding | list[Finding]]
 
 def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     """Print the report; returns 0 without failures, 2 if the configuration or its data are at fault, else 1."""
-    device = device_here()
-    config = Config()
-    inputs: list[Probe] = [_tokenizer]
-    about_input: list[Finding] = []
-    if name is not None:
-        try:
-            without_effect: list[str] = []
-            loaded = load_config(find_config(name), overrides, without_effect.append)
-            config, choices = _decided(loaded, device)
-            inputs = [_processes, _validated, _folder, _tokenizer, _data(loaded), _model, _optimizer, _stability]
-            inputs += [_matmuls] if config.float8.recipe != "off" else []
-            about_input = [Finding("ok", "config", f"{name} is valid")]
-            about_input += [Finding("warning", "config", line) for line in without_effect]
-            about_input += [Finding("ok", "auto", choice) for choice in choices]
-        except UserError as error:
-            inputs = []
-            about_input = [
-                Finding("failure", "config", str(error), "`swamla-titan config show debug` explains each key")
-            ]
-    elif overrides:
+    if overrides and name is None:
         raise UserError("give a configuration too: swamla-titan check CONFIG --section.key value")
+    device = device_here()
+    config, inputs, about_input = (Config(), [_tokenizer], []) if name is None else _configured(name, overrides, device)
     set_precision_and_determinism(config, device)
     disk = _disk if about_input and inputs else _free_disk
     about_machine = _answers([_python, _torch, _gpu, _tf32, _float8, _attention, disk], config, device)
     about_input += _answers(inputs, config, device)
     failed = {finding.subject for finding in about_input if finding.state == "failure"}
-    if len(failed) > 1:  # because what else a run would refuse may have the same reasons
+    if len(failed) > 1:  # other errors of a run may have the same cause
         about_input = [each for each in about_input if each.subject != "run"]
     about_input = [each for each in about_input if each.state == "failure" or each.subject not in failed]
     for finding in about_machine + about_input:
@@ -118,13 +101,32 @@ def check(name: str | None, overrides: Sequence[Override] = ()) -> int:
     return EXIT_FAILED if any(finding.state == "failure" for finding in about_machine) else EXIT_DONE
 
 
+def _configured(
+    name: str, overrides: Sequence[Override], device: torch.device
+) -> tuple[Config, list[Probe], list[Finding]]:
+    """The configuration, the probes for it, and findings on the file itself; without probes if that is invalid."""
+    without_effect: list[str] = []
+    try:
+        loaded = load_config(find_config(name), overrides, without_effect.append)
+        config, choices = _decided(loaded, device)
+    except UserError as error:
+        remedy = "`swamla-titan config show debug` explains each key"
+        return Config(), [], [Finding("failure", "config", str(error), remedy)]
+    probes: list[Probe] = [_processes, _validated, _folder, _tokenizer, _data(loaded), _model, _optimizer, _stability]
+    probes += [_matmuls] if config.float8.recipe != "off" else []
+    found = [Finding("ok", "config", f"{name} is valid")]
+    found += [Finding("warning", "config", line) for line in without_effect]
+    found += [Finding("ok", "auto", choice) for choice in choices]
+    return config, probes, found
+
+
 def _answers(probes: Sequence[Probe], config: Config, device: torch.device) -> list[Finding]:
     answers = [_answer(probe, config, device) for probe in probes]
     return [finding for found in answers for finding in ([found] if isinstance(found, Finding) else found)]
 
 
 def _answer(probe: Probe, config: Config, device: torch.device) -> Finding | list[Finding]:
-    """A probe's findings; an error of the probe is a failure that is reported, and the report continues."""
+    """A probe's findings; an error of the probe is reported as a failure, and the report continues."""
     subject = probe.__name__.removeprefix("_")
     try:
         return probe(config, device)
@@ -135,7 +137,7 @@ def _answer(probe: Probe, config: Config, device: torch.device) -> Finding | lis
 
 
 def _python(config: Config, device: torch.device) -> Finding:
-    # Always ok, because the package cannot be installed under an older Python than it supports.
+    # Always ok, because the package cannot be installed under a Python that it does not support.
     return Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
 
 
@@ -182,7 +184,7 @@ def _tf32(config: Config, device: torch.device) -> Finding:
 
 
 def _float8(config: Config, device: torch.device) -> Finding:
-    """Whether this machine has float8, and if a recipe is set, whether its gradients are close to those without it."""
+    """Whether this machine has float8 matmuls, and with a recipe, whether its gradients are close to plain ones."""
     text, recipe = "no GPU: emulated only", config.float8.recipe
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -205,8 +207,8 @@ def _float8(config: Config, device: torch.device) -> Finding:
 
 
 def _attention(config: Config, device: torch.device) -> list[Finding]:
-    """What computes attention in the run; and gradients of a small model, compared with those of plain attention."""
-    if device.type != "cuda":  # because a run would be refused there, which another line reports
+    """The run's implementations of attention; and gradients of a small model, compared with plain attention."""
+    if device.type != "cuda":  # because `_validated` reports the error of a run without GPUs
         config = replace(config, kernels=replace(config.kernels, elementwise="plain"))
     choices = attention_choices(config, device)
     chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
@@ -215,7 +217,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     selects: dict[str, Any] = config.model.quantities("selects")
     small = replace(SMALL, **selects)
     model = SWAMLAModel(small).to(device)
-    with torch.no_grad():  # because with smaller weights attention is too even to depend on which keys are seen
+    with torch.no_grad():  # with smaller weights, attention is too uniform to depend on which keys are visible
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(4)
@@ -291,7 +293,7 @@ def _world(config: Config, device: torch.device) -> World:
 
 
 def _validated(config: Config, device: torch.device) -> list[Finding]:
-    """What a run would refuse before it opens its data."""
+    """The errors of a run before it opens its data."""
     world, found = _world(config, device), []
     for subject, validation in VALIDATIONS.items():
         try:
@@ -316,7 +318,7 @@ def _tokenizer(config: Config, device: torch.device) -> Finding:
 
 
 def _data(loaded: Config) -> Probe:
-    """A probe of the data and of what the run continues from; `loaded` still has each "auto" of the file."""
+    """A probe of the data and of the checkpoint to resume from; `loaded` has each "auto" of the file."""
 
     def data(config: Config, device: torch.device) -> list[Finding]:
         opened: list[Origin | Corpus] = []
@@ -334,7 +336,7 @@ def _data(loaded: Config) -> Probe:
 
 
 def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
-    """The line of the data, and that of their first sequence."""
+    """The lines on the data and on their first sequence."""
     where = f"{config.data.source} {config.data.path}".strip()
     text = f"{where}: {corpus.source.description}"
     faults = {fault.file: fault for fault in [*corpus.source.unreadable, *corpus.faults]}
@@ -346,7 +348,7 @@ def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Fin
 
 
 def _sequence(corpus: Corpus) -> Probe:
-    """A probe of the first sequence that a run would train on: decoding and encoding it once more must give it back."""
+    """A probe of the first sequence that a run would train on: decoding and encoding must give it back."""
 
     def sequence(config: Config, device: torch.device) -> Finding:
         with BatchLoader(corpus, seq_len=config.training.seq_len, global_batch_size=1, num_workers=0) as loader:
@@ -359,7 +361,7 @@ def _sequence(corpus: Corpus) -> Probe:
         if lost := _lost(tokenizer, pieces):
             text = f"{found}; decoded and encoded once more they are others: {_quoted(tokenizer.decode(lost[0]))}"
             return Finding("failure", "sequence", text, _OTHER_TOKENIZER)
-        # Without the halves of characters that the sequence cuts.
+        # The sequence may cut characters at its ends.
         text = " ".join(tokenizer.decode(piece).strip("\ufffd") for piece in pieces if piece)
         text = f"{found}, decoded and encoded once more without loss; it begins: {_quoted(text)}"
         return Finding("warning" if batch.excluded else "ok", "sequence", text)
@@ -368,17 +370,17 @@ def _sequence(corpus: Corpus) -> Probe:
 
 
 def _lost(tokenizer: Tokenizer, pieces: list[list[int]]) -> list[list[int]]:
-    """Of the tokens between ends of text, the pieces that decoding and encoding once more do not give back."""
+    """The pieces, each the tokens between two ends of text, that decoding and encoding do not give back."""
     texts = [tokenizer.decode(piece) for piece in pieces]
     again = [tokenizer.encode(text) for text in texts]
-    # The sequence may cut the first and the last inside of a word, whose tokens then are others, but not the text.
+    # The sequence may cut the first and the last piece inside a word; then the tokens may differ, but not the text.
     full = slice(1, len(pieces) - 1)
     lost = [piece for piece, tokens in zip(pieces[full], again[full]) if tokens != piece]
     return lost + [piece for piece, text, tokens in zip(pieces, texts, again) if tokenizer.decode(tokens) != text]
 
 
 def _quoted(text: str) -> str:
-    """The beginning of a text on one line."""
+    """The beginning of a text, in quotes on one line."""
     return one_line(json.dumps(text[:_SHOWN], ensure_ascii=False)) + ("..." if len(text) > _SHOWN else "")
 
 
@@ -390,7 +392,7 @@ def _model(config: Config, device: torch.device) -> Finding:
 
 
 def _matmuls(config: Config, device: torch.device) -> Finding:
-    """Which linear layers float8 converts, and what may make it slower than bfloat16."""
+    """The linear layers that float8 converts, and what may make it slower than bfloat16."""
     config = _resolved(config)
     coverage = float8_coverage(config)
     text = "\n         ".join(table(coverage, config.float8.recipe))
@@ -433,7 +435,7 @@ def _decided(config: Config, device: torch.device) -> Resolved:
 
 
 def _ranks(config: Config) -> int:
-    """The GPUs of this machine if the configuration fits them, else as many as its degrees multiply to."""
+    """The GPUs of this machine if the configuration fits them, else the product of its degrees."""
     here = max(torch.cuda.device_count(), 1)
     try:
         return fit_degrees(config.parallel, here).size

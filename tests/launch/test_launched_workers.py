@@ -1,7 +1,7 @@
 """run_train.sh with real torchrun and several processes on the CPU, and a small trainer in place of ours.
 
-The trainer is swamla_titan's own on the side that faces the launcher: `__main__`, launch/worker.py, agent.py and
-endpoint.py, launch/signals.py; what it trains is a script of a few lines.
+The trainer is swamla_titan's own on the side that faces the launcher: `__main__` and most of launch/; what it trains is
+a script of a few lines.
 """
 
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = [
     *sorted(path.name for path in (ROOT / "swamla_titan").glob("*.py")),
     *sorted(f"system/{path.name}" for path in (ROOT / "swamla_titan/system").glob("*.py")),
-    *(f"launch/{name}.py" for name in ("worker", "agent", "endpoint", "rendezvous", "signals")),
+    *(f"launch/{name}.py" for name in ("agent", "endpoint", "ranks", "rendezvous", "signals", "worker")),
 ]
 
 # main(["train", CONFIG, "--what", WHAT, "--folder", FOLDER]): each process appends a line for its start to a file of
