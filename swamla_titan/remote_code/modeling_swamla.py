@@ -456,6 +456,8 @@ class SwamlaLatentAttention(SwamlaAttention):
         `selectable` [B, T, S]: in selective attention, which keys a query may select.
         """
         q_nope, q_rope = self.queries(x, by)
+        if selectable is not None and q_nope.shape[1] != self.config.num_attention_heads:
+            raise ValueError("selective attention: a rank of tensor parallelism may lack the head that selects")
         latent, rope_key = self.wkv_a(x)[:, None].split([self.latent_dim, self.rope_dim], dim=-1)
         latent, rope_key = self.kv_norm(latent), rotate(rope_key, by)  # [B, 1, T, R] and [B, 1, T, rope]
         if cache is not None:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -71,7 +72,7 @@ def export(
     loaded = load_model(path, ema, torch.device("cpu"))
     tokenizer = loaded.tokenizer or load_tokenizer(loaded.config.data.tokenizer)
     tensors = exported_tensors(loaded.model, getattr(torch, dtype))
-    with _written_aside(target) as folder:
+    with _signals_raised(), _written_aside(target) as folder:
         _WRITERS[format](tensors, folder)
         texts = {
             "config.json": _json(_config(loaded, tokenizer, dtype)),
@@ -195,6 +196,31 @@ def _require_unused(target: Path) -> None:
             raise UserError(f"{target} exists, and is no empty folder; choose another name or remove it")
     except (OSError, ValueError) as error:
         raise UserError(f"{target}: cannot be used ({getattr(error, 'strerror', None) or error})") from None
+
+
+class _Stopped(SystemExit):
+    """A signal that ends a command."""
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Let signals that would end the process at once end what is within by an exception first."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    number = None
+    try:
+        yield
+    except _Stopped as stopped:
+        number = stopped.code
+        raise
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        if number is not None:
+            os.kill(os.getpid(), int(number))
 
 
 @contextmanager

@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.cli import main
+from swamla_titan.tools.generate import load_model
+from swamla_titan.train.step import GROUPS
 from tests.tiny_config import tiny_config
 from tests.train.runs import train
 
@@ -28,7 +32,23 @@ SHAPES = {
 def test_what_a_user_does(tmp_path, shape):
     assert train(tiny_config(tmp_path), *SHORT, *SHAPES[shape]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    model = load_model(find_checkpoint(str(tmp_path / "run"), GROUPS), False, torch.device("cpu")).model
+    tokens = torch.randint(0, 257, (2, 60))
+    with torch.no_grad():
+        torch.save((tokens, model(tokens)), tmp_path / "expected.pt")
     command = [sys.executable, "-I", str(USER), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 10
+
+
+@pytest.mark.parametrize("shape, outcome", [("as-it-is", "equal"), ("with-everything", "refused: selective attention")])
+def test_tensor_parallelism_of_transformers(tmp_path, shape, outcome):
+    pytest.importorskip("accelerate")
+    assert train(tiny_config(tmp_path), *SHORT, *SHAPES[shape], "--model.num_kv_heads", "2") == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(USER.with_name("tensor_parallel.py")), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(outcome) == 2

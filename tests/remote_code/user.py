@@ -54,6 +54,24 @@ def new_tokens(**options) -> list[list[int]]:
     return model.generate(**batch, **NEW, **options)[:, batch["input_ids"].shape[1] :].tolist()
 
 
+def logits_are_those_of_the_model():
+    """The folder beside has tokens and the logits that the package computed of them."""
+    tokens, logits = torch.load(os.path.join(os.path.dirname(FOLDER), "expected.pt"))
+    with torch.no_grad():
+        cache = DynamicCache()
+        parts = [model(part, **{CACHE: cache}).logits for part in tokens.split([20, 20, *[1] * 20], dim=1)]
+        assert (model(tokens).logits - logits).abs().max() < 1e-5
+        assert (torch.cat(parts, dim=1) - logits).abs().max() < 1e-5
+
+
+def special_tokens_within_a_text_are_text():
+    for name in (tokenizer.eos_token, tokenizer.pad_token):
+        ids = tokenizer(f"a{name}")["input_ids"]
+        assert ids == [*f"a{name}".encode()]
+        assert tokenizer.decode(ids) == f"a{name}"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
 def a_batch_gives_what_its_texts_give_alone():
     end = model.generation_config.eos_token_id
     together = new_tokens()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,13 +160,16 @@ def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, capsys, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_leaves_nothing_behind(trained, tmp_path, monkeypatch):
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export.shutil, "copyfile", stop)
-    with pytest.raises(KeyboardInterrupt):
-        export.export(str(trained), str(tmp_path / "out"))
+def test_a_signal_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    monkeypatch.setattr(export.shutil, "copyfile", lambda *paths: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit):
+            export.export(str(trained), str(tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
     assert list(tmp_path.iterdir()) == []
 
 
