@@ -222,6 +222,28 @@ def _recomputation() -> dict[str, Run]:
     }
 
 
+ENGRAM = (
+    "model.engram.layers=[0,2] model.engram.heads=2 model.engram.d_mem=16 model.engram.table_size=101 "
+    "data.document_mask=true"
+)
+
+
+def _memory() -> dict[str, Run]:
+    """Engram and selective attention."""
+    plans = {
+        "": ("", 1),
+        "fsdp-2-": ("", 2),
+        "tp-2-cp-2-": ("parallel.tensor=2 parallel.context=2", 4),
+        "pp-2-": (f"{PIPELINE} parallel.pipeline_schedule=ZBVZeroBubble {FOUR_LAYERS}", 2),
+    }
+    return {
+        **{f"{plan}engram": Run(f"{ENGRAM} {keys}", ranks) for plan, (keys, ranks) in plans.items()},
+        "engram-averaged": Run(f"{ENGRAM} ema.decay=0.9"),
+        "selective": Run("model.mla_selective=true data.document_mask=true"),
+        "tp-2-selective": Run("model.mla_selective=true parallel.tensor=2", 2),
+    }
+
+
 # Every norm above the mean of the last two good ones is a spike: some are, some are not.
 SPIKES = (
     "fault_tolerance.spike_sigma=0.05 fault_tolerance.spike_window=2 optimizer.lr=0.02 training.steps=16 "
@@ -239,6 +261,7 @@ CPU: dict[str, Run | tuple[Run, ...]] = {
     **_float8(),
     **_optimizers(),
     **_recomputation(),
+    **_memory(),
     "compiled": Run(f"{COMPILED} data.document_mask=true"),
     "fsdp-2-compiled": Run(COMPILED, 2),
     "tp-2-compiled": Run(f"{COMPILED} parallel.tensor=2", 2),

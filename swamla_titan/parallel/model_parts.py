@@ -131,15 +131,17 @@ class ParallelModel:
 
     @contextmanager
     def _evaluating(self, micro_batches: int) -> Iterator[None]:
-        """Encloses forward passes of so many micro-batches in evaluation mode."""
+        """Encloses forward passes of so many micro-batches in evaluation mode, which an error ends too."""
         for part in self.parts:
             part.eval()
-        with self._prepared_weights(micro_batches):
-            yield
-        for part in self.parts:
-            part.train()
-            if self._gathers_float8:  # the gathered weights are float8, which only linear layers can use
-                free_gathered_weights(part)
+        try:
+            with self._prepared_weights(micro_batches):
+                yield
+        finally:
+            for part in self.parts:
+                part.train()
+                if self._gathers_float8:  # the gathered weights are float8, which only linear layers can use
+                    free_gathered_weights(part)
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of all gradients of the model, a scalar on their device. Collective."""

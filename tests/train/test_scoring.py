@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swamla_titan.config import Config, Override, load_config, with_vocabulary
+from swamla_titan.data.batches import MicroBatch
 from swamla_titan.distributed.mesh import World
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model import SWAMLAModel
@@ -71,6 +72,22 @@ MODELS = {
 def test_scores_are_those_of_each_text_alone(tiny, model):
     config = resolved(tiny, *MODELS[model])
     assert_as_alone(config, scores(config, World.alone()))
+
+
+def test_a_model_trains_again_after_scores_that_nobody_took_or_that_failed(tiny):
+    config = resolved(tiny)
+    model = ParallelModel(config, World.alone())
+    model.init_weights(0)
+    tokens = torch.arange(2 * T).view(2, T)
+    batch, unknown = (MicroBatch(each, each, None, 2) for each in (tokens, tokens + 10_000))
+    taken = model.score([batch, batch])
+    next(taken)
+    assert not model.parts[0].training
+    taken.close()
+    assert model.parts[0].training
+    with pytest.raises(IndexError):
+        list(model.score([unknown]))
+    assert model.parts[0].training
 
 
 def test_a_greedy_continuation_is_known_as_one(tiny):
