@@ -49,7 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--common", type=float, default=0.3, help="share of the look-ups that a thousandth of rows has")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--eager", action="store_true", help="do not compile the update")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile the update; on a GPU that of --all-rows is"
+    )
     parser.add_argument("--all-rows", action="store_true", help="optimizer.lazy_tables = false")
     parser.add_argument("--ema", action="store_true", help="also keep an average of the table")
     parser.add_argument("--host", action="store_true", help="parallel.tables_on_host = true")

@@ -219,24 +219,23 @@ class AdamOfAllRows(AdamW):
         for kind, parameters in self.groups.items():
             for parameter in parameters:
                 if self._tables[parameter].gradient.sums is not None:
-                    self.move(kind, [parameter], step)
-                    self.move_rows(kind, parameter, step)
+                    self.move_table(kind, parameter, step)
 
-    def move(self, kind: Kind, parameters: Sequence[nn.Parameter], step: Step) -> None:
-        """Count the step, and move what moves without regard to rows."""
-        self._move(kind, parameters, step)
+    def move_table(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
+        """Move all rows, and set `touched` of those that were looked up."""
+        self._move(kind, [parameter], step)
+        self.move_pieces(kind, parameter, step)
 
-    def move_rows(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
-        """Move the rows that were looked up, and set their `touched`."""
-        state = self.optimizer.state[parameter]
-        touched = local(state["touched"])
+    def move_pieces(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
+        """`move_piece` of all rows that were looked up."""
         for piece in self._tables[parameter].gradient.pieces():
-            stays = piece.stays(step.bad)
-            self.move_piece(kind, parameter, piece, stays, step)
-            touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
+            self.move_piece(kind, parameter, piece, piece.stays(step.bad), step)
 
     def move_piece(self, kind: Kind, parameter: nn.Parameter, piece: Piece, stays: Tensor, step: Step) -> None:
-        """Move rows that were looked up, but for those that stay: where `stays` [rows, 1] is 1."""
+        """Set `touched` of rows that were looked up, but for those that stay: where `stays` [rows, 1] is 1."""
+        state = self.optimizer.state[parameter]
+        touched = local(state["touched"])
+        touched.index_copy_(0, piece.rows, torch.where(stays > 0, touched[piece.rows], state["step"].int()))
 
 
 class AdamOfRows(AdamOfAllRows):
@@ -244,25 +243,19 @@ class AdamOfRows(AdamOfAllRows):
 
     words = "adam of the rows looked up"
 
-    def move(self, kind: Kind, parameters: Sequence[nn.Parameter], step: Step) -> None:
-        """Count the step."""
-        _count([self.optimizer.state[parameter]["step"] for parameter in parameters], step.bad)
-
-    def move_rows(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
-        """As in AdamOfAllRows; on a GPU by one kernel."""
+    def move_table(self, kind: Kind, parameter: nn.Parameter, step: Step) -> None:
+        """Count the step, and move the rows; on a GPU by one kernel."""
+        state, config = self.optimizer.state[parameter], self.config
+        _count([state["step"]], step.bad)
         if why_no_kernels(local(parameter).device):
-            super().move_rows(kind, parameter, step)
+            self.move_pieces(kind, parameter, step)
             return
-        config, state = self.config, self.optimizer.state[parameter]
-        held, looked_up = (
-            [*self._held(parameter), local(state["touched"])],
-            self._tables[parameter].gradient.looked_up(),
-        )
+        held, gradient = (*self._held(parameter), local(state["touched"])), self._tables[parameter].gradient
         rates = _scalar(_rate(kind, step)), config.beta1, config.beta2, config.eps, _scalar(kind.weight_decay)
-        adam_of_rows(held, looked_up, state["step"], step.divisor, step.bad, *rates)
+        adam_of_rows(held, gradient.looked_up(), state["step"], step.divisor, step.bad, *rates)
 
     def move_piece(self, kind: Kind, parameter: nn.Parameter, piece: Piece, stays: Tensor, step: Step) -> None:
-        """As in AdamOfAllRows."""
+        """Move rows that were looked up, and set their `touched`."""
         held = self._held(parameter)
         weight, *moments = moved = [each[piece.rows] for each in held]
         factors = self._factors(kind, weight.device, step._replace(bad=stays))
@@ -270,6 +263,7 @@ class AdamOfRows(AdamOfAllRows):
         self._update(weight, piece.gradients, number, [[each] for each in moments], *factors)
         for each, values in zip(held, moved):
             each.index_copy_(0, piece.rows, values)
+        super().move_piece(kind, parameter, piece, stays, step)
 
     def _held(self, parameter: nn.Parameter) -> list[Tensor]:
         """This rank's rows of weight and moments."""
