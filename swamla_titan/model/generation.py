@@ -22,7 +22,8 @@ class Decoder:
     """A model with the cache of a batch, which reads prompts, and then token after token.
 
     On a GPU the step of a token is one CUDA graph, captured at the second token: a step has some hundred small kernels,
-    which the host launches slower than the GPU runs them. May be used for one batch of prompts after another.
+    which the host launches slower than the GPU runs them. May be used for one batch of prompts after another, until the
+    weights change, of which it may hold copies.
     """
 
     def __init__(self, model: SWAMLAModel, batch: int, max_tokens: int, memory_budget: int | None = None) -> None:
@@ -176,7 +177,8 @@ def sample(
     """One token id per sequence, [B] int64, from logits [B, V]; the options as in `stream`."""
     temperature = 0 if temperature < GREEDY_BELOW else temperature
     if not why_no_kernels(logits.device) and logits.shape[1] <= kernels.MOST_TOKENS_TO_SAMPLE:
-        return kernels.sample(logits, temperature, top_k, top_p, generator)
+        with torch.cuda.device_of(logits):  # Triton launches on the current one
+            return kernels.sample(logits, temperature, top_k, top_p, generator)
     if not temperature:
         return logits.argmax(dim=-1)
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)

@@ -215,7 +215,8 @@ class SWAMLAModel(nn.Module):
         for clock in cache.clocks:
             clock.length.add_(1)
         x = x[:, 0].to(tokens.device)
-        return cache.head_step(x) if cache.head_step else self.loss_head.logits(self.head, self.norm(x))
+        with torch.cuda.device_of(x):
+            return cache.head_step(x) if cache.head_step else self.loss_head.logits(self.head, self.norm(x))
 
     def _context_of_prompts(self, seq_len: int, real: Tensor | None, device: torch.device) -> SequenceContext:
         real = None if real is None else real.to(device)

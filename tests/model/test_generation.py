@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import build, random_tokens
 
-from swamla_titan.model.generation import generate, restrict, sample
+from swamla_titan.model.generation import Decoder, generate, restrict, sample, stream
 
 PROMPTS = [[3], [5, 9, 11, 2, 7, 30, 31, 32, 33], [1, 2]]
 
@@ -160,3 +160,36 @@ def test_wrong_requests_are_refused(prompts, options, message):
 def test_a_request_may_fill_the_model_to_its_end():
     assert len(generate(build(), [[1] * 60], 4, temperature=0)[0]) == 4
     assert len(generate(build(), [random_tokens(3).tolist()], 61)[0]) == 61
+
+
+def test_a_decoder_serves_one_batch_after_another():
+    model = build(mla_selective=True)
+    decoder = Decoder(model, 2, 40, memory_budget=9)
+    for prompts in ([[*range(20)], [3]], [[7], [1, 2]]):
+        given = generate(model, prompts, 15, temperature=0, decoder=decoder)
+        assert given == generate(model, prompts, 15, temperature=0, memory_budget=9)
+
+
+def test_a_sequence_ends_behind_the_token_that_its_caller_says():
+    model, seen = build(), []
+    free = generate(model, PROMPTS, 12, temperature=0)
+
+    def ends(number, token):
+        seen.append((number, token))
+        return len([each for each in seen if each[0] == number]) == (4, 12, 2)[number]
+
+    given = generate(model, PROMPTS, 12, temperature=0, ends=ends)
+    assert given == [free[0][:4], free[1], free[2][:2]]
+    assert [token for number, token in seen if number == 1] == free[1]
+
+
+def test_tokens_come_step_by_step_and_the_model_computes_no_further():
+    model = build().train()
+    steps, decode = [], model.decode
+    model.decode = lambda *given: steps.append(1) or decode(*given)
+    given = stream(model, PROMPTS, 12, temperature=0)
+    first = [next(given) for _ in range(3)]
+    assert len(steps) == 2
+    assert [list(each) for each in zip(*first)] == [each[:3] for each in generate(model, PROMPTS, 3, temperature=0)]
+    given.close()
+    assert model.training
