@@ -16,8 +16,10 @@ from swamla_titan.kernels.swiglu import triton_swiglu
 MOST_TOKENS_TO_SAMPLE = 1 << 16  # of a vocabulary, whose logits lie in the registers of one program
 _LEAST = 16  # a side of a tensor core's tile
 _MULTIPROCESSORS = 132  # of an H100
-_PARTS = 32  # of a sequence's latents, at most
-_SLOTS = 64  # of a cache, in a tile
+_PARTS = 64  # of a sequence's latents, at most
+_SLOTS = 64  # of latents, in a tile
+_RING_SLOTS = 256  # of a ring, in a tile of a program that has a multiprocessor to itself
+_RING_OF_MANY = {"BN": 64, "num_warps": 4, "num_stages": 3}
 
 
 def why_no_decode_kernels(device: torch.device, dtype: torch.dtype) -> Limit | None:
@@ -85,20 +87,17 @@ def ring_attention(
     per_key, of_norms = members - 2, gains or (None, None)
     out, half = qkv.new_empty(batch, groups * per_key * width), width // 2
     window = keys.shape[1] - sink
-    slots, warps = _ring_tile(batch * groups, window, power_of_two(half))
-    kernels.ring_attention[(groups, batch)](
-        *(qkv, *rotation, *of_norms, *clock, keys, values, out, scale, eps, groups),
-        PER_KEY=per_key,
-        HALF=half,
-        PADDED=power_of_two(half),
-        WINDOW=window,
-        SINK=sink,
-        SINKS=power_of_two(max(sink, 1)),
-        BN=slots,
-        QK_NORM=gains is not None,
-        **_pdl(qkv),
-        num_warps=warps,
-    )
+    given = qkv, *rotation, *of_norms, *clock, keys, values, out, scale, eps, groups
+    sizes = {"PER_KEY": per_key, "HALF": half, "WINDOW": window, "SINK": sink, "QK_NORM": gains is not None}
+    if groups * batch > _MULTIPROCESSORS:
+        queries, padded = max(_LEAST, power_of_two(per_key)), max(_LEAST, power_of_two(half))
+        tile = _RING_OF_MANY | {"QUERIES": queries, "PADDED": padded}
+        kernels.ring_attention_of_many[(groups, batch)](*given, **sizes, **tile)
+        return out
+    padded, slots = power_of_two(half), min(power_of_two(window), _RING_SLOTS)
+    warps = max(1, min(8, slots * padded // 2048))
+    sizes |= {"PADDED": padded, "SINKS": power_of_two(max(sink, 1)), "BN": slots}
+    kernels.ring_attention[(groups, batch)](*given, **sizes, **_pdl(qkv), num_warps=warps)
     return out
 
 
@@ -154,7 +153,7 @@ def latent_attention(
         num_warps=8,
         num_stages=2,
     )
-    rows, warps = (1, 4) if batch < _LEAST else (_LEAST, 8)
+    rows, warps = (1, 8 if parts > 32 else 4) if batch < _LEAST else (_LEAST, 8)
     columns = min(power_of_two(value), 32 if rows == 1 else 64)
     kernels.latent_values[(heads, -(-value // columns), -(-batch // rows))](
         *(mixed, largest, denominator, up, out, batch, parts, heads),
@@ -203,18 +202,12 @@ def _parts(batch: int, heads: int, room: int) -> int:
 def _tile(width: int, outputs: int, group: int, is_normed: bool) -> dict[str, int]:
     """Outputs and inputs of a program of linear_of_one at a time, and its warps: the fastest on an H200."""
     if not is_normed:
-        return {"BN": 4, "BK": min(power_of_two(width), 2048), "num_warps": 4}
+        return {"BN": 8 if width <= 2048 else 2, "BK": min(power_of_two(width), 2048), "num_warps": 8}
     if group:
         return {"BN": 8, "BK": 512, "num_warps": 2}
     return {"BN": 8, "BK": 512, "num_warps": 4} if outputs > 8192 else {"BN": 4, "BK": 512, "num_warps": 2}
 
 
-def _ring_tile(programs: int, window: int, padded: int) -> tuple[int, int]:
-    """Slots of a ring in a tile, and warps. Few programs take all at once; of many several share a multiprocessor."""
-    slots = min(power_of_two(window), 256 if programs <= _MULTIPROCESSORS else _SLOTS)
-    return slots, max(1, min(16, slots * padded // 1024))
-
-
 def _pdl(x: Tensor) -> dict[str, Any]:
-    """Launch options of kernels that begin while the one before them ends."""
-    return {"PDL": True, "launch_pdl": True} if x.is_cuda else {"PDL": False}
+    """Launch options of kernels that begin while the one before them ends: of one token, because cuBLAS has no such."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda and len(x) == 1 else {"PDL": False}

@@ -143,7 +143,8 @@ def ring_attention(
 
     keys and values [B, SINK + WINDOW, groups, 2 HALF]. The new token is taken from qkv; its slot still has the token
     that leaves the window. Heads are read in halves, which the rotation pairs. Sinks and the first BN slots of the ring
-    are on their way before the kernel waits for qkv. SINKS and PADDED are powers of two from SINK and HALF on.
+    are on their way before the kernel waits for qkv. SINKS and PADDED are powers of two from SINK and HALF on. For few
+    programs: with 256 slots of 8 warps one takes all of a multiprocessor's registers.
     """
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(length_ptr).to(tl.int32)
@@ -204,6 +205,102 @@ def ring_attention(
         at = slot.to(tl.int64) * stride + half
         tl.store(keys_ptr + at, k1.to(kind), mask=mask)
         tl.store(keys_ptr + at + HALF, k2.to(kind), mask=mask)
+        tl.store(values_ptr + at, v1, mask=mask)
+        tl.store(values_ptr + at + HALF, v2, mask=mask)
+
+
+@jit
+def _normed(first, second, first_gain, second_gain, eps, D: tl.constexpr, kind):
+    """Halves of heads [rows, HALF] behind RMSNorm, rounded to `kind`."""
+    squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    rms = tl.sqrt(squares / D + eps)[:, None]
+    first, second = first / rms * first_gain[None, :], second / rms * second_gain[None, :]
+    return first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
+
+
+@jit
+def ring_attention_of_many(
+    qkv_ptr, cos_ptr, sin_ptr, q_gain_ptr, k_gain_ptr, starts_ptr, length_ptr, keys_ptr, values_ptr, out_ptr, scale,
+    eps, groups, PER_KEY: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, SINK: tl.constexpr, BN: tl.constexpr, QK_NORM: tl.constexpr,
+):  # fmt: skip
+    """The same for so many programs that they share multiprocessors: by tensor cores, and with tiles read ahead.
+
+        scores  [ QUERIES x BN ]  =  q [ QUERIES x PADDED ] times the halves of BN keys, transposed, and so on by tiles
+
+    QUERIES is PER_KEY up to what a tensor core takes.
+    """
+    group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(length_ptr).to(tl.int32)
+    position = length - tl.load(starts_ptr + batch).to(tl.int32)
+    half, query = tl.arange(0, PADDED), tl.arange(0, QUERIES)
+    in_half = half < HALF
+    cos = tl.load(cos_ptr + position * HALF + half, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + position * HALF + half, mask=in_half, other=0.0)
+    kind = keys_ptr.dtype.element_ty
+
+    qkv_ptr += (batch * groups + group) * (PER_KEY + 2) * 2 * HALF
+    is_query = (query < PER_KEY)[:, None] & in_half[None, :]
+    q_ptrs = qkv_ptr + query[:, None] * 2 * HALF + half[None, :]
+    q1 = tl.load(q_ptrs, mask=is_query, other=0.0).to(tl.float32)
+    q2 = tl.load(q_ptrs + HALF, mask=is_query, other=0.0).to(tl.float32)
+    one = tl.zeros((1, PADDED), tl.int32) + half[None, :]
+    k_ptrs = qkv_ptr + PER_KEY * 2 * HALF + one
+    k1 = tl.load(k_ptrs, mask=one < HALF, other=0.0).to(tl.float32)
+    k2 = tl.load(k_ptrs + HALF, mask=one < HALF, other=0.0).to(tl.float32)
+    v1 = tl.load(k_ptrs + 2 * HALF, mask=one < HALF, other=0.0)
+    v2 = tl.load(k_ptrs + 3 * HALF, mask=one < HALF, other=0.0)
+    if QK_NORM:
+        gain1 = tl.load(q_gain_ptr + half, mask=in_half, other=0.0).to(tl.float32)
+        gain2 = tl.load(q_gain_ptr + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+        q1, q2 = _normed(q1, q2, gain1, gain2, eps, 2 * HALF, kind)
+        gain1 = tl.load(k_gain_ptr + half, mask=in_half, other=0.0).to(tl.float32)
+        gain2 = tl.load(k_gain_ptr + HALF + half, mask=in_half, other=0.0).to(tl.float32)
+        k1, k2 = _normed(k1, k2, gain1, gain2, eps, 2 * HALF, kind)
+    q1, q2 = _rotated(q1, q2, cos[None, :], sin[None, :], kind)
+    k1, k2 = _rotated(k1, k2, cos[None, :], sin[None, :], kind)
+
+    # The new token sees itself: the softmax begins with it.
+    scale *= LOG2E
+    with_itself = tl.sum(q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32), axis=1)
+    largest = with_itself * scale
+    denominator = tl.full((QUERIES,), 1.0, tl.float32)
+    mixed1 = tl.zeros((QUERIES, PADDED), tl.float32) + v1.to(tl.float32)
+    mixed2 = tl.zeros((QUERIES, PADDED), tl.float32) + v2.to(tl.float32)
+    of_head = (batch * (SINK + WINDOW) * groups + group) * 2 * HALF
+    stride = groups * 2 * HALF  # from slot to slot
+    newest = length % WINDOW
+    for begin in range(0, SINK + WINDOW, BN):
+        slot = begin + tl.arange(0, BN)
+        age = (newest - (slot - SINK) + WINDOW) % WINDOW  # of ring slots
+        in_ring = (slot >= SINK) & (slot < SINK + WINDOW) & (age > 0) & (age <= position)
+        seen = in_ring | ((slot < SINK) & (position - slot >= WINDOW))
+        at = of_head + slot.to(tl.int64)[:, None] * stride + half[None, :]
+        mask = seen[:, None] & in_half[None, :]
+        keys1 = tl.load(keys_ptr + at, mask=mask, other=0.0)
+        keys2 = tl.load(keys_ptr + at + HALF, mask=mask, other=0.0)
+        scores = tl.dot(q1, tl.trans(keys1), input_precision="ieee")
+        scores = tl.dot(q2, tl.trans(keys2), scores, input_precision="ieee")
+        scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, axis=1))
+        weights, shrink = tl.exp2(scores - now[:, None]), tl.exp2(largest - now)
+        denominator = denominator * shrink + tl.sum(weights, axis=1)
+        values1 = tl.load(values_ptr + at, mask=mask, other=0.0)
+        values2 = tl.load(values_ptr + at + HALF, mask=mask, other=0.0)
+        mixed1 = tl.dot(weights.to(kind), values1, mixed1 * shrink[:, None], input_precision="ieee")
+        mixed2 = tl.dot(weights.to(kind), values2, mixed2 * shrink[:, None], input_precision="ieee")
+        largest = now
+    out_ptrs = out_ptr + ((batch * groups + group) * PER_KEY + query)[:, None] * 2 * HALF + half[None, :]
+    out_kind = out_ptr.dtype.element_ty
+    tl.store(out_ptrs, (mixed1 / denominator[:, None]).to(out_kind), mask=is_query)
+    tl.store(out_ptrs + HALF, (mixed2 / denominator[:, None]).to(out_kind), mask=is_query)
+
+    for each in tl.static_range(2):  # into the ring, and among the sinks
+        slot = SINK + newest if each == 0 else position
+        mask = (one < HALF) & ((each == 0) | (position < SINK))
+        at = of_head + slot.to(tl.int64) * stride + one
+        tl.store(keys_ptr + at, k1, mask=mask)
+        tl.store(keys_ptr + at + HALF, k2, mask=mask)
         tl.store(values_ptr + at, v1, mask=mask)
         tl.store(values_ptr + at + HALF, v2, mask=mask)
 

@@ -2,13 +2,15 @@
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.swiglu import swiglu
-from swamla_titan.model.branch import Attention, Branch, Mixer, Regions, Saved, SequenceContext, TokenContext
+from swamla_titan.model.branch import Attention, Branch, Mixer, Regions, Saved, SequenceContext, Step, TokenContext
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.layers import Linear, Role, build_norm
+from swamla_titan.model.layers import EPS, Linear, Norm, RMSNorm, Role, Rotation, build_norm
 from swamla_titan.model.mla import LatentAttention
 from swamla_titan.model.swa import SlidingWindowAttention
 
@@ -78,6 +80,15 @@ class FeedForward(Branch):
         out: Tensor = self.down(self.activation(self.gate_up(x)))
         return out
 
+    def fused_decode(self, norm: Norm) -> Step:
+        """The stream [B, dim] with this branch, behind its norm, added by kernels/decode.py."""
+
+        def step(x: Tensor) -> Tensor:
+            hidden = kernels.linear(x, self.gate_up.weight, norm.weight, EPS, group=self.group)
+            return kernels.linear(hidden, self.down.weight, residual=x)
+
+        return step
+
 
 class Block(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)), with dropout on both terms in training.
@@ -109,6 +120,20 @@ class Block(nn.Module):
     def decode(self, x: Tensor, context: SequenceContext, cache: Any) -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
         return self._add(x, self.attention.decode(self.attention_norm(x), context[self.kind], cache))
+
+    def fused_decode(self, cache: Any, rotation: Rotation, dtype: torch.dtype) -> Step | None:
+        """What computes `decode` with this cache by kernels/decode.py, on the stream [B, dim]; None: nothing can.
+
+        `rotation` is that of every position, and `dtype` the activations'.
+        """
+        norms = self.attention_norm, self.ffn_norm
+        linears = [each for each in self.modules() if isinstance(each, Linear)]
+        are_plain = all(each.is_plain(dtype) for each in linears) and all(type(norm) is RMSNorm for norm in norms)
+        attend = self.attention.fused_decode(self.attention_norm, cache, rotation) if are_plain else None
+        if attend is None:
+            return None
+        feed_forward = self.feed_forward.fused_decode(self.ffn_norm)
+        return lambda x: feed_forward(attend(x))
 
     def _forward(self, x: Tensor, context: TokenContext) -> Tensor:
         return self._add(x, self.regions.run("attention", self._attention_branch, x, context))

@@ -19,6 +19,7 @@ from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import Rotary, Rotation, rotation, spec_of
 
 KeyExchange = Literal["halo", "gather"]
+Step = Callable[[Tensor], Tensor]  # of decoding: the stream [B, dim], which may be overwritten -> [B, dim]
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,13 @@ class Mixer(Branch, is_abstract=True):
     @abstractmethod
     def decode(self, x: Tensor, context: Any, cache: Any) -> Tensor:
         """The next token of each sequence, [B, 1, dim] -> [B, 1, dim]."""
+
+    def fused_decode(self, norm: Any, cache: Any, rotation: Rotation) -> Step | None:
+        """What adds `decode` of the normed stream to the stream by kernels (kernels/decode.py); None: there are none.
+
+        `norm` is an RMSNorm, linear layers are plain, and `rotation` is that of every position.
+        """
+        return None
 
 
 class InnerAttention(nn.Module):

@@ -13,9 +13,17 @@ from swamla_titan.kernels.attention.dispatch import for_decoding
 from swamla_titan.kernels.decode import why_no_decode_kernels
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import attention_kinds
-from swamla_titan.model.branch import Attention, AttentionCache, AttentionContext, Clock, SequenceContext, TokenContext
+from swamla_titan.model.branch import (
+    Attention,
+    AttentionCache,
+    AttentionContext,
+    Clock,
+    SequenceContext,
+    Step,
+    TokenContext,
+)
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.fused_decode import Step, all_rotations, fused_head, fused_step, why_not_fused
+from swamla_titan.model.layers import Rotation
 
 SMALLEST_BUDGET = 3  # tokens
 
@@ -71,7 +79,7 @@ class DecodeCache:
         self.head_step: Step | None = None
         if model.attention_backend != "reference" and not why_no_decode_kernels(model.device, self.dtype):
             self.steps = self._fused_steps()
-            self.head_step = fused_head(model.head, model.norm, config.vocab_size, self.dtype)
+            self.head_step = model.fused_head(self.dtype)
         # Of annexes (model/annexes.py), which look up by the newest tokens.
         self.annex_caches = {key: annex.new_cache(self.clock, self.dtype) for key, annex in model.annexes.each()}
         lookback = max((annex.lookback(config) for _, annex in model.annexes.each()), default=0)
@@ -82,24 +90,22 @@ class DecodeCache:
         return self.clocks[self.device_number[layer]]
 
     def _fused_steps(self) -> dict[str, Step]:
-        kinds = {
-            kind: attention
-            for kind, attention in attention_kinds(self.config).items()
-            if attention.rotary(self.config).width
-        }
-        rotations = [
-            {
-                kind: all_rotations(attention, self.config, self.max_tokens, clock, self.dtype)
-                for kind, attention in kinds.items()
-            }
-            for clock in self.clocks
-        ]
-        steps = {
-            name: fused_step(block, self.layers[name], self.clock_of(name), rotations[self.device_number[name]])
-            for name, block in self.blocks.items()
-            if not why_not_fused(block, self.dtype)
-        }
-        return {name: step for name, step in steps.items() if step is not None}
+        """What computes layers by kernels, by their names; layers of a kind on a device share the rotation."""
+        kinds = attention_kinds(self.config)
+        rotations: dict[tuple[str, int], Rotation] = {}
+        steps = {}
+        for name, block in self.blocks.items():
+            kind, number = block.kind, self.device_number[name]
+            if kind not in kinds:
+                continue
+            if (kind, number) not in rotations:
+                positions = torch.arange(self.max_tokens, device=self.devices[number])[None]
+                cos, sin = kinds[kind].rotation(self.config, positions, self.dtype)
+                rotations[kind, number] = Rotation(cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous())
+            step = block.fused_decode(self.layers[name], rotations[kind, number], self.dtype)
+            if step is not None:
+                steps[name] = step
+        return steps
 
     def start(self, tokens: Tensor, lengths: Tensor | None) -> None:
         """Empty the cache for left-padded prompts [B, T], where sequence b has the last lengths[b] tokens."""

@@ -126,6 +126,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing, because torch's initial values would be drawn and discarded."""
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the result in `dtype` is x times the weight as it is: not sharded, not converted, not cast."""
+        return type(self) in (Linear, Head) and self.sharding.is_full and self.weight.dtype == dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return self.sharding.output(self.matmul(self.sharding.input(x), self.sharding.parameter(self.weight)))

@@ -5,11 +5,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import Heads, Projections, SelectiveImplementation
 from swamla_titan.kernels.attention.masks import MaskSpec, Selection, SelectionRule
-from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved, SelectingHead
+from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved, SelectingHead, Step
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.layers import Linear, RMSNorm, Role, Rotary, rotate
+from swamla_titan.model.layers import EPS, Linear, RMSNorm, Role, Rotary, Rotation, rotate
 
 
 class MLACache:
@@ -225,6 +226,27 @@ class LatentAttention(Attention):
         weights = scores.masked_fill(~context.mask, float("-inf")).softmax(dim=-1).to(x.dtype)  # [B, H, 1, S]
         mixed = torch.einsum("bhts,bsr->bthr", weights, latents)
         return self._output(torch.einsum("bthr,hvr->bthv", mixed, w_value))
+
+    def fused_decode(self, norm: RMSNorm, cache: MLACache, rotation: Rotation) -> Step | None:
+        """As in Mixer; None with selective attention."""
+        if self.selecting_head is not None:
+            return None
+        first = self.wq_a if self.q_lora_rank else self.wq
+        weight = torch.cat([first.weight, self.wkv_a.weight])  # one linear layer, because they have the same input
+        widths = first.out_features, self.wkv_a.out_features
+        up = self.wkv_b.weight.unflatten(0, (-1, self.nope_dim + self.v_dim))
+        clock = cache.clock.starts, cache.clock.length
+
+        def step(x: Tensor) -> Tensor:
+            query, new = kernels.linear(x, weight, norm.weight, EPS).split(widths, dim=1)
+            if self.q_lora_rank:
+                query = kernels.linear(query, self.wq_b.weight, self.q_norm.weight, EPS)
+            query, gain = query.unflatten(1, (-1, self.qk_dim)), self.kv_norm.weight
+            stored = cache.latents, cache.rope_keys
+            attended = kernels.latent_attention(query, new, up, rotation, gain, clock, *stored, self.scale, EPS)
+            return kernels.linear(attended, self.wo.weight, residual=x)
+
+        return step
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> queries [B, T, H, nope + rope], not rotated."""

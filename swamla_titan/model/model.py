@@ -7,17 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import choose_for_prompts
 from swamla_titan.kernels.cross_entropy import IGNORE
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
 from swamla_titan.model.blocks import Block
-from swamla_titan.model.branch import SequenceContext
+from swamla_titan.model.branch import SequenceContext, Step
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import FullSequences
 from swamla_titan.model.init import initial_draws
-from swamla_titan.model.layers import Embedding, Head, build_norm
+from swamla_titan.model.layers import EPS, Embedding, Head, RMSNorm, build_norm
 from swamla_titan.model.loss_head import LossHead
 
 
@@ -217,6 +218,13 @@ class SWAMLAModel(nn.Module):
         x = x[:, 0].to(tokens.device)
         with torch.cuda.device_of(x):
             return cache.head_step(x) if cache.head_step else self.loss_head.logits(self.head, self.norm(x))
+
+    def fused_head(self, dtype: torch.dtype) -> Step | None:
+        """What computes the logits of the stream [B, dim] by kernels/decode.py; None: they cannot."""
+        head, norm = self.head, self.norm
+        if not head.is_plain(dtype) or type(norm) is not RMSNorm:
+            return None
+        return lambda x: kernels.linear(x, head.weight, norm.weight, EPS)[:, : self.config.vocab_size]
 
     def _context_of_prompts(self, seq_len: int, real: Tensor | None, device: torch.device) -> SequenceContext:
         real = None if real is None else real.to(device)

@@ -5,11 +5,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import Heads, Projections
 from swamla_titan.kernels.attention.masks import MaskSpec
-from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved
+from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved, Step
 from swamla_titan.model.config import ModelConfig
-from swamla_titan.model.layers import Linear, RMSNorm, Role, Rotary, rotate
+from swamla_titan.model.layers import EPS, Linear, RMSNorm, Role, Rotary, Rotation, rotate
 
 
 class SWACache:
@@ -132,6 +133,22 @@ class SlidingWindowAttention(Attention):
         query, key, value = self.project(x, context)
         cache.append(key, value, context.positions)
         return self._output(context.attend(query, cache.keys, cache.values, self.scale))
+
+    def fused_decode(self, norm: RMSNorm, cache: SWACache, rotation: Rotation) -> Step:
+        """As in Mixer."""
+        gains = None
+        if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
+            gains = self.q_norm.weight, self.k_norm.weight
+        clock = cache.clock.starts, cache.clock.length
+
+        def step(x: Tensor) -> Tensor:
+            qkv = kernels.linear(x, self.wqkv.weight, norm.weight, EPS)
+            qkv = qkv.unflatten(1, (-1, self.queries_per_key + 2, self.head_dim))
+            slots = cache.keys, cache.values, cache.sink
+            attended = kernels.ring_attention(qkv, rotation, gains, clock, *slots, self.scale, EPS)
+            return kernels.linear(attended, self.wo.weight, residual=x)
+
+        return step
 
     def groups(self, x: Tensor) -> Tensor:
         """[B, T, dim] -> the queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D]."""
