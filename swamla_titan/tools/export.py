@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, Literal, get_args
 
 import torch
@@ -209,7 +210,8 @@ def _signals_raised() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise _Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ()
+    before = {number: signal.signal(number, stop) for number in ends if signal.getsignal(number) is not signal.SIG_IGN}
     number = None
     try:
         yield
@@ -229,12 +231,13 @@ def _written_aside(target: Path) -> Iterator[Path]:
 
     Raises UserError if the disk fails.
     """
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    final = target.resolve()
+    made = [parent for parent in final.parents if not parent.exists()]
+    aside = final.parent / f".tmp-{os.getpid()}-{final.name}"
     try:
         aside.mkdir(parents=True)
         yield aside
-        os.rename(aside, target)
+        os.rename(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in made:

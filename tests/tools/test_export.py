@@ -136,6 +136,16 @@ def test_a_folder_in_use_is_left_alone(trained, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
+def test_an_empty_folder_may_be_named_in_any_way(trained, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    assert "config.json" in os.listdir(exported(trained, tmp_path / "link"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    exported(trained, Path("."))
+    assert "config.json" in os.listdir(tmp_path / "here")
+
+
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
     broken = tmp_path / "step-00000002"
     shutil.copytree(checkpoint(trained, 2), broken)
