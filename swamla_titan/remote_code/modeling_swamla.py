@@ -784,7 +784,7 @@ class SwamlaModel(SwamlaPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is not None and self.config.engram:
             raise ValueError("inputs_embeds: this model looks up n-grams of the tokens, so it needs input_ids")
-        packed = attention_mask is None and position_ids is not None and bool(_begins(position_ids).any())
+        packed = attention_mask is None and self._has_documents(position_ids)
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, packed)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if isinstance(attention_mask, dict):
@@ -828,6 +828,11 @@ class SwamlaModel(SwamlaPreTrainedModel):
     def _rope(self, layer_type: str) -> dict[str, Any]:
         """The rotary settings of a type of layer; any where the model has none of the type."""
         return self.config.rope_parameters.get(layer_type, {"rope_theta": 1.0})
+
+    def _has_documents(self, position_ids: Tensor | None) -> bool:
+        """Whether positions mark documents, which implementations without a dense mask find by themselves."""
+        dense = self.config._attn_implementation in DENSE
+        return dense and position_ids is not None and bool(_begins(position_ids).any())
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
         """The cache to use, a new one if it is asked for; None: none, as where blocks are computed again."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from swamla_titan.tools import export
 from swamla_titan.tools.generate import load_model
 from tests.tiny_config import tiny_config
 from tests.train.runs import checkpoint, metrics, train
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,9 @@ def test_the_card_has_what_the_run_recorded(trained, folder):
     ):
         assert line in card
     assert str(trained) not in card
+    if (ROOT / ".git").exists():
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert state["versions"]["commit"].removesuffix("-dirty") == commit
 
 
 def test_the_exported_code_imports_torch_and_transformers_alone(folder):
