@@ -57,10 +57,10 @@ def load_config(
 ) -> Config:
     """Load and validate a file.
 
-    Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key,
-    the value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys
-    without effect that are no error: in a file that made sense before an override, and in one that states nearly every
-    key, as a run's config.toml does.
+    Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key, the
+    value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys without
+    effect that are tolerated: those that an override deprives of their effect, and those of a file that states nearly
+    every key, as a run's config.toml does.
     """
     path, errors = Path(path), Errors()
     tables = _read_tables(path, errors)

@@ -98,7 +98,7 @@ def _attention(config: Config) -> Iterator[Conflict]:
     """Conflicts of kernels.attention with a model of whose blocks it can compute none, on any machine.
 
     kernels/attention/dispatch.py chooses the implementation for a machine, and `validate_attention`
-    (parallel/kernels.py) raises the errors of its choice. What it could choose is no error here.
+    (parallel/kernels.py) raises the errors of its choice. What it could choose is not an error here.
     """
     asked, model = config.kernels.attention, config.model
     if asked not in ("triton", "flex"):

@@ -31,7 +31,7 @@ def find_config(name: str) -> Path:
     """
     path = os.path.expanduser(name)
     shipped = shipped_configs()
-    if name in shipped and os.path.isdir(path):  # a folder of that name, perhaps of its runs, is no configuration
+    if name in shipped and os.path.isdir(path):  # a folder of that name, perhaps of its runs, is not a configuration
         return shipped[name]
     if os.path.lexists(path):  # Path.exists raises for what cannot be a name
         return Path(path)

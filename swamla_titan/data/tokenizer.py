@@ -235,7 +235,7 @@ def _load_file(path: str) -> Tokenizer:
                 "highest, so number the tokens from 0"
             )
         if token in ranks:
-            raise UserError(f"{where}: the token {token[:60]!r} stands in the file twice")
+            raise UserError(f"{where}: the token {token[:60]!r} is in the file twice")
         if rank in by_rank:
             raise UserError(f"{where}: the same rank, {rank}, as in line {by_rank[rank]}")
         ranks[token], by_rank[rank] = rank, number

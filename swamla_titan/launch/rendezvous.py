@@ -52,7 +52,7 @@ class _StateUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _STATE_CLASSES:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of it")
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of one")
         return super().find_class(module, name)
 
 
@@ -76,7 +76,9 @@ def validate_state(state: bytes) -> None:
     try:
         _StateUnpickler(io.BytesIO(state)).load()
     except Exception as error:  # invalid pickles raise any kind
-        raise RendezvousStateError(f"what lies at the rendezvous endpoint is no state of a run: {error}") from None
+        raise RendezvousStateError(
+            f"the rendezvous endpoint has something other than the state of a run: {error}"
+        ) from None
 
 
 def open_store(endpoint: Endpoint) -> TCPStore:

@@ -127,7 +127,7 @@ def stopped(pid: int) -> bool:
     """Whether a process is stopped, by a signal or a debugger."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except (OSError, IndexError):  # it has ended, or this is no Linux
+    except (OSError, IndexError):  # it has ended, or this is not Linux
         return False
 
 

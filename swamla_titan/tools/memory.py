@@ -197,7 +197,7 @@ def _gathered_weights(part: SWAMLAModel, config: Config, world: World, micro_bat
     ends_are_tied = bool(part.config.tie_embeddings and embedding and head)
 
     def units(float8_width: int | None = None) -> list[list[int]]:
-        """Of each layer, and before and behind them what is no layer."""
+        """Of each layer, and what comes before and after the layers."""
         layers = [[_copied(unit, config, width, float8_width) for unit in layer] for layer in layer_units(part)]
         return [[0], *layers] if ends_are_tied else [[embedding], *layers, [head + norm]]
 

@@ -199,7 +199,7 @@ class BadSteps(StateGroup):
             if not ((steps >= 0) & (steps <= step) & (steps == steps.floor())).all():
                 return "recent has no steps"
         if norms is not None and not ((norms == _EMPTY) | ((norms >= 0) & norms.isfinite())).all():
-            return "norms are no norms"
+            return "norms are not norms of gradients"
         return None
 
     def _read_counts(self) -> None:

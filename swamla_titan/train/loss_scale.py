@@ -49,5 +49,5 @@ class LossScale(StateGroup, Policy):
         """See StateGroup."""
         value, good = state.get("value"), state.get("good_steps")
         if value is not None and not ((value >= _LEAST) & (value <= _MOST)).all():
-            return "value is no scale"
-        return "good_steps is no number of steps" if good is not None and not (good >= 0).all() else None
+            return "value is not a scale"
+        return "good_steps is not a number of steps" if good is not None and not (good >= 0).all() else None

@@ -34,7 +34,7 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a CUDA device in FLOP/s; None if it is not in the table or is no GPU."""
+    """Dense bf16 peak of a CUDA device in FLOP/s; None if it is not in the table or not a GPU."""
     if device.type != "cuda":
         return None
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # full words, because an A1000 is not an A100
@@ -207,7 +207,7 @@ def data_wait_advice(data: Data, units: int, streams: int, cores: int) -> str:
     further = []
     if units < data.streams:
         further.append(
-            f"the data lie in {units} units, which {data.streams} streams share: split them into more files, parquet "
+            f"the data are in {units} units, which {data.streams} streams share: split them into more files, parquet "
             "into smaller row groups"
         )
     if data.source == "huggingface" and not os.path.isdir(os.path.expanduser(data.path)):

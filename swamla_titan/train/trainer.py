@@ -233,7 +233,7 @@ class Trainer:
         self._require_folder()
         self.bad_steps.report()
         if not self.bad_steps.require_finite(self.step, self.outcome, to_save=True):
-            logger.warning("step %d is not saved: its weights are no finite numbers; a rewind is due", self.step)
+            logger.warning("step %d is not saved: its weights are not finite; a rewind is due", self.step)
             return
         with self._pause("checkpoint"):
             cursors, unreadable = all_gather_dict(self.world, self.cursors), self.unreadable.state(self.world)

@@ -306,10 +306,10 @@ def test_pipes_sockets_and_devices_are_not_opened(tmp_path, monkeypatch):
         assert texts(".") == ["good"]
         assert "4 files not regular (link.jsonl: a pipe, " in opened(".").source.description
         for path, what in [("pipe.txt", "a pipe"), ("socket.md", "a socket"), ("zero.parquet", "a device")]:
-            assert f"data.path: {path} is no regular file but {what}" in refused(path)
-    with pytest.raises(UserError, match=r"validation\.path: pipe\.txt is no regular file"):
+            assert f"data.path: {path} is not a regular file but {what}" in refused(path)
+    with pytest.raises(UserError, match=r"validation\.path: pipe\.txt is not a regular file"):
         open_corpus(Data(source="local", path=".", tokenizer="byte"), Validation(path="pipe.txt"), 0)
-    with pytest.raises(UserError, match=r"link\.jsonl is no regular file but a pipe"):
+    with pytest.raises(UserError, match=r"link\.jsonl is not a regular file but a pipe"):
         open_source(Data(source="huggingface", path="."))
 
 

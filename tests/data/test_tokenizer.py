@@ -171,7 +171,7 @@ def test_local_vocabulary_with_a_rank_twice(tmp_path):
         (b"eHl 300", "line 259: expected"),
         (b"==== 300", "line 259: expected"),
         (b"\xff\xfe 300", "line 259: expected"),
-        (b"aGU= 300", "line 259: the token b'he' stands in the file twice"),
+        (b"aGU= 300", "line 259: the token b'he' is in the file twice"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(tmp_path, line, part):

@@ -119,7 +119,9 @@ def test_a_state_of_the_rendezvous_is_read_and_nothing_else() -> None:
     assert pickle.loads(backend.get_state()[0]).participants == {node: 0}
     for harmful in (pickle.dumps(Harmful()), pickle.dumps({"a": [Harmful()]}), b"no pickle", b""):
         store.set("torch.rendezvous.run", base64.b64encode(harmful).decode())
-        with pytest.raises(RendezvousStateError, match="what lies at the rendezvous endpoint is no state of a run"):
+        with pytest.raises(
+            RendezvousStateError, match="the rendezvous endpoint has something other than the state of a run"
+        ):
             backend.get_state()
         with pytest.raises(RendezvousStateError):
             backend.set_state(pickle.dumps(state), b"another")

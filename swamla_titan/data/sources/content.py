@@ -57,7 +57,7 @@ def other_than_text(head: bytes) -> Finding | None:
     control = len(head) - len(head.translate(None, _CONTROL))
     if control > FEW and control > MOST_CONTROL * len(head):
         what = f"not text in UTF-8: {control / len(head):.0%} of its first bytes are NUL or other control bytes"
-        return Finding(what, "If it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8; if it is no text, remove it")
+        return Finding(what, "If it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8; if it is not text, remove it")
     _, undecodable = decode_utf8(head)
     if undecodable > FEW and undecodable > MOST_UNDECODABLE * len(head):
         what = f"not text in UTF-8: {undecodable / len(head):.1%} of its first bytes cannot be decoded"

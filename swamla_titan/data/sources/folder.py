@@ -56,7 +56,9 @@ def find_files(path: str, setting: str) -> Listing:
     mode = _mode(path, setting)
     if not stat.S_ISDIR(mode):
         if not stat.S_ISREG(mode):
-            raise UserError(f"{setting}: {path} is no regular file but {special_kind(mode)}; give a file or a folder.")
+            raise UserError(
+                f"{setting}: {path} is not a regular file but {special_kind(mode)}; give a file or a folder."
+            )
         if path.lower().endswith(COMPRESSED):
             raise _compressed(setting, path, 1)
         if not path.lower().endswith(KNOWN):

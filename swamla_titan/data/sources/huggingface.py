@@ -39,7 +39,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
         raise UserError("data.path is empty: give the name of a dataset, or a folder that holds one.")
     path, key = os.path.expanduser(data.path), data.text_key
     if os.path.isfile(path):
-        raise UserError(f"data.path: {path} is a file: give the folder that it lies in.")
+        raise UserError(f"data.path: {path} is a file: give the folder that it is in.")
     is_folder, skips_files = os.path.isdir(path), data.on_error == "skip_file"
     files = _names_and_sizes(path) if is_folder else []
     label = " ".join(part for part in (path, data.name, f"[{data.split}]") if part)
@@ -263,7 +263,7 @@ def _names_and_sizes(folder: str) -> list[tuple[str, int]]:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 kind = special_kind(status.st_mode)
-                raise UserError(f"data.path: {path} is no regular file but {kind}. Move it elsewhere.")
+                raise UserError(f"data.path: {path} is not a regular file but {kind}. Move it elsewhere.")
             found.append((os.path.relpath(path, folder), status.st_size))
     return sorted(found)
 

@@ -88,7 +88,7 @@ class _Opening:
         self._may_skip = setting == "data.path"
         self._skips = self._may_skip and data.on_error == "skip_file"
         self.faults: list[Fault] = []
-        self._special: list[str] = []  # names of what is no regular file
+        self._special: list[str] = []  # names of files that are not regular
 
     def entries(self, recorded: dict[str, Any] | None) -> list[Entry]:
         """The entry of each file: as it was when the run began, if some of its files are intact, else as it is now."""

@@ -137,7 +137,7 @@ class SkippingPolicy(BadStepPolicy):
             return True
         if self._rewinding.may_mend(step):
             return False
-        raise self._not_finite(step, outcome, "the weights are no finite numbers any more; they are not saved")
+        raise self._not_finite(step, outcome, "the weights are not finite any more; they are not saved")
 
     def end_streak(
         self, step: int, sequences: int, too_many: bool, paused: AbstractContextManager[None]
