@@ -1,6 +1,6 @@
-"""The sections of a TOML file: one dataclass each, whose fields say which values they allow and what they mean.
+"""The sections of a TOML file: a dataclass each, whose fields declare allowed values and meaning.
 
-effects.py says when a key has an effect, rules.py which keys conflict.
+effects.py has the conditions for keys to have an effect, rules.py the conflicts between keys.
 """
 
 from dataclasses import dataclass, field
@@ -263,8 +263,8 @@ class Checkpoint:
     max_failures: _Count = 3
     """Consecutive checkpoints that fail to be written before the run ends; the last one of a run must succeed."""
     allow: str = ""
-    """Which differences between the checkpoint and this run are allowed, as in "data,batch": model (what leaves the
-    shapes of weights), data and tokenizer (the data start over), batch (sequences per step, or their length)."""
+    """Which differences between the checkpoint and this run are allowed, as in "data,batch": model (if weights
+    keep their shapes), data and tokenizer (the data start over), batch (sequences per step, or their length)."""
     initial_load: _Path = ""
     """What a new run begins with: a folder that `export` wrote, a checkpoint, or the dump folder of another run (its
     newest intact checkpoint); empty: weights drawn by job.seed. Not read again once the run has checkpoints itself."""
@@ -328,14 +328,14 @@ class FaultTolerance:
     max_bad_steps: _Count = 10
     """Consecutive bad steps after which the run is saved and stopped."""
     max_rewinds: _CountOr0 = 0
-    """How often such a run continues instead, from the weights of the newest checkpoint that has other weights, with
-    the next batch; one more checkpoint than keep_latest is kept for that. 0: never."""
+    """How often a run rewinds instead: it takes the weights of the newest checkpoint from before the streak, and
+    continues with the next batch. One more checkpoint than keep_latest is kept for that. 0: never."""
     # Off by default, because clipping bounds what a spike does, and a user should ask for a rule that drops data.
     spike_sigma: Factor = 0.0
     """A gradient norm this many standard deviations above the mean of the last good steps is a spike; 0: none is, 6 is
     cautious."""
     spike_window: Annotated[int, Limits(2, 1_000_000)] = 128
-    """Number of good steps that spikes are measured by; until there are as many, no step is a spike."""
+    """Number of last good steps whose norms define a spike; until there are as many, no step is one."""
     step_timeout: Annotated[float, Limits(0, _LONGEST_WAIT)] = 600.0
     """Maximum time between two steps, in seconds; after it, stacks are written to traces/ and the processes end, to be
     restarted. Choose several times the slowest step; 0: no limit."""

@@ -123,12 +123,9 @@ class Corpus:
         ]
         return dataclasses.replace(self, known_segments=tuple(known))
 
-    def first_segment(self, stream: int) -> int:
-        """The segment that a stream reads first."""
-        return self._first_segments[stream]
-
     @cached_property
-    def _first_segments(self) -> list[int]:
+    def first_segments(self) -> list[int]:
+        """The segment that each stream reads first."""
         return self._order(self.data.streams, _STREAMS)
 
     def _order(self, size: int, *purpose: int) -> list[int]:

@@ -131,7 +131,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
 
     def _begin_epoch(self) -> None:
         segments = self._corpus.segments[self._edition]
-        self._segment = (self._corpus.first_segment(self._stream) + self._epoch) % len(segments.cuts)
+        self._segment = (self._corpus.first_segments[self._stream] + self._epoch) % len(segments.cuts)
         head, whole, tail = segments.slices(self._segment)
         if self._shuffle > 1:
             whole = [whole[i] for i in permutation(len(whole), *self._seeds(_SLICES))]
