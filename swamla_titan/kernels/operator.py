@@ -54,8 +54,9 @@ def differentiate(
 
     `backward` takes the gradient of the first output, then inputs and `outputs` of `forward` by their names, an output
     before an input of the same name, and gives the gradients of the first inputs. Other outputs than the first are for
-    it alone, so they have no gradient, or zeros. `flops` gives the operations of `forward` from its arguments by name,
-    shapes for tensors, and half of those of `backward` from its.
+    it alone, so they have no gradient, or zeros. What `backward` gives is contiguous and takes those inputs too, or it
+    has registered what it gives before. `flops` gives the operations of `forward` from its arguments by name, shapes
+    for tensors, and half of those of `backward` from its.
     """
     names, kept = (*_names(forward), *outputs), _names(backward)[1:]
 
@@ -74,6 +75,14 @@ def differentiate(
         found = zip_longest(_in_tuple(backward(grad, *given)), wanted)
         return tuple(each if is_wanted else None for each, is_wanted in found)
 
+    def fake(*given: Any) -> Tensor | tuple[Tensor, ...]:
+        of_names = dict(zip(_names(backward), given))
+        found = tuple(of_names[name].new_empty(of_names[name].shape) for name in names[:number])
+        return found if number > 1 else found[0]
+
+    number = len(backward._opoverload._schema.returns)
+    if backward._abstract_fn is None:
+        backward.register_fake(fake)
     forward.register_autograd(gradients, setup_context=setup)
     if flops is not None:
         _count(forward, 1, flops)

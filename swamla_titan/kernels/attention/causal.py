@@ -231,11 +231,6 @@ def _chunked_backward(
     return torch.cat(grad_queries, dim=1), grad_key, grad_value
 
 
-@_chunked_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 def _flops(query: Size, value: Size, starts: list[int], **_: Any) -> int:
     return attention_flops(query, value[3], chunk_pairs(query[1], starts))
 

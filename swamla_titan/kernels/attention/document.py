@@ -143,11 +143,6 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
     return query.new_empty(value.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 def _flops(query: Size, value: Size, **_: Any) -> int:
     return attention_flops(query, value[3], causal_pairs(query[1]))
 

@@ -75,11 +75,6 @@ def _backward(
     return grad_qkv
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(qkv)
-
-
 def _flops(qkv: Size, window: int, sink: int, **_: Any) -> int:
     batch, length, groups, members, width = qkv
     query = Size((batch, length, groups * (members - 2), width))

@@ -158,11 +158,6 @@ def _backward(
     return gradients
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
 def _flops(query: Size, window: int, sink: int, **_: Any) -> int:
     return attention_flops(query, query[3], window_pairs(query[1], window, sink))
 
