@@ -254,9 +254,10 @@ def with_own_layers(cache: Cache, config: SwamlaConfig) -> Cache:
 
     Raises ValueError for one that holds tokens of other layers, or stores them in a form of its own.
     """
-    if any(isinstance(layer, SwamlaCacheLayer) for layer in cache.layers):
+    known = isinstance(cache, DynamicCache | StaticCache)
+    if known and any(isinstance(layer, SwamlaCacheLayer) for layer in cache.layers):
         return cache
-    if not isinstance(cache, DynamicCache | StaticCache) or cache.get_seq_length():
+    if not known or cache.get_seq_length():
         raise ValueError(
             f"this model needs a new DynamicCache or StaticCache, and not a used one or a {type(cache).__name__}"
         )

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from swamla_titan.checkpoint import hugging_face
 from swamla_titan.cli import main
 from swamla_titan.tools import export
 from swamla_titan.tools.generate import load_model
@@ -186,6 +187,13 @@ def test_a_signal_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert received == [signal.SIGTERM]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_of_block_that_the_exported_code_lacks(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(hugging_face.LAYER_TYPES, "mla")
+    message = refusal(capsys, str(trained), str(tmp_path / "out"))
+    assert "the model has mla, which the exported code does not implement" in message
     assert list(tmp_path.iterdir()) == []
 
 
