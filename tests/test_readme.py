@@ -49,7 +49,7 @@ def test_what_a_page_names_exists(page):
         assert (page.parent / name).exists(), name
     for name in re.findall(r"`((?:swamla_titan|train_configs|tests|scripts|benchmarks)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
-    for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b", text):
+    for section, key in re.findall(r"`(?:--|\[)?([a-z_]+\d?)\.([a-z_\d]+)\b(?!\()", text):
         if section in SECTIONS and key not in ("jsonl", "safetensors") and f"{section}.{key}" not in SECTIONS:
             assert key in {"flavor", *settings(SECTIONS[section])}, f"{section}.{key}"
     for script in re.findall(r"python (benchmarks/\w+\.py)", text):
