@@ -127,7 +127,7 @@ def explained_out_of_memory(config: Callable[[], Config], world: World, traces: 
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        text = message(error, config(), world, advise)
+        text = out_of_memory_message(error, config(), world, advise)
         path = traces / f"oom-rank-{world.rank}.txt"
         try:
             traces.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def explained_out_of_memory(config: Callable[[], Config], world: World, traces: 
         raise failure from error
 
 
-def message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
+def out_of_memory_message(error: BaseException, config: Config, world: World, advise: Advise) -> str:
     """The message: what happened, how full the device is, and which keys to change."""
     first_line = str(error).strip().splitlines()[0]
     what = ". ".join(first_line.split(". ")[:3]).rstrip(".")  # the rest is on torch's environment variables

@@ -13,7 +13,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Parallel, Training
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import RankFailed
-from swamla_titan.train.run import explained_out_of_memory, is_out_of_memory, message
+from swamla_titan.train.run import explained_out_of_memory, is_out_of_memory, out_of_memory_message
 from tests.distributed.job import before_step
 from tests.train.runs import train
 
@@ -40,7 +40,7 @@ def test_the_message_has_what_torch_said_and_how_full_the_device_is(monkeypatch)
         "get_device_name": "a GPU",
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    text = message(torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS, ADVISED)
+    text = out_of_memory_message(torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS, ADVISED)
     lines = text.splitlines()
     assert lines[0].startswith("rank 0 ran out of memory: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
     assert "documentation" not in text
@@ -49,14 +49,16 @@ def test_the_message_has_what_torch_said_and_how_full_the_device_is(monkeypatch)
     assert lines[4] == '  - optimizer.name = "lion": saves 1 GiB'
     assert lines[5].startswith("  - a smaller model")
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 61 * gib)
-    assert "expandable_segments" not in message(torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS, ADVISED)
+    assert "expandable_segments" not in out_of_memory_message(
+        torch.OutOfMemoryError(TORCH_SAYS), BEST, TWO_GPUS, ADVISED
+    )
 
 
 def test_where_nothing_can_be_counted_the_message_comes_all_the_same():
     def broken(*_: object) -> list[str]:
         raise OSError("no process")
 
-    text = message(torch.OutOfMemoryError(TORCH_SAYS), BEST, World.alone(), broken)
+    text = out_of_memory_message(torch.OutOfMemoryError(TORCH_SAYS), BEST, World.alone(), broken)
     assert text.startswith("rank 0 ran out of memory: CUDA out of memory.")
     assert "  - a smaller training.local_batch_size, activation_checkpoint.mode" in text
 
