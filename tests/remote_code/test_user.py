@@ -32,6 +32,7 @@ SHAPES = {
 def test_what_a_user_does(tmp_path, shape):
     assert train(tiny_config(tmp_path), *SHORT, *SHAPES[shape]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/annexes.json.gz").exists() == (shape == "with-everything")
     model = load_model(find_checkpoint(str(tmp_path / "run"), GROUPS), False, torch.device("cpu")).model
     tokens = torch.randint(0, 257, (2, 60))
     with torch.no_grad():
