@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-from nearness import assert_equals_reference
 
 from swamla_titan.kernels.attention import document as document_attention_file
 from swamla_titan.kernels.attention.dispatch import DOCUMENT
 from swamla_titan.kernels.attention.document import document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.masks import DocumentRule, dense_mask, document_ends, document_starts
 from swamla_titan.kernels.device import Tiles
+from tests.kernels.nearness import assert_equals_reference
 
 pytestmark = pytest.mark.gpu
 

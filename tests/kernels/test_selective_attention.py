@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from nearness import relative_error
 
 from swamla_titan.kernels.attention import selective
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule, document_ends, document_starts
@@ -19,6 +18,7 @@ from swamla_titan.kernels.attention.selective import (
     selective_attention,
 )
 from swamla_titan.kernels.device import Tiles
+from tests.kernels.nearness import relative_error
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # norm of the error over the result's

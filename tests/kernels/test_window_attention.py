@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-from nearness import assert_equals_reference
 
 from swamla_titan.kernels.attention import window as window_attention_file
 from swamla_titan.kernels.attention.dispatch import WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule, dense_mask, document_starts
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
 from swamla_titan.kernels.limits import WINDOW_SINKS
+from tests.kernels.nearness import assert_equals_reference
 
 pytestmark = pytest.mark.gpu
 

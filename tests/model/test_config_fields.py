@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 from swamla_titan.fields import settings
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Attention
+from tests.model.tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 ENGRAM = EngramConfig(layers=(1,), orders=(2, 3), heads=2, d_mem=16, table_size=31)
 

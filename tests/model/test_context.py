@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import TINY, build, random_tokens
 
 from swamla_titan.kernels import device as kernel_device
 from swamla_titan.kernels.attention import dispatch, masks
@@ -13,6 +12,7 @@ from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.branch import Attention, FusedAttention
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.context import FullSequences
+from tests.model.tiny import TINY, build, random_tokens
 
 build_context = FullSequences().context
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from swamla_titan.kernels.attention.masks import causal_pairs, dense_mask, window_pairs
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.counts import flavor_table, parameter_counts, training_flops, training_flops_per_token
+from tests.model.tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 TABLE = """
 | flavor | layers | dim | heads | FFN | parameters | without embeddings |

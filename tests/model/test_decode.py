@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, for_decoding
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.mla import MLACache
 from swamla_titan.model.swa import SWACache
+from tests.model.tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 LENGTHS = [1, 2, 5, 14]  # shorter than the sink, between, longer than the window
 NEW = 22  # far past window and sink

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import TINY, build, random_tokens
 
 from swamla_titan.model import FLAVORS, ModelConfig, SWAMLAModel
 from swamla_titan.model.annex import StreamContext
@@ -14,6 +13,7 @@ from swamla_titan.model.annex_config import EngramConfig
 from swamla_titan.model.annexes import ModelAnnexes
 from swamla_titan.model.counts import parameter_counts, training_flops
 from swamla_titan.model.engram import hashes, ngram_hashes, primes_from
+from tests.model.tiny import TINY, build, random_tokens
 
 SHAPES = {
     "two orders": {"layers": [0, 2], "orders": [2, 3], "heads": 2, "d_mem": 16, "table_size": 31},

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import build, random_tokens
 
 from swamla_titan.model.generation import Decoder, generate, restrict, sample, stream
+from tests.model.tiny import build, random_tokens
 
 PROMPTS = [[3], [5, 9, 11, 2, 7, 30, 31, 32, 33], [1, 2]]
 

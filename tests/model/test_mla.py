@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import LATENT, REFERENCE
 from swamla_titan.model.branch import FusedAttention, SequenceContext
 from swamla_titan.model.layers import Rotation, rotate
+from tests.model.tiny import ALL_MLA, ALL_SWA, build, random_tokens
 
 
 @pytest.mark.parametrize("kind", [ALL_SWA, ALL_MLA])

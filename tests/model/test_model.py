@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 from torch import nn
 
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, FLEX
@@ -16,6 +15,7 @@ from swamla_titan.model.blocks import BLOCKS, FeedForward, attention_kinds
 from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.init import initial_value
 from swamla_titan.model.layers import Linear
+from tests.model.tiny import ALL_MLA, ALL_SWA, TINY, build, random_tokens
 
 
 def test_pattern_of_blocks_and_names():

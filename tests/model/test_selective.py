@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ALL_MLA, build, random_tokens
 
 from benchmarks.memory_budget import losses
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.generation import generate
+from tests.model.tiny import ALL_MLA, build, random_tokens
 
 HEAD = 2
 SELECTIVE = ALL_MLA | {"num_layers": 1, "mla_selective": True, "selection_head": HEAD}

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ALL_SWA, build, random_tokens
 
 from swamla_titan.kernels.attention import dispatch
 from swamla_titan.kernels.attention.dispatch import ROTARY_WINDOW, WINDOW
 from swamla_titan.kernels.attention.masks import WindowRule
 from swamla_titan.model.branch import FusedAttention
 from swamla_titan.model.layers import Rotation, rotate
+from tests.model.tiny import ALL_SWA, build, random_tokens
 
 T = 14
 
