@@ -1,3 +1,3 @@
 """SwaMLA-Titan: pretraining for hybrid sliding-window + latent-attention language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
