@@ -41,6 +41,12 @@ class InitialLoad:
         name = self.fingerprint.get("optimizer.name") if OptimizerStates.group in self.groups else None
         return name if isinstance(name, str) else None
 
+    @property
+    def summary(self) -> str:
+        """What is taken, in words."""
+        what = "weights" if self.optimizer is None else "weights and states of the optimizer"
+        return f"{what} of {self.path}"
+
     def require_fit(self, config: Config) -> None:
         """Raise UserError unless it has the tensors of this run's model, no others, and states of its optimizer."""
         with torch.device("meta"):

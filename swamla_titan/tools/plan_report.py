@@ -15,7 +15,7 @@ from swamla_titan.data import described, load_tokenizer, uneven, waits_for_strea
 from swamla_titan.distributed.degrees import DIMENSIONS, fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
-from swamla_titan.escaping import one_line
+from swamla_titan.escaping import one_line, several_lines
 from swamla_titan.launch.process_group import device_here
 from swamla_titan.launch.ranks import rank_info
 from swamla_titan.model.annexes import annexes_of
@@ -62,7 +62,7 @@ def dry_run(config: Config, gpus: int | None) -> None:
 def _print_dry_run(setup: Setup, found: Plan) -> None:
     config, corpus, newest = setup.config, setup.corpus, setup.origin.path
     if newest is None:
-        begin = "begins at step 1"
+        begin = "begins at step 1" + (f" with the {setup.initial.summary}" if setup.initial else "")
     elif setup.train_state.step < config.training.steps:
         begin = f"continues from {newest}"
     else:
@@ -73,6 +73,8 @@ def _print_dry_run(setup: Setup, found: Plan) -> None:
     data = f"{corpus.source.description}; {described(corpus.segments[-1])}"
     run = one_line(f"{Path(config.job.dump_folder)} {begin}")
     print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
+    if setup.initial and (differences := setup.initial.differences(setup.fingerprint)):
+        print(f"warning: {one_line(str(setup.initial.path))} differs from this run:\n{several_lines(differences)}")
     if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
         print(f"warning: {one_line(warning)}")
 

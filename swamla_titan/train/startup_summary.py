@@ -157,8 +157,7 @@ def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
 def _log_resume(setup: Setup) -> None:
     newest, steps = setup.origin.path, setup.config.training.steps
     if initial := setup.initial:
-        what = "weights" if initial.optimizer is None else "weights and states of the optimizer"
-        logger.info("a new run, which begins with the %s of %s", what, initial.path)
+        logger.info("a new run, which begins with the %s", initial.summary)
         if setup.world.is_rank_0 and (table := initial.differences(setup.fingerprint)):
             logger.warning("%s differs from this run:\n%s", initial.path, Lines(table))
     else:

@@ -167,6 +167,26 @@ def test_differences_are_shown_in_a_table(base, tmp_path, capsys):
     assert "differs from this run" not in said(capsys)
 
 
+def test_a_dry_run_says_what_a_run_begins_with(base, tmp_path, capsys):
+    arguments = (*QUICK, "--job.dump_folder", str(tmp_path / "new"), "--model.swa_window", "8")
+    assert (
+        main(
+            [
+                "train",
+                str(base / "tiny.toml"),
+                "--dry-run",
+                *arguments,
+                "--checkpoint.initial_load",
+                str(base / "files"),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert f"begins at step 1 with the weights of {base / 'files'}" in shown
+    assert "  model.swa_window  16     8" in shown.splitlines()
+
+
 def refusal(base: Path, folder: Path, capsys: pytest.CaptureFixture[str], source: str, *overrides: str) -> str:
     """The one message of a run that is refused before it writes anything."""
     capsys.readouterr()
