@@ -136,9 +136,15 @@ def _loaded(path: Path, ema: bool, dtype: Dtype | None, world: World) -> Evaluat
 
 
 def _require_writable(output: str | None) -> None:
-    """Raise UserError, before hours of work, for a file that cannot be written; one that exists is replaced."""
+    """Raise UserError, before hours of work, for a file that cannot be written; one that exists is replaced.
+
+    Nothing but a file is: a rename would remove a device or a pipe, as root even /dev/null.
+    """
     if output is not None:
-        _written(Path(output), "")
+        path = Path(output)
+        if not path.name or (path.exists() and not path.is_file()):
+            raise UserError(f"--output {output or repr(output)}: is no file")
+        _written(path, "")
 
 
 def _written(path: Path, content: str) -> None:

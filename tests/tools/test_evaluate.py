@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -117,6 +118,10 @@ def test_what_cannot_be_evaluated_is_refused(run, refusal, tmp_path, monkeypatch
     (tmp_path / "empty.txt").touch()
     assert "--text" in refusal("--text", str(tmp_path / "empty.txt"))
     assert "cannot be written" in refusal("--text", "x", "--output", str(tmp_path / "none" / "file.json"))
+    os.mkfifo(tmp_path / "pipe")
+    for output in ("", "/", str(tmp_path), str(tmp_path / "pipe")):
+        assert "is no file" in refusal("--text", str(tmp_path / "none"), "--output", output)
+    assert (tmp_path / "pipe").is_fifo()
     with stub():
         assert "has no task 'meen'; did you mean mean?" in refusal("--tasks", "meen")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
