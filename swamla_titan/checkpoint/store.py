@@ -186,8 +186,7 @@ class Checkpoints:
             problems[path] = problem
         if problems and newest is None:
             raise UserError(
-                "no intact checkpoint to resume from; restore one of these, or start again with another "
-                "job.dump_folder:",
+                "there is no intact checkpoint; restore one of these, or train again with another job.dump_folder:",
                 *(f"  {path}: {problem}" for path, problem in problems.items()),
             )
         for path, problem in problems.items():

@@ -74,17 +74,19 @@ class Evaluated:
         """
         seq_len, data = self.config.training.seq_len, self.config.data
         text = all_ranks_or_raise(self.world, lambda: text_sequences(data, file, self.tokenizer, seq_len, limit))
+        targets, size = int((text.targets != IGNORED).sum()), int(text.target_bytes.sum())
+        if not size:
+            raise UserError(f"--text {file}: is too short, no byte of it is predicted")
         batches = text.micro_batches(self.world.data_rank, self.world.degrees.data, self.micro_batch_size)
         nats = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for scores in self.score(list(batches)):
             nats -= scores[..., 0].double().sum()
         total = self.world.all_reduce_loss(nats).item()
-        targets, size = int((text.targets != IGNORED).sum()), int(text.target_bytes.sum())
         loss = total / targets
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": total / math.log(2) / size if size else math.inf,
+            "bits_per_byte": total / math.log(2) / size,
             "tokens": targets,
             "bytes": size,
         }

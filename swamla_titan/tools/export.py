@@ -8,6 +8,7 @@ README.md                                  the model card
 """
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -69,6 +70,8 @@ def export(
     """
     target = Path(out)
     _require_unused(target)
+    if push_to_hub is not None:
+        _require_hub()
     path = find_checkpoint(checkpoint, GROUPS)
     loaded = load_model(path, ema, torch.device("cpu"))
     tokenizer = loaded.tokenizer or load_tokenizer(loaded.config.data.tokenizer)
@@ -249,12 +252,17 @@ def _written_aside(target: Path) -> Iterator[Path]:
         raise
 
 
-def _push(folder: Path, repository: str) -> None:
-    """Upload a folder to a repository of the Hugging Face Hub, which is created if it is not there."""
+def _require_hub() -> None:
     try:
-        from huggingface_hub import HfApi
+        importlib.import_module("huggingface_hub")
     except ImportError:
         raise UserError("--push-to-hub needs the package huggingface_hub: pip install huggingface_hub") from None
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Upload a folder to a repository of the Hugging Face Hub, which is created if it is not there."""
+    from huggingface_hub import HfApi
+
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)

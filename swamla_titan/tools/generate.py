@@ -5,9 +5,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -270,7 +271,7 @@ def read_prompts(name: str) -> list[dict[str, Any]]:
     lines are skipped. Raises UserError, with the line, for what cannot be read.
     """
     try:
-        lines = Path(name).read_bytes().split(b"\n")
+        lines = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     found = []
@@ -337,6 +338,26 @@ def _validate_output(path: Path) -> None:
         raise UserError(f"{path} exists; choose another name or remove it")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written (there is no folder {path.parent} that may be written to)")
+    try:
+        with _written_aside(path):
+            pass
+    except OSError as error:  # as for a name that is too long
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    path.unlink()
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[TextIO]:
+    """A file that gets its name by a rename at the end; after an error nothing of it is left."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _write_output(
@@ -344,18 +365,15 @@ def _write_output(
 ) -> None:
     """A line of JSON for each prompt: what its record has, its continuation, how many tokens, and why it ended.
 
-    Written under another name, then renamed.
+    Raises UserError where it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with _written_aside(path) as file:
             for record, each in zip(records, continuations):
                 ended = "stop" if each.is_stopped else "length" if each.tokens == sampling.max_new_tokens else "eot"
                 line = record | {"text": each.text, "tokens": each.tokens, "ended": ended}
                 file.write(json.dumps(line) + "\n")
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 

@@ -131,7 +131,7 @@ def test_no_damage_goes_unnoticed(two, tmp_path, caplog):
     assert checkpoints.newest_intact() == newest
     for number, damage in enumerate(_damages()):
         damage(newest)
-        with pytest.raises(UserError, match="no intact checkpoint to resume from") as refused:
+        with pytest.raises(UserError, match="there is no intact checkpoint") as refused:
             checkpoints.newest_intact()
         assert f"{newest}: " in str(refused.value), number
         (newest.unlink if newest.is_symlink() or newest.is_file() else lambda: shutil.rmtree(newest))()
@@ -188,7 +188,7 @@ def test_if_the_only_one_is_a_file_the_run_is_refused_and_does_not_begin_anew(ti
     _becomes(checkpoint(two, 4), Path.touch)
     before = snapshot(two)
     assert train(tiny, *FAST) == 2
-    assert "no intact checkpoint to resume from" in capsys.readouterr().err
+    assert "there is no intact checkpoint" in capsys.readouterr().err
     assert snapshot(two) == before
 
 

@@ -571,7 +571,7 @@ def test_each_command_passes_over_what_is_damaged_and_refuses_it_if_it_is_asked_
     for command in (["train", *settings], ["train", *settings, "--dry-run"], ["generate", str(two)]):
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: no intact checkpoint to resume from; restore one of these, or start again")
+        assert error.startswith("error: there is no intact checkpoint; restore one of these, or train again")
         assert f"\n  {newest}: " in error
         assert len(error.strip().splitlines()) == 2
 

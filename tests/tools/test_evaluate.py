@@ -117,6 +117,8 @@ def test_what_cannot_be_evaluated_is_refused(run, refusal, tmp_path, monkeypatch
     assert "--text" in refusal("--text", str(tmp_path / "none"))
     (tmp_path / "empty.txt").touch()
     assert "--text" in refusal("--text", str(tmp_path / "empty.txt"))
+    (tmp_path / "short.txt").write_text("a")
+    assert "no byte of it is predicted" in refusal("--text", str(tmp_path / "short.txt"))
     assert "cannot be written" in refusal("--text", "x", "--output", str(tmp_path / "none" / "file.json"))
     os.mkfifo(tmp_path / "pipe")
     for output in ("", "/", str(tmp_path), str(tmp_path / "pipe")):

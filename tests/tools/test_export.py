@@ -240,3 +240,7 @@ def test_push_to_hub(trained, tmp_path, capsys, monkeypatch):
     assert "is complete, and was not uploaded to me/mine" in message
     assert "no network" in message
     assert sorted(os.listdir(tmp_path / "other")) == sorted(os.listdir(out))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["export", str(trained), str(tmp_path / "third"), "--push-to-hub", "me/mine"]) == 2
+    assert "pip install huggingface_hub" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()

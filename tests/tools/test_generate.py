@@ -318,6 +318,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(trained, generate, refusal, 
         assert cut["text"] == full["text"].partition(stop)[0]
         assert (cut["ended"] == "stop") == (stop in full["text"])
     assert "exists; choose another name" in refusal(trained, "--output", str(out))
+    assert "cannot be written (File name too long)" in refusal(trained, "--output", str(tmp_path / ("x" * 250)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "out.jsonl", "prompts.jsonl"]
 
 
@@ -342,7 +343,7 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused_with_its_line(content,
 
 def test_a_text_file_has_a_prompt_in_each_line(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes("Zwölf\r\n\n{not JSON}\n".encode())
+    path.write_bytes("\ufeffZwölf\r\n\n{not JSON}\n".encode())
     assert read_prompts(str(path)) == [{"prompt": "Zwölf"}, {"prompt": "{not JSON}"}]
 
 
