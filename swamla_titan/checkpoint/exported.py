@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, MODEL_TYPE, OWN_SETTINGS, own_name
+from swamla_titan.checkpoint.manifest import first_changed, read_digests
 from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.errors import UserError
 from swamla_titan.fields import settings
@@ -22,6 +23,7 @@ from swamla_titan.model import ModelConfig
 from swamla_titan.system.bounded import fit, parse_json, read_regular, regular_size
 
 CONFIG_JSON = "config.json"
+DIGESTS = "digests.json"  # of the files with weights
 SINGLE_FILE, INDEX_OF_FILES = "model.safetensors", "model.safetensors.index.json"
 _MOST_JSON = 64 << 20  # bytes
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,6 +79,20 @@ def exported_ids(path: Path) -> tuple[Tensor, dict[str, Any]] | None:
 
 def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found := content.get(name), dict) else {}
+
+
+def require_as_written(path: Path) -> None:
+    """Raise UserError if weights are not those that `export` wrote. Folders that others wrote have no digests."""
+    if not os.path.lexists(path / DIGESTS):
+        return
+    try:
+        changed = first_changed(path, read_digests((path / DIGESTS).resolve()))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / DIGESTS}: not the file that `swamla-titan export` writes ({_reason(error)})"
+        ) from None
+    if changed:
+        raise UserError(f"{path}: {changed[1]}: it is damaged, or was changed on purpose; then remove its {DIGESTS}")
 
 
 class ExportedWeights:
@@ -152,6 +168,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _opened(path: Path) -> Any:
     """A safetensors file, as a context; UserError unless it has the bytes that its header lists."""
+    others = [name for name in ("pytorch_model.bin", ".metadata") if os.path.lexists(path.with_name(name))]
+    if others and not os.path.lexists(path):
+        raise UserError(
+            f"{path.parent} has its weights in {others[0]}: export with --format safetensors to begin with it"
+        )
     try:
         regular_size(path.resolve())  # the cache of a hub holds links
         return safe_open(path, framework="pt")

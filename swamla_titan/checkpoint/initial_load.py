@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swamla_titan.checkpoint.exported import exported_ids, exported_model, is_exported
+from swamla_titan.checkpoint.exported import exported_ids, exported_model, is_exported, require_as_written
 from swamla_titan.checkpoint.reader import require_loadable
 from swamla_titan.checkpoint.records import AnnexRecord
 from swamla_titan.checkpoint.resume import Origin, same_names
@@ -59,6 +59,7 @@ class InitialLoad:
             )
         if self.annex_record:
             self.annex_record.require_equal(config.model, self.path)
+        require_as_written(self.path)
 
     def differences(self, fingerprint: dict[str, Any]) -> str:
         """A table of what differs from a run with this fingerprint, a line each; empty: nothing that is known."""

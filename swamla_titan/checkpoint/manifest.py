@@ -169,16 +169,26 @@ def _read(folder: Path) -> Entries:
     manifest = fit(_Manifest, parse_json(read_regular(folder / MANIFEST, _MOST_OTHER)))
     if manifest.format != FORMAT:
         raise ValueError(f"its format is not {FORMAT!r}")
+    entries = _entries(manifest.files)
+    if absent := [name for name in NEEDED if name not in entries]:
+        raise ValueError(f"it does not list {absent[0]}")
+    return entries
+
+
+def read_digests(path: Path) -> Entries:
+    """The entries of a JSON file that has nothing else; OSError or ValueError if it cannot be read or is no such."""
+    return _entries(fit(dict[str, _Entry], parse_json(read_regular(path, _MOST_OTHER))))
+
+
+def _entries(files: dict[str, _Entry]) -> Entries:
     entries: Entries = {}
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         if not _is_name(name):
             raise ValueError(f"it lists {name[:80]!r}, which is no name of a file in this folder")
         digests = {kind: found for kind in (_OF_CONTENT, _OF_PIECES) if (found := getattr(entry, kind))}
         if len(digests) != 1:
             raise ValueError(f"it does not list the digest of {name}")
         entries[name] = {"bytes": entry.bytes} | digests
-    if absent := [name for name in NEEDED if name not in entries]:
-        raise ValueError(f"it does not list {absent[0]}")
     return entries
 
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 import swamla_titan
+from swamla_titan.checkpoint.exported import DIGESTS
 from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, OWN_SETTINGS, model_settings, tensor_name
-from swamla_titan.checkpoint.manifest import ANNEX_RECORD
+from swamla_titan.checkpoint.manifest import ANNEX_RECORD, digested
 from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import RunFailed, UserError
@@ -78,7 +79,9 @@ def export(
     tensors = exported_tensors(loaded.model, getattr(torch, dtype))
     with _signals_raised(), _written_aside(target) as folder:
         _WRITERS[format](tensors, folder)
+        digests = digested(folder, sorted(file for file in folder.iterdir() if file.is_file()))
         texts = {
+            DIGESTS: _json(digests),
             "config.json": _json(_config(loaded, tokenizer, dtype)),
             "generation_config.json": _json(_generation(loaded, tokenizer)),
             "README.md": model_card(path, loaded.config, loaded.model, dtype, ema),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from swamla_titan.checkpoint.exported import CONFIG_JSON, INDEX_OF_FILES, SINGLE_FILE
+from swamla_titan.checkpoint.exported import CONFIG_JSON, DIGESTS, INDEX_OF_FILES, SINGLE_FILE
 from swamla_titan.checkpoint.initial_load import find_initial_load
 from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, with_vocabulary
@@ -231,6 +231,21 @@ def _changed(folder: Path, change) -> None:
     content = load_file(folder / SINGLE_FILE)
     change(content)
     save_file(content, folder / SINGLE_FILE)
+    (folder / DIGESTS).unlink()  # as if others had written it
+
+
+def _flipped(folder: Path) -> None:
+    content = bytearray((folder / SINGLE_FILE).read_bytes())
+    content[-5] ^= 1
+    (folder / SINGLE_FILE).write_bytes(content)
+
+
+def _no_digests(folder: Path) -> None:
+    (folder / DIGESTS).write_text('{"model.safetensors": 1}')
+
+
+def _other_format(folder: Path) -> None:
+    (folder / SINGLE_FILE).rename(folder / "pytorch_model.bin")
 
 
 def _missing(folder: Path) -> None:
@@ -260,6 +275,12 @@ def _not_finite(folder: Path) -> None:
         (_no_config, "config.json: not the file that `swamla-titan export` writes"),
         (_cut, "model.safetensors is damaged or missing"),
         (_no_header, "model.safetensors is damaged or missing"),
+        (
+            _flipped,
+            "model.safetensors has changed since it was written (SHA-256 differs): it is damaged, or was changed",
+        ),
+        (_no_digests, "digests.json: not the file that `swamla-titan export` writes"),
+        (_other_format, "has its weights in pytorch_model.bin: export with --format safetensors"),
         (_missing, "model.blocks.1.attention_norm.weight is missing"),
         (_misshapen, "model.norm.weight is (3,) there and (64,) here"),
         (_deeper, "model.blocks.3.attention.wo.weight is there, and not in the model here"),
