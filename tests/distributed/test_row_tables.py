@@ -343,7 +343,7 @@ def test_a_run_on_2_then_3_then_1_ranks_learns_what_one_process_does(tmp_path):
     ]
     for name in ("loss", "grad_norm"):
         assert metrics(tmp_path / "run", name) == pytest.approx(metrics(whole, name), rel=1e-5)
-    for name in ("table_rows_touched", "table_rows_touched_lately"):
+    for name in ("table_rows_touched", "table_rows_touched_since_last_log"):
         shares = metrics(tmp_path / "run", name)
         assert shares == metrics(whole, name)
         assert all(0 < share < 1 for share in shares.values())

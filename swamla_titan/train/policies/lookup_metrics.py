@@ -90,4 +90,4 @@ class TouchedRows(Policy):
         if self._world.size > 1:
             dist.all_reduce(counts)
         ever, lately, rows_of_all = counts.tolist()
-        return {"table_rows_touched": ever / rows_of_all, "table_rows_touched_lately": lately / rows_of_all}
+        return {"table_rows_touched": ever / rows_of_all, "table_rows_touched_since_last_log": lately / rows_of_all}
