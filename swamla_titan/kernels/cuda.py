@@ -9,6 +9,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def compiled(source: Path, headers: tuple[Path, ...], macros: Mapping[str, int])
     nvrtc = _nvrtc()
     named = "\0".join([*map(str, _version(nvrtc)), *options, *texts])
     kept = _folder() / f"{source.stem}-{hashlib.sha256(named.encode()).hexdigest()}.cubin"
-    if kept.is_file():
+    with suppress(OSError):  # not there, or somebody else's in a folder that users share
         return kept.read_bytes()
     cubin = _compile(nvrtc, source.name, texts, [each.name for each in headers], options)
     _keep(kept, cubin)
@@ -110,16 +111,19 @@ def why_not_compiled() -> Limit | None:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    """Triton's, by its own rule."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
 
 
 def _keep(path: Path, cubin: bytes) -> None:
     """Write under another name first, because several ranks may be at it; a folder that cannot be written is left."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            partial.write_bytes(cubin)
+            os.replace(partial, path)
     except OSError:
         return
 

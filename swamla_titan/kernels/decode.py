@@ -13,6 +13,8 @@ from swamla_titan.kernels import decode_triton as kernels
 from swamla_titan.kernels.device import Limit, is_tuned_for, power_of_two, why_no_kernels
 from swamla_titan.kernels.swiglu import triton_swiglu
 
+# Elements of tiles of which several must fit in 227 KiB of shared memory.
+WIDEST_HEAD, WIDEST_LATENT = 256, 512
 MOST_TOKENS_TO_SAMPLE = 1 << 16  # of a vocabulary, whose logits lie in the registers of one program
 _LEAST = 16  # a side of a tensor core's tile
 _MULTIPROCESSORS = 132  # of an H100

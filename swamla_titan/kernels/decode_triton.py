@@ -506,8 +506,9 @@ def sample_rows(
     column = tl.arange(0, SIZE)
     inside = column < size
     x = tl.load(logits_ptr + row.to(tl.int64) * stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))  # of a NaN argmax may give a column behind the row
     if GREEDY:
-        tl.store(out_ptr + row, tl.argmax(x, axis=0).to(tl.int64))
+        tl.store(out_ptr + row, tl.minimum(tl.argmax(x, axis=0), size - 1).to(tl.int64))
     else:
         x = x * factor
         p = tl.exp(x - tl.max(x, axis=0))

@@ -54,9 +54,14 @@ class Decoder:
         self.cache.require_room()
         self._tokens.copy_(tokens[:, None])
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            graph, device = torch.cuda.CUDAGraph(), self.model.device
+            # On a stream of this device, because torch's own belongs to the device of the process's first capture.
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+            ):
                 self._logits = self.model.decode_step(self._tokens, self.cache)
+            self._graph = graph
         self._graph.replay()
         self.cache.length += 1
         return self._logits
@@ -75,7 +80,7 @@ class _Copied(NamedTuple):
             return cls(tensor, None)
         values = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
         ready = torch.cuda.Event()
-        ready.record()
+        ready.record(torch.cuda.current_stream(tensor.device))
         return cls(values, ready)
 
     def wait(self) -> list[int]:

@@ -228,8 +228,8 @@ class LatentAttention(Attention):
         return self._output(torch.einsum("bthr,hvr->bthv", mixed, w_value))
 
     def fused_decode(self, norm: RMSNorm, cache: MLACache, rotation: Rotation) -> Step | None:
-        """As in Mixer; None with selective attention."""
-        if self.selecting_head is not None:
+        """As in Mixer; None with selective attention, and with latents too wide for a multiprocessor's memory."""
+        if self.selecting_head is not None or self.latent_dim > kernels.WIDEST_LATENT:
             return None
         first = self.wq_a if self.q_lora_rank else self.wq
         weight = torch.cat([first.weight, self.wkv_a.weight])  # one linear layer, because they have the same input

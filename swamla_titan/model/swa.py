@@ -134,8 +134,10 @@ class SlidingWindowAttention(Attention):
         cache.append(key, value, context.positions)
         return self._output(context.attend(query, cache.keys, cache.values, self.scale))
 
-    def fused_decode(self, norm: RMSNorm, cache: SWACache, rotation: Rotation) -> Step:
-        """As in Mixer."""
+    def fused_decode(self, norm: RMSNorm, cache: SWACache, rotation: Rotation) -> Step | None:
+        """As in Mixer; None with heads too wide for a multiprocessor's memory."""
+        if self.head_dim > kernels.WIDEST_HEAD:
+            return None
         gains = None
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             gains = self.q_norm.weight, self.k_norm.weight

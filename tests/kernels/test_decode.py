@@ -165,6 +165,15 @@ def test_draws_are_those_that_top_k_and_top_p_leave_in_their_frequencies(top_k, 
 
 
 @pytest.mark.gpu
+def test_tokens_are_of_the_vocabulary_whatever_the_logits_are():
+    logits = torch.full((2, 300), float("nan"), device=DEVICE)
+    logits[1, 7] = 1.0
+    drawn = kernels.sample(logits, 0, 0, 1.0).tolist()
+    assert 0 <= drawn[0] < 300
+    assert drawn[1] == 7
+
+
+@pytest.mark.gpu
 def test_of_temperature_0_the_likeliest_is_drawn():
     logits = torch.randn(5, 1000, device=DEVICE)
     assert torch.equal(kernels.sample(logits[:, :777], 0, 0, 1.0), logits[:, :777].argmax(dim=-1))

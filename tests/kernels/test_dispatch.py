@@ -203,3 +203,12 @@ def test_what_is_not_timed_on_a_device_is_taken_only_when_asked_for(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: A100)
     assert choose(WINDOW, "auto").implementation is dispatch.FLEX
     assert choose(WINDOW, "triton").implementation is dispatch.WINDOW
+
+
+def test_heads_between_16_bytes_are_copied_for_sdpa():
+    both = torch.randn(2, 3, 5, 44, dtype=torch.bfloat16)  # unrotated keys and values of a head
+    value = both[..., 20:]
+    assert dispatch._aligned(value).is_contiguous()
+    assert torch.equal(dispatch._aligned(value), value)
+    wide = torch.randn(2, 3, 5, 256, dtype=torch.bfloat16)[..., 128:]
+    assert dispatch._aligned(wide) is wide

@@ -114,7 +114,25 @@ def test_heads_of_one_launch_share_a_workspace_that_is_bounded():
     at_once, a_head = hopper._heads_at_once(64, 128)
     assert at_once * a_head <= hopper.WORKSPACE_BYTES
     assert -(-64 // at_once) * at_once - 64 < -(-64 // at_once)  # launches of about the same size
-    assert hopper._heads_at_once(3, 8192)[0] == 1
+    longest = hopper.longest_sequence()
+    assert longest > 32768
+    assert hopper._heads_at_once(1, longest // 64)[1] <= hopper.WORKSPACE_BYTES < hopper._heads_at_once(1, longest)[1]
+
+
+def test_a_kept_compilation_that_cannot_be_read_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
+    monkeypatch.setattr(cuda, "_version", lambda nvrtc: (13, 0))
+    monkeypatch.setattr(cuda, "_compile", lambda *about: b"new")
+    (tmp_path / "a.cu").write_text("")
+    assert cuda.compiled(tmp_path / "a.cu", (), {}) == b"new"
+    [kept] = (tmp_path / "cache").iterdir()
+    kept.write_bytes(b"kept")
+    assert cuda.compiled(tmp_path / "a.cu", (), {}) == b"kept"
+    kept.unlink()
+    kept.mkdir()
+    assert cuda.compiled(tmp_path / "a.cu", (), {}) == b"new"
+    assert [*(tmp_path / "cache").iterdir()] == [kept]
 
 
 def test_a_machine_without_nvrtc_is_told_what_is_missing(monkeypatch):

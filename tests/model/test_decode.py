@@ -155,3 +155,13 @@ def test_misuse_is_refused():
         model.decode(random_tokens(2, 2), cache)
     with pytest.raises(ValueError, match="full: 5 tokens"):
         model.decode(random_tokens(2, 1), cache)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [ALL_SWA | {"dim": 1152, "num_heads": 4, "num_kv_heads": 2}, ALL_MLA | {"kv_lora_rank": 640}],
+    ids=["heads of 288", "latents of 640"],
+)
+def test_what_is_too_wide_for_the_kernels_is_left_to_the_plain_form(changes):
+    block = build(**changes).blocks["0"]
+    assert block.attention.fused_decode(block.attention_norm, None, None) is None

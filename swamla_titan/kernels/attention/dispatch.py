@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.hopper import TIMED_WIDTHS as HOPPER_TIMED_WIDTHS
-from swamla_titan.kernels.attention.hopper import hopper_attention, why_not_hopper_kernel
+from swamla_titan.kernels.attention.hopper import hopper_attention, longest_sequence, why_not_hopper_kernel
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.masks import (
     Chunks,
@@ -305,7 +305,10 @@ def _document_kernel(request: Request) -> str | None:
 
 def _hopper_kernel(request: Request) -> str | None:
     about = request.heads.qk_width, request.heads.v_width, request.has_documents
-    return why_not_hopper_kernel(request.device, request.dtype, *about)
+    if why := why_not_hopper_kernel(request.device, request.dtype, *about):
+        return why
+    longest = longest_sequence()
+    return Limit(f"takes no sequences longer than {longest:,} tokens") if request.seq_len > longest else None
 
 
 def _flex_kernel(request: Request) -> str | None:
@@ -591,6 +594,12 @@ def reference_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return scores.softmax(dim=-1).to(value.dtype) @ value
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where heads do not begin at multiples of 16 bytes, as SDPA's kernels read values unasked."""
+    fits = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    return x if fits else x.contiguous()
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     options: dict[str, Any] = {
         "attn_mask": mask,
@@ -600,6 +609,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     }
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, **options)
+    query, key, value = (_aligned(each) for each in (query, key, value))
     backends = sdpa_backends(query.shape[2], key.shape[2], mask is not None)
     with sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(query, key, value, **options)

@@ -42,6 +42,14 @@ def _shared(width: int) -> dict[str, int]:
     }
 
 
+def longest_sequence() -> int:
+    """Tokens of the longest sequence that a head's workspace of the backward pass has room for."""
+    tiles = 1
+    while _heads_at_once(1, tiles + 1)[1] <= WORKSPACE_BYTES:
+        tiles += 1
+    return 64 * tiles
+
+
 def why_not_hopper_kernel(
     device: torch.device, dtype: torch.dtype, width: int, v_width: int, has_documents: bool
 ) -> Limit | None:
@@ -53,10 +61,10 @@ def why_not_hopper_kernel(
         return why
     if dtype != torch.bfloat16 or width not in QK_WIDTHS or v_width != V_WIDTH:
         return Limit(f"takes no heads as wide as these in {dtype_name(dtype)}")
-    if why := cuda.why_not_compiled():
-        return why
     if torch.cuda.get_device_capability(device) != _CAPABILITY:
         return Limit("needs compute capability 9.0 (H100, H200)")
+    if why := cuda.why_not_compiled():
+        return why
     return _why_not_compiled(width, has_documents)
 
 
