@@ -23,7 +23,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model.loss_head import target_scores
-from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model
+from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model, written_aside
 from swamla_titan.train.scoring import Scorer
 from swamla_titan.train.step import GROUPS
 from swamla_titan.train.validation import require_harness, task_names
@@ -146,18 +146,13 @@ def _require_writable(output: str | None) -> None:
         path = Path(output)
         if not path.name or (path.exists() and not path.is_file()):
             raise UserError(f"--output {output or repr(output)}: is no file")
-        _written(path, "")
+        _write(path, "", keep=False)
 
 
-def _written(path: Path, content: str) -> None:
-    """Write beside the file, then rename, if there is content."""
-    aside = path.with_name(f".tmp-{path.name}")
+def _write(path: Path, content: str, keep: bool = True) -> None:
     try:
-        aside.write_text(content, encoding="utf-8")
-        if content:
-            aside.replace(path)
-        else:
-            aside.unlink()
+        with written_aside(path, keep) as file:
+            file.write(content)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
 
@@ -173,4 +168,4 @@ def _report(found: dict[str, Any], output: str | None) -> None:
             one_line(f"  {name:<{width}}  {value:,}" if isinstance(value, int) else f"  {name:<{width}}  {value:.4f}")
         )
     if output is not None:
-        _written(Path(output), json.dumps(found, indent=1) + "\n")
+        _write(Path(output), json.dumps(found, indent=1) + "\n")

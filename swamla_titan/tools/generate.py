@@ -339,25 +339,27 @@ def _validate_output(path: Path) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written (there is no folder {path.parent} that may be written to)")
     try:
-        with _written_aside(path):
+        with written_aside(path, keep=False):
             pass
     except OSError as error:  # as for a name that is too long
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    path.unlink()
 
 
 @contextmanager
-def _written_aside(path: Path) -> Iterator[TextIO]:
-    """A file that gets its name by a rename at the end; after an error nothing of it is left."""
+def written_aside(path: Path, keep: bool = True) -> Iterator[TextIO]:
+    """A text file that gets its name by a rename at the end; after an error nothing of it is left.
+
+    `keep` False: it is only tried whether it can be written, and a file of that name stays. Raises OSError.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             yield file
-        os.replace(partial, path)
-    except BaseException:
+        if keep:
+            os.replace(partial, path)
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise
 
 
 def _write_output(
@@ -368,7 +370,7 @@ def _write_output(
     Raises UserError where it cannot be written.
     """
     try:
-        with _written_aside(path) as file:
+        with written_aside(path) as file:
             for record, each in zip(records, continuations):
                 ended = "stop" if each.is_stopped else "length" if each.tokens == sampling.max_new_tokens else "eot"
                 line = record | {"text": each.text, "tokens": each.tokens, "ended": ended}

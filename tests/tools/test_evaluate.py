@@ -11,7 +11,7 @@ import torch
 
 from swamla_titan.cli import main
 from swamla_titan.model.generation import generate
-from swamla_titan.tools.generate import load_model
+from swamla_titan.tools.generate import load_model, written_aside
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.harness_stub import PROMPTS, TEXTS, WRITTEN, stub
@@ -111,6 +111,12 @@ def test_tasks_may_generate(run, evaluate):
         assert text == bytes(expected).decode(errors="replace")
 
 
+def write_half(path: Path) -> None:
+    with written_aside(path) as file:
+        file.write("half of it")
+        raise OSError("no room")
+
+
 def test_what_cannot_be_evaluated_is_refused(run, refusal, tmp_path, monkeypatch):
     assert "nothing to evaluate" in refusal()
     assert "--limit -1" in refusal("--text", "x", "--limit", "-1")
@@ -124,6 +130,12 @@ def test_what_cannot_be_evaluated_is_refused(run, refusal, tmp_path, monkeypatch
     for output in ("", "/", str(tmp_path), str(tmp_path / "pipe")):
         assert "is no file" in refusal("--text", str(tmp_path / "none"), "--output", output)
     assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "kept.json").write_text("kept")
+    with pytest.raises(OSError, match="no room"):
+        write_half(tmp_path / "kept.json")
+    assert "--text" in refusal("--text", str(tmp_path / "none"), "--output", str(tmp_path / "kept.json"))
+    assert (tmp_path / "kept.json").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "kept.json", "pipe", "short.txt"]
     with stub():
         assert "has no task 'meen'; did you mean mean?" in refusal("--tasks", "meen")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
