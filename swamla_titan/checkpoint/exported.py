@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, MODEL_TYPE, OWN_SETTINGS, own_name
+from swamla_titan.checkpoint.hugging_face import COMPRESSED_IDS, MODEL_TYPE, OWN_SETTINGS, PAD_ID, RECORD, own_name
 from swamla_titan.checkpoint.manifest import first_changed, read_digests
 from swamla_titan.distributed.dtensor import local, local_slices
 from swamla_titan.errors import UserError
 from swamla_titan.fields import settings
 from swamla_titan.model import ModelConfig
+from swamla_titan.model.annexes import ANNEXES
 from swamla_titan.system.bounded import fit, parse_json, read_regular, regular_size
 
 CONFIG_JSON = "config.json"
@@ -63,18 +64,19 @@ def exported_model(path: Path) -> dict[str, Any]:
     return fields
 
 
-def exported_ids(path: Path) -> tuple[Tensor, dict[str, Any]] | None:
-    """Of a model with Engram: the ids of tokens in n-grams, [vocabulary] int64, and the record of its hashes.
+def exported_annexes(path: Path) -> tuple[Tensor, dict[str, Any]] | None:
+    """Of a model with annexes: the ids that they look tokens up by, [vocabulary] int64, and the record of each annex.
 
     None for other models. UserError where config.json has the one and the weights lack the other.
     """
-    table = _table(_json(path / CONFIG_JSON), "engram")
-    if not table:
+    content = _json(path / CONFIG_JSON)
+    annexes = {name: own for name in ANNEXES if (own := _table(content, name))}
+    if not annexes:
         return None
-    ids, pad = ExportedWeights(path).compressed_ids, table.get("pad_id")
+    ids, pad = ExportedWeights(path).compressed_ids, next(iter(annexes.values())).get(PAD_ID)
     if ids is None or type(pad) is not int or not (found := ids[ids < pad]).numel():
         raise UserError(f"{path} lacks {COMPRESSED_IDS}, which its {CONFIG_JSON} needs")
-    return found, _table(table, "hashes")
+    return found, {name: _table(own, RECORD) for name, own in annexes.items()}
 
 
 def _table(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class ExportedWeights:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.entries: dict[str, _Entry] = {}
-        self.compressed_ids: Tensor | None = None  # of a model with Engram, see hugging_face.py
+        self.compressed_ids: Tensor | None = None  # of a model with annexes, see hugging_face.py
         listed = _files_of_names(path)
         for file in sorted({*listed.values()}) if listed else [SINGLE_FILE]:
             self.entries |= self._entries_of(file)

@@ -6,14 +6,15 @@
 from typing import Any
 
 from swamla_titan.errors import UserError
-from swamla_titan.model import ModelConfig
+from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import ANNEXES, annexes_of
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.layers import EPS
 
 MODEL_TYPE = "swamla"
-COMPRESSED_IDS = "model.compressed_ids.ids"  # of a model with Engram, the ids that stand for tokens in n-grams
+COMPRESSED_IDS = "model.compressed_ids.ids"  # of a model with annexes, the ids that stand for tokens in look-ups
 OWN_SETTINGS = "swamla_titan"  # of config.json: [model] of the run as its configuration has it
+RECORD, PAD_ID = "hashes", "pad_id"  # of the settings of each annex: its record, and the id before a document
 LAYER_TYPES = {"swa": "sliding_attention", "mla": "full_attention"}
 
 
@@ -27,13 +28,15 @@ def own_name(name: str) -> str:
     return "head.weight" if name == "lm_head.weight" else name.removeprefix("model.")
 
 
-def model_settings(config: ModelConfig) -> dict[str, Any]:
+def model_settings(model: SWAMLAModel) -> dict[str, Any]:
     """The part of config.json that determines the shape and the function of a model: equal for equal models.
 
     Raises UserError for a kind of block or annex that remote_code/modeling_swamla.py does not have.
     """
+    config = model.config
+    annexes = {name: annex.exported(config) for name, annex in annexes_of(config).items()}
     unknown = [kind for kind in dict.fromkeys(config.block_kinds) if kind not in LAYER_TYPES]
-    unknown += [name for name in annexes_of(config) if name != "engram"]
+    unknown += [name for name, exported in annexes.items() if exported is None]
     if unknown:
         raise UserError(f"the model has {', '.join(unknown)}, which the exported code does not implement")
     return {
@@ -63,7 +66,8 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
         "v_head_dim": config.v_head_dim,
         "selection_head": config.selection_head if config.mla_selective else None,
         "rope_parameters": _rope_parameters(config),
-        "engram": _engram(config),
+        **dict.fromkeys(ANNEXES),
+        **{name: _annex(name, exported or {}, model) for name, exported in annexes.items()},
     }
 
 
@@ -75,15 +79,6 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
     return {name: {"rope_theta": rotary.theta, **scaling} for name, rotary in rotaries.items()}
 
 
-def _engram(config: ModelConfig) -> dict[str, Any] | None:
-    own = config.engram
-    if not own.layers:
-        return None
-    return {
-        "layers": list(own.layers),
-        "orders": list(own.orders),
-        "d_mem": own.d_mem,
-        "kernel": own.kernel,
-        "sharpen_gate": own.sharpen_gate,
-        "hashes": ANNEXES["engram"].record(config),
-    }
+def _annex(name: str, exported: dict[str, Any], model: SWAMLAModel) -> dict[str, Any]:
+    layers, record = list(getattr(model.config, name).layers), ANNEXES[name].record(model.config)
+    return {"layers": layers, **exported, RECORD: record, PAD_ID: model.annexes.compressed_ids.pad}

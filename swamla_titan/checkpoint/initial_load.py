@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swamla_titan.checkpoint.exported import exported_ids, exported_model, is_exported, require_as_written
+from swamla_titan.checkpoint.exported import exported_annexes, exported_model, is_exported, require_as_written
 from swamla_titan.checkpoint.reader import require_loadable
 from swamla_titan.checkpoint.records import AnnexRecord
 from swamla_titan.checkpoint.resume import Origin, same_names
@@ -109,9 +109,9 @@ def _exported(path: Path, state: str) -> InitialLoad:
             f'{_STATE} = "{state}": {path} is an exported folder, which holds weights alone; take "weights"'
         )
     fingerprint, record = exported_model(path), None
-    if found := exported_ids(path):
-        ids, hashes = found
+    if found := exported_annexes(path):
+        ids, records = found
         vocabulary = CompressedVocabulary(ids.numpy().astype(np.int32), int(ids.max()) + 1, "not known")
-        record = AnnexRecord(vocabulary, {"engram": hashes})
+        record = AnnexRecord(vocabulary, records)
         fingerprint |= record.fingerprint()
     return InitialLoad(path, (Weights.group,), fingerprint, record)

@@ -99,6 +99,11 @@ class Annex(Branch, is_abstract=True):
         """What its parameters mean beside the config, such as hashes, as JSON: checkpoints hold it, runs compare it."""
 
     @classmethod
+    def exported(cls, config: ModelConfig) -> dict[str, Any] | None:
+        """Its settings for the exported code, as JSON, beside layers and record; None: that code does not have it."""
+        return None
+
+    @classmethod
     @abstractmethod
     def looked_up(cls, config: ModelConfig) -> int:
         """Elements of tables that a layer looks up for each token."""

@@ -230,6 +230,17 @@ class Engram(Annex):
         }
 
     @classmethod
+    def exported(cls, config: ModelConfig) -> dict[str, Any]:
+        """As in Annex."""
+        own = config.engram
+        return {
+            "orders": list(own.orders),
+            "d_mem": own.d_mem,
+            "kernel": own.kernel,
+            "sharpen_gate": own.sharpen_gate,
+        }
+
+    @classmethod
     def looked_up(cls, config: ModelConfig) -> int:
         """As in Annex."""
         return config.engram.d_mem

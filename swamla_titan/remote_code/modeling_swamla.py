@@ -1,7 +1,7 @@
 """A language model of interleaved sliding-window attention with sinks and multi-head latent attention.
 
     x = x + attention(norm(x));  x = x + feed_forward(norm(x))        in each block
-    x = x + engram(x, n-grams that end at the token)                  before the blocks of some layers
+    x = x + annex(x, ids of the tokens)                               before the blocks of some layers, as an Engram
 
 Tokens of a padded batch have the position -1 in the padding. Positions, masks and rotations are made once for all
 blocks (`SwamlaModel.plan`).
@@ -661,6 +661,14 @@ class SwamlaEngram(nn.Module):
         return (score.sigmoid()[..., None] * self.value(memory)).to(x.dtype)
 
 
+ANNEXES = {"engram": SwamlaEngram}  # what stands before the blocks of some layers, by its settings in config.json
+
+
+def annex_settings(config: SwamlaConfig) -> dict[str, dict[str, Any]]:
+    """The settings of each annex that the model has, in their order before a block."""
+    return {name: own for name in ANNEXES if (own := getattr(config, name, None))}
+
+
 class SwamlaFeedForward(nn.Module):
     """down(silu(gate x) * up x); rows of `gate_up` are [hidden / group, (gate, up), group]."""
 
@@ -703,7 +711,7 @@ class SwamlaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
-    _no_split_modules = ("SwamlaBlock", "SwamlaEngram")
+    _no_split_modules = ("SwamlaBlock", *(annex.__name__ for annex in ANNEXES.values()))
     _skip_keys_device_placement = ("cache", "past_key_values")
     _supports_sdpa = True
     _supports_flash_attn = True  # where a model has no sinks, see SwamlaModel.plan
@@ -725,8 +733,8 @@ class SwamlaPreTrainedModel(PreTrainedModel):
         if isinstance(module, SwamlaConvolution):
             init.zeros_(module.weight)
         if isinstance(module, SwamlaCompressedIds):
-            ids, pad = module.get_buffer("ids"), (self.config.engram or {})["pad_id"]
-            init.copy_(ids, torch.arange(len(ids)).clamp(max=pad))
+            ids, pads = module.get_buffer("ids"), [own["pad_id"] for own in annex_settings(self.config).values()]
+            init.copy_(ids, torch.arange(len(ids)).clamp(max=pads[0]))
 
 
 def _require_known(config: SwamlaConfig) -> None:
@@ -749,13 +757,17 @@ class SwamlaModel(SwamlaPreTrainedModel):
     def __init__(self, config: SwamlaConfig) -> None:
         super().__init__(config)
         _require_known(config)
-        layers, own = range(config.num_hidden_layers), config.engram or {"layers": ()}
+        layers, annexes = range(config.num_hidden_layers), annex_settings(config)
         self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList([SwamlaBlock(config, layer) for layer in layers])
         self.annexes = nn.ModuleDict(
-            {str(layer): nn.ModuleDict({"engram": SwamlaEngram(config, layer)}) for layer in own["layers"]}
+            {
+                str(layer): nn.ModuleDict({name: ANNEXES[name](config, layer) for name in names})
+                for layer in layers
+                if (names := [name for name, own in annexes.items() if layer in own["layers"]])
+            }
         )
-        if config.engram:
+        if annexes:
             self.compressed_ids = SwamlaCompressedIds(config.padded_vocab_size)
         self.norm = new_norm(config)
         self.gradient_checkpointing = False
@@ -783,7 +795,7 @@ class SwamlaModel(SwamlaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is not None and self.config.engram:
+        if inputs_embeds is not None and len(self.annexes):
             raise ValueError("inputs_embeds: this model looks up n-grams of the tokens, so it needs input_ids")
         packed = attention_mask is None and self._has_documents(position_ids)
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, packed)
@@ -797,7 +809,7 @@ class SwamlaModel(SwamlaPreTrainedModel):
             SLIDING: rotation(positions, self.config.head_dim, self._rope(SLIDING), x.dtype),
             FULL: rotation(positions, self.config.qk_rope_head_dim, self._rope(FULL), x.dtype),
         }
-        ids = self.compressed_ids(input_ids) if self.config.engram else None
+        ids = self.compressed_ids(input_ids) if len(self.annexes) else None
         output_hidden_states = self._asked("output_hidden_states", output_hidden_states)
         output_attentions = self._asked("output_attentions", output_attentions)
         states: list[Tensor] = []
@@ -805,7 +817,8 @@ class SwamlaModel(SwamlaPreTrainedModel):
         for layer, block in enumerate(self.blocks):
             states += [x] if output_hidden_states else []
             if str(layer) in self.annexes:
-                x = self.annexes.get_submodule(f"{layer}.engram")(x, ids, positions, cache)
+                for annex in self.annexes.get_submodule(str(layer)).children():
+                    x = annex(x, ids, positions, cache)
             layer_type = self.config.layer_types[layer]
             context = {"by": rotations[layer_type], "mask": plan[layer_type], "positions": positions, "cache": cache}
             if layer_type == FULL and self.config.selection_head is not None:
@@ -1078,7 +1091,7 @@ class SwamlaForCausalLM(SwamlaPreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in PreTrainedModel; logits are of the first `new_num_tokens` ids."""
-        if new_num_tokens is not None and self.config.engram:
+        if new_num_tokens is not None and annex_settings(self.config):
             raise ValueError("the n-gram tables of this model belong to its vocabulary, which cannot be resized")
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None:

@@ -118,13 +118,10 @@ def exported_tensors(model: SWAMLAModel, dtype: torch.dtype) -> dict[str, Tensor
 
 def _config(loaded: LoadedModel, tokenizer: Tokenizer, dtype: Dtype) -> dict[str, Any]:
     """The content of config.json."""
-    settings = model_settings(loaded.config.model)
-    if settings["engram"]:
-        settings["engram"] |= {"pad_id": loaded.model.annexes.compressed_ids.pad}
     return {
         "architectures": ["SwamlaForCausalLM"],
         "auto_map": _CLASSES,
-        **settings,
+        **model_settings(loaded.model),
         "residual_dropout": loaded.config.model.dropout,
         "dtype": dtype,
         "bos_token_id": _begin_id(loaded, tokenizer),

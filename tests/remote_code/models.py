@@ -67,9 +67,7 @@ def _built(name: str, dtype: torch.dtype) -> tuple[SWAMLAModel, SwamlaForCausalL
 
 def exported(ours: SWAMLAModel, **changes: Any) -> SwamlaForCausalLM:
     """The exported code with the tensors of a model."""
-    settings = model_settings(ours.config) | changes
-    if settings["engram"]:
-        settings["engram"] |= {"pad_id": ours.annexes.compressed_ids.pad}
+    settings = model_settings(ours) | changes
     theirs = SwamlaForCausalLM(SwamlaConfig(**settings)).to(next(ours.parameters()).dtype).eval()
     missing = theirs.load_state_dict(exported_tensors(ours, next(ours.parameters()).dtype), strict=False)
     assert not missing.unexpected_keys

@@ -8,7 +8,11 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from swamla_titan.checkpoint.hugging_face import model_settings
+from swamla_titan.errors import UserError
+from swamla_titan.model.annex import Annex
 from swamla_titan.model.cache import DecodeCache
+from swamla_titan.model.engram import Engram
 from tests.remote_code.models import SHAPES, exported, of_shape, random_tokens
 
 EVERY = pytest.mark.parametrize("shape", SHAPES)
@@ -174,6 +178,21 @@ def test_what_a_registered_kernel_cannot_compute(kernel, shape, reason):
 def test_settings_that_the_code_does_not_implement(changes, words):
     with pytest.raises(ValueError, match=words):
         exported(of_shape("tiny")[0], **changes)
+
+
+def test_an_annex_declares_how_it_is_exported(monkeypatch):
+    ours = of_shape("engram")[0]
+    expected = {
+        "layers": [0, 2],
+        "own": 1,
+        "hashes": Engram.record(ours.config),
+        "pad_id": ours.annexes.compressed_ids.pad,
+    }
+    monkeypatch.setattr(Engram, "exported", classmethod(lambda cls, config: {"own": 1}))
+    assert model_settings(ours)["engram"] == expected
+    monkeypatch.setattr(Engram, "exported", Annex.exported)
+    with pytest.raises(UserError, match="the model has engram, which the exported code does not implement"):
+        model_settings(ours)
 
 
 def test_caches_that_are_not_this_model_s():

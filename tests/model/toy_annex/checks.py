@@ -1,5 +1,6 @@
 """Tests of the toy annex of toy.patch, run by tests/model/test_toy_annex.py in a copy of the package that has it."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from swamla_titan.config.sections import ActivationCheckpoint, Compile, Optimize
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.errors import UserError
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from swamla_titan.model.annexes import ANNEXES
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.counts import training_flops
 from swamla_titan.optim import group_table
@@ -94,6 +96,24 @@ def test_a_run_resumes_bit_for_bit_and_its_start_and_plan_know_it(alone, tmp_pat
     assert run(config, "--model.toy.rows", "103") == 2
     assert "model.toy.rows: 101 in the checkpoint, 103 now" in capsys.readouterr().err
     assert main(["generate", str(checkpoint(tmp_path / "run", 12)), "--prompt", "The", "--max-new-tokens", "3"]) == 0
+
+
+def test_it_is_exported_and_loaded_by_what_it_declares(alone, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(["export", str(alone), str(out)]) == 2
+    assert "the model has toy, which the exported code does not implement" in capsys.readouterr().err
+    monkeypatch.setattr(ANNEXES["toy"], "exported", classmethod(lambda cls, config: {"rows": config.toy.rows}))
+    assert main(["export", str(alone), str(out)]) == 0
+    settings = json.loads((out / "config.json").read_text())["toy"]
+    assert settings == {"layers": [0, 2], "rows": 101, "hashes": {"multiplier": 31}, "pad_id": settings["pad_id"]}
+    new = "--checkpoint.initial_load", str(out), "--optimizer.lr", "1e-30", "--training.steps", "1"
+    assert run(str(tiny_config(tmp_path)), *new) == 0
+    before, after = tensors(checkpoint(alone, 12)), tensors(checkpoint(tmp_path / "run", 1))
+    for name in (each for each in before if each.startswith("model.")):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+    monkeypatch.setattr(ANNEXES["toy"], "record", classmethod(lambda cls, config: {"multiplier": 33}))
+    assert run(str(tiny_config(tmp_path)), *new, "--job.dump_folder", str(tmp_path / "other")) == 2
+    assert "this version's toy hashes otherwise" in capsys.readouterr().err
 
 
 def model() -> SWAMLAModel:
