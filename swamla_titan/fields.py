@@ -28,6 +28,7 @@ Rule = Callable[[Any, Mapping[str, Any]], "str | None"]
 HUGE = 1e30
 LONGEST_STRING = 4000  # characters; the longest path that an operating system takes has 4095 bytes
 MOST_ENTRIES = 1000  # of a table
+MOST_TABLES = 64  # of a list of tables
 
 _BOUNDS = {
     "minimum": (">=", operator.ge),
@@ -73,13 +74,22 @@ Share = Annotated[float, Limits(0, below=1)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting(Limits):
-    """A field with its limits; `kind` is its type: `int`, `float`, `bool`, `str`, TABLE or INTEGERS."""
+    """A field with its limits; `kind` is its type: `int`, `float`, `bool`, `str`, TABLE, INTEGERS or a list of tables.
+
+    `default`: MISSING for a key of a table in a list that must be given.
+    """
 
     owner: type
     name: str
     kind: Any
     default: Any
     choices: tuple[Any, ...]
+
+    @property
+    def tables(self) -> type | None:
+        """The dataclass of each table of a list of tables (`tuple[SomeDataclass, ...]`); None for other settings."""
+        entry = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
+        return entry if dataclasses.is_dataclass(entry) else None  # type: ignore[return-value]
 
     @property
     def doc(self) -> str:
@@ -91,6 +101,8 @@ class Setting(Limits):
         """The allowed values in words: `a whole number >= 1`, `one of "a", "b"`."""
         if self.choices:
             return ("one of " if len(self.choices) > 1 else "only ") + ", ".join(map(json.dumps, self.choices))
+        if self.tables:
+            return f"a list of tables with the keys {', '.join(settings(self.tables))}"
         bounds = ((sign, getattr(self, name)) for name, (sign, _) in _BOUNDS.items())
         limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
         return f"{_WORDS[self.kind]} {limits}".strip()
@@ -98,8 +110,11 @@ class Setting(Limits):
     def problem(self, value: Any) -> str | None:
         """What was expected, if `value` has another type or is not within the limits; else None.
 
-        A whole number is accepted as a float; a boolean is never a number, and NaN and infinity are never in range.
+        A whole number is accepted as a float; a boolean is never a number, and NaN and infinity are never in range. The
+        keys of a list's tables are settings of their own, which are not looked at here.
         """
+        if self.tables:
+            return None if _are_tables(value) else f"expected {self.expectation}, at most {MOST_TABLES} of them"
         kind, each_of = self.kind, [value]
         if kind == TABLE and isinstance(value, dict):
             kind, each_of = float, [*value.values()]
@@ -179,6 +194,12 @@ def _docs(cls: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
                 found[ast.unparse(field.target)] = " ".join(ast.literal_eval(doc.value).split())
     return found
+
+
+def _are_tables(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and len(value) <= MOST_TABLES and all(isinstance(each, dict) for each in value)
+    )
 
 
 def _text_problem(text: str, any_text: bool = False) -> str | None:

@@ -205,7 +205,7 @@ def _parsed(text: str, kind: Any) -> Any:
             return {"true": True, "false": False}.get(text, text)
         if kind == INTEGERS and not text.startswith("["):  # 2,6
             return [int(part) for part in text.split(",") if text.strip()]
-        if kind not in (TABLE, INTEGERS):
+        if kind in (int, float, str):
             return kind(text)
         parsed = parse_toml(f"value = {text}")
         return parsed["value"] if parsed.keys() == {"value"} else text
@@ -213,22 +213,42 @@ def _parsed(text: str, kind: Any) -> Any:
         return text
 
 
-def _checked_values(section: str, table: dict[str, Any], errors: Errors) -> dict[str, Any]:
-    """The table's values, converted to the types of their keys; errors are added."""
+def _checked_values(section: str, table: dict[str, Any], errors: Errors, place: str = "") -> dict[str, Any]:
+    """The table's values, converted to the types of their keys; errors are added. `place`: its heading, [section]."""
     checked = {}
     selector, known = READY_MADE.get(section, ("", {}))
     for key, value in table.items():
-        where = f"[{section}] {name(key)} = {shown(value)}"
+        where = f"{place or f'[{section}]'} {name(key)} = {shown(value)}"
         if key not in _keys(section):
             errors.append((_unknown_key, where, section, key))
         elif key == selector and not (isinstance(value, str) and value in known):
             errors.append((_unknown_name, where, value, key, known))
         else:
             try:
-                checked[key] = value if key == selector else _converted(KEYS[f"{section}.{key}"], value)
+                if key == selector:
+                    checked[key] = value
+                else:
+                    setting = _settings(section)[key]
+                    checked[key] = _converted(setting, value)
+                    if setting.tables:
+                        checked[key] = _checked_tables(f"{section}.{key}", setting.tables, value, errors)
             except ValueError as problem:
                 errors.append((str, f"{where}: {problem}"))
-    return checked
+    return {key: value for key, value in checked.items() if value is not None}
+
+
+def _checked_tables(name: str, kind: type, tables: list[dict[str, Any]], errors: Errors) -> tuple[Any, ...] | None:
+    """The tables of a list, such as [[training.stages]], as dataclasses; None if one of them is wrong."""
+    before, built = len(errors), []
+    for number, table in enumerate(tables, 1):
+        place = f"[[{name}]] number {number}:"
+        values = _checked_values(name, table, errors, place)
+        for key, setting in settings(kind).items():
+            if setting.default is dataclasses.MISSING and key not in table:
+                errors.append((str, f"{place} {key} is missing: {setting.doc}"))
+        if len(errors) == before:
+            built.append(kind(**values))
+    return None if len(errors) > before else tuple(built)
 
 
 def _converted(setting: Setting, value: Any) -> Any:
@@ -289,7 +309,14 @@ def _built(checked: Tables, refused: set[str], errors: Errors) -> Config:
 def _keys(section: str) -> dict[str, Any]:
     """Valid keys of a section and their types, including its selector, such as `flavor` of [model]."""
     selector = {READY_MADE[section][0]: str} if section in READY_MADE else {}
-    return selector | {key: setting.kind for key, setting in settings(SECTIONS[section]).items()}
+    return selector | {key: setting.kind for key, setting in _settings(section).items()}
+
+
+def _settings(section: str) -> dict[str, Setting]:
+    """The settings of a section, or of a table of the list of tables that has this name."""
+    kind = SECTIONS[section] if section in SECTIONS else KEYS[section].tables
+    assert kind is not None
+    return settings(kind)
 
 
 def _stray(key: str, value: Any) -> str:
@@ -312,7 +339,8 @@ def _unknown_key(where: str, section: str, key: str) -> str:
     hint = _nearest(key, _keys(section)) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
     if f"{section}.{key}" in SECTIONS:
         hint = f"; [{section}.{key}] is a section, with keys of its own"
-    return f"{where}: unknown key{hint}; keys of [{section}]: {', '.join(_keys(section))}"
+    heading = f"[{section}]" if section in SECTIONS else f"[[{section}]]"
+    return f"{where}: unknown key{hint}; keys of {heading}: {', '.join(_keys(section))}"
 
 
 def _home_of(key: str) -> str | None:
@@ -332,6 +360,21 @@ def to_toml(config: Config, comments: bool = False) -> str:
         lines.append(f"[{section}]")
         for key, setting in settings(cls).items():
             lines += [f"# {setting.doc} ({setting.expectation})"] if comments else []
-            lines.append(f"{key} = {toml(value_at(config, f'{section}.{key}'))}")
+            value = value_at(config, f"{section}.{key}")
+            if setting.tables:
+                lines += _explained(setting.tables) if comments else []
+                value = [given(each) for each in value]
+            lines.append(f"{key} = {toml(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def given(table: Any) -> dict[str, Any]:
+    """The keys of a table of a list that do not have their defaults."""
+    values = {key: (getattr(table, key), setting.default) for key, setting in settings(type(table)).items()}
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
+def _explained(kind: type) -> list[str]:
+    """A comment for each key of a list's tables."""
+    return [f"#   {key}: {setting.doc} ({setting.expectation})" for key, setting in settings(kind).items()]
