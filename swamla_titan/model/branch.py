@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swamla_titan.kernels.attention.dispatch import FusedImplementation, Heads, Implementation, Projections, Request
 from swamla_titan.kernels.attention.masks import Mask, MaskSpec, Selection, SelectionRule, causal_pairs, window_pairs
+from swamla_titan.kernels.attention.selective import saved_sums
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import Rotary, Rotation, rotation, spec_of
 
@@ -64,6 +65,13 @@ class Saved(NamedTuple):
     local: float  # for each token of this rank
     sequence: float = 0.0  # for each token of the sequence, also where the ranks of context parallelism shard that
     saves_result: bool = False  # an operator such as attention saves the input of the residual output itself
+
+
+class Gathered(NamedTuple):
+    """What a rank of context parallelism gives to the others of each layer, in elements of a sequence."""
+
+    local: int  # for each token of its chunks
+    sums: int = 0  # for each of its chunks and each token of the sequence, in float32 at least
 
 
 @dataclass
@@ -116,6 +124,16 @@ class Branch(nn.Module):
     @abstractmethod
     def saved(cls, config: ModelConfig, tensor: int) -> Saved:
         """What each of `tensor` tensor-parallel ranks saves when the branch is compiled."""
+
+    @classmethod
+    def saved_by_kernels(
+        cls, config: ModelConfig, batch: int, seq_len: int, chunk: int | None, dtype: torch.dtype
+    ) -> int:
+        """Bytes for each token of the sequence that its kernels save beside their inputs and result.
+
+        Of a micro-batch of `batch` sequences; `chunk` is as in Request. They are in memory wherever the result is.
+        """
+        return 0
 
     def input_readers(self) -> dict[str, nn.Linear]:
         """The linear layers that read the branch's input, by their names in it; none if something else reads it too.
@@ -231,8 +249,8 @@ class Attention(Mixer, is_abstract=True):
 
     `key_exchange`: how the ranks of context parallelism get each other's keys (parallel/context.py). "halo":
     `inner_attention` gets keys and values of a rank's own tokens, and exchanges those that windows and sinks reach.
-    "gather": the forward pass calls `inner_attention.gather` for what keys and values are made of, `gathered` elements
-    per token. None: the kind does not support context parallelism.
+    "gather": the forward pass calls `inner_attention.gather` for what keys and values are made of, as `gathered` has
+    it. None: the kind does not support context parallelism.
     """
 
     key_exchange: ClassVar[KeyExchange | None] = None
@@ -265,9 +283,19 @@ class Attention(Mixer, is_abstract=True):
         return None
 
     @classmethod
-    def gathered(cls, config: ModelConfig) -> int:
-        """Elements per token that "gather" exchanges."""
+    def gathered(cls, config: ModelConfig) -> Gathered:
+        """What "gather" exchanges."""
         raise NotImplementedError(f"{cls.__name__} declares no elements to gather: see {__name__}")
+
+    @classmethod
+    def saved_by_kernels(
+        cls, config: ModelConfig, batch: int, seq_len: int, chunk: int | None, dtype: torch.dtype
+    ) -> int:
+        """As in Branch: sums of what is selected, which our kernels of 16 bits save."""
+        if cls.selection_head(config) is None or dtype.itemsize > 2:
+            return 0
+        lengths = [seq_len] if chunk is None else [chunk, chunk]
+        return sum(saved_sums(batch, seq_len, length) for length in lengths) * torch.float32.itemsize
 
     @classmethod
     def projections(cls, config: ModelConfig) -> Projections | None:

@@ -8,7 +8,16 @@ from torch import Tensor
 from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import Heads, Projections, SelectiveImplementation
 from swamla_titan.kernels.attention.masks import MaskSpec, Selection, SelectionRule
-from swamla_titan.model.branch import Attention, AttentionContext, Clock, KeyExchange, Saved, SelectingHead, Step
+from swamla_titan.model.branch import (
+    Attention,
+    AttentionContext,
+    Clock,
+    Gathered,
+    KeyExchange,
+    Saved,
+    SelectingHead,
+    Step,
+)
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import EPS, Linear, RMSNorm, Role, Rotary, Rotation, rotate
 
@@ -142,9 +151,10 @@ class LatentAttention(Attention):
         return Heads(config.num_heads, config.num_heads, qk_width, config.v_head_dim)
 
     @classmethod
-    def gathered(cls, config: ModelConfig) -> int:
-        """As in Attention: the latent and the rotary key."""
-        return config.kv_lora_rank + config.qk_rope_head_dim
+    def gathered(cls, config: ModelConfig) -> Gathered:
+        """As in Attention: the latent and the rotary key; and what each chunk's queries select of each key."""
+        selects = cls.selection_head(config) is not None
+        return Gathered(config.kv_lora_rank + config.qk_rope_head_dim, sums=int(selects))
 
     @classmethod
     def selection_head(cls, config: ModelConfig) -> int | None:
@@ -165,7 +175,8 @@ class LatentAttention(Attention):
         sharded, the selecting one's queries and keys beside own ones.
         """
         heads = cls.heads(config)
-        own = cls.gathered(config) + 2 * config.q_lora_rank + heads.queries * (heads.qk_width + heads.v_width) / tensor
+        compressed = cls.gathered(config).local + 2 * config.q_lora_rank
+        own = compressed + heads.queries * (heads.qk_width + heads.v_width) / tensor
         expanded = heads.qk_width + config.qk_nope_head_dim + heads.v_width
         selecting = heads.qk_width if config.mla_selective and tensor > 1 else 0
         of_every_token = config.kv_lora_rank + heads.keys * expanded / tensor + selecting

@@ -21,7 +21,7 @@ from swamla_titan.model.row_table import RowTable, row_tables
 from swamla_titan.optim import gradient_norm
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import compile_model
-from swamla_titan.parallel.context import apply_context_parallel, share_stream
+from swamla_titan.parallel.context import apply_context_parallel
 from swamla_titan.parallel.data_parallel import (
     all_reduce_replicated_grads,
     apply_data_parallel,
@@ -32,6 +32,7 @@ from swamla_titan.parallel.float8 import gathers_float8
 from swamla_titan.parallel.kernels import choose_kernels
 from swamla_titan.parallel.pipeline import ModelStage, Pipeline, build_stages
 from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead, shard_row_tables
+from swamla_titan.parallel.sequence_exchange import share_stream
 from swamla_titan.parallel.tensor import apply_tensor_parallel, enable_async_tensor_parallel, sides_on_a_rank
 from swamla_titan.quantization.native import cast_weights, forget_casts, save_transposed_weights
 

@@ -17,15 +17,15 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.distributed.degrees import Degrees
-from swamla_titan.kernels.attention.selective import saved_sums
 from swamla_titan.model import Block, ModelConfig
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
-from swamla_titan.model.branch import Attention, Branch
+from swamla_titan.model.branch import Branch
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.model.layers import Linear, Role
 from swamla_titan.parallel.activation_checkpoint import checkpointed_regions, is_annex_recomputed, keeps_operators
 from swamla_titan.parallel.float8 import float8_coverage
+from swamla_titan.parallel.sequence_layout import SequenceLayout
 
 # Eager to compiled, measured on a CPU for both kinds of block; float32 has no casts that would be kept.
 EAGER_FACTOR = {"float32": 1.3, "bfloat16": 1.5}
@@ -110,9 +110,8 @@ def _of_layer(config: Config, degrees: Degrees, layer: int, micro_batch_size: in
     """Bytes for one sequence that a layer keeps, and that its largest recomputed region recomputes."""
     model, settings = config.model, config.activation_checkpoint
     kind = model.block_kinds[layer]
-    branches = {branch: _branch_elements(config, degrees, kind, branch) for branch in Block.branches}
-    sums = _sums_of_selection(config, degrees, kind, micro_batch_size)
-    branches["attention"] += sums
+    of_kernels = {name: _saved_by_kernels(config, degrees, kind, name, micro_batch_size) for name in Block.branches}
+    branches = {name: _branch_elements(config, degrees, kind, name) + of_kernels[name] for name in Block.branches}
     its_input = model.dim / (degrees.tensor * degrees.context)
     regions = checkpointed_regions(settings, layer)
     recomputed = 0.0
@@ -122,7 +121,7 @@ def _of_layer(config: Config, degrees: Degrees, layer: int, micro_batch_size: in
         of_region = its_input
         if keeps_operators(settings):
             of_region += sum(kept_by_operators(model, kind, each, degrees.context, degrees.tensor) for each in region)
-            of_region += sums if "attention" in region else 0
+            of_region += sum(of_kernels[each] for each in region)
         recomputed = max(recomputed, without - of_region)
         kept += of_region - without
     if settings.memory_budget < 1:  # of the compiler: 0 keeps the inputs alone, 1 everything
@@ -164,14 +163,12 @@ def _branch_elements(config: Config, degrees: Degrees, kind: str, branch: str) -
     return elements
 
 
-def _sums_of_selection(config: Config, degrees: Degrees, kind: str, micro_batch_size: int) -> float:
-    """What our kernels of selective attention save for each token beyond other attention, in units of 16 bits."""
-    mixer, seq_len = BLOCKS[kind], config.training.seq_len
-    if not issubclass(mixer, Attention) or mixer.selection_head(config.model) is None or itemsize(config) > 2:
-        return 0
-    chunks = 2 if degrees.context > 1 else 1  # parallel/sequence_layout.py
-    length = seq_len // (chunks * degrees.context)
-    return chunks * saved_sums(micro_batch_size, seq_len, length) * torch.float32.itemsize / itemsize(config)
+def _saved_by_kernels(config: Config, degrees: Degrees, kind: str, branch: str, micro_batch_size: int) -> float:
+    """What kernels save for each token beside their inputs and result, in elements of the compute dtype."""
+    seq_len, dtype = config.training.seq_len, getattr(torch, config.training.compute_dtype)
+    chunk = SequenceLayout(seq_len, degrees.context, 0).chunk if degrees.context > 1 else None
+    saved = _branch(config.model, kind, branch).saved_by_kernels(config.model, micro_batch_size, seq_len, chunk, dtype)
+    return saved / itemsize(config)
 
 
 def recomputed_operations(config: Config, layer: int) -> int:

@@ -21,13 +21,15 @@ from swamla_titan.model.cache import DecodeCache
 from swamla_titan.parallel.context import (
     SharedSequences,
     _mask,
-    all_gather_sequence,
     apply_context_parallel,
-    exchange_windows,
     exchanged_bytes,
+    window_intervals,
+)
+from swamla_titan.parallel.sequence_exchange import (
+    all_gather_sequence,
+    exchange_windows,
     local_chunks,
     sink_sources,
-    window_intervals,
 )
 from swamla_titan.parallel.sequence_layout import SequenceLayout, plan_window_exchange, window_exchange_bytes
 from tests.distributed.ranks import init_gloo, on_ranks

@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from swamla_titan.kernels.attention.dispatch import FLEX, REFERENCE
 from swamla_titan.kernels.attention.masks import MaskSpec, block_mask_of, dense_mask_of, document_starts
-from swamla_titan.parallel.context import SharedStream, StreamSlice, gathered_intervals, window_intervals
+from swamla_titan.parallel.context import gathered_intervals, window_intervals
+from swamla_titan.parallel.sequence_exchange import SharedStream, StreamSlice
 from swamla_titan.parallel.sequence_layout import (
     HaloExchange,
     SequenceLayout,
