@@ -1,7 +1,7 @@
 """The model as the trainer sees it: built and parallelized, with the same few methods under every plan."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -37,10 +37,22 @@ from swamla_titan.parallel.tensor import apply_tensor_parallel, enable_async_ten
 from swamla_titan.quantization.native import cast_weights, forget_casts, save_transposed_weights
 
 
+class LossScaling:
+    """What the passes of a step scale the loss by: nothing. A subclass is train/loss_scale.py."""
+
+    def scaled(self, loss_denominator: float, device: torch.device) -> Tensor | float:
+        """The divisor of the sum over targets that makes the loss of the backward passes, which run on `device`."""
+        return loss_denominator
+
+    def unscaled(self, loss: Tensor, gradients: Iterable[Tensor]) -> Tensor:
+        """The loss of the global batch; `gradients` are divided in place as it is."""
+        return loss
+
+
 class ParallelModel:
     """This rank's part of a model, built and parallelized as the configuration says.
 
-    `parts` is the full model alone, or the pipeline stages that this rank holds.
+    `parts` is the full model alone, or the pipeline stages that this rank holds. `loss_scaling` may be replaced.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -51,7 +63,7 @@ class ParallelModel:
         for part in self.parts:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         self._gathers_float8 = gathers_float8(config, world.degrees)
-        self.loss_scale: Tensor | None = None  # float32 scalar on the weights' device; set by the trainer
+        self.loss_scaling = LossScaling()
         self.pipeline = None
         if world.degrees.pipeline > 1:
             self.pipeline = Pipeline(config, world, cast(list[ModelStage], self.parts))
@@ -64,15 +76,10 @@ class ParallelModel:
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
         """Run forward and backward for this rank's micro-batches; gradients become those of the global batch.
 
-        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`. With a
-        `loss_scale` the backward passes are of the scaled loss, and the gradients are divided by it afterwards.
+        Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.
         """
-        if self.loss_scale is not None:
-            scale = self.loss_scale
-            loss = self._passes(micro_batches, loss_denominator / scale.to(self.world.device, non_blocking=True))
-            torch._foreach_mul_([gradient for gradient, _ in self._gradients()], scale.reciprocal())
-            return loss / scale.to(loss.device)
-        return self._passes(micro_batches, loss_denominator)
+        loss = self._passes(micro_batches, self.loss_scaling.scaled(loss_denominator, self.world.device))
+        return self.loss_scaling.unscaled(loss, (gradient for gradient, _ in self._gradients()))
 
     def _passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         try:

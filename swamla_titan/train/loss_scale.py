@@ -5,10 +5,13 @@ step whose gradient norm is then not finite halves the scale, and is skipped as 
 double it (the constants of torch.amp.GradScaler). The scale is on the device, and the host never waits for it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
+from swamla_titan.parallel.model_parts import LossScaling
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 
 _FIRST = 2.0**16
@@ -16,8 +19,8 @@ _INTERVAL = 2000  # finite steps before the scale is doubled
 _LEAST, _MOST = 2.0**-60, 2.0**60
 
 
-class LossScale(StateGroup, Policy):
-    """The scale; it is the same on every rank, because it follows from the norm of the global gradient."""
+class LossScale(LossScaling, StateGroup, Policy):
+    """The scale, a power of two, which follows from the norm of the global gradient: all ranks have the same."""
 
     group = "loss_scale"
 
@@ -25,6 +28,15 @@ class LossScale(StateGroup, Policy):
         """`device`: where the gradient norm is."""
         self.value = torch.full((), _FIRST, dtype=torch.float32, device=device)
         self._good = torch.zeros((), dtype=torch.int64, device=device)
+
+    def scaled(self, loss_denominator: float, device: torch.device) -> Tensor:
+        """As in LossScaling."""
+        return loss_denominator / self.value.to(device, non_blocking=True)
+
+    def unscaled(self, loss: Tensor, gradients: Iterable[Tensor]) -> Tensor:
+        """As in LossScaling."""
+        torch._foreach_mul_(list(gradients), self.value.reciprocal())
+        return loss / self.value.to(loss.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live tensors."""

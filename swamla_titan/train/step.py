@@ -24,8 +24,8 @@ GROUPS = declared(*OF_MODELS.values(), BadSteps, LossScale)  # that checkpoints 
 class RunState(State):
     """The state of a run on this rank: shards of model and optimizers, average of weights, policies, random states.
 
-    `bad_steps` is None where bad steps are not skipped, `ema` where no average is kept, `loss_scale` where the loss is
-    not scaled.
+    `bad_steps` is None where bad steps are not skipped, `ema` where no average is kept. `policies` are those whose
+    state is part of it.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class RunState(State):
         weights_device = torch.device("cpu") if config.parallel.cpu_offload else world.device
         skips = config.fault_tolerance.skip_bad_steps
         self.bad_steps = BadSteps(config.fault_tolerance, weights_device, world) if skips else None
-        self.loss_scale = LossScale(weights_device) if config.float8.loss_scaling else None
-        if self.loss_scale:
-            self.model.loss_scale = self.loss_scale.value
+        self.policies = [LossScale(weights_device)] if config.float8.loss_scaling else []
+        for scaling in self.policies:
+            self.model.loss_scaling = scaling
         groups = (
             Weights(parts),
             OptimizerStates(parts, self.optimizers, config.optimizer),
             Average(parts, self.ema) if self.ema else None,
             self.bad_steps,
-            self.loss_scale,
+            *self.policies,
             RandomStates(world.device, world.rank),
         )
         super().__init__([each for each in groups if each is not None], GROUPS, world)

@@ -89,7 +89,7 @@ class Trainer:
             self.profiler,  # then begins its trace, which shows the wait for data
             self.throughput,  # in a log line: reads the clock before the others wait for the device
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
-            *([self.state.loss_scale] if self.state.loss_scale else []),
+            *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
             self.unreadable,
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more

@@ -48,7 +48,9 @@ def test_backward_passes_are_of_the_scaled_loss_and_gradients_are_not(scale):
     )
     model = ParallelModel(config, World.alone())
     model.init_weights(0)
-    model.loss_scale = None if scale is None else torch.tensor(scale)
+    if scale is not None:
+        model.loss_scaling = LossScale(torch.device("cpu"))
+        model.loss_scaling.value.fill_(scale)
     weight, seen = model.parts[0].blocks["0"].feed_forward.down.weight, []
     weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.norm().item()))
     tokens = batch()
