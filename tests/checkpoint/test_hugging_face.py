@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from swamla_titan.checkpoint.hugging_face import tokenizer_files
 from swamla_titan.data import Tokenizer, load_tokenizer
-from swamla_titan.tools.tokenizer_files import tokenizer_files
 
 TEXTS = [
     "",
