@@ -17,16 +17,17 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences
+from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences, validation_text
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
-from swamla_titan.data.held_out import ValidationSet
+from swamla_titan.data.held_out import HELD_OUT_TEXT, ValidationSet, ValidationText
 from swamla_titan.data.loader import BatchLoader
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.tokenizer import CompressedVocabulary, Tokenizer, compress, load_tokenizer
 from swamla_titan.data.worker import prepare_workers
 
 __all__ = [
+    "HELD_OUT_TEXT",
     "IGNORED",
     "BatchLoader",
     "CompressedVocabulary",
@@ -36,6 +37,7 @@ __all__ = [
     "StepBatch",
     "Tokenizer",
     "ValidationSet",
+    "ValidationText",
     "build_validation_set",
     "compress",
     "described",
@@ -52,5 +54,6 @@ __all__ = [
     "taken_from_cursors",
     "text_sequences",
     "uneven",
+    "validation_text",
     "waits_for_streams",
 ]

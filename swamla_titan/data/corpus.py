@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from swamla_titan.data.changes import changed_files, changed_settings, files_by_
 from swamla_titan.data.division import divide
 from swamla_titan.data.document import Document, Source
 from swamla_titan.data.faults import Fault
-from swamla_titan.data.held_out import HeldOut, ValidationSet, choose_held_out, pack, text_hash
+from swamla_titan.data.held_out import HeldOut, ValidationSet, ValidationText, choose_held_out, pack, text_hash
 from swamla_titan.data.retry import Retry, all_documents
 from swamla_titan.data.segments import ORDER, Segments
 from swamla_titan.data.sources import open_source
@@ -279,16 +280,26 @@ def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     return found
 
 
-def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -> ValidationSet | None:
-    """Pack the documents of `validation.path`, or those held out of the training data, up to validation.max_tokens.
+def validation_text(corpus: Corpus, validation: Validation, kept: Path | None = None) -> ValidationText | None:
+    """The documents of `validation.path`, or those held out of the training data, up to validation.max_tokens.
 
     None if there is no path and nothing is held out (validation.fraction = 0). The order is that of the source, without
-    shuffling, so it is the same in every run. UserError if there is no text.
+    shuffling, so it is the same in every run. `kept`: the file where the run may have kept held-out text. UserError if
+    there is no text.
     """
+    basis: dict[str, Any] | None = None
     if validation.path:
         documents = _path_documents(corpus.data, validation, corpus.tokenizer)
         missing = f"validation.path: {validation.path} holds no text, only empty documents."
     elif validation.fraction > 0:
+        basis = {
+            "data": f"{corpus.data.source} {corpus.source.fingerprint}",
+            "data.tokenizer": f"{corpus.tokenizer.name} {corpus.tokenizer.fingerprint}",
+            "validation.fraction": corpus.read_by_validation.fingerprint,
+            "validation.max_tokens": validation.max_tokens,
+        }
+        if kept and (found := ValidationText.kept(kept, basis)):
+            return found
         # Faults are ignored: they were reported already, or will be when training reads the file.
         faults: list[Fault] | None = [] if corpus.skips_files else None
         readable = all_documents(corpus.source, corpus.new_retry(), faults)
@@ -304,7 +315,15 @@ def build_validation_set(corpus: Corpus, validation: Validation, seq_len: int) -
     text = text[: validation.max_tokens + 1]
     if len(text) < 2:
         raise UserError(missing)
-    return pack(text, seq_len, corpus.tokenizer, corpus.data.document_mask)
+    return ValidationText(text, basis)
+
+
+def build_validation_set(
+    corpus: Corpus, validation: Validation, seq_len: int, text: ValidationText | None = None
+) -> ValidationSet | None:
+    """Pack `text` into sequences, by default the `validation_text`; None if there is none."""
+    text = text or validation_text(corpus, validation)
+    return pack(text.tokens, seq_len, corpus.tokenizer, corpus.data.document_mask) if text else None
 
 
 def retry_of(data: Data, is_closed: Callable[[], bool] | None = None) -> Retry:

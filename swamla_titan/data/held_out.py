@@ -1,16 +1,26 @@
 """Held-out text: which documents training leaves out, by their text alone, and the sequences that validation reads."""
 
 import hashlib
+import json
+import logging
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from swamla_titan.data.batches import IGNORED, MicroBatch, document_ids, micro_batch
 from swamla_titan.data.document import Document
+from swamla_titan.data.faults import one_line
 from swamla_titan.data.tokenizer import Tokenizer
 from swamla_titan.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_TEXT = "held_out.npz"  # in the dump folder
 
 # A corpus within both limits is small: it is read in full at start-up, and the fraction held out is exact.
 SMALL_DOCUMENTS = 2048
@@ -79,6 +89,50 @@ def choose_held_out(documents: Iterable[Document], fraction: float, separator: s
         )
     count = max(1, min(len(hashes) - 1, round(fraction * len(hashes))))
     return HeldOut(sorted(hashes)[count - 1] + 1)
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """The tokens that validation reads, and what they follow from.
+
+    A run keeps held-out text in its dump folder, because finding it again may take minutes: 1% of the documents of a
+    large corpus is spread over a hundred times as many tokens.
+    """
+
+    tokens: np.ndarray  # int32 [n]
+    basis: dict[str, Any] | None = None  # of text to be kept: all that it follows from, as JSON types
+
+    @classmethod
+    def kept(cls, path: Path, basis: dict[str, Any]) -> "ValidationText | None":
+        """The text in the file `path`; None if it is not there or, with a warning, damaged or of another basis."""
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                tokens, found = content["tokens"], json.loads(content["basis"].tobytes())
+            if tokens.dtype != np.int32 or tokens.ndim != 1 or not isinstance(found, dict):
+                raise ValueError("it is not of this form")
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("%s cannot be read (%s): held-out text is chosen again", path, one_line(error))
+            return None
+        if found == basis:
+            return cls(tokens)
+        changed = ", ".join(name for name, value in basis.items() if found.get(name) != value)
+        logger.warning("%s is held-out text of another %s: it is chosen again", path, changed)
+        return None
+
+    def keep(self, path: Path) -> None:
+        """Write the file `path`; if that fails, the next start chooses the text again."""
+        if self.basis is None:
+            return
+        new = path.with_name(f".{path.name}.new")
+        try:
+            new.unlink(missing_ok=True)  # also a link or a pipe, which must not be written to
+            with new.open("xb") as file:
+                np.savez(file, tokens=self.tokens, basis=np.frombuffer(json.dumps(self.basis).encode(), np.uint8))
+            new.replace(path)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the next start chooses held-out text again", path, error)
 
 
 @dataclass(frozen=True)

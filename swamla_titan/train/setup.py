@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swamla_titan.checkpoint.dump_folder import validate_exclusive, validate_folder
+from swamla_titan.checkpoint.dump_folder import prepare_folder, validate_exclusive, validate_folder
 from swamla_titan.checkpoint.initial_load import InitialLoad, find_initial_load
 from swamla_titan.checkpoint.manifest import ANNEX_RECORD, CONFIG, DATA, VOCABULARY
 from swamla_titan.checkpoint.records import (
@@ -32,15 +32,18 @@ from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import (
+    HELD_OUT_TEXT,
     BatchLoader,
     Corpus,
     ValidationSet,
+    ValidationText,
     build_validation_set,
     load_tokenizer,
     micro_batch_size,
     open_corpus,
     pinned,
     prepare_workers,
+    validation_text,
 )
 from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import Damaged, UserError
@@ -71,6 +74,7 @@ class Inputs:
     checkpoints: Checkpoints
     origin: Origin  # the checkpoint to resume from, if there is one
     corpus: Corpus
+    validation_text: ValidationText | None
     validations: list[Validation]
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
@@ -104,6 +108,13 @@ class Setup(Inputs):
                     first=self.train_state.sequences,
                 ),
             )
+
+    def prepare_folder(self) -> None:
+        """Make the dump folder, with the resolved configuration and held-out text; UserError if that is impossible."""
+        folder = Path(self.config.job.dump_folder)
+        prepare_folder(folder, to_toml(self.config))
+        if self.validation_text:
+            self.validation_text.keep(folder / HELD_OUT_TEXT)
 
     def build_state(self) -> RunState:
         """Build model, optimizers and other state that training changes, and load the checkpoint if there is one."""
@@ -203,7 +214,8 @@ def set_up_inputs(
     opened(origin)
     config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
     with checkpoints.loading(origin.path):
-        config, corpus, held_out = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
+        config, corpus = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
+        text = broadcast_from_rank_0(world, lambda: _validation_text(config, corpus))
     opened(corpus)
     require_same_data(world, corpus)
     corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
@@ -212,6 +224,7 @@ def set_up_inputs(
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
+    held_out = build_validation_set(corpus, config.validation, training.seq_len, text) if text else None
     validation = validation_record(origin.data, held_out)
     validations = all_ranks_or_raise(world, lambda: _on_held_out(config, world, held_out, size, validation))
     if config.validation.tasks:
@@ -224,7 +237,14 @@ def set_up_inputs(
         record = AnnexRecord.of(config.model, ids)
     require_fit = initial.require_fit if initial else lambda config: None
     broadcast_from_rank_0(world, lambda: require_fit(config))
-    return Inputs(config, choices, world, checkpoints, origin, corpus, validations, validation, size, record, initial)
+    return Inputs(
+        config, choices, world, checkpoints, origin, corpus, text, validations, validation, size, record, initial
+    )
+
+
+def _validation_text(config: Config, corpus: Corpus) -> ValidationText | None:
+    kept = Path(config.job.dump_folder) / HELD_OUT_TEXT
+    return validation_text(corpus, config.validation, kept) if config.validation.interval else None
 
 
 def _on_held_out(
@@ -259,8 +279,8 @@ def from_newest_intact(build: Callable[[dict[Path, str]], Result]) -> Result:
             damaged = found.damaged
 
 
-def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus, ValidationSet | None]:
-    """Open the training data and the validation text; also returns the configuration with the tokenizer's vocabulary.
+def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus]:
+    """Open the training data; also returns the configuration with the tokenizer's vocabulary.
 
     `recorded`: the data record of the checkpoint to resume from. Raises Damaged where this program would not write such
     a record.
@@ -275,9 +295,7 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
             raise
         # It is valid JSON, but not of the form that this program writes.
         raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
-    if not config.validation.interval:
-        return config, corpus, None
-    return config, corpus, build_validation_set(corpus, config.validation, config.training.seq_len)
+    return config, corpus
 
 
 def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:

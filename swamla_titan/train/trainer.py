@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from swamla_titan.checkpoint.async_save import Saver
-from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder, prepare_folder
+from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder
 from swamla_titan.checkpoint.records import TrainState
-from swamla_titan.config import to_toml
 from swamla_titan.data import StepBatch
 from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
@@ -69,7 +68,7 @@ class Trainer:
         # From here on only the dump folder itself can be refused, for what writing to it shows.
         unfinished = self.step < config.training.steps  # the folder of a finished run keeps its configuration
         if unfinished:
-            broadcast_from_rank_0(world, lambda: prepare_folder(self.folder, to_toml(config)))
+            broadcast_from_rank_0(world, setup.prepare_folder)
         all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
         self.unreadable = UnreadableData(self.folder, setup.corpus, setup.train_state, writes=self._may_write)
         metrics = partial(MetricsLogger, config.metrics, self.folder, asdict(config), self.step, config.training.steps)

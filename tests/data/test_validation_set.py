@@ -1,12 +1,15 @@
 """Held-out text: what is in it, in which order, and how ranks share it."""
 
+import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from swamla_titan.config.sections import Validation
-from swamla_titan.data import IGNORED, build_validation_set
+from swamla_titan.data import IGNORED, build_validation_set, validation_text
 from swamla_titan.data.batches import document_ids
 from swamla_titan.data.corpus import all_documents
 from swamla_titan.data.streams import DocumentStream
@@ -128,3 +131,87 @@ def test_ranks_get_equally_many_micro_batches(maker, world_size, local):
     assert sorted(kept) == sorted(found.targets.tolist())
     filler = [batch.targets[batch.sequences :] for part in parts for batch in part]
     assert torch.cat(filler).eq(IGNORED).all()
+
+
+HELD_OUT = Validation(fraction=0.3, max_tokens=200)
+
+
+@pytest.fixture
+def unread(maker, monkeypatch):
+    """A function that opens the corpus again, whose documents then cannot be read."""
+
+    def refuse(*arguments):
+        raise AssertionError("the corpus was read for held-out text")
+
+    def opened(validation=HELD_OUT, **keys):
+        corpus = maker.open(validation, **keys)
+        monkeypatch.setattr(corpus.source, "read", refuse)
+        return corpus
+
+    return opened
+
+
+def test_kept_text_is_that_which_reading_finds(maker, unread, tmp_path):
+    """Whatever the length of a sequence is, and without reading the corpus."""
+    maker.write(maker.texts(50), files=3)
+    kept = tmp_path / "held_out.npz"
+    validation_text(maker.open(HELD_OUT), HELD_OUT, kept).keep(kept)
+    for keys in ({}, {"document_mask": True}):
+        expected = build_validation_set(maker.open(HELD_OUT, **keys), HELD_OUT, SEQ_LEN // 2)
+        corpus = unread(**keys)
+        found = build_validation_set(corpus, HELD_OUT, SEQ_LEN // 2, validation_text(corpus, HELD_OUT, kept))
+        assert found.fingerprint == expected.fingerprint
+        assert torch.equal(found.tokens, expected.tokens)
+        assert (found.document_ids is None) == (expected.document_ids is None)
+
+
+@pytest.mark.parametrize(
+    "changed, keys",
+    [
+        ("validation.max_tokens", {"validation": dataclasses.replace(HELD_OUT, max_tokens=150)}),
+        ("validation.fraction", {"validation": dataclasses.replace(HELD_OUT, fraction=0.4)}),
+        ("data.tokenizer", {"tokenizer": "gpt2"}),
+        ("data", {"text_key": "other"}),
+    ],
+)
+def test_kept_text_of_other_data_is_chosen_again(maker, tmp_path, caplog, changed, keys):
+    texts = maker.texts(50)
+    rows = [json.dumps({"text": text, "other": text}) + "\n" for text in texts]
+    (maker.folder / "part.jsonl").write_text("".join(rows))
+    kept = tmp_path / "held_out.npz"
+    validation_text(maker.open(HELD_OUT), HELD_OUT, kept).keep(kept)
+    validation = keys.get("validation", HELD_OUT)
+    corpus = maker.open(**({"validation": validation} | keys))
+    found = validation_text(corpus, validation, kept)
+    assert f"held_out.npz is held-out text of another {changed}: it is chosen again" in caplog.text
+    assert found.tokens.tolist() == validation_text(corpus, validation).tokens.tolist()
+    found.keep(kept)
+    caplog.clear()
+    assert validation_text(corpus, validation, kept).tokens.tolist() == found.tokens.tolist()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"text", "half", "form"])
+def test_damaged_kept_text_is_chosen_again(maker, tmp_path, caplog, damage):
+    maker.write(maker.texts(50))
+    kept = tmp_path / "held_out.npz"
+    corpus = maker.open(HELD_OUT)
+    text = validation_text(corpus, HELD_OUT, kept)
+    if damage == "form":
+        dataclasses.replace(text, tokens=text.tokens.astype(np.float32)).keep(kept)
+    else:
+        text.keep(kept)
+        kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2] if damage == "half" else damage)
+    assert validation_text(corpus, HELD_OUT, kept).tokens.tolist() == text.tokens.tolist()
+    assert "held_out.npz cannot be read" in caplog.text
+
+
+def test_text_that_cannot_be_kept_is_a_warning(maker, tmp_path, caplog):
+    maker.write(maker.texts(50))
+    text = validation_text(maker.open(HELD_OUT), HELD_OUT)
+    text.keep(tmp_path / "nowhere" / "held_out.npz")
+    assert "the next start chooses held-out text again" in caplog.text
+    (tmp_path / "val.txt").write_text("validation text")
+    other = validation_text(maker.open(), Validation(path=str(tmp_path / "val.txt")))
+    other.keep(tmp_path / "held_out.npz")  # of a path, which is read again
+    assert not (tmp_path / "held_out.npz").exists()

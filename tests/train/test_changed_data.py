@@ -80,7 +80,7 @@ def test_each_stream_reads_what_was_added_once_before_it_reads_everything(tiny, 
         write(data, name, name, count=12)
         assert train(tiny, *command, "--training.steps", str(4 + number)) == 0
     config = load_config(tmp_path / "run" / "config.toml")
-    _, corpus, _ = open_data(config, read_data_record(checkpoint(tmp_path / "run", 5)))
+    _, corpus = open_data(config, read_data_record(checkpoint(tmp_path / "run", 5)))
     assert [source.description.split(",")[0] for source in corpus.sources] == [
         "2 files",
         "1 file",

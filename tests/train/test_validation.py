@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from swamla_titan.config import Config, Override, load_config
-from swamla_titan.data import build_validation_set, load_tokenizer, open_corpus
+from swamla_titan.data import HELD_OUT_TEXT, build_validation_set, corpus, load_tokenizer, open_corpus
 from swamla_titan.data.held_out import text_hash
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import World
@@ -100,8 +100,8 @@ def test_bits_per_byte_are_those_of_the_text_whatever_the_tokenizer(tiny, tmp_pa
 @pytest.fixture
 def held_out(tiny: Path):
     config = load_config(tiny, [Override("model", "vocab_size", "257"), Override("data", "document_mask", "true")])
-    corpus = open_corpus(config.data, config.validation, config.job.seed)
-    return config, build_validation_set(corpus, config.validation, config.training.seq_len)
+    opened = open_corpus(config.data, config.validation, config.job.seed)
+    return config, build_validation_set(opened, config.validation, config.training.seq_len)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7, 50])
@@ -160,6 +160,17 @@ def test_validation_changes_nothing_in_training(tiny, tmp_path):
         assert metrics(tmp_path / interval) == metrics(tmp_path / "0")
         assert metrics(tmp_path / interval, "grad_norm") == metrics(tmp_path / "0", "grad_norm")
         assert_same_checkpoint(checkpoint(tmp_path / interval, 5), checkpoint(tmp_path / "0", 5))
+
+
+def test_a_resumed_run_does_not_look_for_held_out_text_again(tiny, tmp_path, monkeypatch):
+    settings = ("--data.num_workers", "0", "--validation.interval", "1", "--training.steps")
+    assert train(tiny, *settings, "2", "--optimizer.lr", "0") == 0
+    assert (tmp_path / "run" / HELD_OUT_TEXT).is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_up_to", lambda *arguments: pytest.fail("held-out text was chosen again"))
+        assert train(tiny, *settings, "3", "--optimizer.lr", "0") == 0
+    assert len(set(metrics(tmp_path / "run", "val_loss").values())) == 1
+    assert metrics(tmp_path / "run", "val_set") == {}
 
 
 def test_the_loss_falls_when_the_model_learns(tiny, tmp_path):
