@@ -217,12 +217,13 @@ def sum_runs(
     run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_run = run < runs
     begin = tl.load(offsets_ptr + run, mask=is_run, other=0)
-    length = tl.load(offsets_ptr + run + 1, mask=is_run, other=0) - begin
+    length = tl.load(offsets_ptr + run + 1, mask=is_run, other=0) - begin  # 0 behind the last run
     column = tl.arange(0, COLUMNS)[None, :]
     kind = sums_ptr.dtype.element_ty
     total = tl.zeros((ROWS, COLUMNS), kind)
+    # As many rounds as the longest of the program's runs has; shorter ones add zeros, which change no bit of a sum.
     for first in range(0, tl.max(length, axis=0), AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # unrolled, so that all of its loads are under way before the first addition
             wanted = first + i < length
             source = tl.load(order_ptr + begin + first + i, mask=wanted, other=0)
             inside = wanted[:, None] & (column < WIDTH)

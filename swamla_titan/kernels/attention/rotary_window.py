@@ -129,6 +129,7 @@ def rotate_heads(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    # Queries and keys alone are counted: PER_KEY + 1 of a group. In qkv a group has PER_KEY + 2, so v is stepped over.
     member = row % (PER_KEY + 1)
     group = row // (PER_KEY + 1) % groups
     token = row // (PER_KEY + 1) // groups
@@ -137,11 +138,13 @@ def rotate_heads(
     angle = (token % angles)[:, None] * HALF + column
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    # Rows are fewer than 2**31, elements may not be.
     token, group = token.to(tl.int64), group.to(tl.int64)
     at = ((token * groups + group) * (PER_KEY + 2) + member)[:, None] * (2 * HALF) + column
     is_key = (member == PER_KEY)[:, None]
     q_at = (token * groups * PER_KEY + group * PER_KEY + member)[:, None] * (2 * HALF) + column
     k_at = (token * groups + group)[:, None] * (2 * HALF) + column
+    # One tile has queries and keys. So each row has the address of its own tensor, and one load serves both.
     apart = tl.where(is_key, k_ptr + k_at, q_ptr + q_at)
     if BACK:
         first = tl.load(apart, mask=mask, other=0.0).to(tl.float32)
@@ -153,5 +156,6 @@ def rotate_heads(
         second = tl.load(qkv_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
         to = apart
     kind = qkv_ptr.dtype.element_ty
+    # In float32 until here, so each element is rounded once.
     tl.store(to, (first * cos - second * sin).to(kind), mask=mask)
     tl.store(to + HALF, (second * cos + first * sin).to(kind), mask=mask)

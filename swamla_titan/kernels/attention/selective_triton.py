@@ -368,10 +368,12 @@ def grad_selecting(
     local, query, start, document, _, last = _row(starts_ptr + batch * starts_batch, first, position, rows, BM)
     dq1 = tl.zeros([BM, D1], tl.float32)
     dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
+    # From the beginning of the first query's document on, because no query of the tile selects a key before that.
     for begin in range(document // BN * BN, last, BN):
         key = begin + tl.arange(0, BN)
         k1, k2 = load_parts_at(k_ptr + batch * k_batch, k_token, key, seq_len, D1, D2)
         grad = _load_tile(grad_ptr, batch, local, key, rows, room, width, seq_len)
+        # Rounded as grad_selected rounds it for the keys' gradients.
         grad = tl.where((key[None, :] < query[:, None]) & (key[None, :] > start[:, None]), grad, 0.0).to(k1.dtype)
         dq1 = tl.dot(grad, k1, dq1, input_precision="ieee")
         if D2 > 0:

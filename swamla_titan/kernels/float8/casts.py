@@ -444,15 +444,17 @@ def amax_of_swiglu(
     gate_column = _gate_column(GROUP, C)
     gate = _load_tile(gate_up_ptr, row, gate_column, rows, 2 * hidden, 2 * hidden)
     up = _load_tile(gate_up_ptr, row, gate_column + GROUP, rows, 2 * hidden, 2 * hidden)
+    # The casting kernel computes these values again, because it must know amax before it writes the first of them.
     sigmoid = tl.sigmoid(gate)
     if BACKWARD:
         grad = _load_tile(grad_ptr, row, column, rows, hidden, hidden)
         bits = tl.maximum(_abs_bits(grad * up * sigmoid * (1 + gate * (1 - sigmoid))), _abs_bits(grad * gate * sigmoid))
     else:
         bits = _abs_bits(gate * sigmoid * up)
+    # A place for each program instead of an atomic maximum, which would have to be zeroed by a launch of its own first.
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(amax_ptr + program, tl.max(tl.max(bits, 1), 0))
-    if not BACKWARD:
+    if not BACKWARD:  # of gate_up too, because it is in the registers now
         both = tl.maximum(_abs_bits(gate), _abs_bits(up))
         programs = tl.num_programs(0) * tl.num_programs(1)
         tl.store(amax_ptr + programs + program, tl.max(tl.max(both, 1), 0))
