@@ -9,6 +9,7 @@ import torch
 
 from swamla_titan.data.document import Cursor
 from swamla_titan.data.exclusions import Exclusion
+from swamla_titan.data.mixture import SequenceOrder
 
 IGNORED = -100  # as a target: not counted in the loss
 
@@ -57,12 +58,14 @@ def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterat
         yield micro_batch(batch.tokens, batch.targets, batch.document_ids, own, local_batch_size)
 
 
-def micro_batch_count(first: int, global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> int:
+def micro_batch_count(
+    first: int, global_batch_size: int, order: int | SequenceOrder, world_size: int, local_batch_size: int
+) -> int:
     """Micro-batches of the step that begins with sequence `first`: as many as the rank with the most sequences needs.
 
     Every rank computes the same number without communication.
     """
-    return -(-max(sequences_per_rank(first, global_batch_size, streams, world_size)) // local_batch_size)
+    return -(-max(sequences_per_rank(first, global_batch_size, order, world_size)) // local_batch_size)
 
 
 def micro_batch_size(local_batch_size: int, global_batch_size: int, world_size: int) -> int:
@@ -70,8 +73,16 @@ def micro_batch_size(local_batch_size: int, global_batch_size: int, world_size: 
     return min(local_batch_size, -(-global_batch_size // world_size))
 
 
-def sequences_per_rank(first: int, global_batch_size: int, streams: int, world_size: int) -> list[int]:
-    """Number of sequences that each rank reads, from its streams, of the global batch that begins with `first`."""
+def sequences_per_rank(first: int, global_batch_size: int, order: int | SequenceOrder, world_size: int) -> list[int]:
+    """Number of sequences that each rank reads, from its streams, of the global batch that begins with `first`.
+
+    `order`: that of a mixture, or the number of streams of a single source.
+    """
+    if isinstance(order, SequenceOrder) and not order.has_one_source:
+        slots = order.slots(np.arange(first, first + global_batch_size))
+        mixed: list[int] = np.bincount(slots % world_size, minlength=world_size).tolist()
+        return mixed
+    streams = order.streams if isinstance(order, SequenceOrder) else order
     rounds, rest = divmod(global_batch_size, streams)  # rounds through all streams, and part of one
     owned = np.bincount(np.arange(streams) % world_size, minlength=world_size)
     numbers = np.arange(first, first + rest)
@@ -84,11 +95,14 @@ def distinct_steps(global_batch_size: int, streams: int) -> int:
     return min(streams // math.gcd(streams, global_batch_size), 1000)
 
 
-def waits_for_streams(global_batch_size: int, streams: int, world_size: int, local_batch_size: int) -> str | None:
+def waits_for_streams(
+    global_batch_size: int, order: int | SequenceOrder, world_size: int, local_batch_size: int
+) -> str | None:
     """A warning if ranks idle for over a tenth of the time, because others own more streams; else None."""
+    streams = order.streams if isinstance(order, SequenceOrder) else order
     steps = distinct_steps(global_batch_size, streams)
     counts = [
-        micro_batch_count(step * global_batch_size, global_batch_size, streams, world_size, local_batch_size)
+        micro_batch_count(step * global_batch_size, global_batch_size, order, world_size, local_batch_size)
         for step in range(steps)
     ]
     fair_share = -(-global_batch_size // world_size)
