@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from swamla_titan.data import load_tokenizer
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model import cache as cache_module
-from swamla_titan.model.generation import Decoder, stream
+from swamla_titan.model.generation import Decoder, Options, stream
 
 STEPS = 3  # profiled
 
@@ -88,7 +88,7 @@ def measure(
     if variant == "eager":
         decoder._captures = False
     generator = torch.Generator(device=device).manual_seed(0)
-    options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "generator": generator}
+    options = Options(new, arguments.temperature, top_p=arguments.top_p, generator=generator, decoder=decoder)
     rates, prefills = [], []
     for _ in range(3):
         synchronize(device)
@@ -96,7 +96,7 @@ def measure(
         decoder.prefill(prompts)
         synchronize(device)
         prefills.append(time.perf_counter() - begin)
-        given = stream(model, prompts, new, **options, decoder=decoder)
+        given = stream(model, prompts, options)
         next(given)
         begin, count = time.perf_counter(), sum(1 for _ in given)
         rates.append(count * len(prompts) / (time.perf_counter() - begin))

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -91,26 +92,47 @@ class _Copied(NamedTuple):
         return found
 
 
-def generate(
-    model: SWAMLAModel,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_token: int | None = None,
-    generator: torch.Generator | None = None,
-    memory_budget: int | None = None,
-    ends: Callable[[int, int], bool] | None = None,
-    decoder: Decoder | None = None,
-) -> list[list[int]]:
+@dataclass(frozen=True)
+class Options:
+    """How prompts are continued.
+
+    `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
+    fewest of those whose probabilities (after top_k) add up to top_p. A sequence ends at `stop_token`, after
+    `max_new_tokens`, or behind the first token for which `ends(number of the sequence, token)` is true.
+    `memory_budget`: tokens of a sequence that layers with selective attention keep (DecodeCache). `generator` must live
+    on the model's device. `decoder`: one of the model for so many prompts, to be used again; None: a new one, with the
+    budget.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_token: int | None = None
+    generator: torch.Generator | None = None
+    memory_budget: int | None = None
+    ends: Callable[[int, int], bool] | None = None
+    decoder: Decoder | None = None
+
+    def validate(self) -> None:
+        """Raise ValueError for an option that is out of range whatever the model."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: expected >= 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature = {self.temperature}: expected >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: expected >= 0 (0: off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: expected > 0 and <= 1 (1: off)")
+
+
+def generate(model: SWAMLAModel, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
     """Continue each prompt: the new tokens alone, without the stop token that ended them.
 
-    Arguments and errors as of `stream`.
+    `options` are fields of Options; errors as of `stream`.
     """
-    options = temperature, top_k, top_p, stop_token, generator, memory_budget, ends, decoder
     new: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, *options):
+    for tokens in stream(model, prompts, Options(max_new_tokens, **options)):
         for continuation, token in zip(new, tokens):
             if token is not None:
                 continuation.append(token)
@@ -118,35 +140,19 @@ def generate(
 
 
 @torch.no_grad()
-def stream(
-    model: SWAMLAModel,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_token: int | None = None,
-    generator: torch.Generator | None = None,
-    memory_budget: int | None = None,
-    ends: Callable[[int, int], bool] | None = None,
-    decoder: Decoder | None = None,
-) -> Iterator[list[int | None]]:
+def stream(model: SWAMLAModel, prompts: list[list[int]], options: Options) -> Iterator[list[int | None]]:
     """The next token of each prompt, step after step; None for a sequence that has ended, as with its stop token.
 
-    `temperature` 0 (below 1e-6) takes the likeliest token. `top_k` > 0 keeps the k likeliest, then `top_p` < 1 the
-    fewest of those whose probabilities (after top_k) add up to top_p. A sequence ends at `stop_token`, after
-    `max_new_tokens`, or behind the first token for which `ends(number of the sequence, token)` is true.
-    `memory_budget`: tokens of a sequence that layers with selective attention keep (DecodeCache). `generator` must live
-    on the model's device. `decoder`: one of this model for so many prompts, to be used again; None: a new one, with the
-    budget. The model is in evaluation mode meanwhile. A GPU is some tokens ahead of those that are given.
+    The model is in evaluation mode meanwhile. A GPU is some tokens ahead of those that are given.
 
     Raises ValueError for empty prompts, ids outside the vocabulary, options out of range, and prompts that leave no
     room within max_seq_len for the new tokens but the last, which the model never reads.
     """
-    check_options(max_new_tokens, temperature, top_k, top_p)
+    options.validate()
+    max_new_tokens, stop_token, ends = options.max_new_tokens, options.stop_token, options.ends
     check_prompts(model, prompts, max_new_tokens, stop_token)
-    if decoder is None:
-        decoder = Decoder(model, len(prompts), max(map(len, prompts)) + max_new_tokens - 1, memory_budget)
+    room = max(map(len, prompts)) + max_new_tokens - 1
+    decoder = options.decoder or Decoder(model, len(prompts), room, options.memory_budget)
     ended = [False] * len(prompts)
 
     def seen(tokens: list[int]) -> list[int | None]:
@@ -164,7 +170,7 @@ def stream(
     try:
         logits = decoder.prefill(prompts)
         for step in range(max_new_tokens):
-            tokens = sample(logits, temperature, top_k, top_p, generator)  # [B]
+            tokens = sample(logits, options.temperature, options.top_k, options.top_p, options.generator)  # [B]
             copies.append(_Copied.of(tokens))
             while len(copies) > (ahead if step < max_new_tokens - 1 else 0):
                 yield seen(copies.popleft().wait())
@@ -179,7 +185,7 @@ def stream(
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One token id per sequence, [B] int64, from logits [B, V]; the options as in `stream`."""
+    """One token id per sequence, [B] int64, from logits [B, V]; the options as in Options."""
     temperature = 0 if temperature < GREEDY_BELOW else temperature
     if not why_no_kernels(logits.device) and logits.shape[1] <= kernels.MOST_TOKENS_TO_SAMPLE:
         with torch.cuda.device_of(logits):  # Triton launches on the current one
@@ -208,18 +214,6 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         left_out[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(left_out).scatter(1, order, left_out), float("-inf"))
     return logits
-
-
-def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError for an option of `generate` that is out of range whatever the model."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: expected >= 1")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: expected >= 0")
-    if top_k < 0:
-        raise ValueError(f"top_k = {top_k}: expected >= 0 (0: off)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: expected > 0 and <= 1 (1: off)")
 
 
 def check_prompts(model: SWAMLAModel, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None) -> None:

@@ -23,7 +23,8 @@ from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model.loss_head import target_scores
-from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model, written_aside
+from swamla_titan.system.written_aside import written_aside
+from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model
 from swamla_titan.train.scoring import Scorer
 from swamla_titan.train.step import GROUPS
 from swamla_titan.train.validation import require_harness, task_names
@@ -54,7 +55,7 @@ class Evaluated:
             order, lambda index: prompts[index][1:]
         ):
             indices = list(alike)
-            writer = Writer(self.loaded, Sampling(most, temperature, top_k, top_p, seed=0, stop=stop))
+            writer = Writer(self.loaded, Sampling(most, temperature, top_k, top_p, stop=stop))
             texts = writer.complete([prompts[index].tokens for index in indices], self.micro_batch_size)
             found |= {index: each.text for index, each in zip(indices, texts)}
         return [found[index] for index in range(len(prompts))]

@@ -5,10 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +21,9 @@ from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
-from swamla_titan.model.generation import Decoder, check_options, check_prompts, stream
+from swamla_titan.model.generation import Decoder, Options, check_prompts, stream
 from swamla_titan.model.row_table import row_tables
+from swamla_titan.system.written_aside import written_aside
 from swamla_titan.train.step import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -87,16 +87,19 @@ def _fits(model: SWAMLAModel, devices: list[torch.device]) -> bool:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How texts are continued: as `stream` has it, and the strings before which a continuation ends."""
+class Sampling(Options):
+    """How texts are continued: as `stream` has it, by which seed, and the strings before which a continuation ends."""
 
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    memory_budget: int | None = None
+    seed: int = 0
     stop: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """As in Options."""
+        super().validate()
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed = {str(self.seed)[:40]}: expected 0 ... {LARGEST_SEED}")
+        if "" in self.stop:
+            raise ValueError("stop: an empty string stands before every text")
 
 
 class Continuation:
@@ -163,22 +166,16 @@ class Writer:
         prompts and options that the model cannot take.
         """
         self._check(prompts)
-        sampling = self.sampling
-        continuations = [Continuation(self.tokenizer, sampling.stop) for _ in prompts]
+        continuations = [Continuation(self.tokenizer, self.sampling.stop) for _ in prompts]
         try:
-            given = stream(
-                self.model,
-                prompts,
-                sampling.max_new_tokens,
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-                self.tokenizer.eot_id,
-                self._generator,
+            options = replace(
+                self.sampling,
+                stop_token=self.tokenizer.eot_id,
+                generator=self._generator,
                 ends=lambda number, token: continuations[number].add(token),
                 decoder=self._decoder_of(prompts, longest),
             )
-            for _ in given:
+            for _ in stream(self.model, prompts, options):
                 yield continuations
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -235,7 +232,10 @@ def generate_from_checkpoint(
     be used, and for sampling values or lengths out of range.
     """
     options = Sampling(**sampling)
-    _check_options(options)
+    try:
+        options.validate()  # before a checkpoint is read, which may take a minute
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if batch_size < 1:
         raise UserError(f"batch_size = {batch_size}: expected >= 1")
     is_given = prompt != DEFAULT_PROMPT
@@ -345,23 +345,6 @@ def _validate_output(path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-@contextmanager
-def written_aside(path: Path, keep: bool = True) -> Iterator[TextIO]:
-    """A text file that gets its name by a rename at the end; after an error nothing of it is left.
-
-    `keep` False: it is only tried whether it can be written, and a file of that name stays. Raises OSError.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-        if keep:
-            os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def _write_output(
     path: Path, records: list[dict[str, Any]], continuations: list[Continuation], sampling: Sampling
 ) -> None:
@@ -377,18 +360,6 @@ def _write_output(
                 file.write(json.dumps(line) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _check_options(sampling: Sampling) -> None:
-    """Raise UserError for options out of range before a checkpoint is read, which may take a minute."""
-    try:
-        check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not 0 <= sampling.seed <= LARGEST_SEED:
-        raise UserError(f"seed = {str(sampling.seed)[:40]}: expected 0 ... {LARGEST_SEED}")
-    if "" in sampling.stop:
-        raise UserError("stop: an empty string stands before every text")
 
 
 def _as_text(argument: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swamla_titan.model.generation import Decoder, generate, restrict, sample, stream
+from swamla_titan.model.generation import Decoder, Options, generate, restrict, sample, stream
 from tests.model.tiny import build, random_tokens
 
 PROMPTS = [[3], [5, 9, 11, 2, 7, 30, 31, 32, 33], [1, 2]]
@@ -187,7 +187,7 @@ def test_tokens_come_step_by_step_and_the_model_computes_no_further():
     model = build().train()
     steps, decode = [], model.decode
     model.decode = lambda *given: steps.append(1) or decode(*given)
-    given = stream(model, PROMPTS, 12, temperature=0)
+    given = stream(model, PROMPTS, Options(12, temperature=0))
     first = [next(given) for _ in range(3)]
     assert len(steps) == 2
     assert [list(each) for each in zip(*first)] == [each[:3] for each in generate(model, PROMPTS, 3, temperature=0)]

@@ -11,7 +11,8 @@ import torch
 
 from swamla_titan.cli import main
 from swamla_titan.model.generation import generate
-from swamla_titan.tools.generate import load_model, written_aside
+from swamla_titan.system.written_aside import written_aside
+from swamla_titan.tools.generate import load_model
 from tests.distributed.ranks import on_ranks
 from tests.tiny_config import tiny_config
 from tests.train.harness_stub import PROMPTS, TEXTS, WRITTEN, stub
