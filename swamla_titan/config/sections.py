@@ -308,6 +308,9 @@ class Metrics:
     """Weights & Biases project."""
     progress_bar: bool = True
     """Show a progress bar when the output is a terminal."""
+    batch_digests: bool = False
+    """Append a digest of every global batch to batch_digests.jsonl, which does not depend on the number of ranks: runs
+    that read the same data have the same digests."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from swamla_titan.data import StepBatch
+
 Values = dict[str, float | int]
 """Metrics by name."""
 
@@ -33,6 +35,9 @@ class Policy:
 
     def before_step(self, step: int) -> None:
         """The batch of `step` (from 1) is about to be taken from the loader."""
+
+    def take_batch(self, step: int, batch: StepBatch) -> None:
+        """This rank's slice of the batch of `step` was read."""
 
     def after_step(self, step: int, outcome: StepOutcome) -> None:
         """`step` was submitted to the device, which may still compute it."""

@@ -17,6 +17,7 @@ from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.train.logging import MetricsLogger, step_line
+from swamla_titan.train.policies.batch_digests import batch_digests
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
 from swamla_titan.train.policies.profiling import StepProfiler
@@ -91,6 +92,7 @@ class Trainer:
             *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
             self.unreadable,
+            *batch_digests(config.metrics, self.folder, world),
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more
         ]
         log_startup_summary(setup, self.state.model.parts)
@@ -108,6 +110,8 @@ class Trainer:
                 batch = self._next_batch()
             if isinstance(batch, Stop):
                 return self._stopped_while_waiting(batch)
+            for policy in self.policies:
+                policy.take_batch(self.step + 1, batch)
             self.outcome = self.train_step(batch, self.step + 1)
             self.step += 1
             self.tokens += self.tokens_per_step
@@ -157,7 +161,7 @@ class Trainer:
         Where the data cannot be read, the steps so far are saved before the run ends.
         """
         try:
-            batch = next_batch(self.world, self.loader, self.step + 1, self.stop, self.unreadable)
+            return next_batch(self.world, self.loader, self.step + 1, self.stop, self.unreadable)
         except (UserError, RunFailed) as error:
             try:
                 self._save_if_new()
@@ -165,9 +169,6 @@ class Trainer:
                 logger.error("%s", error)  # the cause, which the raised error would hide
                 raise
             raise
-        if not isinstance(batch, Stop):
-            self.unreadable.add_replaced(batch.replaced)
-        return batch
 
     def _stopped_while_waiting(self, stop: Stop) -> int:
         self._save_if_new()

@@ -447,6 +447,14 @@ def progress_bar(run: Runner) -> None:
             assert ("/3 [" in read()) == (wanted == "true")
 
 
+def batch_digests(run: Runner) -> None:
+    assert run().files("*.jsonl") == ["metrics.jsonl"]
+    result = run("--metrics.batch_digests", "true")
+    lines = [json.loads(line) for line in (result.folder / "batch_digests.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert len({line["digest"] for line in lines}) == 3
+
+
 # [profiling]
 
 
@@ -557,6 +565,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "metrics.wandb": wandb,
     "metrics.wandb_project": wandb_project,
     "metrics.progress_bar": progress_bar,
+    "metrics.batch_digests": batch_digests,
     "profiling.enabled": profiling_enabled,
     "profiling.start_step": start_step,
     "profiling.num_steps": num_steps,

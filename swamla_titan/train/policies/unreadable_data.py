@@ -64,11 +64,11 @@ class UnreadableData(Policy):
         replaced = self._replaced_before + sum(all_gather_dict(world, {world.data_rank: self._replaced}).values())
         return {"replaced_bytes": replaced, "excluded": list(self._excluded)}
 
-    def add_replaced(self, count: int) -> None:
-        """Count invalid UTF-8 byte sequences of a batch, which this rank read as U+FFFD; warn of the first."""
-        if count and not self._replaced_before + self._replaced:
+    def take_batch(self, step: int, batch: StepBatch) -> None:
+        """Count invalid UTF-8 byte sequences, which this rank read as U+FFFD; warn of the first."""
+        if batch.replaced and not self._replaced_before + self._replaced:
             logger.warning("the data holds bytes that are not UTF-8; they are read as U+FFFD and counted")
-        self._replaced += count
+        self._replaced += batch.replaced
 
     def exclude(self, step: int, found: Iterable[Exclusion]) -> None:
         """Add what ranks found unreadable in the batch of `step` (from 1); several ranks may have found the same."""
