@@ -7,13 +7,14 @@ meaning. The configuration is validated by the first, and `config show` prints b
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
 import math
 import operator
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -53,8 +54,8 @@ class Limits:
     `minimum` and `maximum` are inclusive, `above` and `below` exclusive; every number has an upper bound. Each number
     of a table (`dict[str, float]`) or a list (`tuple[int, ...]`) is checked. `needs`: the condition for the setting to
     have an effect; None: always. `rule` compares it with other values. `quantity` is the role of a number, for rules
-    that do not know keys by name. `path`: the string names a file or folder. `any_text`: the string may contain control
-    characters.
+    that do not know keys by name. `words`: the string has some of these, with commas between. `path`: it names a file
+    or folder. `any_text`: it may contain control characters.
     """
 
     minimum: float | None = None
@@ -64,6 +65,7 @@ class Limits:
     needs: Condition | None = None
     rule: Rule | None = None
     quantity: str | None = None
+    words: tuple[str, ...] | None = None
     path: bool | None = None
     any_text: bool | None = None
 
@@ -101,6 +103,8 @@ class Setting(Limits):
         """The allowed values in words: `a whole number >= 1`, `one of "a", "b"`."""
         if self.choices:
             return ("one of " if len(self.choices) > 1 else "only ") + ", ".join(map(json.dumps, self.choices))
+        if self.words:
+            return f"one or more of {', '.join(self.words)}, separated by commas, or nothing"
         if self.tables:
             return f"a list of tables with the keys {', '.join(settings(self.tables))}"
         bounds = ((sign, getattr(self, name)) for name, (sign, _) in _BOUNDS.items())
@@ -121,11 +125,17 @@ class Setting(Limits):
         elif kind == INTEGERS and isinstance(value, (list, tuple)):
             kind, each_of = int, [*value]
         if not all(self._fits(kind, each) for each in each_of):
-            return f"expected {self.expectation}"
+            return f"expected {self.expectation}{nearest(value, self.choices)}"
         if kind != self.kind and len(each_of) > MOST_ENTRIES:
             return f"expected at most {MOST_ENTRIES} entries, not {len(each_of)}"
         texts = [*value] if self.kind == TABLE else [value] if kind is str else []
-        return next(filter(None, (_text_problem(each, bool(self.any_text)) for each in texts)), None)
+        problem = next(filter(None, (_text_problem(each, bool(self.any_text)) for each in texts)), None)
+        return problem or self._word_problem(value)
+
+    def _word_problem(self, value: Any) -> str | None:
+        words = self.words or ()
+        unknown = [word for word in split_words(value) if word not in words] if words else []
+        return f"expected {self.expectation}{nearest(unknown[0], words)}" if unknown else None
 
     def _fits(self, kind: Any, value: Any) -> bool:
         if kind not in (int, float):
@@ -136,6 +146,17 @@ class Setting(Limits):
         return (type(value) is int or math.isfinite(value)) and all(
             getattr(self, name) is None or compare(value, getattr(self, name)) for name, (_, compare) in _BOUNDS.items()
         )
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a setting that has `words`."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def nearest(word: Any, valid: Collection[str]) -> str:
+    """ "; did you mean ...?" with the valid word that is most like `word`; empty if none is."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5) if isinstance(word, str) and len(word) < 100 else []
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def settings(cls: type) -> dict[str, Setting]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from swamla_titan.fields import settings
 from swamla_titan.model.counts import flavor_table
 from swamla_titan.tools.activations import recomputed_share
 from swamla_titan.tools.plan import plan
+from tests.patches import apply_patch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +23,12 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 MEMORY, CONFIGURATION, WALK, EXTENDING, FAULTS = (
     (ROOT / "docs" / f"{name}.md").read_text() for name in ("memory", "configuration", "walk", "extending", "faults")
 )
+# Of each diff of the page on extending: the section that has it, and the diff.
+DIFFS = [
+    (section, diff)
+    for section in re.split(r"^## ", EXTENDING, flags=re.MULTILINE)
+    for diff in re.findall(r"^```diff\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+]
 
 
 def test_its_table_of_sizes_is_the_one_that_the_command_prints(capsys):
@@ -68,12 +76,61 @@ def test_the_walk_is_short_and_its_doors_are_where_it_says():
         assert re.search(rf"^((def|class) )?{name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (name, file)
 
 
-def test_the_diffs_of_the_page_on_extending_are_parts_of_patches_that_tests_apply():
-    applied = {line for patch in (ROOT / "tests").rglob("*.patch") for line in patch.read_text().splitlines()}
-    blocks = re.findall(r"^```diff\n(.*?)^```", EXTENDING, flags=re.MULTILINE | re.DOTALL)
-    shown = [line for block in blocks for line in block.splitlines()]
-    assert len(blocks) >= 3
-    assert all(line in applied for line in shown), [line for line in shown if line not in applied]
+@pytest.mark.parametrize("section, diff", DIFFS, ids=range(len(DIFFS)))
+def test_a_diff_of_the_page_on_extending_makes_of_the_package_what_it_shows(section, diff, tmp_path):
+    """It is one patch, abridged, which a test applies of which its section speaks."""
+    shown = lines_by_file(diff)
+    [patch] = [
+        each
+        for each in (ROOT / "tests").rglob("*.patch")
+        if all(is_part(lines, of_file(each, name)) for name, lines in shown.items())
+    ]
+    mentioned = [(ROOT / name).read_text() for name in re.findall(r"`(tests/[\w/]+\.py)`", section)]
+    assert any("apply_patch(" in text and patch.stem in text for text in mentioned)
+
+    touched = re.findall(r"^diff --git a/(\S+)", patch.read_text(), re.M)
+    promised = re.findall(r"^\| `([\w/.]+)`", section, re.M)
+    for name in touched:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path / name)
+            assert name in promised
+        else:
+            assert any(each.endswith("/") and name.startswith(each) for each in promised), name
+    [number] = re.findall(rf"^\| [\w ]+ \| (\d+)[^|]*\|[^|]*`{patch.relative_to(ROOT)}`", EXTENDING, re.M)
+    assert int(number) >= sum(name.startswith("swamla_titan/") for name in touched)
+
+    apply_patch(patch, tmp_path)
+    for name, lines in shown.items():
+        before = (ROOT / name).read_text().splitlines() if (ROOT / name).exists() else []
+        after = (tmp_path / name).read_text().splitlines()
+        compile("\n".join(after), name, "exec")
+        assert is_part([line[1:] for line in lines if line[0] in " -"], before), name
+        assert is_part([line[1:] for line in lines if line[0] in " +"], after), name
+        assert not {line[1:] for line in lines if line[0] == "-"}.intersection(after), name
+
+
+def lines_by_file(diff: str) -> dict[str, list[str]]:
+    """The lines of an abridged diff, by the file that they are of."""
+    found: dict[str, list[str]] = {}
+    for line in diff.splitlines():
+        if heading := re.fullmatch(r"(?:--- a|\+\+\+ b)/(.+)", line):
+            name = heading[1]
+        elif line != "--- /dev/null":
+            found.setdefault(name, []).append(line)
+    return found
+
+
+def of_file(patch: Path, name: str) -> list[str]:
+    """The lines of a patch for one file."""
+    parts = patch.read_text().split("diff --git ")
+    return next((part.splitlines() for part in parts if part.startswith(f"a/{name} ")), [])
+
+
+def is_part(lines: list[str], text: list[str]) -> bool:
+    """Whether `text` has these lines in their order, perhaps with others between."""
+    remaining = iter(text)
+    return all(line in remaining for line in lines)
 
 
 def test_entries_of_the_log_open_with_a_verdict_and_are_in_its_index():

@@ -18,13 +18,12 @@ from swamla_titan.checkpoint.records import (
 )
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
-from swamla_titan.config.rules import ALLOWED_DIFFERENCES
-from swamla_titan.config.sections import RENAMED
+from swamla_titan.config.sections import ALLOWED_DIFFERENCES, RENAMED
 from swamla_titan.data import Corpus, fingerprint_changes
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
-from swamla_titan.fields import settings
+from swamla_titan.fields import settings, split_words
 from swamla_titan.model import ModelConfig
 from swamla_titan.system.console import Lines
 
@@ -62,16 +61,16 @@ class Origin:
     ) -> TrainState:
         """The train state that a run with this fingerprint continues from.
 
-        `allow` names kinds of differences (rules.ALLOWED_DIFFERENCES), separated by commas; UserError for a difference
-        of another kind. With other data or another tokenizer the data start from the beginning; with another batch they
-        continue. `details` maps names in the fingerprint to more about their difference.
+        `allow` names kinds of differences, as checkpoint.allow does; UserError for a difference of another kind. With
+        other data or another tokenizer the data start from the beginning; with another batch they continue. `details`
+        maps names in the fingerprint to more about their difference.
         """
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
         changes = fingerprint_changes(same_names(state.fingerprint, fingerprint), fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
-        allowed = {name.strip() for name in allow.split(",")}
+        allowed = split_words(allow)
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
             raise self._of_another_run(refused, set(kinds.values()))
         if not changes:

@@ -4,10 +4,9 @@ Precedence: command line > TOML file > flavor > default.
 """
 
 import dataclasses
-import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from swamla_titan.config.sections import KEYS, RENAMED, SECTIONS, Config
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import INTEGERS, TABLE, Setting, settings
+from swamla_titan.fields import INTEGERS, TABLE, Setting, nearest, settings
 from swamla_titan.model import FLAVORS, ModelConfig
 
 _OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
@@ -326,17 +325,16 @@ def _stray(key: str, value: Any) -> str:
 
 
 def _unknown_section(where: str, section: str) -> str:
-    return f"{where}: unknown section{_nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}"
+    return f"{where}: unknown section{nearest(section, SECTIONS)}; sections: {', '.join(SECTIONS)}"
 
 
 def _unknown_name(where: str, value: Any, key: str, known: Mapping[str, Any]) -> str:
-    close = _nearest(value, known) if isinstance(value, str) else ""
-    return f"{where}: unknown {key}{close}; {key}s: {', '.join(known)}"
+    return f"{where}: unknown {key}{nearest(value, known)}; {key}s: {', '.join(known)}"
 
 
 def _unknown_key(where: str, section: str, key: str) -> str:
     elsewhere = _home_of(key)
-    hint = _nearest(key, _keys(section)) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
+    hint = nearest(key, _keys(section)) or (f"; did you mean it in [{elsewhere}]?" if elsewhere else "")
     if f"{section}.{key}" in SECTIONS:
         hint = f"; [{section}.{key}] is a section, with keys of its own"
     heading = f"[{section}]" if section in SECTIONS else f"[[{section}]]"
@@ -348,16 +346,15 @@ def _home_of(key: str) -> str | None:
     return next((section for section in SECTIONS if key in _keys(section)), None)
 
 
-def _nearest(word: str, valid: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5) if len(word) < 100 else []
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
 def to_toml(config: Config, comments: bool = False) -> str:
     """The whole configuration as a TOML file that loads to the same `Config`."""
     lines = []
     for section, cls in SECTIONS.items():
         lines.append(f"[{section}]")
+        if comments and section in READY_MADE:
+            selector, known = READY_MADE[section]
+            names = ", ".join(map(toml, known))
+            lines.append(f"# {selector}: a name of ready-made values, which the keys below override. (one of {names})")
         for key, setting in settings(cls).items():
             lines += [f"# {setting.doc} ({setting.expectation})"] if comments else []
             value = value_at(config, f"{section}.{key}")

@@ -22,7 +22,6 @@ from swamla_titan.kernels.limits import (
 from swamla_titan.model import ModelConfig
 from swamla_titan.model.config import Quantity
 
-ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 RETRY_SECONDS = 300.0  # what data.retry_seconds = -1 means, where nothing limits it
 _MOST_TOKENS = 1 << 36  # of a step: 69 billion
 _MOST_PARAMETERS = 1 << 47  # 140 trillion
@@ -65,12 +64,6 @@ def conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("profiling.start_step", "profiling.enabled", "training.steps"),
             f"{config.profiling.start_step} is after the last step, training.steps = {training.steps}",
-        )
-    if unknown := {name.strip() for name in config.checkpoint.allow.split(",")} - {"", *ALLOWED_DIFFERENCES}:
-        yield Conflict(
-            ("checkpoint.allow",),
-            f"{shown(min(unknown))} is nothing that can be allowed: one or more of {', '.join(ALLOWED_DIFFERENCES)}, "
-            "separated by commas",
         )
     if data.retry_seconds > retry_seconds(config):
         yield Conflict(

@@ -19,6 +19,7 @@ OptimizerName = Literal["adamw", "lion", "adamw8bit", "adamw4bit", "adamw_fp8", 
 Recipe = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp", "native", "auto"]
 MuonAdjustment = Literal["match_rms_adamw", "original"]
 GradientDtype = Literal["e5m2", "e4m3"]
+ALLOWED_DIFFERENCES = ("model", "data", "tokenizer", "batch")  # between a checkpoint and the run that resumes from it
 _Path = Annotated[str, Limits(path=True)]
 _Steps = Annotated[int, Limits(1, _MOST_STEPS)]
 _StepsOr0 = Annotated[int, Limits(0, _MOST_STEPS)]
@@ -262,7 +263,7 @@ class Checkpoint:
     disabled: training waits."""
     max_failures: _Count = 3
     """Consecutive checkpoints that fail to be written before the run ends; the last one of a run must succeed."""
-    allow: str = ""
+    allow: Annotated[str, Limits(words=ALLOWED_DIFFERENCES)] = ""
     """Which differences between the checkpoint and this run are allowed, as in "data,batch": model (if weights
     keep their shapes), data and tokenizer (the data start over), batch (sequences per step, or their length)."""
     initial_load: _Path = ""

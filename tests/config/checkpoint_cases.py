@@ -80,7 +80,9 @@ def allow(run: Runner) -> None:
     assert train(run.config, *other, "--checkpoint.allow", "data") == 2
     assert train(run.config, *other, "--checkpoint.allow", "data, batch") == 0
     assert checkpoint(first.folder, 4).exists()
-    assert '"date" is nothing that can be allowed' in run.refusal("--checkpoint.allow", "date")
+    refused = run.refusal("--checkpoint.allow", "model, date")
+    assert 'allow = "model, date": expected one or more of model, data, tokenizer, batch, separated by' in refused
+    assert "did you mean `data`?" in refused
 
 
 def initial_load(run: Runner) -> None:

@@ -104,6 +104,11 @@ def test_a_key_of_another_section_is_pointed_there(toml):
         ('[lr_schedule]\nname = "wsd"\nwarmup_steps = 100\ndecay_steps = 950\n', "more than training.steps = 1000"),
         ("[validation]\nfraction = 0\n", "0 holds nothing out"),
         ("[optimizer]\nlr = nan\n", "expected a number >= 0"),
+        ('[float8]\nrecipe = "nativ"\n', "; did you mean `native`?"),
+        (
+            '[checkpoint]\nallow = "model,dta"\n',
+            "model, data, tokenizer, batch, separated by commas, or nothing; did you",
+        ),
         ("[training]\nmax_grad_norm = inf\n", "expected a number >= 0"),
         ("[profiling]\nenabled = true\nstart_step = 1001\n", "after the last step, training.steps = 1000"),
         ("[parallel]\ntensor = 3\n", "[parallel] tensor: 3 ranks cannot share model.num_heads = 16"),

@@ -7,6 +7,7 @@ import pytest
 
 from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs
+from swamla_titan.config.load import READY_MADE
 from swamla_titan.config.sections import KEYS
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.model import FLAVORS
@@ -56,6 +57,10 @@ def test_show_explains_every_key_and_applies_overrides(output, tiny, tmp_path):
         assert f"# {setting.doc} (" in text
         assert f"\n{setting.name} = " in text
     assert "\nlr = 0.125\n" in text
+    for section, (selector, known) in READY_MADE.items():  # which are not part of a configuration, but of its file
+        names = ", ".join(f'"{name}"' for name in known)
+        meaning = "a name of ready-made values, which the keys below override."
+        assert f"[{section}]\n# {selector}: {meaning} (one of {names})\n" in text
     (tmp_path / "shown.toml").write_text(text)
     overrides = [Override("optimizer", "lr", "0.125"), Override("model", "dim", "96")]
     assert load_config(tmp_path / "shown.toml") == load_config(tiny, overrides)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Parallel, Training
@@ -26,7 +27,7 @@ from swamla_titan.parallel.stages import runnable_micro_batches
 from tests.distributed.job import run
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_plans import COMMON, written
-from tests.distributed.test_row_tables import exchanges
+from tests.distributed.test_row_tables import Exchanges
 from tests.train.runs import checkpoint, tensors
 
 T = 24
@@ -96,9 +97,13 @@ def errors(
         for _, annex in part.annexes.each() if compiled else ():
             annex.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     copies = world.degrees.data  # each of which is given the same sequences here
-    with exchanges() as through:
+    with Exchanges() as through:
         loss = model.train_step(batches(), 2.0 * T * copies)
-    found = {"loss": (loss - expected).abs().item(), "messages too many": too_many(through, model)}
+    found = {
+        "loss": (loss - expected).abs().item(),
+        "messages too many": too_many(through, model),
+        "bytes gathered too many": gathered_too_many(through, model),
+    }
     for part in model.parts:
         tables = row_tables(part)
         for name, parameter in part.named_parameters():
@@ -114,14 +119,39 @@ def errors(
     return found
 
 
-def too_many(through: list[Any], model: ParallelModel) -> int:
-    """Of the all-to-alls of a step, requests beyond two a micro-batch and stage, however many layers look up."""
+def too_many(through: Exchanges, model: ParallelModel) -> int:
+    """Of the collectives of a step, requests beyond two a micro-batch and stage, however many layers look up."""
     shared = [part.annexes.placement for part in model.parts if isinstance(part.annexes.placement, ShardedRows)]
     if not shared:
-        return len(through)
+        return sum(each.name == "alltoall_base_" for each in through.found)
     assert shared[0].requests is not shared[0].group, "what computes would have to wait for the other's"
     runs = runnable_micro_batches(model.config.parallel, 2) if model.pipeline else 2
-    return through.count(shared[0].requests) - 2 * runs * len(shared)
+    return through.groups.count(shared[0].requests.group_name) - 2 * runs * len(shared)
+
+
+def gathered_too_many(through: Exchanges, model: ParallelModel) -> int:
+    """Bytes that all-gathers give beyond those of each weight but the tables, once, with FSDP2's padding.
+
+    Left out are small ones, as those of Python objects by which the ends of a pipeline are compared.
+    """
+    gathered = sum(each.bytes for each in through.found if "allgather" in each.name and each.bytes > 1000)
+    for part in model.parts:
+        tables = row_tables(part)
+        for weight in part.parameters():
+            if weight not in tables and weight.dim() > 1 and isinstance(weight, DTensor):  # others are replicated
+                gathered -= weight.element_size() * gathered_by_fsdp(weight)
+    return max(gathered, 0)
+
+
+def gathered_by_fsdp(weight: DTensor) -> int:
+    """Elements of a tensor-parallel rank's shard, with rows that FSDP2 pads it by."""
+    shape, shards = list(weight.shape), 1
+    for name, size, placement in zip(weight.device_mesh.mesh_dim_names, weight.device_mesh.shape, weight.placements):
+        if name != "tensor":
+            shards *= 1 if placement.is_replicate() else size
+        elif not placement.is_replicate():
+            shape[placement.dim] //= size
+    return -(-shape[0] // shards) * shards * math.prod(shape[1:])
 
 
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {

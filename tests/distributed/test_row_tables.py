@@ -3,16 +3,17 @@
 import contextlib
 import functools
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import swamla_titan.model.init
 from swamla_titan.config import Config
@@ -127,13 +128,15 @@ def _looked_up_together(sizes: tuple[int, ...]) -> None:
     placement = tables[0].placement
     assert isinstance(placement, ShardedRows)
     for micro_batch in range(5):
-        with exchanges() as through:
+        with Exchanges() as through:
             request = request_rows(tables, indices(world.rank, micro_batch))
-            assert through == [placement.requests], "counts, once for all tables"
+            assert through.groups == [placement.requests.group_name], "counts, once for all tables"
             found = look_up(tables, request, torch.float64)
-            assert through == [placement.requests, placement.requests, placement.group], "which rows, and the rows"
+            expected = [each.group_name for each in (placement.requests, placement.requests, placement.group)]
+            assert through.groups == expected, "which rows, and the rows"
             torch.stack([pull(each) for each in found]).sum().backward()
-            assert through[3:] == [placement.group] * len(tables)
+            assert through.groups[3:] == [placement.group.group_name] * len(tables)
+        assert {each.name for each in through.found} == {"alltoall_base_"}, "no table is gathered or reduced"
         for values, leaf, looked_up in zip(found, leaves, indices(world.rank, micro_batch)):
             assert torch.equal(values, leaf[looked_up])
     every = [indices(rank, batch) for rank in range(world.size) for batch in range(5)]
@@ -146,20 +149,37 @@ def _looked_up_together(sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(table.gradient.dense(len(own)), expected, rtol=0, atol=1e-12)
 
 
-@contextlib.contextmanager
-def exchanges() -> Iterator[list[Any]]:
-    """Within, collects the group of each all-to-all."""
-    through, exchange = [], dist.all_to_all_single
+class Exchange(NamedTuple):
+    """A collective: the name of its operator, its group, and the bytes that it gives."""
 
-    def counted(*arguments: Any, group: Any, **options: Any) -> Any:
-        through.append(group)
-        return exchange(*arguments, group=group, **options)
+    name: str
+    group: str
+    bytes: int
 
-    dist.all_to_all_single = counted
-    try:
-        yield through
-    finally:
-        dist.all_to_all_single = exchange
+
+class Exchanges(TorchDispatchMode):
+    """Within, collects the collectives of torch.distributed; those in compiled graphs are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Exchange] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else nothing would be compiled within
+
+    @property
+    def groups(self) -> list[str]:
+        """The name of each collective's group."""
+        return [each.group for each in self.found]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            group = next(each for each in args if isinstance(each, torch.ScriptObject))
+            given = sum(each.nbytes for each in tree_leaves(args[0]))
+            name = dist.ProcessGroup.unbox(group).group_name
+            self.found.append(Exchange(func._schema.name.removeprefix("c10d::"), name, given))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("size", [2, 3])
