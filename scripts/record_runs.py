@@ -41,8 +41,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LIMIT = 900.0  # seconds that one run may take
-# Of metrics.jsonl: what depends on the machine's speed or memory.
-MEASURED = re.compile("tokens_per_second|tflops|mfu|_gib$|_seconds$")
+# Of metrics.jsonl: what depends on clock, speed or memory of the machine.
+MEASURED = re.compile("^time$|tokens_per_second|tflops|mfu|_gib$|_seconds$")
 
 COMMON = """
 [job]

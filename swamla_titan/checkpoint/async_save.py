@@ -20,6 +20,7 @@ from swamla_titan.config.sections import Checkpoint
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.errors import RunFailed
 from swamla_titan.kernels.host_memory import copy_within_host, is_on_host, lock_pages, unlock_pages
+from swamla_titan.system.events import record_event
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +105,13 @@ class Saver:
             return error
         except BaseException as error:  # for the thread that can end the run
             return error
-        logger.info("checkpoint %s (%.1f s)", path, time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        logger.info("checkpoint %s (%.1f s)", path, seconds)
+        record_event("checkpoint", step=state.step, seconds=round(seconds, 3))
         return None
 
     def _report(self, error: RunFailed) -> None:
+        record_event("checkpoint_failed", step=self._attempted, error=str(error))
         logger.error(
             "%s. Training continues, and tries again after checkpoint.interval steps; this is consecutive failure %d, "
             "and %d end the run (checkpoint.max_failures)",

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.console import LogFormatter
+from swamla_titan.system.events import EVENTS, open_events
 from swamla_titan.system.line_file import LineFileHandler
 
 LOCK = ".lock"
@@ -172,7 +173,8 @@ def _holder(lock: TextIO) -> str:
 
 def validate_folder(folder: Path) -> None:
     """Raise UserError for what would make `prepare_folder` fail, as far as that is found without writing."""
-    for name, is_folder in {"checkpoints": True, "logs": True, "metrics.jsonl": False, "config.toml": False}.items():
+    files = ("metrics.jsonl", EVENTS, "config.toml")
+    for name, is_folder in {"checkpoints": True, "logs": True, **dict.fromkeys(files, False)}.items():
         path = folder / name
         if path.exists() and path.is_dir() != is_folder:
             kind = FileExistsError if is_folder else IsADirectoryError
@@ -207,7 +209,7 @@ def validate_exclusive(folder: Path) -> None:
 
 def _require_no_pipes(folder: Path) -> None:
     """Raise OSError if a file of the run is a pipe or a socket, because a write there waits for a reader."""
-    for path in (folder / "metrics.jsonl", *(folder / "logs").glob("rank-*.log")):
+    for path in (folder / "metrics.jsonl", folder / EVENTS, *(folder / "logs").glob("rank-*.log")):
         if path.is_fifo() or path.is_socket():
             raise OSError(errno.EINVAL, f"{path} is no regular file", str(path))
 
@@ -250,10 +252,15 @@ def prepare_folder(folder: Path, config_text: str) -> None:
 
 
 def log_to_folder(folder: Path, rank: int) -> None:
-    """Append log lines also to logs/rank-N.log in the dump folder; raises UserError if that is impossible."""
+    """Append log lines also to logs/rank-N.log in the dump folder, and on rank 0 events to events.jsonl.
+
+    Raises UserError if that is impossible.
+    """
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")
+        if rank == 0:
+            open_events(folder)
     except OSError as error:
         raise _unusable(folder, error) from None
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -23,6 +23,7 @@ from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
 from swamla_titan.data.held_out import HELD_OUT_TEXT, ValidationSet, ValidationText
 from swamla_titan.data.loader import BatchLoader
 from swamla_titan.data.sources import pinned
+from swamla_titan.data.streams import completed_epochs
 from swamla_titan.data.tokenizer import CompressedVocabulary, Tokenizer, compress, load_tokenizer
 from swamla_titan.data.worker import prepare_workers
 
@@ -39,6 +40,7 @@ __all__ = [
     "ValidationSet",
     "ValidationText",
     "build_validation_set",
+    "completed_epochs",
     "compress",
     "described",
     "distinct_steps",

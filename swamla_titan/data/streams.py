@@ -353,6 +353,11 @@ def initial_cursor() -> Cursor:
     return {"edition": 0, "epoch": 0, "item": 0, "position": None, "document": 0, "token": 0, "sequences": 0}
 
 
+def completed_epochs(cursors: Iterable[Cursor]) -> int:
+    """How often all of the streams have read the data, since files were last added to them."""
+    return min((cursor["epoch"] for cursor in cursors), default=0)
+
+
 def is_cursor(value: Any) -> bool:
     """Whether a value from a checkpoint has the form of a cursor; whether it points to a document, reading shows."""
     if not isinstance(value, dict) or value.keys() != initial_cursor().keys():

@@ -8,16 +8,18 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from swamla_titan.config.sections import Metrics
+from swamla_titan.config import Config, to_toml
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
+from swamla_titan.train.metric_names import metric
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 
 logger = logging.getLogger(__name__)
@@ -59,21 +61,32 @@ class _Destination(NamedTuple):
 class MetricsLogger(Policy):
     """Sends the metrics of a step to every destination in [metrics]; rank 0 has one.
 
-    metrics.jsonl gets one object per call, appended at once; a key that does not apply is left out. Raises UserError if
-    a destination cannot be opened, but not if Weights & Biases does not answer. Later no destination ends the run: if
-    the disk is full, lines of metrics.jsonl wait in memory, and if TensorBoard or Weights & Biases fail, they get no
-    more metrics until the next start.
+    metrics.jsonl gets one object a step, appended at once; a key that does not apply is left out (docs/metrics.md lists
+    all). Raises UserError if a destination cannot be opened, but not if Weights & Biases does not answer. Later no
+    destination ends the run: if the disk is full, lines of metrics.jsonl wait in memory, and if TensorBoard or Weights
+    & Biases fail, they get no more metrics until the next start.
     """
 
-    def __init__(self, config: Metrics, folder: Path, run_config: dict[str, Any], step: int, steps: int) -> None:
+    def __init__(self, config: Config, folder: Path, step: int) -> None:
+        """For a run of `config` that continues after `step`."""
         self._folder = folder
+        self._joining = False
+        self._step, self._values = step, Values()  # whose line is not written yet
         with self._disk():
-            wandb = _open_wandb(config, folder, run_config) if config.wandb else None
+            wandb = _open_wandb(config, folder) if config.metrics.wandb else None
             self._file = LineFile(folder / "metrics.jsonl")
-            tensorboard = _open_tensorboard(folder / "tensorboard", step) if config.tensorboard else None
+            tensorboard = (
+                _open_tensorboard(config, folder / "tensorboard", step) if config.metrics.tensorboard else None
+            )
         self._destinations = [each for each in (tensorboard, wandb) if each]
-        show = config.progress_bar and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", disable=not show, dynamic_ncols=True, leave=False)
+        self._bar = tqdm(
+            total=config.training.steps,
+            initial=step,
+            unit="step",
+            disable=not (config.metrics.progress_bar and sys.stderr.isatty()),
+            dynamic_ncols=True,
+            leave=False,
+        )
 
     def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Advance the progress bar."""
@@ -84,11 +97,32 @@ class MetricsLogger(Policy):
 
         The folder must still be this run's, because files that were removed are created again.
         """
+        if warning := self._file.follow():
+            logger.warning("%s", warning)
+        self._step = step
+        self._values |= values
+        if not self._joining:
+            self._write()
+        logger.info(line)
+
+    @contextmanager
+    def one_line(self) -> Iterator[None]:
+        """Joins the metrics of a step that are logged inside: they are written at the end, also where this raises."""
+        self._joining = True
+        try:
+            yield
+        finally:
+            self._joining = False
+            self._write()
+
+    def _write(self) -> None:
+        step, values, self._values = self._step, self._values, {}
+        if not values:
+            return
         # JSON has no NaN or infinity; any reader can read null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for warning in (self._file.follow(), self._file.write(json.dumps({"step": step} | finite))):
-            if warning:
-                logger.warning("%s", warning)
+        if warning := self._file.write(json.dumps({"step": step} | finite)):
+            logger.warning("%s", warning)
         for each in list(self._destinations):
             try:
                 each.write(step, values)
@@ -98,7 +132,6 @@ class MetricsLogger(Policy):
                 self._destinations.remove(each)
                 with suppress(Exception):
                     each.close()
-        logger.info(line)
 
     def close(self, discard: bool = False) -> None:
         """Flush and close every destination; log those that cannot be written, and close the others."""
@@ -165,9 +198,10 @@ def require_wandb() -> Any:
     return wandb
 
 
-def _open_tensorboard(folder: Path, step: int) -> _Destination | None:
+def _open_tensorboard(config: Config, folder: Path, step: int) -> _Destination | None:
     """For steps after `step`; None, with a warning, where TensorBoard cannot use the folder's name."""
     from torch.utils.tensorboard import SummaryWriter  # imported late because it takes a second
+    from torch.utils.tensorboard.summary import hparams
 
     try:
         writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -177,19 +211,36 @@ def _open_tensorboard(folder: Path, step: int) -> _Destination | None:
         )
         return None
     opened = os.stat(folder)
+    writer.add_text(
+        "config", "    " + to_toml(config).rstrip().replace("\n", "\n    "), step
+    )  # indented: code in Markdown
+    file: Any = writer.file_writer
+    for summary in hparams(_hyperparameters(config), dict.fromkeys((metric("loss").tag, metric("val_loss").tag), 0.0)):
+        file.add_summary(summary)
 
     def write(step: int, values: Values) -> None:
         # TensorBoard would continue to write to a deleted file without noticing.
         if not os.path.samestat(os.stat(folder), opened):
             raise FileNotFoundError("its folder was replaced")
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            if name != "time":  # each value has its own
+                writer.add_scalar(metric(name).tag, value, step)
         writer.flush()  # its own timer reads a clock that users can set
 
     return _Destination("TensorBoard", write, writer.close)
 
 
-def _open_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> _Destination | None:
+def _hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+    """The keys of the sections that decide what is learned, as SECTION.KEY; others than numbers as text."""
+    sections = {name: getattr(config, name) for name in ("model", "data", "training", "optimizer", "lr_schedule")}
+    return {
+        f"{name}.{key}": value if isinstance(value, int | float) else str(value)
+        for name, section in sections.items()
+        for key, value in asdict(section).items()
+    }
+
+
+def _open_wandb(config: Config, folder: Path) -> _Destination | None:
     """Open the W&B run; None, with a warning, if the service does not answer; UserError without an account.
 
     Its id is stored in the dump folder, so that a resumed run continues it; another run of the project may have the
@@ -203,12 +254,12 @@ def _open_wandb(config: Metrics, folder: Path, run_config: dict[str, Any]) -> _D
     try:
         with _without_terminal():
             run = wandb.init(
-                project=config.wandb_project,
+                project=config.metrics.wandb_project,
                 name=one_line(folder.resolve().name),
                 id=id_file.read_text().strip(),
                 resume="allow",
                 dir=folder,
-                config=run_config,
+                config=asdict(config),
             )
     except Exception as error:  # whatever the service's client raises
         if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):

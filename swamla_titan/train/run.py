@@ -3,7 +3,7 @@
 import faulthandler
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.launch.ranks import foreign_variables
 from swamla_titan.launch.signals import StopRequest
+from swamla_titan.system.events import close_events, record_event
 from swamla_titan.system.machine import explain
 from swamla_titan.train.policies.watchdog import Watchdog
 from swamla_titan.train.setup import from_newest_intact, set_up, validate_open_files
@@ -67,12 +68,28 @@ def train(config: Config, advise: Advise) -> int:
         stack.enter_context(explained_out_of_memory(lambda: resolved[-1], world, folder / "traces", advise))
         trainer = build_trainer(config, world, stop, watchdog, held[0] if held else None)
         resolved.append(trainer.config)
+        ended: list[int] = []
+        stack.push(lambda kind, error, _: _record_end(trainer.step, ended, error))
         stack.push(lambda kind, *_: trainer.close(_ends_alone(kind), kind is FolderLost))
+        stack.push(lambda kind, *_: close_events() if kind is FolderLost else None)
         if asked := stop.agreed(world.all_reduce_max):
+            ended.append(asked.code)
             return asked.code
         stop.finish_step_first = True
         with _explained_shortage():
-            return trainer.run()
+            ended.append(trainer.run())
+        return ended[0]
+
+
+def _record_end(step: int, codes: Sequence[int], error: BaseException | None) -> None:
+    """Record the exit code of this start, or the error that ended it, and no event after it."""
+    if isinstance(error, SystemExit):
+        record_event("end", step=step, code=error.code)
+    elif error:
+        record_event("end", step=step, error=f"{type(error).__name__}: {error}")
+    else:
+        record_event("end", step=step, code=codes[0])
+    close_events()
 
 
 def build_trainer(config: Config, world: World, stop: StopRequest, watchdog: Watchdog, hold: Hold | None) -> Trainer:

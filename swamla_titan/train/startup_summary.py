@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import swamla_titan
 from swamla_titan.checkpoint.manifest import CONFIG
 from swamla_titan.config import Config
 from swamla_titan.config.rules import why_not_gathered
@@ -18,6 +20,7 @@ from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
 from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.attention.dispatch import Choice
+from swamla_titan.launch.ranks import rank_info
 from swamla_titan.model.annexes import annexes_of
 from swamla_titan.model.blocks import BLOCKS
 from swamla_titan.model.counts import parameter_counts
@@ -28,6 +31,7 @@ from swamla_titan.parallel.row_tables import bytes_on_host
 from swamla_titan.quantization.coverage import warnings
 from swamla_titan.quantization.native import fuses_activation
 from swamla_titan.system.console import Lines
+from swamla_titan.system.events import record_event, seconds_since_start
 from swamla_titan.train.setup import Setup
 
 if sys.version_info >= (3, 11):
@@ -162,10 +166,23 @@ def _log_resume(setup: Setup) -> None:
             logger.warning("%s differs from this run:\n%s", initial.path, Lines(table))
     else:
         logger.info(f"resumed from {newest}" if newest else "a new run")
+    record_event("start", **_start(setup))
     for change in changed_settings(newest / CONFIG, setup.config) if newest and setup.world.is_rank_0 else ():
         logger.warning(f"resumed with another setting: {change}")
     if setup.train_state.step >= steps:
         logger.info(f"all {steps} steps were taken; raise training.steps, or choose another job.dump_folder")
+
+
+def _start(setup: Setup) -> dict[str, Any]:
+    world, device = setup.world, setup.world.device
+    return {
+        "step": setup.train_state.step,
+        "ranks": world.size,
+        "machines": rank_info().machines,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "setup_seconds": seconds_since_start(),
+        "version": swamla_titan.__version__,
+    }
 
 
 def changed_settings(checkpoint_config: Path, config: Config) -> list[str]:

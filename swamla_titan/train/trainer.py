@@ -2,20 +2,19 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from swamla_titan.checkpoint.async_save import Saver
 from swamla_titan.checkpoint.dump_folder import Hold, log_to_folder
 from swamla_titan.checkpoint.records import TrainState
-from swamla_titan.data import StepBatch
+from swamla_titan.data import StepBatch, completed_epochs
 from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
+from swamla_titan.system.events import now, timed_event
 from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.policies.batch_digests import batch_digests
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
@@ -72,8 +71,9 @@ class Trainer:
             broadcast_from_rank_0(world, setup.prepare_folder)
         all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
         self.unreadable = UnreadableData(self.folder, setup.corpus, setup.train_state, writes=self._may_write)
-        metrics = partial(MetricsLogger, config.metrics, self.folder, asdict(config), self.step, config.training.steps)
-        self.metrics = all_ranks_or_raise(world, lambda: metrics() if world.is_rank_0 else None)
+        self.metrics = all_ranks_or_raise(
+            world, lambda: MetricsLogger(config, self.folder, self.step) if world.is_rank_0 else None
+        )
         expected = self.state.size() if unfinished else 0
         self.saver = Saver(config.checkpoint, setup.checkpoints, world.device, self.step, expected)
         self.train_step = TrainStep(config, world, self.state, setup.micro_batch_size, self.saver.before_update)
@@ -128,12 +128,13 @@ class Trainer:
             too_many_bad = self.bad_steps.too_many(self.step)
             log = self.step == first_step or self.step % config.metrics.log_interval == 0
             if log or save or due or too_many_bad:
-                self._log_step()
-                self._end_streak(too_many_bad)
+                with self.metrics.one_line() if self.metrics else nullcontext():
+                    self._log_step()
+                    self._end_streak(too_many_bad)
+                    for validation in due:
+                        self._validate(validation)
             if config.compile.enabled and self.step == first_step:
                 logger.info("%s", compilation())
-            for validation in due:
-                self._validate(validation)
             if save:
                 self._save(last=finished or stop is not None)
             # Before a re-rendezvous a finished run returns too, so that the new machines see that it is finished.
@@ -179,7 +180,9 @@ class Trainer:
         """Read the step's metrics from the device, which waits for it, and log them."""
         self._require_folder()
         loss, grad_norm, lr = self.outcome
-        values: Values = {"tokens": self.tokens, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
+        epoch = int(-self.world.all_reduce_max(-completed_epochs(self.cursors.values())))
+        values: Values = {"time": now(), "tokens": self.tokens, "epoch": epoch}
+        values |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
         for policy in self.policies:
             values |= policy.metrics()
         values["memory_gib"] = self.world.all_reduce_max(values["memory_gib"])
@@ -203,6 +206,7 @@ class Trainer:
     def _pause(self, doing: str) -> Iterator[None]:
         """Encloses work between steps: no policy takes it for a part of one."""
         with ExitStack() as stack:
+            stack.enter_context(timed_event("pause", step=self.step, doing=doing))
             for policy in self.policies:
                 stack.enter_context(policy.pause(doing))
             yield

@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from swamla_titan.config import load_config
-from swamla_titan.config.sections import Metrics
 from swamla_titan.data import BatchLoader, open_corpus
 from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.train import throughput
 from swamla_titan.train.logging import MetricsLogger, step_line
+from swamla_titan.train.metric_names import METRICS
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step
@@ -28,8 +30,9 @@ FAST = ("--data.num_workers", "0", "--training.steps", "4", "--validation.interv
 # The contract's keys of a step, but for those of a GPU and of the policy for bad steps, which is not there.
 STEP_KEYS = {
     *("step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "memory_gib", "data_seconds", "step_seconds"),
-    "skipped_steps",
+    *("skipped_steps", "time", "epoch"),
 }
+VALIDATION_KEYS = {"val_loss", "val_bits_per_byte"}
 GPU_KEYS = {"tokens_per_second_per_gpu", "tflops_per_gpu", "mfu"}
 
 
@@ -38,18 +41,17 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_step_has_the_contract_s_keys_and_none_that_does_not_apply(tiny, tmp_path):
+    begin = time.time()
     assert train(tiny, *FAST) == 0
     found = lines(tmp_path / "run")
-    assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4]
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    times = [begin - 0.001, *(line["time"] for line in found), time.time() + 0.001]
+    assert times == sorted(times)
     for line in found:
-        if "val_loss" in line:
-            assert line.keys() == {"step", "val_loss", "val_bits_per_byte"}
-            assert line["step"] % 2 == 0
-        else:
-            assert line.keys() == STEP_KEYS
-            assert 0 < line["data_seconds"] < line["step_seconds"]
-            assert line["tokens_per_second"] == pytest.approx(5 * 64 / line["step_seconds"])
-            assert 0.05 < line["memory_gib"] < 64
+        assert line.keys() == (STEP_KEYS if line["step"] % 2 else STEP_KEYS | VALIDATION_KEYS)
+        assert 0 < line["data_seconds"] < line["step_seconds"]
+        assert line["tokens_per_second"] == pytest.approx(5 * 64 / line["step_seconds"])
+        assert 0.05 < line["memory_gib"] < 64
     assert metrics(tmp_path / "run", "tokens") == {step: step * 5 * 64 for step in (1, 2, 3, 4)}
     assert list(metrics(tmp_path / "run", "val_loss")) == [2, 4]
 
@@ -150,7 +152,7 @@ def test_mfu_is_tokens_per_second_of_a_gpu_times_flops_over_its_peak(monkeypatch
         assert values["mfu"] == pytest.approx(per_gpu * flops / peak)
         assert peak in PEAK_BF16_FLOPS.values()
     assert (
-        values.keys() - {"mfu"} | {"step", "tokens", "loss", "grad_norm", "lr", "skipped_steps", "mfu"}
+        values.keys() - {"mfu"} | {"step", "time", "epoch", "tokens", "loss", "grad_norm", "lr", "skipped_steps", "mfu"}
         == STEP_KEYS | GPU_KEYS
     )
 
@@ -167,7 +169,7 @@ def test_a_last_line_that_a_crash_cut_short_is_ended_before_the_next(tiny, tmp_p
     after = path.read_text()
     assert after.startswith(before + '{"step": 3, "lo\n{"step": 3, ')
     whole = [line for line in after.splitlines() if line.endswith("}")]
-    assert [json.loads(line)["step"] for line in whole] == [1, 2, 2, 3, 4, 4]
+    assert [json.loads(line)["step"] for line in whole] == [1, 2, 3, 4]
 
 
 def test_lines_are_appended_as_they_come_and_never_rewritten(tiny, tmp_path):
@@ -179,9 +181,19 @@ def test_lines_are_appended_as_they_come_and_never_rewritten(tiny, tmp_path):
 
     folder = tmp_path / "alone"
     folder.mkdir()
-    log = MetricsLogger(Metrics(tensorboard=False), folder, {}, step=0, steps=2)
+    log = MetricsLogger(load_config(tmp_path / "run" / "config.toml"), folder, step=0)
     log.log(1, {"loss": 1.5}, "a line")
     assert lines(folder) == [{"step": 1, "loss": 1.5}]  # there before the file is closed
+
+    def fail() -> None:
+        with log.one_line():
+            log.log(2, {"loss": 1.25}, "a line")
+            log.log(2, {"val_loss": 1.0}, "validation")
+            raise RunFailed("later")
+
+    with pytest.raises(RunFailed):
+        fail()
+    assert lines(folder)[1:] == [{"step": 2, "loss": 1.25, "val_loss": 1.0}]
     log.close()
 
 
@@ -235,11 +247,29 @@ def test_tensorboard_gets_every_number_of_every_line(tiny, tmp_path):
     assert train(tiny, *settings) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    names = STEP_KEYS - {"step"} | {"val_loss", "val_bits_per_byte"}
-    assert set(events.Tags()["scalars"]) == names
-    for name in names:
-        found = {event.step: event.value for event in events.Scalars(name)}
+    tags = {name: METRICS[name].tag for name in STEP_KEYS - {"step", "time"} | VALIDATION_KEYS}
+    assert tags["loss"] == "loss/train"  # beside loss/validation
+    assert set(events.Tags()["scalars"]) == set(tags.values())
+    for name, tag in tags.items():
+        found = {event.step: event.value for event in events.Scalars(tag)}
         assert found == pytest.approx(metrics(tmp_path / "run", name), rel=1e-6), name
+
+
+def test_tensorboard_has_the_configuration_as_text_and_as_hyperparameters(tiny, tmp_path):
+    assert train(tiny, *FAST, "--metrics.tensorboard", "true", "--training.steps", "1") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("config/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    written = (tmp_path / "run" / "config.toml").read_text()
+    assert [line.removeprefix("    ") for line in shown.splitlines()] == written.splitlines()
+    start = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert (
+        start.hparams["model.num_layers"].number_value == load_config(tmp_path / "run" / "config.toml").model.num_layers
+    )
+    assert start.hparams["optimizer.name"].string_value == "adamw"
 
 
 # Weights & Biases

@@ -1,5 +1,6 @@
 """Rewinding: which checkpoint a run goes back to, that it goes on with the data, and that kills change nothing."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -90,6 +91,9 @@ def test_it_goes_on_with_older_weights_and_the_next_batch_like_a_run_made_by_han
     assert_went_the_same_way(run, by_hand(tiny, tmp_path / "other", (*ROW, *after), 8, BACK))
     logged = {9, 10, 11, 12} if interval == "1" else {9, 10, 12}  # with a validation or a checkpoint
     assert metrics(run, "rewinds") == dict.fromkeys(logged, 1)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["trained"]) for each in events if each["event"] == "rewind"] == [(8, BACK)]
+    assert [step for each in events if each["event"] == "skipped" for step in each["steps"]] == [*range(5, 5 + length)]
     assert history(checkpoint(run, STEPS))["bad_steps.counts"] == f"[{length}, 0, 12, 1]"
 
 

@@ -41,6 +41,7 @@ from swamla_titan.data import BatchLoader
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import RunFailed
+from swamla_titan.system.events import record_event
 from swamla_titan.train.bad_steps import BadStep, BadSteps
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 from swamla_titan.train.setup import Setup
@@ -125,6 +126,7 @@ class SkippingPolicy(BadStepPolicy):
     def report(self) -> None:
         if skipped := self._judge.read():
             logger.warning("%s. %s", warning(skipped, self._judge.skipped), remedies(self._config))
+            record_event("skipped", steps=[each.step for each in skipped])
 
     def too_many(self, step: int) -> bool:
         return self._judge.too_many(step)
@@ -155,6 +157,7 @@ class SkippingPolicy(BadStepPolicy):
                 target = self._rewinding.rewind(step, self._state)
             if target:
                 logger.warning("%s: %s; %s lists their data", what, self._rewinding.report(target, step), path)
+                record_event("rewind", step=step, trained=self._judge.trained)
                 return None
         self._judge.reset_streak()
         return RunFailed(

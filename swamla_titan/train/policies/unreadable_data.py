@@ -16,6 +16,7 @@ from swamla_titan.data import BatchLoader, Corpus, Exclusion, StepBatch
 from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
+from swamla_titan.system.events import record_event
 from swamla_titan.train.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class UnreadableData(Policy):
         """Add what ranks found unreadable in the batch of `step` (from 1); several ranks may have found the same."""
         new = sorted({each.key: each for each in found}.values(), key=lambda each: each.key)
         self._excluded += new
+        record_event("skipped_files", step=step, files=sorted({each.file for each in new}))
         for each in new:
             self._note(step, each.stream, each.file, each.place, each.reason)
         self._write()

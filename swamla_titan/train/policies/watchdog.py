@@ -32,6 +32,7 @@ from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_FAILED
 from swamla_titan.launch.worker import local_worker_pids
 from swamla_titan.system.console import Lines
+from swamla_titan.system.events import record_event
 from swamla_titan.system.process import Backstop, RunningTime, stopped
 from swamla_titan.train.policy import Policy, StepOutcome
 
@@ -242,6 +243,7 @@ class Watchdog(Policy):
                 path if written else "on standard error",
                 Lines(where_all_are(places, self._world.size)),
             )
+            record_event("hang", step=now.step, doing=now.doing)
             self._remove_if_empty()
         finally:
             # sys.exit would end this thread alone, and nothing can end the main thread.

@@ -1,0 +1,44 @@
+"""The metrics of a run: what each is, in which unit, and the group in which TensorBoard and reports show it."""
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """The name in TensorBoard, GROUP/NAME, the axis' unit ("" for pure numbers), and what it is."""
+
+    tag: str
+    unit: str
+    meaning: str
+
+
+METRICS = {
+    "loss": Metric("loss/train", "nats/token", "what is minimized, mean over the targets of the global batch"),
+    "val_loss": Metric("loss/validation", "nats/token", "cross-entropy on held-out text"),
+    "val_set": Metric("loss/validation_set", "", "number of the held-out text, if not the first of the run"),
+    "val_bits_per_byte": Metric("loss/validation_bits_per_byte", "bits/byte", "the same per byte of text"),
+    "grad_norm": Metric("optimizer/grad_norm", "", "of the global gradient, before clipping"),
+    "lr": Metric("optimizer/lr", "", "learning rate"),
+    "loss_scale": Metric("optimizer/loss_scale", "", "factor of the loss, with float8.loss_scaling"),
+    "tokens_per_second": Metric("speed/tokens_per_second", "tokens/s", "of the whole job"),
+    "tokens_per_second_per_gpu": Metric("speed/tokens_per_second_per_gpu", "tokens/s", "of one GPU"),
+    "tflops_per_gpu": Metric("speed/tflops_per_gpu", "TFLOP/s", "model FLOPs of one GPU"),
+    "mfu": Metric("speed/mfu", "", "model FLOPs utilization: share of the dense bf16 peak"),
+    "step_seconds": Metric("speed/step_seconds", "s", "a step, without validation and checkpoints"),
+    "data_seconds": Metric("speed/data_seconds", "s", "of a step in which its host waited for data"),
+    "memory_gib": Metric("memory/peak_gib", "GiB", "peak of the rank that needs most"),
+    "tokens": Metric("progress/tokens", "tokens", "trained on in all"),
+    "epoch": Metric("progress/epoch", "", "passes over the data that are complete"),
+    "skipped_steps": Metric("events/skipped_steps", "steps", "skipped as bad in all"),
+    "rewinds": Metric("events/rewinds", "", "returns to older weights in all"),
+    "skipped_files": Metric("events/skipped_files", "files", "of which a part could not be read"),
+    "table_rows_touched": Metric("tables/rows_touched", "", "share of the rows that were looked up"),
+    "table_rows_touched_since_last_log": Metric(
+        "tables/rows_touched_since_last_log", "", "the same since the line before"
+    ),
+}
+"""By key of metrics.jsonl. Keys with a slash name their group themselves; others are of the group `other`."""
+
+
+def metric(key: str) -> Metric:
+    """The metric of a key of metrics.jsonl."""
+    return METRICS.get(key) or Metric(key if "/" in key else f"other/{key}", "", "")
