@@ -77,8 +77,8 @@ class Generate:
     """A file of texts to continue: a text in each line, or in a .jsonl file an object with "prompt"."""
 
     output: str | None = None
-    """File to write, which must not exist: a line of JSON for each prompt, with what its own line had, "text", "tokens"
-    and why it "ended" (eot, stop, length)."""
+    """File to write, or to replace once all is written: a line of JSON for each prompt, with what its own line had,
+    "text", "tokens" and why it "ended" (eot, stop, length)."""
 
     interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Ask for a text, continue it, and ask for the next."""
@@ -167,7 +167,7 @@ class Evaluate:
     """Maximum number of documents of each task and of each text; 0: all."""
 
     output: str | None = None
-    """JSON file that receives the results."""
+    """JSON file to write, or to replace once all is written: the results."""
 
 
 @dataclass

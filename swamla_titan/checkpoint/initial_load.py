@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from swamla_titan.checkpoint.exported import exported_annexes, exported_model, is_exported, require_as_written
-from swamla_titan.checkpoint.reader import require_loadable
+from swamla_titan.checkpoint.reader import require_loadable, stored_groups
 from swamla_titan.checkpoint.records import AnnexRecord
 from swamla_titan.checkpoint.resume import Origin, same_names
 from swamla_titan.checkpoint.state import Average, Declared, OptimizerStates, Weights
@@ -27,13 +27,14 @@ _LONGEST = 60  # characters of a value in the table
 class InitialLoad:
     """A checkpoint, or a folder that `export` wrote, of which a new run takes the tensors of `groups`.
 
-    `fingerprint`: of the run that wrote it, as far as it is known.
+    `fingerprint`: of the run that wrote it, as far as it is known. `has_average`: it holds an average of the weights.
     """
 
     path: Path
     groups: tuple[str, ...]
     fingerprint: dict[str, Any]
     annex_record: AnnexRecord | None
+    has_average: bool = False
 
     @property
     def optimizer(self) -> str | None:
@@ -41,11 +42,11 @@ class InitialLoad:
         name = self.fingerprint.get("optimizer.name") if OptimizerStates.group in self.groups else None
         return name if isinstance(name, str) else None
 
-    @property
-    def summary(self) -> str:
-        """What is taken, in words."""
+    def summary(self, config: Config) -> str:
+        """What a run with this configuration takes, in words, and what it asks for in vain."""
         what = "weights" if self.optimizer is None else "weights and states of the optimizer"
-        return f"{what} of {self.path}"
+        lacks = Average.group in self.groups and config.ema.decay and not self.has_average
+        return f"{what} of {self.path}" + ("; it has no average, which begins with these weights" if lacks else "")
 
     def require_fit(self, config: Config) -> None:
         """Raise UserError unless it has the tensors of this run's model, no others, and states of its optimizer."""
@@ -61,12 +62,14 @@ class InitialLoad:
             self.annex_record.require_equal(config.model, self.path)
         require_as_written(self.path)
 
-    def differences(self, fingerprint: dict[str, Any]) -> str:
+    def differences(self, config: Config, fingerprint: dict[str, Any]) -> str:
         """A table of what differs from a run with this fingerprint, a line each; empty: nothing that is known."""
         then = same_names(self.fingerprint, fingerprint)
         known = {name: value for name, value in fingerprint.items() if name in then}
         changes = fingerprint_changes(then, known)
         rows = [(name, _shown(then[name]), _shown(known[name])) for name in changes if name in known]
+        if Average.group in self.groups and bool(config.ema.decay) != self.has_average:
+            rows.append(("ema.decay", "an average" if self.has_average else "no average", str(config.ema.decay)))
         if not rows:
             return ""
         rows = [("", "there", "in this run"), *rows]
@@ -100,7 +103,8 @@ def find_initial_load(config: Config, world: World, known: Declared) -> InitialL
         return origin
     groups = (Weights.group,) if state == "weights" else (Weights.group, OptimizerStates.group, Average.group)
     assert origin.train_state is not None
-    return InitialLoad(path, groups, origin.train_state.fingerprint, origin.annex_record)
+    has_average = broadcast_from_rank_0(world, lambda: Average.group in stored_groups(path))
+    return InitialLoad(path, groups, origin.train_state.fingerprint, origin.annex_record, has_average)
 
 
 def _exported(path: Path, state: str) -> InitialLoad:

@@ -23,7 +23,7 @@ from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.launch.process_group import destroy_distributed, init_distributed
 from swamla_titan.model.loss_head import target_scores
-from swamla_titan.system.written_aside import written_aside
+from swamla_titan.system.written_aside import output_file, write_output
 from swamla_titan.tools.generate import LoadedModel, Sampling, Writer, load_model
 from swamla_titan.train.scoring import Scorer
 from swamla_titan.train.step import GROUPS
@@ -118,7 +118,7 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         stack.callback(destroy_distributed)
         world = init_distributed(Parallel(data_parallel="ddp"))
-        broadcast_from_rank_0(world, lambda: _require_writable(output))
+        file = broadcast_from_rank_0(world, lambda: output_file(output) if output is not None else None)
         path = find_checkpoint(checkpoint, GROUPS, world=world)
         loaded = all_ranks_or_raise(world, lambda: _loaded(path, ema, dtype, world))
         found: dict[str, Any] = {
@@ -131,34 +131,14 @@ def evaluate_checkpoint(
             "tasks": loaded.on_tasks(names, limit) if names else {},
             "text": {file: loaded.on_text(file, limit) for file in text},
         }
-        broadcast_from_rank_0(world, lambda: _report(found, output))
+        broadcast_from_rank_0(world, lambda: _report(found, file))
 
 
 def _loaded(path: Path, ema: bool, dtype: Dtype | None, world: World) -> Evaluated:
     return Evaluated(load_model(path, ema, dtype=getattr(torch, dtype) if dtype else None), world)
 
 
-def _require_writable(output: str | None) -> None:
-    """Raise UserError, before hours of work, for a file that cannot be written; one that exists is replaced.
-
-    Nothing but a file is: a rename would remove a device or a pipe, as root even /dev/null.
-    """
-    if output is not None:
-        path = Path(output)
-        if not path.name or (path.exists() and not path.is_file()):
-            raise UserError(f"--output {output or repr(output)}: is no file")
-        _write(path, "", keep=False)
-
-
-def _write(path: Path, content: str, keep: bool = True) -> None:
-    try:
-        with written_aside(path, keep) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-
-
-def _report(found: dict[str, Any], output: str | None) -> None:
+def _report(found: dict[str, Any], file: Path | None) -> None:
     average = ", the average of the weights" if found["ema"] else ""
     print(one_line(f"{found['checkpoint']}, {found['dtype']}{average}"))
     rows = dict(found["tasks"])
@@ -168,5 +148,5 @@ def _report(found: dict[str, Any], output: str | None) -> None:
         print(
             one_line(f"  {name:<{width}}  {value:,}" if isinstance(value, int) else f"  {name:<{width}}  {value:.4f}")
         )
-    if output is not None:
-        _write(Path(output), json.dumps(found, indent=1) + "\n")
+    if file:
+        write_output(file, json.dumps(found, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from swamla_titan.escaping import several_lines
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.generation import Decoder, Options, check_prompts, stream
 from swamla_titan.model.row_table import row_tables
-from swamla_titan.system.written_aside import written_aside
+from swamla_titan.system.written_aside import output_file, write_output
 from swamla_titan.train.step import GROUPS
 
 LARGEST_SEED = 2**63 - 1  # of torch's generators
@@ -244,20 +243,19 @@ def generate_from_checkpoint(
     if is_given and prompts:
         raise UserError("--prompt and --prompts: give texts or a file of them, not both")
     records = [{"prompt": _as_text(each)} for each in prompt] if prompts is None else read_prompts(prompts)
-    if output is not None:
-        _validate_output(Path(output))
+    file = None if output is None else output_file(output)
     devices_for(gpus)
     writer = Writer(_load(checkpoint, ema, dtype, gpus), options)
     if interactive:
         _converse(writer)
         return
     tokens = writer.prompts([record["prompt"] for record in records])
-    if output is None and len(records) == 1:
+    if not file and len(records) == 1:
         _print_as_it_comes(records[0]["prompt"], writer.write(tokens))
         return
     continuations = writer.complete(tokens, batch_size)
-    if output is not None:
-        _write_output(Path(output), records, continuations, options)
+    if file:
+        write_output(file, "".join(_lines(records, continuations, options)))
         return
     for record, continuation in zip(records, continuations):
         print(several_lines(record["prompt"] + continuation.text))
@@ -333,33 +331,11 @@ def _converse(writer: Writer) -> None:
             print()
 
 
-def _validate_output(path: Path) -> None:
-    if os.path.lexists(path):
-        raise UserError(f"{path} exists; choose another name or remove it")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written (there is no folder {path.parent} that may be written to)")
-    try:
-        with written_aside(path, keep=False):
-            pass
-    except OSError as error:  # as for a name that is too long
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def _write_output(
-    path: Path, records: list[dict[str, Any]], continuations: list[Continuation], sampling: Sampling
-) -> None:
-    """A line of JSON for each prompt: what its record has, its continuation, how many tokens, and why it ended.
-
-    Raises UserError where it cannot be written.
-    """
-    try:
-        with written_aside(path) as file:
-            for record, each in zip(records, continuations):
-                ended = "stop" if each.is_stopped else "length" if each.tokens == sampling.max_new_tokens else "eot"
-                line = record | {"text": each.text, "tokens": each.tokens, "ended": ended}
-                file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+def _lines(records: list[dict[str, Any]], continuations: list[Continuation], sampling: Sampling) -> Iterator[str]:
+    """A line of JSON for each prompt: what its record has, its continuation, how many tokens, and why it ended."""
+    for record, each in zip(records, continuations):
+        ended = "stop" if each.is_stopped else "length" if each.tokens == sampling.max_new_tokens else "eot"
+        yield json.dumps(record | {"text": each.text, "tokens": each.tokens, "ended": ended}) + "\n"
 
 
 def _as_text(argument: str) -> str:

@@ -62,7 +62,7 @@ def dry_run(config: Config, gpus: int | None) -> None:
 def _print_dry_run(setup: Setup, found: Plan) -> None:
     config, corpus, newest = setup.config, setup.corpus, setup.origin.path
     if newest is None:
-        begin = "begins at step 1" + (f" with the {setup.initial.summary}" if setup.initial else "")
+        begin = "begins at step 1" + (f" with the {setup.initial.summary(config)}" if setup.initial else "")
     elif setup.train_state.step < config.training.steps:
         begin = f"continues from {newest}"
     else:
@@ -73,7 +73,7 @@ def _print_dry_run(setup: Setup, found: Plan) -> None:
     data = f"{corpus.source.description}; {described(corpus.segments[-1])}"
     run = one_line(f"{Path(config.job.dump_folder)} {begin}")
     print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
-    if setup.initial and (differences := setup.initial.differences(setup.fingerprint)):
+    if setup.initial and (differences := setup.initial.differences(config, setup.fingerprint)):
         print(f"warning: {one_line(str(setup.initial.path))} differs from this run:\n{several_lines(differences)}")
     if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
         print(f"warning: {one_line(warning)}")

@@ -161,8 +161,8 @@ def _log_float8(config: Config, world: World, micro_batch_size: int) -> None:
 def _log_resume(setup: Setup) -> None:
     newest, steps = setup.origin.path, setup.config.training.steps
     if initial := setup.initial:
-        logger.info("a new run, which begins with the %s", initial.summary)
-        if setup.world.is_rank_0 and (table := initial.differences(setup.fingerprint)):
+        logger.info("a new run, which begins with the %s", initial.summary(setup.config))
+        if setup.world.is_rank_0 and (table := initial.differences(setup.config, setup.fingerprint)):
             logger.warning("%s differs from this run:\n%s", initial.path, Lines(table))
     else:
         logger.info(f"resumed from {newest}" if newest else "a new run")

@@ -132,6 +132,31 @@ def test_states_of_the_optimizer_and_the_average_come_along_if_asked_for(base, t
     assert torch.equal(tensors(anew)[f"ema.{name}"], before[f"model.{name}"])
 
 
+def test_an_average_that_is_asked_for_in_vain_or_dropped_is_shown(base, tmp_path, capsys):
+    without = begun(base, tmp_path / "without", "run", *UNMOVED)
+    states = (
+        "--checkpoint.initial_load_state",
+        "weights_and_optimizer",
+        "--training.steps",
+        "2",
+        "--optimizer.lr",
+        "0",
+    )
+    for name, source, decay, row in (
+        ("begins", without, "0.5", ["ema.decay", "no", "average", "0.5"]),
+        ("goes", base / "run", "0", ["ema.decay", "an", "average", "0.0"]),
+    ):
+        said(capsys)
+        begun(base, tmp_path / name, str(source), *QUICK, *states, "--ema.decay", decay)
+        log = (tmp_path / name / "logs" / "rank-0.log").read_text()
+        assert row in [line.split() for line in log.splitlines()]
+        assert ("; it has no average, which begins with these weights\n" in log) == (name == "begins")
+        begun(base, tmp_path / f"{name}-weights", str(source), *UNMOVED, "--ema.decay", decay)
+        log = (tmp_path / f"{name}-weights" / "logs" / "rank-0.log").read_text()
+        assert "ema.decay" not in log
+        assert "has no average" not in log, "only weights were asked for"
+
+
 def test_another_optimizer_begins_anew_on_the_weights(base, tmp_path):
     after = checkpoint(begun(base, tmp_path / "new", "run", *UNMOVED, "--optimizer.name", "lion"), 1)
     assert_same(weights(after), weights(checkpoint(base / "run", 3)))

@@ -317,7 +317,9 @@ def test_a_file_of_prompts_is_answered_line_by_line(trained, generate, refusal, 
     for full, cut in zip(given, map(json.loads, again.read_text(encoding="utf-8").splitlines())):
         assert cut["text"] == full["text"].partition(stop)[0]
         assert (cut["ended"] == "stop") == (stop in full["text"])
-    assert "exists; choose another name" in refusal(trained, "--output", str(out))
+    generate(trained, "--prompts", str(prompts), "--output", str(again), *arguments)
+    assert again.read_text(encoding="utf-8") == out.read_text(encoding="utf-8"), "an older file is replaced"
+    assert "is no file" in refusal(trained, "--output", str(tmp_path))
     assert "cannot be written (File name too long)" in refusal(trained, "--output", str(tmp_path / ("x" * 250)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.jsonl", "out.jsonl", "prompts.jsonl"]
 
