@@ -5,6 +5,7 @@ On such a GPU with -m gpu; emulated on a CPU with -m slow.
 
 import ctypes
 import math
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ import torch
 from swamla_titan.kernels import cuda
 from swamla_titan.kernels.attention import hopper
 from swamla_titan.kernels.attention.dispatch import reference_attention
+from swamla_titan.kernels.attention.latent_hopper import latent_hopper_attention
 from swamla_titan.kernels.attention.masks import dense_mask, document_ends, document_starts
+from swamla_titan.model.layers import rotate, rotation
 
 HERE = Path(__file__).parent
 SOURCES = Path(hopper.__file__).parent
@@ -49,10 +52,6 @@ def problem(batch, length, heads, mean, width, device):
     gradients = torch.autograd.grad(exact, exact_in, upstream.double())
     bounds = (None, None) if mean is None else (starts.int(), document_ends(starts).int())
     return given, bounds, upstream, (exact.detach().contiguous(), scores.logsumexp(-1).detach(), *gradients)
-
-
-def poisoned(*shape, dtype=torch.bfloat16):
-    return torch.full(shape, math.nan, dtype=dtype)
 
 
 def assert_near(name, found, exact, tolerance):
@@ -168,44 +167,104 @@ class Emulated:
                 return ctypes.byref(held[-1])
             return ctypes.c_float(given) if isinstance(given, float) else given
 
-        assert getattr(self.library, f"run_{name}")(*map(passed, arguments)) == 0, f"{name}: a deadlock"
+        assert getattr(self.library, name.replace("hopper", "run"))(*map(passed, arguments)) == 0, f"{name}: a deadlock"
+
+
+@pytest.fixture
+def deterministic():
+    """Memory that nothing was written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def emulate(monkeypatch, path, width, documents):
+    """Let hopper.py launch the kernels on this CPU."""
+    emulated = Emulated(path, width, documents)
+    monkeypatch.setattr(
+        hopper,
+        "_kernel",
+        lambda device, width, documents, name: lambda blocks, threads, *rest: emulated(name, blocks, 1, *rest),
+    )
+    monkeypatch.setattr(hopper, "TensorMap", lambda x, rows: (x, rows))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper, "WORKSPACE_BYTES", 2**18)  # several launches
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("width, documents", [(192, False), (192, True), (128, True)])
-def test_emulated(tmp_path, width, documents):
-    emulated = Emulated(tmp_path / "emulated.so", width, documents)
-    for batch, length, heads, mean in SHAPES:
-        if (mean is not None) != documents:
+def test_emulated(monkeypatch, tmp_path, deterministic, width, documents):
+    emulate(monkeypatch, tmp_path / "emulated.so", width, documents)
+    for shape in SHAPES:
+        if (shape[3] is not None) != documents:
             continue
-        given, (starts, ends), upstream, expected = problem(batch, length, heads, mean, width, "cpu")
-        exact, exact_lse, *gradients = expected
-        query, key, value = given
-        scale = width**-0.5
-        sizes = batch, heads, length
-        out, lse = poisoned(*upstream.shape), poisoned(batch, heads, length, dtype=torch.float32)
-        counter = torch.zeros(1, dtype=torch.int32)
-        maps = [(x, 128) for x in given]
-        emulated("forward", 2, length, *maps, out, lse, starts, counter, *sizes, scale * math.log2(math.e), 2)
+        given, bounds, upstream, (exact, exact_lse, *gradients) = problem(*shape, width, "cpu")
+        out, lse = hopper.run_forward(*given, *bounds, width**-0.5)
         assert_near("out", out, exact, 0.01)
         assert_near("lse", lse, exact_lse, 1e-5)
-
-        tiles = -(-length // 64)
-        lse2, delta = (poisoned(batch, heads, 64 * tiles, dtype=torch.float32) for _ in range(2))
-        sums = exact.bfloat16(), upstream, exact_lse.float(), lse2, delta
-        emulated("row_sums", batch * heads * 64 * tiles // 16, length, *sums, *sizes, 64 * tiles)
-        found = [poisoned(*query.shape), poisoned(*key.shape), poisoned(*value.shape)]
-        at_once = max(1, batch * heads // 2)  # several launches
-        workspace = torch.full((at_once * tiles * (tiles + 1) // 2 * 8192,), 255, dtype=torch.uint8)
-        maps = (query, 64), (upstream, 64), (key, 128), (value, 128)
-        for first in range(0, batch * heads, at_once):
-            here = min(at_once, batch * heads - first)
-            sizes_here = first, here, 2, heads, length
-            rest = *sizes_here, 64 * tiles, scale, scale * math.log2(math.e)
-            own = lse2, delta, ends, found[1], found[2], workspace
-            emulated("backward_keys", -(-length // 128) * here, length, *maps, *own, *rest)
-            own = (key, 64), starts, workspace, found[0]
-            emulated("backward_queries", -(-length // 256) * here, length, *own, *sizes_here, scale)
+        found = hopper.run_backward(upstream, *given, *bounds, out, lse, width**-0.5)
         for name, a, b in zip(("query", "key", "value"), found, gradients):
             assert_near(name, a, b, 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_emulated_in_parts(monkeypatch, tmp_path, deterministic):
+    """A last part of keys for all heads, and gradients of keys and values in one tensor, are the same to the bit."""
+    emulate(monkeypatch, tmp_path / "emulated.so", 192, False)
+    (query, key, value), bounds, upstream, _ = problem(2, 200, 3, None, 192, "cpu")
+    last = key[:, :, :1, 128:].contiguous()
+    key = torch.cat([key[..., :128], last.expand(-1, -1, 3, -1)], dim=-1)
+    keys_values = torch.cat([key[..., :128], value], dim=-1)
+    parts = hopper.Parts(query, query[..., 128:].contiguous()), hopper.Parts(keys_values, last), keys_values[..., 128:]
+    spoilt = query.clone()
+    spoilt[..., 128:] = math.nan  # is not read
+    parts = hopper.Parts(spoilt, parts[0].last), *parts[1:]
+    out, lse = hopper.run_forward(query, key, value, *bounds, 192**-0.5)
+    in_parts = hopper.launch_forward(*parts, *bounds, 192**-0.5, 192)
+    assert torch.equal(out, in_parts[0])
+    assert torch.equal(lse, in_parts[1])
+    grad_query, grad_key, grad_value = hopper.run_backward(upstream, query, key, value, *bounds, out, lse, 192**-0.5)
+    grad_keys_values, grad_last = torch.empty_like(keys_values), torch.empty(2, 200, 3, 64).bfloat16()
+    to = hopper.Gradients(
+        torch.empty_like(query), hopper.Parts(grad_keys_values, grad_last), grad_keys_values[..., 128:]
+    )
+    hopper.launch_backward(upstream, *parts, *bounds, out, lse, 192**-0.5, to)
+    assert torch.equal(to.query, grad_query)
+    assert torch.equal(torch.cat([grad_keys_values[..., :128], grad_last], dim=-1), grad_key)
+    assert torch.equal(grad_keys_values[..., 128:], grad_value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None or os.environ.get("TRITON_INTERPRET") != "1", reason="needs g++ and TRITON_INTERPRET=1"
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_emulated_with_its_rotation(monkeypatch, tmp_path, deterministic, documents):
+    emulate(monkeypatch, tmp_path / "emulated.so", 192, documents)
+    batch, length, heads = 2, 140, 3
+    query, keys_values, beside = (
+        torch.randn(batch, length, *shape).bfloat16().requires_grad_() for shape in ((heads, 192), (heads, 256), (88,))
+    )
+    positions = torch.arange(length)[None]
+    by, exact_by = (rotation(positions, 64, 10000.0, 1.0, kind) for kind in (torch.float32, torch.float64))
+    starts = torch.zeros(batch, length, dtype=torch.int64)
+    if documents:
+        starts = document_starts((torch.rand(batch, length) < 0.05).cumsum(1))
+    bounds = (starts.int(), document_ends(starts).int()) if documents else ()
+    given = [query, keys_values, beside]
+    ours = latent_hopper_attention(query, keys_values, beside[..., 24:], *by, 192**-0.5, *bounds)
+    exact_in = [x.detach().double().requires_grad_() for x in given]
+    q_nope, q_rope = exact_in[0].split([128, 64], dim=-1)
+    k_nope, value = exact_in[1].split([128, 128], dim=-1)
+    shared = rotate(exact_in[2][:, :, None, 24:], exact_by).expand(-1, -1, heads, -1)
+    steps = torch.cat([q_nope, rotate(q_rope, exact_by)], dim=-1), torch.cat([k_nope, shared], dim=-1), value
+    exact = reference_attention(*(x.transpose(1, 2) for x in steps), dense_mask(starts, None, 0), 192**-0.5)
+    assert_near("out", ours, exact.transpose(1, 2), 0.01)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, given, upstream)
+    expected = torch.autograd.grad(exact.transpose(1, 2), exact_in, upstream.double())
+    for name, a, b in zip(("query", "keys_values", "rope_key"), found, expected):
+        assert_near(name, a, b, 0.02)

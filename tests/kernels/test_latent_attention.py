@@ -10,6 +10,7 @@ import torch
 
 from swamla_titan.kernels.attention.dispatch import reference_attention
 from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.latent_hopper import latent_hopper_attention
 from swamla_titan.kernels.attention.masks import dense_mask, document_ends, document_starts
 from swamla_titan.model.layers import rotate, rotation
 
@@ -64,7 +65,10 @@ def test_value_and_gradients_equal_the_steps_apart(kernel, dtype, shape, own_pos
             dict(zip(("starts", "ends"), (starts.int(), document_ends(starts).int()))),
             dense_mask(starts, None, 0),
         )
-    ours = latent_attention(query, keys_values, beside[..., 24:], *by, scale, **how)
+    attend = latent_attention
+    if kernel == "hopper":
+        how, attend = {}, latent_hopper_attention
+    ours = attend(query, keys_values, beside[..., 24:], *by, scale, **how)
     inputs = query, keys_values, beside
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = apart(exact_inputs[0], exact_inputs[1], exact_inputs[2][..., 24:], exact_by, scale, mask)

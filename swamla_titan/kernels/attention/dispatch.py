@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import takewhile
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_not_cudnn, why_not_cudnn_heads
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
+from swamla_titan.kernels.attention.hopper import LAST, hopper_attention, longest_sequence, why_not_hopper_kernel
 from swamla_titan.kernels.attention.hopper import TIMED_WIDTHS as HOPPER_TIMED_WIDTHS
-from swamla_titan.kernels.attention.hopper import hopper_attention, longest_sequence, why_not_hopper_kernel
 from swamla_titan.kernels.attention.latent import latent_attention
+from swamla_titan.kernels.attention.latent_hopper import latent_hopper_attention
 from swamla_titan.kernels.attention.masks import (
     Chunks,
     DocumentRule,
@@ -333,6 +334,12 @@ def _aligned_values(request: Request) -> str | None:
     return None if fits else Limit(f"takes unrotated parts of heads of multiples of {_ALIGNED}, not of {width}")
 
 
+def _rotary_width(request: Request) -> str | None:
+    assert request.projections is not None
+    width = request.projections.rotary_width
+    return None if width == LAST else Limit(f"takes rotated parts of heads of {LAST}, not of {width}")
+
+
 _OURS: tuple[AttentionBackend, ...] = ("auto", "triton")
 _MASKED: tuple[AttentionBackend, ...] = (*_OURS, "flex")
 _ALL_FAST: tuple[AttentionBackend, ...] = (*_MASKED, "sdpa")
@@ -527,14 +534,12 @@ class _Latent(FusedImplementation):
     name, label, asked_by = "cudnn, causal with its rotation", "cudnn with its rotation", _MASKED
     layout, over = "latent", frozenset({HOPPER.name, CAUSAL.name, DOCUMENT.name})
     needs: tuple[Need, ...] = (_not_apart, _aligned_values, _ONE_DOCUMENT, _cudnn)
-    options: ClassVar[dict[str, Any]] = {}
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """[B, T, H, nope + rope], [B, T, H, nope + v] and [B, T, rope] -> [B, T, H, v]."""
         query, keys_values, rope_key = projections
         documents = (mask.starts, mask.ends) if isinstance(mask, DocumentRule) else ()
-        about = rope_key, cos, sin, scale, *documents
-        return latent_attention(query.contiguous(), keys_values.contiguous(), *about, **self.options)
+        return latent_attention(query.contiguous(), keys_values.contiguous(), rope_key, cos, sin, scale, *documents)
 
 
 class _LatentDocuments(_Latent):
@@ -551,11 +556,17 @@ class _LatentHopper(_Latent):
     """The same, also inside documents, by our CUDA C++ kernels for Hopper."""
 
     name, label, asked_by = "cuda, causal with its rotation", "cuda with its rotation", _OURS
-    needs = (_not_apart, _aligned_values, HOPPER.why_not)
-    options: ClassVar[dict[str, Any]] = {"kernel": "hopper"}
+    needs = (_not_apart, _rotary_width, HOPPER.why_not)
 
     def is_timed(self, request: Request) -> bool:
         return HOPPER.is_timed(request)
+
+    def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
+        """As in _Latent."""
+        query, keys_values, rope_key = projections
+        documents = (mask.starts, mask.ends) if isinstance(mask, DocumentRule) else ()
+        heads = query.contiguous(), keys_values.contiguous()
+        return latent_hopper_attention(*heads, rope_key, cos, sin, scale, *documents)
 
 
 ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS, LATENT_HOPPER = _RotaryWindow(), _Latent(), _LatentDocuments(), _LatentHopper()

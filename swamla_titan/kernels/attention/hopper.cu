@@ -1,6 +1,9 @@
 // Causal attention on Hopper (compute capability 9.0), also in documents: bf16, heads of QK_WIDTH (128 or 192) for queries
 // and keys, of 128 for values. hopper.py launches it. All results are deterministic.
 //
+// Queries and keys are read in two parts, the last 64 columns by maps of their own: there the rotated part lies, of keys one for
+// all heads (`own_last` 0) or one for each (1).
+//
 // A block has three warp groups: of the first one thread copies tiles to shared memory (TMA), the others compute, 64 rows
 // of a tile each (wgmma). Barriers `full` and `empty` hand a stage of shared memory back and forth between them.
 //
@@ -60,9 +63,9 @@ template <int NEXT, int I = 0, int N> __device__ __forceinline__ void add_produc
 }
 
 // 16 rows of a warp, WIDTH columns of accumulators (times `factor` per row half), to global memory in rows of 16-bit
-// numbers `pitch` apart, of which the first `rows` are there. `stage`: 2 KB of this warp.
+// numbers `pitch` apart, of which the first `rows` are there; the last 64 columns to `last`. `stage`: 2 KB of this warp.
 template <int N> __device__ __forceinline__ void store_rows(
-    const float (&d)[N], float factor0, float factor1, u32 stage, u16* to, long pitch, int rows) {
+    const float (&d)[N], float factor0, float factor1, u32 stage, u16* to, long pitch, u16* last, long last_pitch, int rows) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int part = 0; part < N / 32; ++part) {
@@ -79,10 +82,22 @@ template <int N> __device__ __forceinline__ void store_rows(
     for (int pass = 0; pass < 4; ++pass) {
       const int r = pass * 4 + (lane >> 3), chunk = lane & 7;
       const uint4 x = load_shared(stage + r * 128 + ((chunk ^ (r & 7)) << 4));
-      if (r < rows) *(uint4*)(to + r * pitch + part * 64 + chunk * 8) = x;
+      u16* row_to = part < N / 32 - 1 ? to + r * pitch + part * 64 : last + r * last_pitch;
+      if (r < rows) *(uint4*)(row_to + chunk * 8) = x;
     }
     __syncwarp();
   }
+}
+
+// A tile of queries or keys to tiles of 64 columns in shared memory, `next` bytes apart: the first ones by one map, the last by
+// another, in which `last_head` is the head.
+__device__ __forceinline__ void load_heads(
+    u32 to, u32 next, const TensorMap* first, const TensorMap* last, u32 bar, int head, int last_head, int token, int batch) {
+  for (int i = 0; i < Q_TILES - 1; ++i) tma_load(to + i * next, first, bar, 64 * i, head, token, batch);
+  tma_load(to + (Q_TILES - 1) * next, last, bar, 0, last_head, token, batch);
+}
+__device__ __forceinline__ void load_values(u32 to, u32 next, const TensorMap* map, u32 bar, int head, int token, int batch) {
+  for (int i = 0; i < V_TILES; ++i) tma_load(to + i * next, map, bar, 64 * i, head, token, batch);
 }
 
 namespace of_forward {
@@ -119,9 +134,10 @@ __device__ __forceinline__ void raise(const float (&s)[64], float& highest0, flo
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_forward(
-    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-    u16* __restrict__ out, float* __restrict__ lse, const int* __restrict__ starts, int* __restrict__ counter, int batch,
-    int heads, int seq_len, float scale_log2, int group) {
+    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap q_last, const __grid_constant__ TensorMap k_map,
+    const __grid_constant__ TensorMap k_last, const __grid_constant__ TensorMap v_map, u16* __restrict__ out,
+    float* __restrict__ lse, const int* __restrict__ starts, int* __restrict__ counter, int own_last, int batch, int heads,
+    int seq_len, float scale_log2, int group) {
   using namespace of_forward;
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared);
@@ -166,16 +182,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_forward(
         const int first = DOCUMENTS ? starts[(long)batch_at * seq_len + t.block * 128] / 128 : 0;
         barrier_wait(q_empty, (n & 1) ^ 1);
         barrier_expect(q_full, Q_TILES * TILE);
-        for (int i = 0; i < Q_TILES; ++i) tma_load(base + Q_AT + i * TILE, &q_map, q_full, 64 * i, head, t.block * 128, batch_at);
+        load_heads(base + Q_AT, TILE, &q_map, &q_last, q_full, head, head, t.block * 128, batch_at);
         for (int block = t.block; block >= first; --block) {
           barrier_wait(k_empty + 8 * stage, phase ^ 1);
           barrier_expect(k_full + 8 * stage, Q_TILES * TILE);
-          for (int i = 0; i < Q_TILES; ++i)
-            tma_load(base + K_AT + (stage * Q_TILES + i) * TILE, &k_map, k_full + 8 * stage, 64 * i, head, block * 128, batch_at);
+          load_heads(base + K_AT + stage * Q_TILES * TILE, TILE, &k_map, &k_last, k_full + 8 * stage, head, head * own_last, block * 128, batch_at);
           barrier_wait(v_empty + 8 * stage, phase ^ 1);
           barrier_expect(v_full + 8 * stage, V_TILES * TILE);
-          for (int i = 0; i < V_TILES; ++i)
-            tma_load(base + V_AT + (stage * V_TILES + i) * TILE, &v_map, v_full + 8 * stage, 64 * i, head, block * 128, batch_at);
+          load_values(base + V_AT + stage * V_TILES * TILE, TILE, &v_map, v_full + 8 * stage, head, block * 128, batch_at);
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }
         tile = next;
@@ -311,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_forward(
     if (lane == 0) barrier_arrive(v_empty + 8 * v_stage);
     const int first_row = t.block * 128 + (warp - 4) * 16;
     u16* to = out + (((long)batch_at * seq_len + first_row) * heads + head) * DV;
-    store_rows(o, 1.f / total0, 1.f / total1, own_stage, to, (long)heads * DV, seq_len - first_row);
+    store_rows(o, 1.f / total0, 1.f / total1, own_stage, to, (long)heads * DV, to + DV - 64, (long)heads * DV, seq_len - first_row);
   }
 }
 
@@ -356,10 +370,11 @@ constexpr int K_AT = 0, V_AT = Q_TILES * TILE, Q_AT = V_AT + V_TILES * TILE, DO_
 
 // Grid: tiles of 128 keys times `here`, the heads of this launch from `first_head` on.
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_keys(
-    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap k_map,
-    const __grid_constant__ TensorMap v_map, const float* __restrict__ lse2, const float* __restrict__ delta,
-    const int* __restrict__ ends, u16* __restrict__ dk, u16* __restrict__ dv, char* __restrict__ workspace, int first_head,
-    int here, int group, int heads, int seq_len, int padded, float scale, float scale_log2) {
+    const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap q_last, const __grid_constant__ TensorMap do_map,
+    const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap k_last, const __grid_constant__ TensorMap v_map,
+    const float* __restrict__ lse2, const float* __restrict__ delta, const int* __restrict__ ends, u16* __restrict__ dk,
+    u16* __restrict__ dk_last, u16* __restrict__ dv, int dk_width, int dk_last_width, int dv_width, char* __restrict__ workspace,
+    int own_last, int first_head, int here, int group, int heads, int seq_len, int padded, float scale, float scale_log2) {
   using namespace of_keys;
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared);
@@ -386,17 +401,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_keys(
     fewer_registers<24>();
     if (threadIdx.x == 0) {
       barrier_expect(own_full, (Q_TILES + V_TILES) * TILE);
-      for (int i = 0; i < Q_TILES; ++i) tma_load(base + K_AT + i * TILE, &k_map, own_full, 64 * i, head, first_key, batch);
-      for (int i = 0; i < V_TILES; ++i) tma_load(base + V_AT + i * TILE, &v_map, own_full, 64 * i, head, first_key, batch);
+      load_heads(base + K_AT, TILE, &k_map, &k_last, own_full, head, head * own_last, first_key, batch);
+      load_values(base + V_AT, TILE, &v_map, own_full, head, first_key, batch);
       int stage = 0, phase = 0;
       for (int tile = first_tile; tile < end_tile; ++tile) {
         const u32 bar = full + 8 * stage;
         barrier_wait(empty + 8 * stage, phase ^ 1);
         barrier_expect(bar, (Q_TILES + V_TILES) * HALF + 512);
-        for (int i = 0; i < Q_TILES; ++i) tma_load(base + Q_AT + (stage * Q_TILES + i) * HALF, &q_map, bar, 64 * i, head, tile * 64, batch);
+        load_heads(base + Q_AT + stage * Q_TILES * HALF, HALF, &q_map, &q_last, bar, head, head, tile * 64, batch);
         const long at = (long)both * padded + tile * 64;
         bulk_load(base + SUMS_AT + stage * 512, lse2 + at, 256, bar);
-        for (int i = 0; i < V_TILES; ++i) tma_load(base + DO_AT + (stage * V_TILES + i) * HALF, &do_map, bar, 64 * i, head, tile * 64, batch);
+        load_values(base + DO_AT + stage * V_TILES * HALF, HALF, &do_map, bar, head, tile * 64, batch);
         bulk_load(base + SUMS_AT + stage * 512 + 256, delta + at, 256, bar);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
@@ -510,8 +525,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_keys(
   named_sync(1 + half, 128);
   const int rows = seq_len - (key_tile * 64 + w * 16);
   const long at = ((long)batch * seq_len + key_tile * 64 + w * 16) * heads + head;
-  store_rows(grad_v, 1.f, 1.f, ds_at + w * OUT_BYTES, dv + at * DV, (long)heads * DV, rows);
-  store_rows(grad_k, scale, scale, ds_at + w * OUT_BYTES, dk + at * D, (long)heads * D, rows);
+  // A head's keys and values may lie in one row, and the last part of its keys elsewhere.
+  const long dv_pitch = (long)heads * dv_width;
+  store_rows(grad_v, 1.f, 1.f, ds_at + w * OUT_BYTES, dv + at * dv_width, dv_pitch, dv + at * dv_width + DV - 64, dv_pitch, rows);
+  store_rows(grad_k, scale, scale, ds_at + w * OUT_BYTES, dk + at * dk_width, (long)heads * dk_width, dk_last + at * dk_last_width,
+             (long)heads * dk_last_width, rows);
 }
 
 namespace of_queries {
@@ -545,8 +563,8 @@ template <int A, int B> __device__ __forceinline__ void add_keys(
 
 // Grid: tiles of 256 queries times `here`, the heads of this launch. Warp groups 1 and 2 have 128 queries each.
 extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_queries(
-    const __grid_constant__ TensorMap k_map, const int* __restrict__ starts, const char* __restrict__ workspace,
-    u16* __restrict__ dq, int first_head, int here, int group, int heads, int seq_len, float scale) {
+    const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap k_last, const int* __restrict__ starts,
+    const char* __restrict__ workspace, u16* __restrict__ dq, int own_last, int first_head, int here, int group, int heads, int seq_len, float scale) {
   using namespace of_queries;
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared);
@@ -579,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_queries(
         barrier_wait(empty + 8 * stage, phase ^ 1);
         barrier_expect(bar, (Q_TILES + count) * HALF);
         bulk_load(base + DS_AT + (stage * 4 + tile - first_tile) * HALF, from + tile_of(key_tile, tile, tiles) * HALF, count * HALF, bar);
-        for (int i = 0; i < Q_TILES; ++i) tma_load(base + K_AT + (stage * Q_TILES + i) * HALF, &k_map, bar, 64 * i, head, key_tile * 64, batch);
+        load_heads(base + K_AT + stage * Q_TILES * HALF, HALF, &k_map, &k_last, bar, head, head * own_last, key_tile * 64, batch);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
     }
@@ -607,6 +625,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) hopper_backward_queries(
   const long pitch = (long)heads * D;
   const int row = tile0 * 64 + w * 16;
   u16* to = dq + (((long)batch * seq_len + row) * heads + head) * D;
-  store_rows(a, scale, scale, own_stage, to, pitch, seq_len - row);
-  store_rows(b, scale, scale, own_stage, to + 64 * pitch, pitch, seq_len - row - 64);
+  store_rows(a, scale, scale, own_stage, to, pitch, to + D - 64, pitch, seq_len - row);
+  to += 64 * pitch;
+  store_rows(b, scale, scale, own_stage, to, pitch, to + D - 64, pitch, seq_len - row - 64);
 }

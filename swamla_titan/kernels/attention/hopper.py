@@ -9,7 +9,7 @@ atomics. Some heads at a time bound that workspace.
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -24,6 +24,7 @@ TIMED_WIDTHS = (192, 128)  # of queries and keys, and of values, at which it was
 QK_WIDTHS, V_WIDTH = (128, 192), 128
 WORKSPACE_BYTES = 5 * 2**28  # 16 sequences of 2,048 tokens, 16 heads, at once; at 256 MiB it is 15% slower there
 _CACHED_BYTES = 22 * 10**6  # of keys and values, in the L2 cache
+LAST = 64  # columns of queries and keys that may lie elsewhere
 _CAPABILITY = (9, 0)
 _LOG2_E = 1.4426950408889634
 
@@ -113,23 +114,60 @@ def hopper_attention(
     return out
 
 
+class Parts(NamedTuple):
+    """Queries or keys in two parts: all columns but 64 are the first of `first` [B, T, H, ...].
+
+    `last` [B, T, H or 1, 64] are the others, of all heads if there is one.
+    """
+
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Parts":
+        """Those of x [B, T, H, D]."""
+        x = tma_readable(x)
+        return cls(x, x[..., -LAST:])
+
+    def maps(self, rows: int) -> tuple[TensorMap, TensorMap]:
+        """For tiles of so many tokens."""
+        return TensorMap(self.first, rows), TensorMap(self.last, rows)
+
+
+class Gradients(NamedTuple):
+    """Where the gradients go: query [B, T, H, D], contiguous; of keys their parts, and of values, [B, T, H, ...].
+
+    The last three may be views, whose heads lie one after the other.
+    """
+
+    query: Tensor
+    key: Parts
+    value: Tensor
+
+
 def run_forward(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, ends: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, 128] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
-    batch, length, heads, width = query.shape
-    _validate(query, key, value, starts, ends)
-    query, key, value = tma_readable(query), tma_readable(key), tma_readable(value)
-    out = query.new_empty(batch, length, heads, V_WIDTH)
-    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    next_tile = torch.zeros(1, dtype=torch.int32, device=query.device)
-    with torch.cuda.device_of(query):
+    return launch_forward(Parts.of(query), Parts.of(key), tma_readable(value), starts, ends, scale, query.shape[3])
+
+
+def launch_forward(
+    query: Parts, key: Parts, value: Tensor, starts: Tensor | None, ends: Tensor | None, scale: float, width: int
+) -> tuple[Tensor, Tensor]:
+    """run_forward of queries and keys in parts, which together are `width` wide."""
+    _validate(query, key, value, starts, ends, width)
+    batch, length, heads, _ = value.shape
+    out = value.new_empty(batch, length, heads, V_WIDTH)
+    lse = value.new_empty(batch, heads, length, dtype=torch.float32)
+    next_tile = torch.zeros(1, dtype=torch.int32, device=value.device)
+    with torch.cuda.device_of(value):
         device = torch.cuda.current_device()
         tiles = batch * heads * -(-length // 128)
         _kernel(device, width, starts is not None, "hopper_forward")(
             min(tiles, _multiprocessors(device)),
             _THREADS,
-            *(TensorMap(query, 128), TensorMap(key, 128), TensorMap(value, 128), out, lse, starts, next_tile),
+            *(*query.maps(128), *key.maps(128), TensorMap(value, 128), out, lse, starts, next_tile, _own_last(key)),
             *(batch, heads, length, scale * _LOG2_E, _heads_in_cache(batch * heads, length, width)),
         )
     return out, lse
@@ -147,17 +185,35 @@ def run_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous."""
-    batch, length, heads, width = query.shape
-    _validate(query, key, value, starts, ends)
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    heads = Parts.of(query), Parts.of(key), tma_readable(value)
+    to = Gradients(grad_query, Parts.of(grad_key), grad_value)
+    launch_backward(grad_out, *heads, starts, ends, out, lse, scale, to)
+    return grad_query, grad_key, grad_value
+
+
+def launch_backward(
+    grad_out: Tensor,
+    query: Parts,
+    key: Parts,
+    value: Tensor,
+    starts: Tensor | None,
+    ends: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    to: Gradients,
+) -> None:
+    """run_backward of queries and keys in parts."""
+    batch, length, heads, width = to.query.shape
+    _validate(query, key, value, starts, ends, width)
     grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    query, key, value = tma_readable(query), tma_readable(key), tma_readable(value)
-    grad_query, grad_key = query.new_empty(query.shape), query.new_empty(query.shape)
-    grad_value = value.new_empty(value.shape)
     tiles = -(-length // 64)
     lse2, delta = (lse.new_empty(batch, heads, 64 * tiles) for _ in range(2))
     at_once, a_head = _heads_at_once(batch * heads, tiles)
-    workspace = torch.empty(at_once * a_head, dtype=torch.uint8, device=query.device)
-    with torch.cuda.device_of(query):
+    workspace = torch.empty(at_once * a_head, dtype=torch.uint8, device=value.device)
+    written = to.key.first, to.key.last, to.value
+    with torch.cuda.device_of(value):
         kernels = [
             _kernel(torch.cuda.current_device(), width, starts is not None, name)
             for name in ("hopper_row_sums", "hopper_backward_keys", "hopper_backward_queries")
@@ -167,19 +223,23 @@ def run_backward(
             _ROW_THREADS,
             *(out, grad_out, lse, lse2, delta, batch, heads, length, 64 * tiles),
         )
-        maps = TensorMap(query, 64), TensorMap(grad_out, 64), TensorMap(key, 128), TensorMap(value, 128)
-        key_map = TensorMap(key, 64)
+        maps = *query.maps(64), TensorMap(grad_out, 64), *key.maps(128), TensorMap(value, 128)
+        key_maps = key.maps(64)
         for first in range(0, batch * heads, at_once):
             here = min(at_once, batch * heads - first)
-            about = first, here, 1, heads, length  # heads one after the other
+            about = _own_last(key), first, here, 1, heads, length  # heads one after the other
             kernels[1](
                 -(-length // 128) * here,
                 _THREADS,
-                *(*maps, lse2, delta, ends, grad_key, grad_value, workspace),
+                *(*maps, lse2, delta, ends, *written, *(each.stride(2) for each in written), workspace),
                 *(*about, 64 * tiles, scale, scale * _LOG2_E),
             )
-            kernels[2](-(-length // 256) * here, _THREADS, key_map, starts, workspace, grad_query, *about, scale)
-    return grad_query, grad_key, grad_value
+            kernels[2](-(-length // 256) * here, _THREADS, *key_maps, starts, workspace, to.query, *about, scale)
+
+
+def _own_last(key: Parts) -> int:
+    """Whether each head has a last part of its own: 1, or 0."""
+    return int(key.last.shape[2] == key.first.shape[2])
 
 
 def _heads_in_cache(heads: int, length: int, width: int) -> int:
@@ -194,15 +254,20 @@ def _heads_at_once(heads: int, tiles: int) -> tuple[int, int]:
     return -(-heads // launches), a_head
 
 
-def _validate(query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, ends: Tensor | None) -> None:
+def _validate(query: Parts, key: Parts, value: Tensor, starts: Tensor | None, ends: Tensor | None, width: int) -> None:
     """What the kernels would read out of bounds otherwise."""
-    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
-    assert key.shape == query.shape
-    assert value.shape == (*query.shape[:3], V_WIDTH)
+    batch, length, heads, v_width = value.shape
+    assert v_width == V_WIDTH
+    for x in (*query, *key, value):
+        assert x.dtype == torch.bfloat16
+    for parts, others in ((query, (heads,)), (key, (1, heads))):
+        assert parts.first.shape[:3] == (batch, length, heads)
+        assert parts.first.shape[3] >= width - LAST
+        assert parts.last.shape in [(batch, length, each, LAST) for each in others]
     assert (starts is None) == (ends is None)
     for bounds in (starts, ends):
         if bounds is not None:
-            assert bounds.shape == query.shape[:2]
+            assert bounds.shape == (batch, length)
             assert bounds.is_contiguous()
             assert bounds.dtype == torch.int32
 

@@ -10,7 +10,6 @@ import torch
 from torch import Size, Tensor
 
 from swamla_titan.kernels.attention import document as document_attention
-from swamla_titan.kernels.attention import hopper
 from swamla_titan.kernels.attention.causal import KERNELS
 from swamla_titan.kernels.attention.masks import attention_flops, causal_pairs
 from swamla_titan.kernels.device import power_of_two
@@ -36,11 +35,10 @@ def latent_attention(
     query [B, T, H, nope + rope] and keys_values [B, T, H, nope + v], contiguous, both with the part without position
     first; rope_key [B, T, rope] -> [B, T, H, v] in query's dtype. A head's key is its own nope part and the rotated
     rope_key, which all heads share. cos and sin [1 or B, T, 1, rope/2] in float32 rotate element i with i + rope/2, as
-    model/layers.py does. `kernel` is "hopper" (hopper.py), or a name in KERNELS (causal.py), which computes sequences
-    of one document; with `starts` and `ends` document.py's kernels do. Sequences of one token, which cuDNN does not
-    take, use "plain".
+    model/layers.py does. `kernel`, a name in KERNELS (causal.py), computes sequences of one document; with `starts` and
+    `ends` document.py's kernels do. Sequences of one token, which cuDNN does not take, use "plain".
     """
-    if query.shape[1] == 1 and kernel == "cudnn":
+    if query.shape[1] == 1:
         kernel = "plain"
     out: Tensor = _forward(query, keys_values, rope_key, cos, sin, scale, starts, ends, kernel)[0]
     return out
@@ -63,8 +61,6 @@ def _forward(
     with torch.cuda.device_of(query):  # Triton launches on the current one
         _make_heads(query, keys_values, rope_key, cos, sin, rotated, key)
     value = _values(rotated, keys_values, rope_key)
-    if kernel == "hopper":
-        return *hopper.run_forward(rotated, key, value, starts, ends, scale), rotated, key
     if starts is not None and ends is not None:
         return *document_attention.run_forward(rotated, key, value, starts, ends, scale), rotated, key
     heads = [x.transpose(1, 2) for x in (rotated, key, value)]
@@ -97,9 +93,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, rope_dim = grad_out.contiguous(), 2 * cos.shape[-1]
     value = keys_values[..., query.shape[-1] - rope_dim :]
-    if kernel == "hopper":
-        gradients = hopper.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
-    elif starts is not None and ends is not None:
+    if starts is not None and ends is not None:
         gradients = document_attention.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
     else:
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
