@@ -172,7 +172,8 @@ class LatentAttention(Attention):
 
         Of own tokens the normed latent (and with a query rank the query's, twice), queries and attention's result. Of
         every token the gathered latent, keys, and the latent's expansion, in which the values lie. Where heads are
-        sharded, the selecting one's queries and keys beside own ones.
+        sharded, the selecting one's queries and keys beside own ones. latent_hopper.py saves no expanded keys but the
+        rotary part of queries a second time, less by (qk_nope_head_dim) elements a head; this is what others save.
         """
         heads = cls.heads(config)
         compressed = cls.gathered(config).local + 2 * config.q_lora_rank
