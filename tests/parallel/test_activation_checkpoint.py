@@ -331,7 +331,7 @@ def test_twice_is_refused():
 
 
 def test_every_attention_operator_of_our_own_is_kept():
-    """Under "operators" the forward pass of none of them is repeated; three are not taken then (see test_kernels.py)."""
+    """Under "operators" the forward pass of none of them is repeated, but for three that are not taken then."""
     not_taken = {
         torch.ops.swamla_titan.rotary_window_attention.default,
         torch.ops.swamla_titan.latent_attention.default,
