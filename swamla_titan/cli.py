@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from swamla_titan.config import Config, Override, find_config, load_config, shipped_configs, split_overrides, to_toml
+from swamla_titan.config import (
+    Config,
+    Override,
+    find_config,
+    load_config,
+    load_source,
+    shipped_configs,
+    split_overrides,
+    to_toml,
+)
 from swamla_titan.config.shipped import checkout
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.escaping import one_line, several_lines
@@ -171,6 +180,36 @@ class Evaluate:
 
 
 @dataclass
+class DataPrepare:
+    """Tokenize a source into shards, which train with data.source = "shards"; the same command continues after a kill.
+
+    Keys of [data] can be given as `--data.key value`.
+    """
+
+    source: Positional[str]
+    """A file or folder of text, the name of a dataset, or a configuration, whose [data] it reads."""
+
+    out: Positional[str]
+    """Folder for the shards; it must not exist, be empty, or hold what an earlier start prepared."""
+
+    tokenizer: str | None = None
+    """As data.tokenizer."""
+
+    deduplicate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of documents with equal text keep the first."""
+
+    processes: int = 0
+    """Processes that tokenize; 0: one for each core."""
+
+
+@dataclass
+class DataCommand:
+    """Prepare data."""
+
+    action: Annotated[DataPrepare, subcommand("prepare")]
+
+
+@dataclass
 class ConfigList:
     """List the shipped configurations and the model flavors with their true parameter counts."""
 
@@ -212,6 +251,7 @@ Command = (
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[DataCommand, subcommand("data")]
     | Annotated[ConfigCommand, subcommand("config")]
 )
 
@@ -228,9 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         _refuse_numbers(rest)
         command = _parsed(rest)
-        if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
+        command = getattr(command, "action", command)
+        if overrides and not isinstance(command, Train | Plan | Check | ConfigShow | DataPrepare):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
-        code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
+        code = _run(command, overrides)
         return code if isinstance(command, Train) else _or_failed_output(code)
     except UserError as error:
         if logs:
@@ -316,6 +357,7 @@ def _memory_advice(config: Config, world: "World") -> list[str]:
 def _run(command: object, overrides: list[Override]) -> int:
     # Imports are late, because torch and others take seconds, for which `--help` should not wait.
     warnings: list[str] = []
+    code = EXIT_DONE
 
     def load(name: str) -> Config:
         return load_config(find_config(name), overrides, warnings.append)
@@ -357,6 +399,13 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.evaluate import evaluate_checkpoint
 
             evaluate_checkpoint(**vars(command))
+        case DataPrepare(source=source, out=out):
+            from swamla_titan.tools.prepare import prepare
+
+            if command.tokenizer is not None:
+                overrides = [*overrides, Override("data", "tokenizer", command.tokenizer)]
+            data = load_source(source, overrides, warnings.append).data
+            code = prepare(data, out, command.deduplicate, command.processes)
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):
@@ -365,7 +414,7 @@ def _run(command: object, overrides: list[Override]) -> int:
             _copy_config(name, destination)
     for line in warnings if logs_to_console() else ():  # last, because a refused command prints its error alone
         print(f"warning: {one_line(line)}", file=sys.stderr)
-    return EXIT_DONE
+    return code
 
 
 def _list_configs() -> None:

@@ -30,7 +30,7 @@ def _reads(config: Config, *others: str) -> bool:
 
 
 _FILES = when("data.source", *(each for each in KEYS["data.source"].choices if each != "builtin"))
-_FILES_OF_ANY_KIND = _FILES | when_on("validation.path")
+_TEXT_FILES = when_not("data.source", "builtin", "shards") | when_on("validation.path")
 _MUON = when("optimizer.name", "muon")
 _SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")
 _TABLES = reduce(or_, (when_on(f"model.{name}.layers") for name in ModelConfig.annex_configs()))
@@ -43,7 +43,8 @@ _SKIPPING = when_on("fault_tolerance.skip_bad_steps", "fault_tolerance.skip_bad_
 _NEEDS: dict[str, Condition] = {
     "data.path data.on_error": _FILES,
     "data.name data.split data.revision": when("data.source", "huggingface"),
-    "data.max_document_mib data.retry_seconds": _FILES_OF_ANY_KIND,
+    "data.max_document_mib": _TEXT_FILES,
+    "data.retry_seconds": _FILES | when_on("validation.path"),
     "data.text_key": decided_by(  # records with named fields, which text files and Python's documentation do not have
         ("data.source", "data.path"),
         lambda config: config.data.source == "huggingface" or _reads(config, ".txt", ".md"),

@@ -15,6 +15,7 @@ from swamla_titan.conditions import value_at
 from swamla_titan.config.effects import NEEDS, without, without_effect
 from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import KEYS, RENAMED, SECTIONS, Config
+from swamla_titan.config.shipped import find_config, shipped_configs
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
@@ -24,6 +25,8 @@ from swamla_titan.model import FLAVORS, ModelConfig
 _OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
 _MOST_ERRORS = 20  # that are listed
 _LONGEST_NAME = 255  # bytes, on every usual file system
+_DATASET = re.compile(r"[\w.-]+/[\w.-]+")  # name of a dataset of the Hub
+_OF_SHARDS = ("manifest.json", "documents.index")
 _VARIABLE = re.compile(r"(?:^|/)\$(?:\w+|\{\w+\})")
 _FINEWEB = (  # as in the shipped configurations
     "[data] is missing: what is to be read? For FineWeb-Edu, streamed, paste",
@@ -52,17 +55,20 @@ class Override(NamedTuple):
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
+    path: str | Path,
+    overrides: Sequence[Override] = (),
+    warn: Callable[[str], None] = lambda line: None,
+    content: Tables | None = None,
 ) -> Config:
     """Load and validate a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key, the
     value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys without
     effect that are tolerated: those that an override deprives of their effect, and those of a file that states nearly
-    every key, as a run's config.toml does.
+    every key, as a run's config.toml does. `content`: tables in place of the file's; `path` is then what messages name.
     """
     path, errors = Path(path), Errors()
-    tables = _read_tables(path, errors)
+    tables = _read_tables(path, errors) if content is None else content
     overrides = _with_new_names(tables, overrides, errors, warn)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
     in_overrides = {f"{override.section}.{override.key}" for override in overrides}
@@ -94,6 +100,27 @@ def load_config(
         if each in idle and NEEDS[each.keys[0]].ignorable and not each.keys[0].startswith("model."):
             config = without(config, each.keys[0])
     return config
+
+
+def load_source(
+    source: str, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
+) -> Config:
+    """The configuration of a command on data: `source` is a configuration, or what data.path names in the default one.
+
+    A name that is no path is a shipped configuration, "builtin", or a dataset of the Hub. Raises UserError as
+    `load_config` does.
+    """
+    path = os.path.expanduser(source)
+    exists = os.path.lexists(path)
+    if source.endswith(".toml") or (source in shipped_configs() and not exists):
+        return load_config(find_config(source), overrides, warn)
+    kind = "local"
+    if not exists:
+        kind = source if source == "builtin" else "huggingface" if _DATASET.fullmatch(source) else kind
+    elif all(os.path.isfile(os.path.join(path, name)) for name in _OF_SHARDS):
+        kind = "shards"
+    data = {"source": kind} | ({} if kind == "builtin" else {"path": source})
+    return load_config(source, overrides, warn, {"data": data})
 
 
 def _raise_if_any(errors: Errors, path: Path) -> None:

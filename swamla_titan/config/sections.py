@@ -39,10 +39,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    source: Literal["builtin", "local", "huggingface"] = "huggingface"
-    """builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed."""
+    source: Literal["builtin", "local", "huggingface", "shards"] = "huggingface"
+    """builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed;
+    shards: what `data prepare` wrote."""
     path: _Path = ""
-    """local: a .txt, .md, .jsonl, .json or .parquet file or a folder of them; huggingface: dataset name or folder."""
+    """local: a .txt, .md, .jsonl, .json or .parquet file or a folder of them; huggingface: dataset name or folder;
+    shards: the folder that they are in."""
     name: str = ""
     """huggingface: configuration of the dataset."""
     split: str = "train"
@@ -61,7 +63,7 @@ class Data:
     streams: Annotated[int, Limits(1, 1 << 16)] = 64
     """Logical streams that the corpus is divided into; part of the data order."""
     shuffle_documents: Annotated[int, Limits(1, 10_000_000)] = 1000
-    """Documents shuffled together within a stream; 1: keep the order of the files."""
+    """Documents shuffled together within a stream, of shards always all; 1: keep the order of the files."""
     num_workers: Annotated[int, Limits(0, 1024)] = 1
     """Loader processes per rank; 0: read in the training process."""
     document_mask: bool = False
