@@ -203,10 +203,33 @@ class DataPrepare:
 
 
 @dataclass
-class DataCommand:
-    """Prepare data."""
+class DataInspect:
+    """Show what a run reads: documents and their lengths, what is held out, and the sequences of a step as text.
 
-    action: Annotated[DataPrepare, subcommand("prepare")]
+    Any key of the configuration can be given as `--section.key value`.
+    """
+
+    source: Positional[str]
+    """A configuration; or a file or folder of text, a folder of prepared shards, or the name of a dataset."""
+
+    step: int = 1
+    """Step whose sequences are shown. It is found by reading the steps before it, in prepared shards at once."""
+
+    sequences: int = 1
+    """Sequences that are shown of the step; 0: all."""
+
+    documents: int = 1000
+    """Documents that are read for the lengths; 0: all. Of prepared shards those of all are known."""
+
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare all files of prepared shards with their digests first."""
+
+
+@dataclass
+class DataCommand:
+    """Prepare data as shards, or show what a run reads."""
+
+    action: Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInspect, subcommand("inspect")]
 
 
 @dataclass
@@ -269,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_numbers(rest)
         command = _parsed(rest)
         command = getattr(command, "action", command)
-        if overrides and not isinstance(command, Train | Plan | Check | ConfigShow | DataPrepare):
+        if overrides and not isinstance(command, Train | Plan | Check | ConfigShow | DataPrepare | DataInspect):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         code = _run(command, overrides)
         return code if isinstance(command, Train) else _or_failed_output(code)
@@ -406,6 +429,11 @@ def _run(command: object, overrides: list[Override]) -> int:
                 overrides = [*overrides, Override("data", "tokenizer", command.tokenizer)]
             data = load_source(source, overrides, warnings.append).data
             code = prepare(data, out, command.deduplicate, command.processes)
+        case DataInspect(source=source, step=step):
+            from swamla_titan.tools.inspect_data import inspect
+
+            config = load_source(source, overrides, warnings.append)
+            code = inspect(config, step, command.sequences, command.documents, command.verify)
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):

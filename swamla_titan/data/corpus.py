@@ -23,7 +23,7 @@ from swamla_titan.data.retry import Retry, all_documents, read_on
 from swamla_titan.data.segments import ORDER, DocumentRing, DocumentSegments, Segments
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.sources.local import open_local
-from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
+from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, tokens_of
 from swamla_titan.errors import UserError
 
 _UNITS, _STREAMS = 2, 3  # what a permutation is for; streams.py has others
@@ -308,7 +308,7 @@ def validation_text(corpus: Corpus, validation: Validation, kept: Path | None = 
             return found
         # Faults are ignored: they were reported already, or will be when training reads the file.
         faults: list[Fault] | None = [] if corpus.skips_files else None
-        documents = _up_to(validation.max_tokens + 1, _held_out_documents(corpus, faults), corpus.tokenizer)
+        documents = _up_to(validation.max_tokens + 1, held_out_documents(corpus, faults), corpus.tokenizer)
         missing = (
             f"validation.fraction = {validation.fraction} holds out no document of the training data. "
             "Raise it, or give validation.path, or set it to 0 to train without validation."
@@ -322,7 +322,7 @@ def validation_text(corpus: Corpus, validation: Validation, kept: Path | None = 
     return ValidationText(text, basis)
 
 
-def _held_out_documents(corpus: Corpus, faults: list[Fault] | None) -> Iterator[Document]:
+def held_out_documents(corpus: Corpus, faults: list[Fault] | None) -> Iterator[Document]:
     """The documents of the source that validation reads; `faults`: see `documents_by_unit`."""
     source, held_out, retry = corpus.source, corpus.read_by_validation, corpus.new_retry()
     if source.index is None:
@@ -381,7 +381,7 @@ def _up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> 
     for document in documents:
         if document.is_empty:
             continue
-        encoded = document.prepared.tokens.astype(np.int32) if document.prepared else with_eot(tokenizer, document.text)
+        encoded = tokens_of(document, tokenizer)
         yield document, encoded
         tokens -= len(encoded)
         if tokens <= 0:

@@ -65,11 +65,7 @@ def divide(
 
 def divide_documents(index: Index, ring: DocumentRing, streams: int, held_out: HeldOut) -> Segments:
     """Divide the documents of an index, in the ring's order, into a segment for each of `streams` streams."""
-    tokens = np.empty(len(ring), dtype=np.uint32)  # 0 for those that are held out
-    start = 0
-    for counts, hashes in index.scan():
-        tokens[start : start + len(counts)] = np.where(held_out.among(hashes), 0, counts)
-        start += len(counts)
+    tokens = training_tokens(index, held_out)
     total = int(tokens.sum(dtype=np.int64))
 
     def tables() -> Iterator[np.ndarray]:
@@ -78,6 +74,12 @@ def divide_documents(index: Index, ring: DocumentRing, streams: int, held_out: H
             yield np.stack([places, ring.documents(places)[1], tokens[ring.numbers(places)].astype(np.int64)], axis=1)
 
     return DocumentSegments(ring, cuts_by_tokens(tables(), total, streams), total)
+
+
+def training_tokens(index: Index, held_out: HeldOut) -> np.ndarray:
+    """The tokens of each document of an index, uint32 [n]; 0 for those that are held out."""
+    parts = (np.where(held_out.among(hashes), 0, counts).astype(np.uint32) for counts, hashes in index.scan())
+    return np.concatenate([*parts])
 
 
 def described(segments: Segments) -> str:

@@ -24,7 +24,7 @@ ORDER = 3  # in the fingerprint: a new number whenever cursors of older checkpoi
 # A unit whose documents are known only after reading cannot be cut; it is split into parts of at most this many
 # segments.
 _LARGEST_PART = 1.5
-_BLOCK = 1024  # documents of a ring that are looked up together
+_BLOCK, _FOUND = 1024, 1 << 14  # documents of a ring that are looked up together
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class DocumentSegments(Segments):
         start, end = self._borders(segment)
         head, tail = self._parts_of_documents(start, end)
         first = start.part + len(head)
-        return _Epoch(self.parts, head, first, max(0, end.part - first), seeds, tail)
+        return Epoch(self.parts, head, first, max(0, end.part - first), seeds, tail)
 
     def _shared(self) -> dict[int, int]:
         return {}
@@ -217,7 +217,7 @@ class DocumentSegments(Segments):
         return cls._restored(parts, fit(_Record, content, "segments"), streams)
 
 
-class _Epoch(Sequence[Slice]):
+class Epoch(Sequence[Slice]):
     """The slices of an epoch, looked up a block at a time: `count` documents of the ring from place `first` on."""
 
     def __init__(
@@ -238,11 +238,42 @@ class _Epoch(Sequence[Slice]):
             return self._tail[place - self._count]
         block, within = divmod(place, _BLOCK)
         if block != self._block:
-            places = np.arange(block * _BLOCK, min(self._count, (block + 1) * _BLOCK))
-            places = self._order.at(places) if self._order else places
-            self._slices = [Slice(part) for part in self._ring.parts(self._first + places)]
+            places = self._places(block * _BLOCK, min(self._count, (block + 1) * _BLOCK))
+            self._slices = [Slice(part) for part in self._ring.parts(places)]
             self._block = block
         return self._slices[within]
+
+    def _places(self, first: int, end: int) -> np.ndarray:
+        """The places in the ring of the full documents [first, end), int64 [n]."""
+        places = np.arange(first, end)
+        return self._first + (self._order.at(places) if self._order else places)
+
+    def find(self, token: int, tokens: np.ndarray) -> tuple[int, int]:
+        """The item with the epoch's `token`, counted from 0, and how many tokens are before it in that item.
+
+        `tokens`: of each document, by its number. IndexError if the epoch has fewer.
+        """
+        before = 0
+        for item, piece in enumerate(self._head):
+            end = before + self._length(piece, tokens)
+            if token < end:
+                return item, token - before
+            before = end
+        for first in range(0, self._count, _FOUND):
+            places = self._places(first, min(self._count, first + _FOUND))
+            ends = before + np.cumsum(tokens[self._ring.numbers(places)].astype(np.int64))
+            if token < ends[-1]:
+                document = int(np.searchsorted(ends, token, side="right"))
+                return len(self._head) + first + document, token - (int(ends[document - 1]) if document else before)
+            before = int(ends[-1])
+        if self._tail and token < before + self._length(self._tail[0], tokens):
+            return len(self._head) + self._count, token - before
+        raise IndexError(token)
+
+    def _length(self, piece: Slice, tokens: np.ndarray) -> int:
+        """Tokens of a part of a document."""
+        number = self._ring.starts[piece.part.unit] + piece.part.offset
+        return int(tokens[number] if piece.finish is None else piece.finish) - int(piece.begin)
 
 
 def ring(order: Iterable[int], shared: Mapping[int, int]) -> list[Part]:

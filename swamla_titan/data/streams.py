@@ -18,7 +18,7 @@ from swamla_titan.data.exclusions import Exclusion, Moment, first_excluded
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.order import permutation
 from swamla_titan.data.retry import Retry, read_on
-from swamla_titan.data.segments import Slice
+from swamla_titan.data.segments import Epoch, Slice
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 from swamla_titan.errors import UserError
 
@@ -382,3 +382,28 @@ def _is_position(position: dict[str, Any]) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def indexed_cursor(corpus: Corpus, stream: int, sequences: int, seq_len: int, tokens: np.ndarray) -> Cursor:
+    """The cursor of a new run's stream after so many sequences, found in the index without reading.
+
+    `tokens`: `training_tokens` of the index.
+    """
+    if sequences == 0:
+        return initial_cursor()
+    [segments] = corpus.segments
+    count, total = len(segments.cuts), segments.tokens
+    assert total
+    token = sequences * seq_len  # of the stream
+    epoch, token = token // total * count, token % total  # as many epochs as there are segments read everything once
+    while True:
+        segment = (corpus.first_segments[stream] + epoch) % count
+        size = (segment + 1) * total // count - segment * total // count
+        if token < size:
+            break
+        epoch, token = epoch + 1, token - size
+    seeds = (corpus.seed, 0, segment, epoch, _SLICES) if corpus.data.shuffle_documents > 1 else ()
+    order = segments.epoch(segment, seeds)
+    assert isinstance(order, Epoch)
+    item, offset = order.find(token, tokens)
+    return initial_cursor() | {"epoch": epoch, "item": item, "token": offset, "sequences": sequences}

@@ -198,12 +198,12 @@ def _working_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path | N
         with (work / _LOCK).open("w") as lock:
             _acquire(lock, folder)
             task = work / _TASK
-            if task.exists():
+            if not task.exists() and not {each.name for each in work.iterdir()} <= {_LOCK, f"{_TASK}.new"}:
+                raise UserError(f"{work} was not written by this program: choose another folder for the shards")
+            if task.exists() and any(work.glob("[0-9]*.json")):
                 found = parse_json(read_regular(task, _MOST_JSON))
                 _require_same(folder, found, identity, "an unfinished preparation")
-            elif not {each.name for each in work.iterdir()} <= {_LOCK, f"{_TASK}.new"}:
-                raise UserError(f"{work} was not written by this program: choose another folder for the shards")
-            else:
+            else:  # of other settings nothing is there yet
                 _write(task, json.dumps(identity).encode())
             yield work
             if (folder / MANIFEST).exists():
