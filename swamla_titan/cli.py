@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from swamla_titan.config import Config, Override, find_config, load_config, shipped_configs, split_overrides, to_toml
+from swamla_titan.config import (
+    Config,
+    Override,
+    find_config,
+    load_config,
+    load_source,
+    shipped_configs,
+    split_overrides,
+    to_toml,
+)
 from swamla_titan.config.shipped import checkout
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, RankFailed, RunFailed, UserError
 from swamla_titan.escaping import one_line, several_lines
@@ -31,8 +40,7 @@ if TYPE_CHECKING:
 class Train:
     """Train, or continue from the newest checkpoint in job.dump_folder.
 
-    Any key of the file can be overridden: `--section.key value`; of a table in a list, by its name or number:
-    `--data.sources.NAME.key value`. `swamla-titan config show CONFIG` lists all keys.
+    Any key of the file can be overridden: `--section.key value`. `swamla-titan config show CONFIG` lists all keys.
     """
 
     config: Positional[str]
@@ -172,6 +180,59 @@ class Evaluate:
 
 
 @dataclass
+class DataPrepare:
+    """Tokenize a source into shards, which train with data.source = "shards"; the same command continues after a kill.
+
+    Keys of [data] can be given as `--data.key value`.
+    """
+
+    source: Positional[str]
+    """A file or folder of text, the name of a dataset, or a configuration, whose [data] it reads."""
+
+    out: Positional[str]
+    """Folder for the shards; it must not exist, be empty, or hold what an earlier start prepared."""
+
+    tokenizer: str | None = None
+    """As data.tokenizer."""
+
+    deduplicate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of documents with equal text keep the first."""
+
+    processes: int = 0
+    """Processes that tokenize; 0: one for each core."""
+
+
+@dataclass
+class DataInspect:
+    """Show what a run reads: documents and their lengths, what is held out, and the sequences of a step as text.
+
+    Any key of the configuration can be given as `--section.key value`.
+    """
+
+    source: Positional[str]
+    """A configuration; or a file or folder of text, a folder of prepared shards, or the name of a dataset."""
+
+    step: int = 1
+    """Step whose sequences are shown. It is found by reading the steps before it, in prepared shards at once."""
+
+    sequences: int = 1
+    """Sequences that are shown of the step; 0: all."""
+
+    documents: int = 1000
+    """Documents that are read for the lengths; 0: all. Of prepared shards those of all are known."""
+
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare all files of prepared shards with their digests first."""
+
+
+@dataclass
+class DataCommand:
+    """Prepare data as shards, or show what a run reads."""
+
+    action: Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInspect, subcommand("inspect")]
+
+
+@dataclass
 class ConfigList:
     """List the shipped configurations and the model flavors with their true parameter counts."""
 
@@ -213,6 +274,7 @@ Command = (
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[DataCommand, subcommand("data")]
     | Annotated[ConfigCommand, subcommand("config")]
 )
 
@@ -229,9 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
         _refuse_numbers(rest)
         command = _parsed(rest)
-        if overrides and not isinstance(getattr(command, "action", command), Train | Plan | Check | ConfigShow):
+        command = getattr(command, "action", command)
+        if overrides and not isinstance(command, Train | Plan | Check | ConfigShow | DataPrepare | DataInspect):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
-        code = _run(command.action if isinstance(command, ConfigCommand) else command, overrides)
+        code = _run(command, overrides)
         return code if isinstance(command, Train) else _or_failed_output(code)
     except UserError as error:
         if logs:
@@ -317,6 +380,7 @@ def _memory_advice(config: Config, world: "World") -> list[str]:
 def _run(command: object, overrides: list[Override]) -> int:
     # Imports are late, because torch and others take seconds, for which `--help` should not wait.
     warnings: list[str] = []
+    code = EXIT_DONE
 
     def load(name: str) -> Config:
         return load_config(find_config(name), overrides, warnings.append)
@@ -358,6 +422,18 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.evaluate import evaluate_checkpoint
 
             evaluate_checkpoint(**vars(command))
+        case DataPrepare(source=source, out=out):
+            from swamla_titan.tools.prepare import prepare
+
+            if command.tokenizer is not None:
+                overrides = [*overrides, Override("data", "tokenizer", command.tokenizer)]
+            data = load_source(source, overrides, warnings.append).data
+            code = prepare(data, out, command.deduplicate, command.processes)
+        case DataInspect(source=source, step=step):
+            from swamla_titan.tools.inspect_data import inspect
+
+            config = load_source(source, overrides, warnings.append)
+            code = inspect(config, step, command.sequences, command.documents, command.verify)
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):
@@ -366,7 +442,7 @@ def _run(command: object, overrides: list[Override]) -> int:
             _copy_config(name, destination)
     for line in warnings if logs_to_console() else ():  # last, because a refused command prints its error alone
         print(f"warning: {one_line(line)}", file=sys.stderr)
-    return EXIT_DONE
+    return code
 
 
 def _list_configs() -> None:

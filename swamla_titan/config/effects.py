@@ -16,7 +16,6 @@ from swamla_titan.conditions import (
     when_on,
     when_within,
 )
-from swamla_titan.config.mixture import data_of, within_source
 from swamla_titan.config.sections import KEYS, Config
 from swamla_titan.config.toml import shown
 from swamla_titan.fields import settings
@@ -31,7 +30,7 @@ def _reads(config: Config, *others: str) -> bool:
 
 
 _FILES = when("data.source", *(each for each in KEYS["data.source"].choices if each != "builtin"))
-_FILES_OF_ANY_KIND = _FILES | when_on("validation.path")
+_TEXT_FILES = when_not("data.source", "builtin", "shards") | when_on("validation.path")
 _MUON = when("optimizer.name", "muon")
 _SHARDS = when("parallel.data_parallel", "fsdp", "hsdp")
 _TABLES = reduce(or_, (when_on(f"model.{name}.layers") for name in ModelConfig.annex_configs()))
@@ -44,7 +43,8 @@ _SKIPPING = when_on("fault_tolerance.skip_bad_steps", "fault_tolerance.skip_bad_
 _NEEDS: dict[str, Condition] = {
     "data.path data.on_error": _FILES,
     "data.name data.split data.revision": when("data.source", "huggingface"),
-    "data.max_document_mib data.retry_seconds": _FILES_OF_ANY_KIND,
+    "data.max_document_mib": _TEXT_FILES,
+    "data.retry_seconds": _FILES | when_on("validation.path"),
     "data.text_key": decided_by(  # records with named fields, which text files and Python's documentation do not have
         ("data.source", "data.path"),
         lambda config: config.data.source == "huggingface" or _reads(config, ".txt", ".md"),
@@ -121,13 +121,8 @@ def has_effect(config: Config, name: str) -> bool:
 def without_effect(config: Config, flavor: str | None = None) -> Iterator[Conflict]:
     """Every key without effect whose value is not the default or the flavor's; it is the first key of its Conflict."""
     defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
-    of_sources = [(source, replace_at(config, "data", data_of(config.data, source))) for source in config.data.sources]
-    for source, own in of_sources:
-        yield from within_source(without_effect(own, flavor), source)
     for name in filter(NEEDS.get, KEYS):
         value, needs = value_at(config, name), NEEDS[name]
-        if name.startswith("data.") and not all(needs.missing(own) for _, own in of_sources):
-            continue  # it has an effect on a source of the mixture
         if value != value_at(defaults, name) and (missing := needs.missing(config)):
             because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in missing.keys)
             problem = f"{shown(value)} has no effect with {because}: leave it out, or set {missing.remedy}"

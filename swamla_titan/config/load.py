@@ -15,6 +15,7 @@ from swamla_titan.conditions import value_at
 from swamla_titan.config.effects import NEEDS, without, without_effect
 from swamla_titan.config.rules import conflicts
 from swamla_titan.config.sections import KEYS, RENAMED, SECTIONS, Config
+from swamla_titan.config.shipped import find_config, shipped_configs
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
@@ -24,6 +25,8 @@ from swamla_titan.model import FLAVORS, ModelConfig
 _OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
 _MOST_ERRORS = 20  # that are listed
 _LONGEST_NAME = 255  # bytes, on every usual file system
+_DATASET = re.compile(r"[\w.-]+/[\w.-]+")  # name of a dataset of the Hub
+_OF_SHARDS = ("manifest.json", "documents.index")
 _VARIABLE = re.compile(r"(?:^|/)\$(?:\w+|\{\w+\})")
 _FINEWEB = (  # as in the shipped configurations
     "[data] is missing: what is to be read? For FineWeb-Edu, streamed, paste",
@@ -52,20 +55,23 @@ class Override(NamedTuple):
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
+    path: str | Path,
+    overrides: Sequence[Override] = (),
+    warn: Callable[[str], None] = lambda line: None,
+    content: Tables | None = None,
 ) -> Config:
     """Load and validate a file.
 
     Raises UserError that names the file and, for each mistake in it or on the command line, the section, the key, the
     value, what is allowed and the nearest valid key. `warn` is called with old names of keys, and with keys without
     effect that are tolerated: those that an override deprives of their effect, and those of a file that states nearly
-    every key, as a run's config.toml does.
+    every key, as a run's config.toml does. `content`: tables in place of the file's; `path` is then what messages name.
     """
     path, errors = Path(path), Errors()
-    tables = _read_tables(path, errors)
+    tables = _read_tables(path, errors) if content is None else content
     overrides = _with_new_names(tables, overrides, errors, warn)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
-    in_overrides = {_list_of(each.section) or f"{each.section}.{each.key}" for each in overrides}
+    in_overrides = {f"{override.section}.{override.key}" for override in overrides}
     has_data = "data" in tables or in_overrides & {"data.source", "data.path"}
     for override in overrides:
         _apply_override(override, tables, errors)
@@ -91,14 +97,30 @@ def load_config(
     for each in tolerated:
         warn(_at(each.keys[0], ": ".join(filter(None, (each.problem, each.consequence)))))
         # Keys of the model stay, because a resumed run is compared with its checkpoint, which may have them too.
-        if (
-            each in idle
-            and each.keys[0] in NEEDS
-            and NEEDS[each.keys[0]].ignorable
-            and not each.keys[0].startswith("model.")
-        ):
+        if each in idle and NEEDS[each.keys[0]].ignorable and not each.keys[0].startswith("model."):
             config = without(config, each.keys[0])
     return config
+
+
+def load_source(
+    source: str, overrides: Sequence[Override] = (), warn: Callable[[str], None] = lambda line: None
+) -> Config:
+    """The configuration of a command on data: `source` is a configuration, or what data.path names in the default one.
+
+    A name that is no path is a shipped configuration, "builtin", or a dataset of the Hub. Raises UserError as
+    `load_config` does.
+    """
+    path = os.path.expanduser(source)
+    exists = os.path.lexists(path)
+    if source.endswith(".toml") or (source in shipped_configs() and not exists):
+        return load_config(find_config(source), overrides, warn)
+    kind = "local"
+    if not exists:
+        kind = source if source == "builtin" else "huggingface" if _DATASET.fullmatch(source) else kind
+    elif all(os.path.isfile(os.path.join(path, name)) for name in _OF_SHARDS):
+        kind = "shards"
+    data = {"source": kind} | ({} if kind == "builtin" else {"path": source})
+    return load_config(source, overrides, warn, {"data": data})
 
 
 def _raise_if_any(errors: Errors, path: Path) -> None:
@@ -194,36 +216,12 @@ def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
     section, key, text = override
     where = shortened(f"--{section}.{key} {text}")
     where = where if where.isprintable() else shown(where)
-    if list_name := _list_of(section):
-        _apply_to_table(override, list_name, tables, where, errors)
-    elif section not in SECTIONS:
+    if section not in SECTIONS:
         errors.append((_unknown_section, where, section))
     elif key not in _keys(section):
         errors.append((_unknown_key, where, section, key))
     else:
         tables.setdefault(section, {})[key] = _parsed(text, _keys(section)[key])
-
-
-def _list_of(section: str) -> str | None:
-    """The list of tables that "data.sources.NAME" means a table of; None for other names."""
-    list_name, _, _ = section.rpartition(".")
-    return list_name if list_name in KEYS and KEYS[list_name].tables else None
-
-
-def _apply_to_table(override: Override, list_name: str, tables: Tables, where: str, errors: Errors) -> None:
-    """Replace a value in a table of a list, which is meant by its name or by its number from 1."""
-    (section, key, text), (of_list, _, list_key) = override, list_name.rpartition(".")
-    given = tables.get(of_list, {}).get(list_key, [])
-    entries = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
-    by_name = {str(each.get("name", number)): each for number, each in enumerate(entries, 1)}
-    wanted = section.rpartition(".")[2]
-    if wanted not in by_name:
-        close = nearest(wanted, by_name)
-        errors.append((str, f"{where}: no such table{close}; [[{list_name}]]: {', '.join(by_name) or 'none'}"))
-    elif key not in _keys(list_name):
-        errors.append((_unknown_key, where, list_name, key))
-    else:
-        by_name[wanted][key] = _parsed(text, _keys(list_name)[key])
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -389,14 +387,8 @@ def to_toml(config: Config, comments: bool = False) -> str:
             value = value_at(config, f"{section}.{key}")
             if setting.tables:
                 lines += _explained(setting.tables) if comments else []
-            if setting.tables and value:  # each on a line
-                tables = [
-                    "{" + ", ".join(f"{of} = {toml(each)}" for of, each in given(table).items()) + "},"
-                    for table in value
-                ]
-                lines += [f"{key} = [", *(f"  {table}" for table in tables), "]"]
-            else:
-                lines.append(f"{key} = {toml(value)}")
+                value = [given(each) for each in value]
+            lines.append(f"{key} = {toml(value)}")
         lines.append("")
     return "\n".join(lines)
 

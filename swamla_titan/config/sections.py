@@ -38,38 +38,13 @@ class Job:
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """A source of a mixture. Keys that are not given are as in [data]; `subset` is what data.name is there."""
-
-    name: str
-    """Name of the source, in metrics, log lines and overrides (--data.sources.NAME.weight 0.3): letters, digits, _, -.
-    """
-    weight: Annotated[float, Limits(0, 1)] = 1.0
-    """Share of the sequences that come from this source; the weights of all sources add up to 1."""
-    source: str = ""
-    """As data.source."""
-    path: _Path = ""
-    """As data.path."""
-    subset: str = ""
-    """huggingface: configuration of the dataset, as data.name."""
-    split: str = ""
-    """As data.split."""
-    revision: str = ""
-    """As data.revision."""
-    text_key: str = ""
-    """As data.text_key."""
-    text_separator: Annotated[str, Limits(any_text=True)] = ""
-    """As data.text_separator."""
-    max_document_mib: Annotated[int, Limits(0, 1 << 20)] = 0
-    """As data.max_document_mib; 0: not given."""
-
-
-@dataclass(frozen=True)
 class Data:
-    source: Literal["builtin", "local", "huggingface"] = "huggingface"
-    """builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed."""
+    source: Literal["builtin", "local", "huggingface", "shards"] = "huggingface"
+    """builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed;
+    shards: what `data prepare` wrote."""
     path: _Path = ""
-    """local: a .txt, .md, .jsonl, .json or .parquet file or a folder of them; huggingface: dataset name or folder."""
+    """local: a .txt, .md, .jsonl, .json or .parquet file or a folder of them; huggingface: dataset name or folder;
+    shards: the folder that they are in."""
     name: str = ""
     """huggingface: configuration of the dataset."""
     split: str = "train"
@@ -88,7 +63,7 @@ class Data:
     streams: Annotated[int, Limits(1, 1 << 16)] = 64
     """Logical streams that the corpus is divided into; part of the data order."""
     shuffle_documents: Annotated[int, Limits(1, 10_000_000)] = 1000
-    """Documents shuffled together within a stream; 1: keep the order of the files."""
+    """Documents shuffled together within a stream, of shards always all; 1: keep the order of the files."""
     num_workers: Annotated[int, Limits(0, 1024)] = 1
     """Loader processes per rank; 0: read in the training process."""
     document_mask: bool = False
@@ -99,8 +74,6 @@ class Data:
     retry_seconds: Annotated[float, Limits(-1, _LONGEST_WAIT)] = -1.0
     """Maximum time that a step waits for a network or disk that does not answer, with retries; 0: no retries, -1: 300,
     or half of fault_tolerance.step_timeout if that is less. Missing files are not waited for."""
-    sources: tuple[DataSource, ...] = ()
-    """Several sources that are mixed by weights, instead of data.path: a table [[data.sources]] for each."""
 
 
 @dataclass(frozen=True)

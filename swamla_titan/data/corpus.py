@@ -14,16 +14,16 @@ import numpy as np
 from swamla_titan.config.rules import RETRY_SECONDS
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.changes import changed_files, changed_settings, files_by_name
-from swamla_titan.data.division import divide
-from swamla_titan.data.document import Document, Source
-from swamla_titan.data.faults import Fault
-from swamla_titan.data.held_out import HeldOut, ValidationSet, ValidationText, choose_held_out, pack, text_hash
-from swamla_titan.data.mixture import SequenceOrder
-from swamla_titan.data.retry import Retry, all_documents
-from swamla_titan.data.segments import ORDER, Segments
+from swamla_titan.data.division import divide, divide_documents
+from swamla_titan.data.document import Document, Index, Source, text_hash
+from swamla_titan.data.faults import DataFault, Fault
+from swamla_titan.data.held_out import HeldOut, ValidationSet, ValidationText, choose_held_out, pack
+from swamla_titan.data.order import Shuffle, permutation
+from swamla_titan.data.retry import Retry, all_documents, read_on
+from swamla_titan.data.segments import ORDER, DocumentRing, DocumentSegments, Segments
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.sources.local import open_local
-from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, with_eot
+from swamla_titan.data.tokenizer import Tokenizer, load_tokenizer, tokens_of
 from swamla_titan.errors import UserError
 
 _UNITS, _STREAMS = 2, 3  # what a permutation is for; streams.py has others
@@ -54,26 +54,6 @@ class Corpus:
     # Since the checkpoint was written: files that were added, or what differs if the run cannot continue with them.
     added_files: tuple[str, ...] = ()
     change: str = ""
-
-    @property
-    def corpora(self) -> "tuple[Corpus, ...]":
-        """The corpora that sequences come from: this one. A Mixture has several."""
-        return (self,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of `corpora`."""
-        return ("",)
-
-    @cached_property
-    def order(self) -> SequenceOrder:
-        """Which corpus and stream each sequence comes from."""
-        return SequenceOrder(self.data.streams)
-
-    @property
-    def changes(self) -> dict[str, str]:
-        """What differs from the recorded data, by the names in the fingerprint; "" where nothing does."""
-        return {"source": self.change}
 
     @property
     def skips_files(self) -> bool:
@@ -131,19 +111,31 @@ class Corpus:
         )
 
     def _divided(self, source: Source, edition: int) -> Segments:
-        order, streams = self._order(source.num_units, edition, _UNITS), self.data.streams
+        streams = self.data.streams
+        if source.index:
+            return divide_documents(source.index, self._ring(source.index, edition), streams, self.held_out)
+        order = self._order(source.num_units, edition, _UNITS)
         retry = self.new_retry()
         return divide(source, order, streams, self.tokenizer, self.held_out, retry, self.skips_files)
 
     def with_recorded_segments(self, recorded: Iterable[dict[str, Any] | None]) -> "Corpus":
         """The same corpus with the segments that a checkpoint recorded; ValueError if they do not fit the data."""
         known = [
-            None
-            if each is None
-            else Segments.from_json(self._order(source.num_units, number, _UNITS), each, self.data.streams)
+            None if each is None else self._restored(source, number, each)
             for number, (source, each) in enumerate(zip(self.sources, recorded))
         ]
         return dataclasses.replace(self, known_segments=tuple(known))
+
+    def _restored(self, source: Source, edition: int, recorded: dict[str, Any]) -> Segments:
+        if source.index:
+            return DocumentSegments.restored(self._ring(source.index, edition), recorded, self.data.streams)
+        return Segments.from_json(self._order(source.num_units, edition, _UNITS), recorded, self.data.streams)
+
+    def _ring(self, index: Index, edition: int) -> DocumentRing:
+        """All documents of an index, shuffled, or with data.shuffle_documents = 1 as they are."""
+        is_shuffled = self.data.shuffle_documents > 1
+        order = Shuffle(int(index.starts[-1]), self.seed, edition, _UNITS) if is_shuffled else None
+        return DocumentRing(index.starts, order)
 
     @cached_property
     def first_segments(self) -> list[int]:
@@ -217,6 +209,8 @@ def open_corpus(
     if recorded and recorded["fingerprint"]["source"] == f"{data.source} {source.old_fingerprint}":
         source = dataclasses.replace(source, fingerprint=source.old_fingerprint)  # the run keeps what it began with
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
+    if source.index:
+        source.index.require_tokenizer(tokenizer.name, tokenizer.fingerprint)
     corpus = Corpus(data, source, tokenizer, HeldOut(0), seed, 0.0, faults)
     if any(segments is not None for segments in editions.segments):
         before = dataclasses.replace(
@@ -278,15 +272,6 @@ def _open_editions(data: Data, retry: Retry, recorded: list[dict[str, Any]]) -> 
     return _Editions(sources, [*segments, None, None], added=tuple(added))
 
 
-def permutation(size: int, *seeds: int) -> np.ndarray:
-    """A random order of `size` things that depends on `seeds` alone, in every version of numpy.
-
-    It sorts raw bits of a counter-based generator, because numpy promises that these stay the same in later releases,
-    and does not promise it of `Generator.permutation`.
-    """
-    return np.argsort(np.random.Philox(np.random.SeedSequence(seeds)).random_raw(size), kind="stable")
-
-
 def _held_out(corpus: Corpus, validation: Validation) -> HeldOut:
     """The documents to hold out by `validation`; adds what cannot be read to the corpus' faults."""
     if validation.path:
@@ -323,9 +308,7 @@ def validation_text(corpus: Corpus, validation: Validation, kept: Path | None = 
             return found
         # Faults are ignored: they were reported already, or will be when training reads the file.
         faults: list[Fault] | None = [] if corpus.skips_files else None
-        readable = all_documents(corpus.source, corpus.new_retry(), faults)
-        held_out = (document for document in readable if document in corpus.read_by_validation)
-        documents = _up_to(validation.max_tokens + 1, held_out, corpus.tokenizer)
+        documents = _up_to(validation.max_tokens + 1, held_out_documents(corpus, faults), corpus.tokenizer)
         missing = (
             f"validation.fraction = {validation.fraction} holds out no document of the training data. "
             "Raise it, or give validation.path, or set it to 0 to train without validation."
@@ -337,6 +320,25 @@ def validation_text(corpus: Corpus, validation: Validation, kept: Path | None = 
     if len(text) < 2:
         raise UserError(missing)
     return ValidationText(text, basis)
+
+
+def held_out_documents(corpus: Corpus, faults: list[Fault] | None) -> Iterator[Document]:
+    """The documents of the source that validation reads; `faults`: see `documents_by_unit`."""
+    source, held_out, retry = corpus.source, corpus.read_by_validation, corpus.new_retry()
+    if source.index is None:
+        yield from (document for document in all_documents(source, retry, faults) if document in held_out)
+        return
+    start = 0
+    for _, hashes in source.index.scan():
+        for number in (start + np.flatnonzero(held_out.among(hashes))).tolist():
+            unit = int(np.searchsorted(source.index.starts, number, side="right")) - 1
+            try:
+                yield next(read_on(source, unit, {"ordinal": number - int(source.index.starts[unit])}, 1, 0, retry))
+            except DataFault as fault:
+                if faults is None:
+                    raise
+                faults.append(fault)
+        start += len(hashes)
 
 
 def build_validation_set(
@@ -379,7 +381,7 @@ def _up_to(tokens: int, documents: Iterable[Document], tokenizer: Tokenizer) -> 
     for document in documents:
         if document.is_empty:
             continue
-        encoded = with_eot(tokenizer, document.text)
+        encoded = tokens_of(document, tokenizer)
         yield document, encoded
         tokens -= len(encoded)
         if tokens <= 0:

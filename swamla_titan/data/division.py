@@ -2,16 +2,26 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from swamla_titan.data.document import MIB, Document, Source
+from swamla_titan.data.document import MIB, Document, Index, Source
 from swamla_titan.data.faults import DataFault
 from swamla_titan.data.held_out import HeldOut
 from swamla_titan.data.retry import Retry, documents_by_unit, read_on
-from swamla_titan.data.segments import Segments, cut_by_size, cut_counted, ring, shared_units, sizes_of
+from swamla_titan.data.segments import (
+    DocumentRing,
+    DocumentSegments,
+    Segments,
+    cut_by_size,
+    cut_counted,
+    cuts_by_tokens,
+    ring,
+    shared_units,
+    sizes_of,
+)
 from swamla_titan.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -21,6 +31,8 @@ logger = logging.getLogger(__name__)
 COUNTED_BYTES = 64 * MIB
 # Where the size is known only after reading, as on a server, a source of more units than this is not read to count.
 COUNTED_UNITS = 256
+
+_INDEXED = 1 << 20  # documents of an index that are looked up together
 
 _SAMPLED_UNITS, _SAMPLED_CHARS = 256, 1 << 15
 _REPORTED_BYTES = 8 * MIB
@@ -49,6 +61,25 @@ def divide(
     sizes = estimated_sizes(source, tokenizer, retry)
     documents = [source.num_documents(unit) for unit in range(source.num_units)]
     return cut_by_size(ring(order, shared_units(sizes, documents, streams)), sizes, documents, streams)
+
+
+def divide_documents(index: Index, ring: DocumentRing, streams: int, held_out: HeldOut) -> Segments:
+    """Divide the documents of an index, in the ring's order, into a segment for each of `streams` streams."""
+    tokens = training_tokens(index, held_out)
+    total = int(tokens.sum(dtype=np.int64))
+
+    def tables() -> Iterator[np.ndarray]:
+        for first in range(0, len(ring), _INDEXED):
+            places = np.arange(first, min(len(ring), first + _INDEXED))
+            yield np.stack([places, ring.documents(places)[1], tokens[ring.numbers(places)].astype(np.int64)], axis=1)
+
+    return DocumentSegments(ring, cuts_by_tokens(tables(), total, streams), total)
+
+
+def training_tokens(index: Index, held_out: HeldOut) -> np.ndarray:
+    """The tokens of each document of an index, uint32 [n]; 0 for those that are held out."""
+    parts = (np.where(held_out.among(hashes), 0, counts).astype(np.uint32) for counts, hashes in index.scan())
+    return np.concatenate([*parts])
 
 
 def described(segments: Segments) -> str:

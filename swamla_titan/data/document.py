@@ -1,8 +1,11 @@
 """Documents, and sources of documents, which consist of units."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from swamla_titan.data.faults import DataFault, Fault
 
@@ -15,23 +18,49 @@ Position = dict[str, Any]
 Cursor = dict[str, Any]  # a stream's position, of JSON types; see streams.py
 
 
+def text_hash(text: str) -> int:
+    """A hash in [0, 2**64), the same on every machine and in every run."""
+    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A text that was tokenized in advance: its tokens, the last one being end of text, and what is known of it."""
+
+    tokens: np.ndarray  # unsigned [n]
+    hash: int  # `text_hash`
+    size: int  # bytes in UTF-8
+
+
 @dataclass(frozen=True)
 class Document:
     """A text, and the position after it, from which reading can continue.
 
     `ordinal` numbers the documents of a unit from 0. `replaced` counts invalid UTF-8 byte sequences, which became
-    U+FFFD.
+    U+FFFD. A document that was `prepared` has no text.
     """
 
     text: str
     ordinal: int
     position: Position
     replaced: int = 0
+    prepared: Prepared | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether it is nothing but white space; such documents are skipped everywhere."""
-        return not self.text or self.text.isspace()
+        return self.prepared is None and (not self.text or self.text.isspace())
+
+    @property
+    def hash(self) -> int:
+        """The `text_hash` of its text."""
+        return self.prepared.hash if self.prepared else text_hash(self.text)
+
+    @property
+    def size(self) -> int:
+        """Characters, or bytes where these are not known."""
+        return self.prepared.size if self.prepared else len(self.text)
 
 
 class Unit(Protocol):
@@ -51,6 +80,23 @@ class Unit(Protocol):
         ...
 
 
+class Index(Protocol):
+    """What a source of prepared documents knows of them without reading them.
+
+    `starts`: the number of each unit's first document, and behind the last one the number of all, int64 [units + 1].
+    """
+
+    starts: np.ndarray
+
+    def scan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Number of tokens, int64 [n], and `text_hash`, uint64 [n], of all documents, many at a time."""
+        ...
+
+    def require_tokenizer(self, name: str, fingerprint: str) -> None:
+        """Raise UserError unless the documents were prepared with this tokenizer."""
+        ...
+
+
 @dataclass
 class Source:
     """A fixed, ordered list of units; loader processes get a copy of it.
@@ -59,6 +105,7 @@ class Source:
     unit_files: the file that each unit is a part of; units of one file follow each other, in the order of the file.
     fingerprint: changes with names and sizes of the files, not with the folder that they are in.
     old_fingerprint: the same as an earlier version computed it.
+    index: of documents that were tokenized in advance, any of which can be read at once; None: they are texts.
     description: a log line on what is read, and what is not.
     keys: those of [data] that determine the text of documents.
     record: what divides the files into the same units again (JSON types), even if some cannot be read any more.
@@ -75,6 +122,7 @@ class Source:
     record: dict[str, Any] = field(default_factory=dict)
     unreadable: list[Fault] = field(default_factory=list)
     old_fingerprint: str = ""
+    index: Index | None = None
 
     @property
     def num_units(self) -> int:

@@ -41,8 +41,13 @@ class HeldOut:
     def __contains__(self, document: Document) -> bool:
         if not self.threshold and not self.exact:
             return False
-        number = text_hash(document.text)
+        number = document.hash
         return number < self.threshold or number in self.exact
+
+    def among(self, hashes: np.ndarray) -> np.ndarray:
+        """Which documents with these hashes are held out: uint64 [n] -> bool [n]."""
+        found = np.isin(hashes, np.array(sorted(self.exact), dtype=np.uint64))
+        return found | (hashes <= np.uint64(self.threshold - 1)) if self.threshold else found
 
     @property
     def fingerprint(self) -> int | str:
@@ -50,12 +55,6 @@ class HeldOut:
             return self.threshold
         digest = hashlib.blake2b(repr(sorted(self.exact)).encode(), digest_size=16).hexdigest()
         return f"{self.threshold} {digest}"
-
-
-def text_hash(text: str) -> int:
-    """A hash in [0, 2**64), the same on every machine and in every run."""
-    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
 
 
 def choose_held_out(documents: Iterable[Document], fraction: float, separator: str = "") -> HeldOut:
@@ -72,8 +71,8 @@ def choose_held_out(documents: Iterable[Document], fraction: float, separator: s
     for document in documents:
         if document.is_empty:
             continue
-        hashes.add(text_hash(document.text))
-        chars += len(document.text)
+        hashes.add(document.hash)
+        chars += document.size
         if len(hashes) > SMALL_DOCUMENTS or chars > SMALL_CHARS:
             return HeldOut(int(fraction * 2**64))
     if len(hashes) < 2:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swamla_titan.data.corpus import Corpus, permutation
+from swamla_titan.data.corpus import Corpus
 from swamla_titan.data.document import Cursor, Document, Position
 from swamla_titan.data.exclusions import Exclusion, Moment, first_excluded
 from swamla_titan.data.faults import Fault
+from swamla_titan.data.order import permutation
 from swamla_titan.data.retry import Retry, read_on
-from swamla_titan.data.segments import Slice
+from swamla_titan.data.segments import Epoch, Slice
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 from swamla_titan.errors import UserError
 
@@ -38,11 +39,12 @@ def _data_changed() -> UserError:
 
 @dataclass
 class StreamDocument:
-    """A document to be tokenized; its tokens from `begin` to `finish` are read, see `Slice`."""
+    """A document; its tokens from `begin` to `finish` are read, see `Slice`."""
 
     text: str
     key: tuple[int, int, int]  # (edition, unit, ordinal)
     replaced: int
+    tokens: np.ndarray | None  # all, if they are known
     begin: int | float = 0
     finish: int | float | None = None
 
@@ -77,8 +79,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
     ) -> None:
         """Begin with the document of `cursor`, or with the first one.
 
-        `stream`: the key of its cursor, which in a mixture has the number of the source too. `excluded`: what the job
-        has excluded so far. UserError if the cursor points to no document.
+        `excluded`: what the job has excluded so far. UserError if the cursor points to no document.
         """
         self._retry = retry or corpus.new_retry()
         # Exclusions of this stream; it appends what it finds unreadable.
@@ -132,12 +133,8 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
 
     def _begin_epoch(self) -> None:
         segments = self._corpus.segments[self._edition]
-        stream = self._stream % self._corpus.data.streams
-        self._segment = (self._corpus.first_segments[stream] + self._epoch) % len(segments.cuts)
-        head, whole, tail = segments.slices(self._segment)
-        if self._shuffle > 1:
-            whole = [whole[i] for i in permutation(len(whole), *self._seeds(_SLICES))]
-        self._slices = head + whole + tail
+        self._segment = (self._corpus.first_segments[self._stream] + self._epoch) % len(segments.cuts)
+        self._slices = segments.epoch(self._segment, self._seeds(_SLICES) if self._shuffle > 1 else ())
 
     def _seeds(self, purpose: int, *more: int) -> tuple[int, ...]:
         return (self._corpus.seed, self._edition, self._segment, self._epoch, purpose, *more)
@@ -163,7 +160,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
             if self._read_block(self._reader, piece):
                 self._epoch_has_text = True
                 size = len(self._block)
-                if self._shuffle > 1:
+                if self._shuffle > 1 and size > 1:
                     first = _ordinal(self._block_start)
                     self._order = permutation(size, *self._seeds(_BLOCK, part.unit, part.offset, first)).tolist()
                 else:
@@ -189,7 +186,10 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
                 if document.ordinal < piece.first or document.is_empty or document in self._corpus.held_out:
                     continue
                 key = (self._edition, unit, document.ordinal)
-                self._block.append(StreamDocument(document.text, key, document.replaced, piece.begin, piece.finish))
+                tokens = document.prepared.tokens if document.prepared else None
+                self._block.append(
+                    StreamDocument(document.text, key, document.replaced, tokens, piece.begin, piece.finish)
+                )
                 chars += len(document.text)
                 if len(self._block) == self._shuffle or chars >= BLOCK_CHARS:
                     break
@@ -265,7 +265,9 @@ class TokenCache:
         self._kept: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
 
     def tokens(self, document: StreamDocument) -> np.ndarray:
-        """The tokens of a document that are read, int32 [n]; all of them are those of its text, then end of text."""
+        """The tokens of a document that are read, [n]; all of them are those of its text, then end of text."""
+        if document.tokens is not None:
+            return document.cut(document.tokens)
         tokens = self._kept.pop(document.key, None)
         if tokens is None:
             tokens = with_eot(self._tokenizer, document.text)
@@ -380,3 +382,28 @@ def _is_position(position: dict[str, Any]) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
+
+
+def indexed_cursor(corpus: Corpus, stream: int, sequences: int, seq_len: int, tokens: np.ndarray) -> Cursor:
+    """The cursor of a new run's stream after so many sequences, found in the index without reading.
+
+    `tokens`: `training_tokens` of the index.
+    """
+    if sequences == 0:
+        return initial_cursor()
+    [segments] = corpus.segments
+    count, total = len(segments.cuts), segments.tokens
+    assert total
+    token = sequences * seq_len  # of the stream
+    epoch, token = token // total * count, token % total  # as many epochs as there are segments read everything once
+    while True:
+        segment = (corpus.first_segments[stream] + epoch) % count
+        size = (segment + 1) * total // count - segment * total // count
+        if token < size:
+            break
+        epoch, token = epoch + 1, token - size
+    seeds = (corpus.seed, 0, segment, epoch, _SLICES) if corpus.data.shuffle_documents > 1 else ()
+    order = segments.epoch(segment, seeds)
+    assert isinstance(order, Epoch)
+    item, offset = order.find(token, tokens)
+    return initial_cursor() | {"epoch": epoch, "item": item, "token": offset, "sequences": sequences}

@@ -20,6 +20,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str  # type: ignore[import-untyped]
 
 from swamla_titan.data.background import in_background, is_done
+from swamla_titan.data.document import Document
 from swamla_titan.data.faults import one_line
 from swamla_titan.errors import UserError
 
@@ -147,6 +148,11 @@ def with_eot(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The tokens of a document and the end-of-text token, int32 [n + 1]."""
     tokens = tokenizer.encode_array(text)
     return np.append(tokens, np.int32(tokenizer.eot_id))
+
+
+def tokens_of(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of a document, prepared or not, and the end-of-text token, int32 [n + 1]."""
+    return document.prepared.tokens.astype(np.int32) if document.prepared else with_eot(tokenizer, document.text)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -43,7 +43,7 @@ class LoaderProcess(Generic[Part]):
     """A process that iterates over `parts`, at most PREFETCH_STEPS ahead of `receive`, until `kill`."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        context = _fork_server()
+        context = fork_server()
         self._connection, other_end = context.Pipe()
         try:
             with other_end:  # the process has its own copy; while this one is open, its end would not be noticed
@@ -89,7 +89,7 @@ class _Broken:
 
 def _read_ahead(trainer: int, parts: Iterable[object], connection: Connection) -> None:
     """The main function of a loader process; `trainer` is the PID of the training process."""
-    _settle(trainer)
+    settle(trainer)
     ahead: queue.Queue[object] = queue.Queue(PREFETCH_STEPS - 1)
     threading.Thread(target=_send, args=(ahead, connection), daemon=True, name="sender").start()
     try:
@@ -115,7 +115,7 @@ def _send(ahead: "queue.Queue[object]", connection: Connection) -> None:
         os._exit(1)
 
 
-def _settle(trainer: int) -> None:
+def settle(trainer: int) -> None:
     """Ignore the signals that reach all processes of the job, and end with the training process.
 
     Ctrl-C and a scheduler's SIGTERM or SIGUSR1 reach all processes. The training process decides what follows, and
@@ -145,12 +145,12 @@ def prepare_workers(count: int) -> None:
     """
     if count:
         with needed("the processes that read the data cannot be started"):
-            _fork_server()
+            fork_server()
         with suppress(OSError):  # the loader's own start will report it
             multiprocessing.forkserver.ensure_running()
 
 
-def _fork_server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     _make_sockets_where_their_names_fit()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["swamla_titan.data.loader"])

@@ -199,6 +199,13 @@ class InnerAttention(nn.Module):
         """
         return latent, rope_key
 
+    def sums_before(self, sums: Callable[[], Tensor], context: AttentionContext) -> Tensor | None:
+        """The sums [B, chunks, S] over the queries before each chunk of the slice; `sums()` are those over its own.
+
+        Here the slice is the sequence, and None stands for zeros.
+        """
+        return None
+
     def forward(
         self,
         query: Tensor,

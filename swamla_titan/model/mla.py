@@ -1,5 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one small latent gives all heads' keys and values."""
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import Heads, Projections, SelectiveImplementation
 from swamla_titan.kernels.attention.masks import MaskSpec, Selection, SelectionRule
+from swamla_titan.kernels.attention.selective import selecting_head
 from swamla_titan.model.branch import (
     Attention,
     AttentionContext,
@@ -197,6 +199,9 @@ class LatentAttention(Attention):
         latent, rope_key = self.inner_attention.gather(*self.compress(x, context), context)
         query, key, value = self.expand(x, latent, rope_key, context)
         selection = self._selection(query, key, context)
+        if selection is not None:
+            sums = partial(self._selected_sums, query, key, selection, context)
+            selection = selection._replace(before=self.inner_attention.sums_before(sums, context))
         return self._output(self.inner_attention(query, key, value, context, self.scale, selection))
 
     def prefill(self, x: Tensor, context: AttentionContext, cache: MLACache) -> Tensor:
@@ -208,9 +213,7 @@ class LatentAttention(Attention):
             cache.fill(latent, rope_key.squeeze(2))
         else:
             assert isinstance(cache, SelectiveMLACache)
-            assert isinstance(context.implementation, SelectiveImplementation)
-            of_head = query[:, :, selection.head], key[:, :, selection.head]
-            sums = context.implementation.sums(*of_head, selection.rule, self.scale)
+            sums = self._selected_sums(query, key, selection, context)
             cache.fill_selected(latent, rope_key.squeeze(2), sums[:, 0])
         return self._output(context.attend(query, key, value, self.scale, selection))
 
@@ -304,3 +307,9 @@ class LatentAttention(Attention):
         assert isinstance(context.mask, SelectionRule)
         selection: Selection = self.selecting_head(query, key, context.mask)
         return selection
+
+    def _selected_sums(self, query: Tensor, key: Tensor, selection: Selection, context: AttentionContext) -> Tensor:
+        """What each chunk of the queries selects of each key, [B, chunks, S]."""
+        assert isinstance(context.implementation, SelectiveImplementation)
+        by = selecting_head(query, key, selection.query, selection.key, selection.head)
+        return context.implementation.sums(*by, selection.rule, self.scale)

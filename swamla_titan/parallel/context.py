@@ -4,7 +4,7 @@ All ranks of a context group are given the same full sequences, and each compute
 (sequence_layout.py). Blocks work on single tokens but for attention, whose `key_exchange` is
 - "gather": what decoding would keep is gathered, as MLA's latent and rotary key of each token, not keys and values:
   with the default sizes 320 values a token instead of 5120 for 16 heads. Each rank expands them for the full sequence.
-  Selective attention gathers what each chunk's queries selected of each key, a sum for each chunk and key, as well.
+  Sums over the queries before a chunk, as selective attention needs, come from a sum of each chunk for each key.
 - "halo": the windows' halos and the sinks are exchanged (`exchange_windows`), however long the sequence is.
 Annexes whose result depends on some tokens before a token, as by a convolution, exchange these tokens' values. The
 collectives are in sequence_exchange.py. Gradients of parameters are then sums over the rank's own tokens; whoever
@@ -13,6 +13,7 @@ averages gradients adds them up over the group.
 Tensors hold the tokens of one rank, [B, 2 * chunk, ...], unless they are said to hold full sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from swamla_titan.errors import UserError
-from swamla_titan.kernels.attention.dispatch import SelectiveImplementation, choose
+from swamla_titan.kernels.attention.dispatch import choose
 from swamla_titan.kernels.attention.masks import (
     Chunks,
     KeyIntervals,
@@ -37,7 +38,6 @@ from swamla_titan.kernels.attention.masks import (
     document_starts,
     intervals_in_sequence,
 )
-from swamla_titan.kernels.attention.selective import selecting_head
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.blocks import Block, attention_kinds
@@ -128,25 +128,10 @@ class LatentGather(InnerAttention):
         gathered = all_gather_sequence(torch.cat([latent, rope_key.squeeze(2)], dim=-1), context.layout, context.group)
         return gathered[..., :width], gathered[..., width:].unsqueeze(2)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: AttentionContext,
-        scale: float,
-        selection: Selection | None = None,
-    ) -> Tensor:
-        """As in InnerAttention; ranks exchange what their queries select, a sum for each key and chunk."""
-        if selection is not None:
-            assert isinstance(context, GatheredSlice)
-            assert isinstance(context.implementation, SelectiveImplementation)
-            rule, head, by_query, by_key, _ = selection
-            by = selecting_head(query, key, by_query, by_key, head)
-            sums = context.implementation.sums(*by, rule, scale)
-            before = sums_before_chunks(sums, context.layout, context.group)
-            selection = Selection(rule, head, by_query, by_key, before)
-        return context.attend(query, key, value, scale, selection)
+    def sums_before(self, sums: Callable[[], Tensor], context: AttentionContext) -> Tensor:
+        """As in InnerAttention."""
+        assert isinstance(context, GatheredSlice)
+        return sums_before_chunks(sums(), context.layout, context.group)
 
 
 _INNER: dict[KeyExchange, type[InnerAttention]] = {"halo": WindowExchange, "gather": LatentGather}

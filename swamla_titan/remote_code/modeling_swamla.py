@@ -801,7 +801,10 @@ class SwamlaModel(SwamlaPreTrainedModel):
         cache = self._cache(cache if past_key_values is None else past_key_values, use_cache, packed)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if isinstance(attention_mask, dict):
-            plan: dict[str, Any] = attention_mask
+            # `generate` makes a plan where the caller's mask is, and moves only the tokens to the model's device.
+            plan: dict[str, Any] = {
+                name: None if part is None else part.to(x.device) for name, part in attention_mask.items()
+            }
         else:
             plan = self.plan(self.config, x.shape[:2], x.device, attention_mask, cache, position_ids)
         positions = plan["positions"]

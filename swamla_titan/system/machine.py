@@ -87,6 +87,11 @@ def allow_open_files(num_workers: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), f"ulimit -n is {wanted}, and a run needs {count}")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def limit_of_files() -> str:
     """A clause on the largest file that this process may write; empty without a limit."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]

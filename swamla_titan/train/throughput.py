@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from swamla_titan.config.sections import Data
+from swamla_titan.system.machine import cores
 from swamla_titan.train.policy import Policy, Values
 
 # Limits of the warning that steps wait for data.
@@ -186,8 +187,7 @@ class DataWait:
 
 def cores_per_rank() -> int:
     """Cores of this machine per rank on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+    return max(1, cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def data_wait_advice(data: Data, units: int, streams: int, cores: int) -> str:

@@ -5,9 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from swamla_titan.config.mixture import exact
 from swamla_titan.data.batches import micro_batch_count, sequences_per_rank
-from swamla_titan.data.mixture import Piece, SequenceOrder, quota_table
+from swamla_titan.data.mixture import Piece, SequenceOrder, exact, quota_table
 
 NUMBERS = np.arange(20_000)
 MIXTURES = [

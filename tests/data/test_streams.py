@@ -6,8 +6,10 @@ import pytest
 
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.corpus import open_corpus, permutation
-from swamla_titan.data.held_out import HeldOut, text_hash
+from swamla_titan.data.corpus import open_corpus
+from swamla_titan.data.document import text_hash
+from swamla_titan.data.held_out import HeldOut
+from swamla_titan.data.order import permutation
 from swamla_titan.data.retry import all_documents
 from swamla_titan.data.streams import BLOCK_CHARS, DocumentStream
 from swamla_titan.data.tokenizer import with_eot

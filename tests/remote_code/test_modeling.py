@@ -1,5 +1,6 @@
 """The exported code computes what the model computes: prompts, cached decoding, padding, documents, loss."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -61,6 +62,18 @@ def test_padding_changes_nothing(shape):
             expected = ours.decode(tokens[:, end - 1 : end], reference)
             found = theirs(tokens[:, end - 1 : end], attention_mask=mask[:, :end], cache=cache)
             assert_close(found.logits[:, 0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_prompt_may_be_on_another_device_than_the_model(cache):
+    """As with the models of transformers: `generate` moves the tokens, and not the mask."""
+    theirs = deepcopy(of_shape("tiny")[1]).float().cuda()
+    tokens = random_tokens("tiny", 2, 12)
+    inputs = {"input_ids": tokens, "attention_mask": (torch.arange(12) >= torch.tensor([[0], [4]])).long()}
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    expected = theirs.generate(**{name: each.cuda() for name, each in inputs.items()}, **options)
+    assert torch.equal(theirs.generate(**inputs, **options), expected)
 
 
 @EVERY

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from swamla_titan.config import Config, Override, load_config
 from swamla_titan.data import HELD_OUT_TEXT, build_validation_set, corpus, load_tokenizer, open_corpus
-from swamla_titan.data.held_out import text_hash
+from swamla_titan.data.document import text_hash
 from swamla_titan.distributed.degrees import Degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel

@@ -1,0 +1,195 @@
+"""Prepared shards (data/shards.py): documents that `data prepare` tokenized, any of which can be read at once."""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from swamla_titan.config.sections import Data
+from swamla_titan.data.document import Document, Position, Source
+from swamla_titan.data.faults import DataFault, cut_short, readable
+from swamla_titan.data.retry import Retry
+from swamla_titan.data.shards import INDEX, RECORD, UNPACK, Manifest, prepared, read_manifest, shard_name
+from swamla_titan.data.sources.folder import special_kind
+from swamla_titan.errors import UserError
+
+_VERIFIED = 256  # documents that are verified when shards are opened, and at least one of each shard
+_SCANNED = 1 << 17  # records of the index that are read together
+_OPEN_FILES = 256  # of a process
+_AGAIN = "Put the folder back as it was prepared, or prepare it again"
+
+
+class _File:
+    """An open file, which is read by position; closed when nothing refers to it any more."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._descriptor = path, -1
+        with readable(path):
+            # Not mapped into memory, because a read beyond the end of a truncated file would kill the process.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def read(self, offset: int, size: int, place: str) -> bytes:
+        with readable(self._path, place):
+            content = os.pread(self._descriptor, size, offset)
+        if len(content) < size:  # at most 2 GiB are read at once
+            more = self.read(offset + len(content), size - len(content), place) if content else None
+            if more is None:
+                raise cut_short(self._path, place)
+            content += more
+        return content
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+_opened = lru_cache(_OPEN_FILES)(_File)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard, a unit: documents [first, first + num_documents) of the index."""
+
+    folder: str
+    number: int
+    first: int
+    num_documents: int
+    dtype: np.dtype[Any]
+
+    def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
+        start = position["ordinal"] if position else 0
+        for ordinal in range(start + (offset - start) % every, self.num_documents, every):
+            yield self._document(ordinal)
+
+    def _document(self, ordinal: int) -> Document:
+        place, size = f"document {ordinal}", RECORD.itemsize
+        index = _opened(os.path.join(self.folder, INDEX))
+        before = 1 if ordinal else 0  # the record before it says where the document begins
+        records = index.read((self.first + ordinal - before) * size, (1 + before) * size, place)
+        start: int = UNPACK(records)[0] if ordinal else 0
+        record = UNPACK(records, before * size)
+        path = os.path.join(self.folder, shard_name(self.number))
+        width = self.dtype.itemsize
+        if record[0] <= start:
+            raise DataFault(os.path.join(self.folder, INDEX), place, "a document without tokens", _AGAIN)
+        tokens = _opened(path).read(start * width, (record[0] - start) * width, place)
+        try:
+            found, replaced = prepared(tokens, record, self.dtype)
+        except ValueError as error:
+            raise DataFault(path, place, str(error), _AGAIN, may_pass=True) from error
+        return Document("", ordinal, {"ordinal": ordinal + 1}, replaced, found)
+
+
+class ShardIndex:
+    """The index of a folder of shards, see `Index`."""
+
+    def __init__(self, folder: str, manifest: Manifest) -> None:
+        self._folder, self._tokenizer = folder, manifest.tokenizer
+        self.starts = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
+
+    def scan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Number of tokens and `text_hash` of all documents."""
+        for first, end in zip(self.starts.tolist(), self.starts[1:].tolist()):
+            before = 0
+            for start in range(first, end, _SCANNED):
+                records = self.records(start, min(end, start + _SCANNED))
+                counts = np.diff(records["end"].astype(np.int64), prepend=before)
+                before = int(records["end"][-1])
+                yield counts, records["hash"]
+
+    def records(self, first: int, end: int) -> np.ndarray:
+        """The records [first, end), of RECORD."""
+        size = RECORD.itemsize
+        file = _opened(os.path.join(self._folder, INDEX))
+        return np.frombuffer(file.read(first * size, (end - first) * size, f"document {first}"), RECORD)
+
+    def require_tokenizer(self, name: str, fingerprint: str) -> None:
+        ours = self._tokenizer
+        if fingerprint == ours.fingerprint:
+            return
+        differs = f"data.tokenizer is {name}" if name != ours.name else "that of data.tokenizer has another vocabulary"
+        raise UserError(
+            f"data.path: {self._folder} was prepared with the tokenizer {ours.name} ({ours.vocab_size} tokens), and "
+            f"{differs}. Set data.tokenizer to it, or prepare the shards again"
+        )
+
+
+def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None) -> Source:
+    """Open a folder of prepared shards; each shard is a unit.
+
+    Sizes of all files and some documents of each shard are verified now, the others when they are read. What is damaged
+    raises its DataFault, or with data.on_error = "skip_file" is found again by the streams, which skip that shard.
+    """
+    if not data.path:
+        raise UserError("data.path is empty: give the folder of the shards.")
+    _opened.cache_clear()  # other files may have the names since
+    folder = os.path.expanduser(data.path)
+    manifest = read_manifest(folder, "data.path")
+    index = ShardIndex(folder, manifest)
+    starts = index.starts.tolist()
+    units = [
+        Shard(folder, number, starts[number], shard.documents, manifest.token_dtype)
+        for number, shard in manifest.numbered()
+    ]
+    faults = _faults(folder, manifest, units, retry)
+    if faults and (data.on_error == "stop" or faults[0].file == os.path.join(folder, INDEX)):
+        if len(faults) > 1:
+            faults[0].reason += f" ({len(faults) - 1} more of its files are damaged)"
+        raise faults[0]
+    sizes, digests = manifest.sizes(), manifest.digests()
+    return Source(
+        units,
+        unit_sizes=[shard.bytes for shard in manifest.shards],
+        unit_files=[shard_name(number) for number, _ in manifest.numbered()],
+        fingerprint=manifest.fingerprint,
+        description=description(manifest),
+        record={"files": [{"name": name, "bytes": size, "digest": digests[name]} for name, size in sizes.items()]},
+        index=index,
+    )
+
+
+def description(manifest: Manifest) -> str:
+    """A line on prepared shards."""
+    count = len(manifest.shards)
+    return (
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens of {manifest.tokenizer.name} in "
+        f"{count:,} shard{'' if count == 1 else 's'}"
+    )
+
+
+def _faults(folder: str, manifest: Manifest, units: list[Shard], retry: Retry) -> list[DataFault]:
+    """What is wrong with the files, by their sizes and some of their documents; the index comes first."""
+    faults = []
+    for name, size in manifest.sizes().items():
+        try:
+            retry.call(lambda name=name, size=size: _require_size(os.path.join(folder, name), size))  # type: ignore[misc]
+        except DataFault as fault:
+            faults.append(fault)
+    damaged = {fault.file for fault in faults}
+    if os.path.join(folder, INDEX) in damaged:
+        return faults
+    for unit in units:
+        if os.path.join(folder, shard_name(unit.number)) in damaged:
+            continue
+        # Evenly spread, the first and the last included.
+        count = min(unit.num_documents, max(2, _VERIFIED // len(units)))
+        try:
+            for ordinal in np.linspace(0, unit.num_documents - 1, count, dtype=np.int64).tolist():
+                retry.call(lambda ordinal=ordinal, unit=unit: next(unit.read({"ordinal": ordinal}, 1, 0)))  # type: ignore[misc]
+        except DataFault as fault:
+            faults.append(fault)
+    return faults
+
+
+def _require_size(path: str, size: int) -> None:
+    with readable(path):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataFault(path, "", f"it is not a regular file but {special_kind(status.st_mode)}", _AGAIN)
+    if status.st_size != size:
+        found = f"it has {status.st_size:,} bytes, and was prepared with {size:,}"
+        raise DataFault(path, "", found, _AGAIN, may_pass=False)
