@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 class Train:
     """Train, or continue from the newest checkpoint in job.dump_folder.
 
-    Any key of the file can be overridden: `--section.key value`. `swamla-titan config show CONFIG` lists all keys.
+    Any key of the file can be overridden: `--section.key value`; of a table in a list, by its name or number:
+    `--data.sources.NAME.key value`. `swamla-titan config show CONFIG` lists all keys.
     """
 
     config: Positional[str]

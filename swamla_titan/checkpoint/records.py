@@ -22,10 +22,9 @@ from swamla_titan.config import Config
 from swamla_titan.config.shipped import checkout
 from swamla_titan.data import (
     CompressedVocabulary,
-    Corpus,
     Exclusion,
     Tokenizer,
-    ValidationSet,
+    TrainingData,
     compress,
     load_tokenizer,
     taken_from_cursors,
@@ -37,7 +36,7 @@ from swamla_titan.system.bounded import Count, Within, fit, inflated, key_of, pa
 
 logger = logging.getLogger(__name__)
 
-_MOST_FINGERPRINT = 1 << 13  # characters; 2,000 are usual, and messages quote what differs
+_MOST_FINGERPRINT = 1 << 15  # characters; 2,000 are usual, 300 more for each source of a mixture
 _MOST_STREAMS = 1 << 24
 _MOST_TOKENS = 1 << 24
 _MOST_PACKED = 64 << 20  # bytes, compressed or not; of 400,000 files there are 30 MB, of 4M compressed ids 32 MB
@@ -116,6 +115,9 @@ def _require_consistent(state: TrainState) -> None:
     if len(json.dumps(state.fingerprint)) > _MOST_FINGERPRINT:
         raise ValueError("its fingerprint has more text than this program writes")
     streams = state.fingerprint.get("data.streams")
+    sources = state.fingerprint.get("data.sources")
+    if type(streams) is int and isinstance(sources, dict):
+        streams *= len(sources)
     if state.cursors and type(streams) is int and state.cursors.keys() != {*range(min(streams, _MOST_STREAMS))}:
         raise ValueError(f"it has the cursors of {len(state.cursors)} streams, and its fingerprint has {streams}")
 
@@ -128,24 +130,24 @@ class _Validation:
     fingerprint: str
 
 
-def validation_record(recorded: dict[str, Any] | None, held_out: ValidationSet | None) -> dict[str, Any] | None:
+def validation_record(recorded: dict[str, Any] | None, held_out: str | None) -> dict[str, Any] | None:
     """Which text validation reads, and a number that increases whenever a run changes it.
 
     The settings of validation may change in a run, and losses on other text are another curve. `recorded` is the data
-    record of the checkpoint to resume from.
+    record of the checkpoint to resume from, `held_out` the fingerprint of the text; None: there is no validation.
     """
     before: dict[str, Any] | None = (recorded or {}).get("validation")
-    if held_out is None or (before and before["fingerprint"] == held_out.fingerprint):
+    if held_out is None or (before and before["fingerprint"] == held_out):
         return before
     if before:
         logger.warning(
             "validation reads other text than before: from here on val_loss is another curve, marked val_set = %d",
             before["set"] + 1,
         )
-    return {"set": before["set"] + 1 if before else 1, "fingerprint": held_out.fingerprint}
+    return {"set": before["set"] + 1 if before else 1, "fingerprint": held_out}
 
 
-def data_record(corpus: Corpus, validation: dict[str, Any] | None) -> bytes:
+def data_record(corpus: TrainingData, validation: dict[str, Any] | None) -> bytes:
     """The content of data.json.gz: the files of the data, how streams divide them, and the `validation_record`."""
     return _packed(corpus.record() | ({"validation": validation} if validation else {}))
 

@@ -19,7 +19,7 @@ from swamla_titan.checkpoint.records import (
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ALLOWED_DIFFERENCES, RENAMED
-from swamla_titan.data import Corpus, fingerprint_changes
+from swamla_titan.data import TrainingData, fingerprint_changes
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
@@ -120,7 +120,7 @@ def find_origin(checkpoints: Checkpoints) -> Origin:
     return broadcast_from_rank_0(checkpoints.world, lambda: Origin.of(path))
 
 
-def run_fingerprint(config: Config, corpus: Corpus, annex_record: AnnexRecord | None = None) -> dict[str, Any]:
+def run_fingerprint(config: Config, corpus: TrainingData, annex_record: AnnexRecord | None = None) -> dict[str, Any]:
     """Flat name -> value: the model's shape, data and tokenizer, and what determines the order of the data.
 
     `annex_record`: of the model's annexes; None: it has none.
@@ -140,7 +140,7 @@ def run_fingerprint(config: Config, corpus: Corpus, annex_record: AnnexRecord | 
     return model | corpus.fingerprint() | training
 
 
-def require_same_data(world: World, corpus: Corpus) -> None:
+def require_same_data(world: World, corpus: TrainingData) -> None:
     """Raise UserError, on every rank, if ranks see different files, as copies on several machines may be."""
     found = all_gather_dict(world, {world.rank: corpus.fingerprint()})
     for rank, fingerprint in sorted(found.items()):

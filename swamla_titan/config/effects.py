@@ -16,6 +16,7 @@ from swamla_titan.conditions import (
     when_on,
     when_within,
 )
+from swamla_titan.config.mixture import data_of, within_source
 from swamla_titan.config.sections import KEYS, Config
 from swamla_titan.config.toml import shown
 from swamla_titan.fields import settings
@@ -121,8 +122,13 @@ def has_effect(config: Config, name: str) -> bool:
 def without_effect(config: Config, flavor: str | None = None) -> Iterator[Conflict]:
     """Every key without effect whose value is not the default or the flavor's; it is the first key of its Conflict."""
     defaults = Config(model=FLAVORS[flavor] if flavor else ModelConfig())
+    of_sources = [(source, replace_at(config, "data", data_of(config.data, source))) for source in config.data.sources]
+    for source, own in of_sources:
+        yield from within_source(without_effect(own, flavor), source)
     for name in filter(NEEDS.get, KEYS):
         value, needs = value_at(config, name), NEEDS[name]
+        if name.startswith("data.") and not all(needs.missing(own) for _, own in of_sources):
+            continue  # it has an effect on a source of the mixture
         if value != value_at(defaults, name) and (missing := needs.missing(config)):
             because = " and ".join(f"{each} = {shown(value_at(config, each))}" for each in missing.keys)
             problem = f"{shown(value)} has no effect with {because}: leave it out, or set {missing.remedy}"

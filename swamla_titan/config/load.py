@@ -71,7 +71,7 @@ def load_config(
     tables = _read_tables(path, errors) if content is None else content
     overrides = _with_new_names(tables, overrides, errors, warn)
     in_file = {f"{section}.{key}" for section, table in tables.items() for key in table}
-    in_overrides = {f"{override.section}.{override.key}" for override in overrides}
+    in_overrides = {_list_of(each.section) or f"{each.section}.{each.key}" for each in overrides}
     has_data = "data" in tables or in_overrides & {"data.source", "data.path"}
     for override in overrides:
         _apply_override(override, tables, errors)
@@ -97,7 +97,12 @@ def load_config(
     for each in tolerated:
         warn(_at(each.keys[0], ": ".join(filter(None, (each.problem, each.consequence)))))
         # Keys of the model stay, because a resumed run is compared with its checkpoint, which may have them too.
-        if each in idle and NEEDS[each.keys[0]].ignorable and not each.keys[0].startswith("model."):
+        if (
+            each in idle
+            and each.keys[0] in NEEDS
+            and NEEDS[each.keys[0]].ignorable
+            and not each.keys[0].startswith("model.")
+        ):
             config = without(config, each.keys[0])
     return config
 
@@ -216,12 +221,36 @@ def _apply_override(override: Override, tables: Tables, errors: Errors) -> None:
     section, key, text = override
     where = shortened(f"--{section}.{key} {text}")
     where = where if where.isprintable() else shown(where)
-    if section not in SECTIONS:
+    if list_name := _list_of(section):
+        _apply_to_table(override, list_name, tables, where, errors)
+    elif section not in SECTIONS:
         errors.append((_unknown_section, where, section))
     elif key not in _keys(section):
         errors.append((_unknown_key, where, section, key))
     else:
         tables.setdefault(section, {})[key] = _parsed(text, _keys(section)[key])
+
+
+def _list_of(section: str) -> str | None:
+    """The list of tables that "data.sources.NAME" means a table of; None for other names."""
+    list_name, _, _ = section.rpartition(".")
+    return list_name if list_name in KEYS and KEYS[list_name].tables else None
+
+
+def _apply_to_table(override: Override, list_name: str, tables: Tables, where: str, errors: Errors) -> None:
+    """Replace a value in a table of a list, which is meant by its name or by its number from 1."""
+    (section, key, text), (of_list, _, list_key) = override, list_name.rpartition(".")
+    given = tables.get(of_list, {}).get(list_key, [])
+    entries = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    by_name = {str(each.get("name", number)): each for number, each in enumerate(entries, 1)}
+    wanted = section.rpartition(".")[2]
+    if wanted not in by_name:
+        close = nearest(wanted, by_name)
+        errors.append((str, f"{where}: no such table{close}; [[{list_name}]]: {', '.join(by_name) or 'none'}"))
+    elif key not in _keys(list_name):
+        errors.append((_unknown_key, where, list_name, key))
+    else:
+        by_name[wanted][key] = _parsed(text, _keys(list_name)[key])
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -387,8 +416,14 @@ def to_toml(config: Config, comments: bool = False) -> str:
             value = value_at(config, f"{section}.{key}")
             if setting.tables:
                 lines += _explained(setting.tables) if comments else []
-                value = [given(each) for each in value]
-            lines.append(f"{key} = {toml(value)}")
+            if setting.tables and value:  # each on a line
+                tables = [
+                    "{" + ", ".join(f"{of} = {toml(each)}" for of, each in given(table).items()) + "},"
+                    for table in value
+                ]
+                lines += [f"{key} = [", *(f"  {table}" for table in tables), "]"]
+            else:
+                lines.append(f"{key} = {toml(value)}")
         lines.append("")
     return "\n".join(lines)
 

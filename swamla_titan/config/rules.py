@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import chain
 
 from swamla_titan.conditions import Conflict
+from swamla_titan.config.mixture import data_of, mixture_conflicts, within_source
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.parallel_rules import parallel_conflicts
-from swamla_titan.config.sections import MOST_RANKS, Config
+from swamla_titan.config.sections import MOST_RANKS, Config, Data
 from swamla_titan.config.toml import shown
 from swamla_titan.distributed.degrees import DIMENSIONS
 from swamla_titan.errors import UserError
@@ -47,11 +48,11 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             ("training.seq_len", "model.max_seq_len", "model.flavor"),
             f"{training.seq_len} is longer than model.max_seq_len = {model.max_seq_len}: raise that or lower this",
         )
-    if data.source != "builtin" and not data.path:
-        wanted = "a file or folder here"
-        if data.source == "huggingface":
-            wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
-        yield Conflict(("data.path", "data.source"), f'data.source = "{data.source}" needs {wanted}')
+    if not data.sources:
+        yield from _path(data)
+    yield from mixture_conflicts(config)
+    for source in data.sources:
+        yield from within_source(_path(data_of(data, source)), source)
     warm_up_and_decay = schedule.warmup_steps + schedule.decay_steps
     # effects.py reports a warm-up that alone takes longer.
     if schedule.name == "wsd" and schedule.decay_steps and schedule.warmup_steps <= training.steps < warm_up_and_decay:
@@ -80,6 +81,16 @@ def conflicts(config: Config) -> Iterator[Conflict]:
     yield from optimizer_conflicts(config)
     yield from parallel_conflicts(config)
     yield from _float8(config)
+
+
+def _path(data: Data) -> Iterator[Conflict]:
+    """The conflict of a source that lacks a path."""
+    if data.source == "builtin" or data.path:
+        return
+    wanted = "a file or folder here"
+    if data.source == "huggingface":
+        wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
+    yield Conflict(("data.path", "data.source", "data.sources"), f'data.source = "{data.source}" needs {wanted}')
 
 
 def _is_shared_folder(path: str) -> bool:

@@ -38,6 +38,33 @@ class Job:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """A source of a mixture. Keys that are not given are as in [data]; `subset` is what data.name is there."""
+
+    name: str
+    """Name of the source, in metrics, log lines and overrides (--data.sources.NAME.weight 0.3): letters, digits, _, -.
+    """
+    weight: Annotated[float, Limits(0, 1)] = 1.0
+    """Share of the sequences that come from this source; the weights of all sources add up to 1."""
+    source: str = ""
+    """As data.source."""
+    path: _Path = ""
+    """As data.path."""
+    subset: str = ""
+    """huggingface: configuration of the dataset, as data.name."""
+    split: str = ""
+    """As data.split."""
+    revision: str = ""
+    """As data.revision."""
+    text_key: str = ""
+    """As data.text_key."""
+    text_separator: Annotated[str, Limits(any_text=True)] = ""
+    """As data.text_separator."""
+    max_document_mib: Annotated[int, Limits(0, 1 << 20)] = 0
+    """As data.max_document_mib; 0: not given."""
+
+
+@dataclass(frozen=True)
 class Data:
     source: Literal["builtin", "local", "huggingface", "shards"] = "huggingface"
     """builtin: Python's own documentation topics; local: files under data.path; huggingface: a dataset, streamed;
@@ -74,6 +101,8 @@ class Data:
     retry_seconds: Annotated[float, Limits(-1, _LONGEST_WAIT)] = -1.0
     """Maximum time that a step waits for a network or disk that does not answer, with retries; 0: no retries, -1: 300,
     or half of fault_tolerance.step_timeout if that is less. Missing files are not waited for."""
+    sources: tuple[DataSource, ...] = ()
+    """Several sources that are mixed by weights, instead of data.path: a table [[data.sources]] for each."""
 
 
 @dataclass(frozen=True)

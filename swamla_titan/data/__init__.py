@@ -17,11 +17,13 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
+from swamla_titan.data.corpora import Mixture, TrainingData, labelled, open_mixture, with_segments
 from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences, validation_text
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
-from swamla_titan.data.held_out import HELD_OUT_TEXT, ValidationSet, ValidationText
+from swamla_titan.data.held_out import HELD_OUT_TEXT, ValidationSet, ValidationText, pack
 from swamla_titan.data.loader import BatchLoader
+from swamla_titan.data.mixture import sequence_order
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.streams import completed_epochs
 from swamla_titan.data.tokenizer import CompressedVocabulary, Tokenizer, compress, load_tokenizer
@@ -35,8 +37,10 @@ __all__ = [
     "Corpus",
     "Exclusion",
     "MicroBatch",
+    "Mixture",
     "StepBatch",
     "Tokenizer",
+    "TrainingData",
     "ValidationSet",
     "ValidationText",
     "build_validation_set",
@@ -45,17 +49,22 @@ __all__ = [
     "described",
     "distinct_steps",
     "fingerprint_changes",
+    "labelled",
     "load_tokenizer",
     "micro_batch_count",
     "micro_batch_size",
     "micro_batches",
     "open_corpus",
+    "open_mixture",
+    "pack",
     "pinned",
     "prepare_workers",
+    "sequence_order",
     "sequences_per_rank",
     "taken_from_cursors",
     "text_sequences",
     "uneven",
     "validation_text",
     "waits_for_streams",
+    "with_segments",
 ]

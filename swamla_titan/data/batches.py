@@ -21,7 +21,7 @@ class StepBatch:
     The global batch begins with sequence number `first`, and `sequences` are the numbers of the sequences here,
     ascending. `replaced` counts invalid UTF-8 byte sequences, which became U+FFFD, in documents that begin in this
     step. `cursors`: of all streams that the rank owns, after the batch. `excluded`: what these streams found unreadable
-    in this step, and exclude from now on.
+    in this step, and exclude from now on. `largest`: sequences of the rank that has the most of the global batch.
     """
 
     first: int
@@ -32,6 +32,8 @@ class StepBatch:
     replaced: int
     cursors: dict[int, Cursor] = field(default_factory=dict)
     excluded: list[Exclusion] = field(default_factory=list)
+    largest: int = 0
+    sources: torch.Tensor | None = None  # [n] int64, of a mixture: the number of the source of each sequence
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class MicroBatch:
     targets: torch.Tensor
     document_ids: torch.Tensor | None
     sequences: int
+    sources: torch.Tensor | None = None  # [local_batch_size] int64, as in StepBatch; 0 for padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on a device; the copy does not wait where the memory is pinned."""
         ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         tokens, targets = (part.to(device, non_blocking=True) for part in (self.tokens, self.targets))
-        return MicroBatch(tokens, targets, ids, self.sequences)
+        sources = None if self.sources is None else self.sources.to(device, non_blocking=True)
+        return MicroBatch(tokens, targets, ids, self.sequences, sources)
 
 
 def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterator[MicroBatch]:
@@ -55,7 +59,7 @@ def micro_batches(batch: StepBatch, local_batch_size: int, count: int) -> Iterat
     assert len(batch.tokens) <= local_batch_size * count, "count comes from micro_batch_count"
     for index in range(count):
         own = slice(index * local_batch_size, (index + 1) * local_batch_size)
-        yield micro_batch(batch.tokens, batch.targets, batch.document_ids, own, local_batch_size)
+        yield micro_batch(batch.tokens, batch.targets, batch.document_ids, own, local_batch_size, batch.sources)
 
 
 def micro_batch_count(
@@ -117,7 +121,12 @@ def waits_for_streams(
 
 
 def micro_batch(
-    tokens: torch.Tensor, targets: torch.Tensor, document_ids: torch.Tensor | None, chosen: slice, size: int
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    chosen: slice,
+    size: int,
+    sources: torch.Tensor | None = None,
 ) -> MicroBatch:
     """A micro-batch of `size` sequences: the chosen ones of [n, T], padded with sequences without targets."""
     given = len(tokens[chosen])
@@ -125,12 +134,13 @@ def micro_batch(
     def filled(part: torch.Tensor, value: int) -> torch.Tensor:
         if given == size:
             return part[chosen]
-        full = torch.full((size, part.shape[1]), value, dtype=part.dtype, pin_memory=part.is_pinned())
+        full = torch.full((size, *part.shape[1:]), value, dtype=part.dtype, pin_memory=part.is_pinned())
         full[:given] = part[chosen]
         return full
 
     ids = None if document_ids is None else filled(document_ids, 0)
-    return MicroBatch(filled(tokens, 0), filled(targets, IGNORED), ids, given)
+    of_sources = None if sources is None else filled(sources, 0)
+    return MicroBatch(filled(tokens, 0), filled(targets, IGNORED), ids, given, of_sources)
 
 
 def document_ids(tokens: torch.Tensor, eot_id: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from swamla_titan.data.division import divide, divide_documents
 from swamla_titan.data.document import Document, Index, Source, text_hash
 from swamla_titan.data.faults import DataFault, Fault
 from swamla_titan.data.held_out import HeldOut, ValidationSet, ValidationText, choose_held_out, pack
+from swamla_titan.data.mixture import SequenceOrder
 from swamla_titan.data.order import Shuffle, permutation
 from swamla_titan.data.retry import Retry, all_documents, read_on
 from swamla_titan.data.segments import ORDER, DocumentRing, DocumentSegments, Segments
@@ -54,6 +55,26 @@ class Corpus:
     # Since the checkpoint was written: files that were added, or what differs if the run cannot continue with them.
     added_files: tuple[str, ...] = ()
     change: str = ""
+
+    @property
+    def corpora(self) -> "tuple[Corpus, ...]":
+        """The corpora that sequences come from: this one. A Mixture has several."""
+        return (self,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of `corpora`."""
+        return ("",)
+
+    @cached_property
+    def order(self) -> SequenceOrder:
+        """Which corpus and stream each sequence comes from."""
+        return SequenceOrder(self.data.streams)
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """What differs from the recorded data, by the names in the fingerprint; "" where nothing does."""
+        return {"source": self.change}
 
     @property
     def skips_files(self) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from swamla_titan.data.background import in_background, is_done
-from swamla_titan.data.batches import StepBatch, document_ids
-from swamla_titan.data.corpus import Corpus
+from swamla_titan.data.batches import StepBatch, document_ids, sequences_per_rank
+from swamla_titan.data.corpora import Mixture, TrainingData
+from swamla_titan.data.corpus import Corpus, retry_of
 from swamla_titan.data.document import Cursor
 from swamla_titan.data.exclusions import Exclusion
 from swamla_titan.data.streams import PackedStream, TokenCache, initial_cursor, is_cursor
@@ -44,15 +45,16 @@ class Part:
 
 
 class StepReader(Iterator[Part]):
-    """Reads the parts of global batches that come from `streams`, endlessly; the first begins with sequence `first`.
+    """Reads the parts of global batches that come from `slots`, endlessly; the first begins with sequence `first`.
 
-    `iter` opens it in the process that reads.
+    A slot reads a stream of each source, and of a single source slots are its streams. `iter` opens it in the process
+    that reads.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
-        streams: list[int],
+        corpus: TrainingData,
+        slots: list[int],
         seq_len: int,
         global_batch_size: int,
         first: int,
@@ -60,15 +62,16 @@ class StepReader(Iterator[Part]):
         excluded: Iterable[Exclusion] = (),
     ) -> None:
         self._corpus, self._seq_len, self._size, self._first = corpus, seq_len, global_batch_size, first
-        self._numbers = np.array(streams, dtype=np.int64)
-        self._cursors = {stream: cursors[stream] for stream in streams}  # of streams that are not open yet
+        self._slots = np.array(slots, dtype=np.int64)
+        # Of streams that are not open yet.
+        self._cursors = {key: cursors[key] for key in keys_of_slots(corpus, slots)}
         self.excluded = list(excluded)
         self._streams: dict[int, PackedStream] = {}
         self.is_closed = False  # set to stop a reader in a thread of the training process, which cannot be killed
 
     def __iter__(self) -> "StepReader":
-        self._cache = TokenCache(self._corpus.tokenizer)
-        self._retry = self._corpus.new_retry(lambda: self.is_closed)
+        self._caches = [TokenCache(self._corpus.tokenizer) for _ in self._corpus.corpora]
+        self._retry = retry_of(self._corpus.data, lambda: self.is_closed)
         return self
 
     def __next__(self) -> Part:
@@ -85,11 +88,10 @@ class StepReader(Iterator[Part]):
 
     def _part(self) -> Part:
         numbers = np.arange(self._first, self._first + self._size, dtype=np.int64)
-        owners = numbers % self._corpus.data.streams
-        own = np.isin(owners, self._numbers)
+        own = np.isin(self._corpus.order.slots(numbers), self._slots)
         part = Part(numbers[own], np.empty((int(own.sum()), self._seq_len + 1), dtype=np.int32))
         self._retry.begin_step()
-        for row, stream in zip(part.tokens, owners[own].tolist()):
+        for row, stream in zip(part.tokens, self._corpus.order.cursor_keys(numbers[own]).tolist()):
             packed = next(self._open(stream))
             row[:] = packed.tokens
             part.cursors[stream] = packed.cursor
@@ -100,9 +102,10 @@ class StepReader(Iterator[Part]):
 
     def _open(self, stream: int) -> PackedStream:
         if stream not in self._streams:
-            cursor = self._cursors.pop(stream)
+            cursor, source = self._cursors.pop(stream), stream // self._corpus.data.streams
+            corpus, cache = self._corpus.corpora[source], self._caches[source]
             self._streams[stream] = PackedStream(
-                self._corpus, stream, self._seq_len, self._cache, cursor, self.excluded, self._retry
+                corpus, stream, self._seq_len, cache, cursor, self.excluded, self._retry
             )
         return self._streams[stream]
 
@@ -111,8 +114,9 @@ class BatchLoader(Iterator[StepBatch]):
     """Endless iterator over one rank's slice of each step's global batch; each batch carries the cursors after it.
 
     Global sequence g comes from stream g % streams, each global batch takes the next G sequences, and rank r of R owns
-    the streams s with s % R == r. To resume, pass the cursors of all streams, merged from the batches of all ranks, the
-    exclusions until then, and the number of the next sequence.
+    the streams s with s % R == r. Of a mixture it comes from the source and the slot that its order says, and ranks own
+    slots, which have a stream of each source. To resume, pass the cursors of all streams, merged from the batches of
+    all ranks, the exclusions until then, and the number of the next sequence.
 
     Loader processes (worker.py) start with the first batch (or `start`) and live until `close`. If one dies, the next
     batch raises RunFailed.
@@ -120,7 +124,7 @@ class BatchLoader(Iterator[StepBatch]):
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: TrainingData,
         *,
         seq_len: int,
         global_batch_size: int,
@@ -135,16 +139,17 @@ class BatchLoader(Iterator[StepBatch]):
         streams = corpus.data.streams
         if cursors is None:
             assert first == 0, "a later sequence needs cursors"
-            cursors = {stream: initial_cursor() for stream in range(streams)}
+            cursors = {stream: initial_cursor() for stream in keys_of_slots(corpus, range(streams))}
         else:
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
-            _check_cursors(cursors, streams, first)
-        _ = corpus.segments  # computed once and not by each worker
+            _check_cursors(cursors, corpus, first)
+        _ = [each.segments for each in corpus.corpora]  # computed once and not by each worker
         self._corpus, self._seq_len, self._size = corpus, seq_len, global_batch_size
         self._workers = corpus.data.num_workers if num_workers is None else num_workers
         self._pin = torch.cuda.is_available()
         # Before the next batch: cursors of this rank's streams, exclusions, and the batch's first sequence.
-        self.cursors = {stream: cursors[stream] for stream in range(rank, streams, world_size)}
+        self._slots, self._world_size = range(rank, streams, world_size), world_size
+        self.cursors = {stream: cursors[stream] for stream in keys_of_slots(corpus, self._slots)}
         self.excluded, self._first = list(excluded), first
         self._before = self.cursors, self._first  # before the last batch that was delivered
         self._readers: list[StepReader] = []
@@ -158,9 +163,9 @@ class BatchLoader(Iterator[StepBatch]):
         """
         if self._readers:
             return
-        streams, count = list(self.cursors), max(1, self._workers)
+        slots, count = list(self._slots), max(1, self._workers)
         shared = (self._seq_len, self._size, self._first, self.cursors, self.excluded)
-        self._readers = [StepReader(self._corpus, streams[worker::count], *shared) for worker in range(count)]
+        self._readers = [StepReader(self._corpus, slots[worker::count], *shared) for worker in range(count)]
         if not self._workers:
             iter(self._readers[0])
             return
@@ -260,19 +265,31 @@ class BatchLoader(Iterator[StepBatch]):
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(part.replaced for part in parts)
         excluded = [each for part in parts for each in part.excluded]
-        batch = StepBatch(first, torch.from_numpy(numbers[order]), tokens, targets, ids, replaced, cursors, excluded)
+        numbers = numbers[order]
+        largest = max(sequences_per_rank(first, self._size, self._corpus.order, self._world_size))
+        sources = None
+        if not self._corpus.order.has_one_source:
+            sources = torch.from_numpy(self._corpus.order.sources(numbers))
+            sources = sources.pin_memory() if self._pin else sources
+        batch = StepBatch(
+            *(first, torch.from_numpy(numbers), tokens, targets, ids, replaced, cursors, excluded, largest, sources)
+        )
         return batch, [note for part in parts for note in part.notes]
 
 
-def _check_cursors(cursors: dict[int, Cursor], streams: int, first: int) -> None:
-    """Raise UserError or Damaged unless the cursors are those of `streams` streams before sequence `first`.
+def keys_of_slots(corpus: TrainingData, slots: Iterable[int]) -> list[int]:
+    """The keys of the cursors of some slots, which have a stream of each source."""
+    slots = list(slots)
+    return [source * corpus.data.streams + slot for source in range(len(corpus.corpora)) for slot in slots]
 
-    Streams take turns: by then each has yielded a sequence for every g < first with g % streams = its number.
-    """
-    if cursors.keys() != set(range(streams)):
+
+def _check_cursors(cursors: dict[int, Cursor], corpus: TrainingData, first: int) -> None:
+    """Raise UserError or Damaged unless the cursors are those of the streams of `corpus` before sequence `first`."""
+    streams, sources = corpus.data.streams, len(corpus.corpora)
+    if cursors.keys() != set(range(streams * sources)):
         raise UserError(
-            f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors)} streams. "
-            f"Set data.streams = {len(cursors)}, or start a new run."
+            f"data.streams = {streams}, but the checkpoint holds the places of {len(cursors) // sources} streams. "
+            f"Set data.streams = {len(cursors) // sources}, or start a new run."
         )
     for stream, cursor in cursors.items():
         if not is_cursor(cursor):
@@ -280,9 +297,26 @@ def _check_cursors(cursors: dict[int, Cursor], streams: int, first: int) -> None
                 f"The checkpoint's place of stream {stream} in the data is none that this program writes. Use another "
                 "checkpoint, or start a new run."
             )
-    if any(cursor["sequences"] != len(range(stream, first, streams)) for stream, cursor in cursors.items()):
+    if _sequences_read(cursors, corpus) != _sequences_before(corpus, first):
         total = sum(cursor["sequences"] for cursor in cursors.values())
         raise Damaged(
             f"The checkpoint's record continues with sequence {first} of the data, but its streams stand at {total}: "
             "it was not written by this program. Use another checkpoint, or start a new run."
         )
+
+
+def _sequences_read(cursors: dict[int, Cursor], corpus: TrainingData) -> list[int]:
+    """How many sequences the cursors have behind them, by stream, of a mixture by source."""
+    streams = corpus.data.streams
+    read = [cursors[stream]["sequences"] for stream in range(len(cursors))]
+    if isinstance(corpus, Corpus):
+        return read
+    return [sum(read[source * streams : (source + 1) * streams]) for source in range(len(corpus.corpora))]
+
+
+def _sequences_before(corpus: TrainingData, first: int) -> list[int]:
+    """How many it must be before sequence `first`: streams of a single source take turns."""
+    if isinstance(corpus, Mixture):
+        return corpus.counts(first)
+    counts: list[int] = corpus.order.counts_by_stream(first).tolist()
+    return counts

@@ -13,9 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_DIGITS = 6  # of a weight behind the decimal point: the table of an order has up to 10**MOST_DIGITS entries
+from swamla_titan.config.mixture import exact, weights_of
+from swamla_titan.config.sections import Data
+
 _SHIFTS = 64  # that are compared for a round
 _MOST_ROUNDS = 1024  # whose shifts are chosen; then they repeat
+_COUNTED = 1 << 20  # sequences at a time
 _CHOSEN_FOR = 1 << 20  # sequences at most, so that thousands of streams do not take long
 
 
@@ -24,11 +27,6 @@ class Piece(NamedTuple):
 
     first: int
     weights: Mapping[str, float]
-
-
-def exact(weight: float) -> Fraction:
-    """The decimal number that a user wrote: 0.1 is a tenth, which no float is."""
-    return Fraction(repr(weight))
 
 
 class SequenceOrder:
@@ -41,13 +39,12 @@ class SequenceOrder:
     """
 
     def __init__(self, streams: int, names: Sequence[str] = ("",), pieces: Sequence[Piece] = ()) -> None:
-        """`names` of the sources, which numbers stand for; `pieces` in order, the first from sequence 0 on.
+        """`names` of the sources, which numbers stand for; `pieces` in order, of which the first begins the order.
 
         Without pieces there is one source, and its streams take turns.
         """
         self.streams, self.names = streams, tuple(names)
         self.pieces = tuple(pieces) or (Piece(0, {self.names[0]: 1.0}),)
-        assert self.pieces[0].first == 0, "every sequence has a source"
         self._firsts = np.array([piece.first for piece in self.pieces], dtype=np.int64)
         shares = [tuple(exact(piece.weights.get(name, 0.0)) for name in self.names) for piece in self.pieces]
         self._deals = [_dealt(each, streams) for each in shares]
@@ -76,7 +73,7 @@ class SequenceOrder:
         return self.sources(numbers) * self.streams + self.slots(numbers)
 
     def counts(self, number: int) -> np.ndarray:
-        """How many of the sequences before `number` each source has, int64 [sources]."""
+        """How many of the sequences from the first piece on and before `number` each source has, int64 [sources]."""
         total = np.zeros(len(self.names), dtype=np.int64)
         for piece, end, deal in zip(self.pieces, [*self._firsts[1:].tolist(), number], self._deals):
             periods, rest = divmod(max(0, min(end, number) - piece.first), len(deal.table))
@@ -84,11 +81,27 @@ class SequenceOrder:
                 total += times * np.bincount(part, minlength=len(self.names))
         return total
 
+    def counts_by_stream(self, number: int) -> np.ndarray:
+        """The same of each stream, by the key of its cursor; of several sources it takes longer the more there are."""
+        if self.has_one_source:
+            return np.array([len(range(stream, number, self.streams)) for stream in range(self.streams)])
+        total = np.zeros(len(self.names) * self.streams, dtype=np.int64)
+        for first in range(self.pieces[0].first, number, _COUNTED):
+            keys = self.cursor_keys(np.arange(first, min(first + _COUNTED, number)))
+            total += np.bincount(keys, minlength=len(total))
+        return total
+
     def _by_piece(self, numbers: np.ndarray) -> list[tuple[np.ndarray, "_Deal", np.ndarray]]:
         """For each piece that has some of the sequences: which of them, how it deals, and their numbers within it."""
         pieces = np.searchsorted(self._firsts, numbers, side="right") - 1
         chosen = [(piece, np.flatnonzero(pieces == piece)) for piece in np.unique(pieces).tolist()]
         return [(which, self._deals[piece], numbers[which] - self._firsts[piece]) for piece, which in chosen]
+
+
+def sequence_order(data: Data) -> SequenceOrder:
+    """The order of a new run with this [data] section."""
+    weights = weights_of(data)
+    return SequenceOrder(data.streams, tuple(weights), [Piece(0, weights)])
 
 
 class _Deal(NamedTuple):

@@ -79,7 +79,8 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
     ) -> None:
         """Begin with the document of `cursor`, or with the first one.
 
-        `excluded`: what the job has excluded so far. UserError if the cursor points to no document.
+        `stream`: the key of its cursor, which in a mixture has the number of the source too. `excluded`: what the job
+        has excluded so far. UserError if the cursor points to no document.
         """
         self._retry = retry or corpus.new_retry()
         # Exclusions of this stream; it appends what it finds unreadable.
@@ -133,7 +134,8 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
 
     def _begin_epoch(self) -> None:
         segments = self._corpus.segments[self._edition]
-        self._segment = (self._corpus.first_segments[self._stream] + self._epoch) % len(segments.cuts)
+        stream = self._stream % self._corpus.data.streams
+        self._segment = (self._corpus.first_segments[stream] + self._epoch) % len(segments.cuts)
         self._slices = segments.epoch(self._segment, self._seeds(_SLICES) if self._shuffle > 1 else ())
 
     def _seeds(self, purpose: int, *more: int) -> tuple[int, ...]:

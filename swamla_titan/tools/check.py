@@ -18,7 +18,7 @@ from swamla_titan.checkpoint.resume import Origin
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import BatchLoader, Corpus, Tokenizer, load_tokenizer, micro_batch_size
+from swamla_titan.data import BatchLoader, Corpus, Tokenizer, TrainingData, labelled, load_tokenizer, micro_batch_size
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
@@ -321,7 +321,7 @@ def _data(loaded: Config) -> Probe:
     """A probe of the data and of the checkpoint to resume from; `loaded` has each "auto" of the file."""
 
     def data(config: Config, device: torch.device) -> list[Finding]:
-        opened: list[Origin | Corpus] = []
+        opened: list[Origin | TrainingData] = []
         failure = []
         try:
             rehearse_inputs(loaded, _world(loaded, device), opened.append)
@@ -329,16 +329,21 @@ def _data(loaded: Config) -> Probe:
             if opened and isinstance(opened[-1], Origin):
                 raise
             failure = [Finding("failure", "run", str(error))]
-        corpora = [each for each in opened if isinstance(each, Corpus)]
-        return (_of_corpus(corpora[-1], loaded, device) if corpora else []) + failure
+        found = [each for each in opened if not isinstance(each, Origin)]
+        of_corpora = (
+            [line for label, each in labelled(found[-1]) for line in _of_corpus(label, each, loaded, device)]
+            if found
+            else []
+        )
+        return of_corpora + failure
 
     return data
 
 
-def _of_corpus(corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
-    """The lines on the data and on their first sequence."""
-    where = f"{config.data.source} {config.data.path}".strip()
-    text = f"{where}: {corpus.source.description}"
+def _of_corpus(label: str, corpus: Corpus, config: Config, device: torch.device) -> list[Finding]:
+    """The lines on the data of a source and on its first sequence."""
+    where = f"{corpus.data.source} {corpus.data.path}".strip()
+    text = f"{label}{where}: {corpus.source.description}"
     faults = {fault.file: fault for fault in [*corpus.source.unreadable, *corpus.faults]}
     state, remedy = "ok", ""
     if faults:

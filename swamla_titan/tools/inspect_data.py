@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from swamla_titan.config import Config
-from swamla_titan.data import BatchLoader, Corpus, Tokenizer, described
+from swamla_titan.config.mixture import data_of_sources
+from swamla_titan.data import BatchLoader, Corpus, Tokenizer, TrainingData, described, labelled
 from swamla_titan.data.corpus import held_out_documents
 from swamla_titan.data.division import training_tokens
-from swamla_titan.data.document import Document
+from swamla_titan.data.document import Cursor, Document
 from swamla_titan.data.faults import Fault
 from swamla_titan.data.retry import all_documents
 from swamla_titan.data.shards import new_digest, read_manifest
@@ -39,21 +40,24 @@ def inspect(config: Config, step: int, sequences: int, documents: int, verify: b
     """
     if step < 1 or sequences < 0 or documents < 0:
         raise UserError("--step is at least 1, --sequences and --documents at least 0")
-    if verify and config.data.source != "shards":
-        raise UserError(
-            f'--verify compares prepared shards with their digests, and data.source = "{config.data.source}"'
-        )
-    if verify and not _is_intact(config.data.path):
+    sources = data_of_sources(config.data).values()
+    shards = [each.path for each in sources if each.source == "shards"]
+    if verify and not shards:
+        kinds = " and ".join(f'data.source = "{each}"' for each in sorted({each.source for each in sources}))
+        raise UserError(f"--verify compares prepared shards with their digests, and {kinds}")
+    intact = [_is_intact(path) for path in shards if verify]
+    if not all(intact):
         return EXIT_BAD_INPUT
-    config, corpus = open_data(config)
-    _print("data", f"{config.data.source} {config.data.path}".strip(), corpus.source.description)
-    for fault in {str(each) for each in (*corpus.source.unreadable, *corpus.faults)}:
-        _print("skipped", fault)
-    _print("tokenizer", f"{corpus.tokenizer.name}, {corpus.tokenizer.vocab_size:,} tokens")
-    _print_documents(corpus, documents, config.training.seq_len)
-    _print_held_out(config, corpus)
-    _print("streams", described(corpus.segments[0]))
-    _print_step(config, corpus, step, sequences)
+    config, opened = open_data(config)
+    _print("tokenizer", f"{opened.tokenizer.name}, {opened.tokenizer.vocab_size:,} tokens")
+    for label, corpus in labelled(opened):
+        _print("data", f"{label}{corpus.data.source} {corpus.data.path}".strip(), corpus.source.description)
+        for fault in {str(each) for each in (*corpus.source.unreadable, *corpus.faults)}:
+            _print("skipped", fault)
+        _print_documents(corpus, documents, config.training.seq_len)
+        _print_held_out(config, corpus)
+        _print("streams", described(corpus.segments[0]))
+    _print_step(config, opened, step, sequences)
     return EXIT_DONE
 
 
@@ -155,21 +159,16 @@ def _print_held_out(config: Config, corpus: Corpus) -> None:
 # Sequences
 
 
-def _print_step(config: Config, corpus: Corpus, step: int, most: int) -> None:
+def _print_step(config: Config, data: TrainingData, step: int, most: int) -> None:
     """Print the sequences of a step of a new run as text, with the borders of documents."""
-    size, seq_len, streams = config.training.global_batch_size, config.training.seq_len, corpus.data.streams
+    size, seq_len = config.training.global_batch_size, config.training.seq_len
     first = (step - 1) * size
     cursors, begun = None, 0
-    if corpus.source.index is not None:
-        numbers = [len(range(stream, first, streams)) for stream in range(streams)]
-        tokens = training_tokens(corpus.source.index, corpus.held_out)
-        cursors = {
-            stream: indexed_cursor(corpus, stream, number, seq_len, tokens) for stream, number in enumerate(numbers)
-        }
-        begun = step - 1
+    if all(corpus.source.index for corpus in data.corpora):
+        cursors, begun = _cursors(data, first, seq_len), step - 1
     with (
         BatchLoader(
-            corpus, seq_len=seq_len, global_batch_size=size, num_workers=0, cursors=cursors, first=begun * size
+            data, seq_len=seq_len, global_batch_size=size, num_workers=0, cursors=cursors, first=begun * size
         ) as loader,
         Progress("reading up to the step", step - begun, " steps") as progress,
     ):
@@ -180,10 +179,24 @@ def _print_step(config: Config, corpus: Corpus, step: int, most: int) -> None:
     _print(
         "step", f"{step}: sequences {first} to {first + size - 1}" + (f"; the first {count}" if count < size else "")
     )
-    for number, row in zip(batch.sequences[:count].tolist(), batch.tokens[:count].tolist()):
-        ends = row.count(corpus.tokenizer.eot_id)
-        print(f"\n==== sequence {number}, of stream {number % streams}, with {ends} ends of documents ====")
-        print(several_lines(_text(row, corpus.tokenizer)))
+    numbers = batch.sequences[:count].numpy()
+    places = zip(data.order.sources(numbers).tolist(), data.order.slots(numbers).tolist())
+    for number, (source, slot), row in zip(numbers.tolist(), places, batch.tokens[:count].tolist()):
+        ends = row.count(data.tokenizer.eot_id)
+        where = f"stream {slot}" + (f" of {data.names[source]}" if data.names[source] else "")
+        print(f"\n==== sequence {number}, of {where}, with {ends} ends of documents ====")
+        print(several_lines(_text(row, data.tokenizer)))
+
+
+def _cursors(data: TrainingData, first: int, seq_len: int) -> dict[int, Cursor]:
+    """The cursors of a new run before sequence `first`; all corpora have an index."""
+    read, streams, found = data.order.counts_by_stream(first).tolist(), data.data.streams, {}
+    for source, corpus in enumerate(data.corpora):
+        assert corpus.source.index is not None
+        tokens = training_tokens(corpus.source.index, corpus.held_out)
+        for key in range(source * streams, (source + 1) * streams):
+            found[key] = indexed_cursor(corpus, key % streams, read[key], seq_len, tokens)
+    return found
 
 
 def _text(tokens: list[int], tokenizer: Tokenizer) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from swamla_titan.config import Config
 from swamla_titan.config.sections import Parallel
-from swamla_titan.data import distinct_steps, micro_batch_size, sequences_per_rank
+from swamla_titan.data import distinct_steps, micro_batch_size, sequence_order, sequences_per_rank
 from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import ELSEWHERE, World, fake_world
@@ -169,12 +169,12 @@ def _for_any_machine(config: Config) -> Config:
 
 def batch_of(config: Config, degrees: Degrees) -> Batch:
     """How the trainer divides the global batch of a step among ranks and micro-batches."""
-    training, streams = config.training, config.data.streams
+    training, order = config.training, sequence_order(config.data)
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     total = training.global_batch_size
     read = [
-        sequences_per_rank(step * total, total, streams, degrees.data)
-        for step in range(min(training.steps, distinct_steps(total, streams)))
+        sequences_per_rank(step * total, total, order, degrees.data)
+        for step in range(min(training.steps, distinct_steps(total, order.streams)))
     ]
     most, least = [max(counts) for counts in read], [min(counts) for counts in read]
     return Batch(size, -(-min(most) // size), -(-max(most) // size), min(least), max(most))

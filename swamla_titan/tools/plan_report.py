@@ -11,7 +11,7 @@ from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
-from swamla_titan.data import described, load_tokenizer, uneven, waits_for_streams
+from swamla_titan.data import described, labelled, load_tokenizer, sequence_order, uneven, waits_for_streams
 from swamla_titan.distributed.degrees import DIMENSIONS, fit_degrees
 from swamla_titan.distributed.mesh import ELSEWHERE, World
 from swamla_titan.errors import UserError
@@ -70,13 +70,16 @@ def _print_dry_run(setup: Setup, found: Plan) -> None:
     print("\n".join(report(found)))
     for advice in stability_advice(config):
         print(f"warning: {one_line(advice)}")
-    data = f"{corpus.source.description}; {described(corpus.segments[-1])}"
+    data = "; ".join(
+        f"{label}{each.source.description}; {described(each.segments[-1])}" for label, each in labelled(corpus)
+    )
     run = one_line(f"{Path(config.job.dump_folder)} {begin}")
     print(f"\ndata: {one_line(data)}\nrun: {run}\ndry run: nothing is refused, nothing was written")
     if setup.initial and (differences := setup.initial.differences(config, setup.fingerprint)):
         print(f"warning: {one_line(str(setup.initial.path))} differs from this run:\n{several_lines(differences)}")
-    if warning := uneven(corpus.source, corpus.segments[-1], config.training.seq_len):
-        print(f"warning: {one_line(warning)}")
+    for label, each in labelled(corpus):
+        if warning := uneven(each.source, each.segments[-1], config.training.seq_len):
+            print(f"warning: {label}{one_line(warning)}")
 
 
 def _positive(gpus: int | None) -> int | None:
@@ -132,7 +135,9 @@ def _batch(plan: Plan) -> Iterator[str]:
     noun = "micro-batch" if batch.most == 1 else "micro-batches"
     own = batch.micro_batch_size * training.seq_len // plan.degrees.context
     yield f"  {count} {noun} of {batch.micro_batch_size} sequences a step; {own:,} tokens on a rank at a time"
-    waits = waits_for_streams(training.global_batch_size, plan.config.data.streams, data, batch.micro_batch_size)
+    waits = waits_for_streams(
+        training.global_batch_size, sequence_order(plan.config.data), data, batch.micro_batch_size
+    )
     if waits:
         yield f"  {waits}"
 

@@ -123,6 +123,10 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0)
     """
     if processes < 0:
         raise UserError(f"--processes {processes}: expected 0 (one for each core) or more")
+    if data.sources:
+        raise UserError(
+            "data.sources: a mixture is of sources that are prepared one by one, and mixed when they are read"
+        )
     folder, data = Path(os.path.expanduser(out)), pinned(data)
     tokenizer = load_tokenizer(data.tokenizer)
     source = open_source(data, retry_of(data))

@@ -37,8 +37,19 @@ METRICS = {
     ),
 }
 """By key of metrics.jsonl. Keys with a slash name their group themselves; others are of the group `other`."""
+OF_SOURCES = {
+    "loss": Metric("sources/loss", "nats/token", "of a source of the mixture, since the line before"),
+    "tokens": Metric("sources/tokens", "tokens", "of a source, trained on in all"),
+    "epochs": Metric("sources/epochs", "", "of a source: how often its streams have read their data, on average"),
+    "val_loss": Metric("sources/val_loss", "nats/token", "cross-entropy on held-out text of a source"),
+    "val_bits_per_byte": Metric("sources/val_bits_per_byte", "bits/byte", "the same per byte of text"),
+}
+"""By the part of a key before the slash, where the other part names a source of a mixture."""
 
 
 def metric(key: str) -> Metric:
     """The metric of a key of metrics.jsonl."""
+    group, _, source = key.partition("/")
+    if source and group in OF_SOURCES:
+        return OF_SOURCES[group]._replace(tag=f"{OF_SOURCES[group].tag}/{source}")
     return METRICS.get(key) or Metric(key if "/" in key else f"other/{key}", "", "")

@@ -30,20 +30,23 @@ from swamla_titan.checkpoint.records import (
 from swamla_titan.checkpoint.resume import Origin, find_origin, require_same_data, run_fingerprint
 from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.config import Config, to_toml, with_vocabulary
+from swamla_titan.config.mixture import weights_of
 from swamla_titan.config.rules import retry_seconds
 from swamla_titan.data import (
     HELD_OUT_TEXT,
     BatchLoader,
-    Corpus,
+    TrainingData,
     ValidationSet,
     ValidationText,
-    build_validation_set,
     load_tokenizer,
     micro_batch_size,
     open_corpus,
+    open_mixture,
+    pack,
     pinned,
     prepare_workers,
     validation_text,
+    with_segments,
 )
 from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import Damaged, UserError
@@ -58,10 +61,10 @@ from swamla_titan.system.machine import allow_open_files, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
 from swamla_titan.train.step import GROUPS, RunState
-from swamla_titan.train.validation import TaskValidator, Validation, Validator, require_harness
+from swamla_titan.train.validation import MixtureValidator, TaskValidator, Validation, Validator, require_harness
 
 Result = TypeVar("Result")
-Opened = Callable[[Origin | Corpus], object]
+Opened = Callable[[Origin | TrainingData], object]
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class Inputs:
     world: World
     checkpoints: Checkpoints
     origin: Origin  # the checkpoint to resume from, if there is one
-    corpus: Corpus
-    validation_text: ValidationText | None
+    corpus: TrainingData
+    validation_texts: dict[str, ValidationText]  # of each source of a mixture, else under ""
     validations: list[Validation]
     validation: dict[str, Any] | None  # see validation_record
     micro_batch_size: int
@@ -113,8 +116,8 @@ class Setup(Inputs):
         """Make the dump folder, with the resolved configuration and held-out text; UserError if that is impossible."""
         folder = Path(self.config.job.dump_folder)
         prepare_folder(folder, to_toml(self.config))
-        if self.validation_text:
-            self.validation_text.keep(folder / HELD_OUT_TEXT)
+        for name, text in self.validation_texts.items():
+            text.keep(_held_out_file(folder, name))
 
     def build_state(self) -> RunState:
         """Build model, optimizers and other state that training changes, and load the checkpoint if there is one."""
@@ -215,17 +218,19 @@ def set_up_inputs(
     config = dataclasses.replace(config, data=broadcast_from_rank_0(world, lambda: pinned(config.data)))
     with checkpoints.loading(origin.path):
         config, corpus = all_ranks_or_raise(world, lambda: open_data(config, origin.data))
-        text = broadcast_from_rank_0(world, lambda: _validation_text(config, corpus))
+        texts = broadcast_from_rank_0(world, lambda: _validation_texts(config, corpus))
     opened(corpus)
     require_same_data(world, corpus)
-    corpus = corpus.with_segments(broadcast_from_rank_0(world, lambda: corpus.segments))
+    segments = broadcast_from_rank_0(world, lambda: [each.segments for each in corpus.corpora])
+    corpus = with_segments(corpus, segments)
     # "auto" is resolved after the tokenizer, because the head's share of the operations depends on the vocabulary.
     config, choices = resolve_auto(config, world, initial.optimizer if initial else origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
     training = config.training
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
-    held_out = build_validation_set(corpus, config.validation, training.seq_len, text) if text else None
-    validation = validation_record(origin.data, held_out)
+    mask = config.data.document_mask
+    held_out = {name: pack(text.tokens, training.seq_len, corpus.tokenizer, mask) for name, text in texts.items()}
+    validation = validation_record(origin.data, _fingerprint(config, held_out))
     validations = all_ranks_or_raise(world, lambda: _on_held_out(config, world, held_out, size, validation))
     if config.validation.tasks:
         validations.append(TaskValidator(config, world, corpus.tokenizer, size))
@@ -238,20 +243,43 @@ def set_up_inputs(
     require_fit = initial.require_fit if initial else lambda config: None
     broadcast_from_rank_0(world, lambda: require_fit(config))
     return Inputs(
-        config, choices, world, checkpoints, origin, corpus, text, validations, validation, size, record, initial
+        config, choices, world, checkpoints, origin, corpus, texts, validations, validation, size, record, initial
     )
 
 
-def _validation_text(config: Config, corpus: Corpus) -> ValidationText | None:
-    kept = Path(config.job.dump_folder) / HELD_OUT_TEXT
-    return validation_text(corpus, config.validation, kept) if config.validation.interval else None
+def _validation_texts(config: Config, corpus: TrainingData) -> dict[str, ValidationText]:
+    """What validation reads: under "", or where it is held out of a mixture, an equal share of each source."""
+    validation, folder = config.validation, Path(config.job.dump_folder)
+    if not validation.interval:
+        return {}
+    corpora = dict(zip(corpus.names, corpus.corpora))
+    if validation.path:
+        corpora = {"": dataclasses.replace(corpus.corpora[0], data=corpus.data)}
+    validation = dataclasses.replace(validation, max_tokens=-(-validation.max_tokens // len(corpora)))
+    found = {name: validation_text(each, validation, _held_out_file(folder, name)) for name, each in corpora.items()}
+    return {name: text for name, text in found.items() if text}
+
+
+def _held_out_file(folder: Path, name: str) -> Path:
+    return folder / (f"held_out.{name}.npz" if name else HELD_OUT_TEXT)
+
+
+def _fingerprint(config: Config, held_out: dict[str, ValidationSet]) -> str | None:
+    """Of the text that validation reads; None: there is none."""
+    weights = weights_of(config.data)
+    own = [
+        f"{name} {weights[name]:g}: {each.fingerprint}" if name else each.fingerprint for name, each in held_out.items()
+    ]
+    return "; ".join(own) or None
 
 
 def _on_held_out(
-    config: Config, world: World, held_out: ValidationSet | None, size: int, record: dict[str, Any] | None
+    config: Config, world: World, held_out: dict[str, ValidationSet], size: int, record: dict[str, Any] | None
 ) -> list[Validation]:
-    number = record["set"] if record else 1
-    return [Validator(held_out, world, size, config.validation.interval, number)] if held_out else []
+    number, interval = record["set"] if record else 1, config.validation.interval
+    if held_out.keys() <= {""}:
+        return [Validator(each, world, size, interval, number) for each in held_out.values()]
+    return [MixtureValidator(held_out, weights_of(config.data), world, size, interval, number)]
 
 
 def set_up_resume(inputs: Inputs) -> Setup:
@@ -259,7 +287,7 @@ def set_up_resume(inputs: Inputs) -> Setup:
     config, world, corpus = inputs.config, inputs.world, inputs.corpus
     files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
     files |= {ANNEX_RECORD: inputs.annex_record.to_bytes()} if inputs.annex_record else {}
-    fingerprint, details = run_fingerprint(config, corpus, inputs.annex_record), {"source": corpus.change}
+    fingerprint, details = run_fingerprint(config, corpus, inputs.annex_record), corpus.changes
     train_state = broadcast_from_rank_0(
         world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
     )
@@ -279,7 +307,7 @@ def from_newest_intact(build: Callable[[dict[Path, str]], Result]) -> Result:
             damaged = found.damaged
 
 
-def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, Corpus]:
+def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[Config, TrainingData]:
     """Open the training data; also returns the configuration with the tokenizer's vocabulary.
 
     `recorded`: the data record of the checkpoint to resume from. Raises Damaged where this program would not write such
@@ -289,7 +317,8 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
     config = with_vocabulary(config, tokenizer.vocab_size)
     data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
     try:
-        corpus = open_corpus(data, config.validation, config.job.seed, tokenizer, recorded)
+        opened = data, config.validation, config.job.seed, tokenizer, recorded
+        corpus = open_mixture(*opened) if data.sources else open_corpus(*opened)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         if recorded is None:
             raise
@@ -298,7 +327,7 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
     return config, corpus
 
 
-def _files(config: Config, corpus: Corpus, validation: dict[str, Any] | None) -> dict[str, bytes]:
+def _files(config: Config, corpus: TrainingData, validation: dict[str, Any] | None) -> dict[str, bytes]:
     """The resolved configuration, the data record, and the vocabulary if it is a file.
 
     The vocabulary is read now, because the file may be gone when a checkpoint is written.

@@ -17,7 +17,16 @@ from swamla_titan.config import Config
 from swamla_titan.config.rules import why_not_gathered
 from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import Corpus, described, micro_batch_count, uneven, waits_for_streams
+from swamla_titan.data import (
+    Corpus,
+    Mixture,
+    TrainingData,
+    described,
+    labelled,
+    micro_batch_count,
+    uneven,
+    waits_for_streams,
+)
 from swamla_titan.distributed.mesh import World
 from swamla_titan.kernels.attention.dispatch import Choice
 from swamla_titan.launch.ranks import rank_info
@@ -82,21 +91,30 @@ def _log_model(config: Config) -> None:
         logger.info(annex.summary(config.model))
 
 
-def _log_data(corpus: Corpus, seq_len: int) -> None:
+def _log_data(corpus: TrainingData, seq_len: int) -> None:
+    for label, each in labelled(corpus):
+        _log_corpus(label, each, seq_len)
+    if isinstance(corpus, Mixture):
+        for piece in corpus.pieces:
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in piece.weights.items())
+            logger.info(f"data: from sequence {piece.first:,} on the weights are {weights}")
+
+
+def _log_corpus(label: str, corpus: Corpus, seq_len: int) -> None:
     segments = corpus.segments[-1]
-    logger.info(f"data: {corpus.source.description}; {described(segments)}")
+    logger.info(f"data: {label}{corpus.source.description}; {described(segments)}")
     if corpus.added_files:
         names = ", ".join(corpus.added_files[:3]) + (", ..." if len(corpus.added_files) > 3 else "")
         logger.warning(
-            f"data: {len(corpus.added_files)} new in this run ({names}): each stream finishes its epoch of the earlier "
-            "files, then reads the new ones once, and from then on all of them"
+            f"data: {label}{len(corpus.added_files)} new in this run ({names}): each stream finishes its epoch of the "
+            "earlier files, then reads the new ones once, and from then on all of them"
         )
     if warning := uneven(corpus.source, segments, seq_len):
-        logger.warning(f"data: {warning}")
+        logger.warning(f"data: {label}{warning}")
     if corpus.validates_on_training_text:
         logger.warning(
-            "validation: this run began without holding out what validation reads now; where that stands in the "
-            "training data too, it is trained on"
+            f"validation: {label}this run began without holding out what validation reads now; where that stands in "
+            "the training data too, it is trained on"
         )
 
 
@@ -111,14 +129,14 @@ def _log_batch(setup: Setup) -> None:
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{setup.corpus.tokenizer.name} tokens, {size} at a time"
     )
-    first, streams, ranks = setup.train_state.sequences, config.data.streams, world.degrees.data
-    micro_batches = micro_batch_count(first, training.global_batch_size, streams, ranks, size)
+    first, order, ranks = setup.train_state.sequences, setup.corpus.order, world.degrees.data
+    micro_batches = micro_batch_count(first, training.global_batch_size, order, ranks, size)
     if config.parallel.pipeline > micro_batches:
         logger.warning(
             f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
             f"stages wait for each other; lower training.local_batch_size, or raise training.global_batch_size"
         )
-    if waits := waits_for_streams(training.global_batch_size, streams, ranks, size):
+    if waits := waits_for_streams(training.global_batch_size, order, ranks, size):
         logger.warning(waits)
 
 

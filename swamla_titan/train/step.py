@@ -9,7 +9,7 @@ from torch import Tensor
 from swamla_titan.checkpoint.initial_load import InitialLoad
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
-from swamla_titan.data import StepBatch, micro_batch_count, micro_batches
+from swamla_titan.data import StepBatch, micro_batches
 from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import AveragedWeights, Optimizers, build_optimizer, lr_factor
 from swamla_titan.parallel.model_parts import ParallelModel
@@ -93,10 +93,7 @@ class TrainStep:
 
     def forward_backward(self, batch: StepBatch) -> Tensor:
         """Compute the gradients of the global batch's mean loss; returns this loss."""
-        training, data = self.config.training, self.config.data
-        count = micro_batch_count(
-            batch.first, training.global_batch_size, data.streams, self.world.degrees.data, self.micro_batch_size
-        )
+        count = -(-batch.largest // self.micro_batch_size)
         # Sums over the global count of targets give the mean, however ranks and micro-batches divide the batch.
         return self.state.model.train_step(list(micro_batches(batch, self.micro_batch_size, count)), self.targets)
 

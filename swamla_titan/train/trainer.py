@@ -80,7 +80,8 @@ class Trainer:
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         flops = training_flops_per_token(config.model, config.training.seq_len)
         self.throughput = Throughput(world.device, world.size, flops, self.tokens_per_step)
-        self.data_wait = DataWait.of(config.data, setup.corpus.source.num_units, world.degrees.data)
+        units = min(corpus.source.num_units for corpus in setup.corpus.corpora)
+        self.data_wait = DataWait.of(config.data, units, world.degrees.data)
         self.bad_steps = bad_step_policy(setup, self.state, self.loader)
         # Each hook is called in this order.
         self.policies: list[Policy] = [

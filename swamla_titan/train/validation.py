@@ -3,6 +3,7 @@
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -70,6 +71,44 @@ class Validator(Validation):
     def line(self, values: Values) -> str:
         """See Validation."""
         return f"loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte"
+
+
+class MixtureValidator(Validation):
+    """Evaluates a model on the held-out text of each source of a mixture.
+
+    The joint values are those of text in which the sources have their weights, so they are comparable to the training
+    loss however much text there is of each.
+    """
+
+    def __init__(
+        self,
+        held_out: Mapping[str, ValidationSet],
+        weights: Mapping[str, float],
+        world: World,
+        micro_batch_size: int,
+        interval: int = 1,
+        number: int = 1,
+    ) -> None:
+        """`held_out` and `weights` by source; `number` as for Validator."""
+        super().__init__(interval)
+        self.weights = weights
+        self.of_sources = {name: Validator(each, world, micro_batch_size) for name, each in held_out.items()}
+        self.number = {"val_set": number} if number > 1 else {}
+
+    def __call__(self, model: ParallelModel, average: AveragedWeights | None = None) -> Values:
+        """`val_loss`, `val_bits_per_byte`, `val_set` as of Validator; `val_loss/NAME` and the like for each source."""
+        found = {name: each(model, average) for name, each in self.of_sources.items()}
+        loss = sum(self.weights[name] * values["val_loss"] for name, values in found.items())
+        bytes_a_target = sum(
+            self.weights[name] * each.num_bytes / each.num_targets for name, each in self.of_sources.items()
+        )
+        own = {f"{key}/{name}": value for name, values in found.items() for key, value in values.items()}
+        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_target, **own, **self.number}
+
+    def line(self, values: Values) -> str:
+        """See Validation."""
+        own = ", ".join(f"{name} {values[f'val_loss/{name}']:.4f}" for name in self.of_sources)
+        return f"loss {values['val_loss']:.4f}, {values['val_bits_per_byte']:.4f} bits per byte ({own})"
 
 
 class TaskValidator(Validation):

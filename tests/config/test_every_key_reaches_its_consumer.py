@@ -204,6 +204,17 @@ def document_mask(run: Runner) -> None:
     assert off.series()[0] != on.series()[0]
 
 
+def sources(run: Runner) -> None:
+    mixture = '[{name = "a", path = "%s", weight = 0.75}, {name = "b", source = "builtin", weight = 0.25}]'
+    local = dict(zip(*[iter(run.local(a_txt="abc"))] * 2))
+    path = local.pop("--data.path")
+    text = run(
+        *(part for pair in local.items() for part in pair), "--data.path", "", "--data.sources", mixture % path
+    ).text()
+    assert "abc|abc|" in text
+    assert any(topic[:40] in text for topic in topics.values())
+
+
 # [training]
 
 
@@ -530,6 +541,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "data.streams": streams,
     "data.shuffle_documents": shuffle_documents,
     "data.num_workers": num_workers,
+    "data.sources": sources,
     "data.document_mask": document_mask,
     "training.seq_len": seq_len,
     "training.local_batch_size": local_batch_size,

@@ -5,8 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from swamla_titan.config.mixture import exact
 from swamla_titan.data.batches import micro_batch_count, sequences_per_rank
-from swamla_titan.data.mixture import Piece, SequenceOrder, exact, quota_table
+from swamla_titan.data.mixture import Piece, SequenceOrder, quota_table
 
 NUMBERS = np.arange(20_000)
 MIXTURES = [
@@ -77,6 +78,12 @@ def test_an_order_is_a_function_of_the_number_alone(first):
     assert keys.tolist() == [order.cursor_keys(numbers[index : index + 1])[0] for index in range(300)]
     before, after = order.counts(first), order.counts(first + 300)
     assert (after - before).tolist() == np.bincount(keys // 7, minlength=3).tolist()
+    if first < 5000:
+        assert order.counts_by_stream(first).reshape(3, 7).sum(axis=1).tolist() == before.tolist()
+        assert (
+            order.counts_by_stream(first).tolist()
+            == np.bincount(order.cursor_keys(np.arange(first)), minlength=21).tolist()
+        )
 
 
 def test_weights_that_change_hold_from_their_sequence_on_and_leave_what_was_before():

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from typing import Any
 
+from swamla_titan.config.mixture import data_of
 from swamla_titan.config.sections import Data
 from swamla_titan.data.document import Source
 from swamla_titan.data.retry import Retry
@@ -23,7 +24,14 @@ def open_source(data: Data, retry: Retry | None = None, recorded: dict[str, Any]
 
 
 def pinned(data: Data) -> Data:
-    """The section with `data.revision` resolved to a commit, for a dataset of the Hugging Face Hub."""
+    """The section with `data.revision` resolved to a commit, for a dataset of the Hugging Face Hub; of each source."""
+    if data.sources:
+        own = [(source, data_of(data, source)) for source in data.sources]
+        sources = [
+            dataclasses.replace(source, revision=pinned(each).revision) if each.source == "huggingface" else source
+            for source, each in own
+        ]
+        return dataclasses.replace(data, sources=tuple(sources))
     if data.source != "huggingface":
         return data
     from swamla_titan.data.sources.huggingface import commit_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla_titan.checkpoint.records import TrainState
-from swamla_titan.data import BatchLoader, Corpus, Exclusion, StepBatch
+from swamla_titan.data import BatchLoader, Exclusion, StepBatch, TrainingData
 from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
@@ -35,7 +35,7 @@ class UnreadableData(Policy):
     reads the list from its checkpoint and does not need this file.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, start: TrainState, writes: Callable[[], bool]) -> None:
+    def __init__(self, folder: Path, corpus: TrainingData, start: TrainState, writes: Callable[[], bool]) -> None:
         """Begin with the exclusions of `start`, and the files that `corpus` could not open.
 
         `writes()`: whether this rank logs and writes.
@@ -44,10 +44,11 @@ class UnreadableData(Policy):
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
         self._entries: list[dict[str, Any]] = []
-        for fault in corpus.source.unreadable:
+        unreadable = [fault for each in corpus.corpora for fault in each.source.unreadable]
+        for fault in unreadable:
             self._note(None, None, fault.file, fault.place, fault.reason)
-        opened = {fault.file for fault in corpus.source.unreadable}
-        for fault in corpus.faults:
+        opened = {fault.file for fault in unreadable}
+        for fault in [fault for each in corpus.corpora for fault in each.faults]:
             if writes() and fault.file not in opened:
                 logger.warning("data: %s; held-out text is taken from the rest", fault)
         self._excluded = list(start.excluded)
