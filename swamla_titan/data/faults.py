@@ -17,6 +17,15 @@ from swamla_titan.system.machine import PERMANENT, REMEDIES, chain, lack
 
 # Errors that a retry does not resolve: a missing file is reported at once.
 _FINAL = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+# The same by name, because these packages are imported only when they are used, and versions differ in which they use.
+_FINAL_NAMES = {
+    "OfflineModeIsEnabled",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "FileExpired",
+}
+_OF_THE_NETWORK = {"aiohttp", "botocore", "fsspec", "gcsfs", "httpcore", "httpx", "requests", "urllib3"}
 
 
 class Fault(Exception):
@@ -94,14 +103,15 @@ def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | Non
     return kind(path, place, f"cannot be read: {os.strerror(number)}", REMEDIES[number], may_pass=True)
 
 
-def cut_short(file: str, place: str) -> DataFault:
+def cut_short(file: str, place: str, may_pass: bool = False) -> DataFault:
     """The fault of a file that is shorter than when the run began."""
-    return DataFault(file, place, f"the file ends here, at {_size(file)} bytes; it was longer when it was opened")
+    size = f", at {_size(file)} bytes" if os.path.exists(file) else ""
+    return DataFault(file, place, f"the file ends here{size}; it was longer when it was opened", may_pass=may_pass)
 
 
-def of_another_size(file: str, size: int) -> DataFault:
-    """The fault of a file whose size is no longer `size`, as when the run began."""
-    there = _size(file)
+def of_another_size(file: str, size: int, now_has: int | None = None) -> DataFault:
+    """The fault of a file whose size is no longer `size`, as when the run began, but `now_has`."""
+    there = _size(file) if now_has is None else now_has
     now = "it is gone" if there < 0 else f"it has {there} bytes"
     return DataFault(file, "", f"{now}; when the run began, it had {size}", "Put the file back as it was")
 
@@ -146,17 +156,18 @@ def _is_final(error: BaseException) -> bool:
     status = _status(error)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in (408, 425, 429)  # too slow, too early, too often
-    if type(error).__name__ == "OfflineModeIsEnabled":
+    if type(error).__name__ in _FINAL_NAMES:
         return True
-    return isinstance(error, OSError) and (error.errno in _FINAL or isinstance(error, FileNotFoundError))
+    return isinstance(error, FileNotFoundError | PermissionError) or (
+        isinstance(error, OSError) and error.errno in _FINAL
+    )
 
 
 def _is_of_the_network(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | TimeoutError):
         return True
-    # By name, because these libraries are imported only when they are used, and versions differ in which they use.
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    if packages & {"aiohttp", "httpcore", "httpx", "requests", "urllib3", "fsspec"}:
+    if packages & _OF_THE_NETWORK:
         return True
     # pyarrow and gzip raise OSError without a number for invalid bytes.
     return isinstance(error, OSError) and error.errno is not None

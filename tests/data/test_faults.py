@@ -20,8 +20,7 @@ from swamla_titan.data.corpus import open_corpus
 from swamla_titan.data.exclusions import Exclusion, first_excluded, taken_from_cursors
 from swamla_titan.data.faults import DataFault, MachineFault, SetupFault, Unreachable, network_fault, readable
 from swamla_titan.data.retry import Retry, all_documents, read_on
-from swamla_titan.data.sources import open_source, parquet
-from swamla_titan.data.sources import text as text_source
+from swamla_titan.data.sources import files, open_source, parquet
 from swamla_titan.data.streams import DocumentStream, initial_cursor
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.system.machine import PERMANENT, REMEDIES
@@ -515,7 +514,7 @@ def test_no_file_is_skipped_for_a_fault_of_this_machine(tmp_path, monkeypatch, m
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number), "file")
 
-    monkeypatch.setattr(text_source, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     monkeypatch.setattr(parquet.pq, "ParquetFile", refuse)
     with pytest.raises(kind, match=os.strerror(number)):
         next(documents)

@@ -5,13 +5,17 @@ import re
 import stat
 from dataclasses import dataclass
 
+from swamla_titan.data.sources.files import DECOMPRESSORS, compression
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 
 TEXT, JSON_LINES, PARQUET = (".txt", ".md"), (".jsonl", ".json"), (".parquet",)
-KNOWN = (*TEXT, *JSON_LINES, *PARQUET)
-PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
-COMPRESSED = tuple(kind + packed for kind in KNOWN for packed in PACKED)
+KINDS = (*TEXT, *JSON_LINES, *PARQUET)
+PACKED = (*DECOMPRESSORS, ".zip", ".lz4")
+# Files of text are read compressed too; parquet compresses its own columns.
+KNOWN = (*KINDS, *(kind + ending for kind in (*TEXT, *JSON_LINES) for ending in DECOMPRESSORS))
+COMPRESSED = tuple({kind + packed for kind in KINDS for packed in PACKED} - {*KNOWN})  # those that are not read
+_KNOWN = f"{', '.join(KINDS)}; text also as {', '.join(DECOMPRESSORS)}"
 # Data that is not read here; a README beside such files describes them.
 OTHER_DATA = (".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".tar", ".bin", ".npy", ".h5", ".warc", *PACKED)
 
@@ -49,9 +53,8 @@ def find_files(path: str, setting: str) -> Listing:
 
     `setting` names the configuration key that `path` came from.
     """
-    known = ", ".join(KNOWN)
     if not path:
-        raise UserError(f"{setting} is empty: give a file or folder ({known}).")
+        raise UserError(f"{setting} is empty: give a file or folder ({_KNOWN}).")
     path = os.path.expanduser(path)
     mode = _mode(path, setting)
     if not stat.S_ISDIR(mode):
@@ -62,7 +65,7 @@ def find_files(path: str, setting: str) -> Listing:
         if path.lower().endswith(COMPRESSED):
             raise _compressed(setting, path, 1)
         if not path.lower().endswith(KNOWN):
-            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {known}.")
+            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {_KNOWN}.")
         return Listing(os.path.dirname(path), [os.path.basename(path)], [], [])
 
     found = _below(path, setting)
@@ -81,8 +84,13 @@ def find_files(path: str, setting: str) -> Listing:
         there = sorted({os.path.splitext(name)[1].lower() for name in unknown} & {*OTHER_DATA})
         advice = f' data.source = "huggingface" reads {", ".join(there)}.' if {".csv", ".arrow"} & {*there} else ""
         only = f" but files about the data ({listed(sorted(about))})" if about else ""
-        raise UserError(f"{setting}: {path} holds no file of a known kind{only}. Known: {known}.{advice}")
+        raise UserError(f"{setting}: {path} holds no file of a known kind{only}. Known: {_KNOWN}.{advice}")
     return Listing(path, names, sorted(about), unknown)
+
+
+def kind(name: str) -> str:
+    """The ending by which a file's name says what it holds, whether it is compressed or not."""
+    return os.path.splitext(name.lower().removesuffix(compression(name)))[1]
 
 
 def listed(names: list[str], most: int = 3) -> str:
@@ -146,15 +154,15 @@ def _about(readable: list[str], found: list[str]) -> set[str]:
     """
     suspects = {name for name in readable if _is_about(name)}
     data = [name for name in readable if name not in suspects]
-    records = any(name.lower().endswith((*JSON_LINES, *PARQUET)) for name in data)
-    if records or any(name.lower().endswith(OTHER_DATA) for name in found):
+    records = any(kind(name) in (*JSON_LINES, *PARQUET) for name in data)
+    if records or any(name.lower().endswith(OTHER_DATA) for name in found if name not in readable):
         return suspects
-    of_json = {name for name in suspects if name.lower().endswith(JSON_LINES)}
+    of_json = {name for name in suspects if kind(name) in JSON_LINES}
     return of_json if len(of_json) < len(readable) else set()
 
 
 def _is_about(name: str) -> bool:
-    *folders, file = name.lower().split(os.sep)
+    *folders, file = name.lower().removesuffix(compression(name)).split(os.sep)
     if any(_ABOUT_FOLDER.fullmatch(folder) for folder in folders):
         return True
     return bool(_ABOUT_TEXT.fullmatch(file) or _ABOUT_JSON.fullmatch(file))
@@ -163,6 +171,6 @@ def _is_about(name: str) -> bool:
 def _compressed(setting: str, file: str, count: int) -> UserError:
     also = f" and {count - 1} more" if count > 1 else ""
     return UserError(
-        f"{setting}: {file}{also}: compressed files are not read. Decompress them, move them elsewhere, or "
-        'read the folder with data.source = "huggingface", which reads compressed files too.'
+        f"{setting}: {file}{also}: files compressed in this way are not read. Decompress them, compress them as "
+        f"{', '.join(DECOMPRESSORS)}, or move them elsewhere."
     )

@@ -12,9 +12,10 @@ from swamla_titan.config.sections import Data
 from swamla_titan.data.document import MIB, Source, Unit, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
 from swamla_titan.data.retry import Retry
-from swamla_titan.data.sources.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, listed, special_kind
+from swamla_titan.data.sources.files import compression
+from swamla_titan.data.sources.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, kind, listed, special_kind
 from swamla_titan.data.sources.parquet import NoTextColumn, RowGroup, row_groups
-from swamla_titan.data.sources.text import FileRange, WholeFile, require_text
+from swamla_titan.data.sources.text import ENDLESS, FileRange, WholeFile, require_text
 from swamla_titan.errors import UserError
 
 # Files of many documents are cut into ranges of this many bytes. If tokens are not counted, streams read full ranges:
@@ -85,6 +86,7 @@ class _Opening:
 
     def __init__(self, data: Data, setting: str, retry: Retry, listing: Listing) -> None:
         self._data, self._setting, self._retry, self._listing = data, setting, retry, listing
+        self._largest = data.max_document_mib * MIB
         self._may_skip = setting == "data.path"
         self._skips = self._may_skip and data.on_error == "skip_file"
         self.faults: list[Fault] = []
@@ -125,11 +127,15 @@ class _Opening:
         """The entry of a file as it is now."""
         entry: Entry = {"name": name, "bytes": max(0, size)}
         is_good: bool | None = size >= 0
-        if size >= 0 and name.lower().endswith(PARQUET):
+        if size >= 0 and kind(name) in PARQUET:
             entry["groups"] = self._opened(lambda: row_groups(file, self._data.text_key), None)
             is_good = entry["groups"] is not None
         elif size > 0:
-            is_good = self._opened(partial(require_text, file), None)
+            json_key = self._data.text_key if kind(name) in JSON_LINES else None
+            ratio = self._opened(partial(require_text, file, compression(name), json_key), None)
+            is_good = ratio is not None
+            if compression(name) and ratio is not None:
+                entry["text_bytes"] = round(size * ratio)
         if not is_good:
             entry["lost"] = next(fault.reason for fault in self.faults if fault.file == file)
         return entry
@@ -156,7 +162,7 @@ class _Opening:
         """Change the advice if another file has the text column: then the file is at fault and not the key."""
         for name in now:
             file = self._path(name)
-            if not name.lower().endswith(PARQUET) or file == fault.file:
+            if kind(name) not in PARQUET or file == fault.file:
                 continue
             with suppress(Fault):
                 row_groups(file, self._data.text_key)
@@ -166,31 +172,47 @@ class _Opening:
 
     def units(self, entries: list[Entry]) -> Iterator[tuple[Entry, Unit, int]]:
         """(file, unit, bytes of text) of each unit of the files."""
-        data, most = self._data, self._data.max_document_mib * MIB
-        cut_in_ranges = (*JSON_LINES, *TEXT) if data.text_separator else JSON_LINES
-        total = sum(entry["bytes"] for entry in entries if entry["name"].lower().endswith(cut_in_ranges))
-        range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * data.streams))))
+        of_documents = (*JSON_LINES, *TEXT) if self._data.text_separator else JSON_LINES
+        total = sum(entry["bytes"] for entry in entries if entry["name"].lower().endswith(of_documents))
+        range_size = max(MIN_RANGE, min(MAX_RANGE, -(-total // (RANGES_PER_STREAM * self._data.streams))))
         for entry in entries:
-            name, size, file = entry["name"].lower(), entry["bytes"], self._path(entry["name"])
             if "lost" in entry:  # no units, even if it is readable again, because the order must not change in a run
                 continue
-            if name.endswith(PARQUET):
-                for number, (group_bytes, rows) in enumerate(entry["groups"]):
-                    if rows:
-                        yield entry, RowGroup(file, size, number, rows, data.text_key, most), group_bytes
-            elif name.endswith(cut_in_ranges):
-                json_key = data.text_key if name.endswith(JSON_LINES) else None
-                separator = b"\n" if json_key is not None else data.text_separator.encode(errors="surrogateescape")
-                # Each range finds its first document, so that the file need not be read here.
-                for start in range(0, size, range_size):
-                    end = min(size, start + range_size)
-                    yield entry, FileRange(file, size, start, end, separator, most, json_key), end - start
-            elif size > most:
-                too_long = too_large(file, "", size, most, ", or split the file by data.text_separator")
-                self._skip(too_long)
-                entry["lost"] = too_long.reason
-            elif size > 0:
-                yield entry, WholeFile(file, size), size
+            if kind(entry["name"]) in PARQUET:
+                units = self._row_groups(entry)
+            elif kind(entry["name"]) in of_documents:
+                units = self._ranges(entry, range_size)
+            else:
+                units = self._whole(entry)
+            for unit, size in units:
+                yield entry, unit, size
+
+    def _row_groups(self, entry: Entry) -> Iterator[tuple[Unit, int]]:
+        file, key = self._path(entry["name"]), self._data.text_key
+        for number, (size, rows) in enumerate(entry["groups"]):
+            if rows:
+                yield RowGroup(file, entry["bytes"], number, rows, key, self._largest), size
+
+    def _ranges(self, entry: Entry, range_size: int) -> Iterator[tuple[Unit, int]]:
+        file, size, compressed = self._path(entry["name"]), entry["bytes"], compression(entry["name"])
+        json_key = self._data.text_key if kind(entry["name"]) in JSON_LINES else None
+        separator = b"\n" if json_key is not None else self._data.text_separator.encode(errors="surrogateescape")
+        if compressed and size:
+            yield FileRange(file, size, 0, ENDLESS, separator, self._largest, json_key, compressed), entry["text_bytes"]
+            return
+        # Each range finds its first document, so that the file need not be read here.
+        for start in range(0, size, range_size):
+            end = min(size, start + range_size)
+            yield FileRange(file, size, start, end, separator, self._largest, json_key), end - start
+
+    def _whole(self, entry: Entry) -> Iterator[tuple[Unit, int]]:
+        file, size, compressed = self._path(entry["name"]), entry["bytes"], compression(entry["name"])
+        if size > self._largest and not compressed:
+            too_long = too_large(file, "", size, self._largest, ", or split the file by data.text_separator")
+            self._skip(too_long)
+            entry["lost"] = too_long.reason
+        elif size > 0:
+            yield WholeFile(file, size, self._largest, compressed), entry["text_bytes"] if compressed else size
 
     def _path(self, name: str) -> str:
         return os.path.join(self._listing.root, name.replace("/", os.sep))
@@ -229,6 +251,8 @@ def _digest(entries: list[Entry], text_key: str, text_separator: str) -> str:
             digest.update(b"lost\0")
         elif "groups" in entry:
             digest.update(repr(entry["groups"]).encode())
+        elif "text_bytes" in entry:
+            digest.update(repr(entry["text_bytes"]).encode())
     return digest.hexdigest()
 
 

@@ -1,14 +1,14 @@
 """Units of text files: full files, and byte ranges of files of many documents."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
-from swamla_titan.data.faults import DataFault, cut_short, of_another_size, readable
+from swamla_titan.data.faults import DataFault, cut_short, of_another_size
 from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
+from swamla_titan.data.sources.files import decompressed_head, head_of, is_url, opened, require_size
 from swamla_titan.data.sources.folder import listed
 
 BOM = b"\xef\xbb\xbf"
@@ -16,12 +16,17 @@ CHUNK = 1 << 18  # bytes read at a time while looking for a separator
 BEYOND = 1 << 14  # the same, beyond a range's end: its last document may end soon
 
 
+ENDLESS = 1 << 62  # the end of a text whose length is not known
+
+
 @dataclass(frozen=True)
 class WholeFile:
-    """A file that is one document."""
+    """A file of `size` bytes that is one document; `compressed`: the ending by which it is, see files.py."""
 
     path: str
     size: int
+    max_document_bytes: int
+    compressed: str = ""
 
     @property
     def num_documents(self) -> int:
@@ -30,9 +35,13 @@ class WholeFile:
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
         if (position or {"ordinal": 0})["ordinal"] > 0 or offset > 0:
             return
-        with readable(self.path), open(self.path, "rb") as file:
-            data = file.read(self.size + 1)
-        if len(data) != self.size:
+        if self.compressed:
+            require_size(self.path, self.size)
+        with opened(self.path, self.compressed) as file:
+            data = file.read((self.max_document_bytes if self.compressed else self.size) + 1)
+        if self.compressed and len(data) > self.max_document_bytes:
+            raise too_large(self.path, "", None, self.max_document_bytes, ", or split the file by data.text_separator")
+        if not self.compressed and len(data) != self.size:
             raise of_another_size(self.path, self.size)
         text, replaced = decode_utf8(data.removeprefix(BOM))
         yield Document(text, 0, {"ordinal": 1}, replaced)
@@ -54,15 +63,15 @@ class FileRange:
     separator: bytes
     max_document_bytes: int
     json_key: str | None = None  # lines are JSON objects with the text in this field; None: plain text
+    compressed: str = ""  # the ending by which it is, see files.py; `start` and `end` are then those of the text
 
     @property
     def num_documents(self) -> None:
         return None
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
-        with readable(self.path), open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > self.size:  # a truncated file is read up to its end
-                raise of_another_size(self.path, self.size)
+        require_size(self.path, self.size)
+        with opened(self.path, self.compressed) as file:
             start = position["byte"] if position else self._first_start(file)
             ordinal = position["ordinal"] if position else 0
             for data, at, after in self._split(file, start):
@@ -109,7 +118,7 @@ class FileRange:
 
         A border that reaches `end` is not followed further, because the document behind it is not in this range.
         """
-        file.seek(start)
+        self._seek(file, start)
         buffer = bytearray()
         at = start  # of the buffer's first byte
         searched = 0  # no separator starts before this place of the buffer
@@ -125,7 +134,7 @@ class FileRange:
                 if len(buffer) > self.max_document_bytes:
                     raise self._too_large(at)
                 if buffer:
-                    yield bytes(buffer), at, self.size
+                    yield bytes(buffer), at, at + len(buffer)
                 return
             if found > self.max_document_bytes:
                 raise self._too_large(at)
@@ -148,17 +157,41 @@ class FileRange:
             found = last
         return found + length
 
+    def _seek(self, file: BinaryIO, start: int) -> None:
+        if not self.compressed:
+            file.seek(start)
+            return
+        while start > 0 and (skipped := len(file.read(min(CHUNK, start)))):
+            start -= skipped
+
     def _fill(self, file: BinaryIO, buffer: bytearray, at: int) -> bool:
         """Append the next bytes to the buffer, which begins with byte `at`; returns False at the end of the file."""
         there = at + len(buffer)
-        size = min(CHUNK, max(self.end - there, BEYOND), self.size - there)
-        if size <= 0:
-            return False
+        size = CHUNK
+        if not self.compressed:
+            size = min(CHUNK, max(self.end - there, BEYOND), self.size - there)
+            if size <= 0:
+                return False
         chunk = file.read(size)
         if not chunk:
-            raise cut_short(self.path, self._place(there))
+            if self.compressed:  # whose end only reading shows
+                return False
+            # A store may answer with less than it was asked for, and more the next time.
+            raise cut_short(self.path, self._place(there), may_pass=is_url(self.path))
         buffer += chunk
         return True
+
+    def require_first(self, head: bytes) -> None:
+        """Raise DataFault unless the first document is valid, as far as the file's first bytes show it."""
+        lines, at = head.split(b"\n"), 0
+        if len(head) >= HEAD_BYTES or self.compressed:
+            lines.pop()  # it may continue
+        for line in lines:
+            data = line.removeprefix(BOM)
+            if data and not data.isspace():
+                self._parse(data, at)
+                return
+            at += len(line) + 1
 
     def _parse(self, data: bytes, at: int) -> tuple[str, int]:
         text, replaced = decode_utf8(data)
@@ -210,7 +243,7 @@ class FileRange:
         if self.json_key is None:
             return f"from byte {at}"
         lines = 1
-        with readable(self.path), open(self.path, "rb") as file:
+        with opened(self.path, self.compressed) as file:
             left = at
             while left > 0 and (chunk := file.read(min(CHUNK, left))):
                 lines += chunk.count(b"\n")
@@ -234,10 +267,14 @@ def _shown(value: object) -> str:
     return json.dumps(value)[:60]
 
 
-def require_text(path: str) -> bool:
-    """Raise DataFault if a file does not begin with text; returns True."""
-    with readable(path), open(path, "rb") as file:
-        other = other_than_text(file.read(HEAD_BYTES))
-    if other:
+def require_text(path: str, compressed: str = "", json_key: str | None = None) -> float:
+    """Raise DataFault if a file does not begin with text, or with a JSON object that has text in the field `json_key`.
+
+    Returns how many bytes of text a byte of the file stands for, if it is `compressed`; else 1.
+    """
+    head, ratio = decompressed_head(path, compressed) if compressed else (head_of(path), 1.0)
+    if other := other_than_text(head):
         raise DataFault(path, "", f"it is {other.what}", other.advice)
-    return True
+    if json_key is not None:
+        FileRange(path, ENDLESS, 0, ENDLESS, b"\n", ENDLESS, json_key, compressed).require_first(head)
+    return ratio
