@@ -27,6 +27,7 @@ from swamla_titan.kernels.attention.dispatch import (
     DOCUMENT,
     FLEX,
     HOPPER,
+    HOPPER_WINDOW,
     SDPA,
     WINDOW,
     Implementation,
@@ -128,6 +129,7 @@ def ways(shape: Shape, starts: Tensor, device: torch.device) -> dict[str, tuple[
     if shape.window is not None:
         rule = WindowRule(starts.to(torch.int32) if shape.documents else None, shape.window, SINK)
         found["triton"] = by(WINDOW, rule), True
+        found["cuda"] = by(HOPPER_WINDOW, rule), True
     elif shape.documents:
         bounds = starts.to(torch.int32), document_ends(starts).to(torch.int32)
         found["triton"] = by(DOCUMENT, DocumentRule(*bounds)), True

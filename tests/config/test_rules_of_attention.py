@@ -118,7 +118,8 @@ MODELS = {
 def test_what_is_refused_no_gpu_would_be_chosen_for(monkeypatch, asked, cudnn):
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None if cudnn else "not by cuDNN")
-    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: "needs NVRTC")
+    for name in ("why_not_hopper_kernel", "why_not_hopper_window"):
+        monkeypatch.setattr(dispatch, name, lambda *about: "needs NVRTC")
     refused = set()
     grid = product(MODELS.items(), (False, True), ("bfloat16", "float32"), (1, 2), (1, 256, 2048))
     for (name, model), documents, dtype, context, length in grid:

@@ -42,7 +42,7 @@ struct Fiber {
   char waits[80] = "";
   // What the warp's other threads read: shuffles.
   float shuffled;
-  struct Op { float* d; const u32* a_regs; u64 a, b; int n, add, b_rows; };
+  struct Op { float* d; const u32* a_regs; u64 a, b; int n, add, b_rows, a_rows; };
   std::vector<Op> ops;         // not run yet
   std::vector<size_t> groups;  // ends of committed groups in ops
   long bulk_reads = 0;
@@ -146,6 +146,21 @@ inline void tma_load(u32 to, const TensorMap* map, u32 bar, int c0, int c1, int 
     turn(b);
   });
 }
+inline void tma_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3) {
+  const TensorMap m = *map;
+  Fiber* f = current;
+  ++f->bulk_reads;
+  copies.push_back([=] {
+    if (from % 1024) { printf("copy from %u\n", from); abort(); }
+    for (long r = 0; r < (long)m.opaque[8]; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const bool inside = c0 + c < (long)m.opaque[1] && c1 < (long)m.opaque[2] && c2 + r < (long)m.opaque[3] && c3 < (long)m.opaque[4];
+        if (inside) memcpy((char*)m.opaque[0] + (c0 + c) * 2 + c1 * (long)m.opaque[5] + (c2 + r) * (long)m.opaque[6] + c3 * (long)m.opaque[7], at(swizzled(from + r * 128 + c * 2)), 2);
+      }
+    --f->bulk_reads;
+    ++progress;
+  });
+}
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
   copies.push_back([=] {
     memcpy(at(to), from, bytes);
@@ -190,7 +205,7 @@ inline void run_op(int wg, size_t i) {
         const u32 reg = owner.ops[i].a_regs[(r % 16 / 8) + k / 8 * 2];
         a[r * 16 + k] = from_bf16(k & 1 ? reg >> 16 : reg & 0xFFFF);
       } else {
-        a[r * 16 + k] = element(op.a, r, k, 0);
+        a[r * 16 + k] = element(op.a, r, k, op.a_rows);
       }
     }
   for (int n = 0; n < op.n; ++n)
@@ -231,6 +246,9 @@ template <int A_ADD, int B_ADD, int N> inline void mma_new(float (&d)[N], u32 a,
 template <int A_ADD, int B_ADD, int N> inline void mma(float (&d)[N], u32 a, u32 b) { current->ops.push_back({d, nullptr, a + A_ADD | UPPER, b + B_ADD | UPPER, N * 2, 1, 0}); }
 template <int A_ADD, int B_ADD, int N> inline void mma_rows(float (&d)[N], u32 a, u32 b) { current->ops.push_back({d, nullptr, a + A_ADD | UPPER, b + B_ADD | UPPER, N * 2, 1, 1}); }
 template <int B_ADD, int N> inline void mma_rows(float (&d)[N], const u32* a, u32 b, int add) { current->ops.push_back({d, a, 0, b + B_ADD | UPPER, N * 2, add, 1}); }
+template <int N, int B_ADD> inline void add_rows(float* d, const u32* a, u32 b, int add) { current->ops.push_back({d, a, 0, b + B_ADD | UPPER, N, add, 1}); }
+template <int N, int ADD, int B_ADD> inline void mma_columns(float* d, const u32* a, u32 b) { current->ops.push_back({d, a, 0, b + B_ADD | UPPER, N, ADD, 0}); }
+template <int ADD, int A_ADD, int B_ADD> inline void mma_transposed(float (&d)[8], u32 a, u32 b) { current->ops.push_back({d, nullptr, a + A_ADD | UPPER, b + B_ADD | UPPER, 16, ADD, 0, 1}); }
 inline u32 pack(float low, float high) { return (u32)to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline float low_of(u32 r) { return from_bf16(r & 0xFFFF); }
 inline float high_of(u32 r) { return from_bf16(r >> 16); }
@@ -255,6 +273,14 @@ inline void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d, bool transposed) {
 }
 inline void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) { stmatrix(to, a, b, c, d, false); }
 inline void store_matrices_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) { stmatrix(to, a, b, c, d, true); }
+inline void load_matrices(u32* to, u32 address) {
+  stored[threadIdx.x].address = address;
+  meet(2200 + warp_index(), 32, [] {}, "ldmatrix");
+  const Stored* s = stored + warp_index() * 32;
+  const int lane = threadIdx.x & 31;
+  for (int m = 0; m < 4; ++m) memcpy(to + m, at(s[m * 8 + lane / 4].address + lane % 4 * 4), 4);
+  meet(2300 + warp_index(), 32, [] {}, "ldmatrix");
+}
 inline uint4 load_shared(u32 a) { uint4 r; memcpy(&r, at(a), 16); return r; }
 inline float2 load_shared2(u32 a) { float2 r; memcpy(&r, at(a), 8); return r; }
 

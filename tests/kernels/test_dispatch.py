@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.kernels import device as kernel_device
-from swamla_titan.kernels.attention import dispatch
+from swamla_titan.kernels.attention import dispatch, hopper_window
 from swamla_titan.kernels.attention.dispatch import (
     ATTENTION_BACKENDS,
     FUSED,
@@ -33,7 +33,8 @@ def _gpu(monkeypatch):
     """Nothing here touches a GPU: what is asked of one is answered."""
     monkeypatch.setattr(kernel_device, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "why_not_cudnn_heads", lambda *about: None)
-    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: "needs NVRTC")
+    for name in ("why_not_hopper_kernel", "why_not_hopper_window"):
+        monkeypatch.setattr(dispatch, name, lambda *about: "needs NVRTC")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
 
 
@@ -212,3 +213,30 @@ def test_heads_between_16_bytes_are_copied_for_sdpa():
     assert torch.equal(dispatch._aligned(value), value)
     wide = torch.randn(2, 3, 5, 256, dtype=torch.bfloat16)[..., 128:]
     assert dispatch._aligned(wide) is wide
+
+
+@pytest.mark.parametrize(
+    "request_, asked, taken, why",
+    [
+        (WINDOW, "auto", "cuda, windows", None),
+        (replace(WINDOW, has_documents=True, heads=Heads(16, 4, 96, 96)), "triton", "cuda, windows", None),
+        (WINDOW, "flex", "flex", "attention by flex"),
+        (replace(WINDOW, chunk=256), "auto", "flex", "parallel.context"),
+        (
+            replace(WINDOW, dtype=torch.float32),
+            "triton",
+            "triton, windows",
+            "takes no heads as wide as these in float32",
+        ),
+        (replace(WINDOW, mask=MaskSpec(256, 65)), "auto", "flex", "takes no more than 64 sinks"),
+        (CAUSAL, "auto", "sdpa, causal", "no window"),
+    ],
+)
+def test_where_hopper_s_kernels_of_windows_are_taken(monkeypatch, request_, asked, taken, why):
+    monkeypatch.setattr(dispatch, "why_not_hopper_window", hopper_window.why_not_hopper_window)
+    monkeypatch.setattr(hopper_window.cuda, "why_not_compiled", lambda: None)
+    monkeypatch.setattr(hopper_window, "_cubin", lambda *about: b"")
+    choice = choose(replace(request_, projections=QKV), asked)
+    assert choice.implementation.name == taken
+    assert choice.why_not.get("cuda, windows") == why
+    assert (choice.fused is dispatch.ROTARY_HOPPER_WINDOW) == (why is None)

@@ -143,15 +143,15 @@ def test_a_machine_without_nvrtc_is_told_what_is_missing(monkeypatch):
 
 
 class Emulated:
-    """hopper.cu compiled for this CPU, with hopper_emulated.h instead of Hopper's instructions."""
+    """CUDA C++ compiled for this CPU, with hopper_emulated.h instead of Hopper's instructions."""
 
     class Map(ctypes.Structure):
         _fields_ = [("numbers", ctypes.c_uint64 * 16)]
 
-    def __init__(self, path, width, documents):
-        macros = [f"-DQK_WIDTH={width}", f"-DDOCUMENTS={int(documents)}"]
-        paths = [f"-I{SOURCES}", f"-I{HERE}", "-o", str(path), str(HERE / "hopper_emulated.cpp")]
-        subprocess.run(["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", *macros, *paths], check=True)
+    def __init__(self, path, source, **macros):
+        defined = [f"-D{name}={value}" for name, value in macros.items()]
+        paths = [f"-I{SOURCES}", f"-I{HERE}", "-o", str(path), str(HERE / source)]
+        subprocess.run(["g++", "-O1", "-std=c++17", "-w", "-shared", "-fPIC", *defined, *paths], check=True)
         self.library = ctypes.CDLL(str(path))
 
     def __call__(self, name, *arguments):
@@ -178,17 +178,18 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def emulate(monkeypatch, path, width, documents):
-    """Let hopper.py launch the kernels on this CPU."""
-    emulated = Emulated(path, width, documents)
-    monkeypatch.setattr(
-        hopper,
-        "_kernel",
-        lambda device, width, documents, name: lambda blocks, threads, *rest: emulated(name, blocks, 1, *rest),
-    )
-    monkeypatch.setattr(hopper, "TensorMap", lambda x, rows: (x, rows))
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 2)
+def emulate(monkeypatch, module, emulated):
+    """Let a module launch its kernels on this CPU."""
+    launch = lambda device, width, documents, name: lambda blocks, threads, *rest: emulated(name, blocks, 1, *rest)  # noqa: E731
+    monkeypatch.setattr(module, "_kernel", launch)
+    monkeypatch.setattr(module, "TensorMap", lambda x, rows: (x, rows))
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def emulate_causal(monkeypatch, path, width, documents):
+    """Those of hopper.py."""
+    emulate(monkeypatch, hopper, Emulated(path, "hopper_emulated.cpp", QK_WIDTH=width, DOCUMENTS=int(documents)))
     monkeypatch.setattr(hopper, "WORKSPACE_BYTES", 2**18)  # several launches
 
 
@@ -196,7 +197,7 @@ def emulate(monkeypatch, path, width, documents):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("width, documents", [(192, False), (192, True), (128, True)])
 def test_emulated(monkeypatch, tmp_path, deterministic, width, documents):
-    emulate(monkeypatch, tmp_path / "emulated.so", width, documents)
+    emulate_causal(monkeypatch, tmp_path / "emulated.so", width, documents)
     for shape in SHAPES:
         if (shape[3] is not None) != documents:
             continue
@@ -213,7 +214,7 @@ def test_emulated(monkeypatch, tmp_path, deterministic, width, documents):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_emulated_in_parts(monkeypatch, tmp_path, deterministic):
     """A last part of keys for all heads, and gradients of keys and values in one tensor, are the same to the bit."""
-    emulate(monkeypatch, tmp_path / "emulated.so", 192, False)
+    emulate_causal(monkeypatch, tmp_path / "emulated.so", 192, False)
     (query, key, value), bounds, upstream, _ = problem(2, 200, 3, None, 192, "cpu")
     last = key[:, :, :1, 128:].contiguous()
     key = torch.cat([key[..., :128], last.expand(-1, -1, 3, -1)], dim=-1)
@@ -243,7 +244,7 @@ def test_emulated_in_parts(monkeypatch, tmp_path, deterministic):
 )
 @pytest.mark.parametrize("documents", [False, True])
 def test_emulated_with_its_rotation(monkeypatch, tmp_path, deterministic, documents):
-    emulate(monkeypatch, tmp_path / "emulated.so", 192, documents)
+    emulate_causal(monkeypatch, tmp_path / "emulated.so", 192, documents)
     batch, length, heads = 2, 140, 3
     query, keys_values, beside = (
         torch.randn(batch, length, *shape).bfloat16().requires_grad_() for shape in ((heads, 192), (heads, 256), (88,))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swamla_titan.kernels.attention.dispatch import reference_attention
+from swamla_titan.kernels.attention.hopper_window import why_not_hopper_window
 from swamla_titan.kernels.attention.masks import dense_mask, document_starts
 from swamla_titan.kernels.attention.rotary_window import rotary_window_attention
 from swamla_titan.model.layers import rotate, rotation
@@ -26,21 +27,28 @@ def apart(qkv, by, starts, window, sink, scale):
     return reference_attention(*parts, dense_mask(starts, window, sink), scale).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "dtype, kernel", [*((dtype, "triton") for dtype in TOLERANCE), (torch.bfloat16, "cuda")], ids=str
+)
 @pytest.mark.parametrize(
     "tokens, groups, per_key, width, documents",
     [(150, 2, 1, 96, 0), (150, 2, 1, 64, 5), (70, 2, 3, 64, 3), (33, 1, 2, 96, 0), (1, 1, 1, 64, 0)],
 )
-def test_value_and_gradient_equal_the_steps_apart(tokens, groups, per_key, width, documents, dtype):
+def test_value_and_gradient_equal_the_steps_apart(tokens, groups, per_key, width, documents, dtype, kernel):
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("not in Triton's interpreter")
+    if kernel == "cuda" and (
+        why := why_not_hopper_window(torch.device("cuda"), torch.bfloat16, width, 4, documents > 0)
+    ):
+        pytest.skip(why)
     qkv = torch.randn(2, tokens, groups, per_key + 2, width, device=DEVICE).to(dtype).requires_grad_()
     starts = document_starts((torch.rand(2, tokens, device=DEVICE) < documents / tokens).cumsum(dim=1))
     places = torch.arange(tokens, device=DEVICE)[None]
     positions = places - starts if documents else places  # of each row its own, or the same for all
     by, exact_by = (rotation(positions, width, 10000.0, 1.0, kind) for kind in (torch.float32, torch.float64))
     rule = 40, 4, width**-0.5
-    ours = rotary_window_attention(qkv, *by, starts.to(torch.int32) if documents else None, *rule)
+    own = starts.to(torch.int32) if documents else None
+    ours = rotary_window_attention(qkv, *by, own, *rule, kernel)
     exact_qkv = qkv.detach().double().requires_grad_()
     exact = apart(exact_qkv, exact_by, starts, *rule)
     assert ours.dtype == dtype

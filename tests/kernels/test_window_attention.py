@@ -10,6 +10,7 @@ import torch
 
 from swamla_titan.kernels.attention import window as window_attention_file
 from swamla_titan.kernels.attention.dispatch import WINDOW
+from swamla_titan.kernels.attention.hopper_window import why_not_hopper_window
 from swamla_titan.kernels.attention.masks import WindowRule, dense_mask, document_starts
 from swamla_titan.kernels.attention.window import why_not_window_kernel, window_attention
 from swamla_titan.kernels.limits import WINDOW_SINKS
@@ -61,6 +62,33 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         pytest.skip("not in Triton's interpreter")
     check(shape, dtype)
+
+
+def by_hopper_s_kernels(*given):
+    return window_attention(*given, kernel="cuda")
+
+
+HOPPER_SHAPES = SHAPES | {
+    "far sinks in two tiles": (520, 96, 1, 1, 100, 20, 2),
+    "heads of 64 of real size": (2048, 64, 4, 4, 256, 4, 0),
+    "heads of 96 of real size": (1999, 96, 8, 2, 300, 17, 3),
+    "heads of 128 of real size": (2048, 128, 4, 2, 256, 4, 12),
+}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA C++")
+@pytest.mark.parametrize("shape", HOPPER_SHAPES.values(), ids=HOPPER_SHAPES)
+def test_hopper_s_kernels_equal_the_reference(shape):
+    if why := why_not_hopper_window(torch.device("cuda"), torch.bfloat16, shape[1], shape[5], shape[6] > 0):
+        pytest.skip(why)
+    check(shape, torch.bfloat16, by_hopper_s_kernels)
+    (query, key, value), starts = inputs(shape, torch.bfloat16)
+    upstream = torch.randn_like(query)
+    found = []
+    for _ in range(2):
+        out = by_hopper_s_kernels(query, key, value, starts.to(torch.int32) if shape[6] else None, *shape[4:6], 0.1)
+        found.append([out, *torch.autograd.grad(out, (query, key, value), upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(*found)), "differs from run to run"
 
 
 @pytest.mark.tedious

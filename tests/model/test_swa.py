@@ -132,7 +132,7 @@ def test_rotation_and_attention_as_one_get_what_the_steps_apart_get(monkeypatch,
     starts = torch.tensor([[0] * 5 + [5] * 9], dtype=torch.int32)
     ruled = replace(plain, mask=WindowRule(starts, 4, 2), implementation=WINDOW)
 
-    def steps(qkv, cos, sin, starts, window, sink, scale):
+    def steps(qkv, cos, sin, starts, window, sink, scale, kernel):
         calls.append((starts, window, sink))
         query, key, value = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
         query, key = rotate(query.flatten(2, 3), (by := Rotation(cos, sin))), rotate(key.squeeze(3), by)

@@ -26,7 +26,8 @@ TRITON = Kernels(attention="triton", elementwise="triton")
 @pytest.fixture(autouse=True)
 def _without_nvrtc(monkeypatch):
     """As here, on a machine with a GPU too."""
-    monkeypatch.setattr(dispatch, "why_not_hopper_kernel", lambda *about: "needs NVRTC")
+    for name in ("why_not_hopper_kernel", "why_not_hopper_window"):
+        monkeypatch.setattr(dispatch, name, lambda *about: "needs NVRTC")
 
 
 def chosen(

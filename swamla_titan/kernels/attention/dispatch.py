@@ -20,6 +20,7 @@ from swamla_titan.kernels.attention.causal import chunked_causal_attention, why_
 from swamla_titan.kernels.attention.document import TIMED_WIDTHS, document_attention, why_not_document_kernel
 from swamla_titan.kernels.attention.hopper import LAST, hopper_attention, longest_sequence, why_not_hopper_kernel
 from swamla_titan.kernels.attention.hopper import TIMED_WIDTHS as HOPPER_TIMED_WIDTHS
+from swamla_titan.kernels.attention.hopper_window import why_not_hopper_window
 from swamla_titan.kernels.attention.latent import latent_attention
 from swamla_titan.kernels.attention.latent_hopper import latent_hopper_attention
 from swamla_titan.kernels.attention.masks import (
@@ -299,6 +300,11 @@ def _window_kernel(request: Request) -> str | None:
     return why_not_window_kernel(request.device, request.dtype, request.heads.qk_width, request.mask.sink)
 
 
+def _hopper_window(request: Request) -> str | None:
+    width = request.heads.qk_width
+    return why_not_hopper_window(request.device, request.dtype, width, request.mask.sink, request.has_documents)
+
+
 def _document_kernel(request: Request) -> str | None:
     """Selective attention's takes the same heads."""
     return why_not_document_kernel(request.device, request.dtype, request.heads.qk_width, request.heads.v_width)
@@ -409,13 +415,21 @@ class _Window(Implementation):
     name, label, asked_by, form = "triton, windows", "triton", _OURS, "window"
     needs = (_WINDOW, _ONE_WIDTH, _window_kernel)
     operators = (torch.ops.swamla_titan.window_attention.default,)
+    kernel = "triton"
 
     def is_timed(self, request: Request) -> bool:
         return is_tuned_for(request.device, request.dtype)
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Tensor:
         assert isinstance(mask, WindowRule)
-        return window_attention(query, key, value, mask.starts, mask.window, mask.sink, scale)
+        return window_attention(query, key, value, mask.starts, mask.window, mask.sink, scale, self.kernel)
+
+
+class _HopperWindow(_Window):
+    """The same by our CUDA C++ kernels for Hopper."""
+
+    name, label, kernel = "cuda, windows", "cuda", "cuda"
+    needs = (_WINDOW, _ONE_WIDTH, _hopper_window)
 
 
 class _Document(Implementation):
@@ -496,13 +510,15 @@ class _SelectiveReference(SelectiveImplementation):
         return reference_selected_sums(query, key, rule, scale)
 
 
-HOPPER, CAUSAL, CHUNKED, WINDOW, DOCUMENT = _Hopper(), _Causal(), _Chunked(), _Window(), _Document()
+HOPPER, CAUSAL, CHUNKED, DOCUMENT = _Hopper(), _Causal(), _Chunked(), _Document()
+HOPPER_WINDOW, WINDOW = _HopperWindow(), _Window()
 FLEX, SDPA, REFERENCE = _Flex(), _SDPA(), _Reference()
 SELECTIVE, SELECTIVE_REFERENCE = _Selective(), _SelectiveReference()
 IMPLEMENTATIONS: list[Implementation] = [  # the fastest first
     HOPPER,
     CAUSAL,
     CHUNKED,
+    HOPPER_WINDOW,
     WINDOW,
     DOCUMENT,
     FLEX,
@@ -519,13 +535,24 @@ class _RotaryWindow(FusedImplementation):
     name, label, asked_by = "triton, windows with their rotation", "triton", ATTENTION_BACKENDS
     layout, over = "qkv", frozenset({WINDOW.name})
     knows = frozenset({"chunk"})  # WINDOW does not, so chunks never come here
-    needs = (_not_apart,)
+    needs: tuple[Need, ...] = (_not_apart,)
+    kernel = "triton"
 
     def call(self, *projections: Tensor, cos: Tensor, sin: Tensor, mask: Mask, scale: float) -> Tensor:
         """Queries of a group of heads, then its key and its value, [B, T, G, H/G + 2, D] -> [B, T, H, D]."""
         (qkv,) = projections
         assert isinstance(mask, WindowRule)
-        return rotary_window_attention(qkv.contiguous(), cos, sin, mask.starts, mask.window, mask.sink, scale)
+        rule = mask.starts, mask.window, mask.sink, scale, self.kernel
+        return rotary_window_attention(qkv.contiguous(), cos, sin, *rule)
+
+
+class _RotaryHopperWindow(_RotaryWindow):
+    """The same, with attention by our CUDA C++ kernels for Hopper."""
+
+    name, label, asked_by = "cuda, windows with their rotation", "cuda", _OURS
+    knows = frozenset()
+    kernel, over = "cuda", frozenset({HOPPER_WINDOW.name})
+    needs = (_not_apart, HOPPER_WINDOW.why_not)
 
 
 class _Latent(FusedImplementation):
@@ -569,9 +596,16 @@ class _LatentHopper(_Latent):
         return latent_hopper_attention(*heads, rope_key, cos, sin, scale, *documents)
 
 
-ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS, LATENT_HOPPER = _RotaryWindow(), _Latent(), _LatentDocuments(), _LatentHopper()
+ROTARY_WINDOW, ROTARY_HOPPER_WINDOW = _RotaryWindow(), _RotaryHopperWindow()
+LATENT, LATENT_DOCUMENTS, LATENT_HOPPER = _Latent(), _LatentDocuments(), _LatentHopper()
 # The fastest last, because the reason against the first one tells most where none is taken.
-FUSED: list[FusedImplementation] = [ROTARY_WINDOW, LATENT, LATENT_DOCUMENTS, LATENT_HOPPER]
+FUSED: list[FusedImplementation] = [
+    ROTARY_WINDOW,
+    ROTARY_HOPPER_WINDOW,
+    LATENT,
+    LATENT_DOCUMENTS,
+    LATENT_HOPPER,
+]
 
 
 def choose_for_prompts(request: Request, asked: AttentionBackend) -> Choice:

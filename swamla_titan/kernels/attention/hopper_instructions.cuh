@@ -37,6 +37,10 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
       ::"r"(to), "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
+__device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
+               ::"l"(map), "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
@@ -136,6 +140,46 @@ template <int B_ADD> __device__ __forceinline__ void mma_rows(float (&d)[96], co
                : IO32(d, 0), IO32(d, 32), IO32(d, 64) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(B_ADD));
 }
 
+// d += a b, or d = a b if not `add`, N columns: b contracted along rows, a in registers.
+#define A4(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define L8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define L48 L0 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+template <int N, int B_ADD> __device__ __forceinline__ void add_rows(float* d, const u32* a, u32 b, int add) {
+  if constexpr (N == 64)
+    asm volatile("{" IF("%38") DESC_B("%36", "%37", UPPER) MMA "n64" KIND L0 "}, {%32,%33,%34,%35}, db, p, 1, 1, 1;}"
+                 : IO32(d, 0) : A4(a), "r"(b), "n"(B_ADD), "r"(add));
+  if constexpr (N == 96)
+    asm volatile("{" IF("%54") DESC_B("%52", "%53", UPPER) MMA "n96" KIND L48 "}, {%48,%49,%50,%51}, db, p, 1, 1, 1;}"
+                 : IO32(d, 0), IO16(d, 32) : A4(a), "r"(b), "n"(B_ADD), "r"(add));
+  if constexpr (N == 128)
+    asm volatile("{" IF("%70") DESC_B("%68", "%69", UPPER) MMA "n128" KIND L0 "," L1 "}, {%64,%65,%66,%67}, db, p, 1, 1, 1;}"
+                 : IO32(d, 0), IO32(d, 32) : A4(a), "r"(b), "n"(B_ADD), "r"(add));
+}
+// d = a b^T, or d += a b^T if ADD, a in registers, b contracted along columns; N columns.
+template <int N, int ADD, int B_ADD> __device__ __forceinline__ void mma_columns(float* d, const u32* a, u32 b) {
+  if constexpr (N == 64 && ADD)
+    asm volatile("{" IF("1") DESC_B("%36", "%37", UPPER) MMA "n64" KIND L0 "}, {%32,%33,%34,%35}, db, p, 1, 1, 0;}"
+                 : IO32(d, 0) : A4(a), "r"(b), "n"(B_ADD));
+  if constexpr (N == 64 && !ADD)
+    asm volatile("{" IF("0") DESC_B("%36", "%37", UPPER) MMA "n64" KIND L0 "}, {%32,%33,%34,%35}, db, p, 1, 1, 0;}"
+                 : NEW32(d, 0) : A4(a), "r"(b), "n"(B_ADD));
+  if constexpr (N == 16 && ADD)
+    asm volatile("{" IF("1") DESC_B("%12", "%13", UPPER) MMA "n16" KIND L8 "}, {%8,%9,%10,%11}, db, p, 1, 1, 0;}"
+                 : IO4(d, 0), IO4(d, 4) : A4(a), "r"(b), "n"(B_ADD));
+  if constexpr (N == 16 && !ADD)
+    asm volatile("{" IF("0") DESC_B("%12", "%13", UPPER) MMA "n16" KIND L8 "}, {%8,%9,%10,%11}, db, p, 1, 1, 0;}"
+                 : NEW4(d, 0), NEW4(d, 4) : A4(a), "r"(b), "n"(B_ADD));
+}
+// d = a^T b^T or d += a^T b^T, 16 columns: a contracted along rows, b along columns.
+template <int ADD, int A_ADD, int B_ADD> __device__ __forceinline__ void mma_transposed(float (&d)[8], u32 a, u32 b) {
+  if constexpr (ADD)
+    asm volatile("{" IF("1") DESC_A("%8", "%10") DESC_B("%9", "%11", UPPER) MMA "n16" KIND L8 "}, da, db, p, 1, 1, 1, 0;}"
+                 : IO4(d, 0), IO4(d, 4) : "r"(a), "r"(b), "n"(A_ADD), "n"(B_ADD));
+  else
+    asm volatile("{" IF("0") DESC_A("%8", "%10") DESC_B("%9", "%11", UPPER) MMA "n16" KIND L8 "}, da, db, p, 1, 1, 1, 0;}"
+                 : NEW4(d, 0), NEW4(d, 4) : "r"(a), "r"(b), "n"(A_ADD), "n"(B_ADD));
+}
+
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -158,6 +202,10 @@ __device__ __forceinline__ void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 
 }
 __device__ __forceinline__ void store_matrices_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void load_matrices(u32* r, u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 __device__ __forceinline__ uint4 load_shared(u32 at) {
   uint4 r;

@@ -20,7 +20,14 @@ _ROWS = 32  # queries and keys per program
 
 
 def rotary_window_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    window: int,
+    sink: int,
+    scale: float,
+    kernel: str = "triton",
 ) -> Tensor:
     """`window_attention` of rotated queries and keys from a fused projection.
 
@@ -28,19 +35,26 @@ def rotary_window_attention(
     [1 or B, T, 1, D/2] in float32 rotate element i with i + D/2, as model/layers.py does. -> [B, T, H, D] in qkv's
     dtype; the rest is as in `window_attention`.
     """
-    out: Tensor = _forward(qkv, cos, sin, starts, window, sink, scale)[0]
+    out: Tensor = _forward(qkv, cos, sin, starts, window, sink, scale, kernel)[0]
     return out
 
 
 @torch.library.custom_op("swamla_titan::rotary_window_attention", mutates_args=())
 def _forward(
-    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    window: int,
+    sink: int,
+    scale: float,
+    kernel: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse as in `window_attention`, and rotated queries [B, T, H, D] and keys [B, T, G, D]."""
     query, key = _empty_query_key(qkv)
     with torch.cuda.device_of(qkv):  # Triton launches on the current one
         _rotate(qkv, query, key, cos, sin, back=False)
-        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale)
+        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale, kernel)
     return out, lse, query, key
 
 
@@ -65,12 +79,14 @@ def _backward(
     window: int,
     sink: int,
     scale: float,
+    kernel: str = "triton",
 ) -> Tensor:
     grad_qkv = torch.empty_like(qkv)
     grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
     gradients = grad_query, grad_key, grad_qkv[..., -1, :]
     with torch.cuda.device_of(qkv):
-        run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, window, sink, scale, gradients)
+        rule = window, sink, scale, kernel
+        run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, *rule, gradients)
         _rotate(grad_qkv, grad_query, grad_key, cos, sin, back=True)
     return grad_qkv
 

@@ -1,4 +1,4 @@
-"""Sliding-window attention with sinks and documents as one operator of Triton kernels (CUDA).
+"""Sliding-window attention with sinks and documents as one operator, by Triton kernels or Hopper's (CUDA).
 
 torch.compile keeps the operator in its graph as it is. Output and gradients are deterministic.
 """
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from swamla_titan.kernels.attention import hopper_window
 from swamla_titan.kernels.attention import window_triton as kernels
 from swamla_titan.kernels.attention.masks import attention_flops, window_pairs
 from swamla_titan.kernels.device import (
@@ -34,7 +35,14 @@ def why_not_window_kernel(device: torch.device, dtype: torch.dtype, width: int, 
 
 
 def window_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    window: int,
+    sink: int,
+    scale: float,
+    kernel: str = "triton",
 ) -> Tensor:
     """softmax(scale * query key^T) value over the keys that are visible by `sees` of kernels/attention/masks.py.
 
@@ -42,13 +50,21 @@ def window_attention(
     adjacent in memory, heads at addresses that are multiples of 16 bytes -> [B, T, H, D], contiguous, in query's dtype;
     matmuls of float32 are exact, never TF32. At most WINDOW_SINKS sinks.
     `starts` [B, T] int32, contiguous: the index at which each token's document begins; None: one document per sequence.
+    `kernel`: "triton", or "cuda", which is hopper_window.py.
     """
-    out: Tensor = _forward(query, key, value, starts, window, sink, scale)[0]
+    out: Tensor = _forward(query, key, value, starts, window, sink, scale, kernel)[0]
     return out
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, window: int, sink: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    window: int,
+    sink: int,
+    scale: float,
+    kernel: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
     batch, length, heads, width = query.shape
@@ -59,6 +75,8 @@ def run_forward(
     assert window >= 1
     assert starts is None or (starts.shape == (batch, length) and starts.is_contiguous())
     assert starts is None or starts.dtype == torch.int32
+    if kernel == "cuda":
+        return hopper_window.run_forward(query, key, value, starts, window, sink, scale)
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     tiles, split = forward_tiles(query.dtype, width), _split(width, query.dtype)
@@ -86,9 +104,15 @@ def run_backward(
     window: int,
     sink: int,
     scale: float,
+    kernel: str,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Write the gradients of query, key and value into `gradients`, tensors of their shapes and any strides."""
+    """Write the gradients of query, key and value into `gradients`, tensors of their shapes.
+
+    Their strides are multiples of 16 bytes but for the last.
+    """
+    if kernel == "cuda":
+        return hopper_window.run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
     grad_out = tma_readable(grad_out)
     batch, length, heads, width = query.shape
     grad_query, grad_key, grad_value = gradients
@@ -152,9 +176,10 @@ def _backward(
     window: int,
     sink: int,
     scale: float,
+    kernel: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
+    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, kernel, gradients)
     return gradients
 
 
