@@ -89,13 +89,15 @@ class TrainState:
     fingerprint: dict[str, Any] = field(metadata={"key": "identity"})
     replaced_bytes: Count = 0
     excluded: list[Exclusion] = field(default_factory=list)
+    source_tokens: dict[str, Count] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {**_versions()})
 
     def to_json(self) -> str:
         """The content of train.json."""
         content = {key_of(each): getattr(self, each.name) for each in fields(self)}
-        if not self.excluded:
-            del content["excluded"]
+        for name in ("excluded", "source_tokens"):
+            if not content[name]:
+                del content[name]
         return json.dumps(content, indent=1, default=asdict)
 
 

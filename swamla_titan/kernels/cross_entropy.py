@@ -19,11 +19,18 @@ _ROUND_TO = 256  # a chunk has a multiple of so many tokens, for the tiles of it
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, vocab_size: int, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    sequences: int = 0,
 ) -> Tensor:
     """Sum over the targets that are not -100 of -log softmax(logits)[target], plus z-loss; a float32 scalar.
 
-    logits [N, V] with V >= vocab_size (columns from vocab_size on are padding and ignored), targets [N] int64.
+    logits [N, V] with V >= vocab_size (columns from vocab_size on are padding and ignored), targets [N] int64. With
+    `sequences`, which have equally many tokens, a sum for each of them: [sequences].
     `label_smoothing` spreads that share of the target evenly over the vocabulary, as torch's cross_entropy does;
     `z_loss` adds weight * log(sum exp logits)^2 per target, which keeps the logits' scale from drifting
     (PaLM, arXiv:2204.02311, section 5). A target outside [0, vocab_size) that is not -100 is the caller's error and is
@@ -41,7 +48,12 @@ def cross_entropy(
         loss = (1 - label_smoothing) * loss + label_smoothing * (log_partition - logits.mean(dim=-1))
     if z_loss > 0:
         loss = loss + z_loss * log_partition.square()
-    return torch.where(targets != IGNORE, loss, 0.0).sum()
+    return summed(torch.where(targets != IGNORE, loss, 0.0), sequences)
+
+
+def summed(losses: Tensor, sequences: int) -> Tensor:
+    """The sum of the losses [N] of all tokens, or of those of each of `sequences` sequences, [sequences]."""
+    return losses.view(sequences, -1).sum(dim=-1) if sequences else losses.sum()
 
 
 def linear_cross_entropy(
@@ -53,11 +65,13 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    terms: list[Tensor] | None = None,
 ) -> Tensor:
     """cross_entropy(x weight^T, targets, ...) / denominator, a float32 scalar (float64 for float64 x).
 
     x [N, D], weight [V, D] in any dtype (computed in x's), V >= vocab_size, targets [N] int64; the rest is as in
-    `cross_entropy`. `denominator` is a number or a tensor of one element, and gets no gradient.
+    `cross_entropy`. `denominator` is a number or a tensor of one element, and gets no gradient. `terms` is given each
+    token's term of the result, [N].
 
     Logits are computed for a chunk of tokens and immediately overwritten by their gradient, from which the gradients of
     x and weight follow (as in Liger Kernel, arXiv:2410.10989); the weight's is accumulated in float32. So nothing is
@@ -70,7 +84,8 @@ def linear_cross_entropy(
         scale = denominator.detach().reshape(()).to(x.device, wide).reciprocal()
     else:  # filled on the device, because a copy of a host tensor would wait for it
         scale = torch.full((), 1 / denominator, dtype=wide, device=x.device)
-    total: Tensor = _LinearCrossEntropy.apply(x, weight, targets, scale, vocab_size, z_loss, label_smoothing, wanted)
+    options = vocab_size, z_loss, label_smoothing, wanted, terms
+    total: Tensor = _LinearCrossEntropy.apply(x, weight, targets, scale, *options)
     return total
 
 
@@ -93,6 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         label_smoothing: float,
         wanted: bool,
+        terms: list[Tensor] | None,
     ) -> Tensor:
         matrix, rows = weight.to(x.dtype), _triton_rows if x.is_cuda else plain_rows
         size = tokens_per_chunk(x.shape[0], weight.shape[0], x.element_size())
@@ -107,14 +123,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits  # so that the next chunk is not allocated beside this one
         ctx.gradients = (grad_x, grad_weight) if wanted else None
         ctx.weight_dtype = weight.dtype
-        return torch.cat(losses).sum()
+        every = torch.cat(losses)
+        if terms is not None:
+            terms.append(every)
+        return every.sum()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of linear_cross_entropy are there for one backward pass")
         (grad_x, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.weight_dtype), *[None] * 6
+        return grad_x.mul_(grad_loss), grad_weight.mul_(grad_loss).to(ctx.weight_dtype), *[None] * 7
 
 
 def _add_matmul(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

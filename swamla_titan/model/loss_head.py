@@ -1,32 +1,35 @@
 """Output head and loss together: the last activations -> logits or the loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy
+from swamla_titan.kernels.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy, summed
 from swamla_titan.model.config import ModelConfig
 
 
 class CrossEntropy(nn.Module):
     """kernels/cross_entropy.py as a module, which can be compiled by itself."""
 
-    def forward(
-        self, logits: Tensor, targets: Tensor, vocab_size: int, *, z_loss: float, label_smoothing: float
-    ) -> Tensor:
-        """Logits [N, V] and targets [N] -> the sum of the losses, a float32 scalar."""
-        return cross_entropy(logits, targets, vocab_size, z_loss=z_loss, label_smoothing=label_smoothing)
+    def forward(self, logits: Tensor, targets: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        """Logits [N, V] and targets [N] -> the sum of the losses, or sums by sequence, in float32."""
+        return cross_entropy(logits, targets, vocab_size, **options)
 
 
 class LossHead(nn.Module):
     """Logits by the output head, then the cross-entropy, with z_loss and label_smoothing in training mode only.
 
     The head is an argument and no submodule, because its weight is the model's `head.weight` or the embedding's.
+    `sequence_losses` may be set to a list, which then gets the sum of the losses of each sequence, [B], of every call
+    in training mode.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.cross_entropy: nn.Module = CrossEntropy()
+        self.sequence_losses: list[Tensor] | None = None
 
     def forward(self, head: nn.Module, x: Tensor, targets: Tensor, denominator: Tensor | float) -> Tensor:
         """Activations [B, T, dim] and their targets [B, T] -> the sum of the losses / denominator, a float32 scalar."""
@@ -39,12 +42,24 @@ class LossHead(nn.Module):
 
     def loss(self, logits: Tensor, targets: Tensor, denominator: Tensor | float) -> Tensor:
         """`forward` from the head's output [B, T, padded vocabulary]."""
-        vocab_size, options = self.config.vocab_size, self.options
-        total: Tensor = self.cross_entropy(logits.flatten(0, 1), targets.flatten(), vocab_size, **options)
-        return total / denominator
+        arguments, options = (logits.flatten(0, 1), targets.flatten(), self.config.vocab_size), self.options
+        if not self._records:
+            total: Tensor = self.cross_entropy(*arguments, **options)
+            return total / denominator
+        of_sequences: Tensor = self.cross_entropy(*arguments, **options, sequences=len(logits))
+        self._record(of_sequences)
+        return of_sequences.sum() / denominator
 
     @property
-    def options(self) -> dict[str, float]:
+    def _records(self) -> bool:
+        return self.training and self.sequence_losses is not None
+
+    def _record(self, of_sequences: Tensor) -> None:
+        assert self.sequence_losses is not None
+        self.sequence_losses.append(of_sequences.detach())
+
+    @property
+    def options(self) -> dict[str, Any]:
         """The options of the cross-entropy in this mode."""
         if not self.training:
             return {"z_loss": 0.0, "label_smoothing": 0.0}
@@ -57,11 +72,16 @@ class FusedLossHead(LossHead):
     def forward(self, head: nn.Module, x: Tensor, targets: Tensor, denominator: Tensor | float) -> Tensor:
         """As in LossHead."""
         vocab_size, options = self.config.vocab_size, self.options
+        terms: list[Tensor] | None = [] if self._records else None
 
         def of(x: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), vocab_size, denominator, **options)
+            tokens = x.flatten(0, 1), weight, targets.flatten()
+            return linear_cross_entropy(*tokens, vocab_size, denominator, terms=terms, **options)
 
         loss: Tensor = head(x, of)
+        if terms:
+            factor = denominator.to(loss.device) if isinstance(denominator, Tensor) else denominator
+            self._record(summed(terms[0], len(x)) * factor)
         return loss
 
 

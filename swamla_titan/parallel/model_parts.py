@@ -49,10 +49,45 @@ class LossScaling:
         return loss
 
 
+class SourceLosses:
+    """Sums of the losses of each source of a mixture, over the training steps since they were last taken."""
+
+    def __init__(self, sources: int, parts: Sequence[SWAMLAModel], world: World) -> None:
+        """`parts`: those of the model on this rank, of which one at most computes losses."""
+        self._world, self._numbers = world, torch.arange(sources, device=world.device)
+        self._sums = torch.zeros(sources, dtype=torch.float64, device=world.device)
+        self._of_sequences: list[Tensor] = []
+        for part in parts:
+            if hasattr(part, "head"):  # which other stages of a pipeline lack
+                part.loss_head.sequence_losses = self._of_sequences
+
+    def begin_step(self) -> None:
+        """Forget what a step that failed has left."""
+        self._of_sequences.clear()
+
+    def end_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Add the losses of a step's micro-batches, which were computed in their order."""
+        for batch, losses in zip(micro_batches, self._of_sequences):
+            assert batch.sources is not None
+            sources = batch.sources.to(losses.device, non_blocking=True)
+            own = sources[:, None] == self._numbers  # [B, sources]
+            # Not by index_add_, whose order of summands is another each time on GPUs.
+            self._sums += torch.where(own, losses[:, None].double(), 0.0).sum(dim=0)
+
+    def take(self) -> list[float]:
+        """The sums over all ranks; all ranks call this, and wait for their devices."""
+        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        if self._world.degrees.pipeline > 1:
+            dist.all_reduce(sums, group=self._world.group("pipeline"))
+        total: list[float] = self._world.all_reduce_loss(sums).tolist()
+        return total
+
+
 class ParallelModel:
     """This rank's part of a model, built and parallelized as the configuration says.
 
-    `parts` is the full model alone, or the pipeline stages that this rank holds. `loss_scaling` may be replaced.
+    `parts` is the full model alone, or the pipeline stages that this rank holds. `loss_scaling` may be replaced, and
+    `source_losses` set.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -64,6 +99,7 @@ class ParallelModel:
             part.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
         self._gathers_float8 = gathers_float8(config, world.degrees)
         self.loss_scaling = LossScaling()
+        self.source_losses: SourceLosses | None = None
         self.pipeline = None
         if world.degrees.pipeline > 1:
             self.pipeline = Pipeline(config, world, cast(list[ModelStage], self.parts))
@@ -91,6 +127,8 @@ class ParallelModel:
             raise
 
     def _prepared_passes(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
+        if self.source_losses:
+            self.source_losses.begin_step()
         if self.pipeline:
             loss = self.pipeline.train_step(list(micro_batches), loss_denominator)
         else:
@@ -101,6 +139,8 @@ class ParallelModel:
                 part = self._loss(inputs, loss_denominator, prepared)
                 part.backward()
                 loss += part.detach()
+        if self.source_losses:
+            self.source_losses.end_step(micro_batches)
         for table in self._tables:
             table.gradient.merge()
         all_reduce_replicated_grads((parameter for part in self.parts for parameter in part.parameters()), self.world)

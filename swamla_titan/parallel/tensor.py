@@ -41,7 +41,7 @@ from swamla_titan.distributed.collectives import (
 from swamla_titan.distributed.dtensor import with_shard
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.masks import Selection, SelectionRule
-from swamla_titan.kernels.cross_entropy import IGNORE
+from swamla_titan.kernels.cross_entropy import IGNORE, summed
 from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.branch import SelectingHead
 from swamla_titan.model.layers import Embedding, LinearSpec, PerChannel, Role, Sharding, spec_of
@@ -270,9 +270,16 @@ class VocabularyParallelCrossEntropy(nn.Module):
         self.group = group
 
     def forward(
-        self, logits: Tensor, targets: Tensor, vocab_size: int, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        *,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        sequences: int = 0,
     ) -> Tensor:
-        """Logits [N, V/n] and targets [N] -> the sum of the losses, a float32 scalar."""
+        """Logits [N, V/n] and targets [N] -> the sum of the losses, or sums by sequence, in float32."""
         group = self.group
         first = group.rank * logits.shape[1]
         real = min(max(vocab_size - first, 0), logits.shape[1])
@@ -294,7 +301,7 @@ class VocabularyParallelCrossEntropy(nn.Module):
             loss = (1 - label_smoothing) * loss + label_smoothing * (log_partition - logit_sum[0] / vocab_size)
         if z_loss > 0:
             loss = loss + z_loss * log_partition.square()
-        return torch.where(targets != IGNORE, loss, 0.0).sum()
+        return summed(torch.where(targets != IGNORE, loss, 0.0), sequences)
 
 
 def enable_async_tensor_parallel(mesh: DeviceMesh) -> None:

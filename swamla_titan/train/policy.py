@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,6 +44,10 @@ class Policy:
 
     def metrics(self) -> Values:
         """This policy's values for the line of a step that is logged. The device is idle."""
+        return {}
+
+    def train_state(self) -> dict[str, Any]:
+        """This policy's fields of the TrainState that is about to be saved."""
         return {}
 
     @contextmanager

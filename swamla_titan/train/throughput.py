@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from swamla_titan.config.mixture import data_of_sources
 from swamla_titan.config.sections import Data
 from swamla_titan.system.machine import cores
 from swamla_titan.train.policy import Policy, Values
@@ -210,8 +211,9 @@ def data_wait_advice(data: Data, units: int, streams: int, cores: int) -> str:
             f"the data are in {units} units, which {data.streams} streams share: split them into more files, parquet "
             "into smaller row groups"
         )
-    if data.source == "huggingface" and not os.path.isdir(os.path.expanduser(data.path)):
+    sources = data_of_sources(data).values()
+    if any(each.source == "huggingface" and not os.path.isdir(os.path.expanduser(each.path)) for each in sources):
         further.append("a copy on a local disk needs no network")
-    elif data.source != "builtin":
+    elif any(each.source != "builtin" for each in sources):
         further.append("if the cores are idle meanwhile, the storage is slow: copy the data to a local disk")
     return ". ".join(part[0].upper() + part[1:] for part in (first, *further))

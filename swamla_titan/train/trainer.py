@@ -19,6 +19,7 @@ from swamla_titan.train.logging import MetricsLogger, step_line
 from swamla_titan.train.policies.batch_digests import batch_digests
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
+from swamla_titan.train.policies.mixture_metrics import mixture_metrics
 from swamla_titan.train.policies.profiling import StepProfiler
 from swamla_titan.train.policies.streaks import bad_step_policy
 from swamla_titan.train.policies.unreadable_data import UnreadableData, next_batch
@@ -92,6 +93,7 @@ class Trainer:
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
             *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
+            *mixture_metrics(setup, self.state.model),
             self.unreadable,
             *batch_digests(config.metrics, self.folder, world),
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more
@@ -241,8 +243,10 @@ class Trainer:
             logger.warning("step %d is not saved: its weights are not finite; a rewind is due", self.step)
             return
         with self._pause("checkpoint"):
-            cursors, unreadable = all_gather_dict(self.world, self.cursors), self.unreadable.state(self.world)
-            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, **unreadable)
+            cursors, more = all_gather_dict(self.world, self.cursors), self.unreadable.state(self.world)
+            for policy in self.policies:
+                more |= policy.train_state()
+            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, **more)
             self.saver.save(self.state.tensors(), state, self.setup.files, last)
 
     def _may_write(self) -> bool:

@@ -1,0 +1,114 @@
+"""A mixture trains under every plan as in one process, with the same loss, tokens and epochs of each source."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from swamla_titan.cli import main
+from tests.distributed.ranks import on_ranks
+from tests.distributed.test_plans import BATCHES, COMMON, PLANS, TRIPLES
+from tests.tiny_config import tiny_config
+from tests.train.runs import metrics
+
+WEIGHTS = {"text": 0.5, "docs": 0.3, "more": 0.2}
+NAMES = [f"{key}/{name}" for key in ("loss", "tokens", "epochs", "val_loss", "val_bits_per_byte") for name in WEIGHTS]
+SHAPE = (
+    *BATCHES["does not"],
+    "--model.z_loss",
+    "1e-3",
+    "--model.label_smoothing",
+    "0.1",
+    "--data.document_mask",
+    "true",
+)
+FUSED = ("--kernels.loss", "fused")
+
+
+def run(config: str, *overrides: str) -> int:
+    text = Path(config).parent / "made-up-text"
+    tables = (
+        f'[{{name = "text", path = "{text}", weight = 0.5}}, {{name = "docs", source = "builtin", weight = 0.3}}, '
+        f'{{name = "more", path = "{text}", text_separator = " ", weight = 0.2}}]'
+    )
+    return main(["train", config, *COMMON, "--data.path", "", "--data.sources", tables, *SHAPE, *overrides])
+
+
+@functools.cache
+def alone(*overrides: str) -> dict[str, dict[int, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        assert run(str(tiny_config(Path(folder))), *overrides) == 0
+        return curves(Path(folder))
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    return {name: metrics(folder / "run", name) for name in ("loss", "grad_norm", "val_loss", "tokens", *NAMES)}
+
+
+def assert_same_curves(folder: Path) -> None:
+    expected, found = alone(), curves(folder)
+    for name, values in expected.items():
+        assert values, name
+        assert found[name] == pytest.approx(values, rel=2e-5), name
+
+
+def test_losses_and_tokens_of_the_sources_add_up_to_those_of_the_run():
+    found = alone()
+    for step, loss in found["loss"].items():
+        tokens = [{name: found[f"tokens/{name}"][at] if at else 0 for name in WEIGHTS} for at in (step - 1, step)]
+        assert sum(tokens[1].values()) == found["tokens"][step]
+        own = {name: tokens[1][name] - tokens[0][name] for name in WEIGHTS}  # a line of metrics.jsonl for each step
+        assert all((step in found[f"loss/{name}"]) == bool(own[name]) for name in WEIGHTS)
+        mean = sum(found[f"loss/{name}"][step] * count for name, count in own.items() if count) / sum(own.values())
+        assert mean == pytest.approx(loss, rel=1e-6)
+    for step, loss in found["val_loss"].items():
+        assert loss == pytest.approx(sum(found[f"val_loss/{name}"][step] * share for name, share in WEIGHTS.items()))
+
+
+@pytest.mark.parametrize(
+    "plan", ["cp-2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan != "cp-2")]
+)
+def test_a_plan_has_the_losses_of_each_source(tmp_path, plan):
+    ranks, overrides = PLANS[plan]
+    assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides) == [0] * ranks
+    assert_same_curves(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["fsdp-2-every", "cp-2-ddp-2"])
+def test_head_and_loss_as_one_have_the_losses_of_each_source(tmp_path, plan):
+    ranks, overrides = PLANS[plan]
+    assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides, *FUSED) == [0] * ranks
+    assert_same_curves(tmp_path)
+
+
+def test_head_and_loss_as_one_in_one_process(tmp_path):
+    assert run(str(tiny_config(tmp_path)), *FUSED, "--training.local_batch_size", "3") == 0
+    assert_same_curves(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "ZBVZeroBubble", "GPipe", "InterleavedZeroBubble"])
+def test_pipelines_of_every_schedule_have_the_losses_of_each_source(tmp_path, schedule):
+    overrides = (
+        "--parallel.pipeline",
+        "2",
+        "--parallel.pipeline_schedule",
+        schedule,
+        "--training.local_batch_size",
+        "1",
+    )
+    config = str(tiny_config(tmp_path))
+    model = ("--model.num_layers", "6") if "Interleaved" in schedule or "ZBV" in schedule else ()
+    assert on_ranks(2, run, config, *overrides, *model) == [0, 0]
+    expected, found = alone(*model), curves(tmp_path)
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=2e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", TRIPLES)
+def test_a_composition_of_three_has_the_losses_of_each_source(tmp_path, plan):
+    assert on_ranks(8, run, str(tiny_config(tmp_path)), *TRIPLES[plan]) == [0] * 8
+    assert_same_curves(tmp_path)
