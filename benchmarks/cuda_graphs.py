@@ -75,7 +75,7 @@ class Passes:
 def measure(setup: Setup, batches: list[MicroBatch], is_graph: bool) -> tuple[float, ...]:
     """Milliseconds a step, the first and the last loss after WARM steps, and GiB."""
     torch._dynamo.reset()
-    take_step = TrainStep(setup.config, setup.world, setup.build_state(), setup.micro_batch_size)
+    take_step = TrainStep(setup.stage, setup.world, setup.build_state())
     passes = Passes(take_step, batches[0])
     half = (len(batches) + WARM) // 2
     for number, batch in enumerate(batches):

@@ -178,7 +178,7 @@ def measure(plan: str, arguments: argparse.Namespace, folder: Path, profiled: bo
         if "wrapped=true" in plan:
             wrap_alone(setup, state)
         clock.after_build()
-        take_step = TrainStep(setup.config, world, state, setup.micro_batch_size)
+        take_step = TrainStep(setup.stage, world, state)
         losses = []
         for step in range(arguments.steps):
             batch = clock.next(loader)

@@ -182,6 +182,12 @@ def _settings(cls: type) -> dict[str, Setting]:
     return found
 
 
+def given(table: Any) -> dict[str, Any]:
+    """The keys of a table of a list that do not have their defaults."""
+    values = {key: (getattr(table, key), setting.default) for key, setting in settings(type(table)).items()}
+    return {key: value for key, (value, default) in values.items() if value != default}
+
+
 def problems(cls: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, what is wrong) for each value of the settings of a dataclass that is of a wrong type or out of range."""
     found = ((name, setting.problem(values[name])) for name, setting in settings(cls).items())

@@ -23,7 +23,7 @@ from swamla_titan.data import TrainingData, fingerprint_changes
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
-from swamla_titan.fields import settings, split_words
+from swamla_titan.fields import given, settings, split_words
 from swamla_titan.model import ModelConfig
 from swamla_titan.system.console import Lines
 
@@ -131,12 +131,14 @@ def run_fingerprint(config: Config, corpus: TrainingData, annex_record: AnnexRec
     for name in annex_record.hashes if annex_record else ():
         model |= {f"model.{name}.{key}": _as_json(value) for key, value in of_annexes[name].items()}
     model |= annex_record.fingerprint() if annex_record else {}
-    training = {
+    training: dict[str, Any] = {
         "data.document_mask": config.data.document_mask,
         "training.seq_len": config.training.seq_len,
         "training.global_batch_size": config.training.global_batch_size,
         "optimizer.name": config.optimizer.name,
     }
+    if stages := [given(stage) for stage in config.training.stages]:
+        training["training.stages"] = stages
     return model | corpus.fingerprint() | training
 
 

@@ -19,7 +19,7 @@ from swamla_titan.config.shipped import find_config, shipped_configs
 from swamla_titan.config.stability import warmup_steps
 from swamla_titan.config.toml import name, parse_toml, read_toml, shortened, shown, toml
 from swamla_titan.errors import UserError
-from swamla_titan.fields import INTEGERS, TABLE, Setting, nearest, settings
+from swamla_titan.fields import INTEGERS, TABLE, Setting, given, nearest, settings
 from swamla_titan.model import FLAVORS, ModelConfig
 
 _OVERRIDE = re.compile(r"--[\w-]+(\.[\w-]+)+")
@@ -426,12 +426,6 @@ def to_toml(config: Config, comments: bool = False) -> str:
                 lines.append(f"{key} = {toml(value)}")
         lines.append("")
     return "\n".join(lines)
-
-
-def given(table: Any) -> dict[str, Any]:
-    """The keys of a table of a list that do not have their defaults."""
-    values = {key: (getattr(table, key), setting.default) for key, setting in settings(type(table)).items()}
-    return {key: value for key, (value, default) in values.items() if value != default}
 
 
 def _explained(kind: type) -> list[str]:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 
-from swamla_titan.conditions import Conflict
+from swamla_titan.conditions import Conflict, value_at
+from swamla_titan.config.effects import NEEDS
 from swamla_titan.config.mixture import data_of, mixture_conflicts, within_source
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.parallel_rules import parallel_conflicts
+from swamla_titan.config.schedule import KEYS_OF_STAGE, Schedule, configs_of_stages, keys_changed_by
 from swamla_titan.config.sections import MOST_RANKS, Config, Data
 from swamla_titan.config.toml import shown
 from swamla_titan.distributed.degrees import DIMENSIONS
@@ -32,7 +34,52 @@ _WIDTHS: tuple[Quantity, ...] = ("qk_width", "v_width", "latent_width")
 
 
 def conflicts(config: Config) -> Iterator[Conflict]:
-    """All conflicts between keys."""
+    """All conflicts between keys, also those of the values that training.stages gives them."""
+    found = [*_conflicts(config)]
+    yield from found
+    if config.training.stages:
+        yield from _of_stages(config, found)
+
+
+def _of_stages(config: Config, known: Collection[Conflict]) -> Iterator[Conflict]:
+    """Conflicts of training.stages; `known`: those of the configuration without them."""
+    at, stages, configs = "training.stages", config.training.stages, configs_of_stages(config)
+    ascending = [0, *(stage.tokens for stage in stages)]
+    for number, (stage, before, changed) in enumerate(zip(stages, configs, configs[1:]), 1):
+        where = f"number {number} (tokens = {stage.tokens})"
+        if stage.tokens <= ascending[number - 1]:
+            yield Conflict((at,), f"{where} must begin later than the one before it, tokens = {ascending[number - 1]}")
+        if changed == before:
+            yield Conflict((at,), f"{where} changes nothing: give another {', '.join(KEYS_OF_STAGE)}, or leave it out")
+        for name in keys_changed_by(stage):
+            if name in NEEDS and (missing := NEEDS[name].missing(changed)):
+                because = " and ".join(f"{each} = {shown(value_at(changed, each))}" for each in missing.keys)
+                yield Conflict((at, *missing.keys), f"{where}: {name} has no effect with {because}: leave it out")
+        for each in _conflicts(changed):
+            if each not in known:
+                yield Conflict((at, *each.keys), f"{where}: {each.keys[0]}: {each.problem}", each.consequence)
+    if sorted(set(ascending)) == ascending:
+        yield from _without_steps(config)
+
+
+def _without_steps(config: Config) -> Iterator[Conflict]:
+    """Conflicts of stages that no step would be of."""
+    at, steps, begun = "training.stages", config.training.steps, Schedule.of(config)
+    begins = {each.number: each.begin.step for each in begun.stages}
+    for number, stage in enumerate(config.training.stages, 1):
+        where = f"number {number} (tokens = {stage.tokens})"
+        if number not in begins:
+            yield Conflict((at,), f"{where} has no step, because the next one begins with the same: leave one out")
+        elif begins[number] >= steps:
+            yield Conflict(
+                (at, "training.steps"),
+                f"{where} would begin after step {begins[number]}, but training.steps = {steps}: raise that, or leave "
+                "it out",
+                "the run ends before it",
+            )
+
+
+def _conflicts(config: Config) -> Iterator[Conflict]:
     model, data, training, schedule = config.model, config.data, config.training, config.lr_schedule
     if _is_shared_folder(config.job.dump_folder):
         yield Conflict(

@@ -105,13 +105,34 @@ class Data:
     """Several sources that are mixed by weights, instead of data.path: a table [[data.sources]] for each."""
 
 
+_Length = Annotated[int, Limits(1, LONGEST_SEQUENCE)]
+_Sequences = Annotated[int, Limits(1, 1 << 20)]
+_MicroBatch = Annotated[int, Limits(1, 1 << 16)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A table of training.stages. A key that is left out (0) keeps the value that it had before."""
+
+    tokens: Annotated[int, Limits(1, 1 << 60)]
+    """Tokens seen before it: the stage begins with the first step that begins with so many or more."""
+    seq_len: _Length = 0
+    """training.seq_len from then on."""
+    global_batch_size: _Sequences = 0
+    """training.global_batch_size from then on."""
+    local_batch_size: _MicroBatch = 0
+    """training.local_batch_size from then on."""
+    swa_window: _Length = 0
+    """model.swa_window from then on."""
+
+
 @dataclass(frozen=True)
 class Training:
-    seq_len: Annotated[int, Limits(1, LONGEST_SEQUENCE)] = 2048
+    seq_len: _Length = 2048
     """Tokens per sequence."""
-    local_batch_size: Annotated[int, Limits(1, 1 << 16)] = 8
+    local_batch_size: _MicroBatch = 8
     """Sequences per micro-batch of a rank."""
-    global_batch_size: Annotated[int, Limits(1, 1 << 20)] = 8
+    global_batch_size: _Sequences = 8
     """Sequences per step, over all ranks and micro-batches."""
     steps: _Steps = 1000
     """Optimizer steps of the whole run."""
@@ -123,6 +144,9 @@ class Training:
     """Precision of float32 matmuls on CUDA: tf32 is fast, ieee is exact."""
     gc_interval: _StepsOr0 = 100
     """Steps between runs of Python's garbage collector, in addition to those at checkpoints; 0: automatic."""
+    stages: tuple[Stage, ...] = ()
+    """Changes of sequence length, batch or window while the run trains, as [[training.stages]] tables, by the tokens
+    seen."""
 
 
 @dataclass(frozen=True)

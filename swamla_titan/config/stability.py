@@ -1,5 +1,6 @@
 """Settings against divergence: the default warm-up, and advice for configurations that lack one."""
 
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.config.sections import Config, LRSchedule
 
 WARMUP = 400  # steps: by then Adam's second moments, with beta2 = 0.95 to 0.99, have long forgotten their start
@@ -16,6 +17,7 @@ def warmup_steps(schedule: LRSchedule, steps: int) -> int:
 
 def stability_advice(config: Config) -> list[str]:
     """The warnings of `check` and of a run's start."""
+    config = Schedule.of(config).longest.config
     training, model = config.training, config.model
     lines = []
     warmup, usual = warmup_steps(config.lr_schedule, training.steps), min(WARMUP, training.steps // _SHARE)

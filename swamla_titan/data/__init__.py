@@ -1,19 +1,21 @@
 """Text -> documents -> tokens -> packed sequences, in an order that is a function of the step.
 
 corpus = open_corpus(config.data, config.validation, config.job.seed)
-with BatchLoader(corpus, seq_len=2048, global_batch_size=64, rank=0, world_size=1) as loader:
+with BatchLoader(corpus, [Shape(first=0, global_batch_size=64, seq_len=2048)], rank=0, world_size=1) as loader:
     for batch in loader: ...
 """
 
 from swamla_titan.data.batches import (
     IGNORED,
     MicroBatch,
+    Shape,
     StepBatch,
     distinct_steps,
     micro_batch_count,
     micro_batch_size,
     micro_batches,
     sequences_per_rank,
+    shapes_of,
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
@@ -38,6 +40,7 @@ __all__ = [
     "Exclusion",
     "MicroBatch",
     "Mixture",
+    "Shape",
     "StepBatch",
     "Tokenizer",
     "TrainingData",
@@ -61,6 +64,7 @@ __all__ = [
     "prepare_workers",
     "sequence_order",
     "sequences_per_rank",
+    "shapes_of",
     "taken_from_cursors",
     "text_sequences",
     "uneven",

@@ -1,17 +1,40 @@
 """A step's batch, and how it is cut into micro-batches of one fixed shape."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.data.document import Cursor
 from swamla_titan.data.exclusions import Exclusion
 from swamla_titan.data.mixture import SequenceOrder
 
 IGNORED = -100  # as a target: not counted in the loss
+
+
+class Shape(NamedTuple):
+    """The shape of the global batches that begin with global sequence `first` or a later one, until the next Shape."""
+
+    first: int
+    global_batch_size: int
+    seq_len: int
+
+
+def shape_at(shapes: Sequence[Shape], first: int) -> Shape:
+    """The shape of the global batch that begins with sequence `first`; `shapes` are ascending."""
+    return next(shape for shape in reversed(shapes) if shape.first <= first)
+
+
+def shapes_of(schedule: Schedule) -> list[Shape]:
+    """The shapes of a run's batches."""
+    return [
+        Shape(stage.begin.sequences, stage.training.global_batch_size, stage.training.seq_len)
+        for stage in schedule.stages
+    ]
 
 
 @dataclass(frozen=True)

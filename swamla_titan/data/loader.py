@@ -2,7 +2,7 @@
 
 import atexit
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from swamla_titan.data.background import in_background, is_done
-from swamla_titan.data.batches import StepBatch, document_ids, sequences_per_rank
+from swamla_titan.data.batches import Shape, StepBatch, document_ids, sequences_per_rank, shape_at
 from swamla_titan.data.corpora import Mixture, TrainingData
 from swamla_titan.data.corpus import Corpus, retry_of
 from swamla_titan.data.document import Cursor
@@ -55,13 +55,12 @@ class StepReader(Iterator[Part]):
         self,
         corpus: TrainingData,
         slots: list[int],
-        seq_len: int,
-        global_batch_size: int,
+        shapes: Sequence[Shape],
         first: int,
         cursors: dict[int, Cursor],
         excluded: Iterable[Exclusion] = (),
     ) -> None:
-        self._corpus, self._seq_len, self._size, self._first = corpus, seq_len, global_batch_size, first
+        self._corpus, self._shapes, self._first = corpus, shapes, first
         self._slots = np.array(slots, dtype=np.int64)
         # Of streams that are not open yet.
         self._cursors = {key: cursors[key] for key in keys_of_slots(corpus, slots)}
@@ -75,24 +74,25 @@ class StepReader(Iterator[Part]):
         return self
 
     def __next__(self) -> Part:
+        _, size, seq_len = shape_at(self._shapes, self._first)
         try:
-            part = self._part()
+            part = self._part(size, seq_len)
         except (UserError, RunFailed) as error:
             # Returned, because the part is sent to another process.
             part = Part.failed(error)
         except MemoryError:
             advice = "lower data.num_workers or data.shuffle_documents"
             part = Part.failed(RunFailed(f"Reading the data ran out of memory: {advice}."))
-        self._first += self._size
+        self._first += size
         return part
 
-    def _part(self) -> Part:
-        numbers = np.arange(self._first, self._first + self._size, dtype=np.int64)
+    def _part(self, size: int, seq_len: int) -> Part:
+        numbers = np.arange(self._first, self._first + size, dtype=np.int64)
         own = np.isin(self._corpus.order.slots(numbers), self._slots)
-        part = Part(numbers[own], np.empty((int(own.sum()), self._seq_len + 1), dtype=np.int32))
+        part = Part(numbers[own], np.empty((int(own.sum()), seq_len + 1), dtype=np.int32))
         self._retry.begin_step()
         for row, stream in zip(part.tokens, self._corpus.order.cursor_keys(numbers[own]).tolist()):
-            packed = next(self._open(stream))
+            packed = self._open(stream).next(seq_len)
             row[:] = packed.tokens
             part.cursors[stream] = packed.cursor
             part.replaced += packed.replaced
@@ -104,19 +104,18 @@ class StepReader(Iterator[Part]):
         if stream not in self._streams:
             cursor, source = self._cursors.pop(stream), stream // self._corpus.data.streams
             corpus, cache = self._corpus.corpora[source], self._caches[source]
-            self._streams[stream] = PackedStream(
-                corpus, stream, self._seq_len, cache, cursor, self.excluded, self._retry
-            )
+            self._streams[stream] = PackedStream(corpus, stream, cache, cursor, self.excluded, self._retry)
         return self._streams[stream]
 
 
 class BatchLoader(Iterator[StepBatch]):
     """Endless iterator over one rank's slice of each step's global batch; each batch carries the cursors after it.
 
-    Global sequence g comes from stream g % streams, each global batch takes the next G sequences, and rank r of R owns
-    the streams s with s % R == r. Of a mixture it comes from the source and the slot that its order says, and ranks own
-    slots, which have a stream of each source. To resume, pass the cursors of all streams, merged from the batches of
-    all ranks, the exclusions until then, and the number of the next sequence.
+    Global sequence g comes from stream g % streams, each global batch takes the next ones, as many and as long as
+    `shapes` says of its first, and rank r of R owns the streams s with s % R == r. Of a mixture it comes from the
+    source and the slot that its order says, and ranks own slots, which have a stream of each source. To resume, pass
+    the cursors of all streams, merged from the batches of all ranks, the exclusions until then, and the number of the
+    next sequence.
 
     Loader processes (worker.py) start with the first batch (or `start`) and live until `close`. If one dies, the next
     batch raises RunFailed.
@@ -125,9 +124,8 @@ class BatchLoader(Iterator[StepBatch]):
     def __init__(
         self,
         corpus: TrainingData,
+        shapes: Sequence[Shape],
         *,
-        seq_len: int,
-        global_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int | None = None,
@@ -144,7 +142,7 @@ class BatchLoader(Iterator[StepBatch]):
             cursors = {int(stream): cursor for stream, cursor in cursors.items()}  # JSON makes strings of the numbers
             _check_cursors(cursors, corpus, first)
         _ = [each.segments for each in corpus.corpora]  # computed once and not by each worker
-        self._corpus, self._seq_len, self._size = corpus, seq_len, global_batch_size
+        self._corpus, self._shapes = corpus, shapes
         self._workers = corpus.data.num_workers if num_workers is None else num_workers
         self._pin = torch.cuda.is_available()
         # Before the next batch: cursors of this rank's streams, exclusions, and the batch's first sequence.
@@ -164,7 +162,7 @@ class BatchLoader(Iterator[StepBatch]):
         if self._readers:
             return
         slots, count = list(self._slots), max(1, self._workers)
-        shared = (self._seq_len, self._size, self._first, self.cursors, self.excluded)
+        shared = (self._shapes, self._first, self.cursors, self.excluded)
         self._readers = [StepReader(self._corpus, slots[worker::count], *shared) for worker in range(count)]
         if not self._workers:
             iter(self._readers[0])
@@ -199,7 +197,8 @@ class BatchLoader(Iterator[StepBatch]):
         for note in notes:
             logger.warning("data: %s", note)
         self._before = self.cursors, self._first
-        self.cursors, self._first = batch.cursors, self._first + self._size
+        self.cursors = batch.cursors
+        self._first += shape_at(self._shapes, self._first).global_batch_size
         self.excluded += batch.excluded
         if self._workers:
             self._ask()  # prepared while the step trains on this one
@@ -253,9 +252,8 @@ class BatchLoader(Iterator[StepBatch]):
         numbers = np.concatenate([part.sequences for part in parts])
         order = np.argsort(numbers)
         rows = np.concatenate([part.tokens for part in parts])[order]  # [n, T + 1] int32
-        tokens, targets = (
-            torch.empty((len(rows), self._seq_len), dtype=torch.int64, pin_memory=self._pin) for _ in range(2)
-        )
+        seq_len = rows.shape[1] - 1
+        tokens, targets = (torch.empty((len(rows), seq_len), dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
         # By NumPy, because torch would wake all its threads, which takes 10 ms, and the copy takes 0.1 ms.
         tokens.numpy()[:] = rows[:, :-1]
         targets.numpy()[:] = rows[:, 1:]
@@ -266,7 +264,8 @@ class BatchLoader(Iterator[StepBatch]):
         replaced = sum(part.replaced for part in parts)
         excluded = [each for part in parts for each in part.excluded]
         numbers = numbers[order]
-        largest = max(sequences_per_rank(first, self._size, self._corpus.order, self._world_size))
+        size = shape_at(self._shapes, first).global_batch_size
+        largest = max(sequences_per_rank(first, size, self._corpus.order, self._world_size))
         sources = None
         if not self._corpus.order.has_one_source:
             sources = torch.from_numpy(self._corpus.order.sources(numbers))

@@ -289,18 +289,17 @@ class Packed(NamedTuple):
     excluded: list[Exclusion]  # what was found unreadable while it was packed
 
 
-class PackedStream(Iterator[Packed]):
+class PackedStream:
     """A stream's documents, concatenated and cut into sequences of T + 1 tokens that overlap by one.
 
     The last target of a sequence is the first input of the next, so every token but the very first is a target
-    exactly once.
+    exactly once, also where sequences of several lengths follow each other.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         stream: int,
-        seq_len: int,
         cache: TokenCache,
         cursor: Cursor | None = None,
         excluded: Iterable[Exclusion] = (),
@@ -310,7 +309,6 @@ class PackedStream(Iterator[Packed]):
         if cursor is not None and cursor["sequences"] == 0:
             cursor = None  # of a stream that was never read
         excluded = list(excluded)
-        self._seq_len = seq_len
         self._cache = cache
         self._documents = DocumentStream(corpus, stream, cursor, excluded, retry)
         self._known = sum(each.stream == stream for each in excluded)  # exclusions that were given, or yielded
@@ -328,15 +326,16 @@ class PackedStream(Iterator[Packed]):
             if self._offset >= len(self._tokens):
                 raise _data_changed()
 
-    def __next__(self) -> Packed:
-        sequence = np.empty(self._seq_len + 1, dtype=np.int32)
+    def next(self, seq_len: int) -> Packed:
+        """The next sequence of `seq_len` tokens, and their targets."""
+        sequence = np.empty(seq_len + 1, dtype=np.int32)
         filled = replaced = 0
         # One document after the other fills the sequence. The last target is put back afterwards, because the next
         # sequence begins with it.
-        while filled <= self._seq_len:
+        while filled <= seq_len:
             while self._offset >= len(self._tokens):
                 replaced += self._begin_next_document()
-            part = self._tokens[self._offset : self._offset + self._seq_len + 1 - filled]
+            part = self._tokens[self._offset : self._offset + seq_len + 1 - filled]
             sequence[filled : filled + len(part)] = part
             filled += len(part)
             self._offset += len(part)
@@ -386,17 +385,16 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def indexed_cursor(corpus: Corpus, stream: int, sequences: int, seq_len: int, tokens: np.ndarray) -> Cursor:
+def indexed_cursor(corpus: Corpus, stream: int, sequences: int, token: int, tokens: np.ndarray) -> Cursor:
     """The cursor of a new run's stream after so many sequences, found in the index without reading.
 
-    `tokens`: `training_tokens` of the index.
+    `token`: the length of these sequences in all. `tokens`: `training_tokens` of the index.
     """
     if sequences == 0:
         return initial_cursor()
     [segments] = corpus.segments
     count, total = len(segments.cuts), segments.tokens
     assert total
-    token = sequences * seq_len  # of the stream
     epoch, token = token // total * count, token % total  # as many epochs as there are segments read everything once
     while True:
         segment = (corpus.first_segments[stream] + epoch) % count

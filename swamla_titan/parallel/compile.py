@@ -30,14 +30,19 @@ _TRITON_FOLDER = "TRITON_CACHE_DIR"
 
 
 def compile_model(
-    model: SWAMLAModel, config: Compile, memory_budget: float = 1.0, backend: str | Callable[..., Any] = "inductor"
+    model: SWAMLAModel,
+    config: Compile,
+    memory_budget: float = 1.0,
+    backend: str | Callable[..., Any] = "inductor",
+    stages: int = 1,
 ) -> None:
     """Compile `model.blocks` one by one, annexes and the cross-entropy, in place; nothing if `config` says so.
 
     All blocks of a kind share one compiled code, so a deep model compiles as fast as a shallow one. The loss is
     compiled apart, which fuses its float32 upcast into the reduction. A graph break is an error, and so is code that is
-    compiled too often (8 times a kind of block, torch's limit for one function). Comes after tensor parallelism and
-    activation checkpointing, before FSDP2, whose hooks run outside.
+    compiled too often (8 times a kind of block, torch's limit for one function, and twice for each more of `stages`,
+    which may have other shapes). Comes after tensor parallelism and activation checkpointing, before FSDP2, whose hooks
+    run outside.
 
     `memory_budget` (activation_checkpoint.memory_budget): below 1, the compiler keeps at most this share of the
     activations that it would keep by itself, between all (1) and a block's inputs (0), and recomputes what is cheapest.
@@ -53,8 +58,9 @@ def compile_model(
     # torch counts recompilations per function. All kinds of block, checkpointed or not, share Block.forward, also those
     # of the other stages on this rank; kinds of annex may share theirs.
     kinds = max(len(set(model.config.block_kinds)), len(annexes_of(model.config)))
-    limit = _RECOMPILATIONS * kinds * len({type(unit.regions) for unit in units})
+    limit = (_RECOMPILATIONS + 2 * (stages - 1)) * kinds * len({type(unit.regions) for unit in units})
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(limit, torch._dynamo.config.accumulated_recompile_limit)
     # One object for all blocks: torch compiles again for another backend.
     of_units = backend if memory_budget == 1 else _Budgeted(backend, memory_budget)
     for unit in units:

@@ -14,6 +14,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.effects import without_effect
 from swamla_titan.config.optimizer_rules import optimizer_conflicts
 from swamla_titan.config.rules import why_not_gathered
+from swamla_titan.config.schedule import configs_of_stages
 from swamla_titan.config.sections import Float8, OptimizerName
 from swamla_titan.data import micro_batch_size
 from swamla_titan.distributed.degrees import Degrees
@@ -142,7 +143,8 @@ def why_no_float8(config: Config, degrees: Degrees, device: torch.device) -> str
 
 
 def _with_recipe(config: Config, world: World) -> tuple[Config, str]:
-    reasons = all_gather_dict(world, {world.rank: why_no_float8(config, world.degrees, world.device)})
+    of_stages = (why_no_float8(each, world.degrees, world.device) for each in configs_of_stages(config))
+    reasons = all_gather_dict(world, {world.rank: next(filter(None, of_stages), None)})
     rank, why_not = next(((rank, why) for rank, why in sorted(reasons.items()) if why), (0, None))
     if why_not:
         on = f", on rank {rank}" if rank else ""

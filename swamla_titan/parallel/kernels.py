@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swamla_titan.config import Config
 from swamla_titan.config.rules import wants_fused_loss
+from swamla_titan.config.schedule import configs_of_stages
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.kernels.attention.dispatch import HOPPER, IMPLEMENTATIONS, Choice, Implementation, choose
@@ -28,13 +29,21 @@ def choose_kernels(model: SWAMLAModel, config: Config, device: torch.device) -> 
     model.attention_backend = config.kernels.attention
     if is_loss_fused(config, device):
         model.loss_head = FusedLossHead(model.config)
-    swiglu_is_ours, choices = are_elementwise_ours(config, device), attention_choices(config, device)
+    if are_elementwise_ours(config, device):
+        for block in model.blocks.values():
+            assert isinstance(block, Block)
+            block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
+    choose_fused_attention(model, config, device)
+
+
+def choose_fused_attention(model: SWAMLAModel, config: Config, device: torch.device) -> None:
+    """Set what computes rotation and attention as one in the blocks, where sequences of this length allow it."""
+    choices = attention_choices(config, device)
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        if swiglu_is_ours:
-            block.feed_forward.activation = TritonSwiGLU(block.feed_forward.group)
-        if isinstance(block.attention, Attention) and (fused := choices[block.kind].fused):
-            block.attention.fused_attention = FusedAttention(fused)
+        if isinstance(block.attention, Attention):
+            fused = choices[block.kind].fused
+            block.attention.fused_attention = FusedAttention(fused) if fused else None
 
 
 def attention_choices(config: Config, device: torch.device) -> dict[str, Choice]:
@@ -115,7 +124,11 @@ def validate_attention(config: Config, world: World) -> None:
     asked = config.kernels.attention
     if world.is_elsewhere or asked not in ("triton", "flex"):
         return
-    choices = attention_choices(config, world.device)
+    for each in configs_of_stages(config):
+        _validate_choices(asked, attention_choices(each, world.device))
+
+
+def _validate_choices(asked: str, choices: dict[str, Choice]) -> None:
     # HOPPER is ours too; it takes nothing if "flex" is asked for.
     if all(each.implementation.label not in (asked, HOPPER.label) for each in choices.values()):
         why = _why_not(asked, choices)

@@ -29,7 +29,7 @@ from swamla_titan.parallel.data_parallel import (
     reduce_after_this_backward,
 )
 from swamla_titan.parallel.float8 import gathers_float8
-from swamla_titan.parallel.kernels import choose_kernels
+from swamla_titan.parallel.kernels import choose_fused_attention, choose_kernels
 from swamla_titan.parallel.pipeline import ModelStage, Pipeline, build_stages
 from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead, shard_row_tables
 from swamla_titan.parallel.sequence_exchange import share_stream
@@ -103,6 +103,14 @@ class ParallelModel:
         self.pipeline = None
         if world.degrees.pipeline > 1:
             self.pipeline = Pipeline(config, world, cast(list[ModelStage], self.parts))
+
+    def begin_stage(self, config: Config) -> None:
+        """Compute from now on as the configuration of a stage says (config/schedule.py): its window, its lengths."""
+        for part in self.parts:
+            part.config = config.model
+            choose_fused_attention(part, config, self.world.device)
+        if self.pipeline:
+            self.pipeline.forget_schedules()
 
     def init_weights(self, seed: int) -> None:
         """Draw all parameters; every rank draws full tensors and keeps its shards, so nothing is communicated."""
@@ -293,7 +301,8 @@ def parallelize(model: SWAMLAModel, config: Config, world: World) -> None:
         apply_context_parallel(model, world.group("context"))
     share_stream(model, world)
     apply_activation_checkpointing(model, config.activation_checkpoint)
-    compile_model(model, config.compile, config.activation_checkpoint.memory_budget)
+    stages = len(config.training.stages) + 1
+    compile_model(model, config.compile, config.activation_checkpoint.memory_budget, stages=stages)
     apply_data_parallel(model, config.parallel, world, model.compute_dtype)
     if config.float8.recipe == "native":
         save_transposed_weights(model, saved=not model_reshards_after_forward(model))

@@ -17,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from swamla_titan.config import Config
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.data.batches import IGNORED, MicroBatch
 from swamla_titan.distributed.dtensor import free_gathered_weights, local
 from swamla_titan.distributed.mesh import World
@@ -24,7 +25,14 @@ from swamla_titan.model import ModelConfig, SWAMLAModel
 from swamla_titan.model.annexes import PreparedLookUp, annexes_of
 from swamla_titan.model.row_table import LocalRows, RowTable, placeholder_gradients, row_tables
 from swamla_titan.parallel.row_tables import Inputs, look_ups_ahead
-from swamla_titan.parallel.stages import rank_of_stage, runnable_micro_batches, stage_costs, stage_count, stages_of_rank
+from swamla_titan.parallel.stages import (
+    StageCost,
+    rank_of_stage,
+    runnable_micro_batches,
+    stage_costs,
+    stage_count,
+    stages_of_rank,
+)
 
 
 class ModelStage(SWAMLAModel):
@@ -36,16 +44,16 @@ class ModelStage(SWAMLAModel):
     them so.
     """
 
-    def __init__(self, config: ModelConfig, stage: int, layers: Sequence[range], seq_len: int) -> None:
-        """`layers` are those of every stage, `seq_len` the tokens of a sequence.
+    def __init__(self, config: ModelConfig, stage: int, layers: Sequence[range], shares: int = 1) -> None:
+        """`layers` are those of every stage.
 
-        The length is an argument and not read off the inputs, because under context or sequence parallelism a rank's
-        activations hold a slice of the sequence, and masks and rotations are computed from all of it.
+        `shares`: of how many ranks each holds a slice of a sequence's activations, under context and sequence
+        parallelism; masks and rotations are computed for the full sequence.
         """
         with torch.device("meta"):
             super().__init__(config)
         self.stage, self.stages = stage, len(layers)
-        self.seq_len = seq_len
+        self.shares = shares
         self.look_ups: Iterator[Inputs] = iter(())  # of the micro-batches of a step, in their order
         if not self.is_first:
             del self.embedding
@@ -83,9 +91,8 @@ class ModelStage(SWAMLAModel):
         """
         if self.is_first:
             self._check(inputs, None, document_ids)
-            if inputs.shape[1] != self.seq_len:
-                raise ValueError(f"tokens {tuple(inputs.shape)}: this stage was made for sequences of {self.seq_len}")
-        context = self.context(self.seq_len, document_ids, inputs.device)
+        seq_len = inputs.shape[1] * (1 if self.is_first else self.shares)
+        context = self.context(seq_len, document_ids, inputs.device)
         if tokens is None and len(self.annexes):
             raise ValueError("a stage with annexes needs the tokens, which its inputs do not show")
         memories = None
@@ -98,10 +105,16 @@ class ModelStage(SWAMLAModel):
 
 def build_stages(config: Config, world: World) -> list[ModelStage]:
     """The stages that this rank holds, ascending, on the meta device."""
-    seq_len = config.training.seq_len
-    layers = [stage.layers for stage in stage_costs(config.model, seq_len, stage_count(config.parallel))]
+    layers = [cost.layers for cost in costs_of_stages(Schedule.of(config))]
+    shares = world.degrees.context * world.degrees.tensor
     indices = stages_of_rank(config.parallel, world.coordinate("pipeline"))
-    return [ModelStage(config.model, index, layers, seq_len) for index in indices]
+    return [ModelStage(config.model, index, layers, shares) for index in indices]
+
+
+def costs_of_stages(schedule: Schedule) -> list[StageCost]:
+    """The cut of the model into pipeline stages: that for the longest sequences, because layers stay where they are."""
+    config = schedule.longest.config
+    return stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
 
 
 class Pipeline:
@@ -120,13 +133,11 @@ class Pipeline:
         self._group = world.group("pipeline")
         self._dim = config.model.dim
         self._has_annexes = bool(annexes_of(config.model))
-        tensor, tokens = world.degrees.tensor, config.training.seq_len // world.degrees.context
-        self._activation_len = tokens // tensor  # tokens of a sequence in the activations that a rank sends
-        self._logits_shape = tokens, config.model.padded_vocab_size // tensor
+        self._logits = config.model.padded_vocab_size // world.degrees.tensor  # of a token
         self._first = next((stage for stage in stages if stage.is_first), None)
         self._last = next((stage for stage in stages if stage.is_last), None)
         self._dtype = stages[0].activation_dtype
-        self._schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         self._loss_denominator: Tensor | float = 1.0
         self._tied: TiedEmbedding | None = None
         if config.model.tie_embeddings:
@@ -149,7 +160,7 @@ class Pipeline:
         returns. Where the schedule cannot run that many micro-batches, empty ones follow, which add 0 to the loss and
         the gradients.
         """
-        size = len(micro_batches[0].tokens)
+        size, seq_len = micro_batches[0].tokens.shape
         count = runnable_micro_batches(self._parallel, len(micro_batches))
         placement = next((stage.annexes.placement for stage in self.stages if len(stage.annexes)), LocalRows())
         with placement.ahead():
@@ -165,7 +176,9 @@ class Pipeline:
             stage.look_ups = look_ups_ahead(stage.annexes, _split(batches, options))
         losses: list[Tensor] = []
         try:
-            self.schedule(count, size).step(*tokens, target=targets, losses=losses, return_outputs=False, **options)
+            self.schedule(count, size, seq_len).step(
+                *tokens, target=targets, losses=losses, return_outputs=False, **options
+            )
         finally:
             for stage in self.stages:
                 stage.look_ups = iter(())  # the last one keeps memory
@@ -208,7 +221,8 @@ class Pipeline:
             was_training = stage.training
             stage.eval()
             if number > 0 and number - 1 not in mine:
-                shape = len(batch.tokens), self._activation_len, self._dim
+                size, seq_len = batch.tokens.shape
+                shape = size, seq_len // stage.shares, self._dim
                 x = torch.empty(shape, dtype=self._dtype, device=self._world.device)
                 dist.recv(x, group=self._group, group_src=rank_of_stage(self._parallel, number - 1))
             x = stage(x, **self._of_all_stages(batch), prepared=prepared)
@@ -233,7 +247,13 @@ class Pipeline:
         dist.all_reduce(result, group=self._group)
         return result
 
-    def schedule(self, count: int, micro_batch_size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+    def forget_schedules(self) -> None:
+        """Free the buffers of all schedules, because the next step has other shapes."""
+        self._schedules.clear()
+
+    def schedule(
+        self, count: int, micro_batch_size: int, seq_len: int
+    ) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """Torch's schedule of `count` micro-batches of this many sequences, kept for the next step that has as many.
 
         Each has a buffer to receive into for every micro-batch and each neighbour of each stage, and there are two of
@@ -243,32 +263,34 @@ class Pipeline:
         eighth. That is kept because the alternatives cost more: an empty micro-batch in every smaller step takes a
         ninth of its time, and to build schedules again costs the host time, and communication, at each change.
         """
-        if (count, micro_batch_size) not in self._schedules:
+        shape = count, micro_batch_size, seq_len
+        if shape not in self._schedules:
             kind = get_schedule_class(self._parallel.pipeline_schedule)
-            stages = [self._torch_stage(stage, micro_batch_size) for stage in self.stages]
+            stages = [self._torch_stage(stage, micro_batch_size, seq_len) for stage in self.stages]
             what = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
             schedule = kind(what, count, loss_fn=self._loss, scale_grads=False)
-            self._schedules[count, micro_batch_size] = schedule
-        return self._schedules[count, micro_batch_size]
+            self._schedules[shape] = schedule
+        return self._schedules[shape]
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         assert self._last is not None
         return self._last.loss(logits, targets, self._loss_denominator)
 
-    def _torch_stage(self, stage: ModelStage, micro_batch_size: int) -> PipelineStage:
+    def _torch_stage(self, stage: ModelStage, micro_batch_size: int, seq_len: int) -> PipelineStage:
         # Given both shapes, torch needs no trial run to find them, which would draw random numbers and compile early.
         def meta(*shape: int, dtype: torch.dtype = self._dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-        activations = meta(micro_batch_size, self._activation_len, self._dim)
-        tokens = meta(micro_batch_size, stage.seq_len, dtype=torch.int64)
+        activations = meta(micro_batch_size, seq_len // stage.shares, self._dim)
+        tokens = meta(micro_batch_size, seq_len, dtype=torch.int64)
+        logits = meta(micro_batch_size, seq_len // self._world.degrees.context, self._logits)
         return _Stage(
             stage,
             stage.stage,
             stage.stages,
             self._world.device,
             input_args=tokens if stage.is_first else activations,
-            output_args=meta(micro_batch_size, *self._logits_shape) if stage.is_last else activations,
+            output_args=logits if stage.is_last else activations,
             group=self._group,
         )
 

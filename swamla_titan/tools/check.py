@@ -4,7 +4,7 @@ import copy
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import pairwise
@@ -16,9 +16,19 @@ import torch
 from swamla_titan.checkpoint.dump_folder import validate_exclusive
 from swamla_titan.checkpoint.resume import Origin
 from swamla_titan.config import Config, Override, find_config, load_config, with_vocabulary
+from swamla_titan.config.schedule import configs_of_stages
 from swamla_titan.config.sections import Parallel
 from swamla_titan.config.stability import stability_advice
-from swamla_titan.data import BatchLoader, Corpus, Tokenizer, TrainingData, labelled, load_tokenizer, micro_batch_size
+from swamla_titan.data import (
+    BatchLoader,
+    Corpus,
+    Shape,
+    Tokenizer,
+    TrainingData,
+    labelled,
+    load_tokenizer,
+    micro_batch_size,
+)
 from swamla_titan.distributed.degrees import fit_degrees
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError
@@ -210,10 +220,7 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     """The run's implementations of attention; and gradients of a small model, compared with plain attention."""
     if device.type != "cuda":  # because `_validated` reports the error of a run without GPUs
         config = replace(config, kernels=replace(config.kernels, elementwise="plain"))
-    choices = attention_choices(config, device)
-    chosen = [f"{kind.upper()} not by {each}" for kind, choice in choices.items() for each in choice.refusals]
-    elementwise = elementwise_of(config, choices, device)
-    chosen.append(attention_summary(choices) + (f"; {elementwise}" if elementwise else ""))
+    chosen = list(dict.fromkeys(line for each in configs_of_stages(config) for line in _choices(each, device)))
     selects: dict[str, Any] = config.model.quantities("selects")
     small = replace(SMALL, **selects)
     model = SWAMLAModel(small).to(device)
@@ -235,6 +242,15 @@ def _attention(config: Config, device: torch.device) -> list[Finding]:
     remedy = "" if is_right else "these versions of torch and the driver compute attention wrongly"
     found = Finding("ok" if is_right else "failure", "attention", text, remedy)
     return [*(Finding("ok", "attention", each) for each in chosen), found]
+
+
+def _choices(config: Config, device: torch.device) -> Iterator[str]:
+    """The run's implementations of attention, and why others do not compute it."""
+    choices = attention_choices(config, device)
+    for kind, choice in choices.items():
+        yield from (f"{kind.upper()} not by {each}" for each in choice.refusals)
+    elementwise = elementwise_of(config, choices, device)
+    yield attention_summary(choices) + (f"; {elementwise}" if elementwise else "")
 
 
 def _gradients_apart(model: SWAMLAModel, plain: SWAMLAModel, config: Config, device: torch.device) -> float:
@@ -356,7 +372,7 @@ def _sequence(corpus: Corpus) -> Probe:
     """A probe of the first sequence that a run would train on: decoding and encoding must give it back."""
 
     def sequence(config: Config, device: torch.device) -> Finding:
-        with BatchLoader(corpus, seq_len=config.training.seq_len, global_batch_size=1, num_workers=0) as loader:
+        with BatchLoader(corpus, [Shape(0, 1, config.training.seq_len)], num_workers=0) as loader:
             batch = next(loader)
         tokenizer, tokens = corpus.tokenizer, batch.tokens[0].tolist()
         ends = [index for index, token in enumerate(tokens) if token == tokenizer.eot_id]

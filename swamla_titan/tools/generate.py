@@ -12,10 +12,11 @@ import torch
 
 from swamla_titan.checkpoint.manifest import CONFIG, VOCABULARY
 from swamla_titan.checkpoint.reader import stored_groups
-from swamla_titan.checkpoint.records import use_annex_record
+from swamla_titan.checkpoint.records import read_train_state, use_annex_record
 from swamla_titan.checkpoint.state import Average, load_weights, require_weights
 from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.config import Config, load_config
+from swamla_titan.config.schedule import Position, Schedule
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import several_lines
@@ -46,7 +47,7 @@ def load_model(
     `gpus`: over how many GPUs the layers are spread, if `device` is None.
     Tables of embeddings are kept in the memory of the host if the run kept them there, or if a GPU has no room.
     """
-    config = load_config(path / CONFIG)
+    config = _trained_config(path)
     if not config.model.vocab_size:
         raise UserError(f"{path / CONFIG} lacks model.vocab_size")
     vocabulary = path / VOCABULARY
@@ -67,6 +68,15 @@ def load_model(
     if dtype is None and device.type == "cuda":
         dtype = getattr(torch, config.training.compute_dtype)
     return LoadedModel(config, tokenizer, model.to(dtype or torch.float32).eval())
+
+
+def _trained_config(path: Path) -> Config:
+    """The configuration of a checkpoint, with the values that training.stages had given to its last step."""
+    config = load_config(path / CONFIG)
+    if not config.training.stages:
+        return config
+    state = read_train_state(path)
+    return Schedule.of(config, Position(state.step, state.tokens, state.sequences)).stage(state.step).config
 
 
 def devices_for(gpus: int) -> list[torch.device]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from swamla_titan.config import Config
 from swamla_titan.config.mixture import data_of_sources
-from swamla_titan.data import BatchLoader, Corpus, Tokenizer, TrainingData, described, labelled
+from swamla_titan.config.schedule import Schedule
+from swamla_titan.data import BatchLoader, Corpus, Tokenizer, TrainingData, described, labelled, shapes_of
 from swamla_titan.data.corpus import held_out_documents
 from swamla_titan.data.division import training_tokens
 from swamla_titan.data.document import Cursor, Document
@@ -54,7 +55,7 @@ def inspect(config: Config, step: int, sequences: int, documents: int, verify: b
         _print("data", f"{label}{corpus.data.source} {corpus.data.path}".strip(), corpus.source.description)
         for fault in {str(each) for each in (*corpus.source.unreadable, *corpus.faults)}:
             _print("skipped", fault)
-        _print_documents(corpus, documents, config.training.seq_len)
+        _print_documents(corpus, documents, Schedule.of(config).longest.training.seq_len)
         _print_held_out(config, corpus)
         _print("streams", described(corpus.segments[0]))
     _print_step(config, opened, step, sequences)
@@ -161,15 +162,14 @@ def _print_held_out(config: Config, corpus: Corpus) -> None:
 
 def _print_step(config: Config, data: TrainingData, step: int, most: int) -> None:
     """Print the sequences of a step of a new run as text, with the borders of documents."""
-    size, seq_len = config.training.global_batch_size, config.training.seq_len
-    first = (step - 1) * size
+    schedule = Schedule.of(config)
+    size, first = schedule.stage(step).training.global_batch_size, schedule.after(step - 1).sequences
     cursors, begun = None, 0
     if all(corpus.source.index for corpus in data.corpora):
-        cursors, begun = _cursors(data, first, seq_len), step - 1
+        cursors, begun = _cursors(data, schedule, first), step - 1
+    begin = schedule.after(begun).sequences
     with (
-        BatchLoader(
-            data, seq_len=seq_len, global_batch_size=size, num_workers=0, cursors=cursors, first=begun * size
-        ) as loader,
+        BatchLoader(data, shapes_of(schedule), num_workers=0, cursors=cursors, first=begin) as loader,
         Progress("reading up to the step", step - begun, " steps") as progress,
     ):
         for _ in range(step - begun):
@@ -188,14 +188,20 @@ def _print_step(config: Config, data: TrainingData, step: int, most: int) -> Non
         print(several_lines(_text(row, data.tokenizer)))
 
 
-def _cursors(data: TrainingData, first: int, seq_len: int) -> dict[int, Cursor]:
+def _cursors(data: TrainingData, schedule: Schedule, first: int) -> dict[int, Cursor]:
     """The cursors of a new run before sequence `first`; all corpora have an index."""
-    read, streams, found = data.order.counts_by_stream(first).tolist(), data.data.streams, {}
+    order, streams, found = data.order, data.data.streams, {}
+    read = np.zeros_like(order.counts_by_stream(0))
+    lengths = read.copy()  # of the sequences that each stream has given
+    ends = [min(stage.begin.sequences, first) for stage in schedule.stages[1:]] + [first]
+    for stage, end in zip(schedule.stages, ends):
+        own = order.counts_by_stream(end) - read
+        read, lengths = read + own, lengths + own * stage.training.seq_len
     for source, corpus in enumerate(data.corpora):
         assert corpus.source.index is not None
         tokens = training_tokens(corpus.source.index, corpus.held_out)
         for key in range(source * streams, (source + 1) * streams):
-            found[key] = indexed_cursor(corpus, key % streams, read[key], seq_len, tokens)
+            found[key] = indexed_cursor(corpus, key % streams, int(read[key]), int(lengths[key]), tokens)
     return found
 
 

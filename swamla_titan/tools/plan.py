@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from swamla_titan.config import Config
+from swamla_titan.config.schedule import Schedule, TrainingStage
 from swamla_titan.config.sections import Parallel
 from swamla_titan.data import distinct_steps, micro_batch_size, sequence_order, sequences_per_rank
 from swamla_titan.distributed.degrees import DIMENSIONS, Degrees, fit_degrees
@@ -29,7 +30,7 @@ from swamla_titan.parallel.context import exchanged_bytes
 from swamla_titan.parallel.float8 import float8_coverage, resolve_auto, saved_by_float8_moments, validate_float8
 from swamla_titan.parallel.kernels import attention_choices
 from swamla_titan.parallel.model_parts import build_parts
-from swamla_titan.parallel.pipeline import ModelStage, Pipeline
+from swamla_titan.parallel.pipeline import ModelStage, Pipeline, costs_of_stages
 from swamla_titan.parallel.sequence_layout import SequenceLayout, Traffic
 from swamla_titan.parallel.stages import (
     Order,
@@ -37,8 +38,6 @@ from swamla_titan.parallel.stages import (
     most_in_flight,
     order_of,
     runnable_micro_batches,
-    stage_costs,
-    stage_count,
     stages_of_rank,
 )
 from swamla_titan.quantization.coverage import LinearCoverage
@@ -81,10 +80,29 @@ class Holding:
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    """A stage of the schedule: its batches, its pipeline's order, and the first and last rank of each coordinate."""
+
+    stage: TrainingStage
+    batch: Batch
+    order: Order
+    holdings: list[Holding]
+
+    @property
+    def worst(self) -> Holding:
+        """The rank that needs the most memory."""
+        return max(self.holdings, key=lambda holding: holding.memory.total)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The result of `plan`; `config` has the tokenizer's vocabulary."""
+    """The result of `plan`, for the stage that needs the most memory; `config` is its configuration.
+
+    `config` has the tokenizer's vocabulary, `stages` all stages of the run.
+    """
 
     config: Config
+    stages: list[PlannedStage]
     degrees: Degrees
     mesh: list[Neighbours]
     batch: Batch
@@ -115,36 +133,53 @@ def plan(config: Config, ranks: int) -> Plan:
     degrees = fit_degrees(config.parallel, ranks)
     config, choices = resolve_auto(config, World.planned(degrees, ELSEWHERE))
     validate_float8(config, ELSEWHERE, degrees)
-    batch = batch_of(config, degrees)
-    laid_out = _for_any_machine(config)
+    schedule = Schedule.of(config)
     mesh: list[Neighbours] = []
-    order: Order = {}
-    holdings = []
+    planned: list[PlannedStage] = []
     for rank in itertools.chain.from_iterable(ends_of_coordinates(degrees)):
         with fake_world(degrees, config.parallel.data_parallel, rank) as world:
-            parts = build_parts(laid_out, world)
+            parts = build_parts(_for_any_machine(config), world)
             if rank == 0:
                 mesh = list(_neighbours(world))
-                order = _pipeline_order(laid_out, world, parts, batch)
-            memory, saved = _memory(parts, config, world, batch, order), saved_by_float8_moments(parts, config)
-            holdings.append(Holding(rank, _shapes(parts), memory, saved))
+                planned = [_planned(stage, schedule, world, parts) for stage in schedule.stages]
+            shapes, saved = _shapes(parts), saved_by_float8_moments(parts, config)
+            for each in planned:
+                each.holdings.append(Holding(rank, shapes, _memory(parts, each, schedule, world), saved))
+    most = max(planned, key=lambda each: each.worst.memory.total)
     bubble = None
     if degrees.pipeline > 1:
-        costs = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
-        bubble = bubble_share(order, [cost.operations for cost in costs])
+        bubble = bubble_share(most.order, [cost.operations for cost in costs_of_stages(schedule)])
+    config, batch = most.stage.config, most.batch
     exchanges = key_exchanges(config, degrees, batch.micro_batch_size)
-    attention = attention_choices(config, device_here())
-    return Plan(config, degrees, mesh, batch, exchanges, bubble, holdings, float8_coverage(config), choices, attention)
+    return Plan(
+        config=config,
+        stages=planned,
+        degrees=degrees,
+        mesh=mesh,
+        batch=batch,
+        key_exchanges=exchanges,
+        bubble=bubble,
+        holdings=most.holdings,
+        coverage=float8_coverage(config),
+        choices=choices,
+        attention=attention_choices(config, device_here()),
+    )
 
 
 def memory_at(config: Config, ranks: int, rank: int) -> Memory:
-    """The memory of one rank, as `plan` counts it; the configuration must have no "auto" left."""
-    degrees = fit_degrees(config.parallel, ranks)
+    """The most memory of one rank in any stage, as `plan` counts it; the configuration must have no "auto" left."""
+    degrees, schedule = fit_degrees(config.parallel, ranks), Schedule.of(config)
     validate_float8(config, ELSEWHERE, degrees)
-    batch, laid_out = batch_of(config, degrees), _for_any_machine(config)
     with fake_world(degrees, config.parallel.data_parallel, rank) as world:
-        parts = build_parts(laid_out, world)
-        return _memory(parts, config, world, batch, _pipeline_order(laid_out, world, parts, batch))
+        parts = build_parts(_for_any_machine(config), world)
+        planned = [_planned(stage, schedule, world, parts) for stage in schedule.stages]
+        return max((_memory(parts, each, schedule, world) for each in planned), key=lambda memory: memory.total)
+
+
+def _planned(stage: TrainingStage, schedule: Schedule, world: World, parts: list[SWAMLAModel]) -> PlannedStage:
+    """A stage without holdings yet; `parts`: those of rank 0, or of any rank of a pipeline."""
+    batch, laid_out = batch_of(stage, world.degrees), _for_any_machine(stage.config)
+    return PlannedStage(stage, batch, _pipeline_order(laid_out, world, parts, batch), [])
 
 
 def ends_of_coordinates(degrees: Degrees) -> list[list[int]]:
@@ -153,8 +188,9 @@ def ends_of_coordinates(degrees: Degrees) -> list[list[int]]:
     return [sorted({first, first + size - 1}) for first in range(0, degrees.size, size)]
 
 
-def _memory(parts: list[SWAMLAModel], config: Config, world: World, batch: Batch, order: Order) -> Memory:
-    in_flight = _in_flight(config, world, batch, order)
+def _memory(parts: list[SWAMLAModel], planned: PlannedStage, schedule: Schedule, world: World) -> Memory:
+    config, batch = planned.stage.config, planned.batch
+    in_flight = _in_flight(planned, schedule, world)
     return memory_of(parts, config, world, batch.micro_batch_size, run_count(config.parallel, batch), in_flight)
 
 
@@ -167,13 +203,13 @@ def _for_any_machine(config: Config) -> Config:
     )
 
 
-def batch_of(config: Config, degrees: Degrees) -> Batch:
-    """How the trainer divides the global batch of a step among ranks and micro-batches."""
-    training, order = config.training, sequence_order(config.data)
+def batch_of(stage: TrainingStage, degrees: Degrees) -> Batch:
+    """How the trainer divides the global batch of a stage's step among ranks and micro-batches."""
+    training, order = stage.training, sequence_order(stage.config.data)
     size = micro_batch_size(training.local_batch_size, training.global_batch_size, degrees.data)
     total = training.global_batch_size
     read = [
-        sequences_per_rank(step * total, total, order, degrees.data)
+        sequences_per_rank(stage.begin.sequences + step * total, total, order, degrees.data)
         for step in range(min(training.steps, distinct_steps(total, order.streams)))
     ]
     most, least = [max(counts) for counts in read], [min(counts) for counts in read]
@@ -224,12 +260,13 @@ def _pipeline_order(config: Config, world: World, parts: list[SWAMLAModel], batc
         return {}
     stages = [part for part in parts if isinstance(part, ModelStage)]
     count = run_count(parallel, batch)
-    schedule = Pipeline(config, world, stages).schedule(count, batch.micro_batch_size)
+    schedule = Pipeline(config, world, stages).schedule(count, batch.micro_batch_size, config.training.seq_len)
     return order_of(parallel.pipeline_schedule, parallel.pipeline, count, schedule)
 
 
-def _in_flight(config: Config, world: World, batch: Batch, order: Order) -> InFlight:
-    """What the rank of `world` keeps between forward and backward passes, by the pipeline's `order`."""
+def _in_flight(planned: PlannedStage, schedule: Schedule, world: World) -> InFlight:
+    """What the rank of `world` keeps between forward and backward passes, by the pipeline's order."""
+    config, batch, order = planned.stage.config, planned.batch, planned.order
     degrees, coordinate = world.degrees, world.coordinate("pipeline")
     if degrees.pipeline == 1:
         layers = range(config.model.num_layers)
@@ -237,7 +274,7 @@ def _in_flight(config: Config, world: World, batch: Batch, order: Order) -> InFl
             count(config, degrees, layers, batch.micro_batch_size) for count in (block_bytes, recomputed_bytes)
         )
         return InFlight(batch.micro_batch_size * kept, batch.micro_batch_size * again, logits=1)
-    stages = stage_costs(config.model, config.training.seq_len, stage_count(config.parallel))
+    stages = costs_of_stages(schedule)
     mine: Mapping[int, range] = {
         number: stages[number].layers for number in stages_of_rank(config.parallel, coordinate)
     }

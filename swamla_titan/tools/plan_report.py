@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from swamla_titan.config import Config, with_vocabulary
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.config.sections import MOST_RANKS
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.config.toml import shown
@@ -25,7 +26,7 @@ from swamla_titan.parallel.kernels import attention_summary
 from swamla_titan.parallel.stages import stage_count, stage_table, stages_per_rank
 from swamla_titan.quantization.coverage import table, warnings
 from swamla_titan.tools.activations import recomputed_share
-from swamla_titan.tools.plan import Plan, Shape, ends_of_coordinates, folded, plan, ranks_asked_for, run_count
+from swamla_titan.tools.plan import Batch, Plan, Shape, ends_of_coordinates, folded, plan, ranks_asked_for, run_count
 from swamla_titan.train.setup import Setup, rehearse
 
 _MEANING = {"data": "read different sequences"} | {each.name: each.ranks for each in DIMENSIONS}
@@ -78,7 +79,7 @@ def _print_dry_run(setup: Setup, found: Plan) -> None:
     if setup.initial and (differences := setup.initial.differences(config, setup.fingerprint)):
         print(f"warning: {one_line(str(setup.initial.path))} differs from this run:\n{several_lines(differences)}")
     for label, each in labelled(corpus):
-        if warning := uneven(each.source, each.segments[-1], config.training.seq_len):
+        if warning := uneven(each.source, each.segments[-1], setup.schedule.longest.training.seq_len):
             print(f"warning: {label}{one_line(warning)}")
 
 
@@ -97,6 +98,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield from _attention(plan)
     yield from (annex.summary(plan.config.model) for annex in annexes_of(plan.config.model).values())
     yield from _mesh(plan)
+    yield from _stages(plan)
     yield from _batch(plan)
     yield from _context(plan)
     yield from _pipeline(plan)
@@ -120,6 +122,46 @@ def _mesh(plan: Plan) -> Iterator[str]:
         yield f"  {along.dimension:<9} {len(along.ranks):>5}  {listed(along.ranks)}: {_MEANING[along.dimension]}"
 
 
+def _stages(plan: Plan) -> Iterator[str]:
+    """A table of training.stages; nothing without them."""
+    if len(plan.stages) == 1:
+        return
+    yield "\nstages: by training.stages; what follows is of the one that needs the most memory"
+    heading = (
+        "",
+        "from step",
+        "tokens before",
+        "a step",
+        "tokens a step",
+        "micro-batches",
+        "window",
+        "memory of a GPU",
+    )
+    rows: list[tuple[str, ...]] = [heading]
+    for each in plan.stages:
+        stage, batch, training = each.stage, each.batch, each.stage.training
+        windows = ", ".join(map(str, stage.config.model.quantities("window").values()))
+        marked = "*" if stage.config is plan.config else ""
+        rows.append(
+            (
+                f"{stage.number}{marked}",
+                f"{stage.begin.step + 1:,}",
+                f"{stage.begin.tokens:,}",
+                f"{training.global_batch_size} x {training.seq_len}",
+                f"{stage.tokens_per_step:,}",
+                f"{_count(batch)} of {batch.micro_batch_size}",
+                windows,
+                size(each.worst.memory.total),
+            )
+        )
+    yield from _table(rows)
+
+
+def _count(batch: Batch) -> str:
+    """Micro-batches of a step."""
+    return f"{batch.most}" if batch.fewest == batch.most else f"{batch.fewest} or {batch.most}"
+
+
 def _batch(plan: Plan) -> Iterator[str]:
     training, batch, data = plan.config.training, plan.batch, plan.degrees.data
     tokens = training.global_batch_size * training.seq_len
@@ -131,10 +173,9 @@ def _batch(plan: Plan) -> Iterator[str]:
     if plan.degrees.size > data:
         readers += f", {plan.degrees.size // data} ranks together"
     yield f"  {readers}"
-    count = f"{batch.most}" if batch.fewest == batch.most else f"{batch.fewest} or {batch.most}"
     noun = "micro-batch" if batch.most == 1 else "micro-batches"
     own = batch.micro_batch_size * training.seq_len // plan.degrees.context
-    yield f"  {count} {noun} of {batch.micro_batch_size} sequences a step; {own:,} tokens on a rank at a time"
+    yield f"  {_count(batch)} {noun} of {batch.micro_batch_size} sequences a step; {own:,} tokens on a rank at a time"
     waits = waits_for_streams(
         training.global_batch_size, sequence_order(plan.config.data), data, batch.micro_batch_size
     )
@@ -158,7 +199,8 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     per_rank = stages_per_rank(parallel)
     stages = "stage" if per_rank == 1 else "stages"
     yield f"\npipeline: {parallel.pipeline_schedule}, {per_rank} {stages} a rank"
-    yield from (f"  {line}" for line in stage_table(config.model, config.training.seq_len, stage_count(parallel)))
+    longest = Schedule(tuple(each.stage for each in plan.stages)).longest.training.seq_len
+    yield from (f"  {line}" for line in stage_table(config.model, longest, stage_count(parallel)))
     run = run_count(parallel, plan.batch)
     added = f" ({run - most} of them empty, which the schedule needs)" if run > most else ""
     yield f"  bubble: ranks wait {plan.bubble:.1%} of a step of {run} micro-batches{added}, transfers not counted"

@@ -12,6 +12,7 @@ from swamla_titan.conditions import replace_at
 from swamla_titan.config import Config, with_vocabulary
 from swamla_titan.config.effects import without, without_effect
 from swamla_titan.config.rules import conflicts
+from swamla_titan.config.schedule import configs_of_stages
 from swamla_titan.config.sections import KEYS
 from swamla_titan.config.toml import toml
 from swamla_titan.data import load_tokenizer, micro_batch_size
@@ -83,7 +84,9 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
     if not config.model.vocab_size:
         config = with_vocabulary(config, load_tokenizer(config.data.tokenizer).vocab_size)
     config = resolve_auto(config, World.planned(degrees, ELSEWHERE if has_float8 else torch.device("cpu"))).config
-    now = memory_at(config, ranks, rank).total
+    of_stages = [(memory_at(each, ranks, rank).total, each) for each in configs_of_stages(config)]
+    now, config = max(of_stages, key=lambda each: each[0])
+    stage = f" in stage {of_stages.index((now, config))} of training.stages" if len(of_stages) > 1 else ""
     found = []
     for change in _changes(config, ranks, device, has_float8):
         applied = _applied(config, change.keys)
@@ -94,7 +97,7 @@ def savings(config: Config, ranks: int, rank: int, device: str = "cuda", has_flo
         except UserError:  # the ranks cannot divide the model so
             continue
         if saved >= _LEAST * now:
-            found.append(Saving(saved, f"{_toml(applied[1])}: saves {size(saved)}; {change.note}"))
+            found.append(Saving(saved, f"{_toml(applied[1])}: saves {size(saved)}{stage}; {change.note}"))
     return sorted(found, key=lambda saving: -saving.bytes)
 
 

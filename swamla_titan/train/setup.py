@@ -32,6 +32,7 @@ from swamla_titan.checkpoint.store import Checkpoints, DamagedCheckpoints
 from swamla_titan.config import Config, to_toml, with_vocabulary
 from swamla_titan.config.mixture import weights_of
 from swamla_titan.config.rules import retry_seconds
+from swamla_titan.config.schedule import Position, Schedule, TrainingStage
 from swamla_titan.data import (
     HELD_OUT_TEXT,
     BatchLoader,
@@ -39,12 +40,12 @@ from swamla_titan.data import (
     ValidationSet,
     ValidationText,
     load_tokenizer,
-    micro_batch_size,
     open_corpus,
     open_mixture,
     pack,
     pinned,
     prepare_workers,
+    shapes_of,
     validation_text,
     with_segments,
 )
@@ -60,7 +61,7 @@ from swamla_titan.parallel.row_tables import validate_host_memory
 from swamla_titan.system.machine import allow_open_files, needed
 from swamla_titan.train.logging import require_wandb
 from swamla_titan.train.precision import set_precision_and_determinism
-from swamla_titan.train.step import GROUPS, RunState
+from swamla_titan.train.step import GROUPS, RunState, micro_batch_size_of
 from swamla_titan.train.validation import MixtureValidator, TaskValidator, Validation, Validator, require_harness
 
 Result = TypeVar("Result")
@@ -80,7 +81,6 @@ class Inputs:
     validation_texts: dict[str, ValidationText]  # of each source of a mixture, else under ""
     validations: list[Validation]
     validation: dict[str, Any] | None  # see validation_record
-    micro_batch_size: int
     annex_record: AnnexRecord | None  # None: the model has no annexes
     initial: InitialLoad | None  # what a new run begins with in place of drawn weights
 
@@ -92,17 +92,21 @@ class Setup(Inputs):
     fingerprint: dict[str, Any]  # what must be equal for a checkpoint to be resumed
     files: dict[str, bytes]  # by name, of each checkpoint, so that it can be used elsewhere
     train_state: TrainState  # where the run stands
+    schedule: Schedule  # from there on
+
+    @property
+    def stage(self) -> TrainingStage:
+        """The stage of the next step."""
+        return self.schedule.stage(self.train_state.step + 1)
 
     def open_loader(self, num_workers: int | None = None) -> BatchLoader:
         """The batches of this rank, from the run's position on; `num_workers` None: as configured."""
-        training = self.config.training
         with self.checkpoints.loading(self.origin.path):
             return all_ranks_or_raise(
                 self.world,
                 lambda: BatchLoader(
                     self.corpus,
-                    seq_len=training.seq_len,
-                    global_batch_size=training.global_batch_size,
+                    shapes_of(self.schedule),
                     rank=self.world.data_rank,
                     world_size=self.world.degrees.data,
                     num_workers=num_workers,
@@ -226,14 +230,13 @@ def set_up_inputs(
     # "auto" is resolved after the tokenizer, because the head's share of the operations depends on the vocabulary.
     config, choices = resolve_auto(config, world, initial.optimizer if initial else origin.optimizer)
     all_ranks_or_raise(world, lambda: validate_optimizer_device(config.optimizer, world.device))
-    training = config.training
-    size = micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
-    mask = config.data.document_mask
-    held_out = {name: pack(text.tokens, training.seq_len, corpus.tokenizer, mask) for name, text in texts.items()}
+    longest = Schedule.of(config).longest  # in which validation computes, so that its losses are one curve
+    size, seq_len, mask = micro_batch_size_of(longest, world), longest.training.seq_len, config.data.document_mask
+    held_out = {name: pack(text.tokens, seq_len, corpus.tokenizer, mask) for name, text in texts.items()}
     validation = validation_record(origin.data, _fingerprint(config, held_out))
     validations = all_ranks_or_raise(world, lambda: _on_held_out(config, world, held_out, size, validation))
     if config.validation.tasks:
-        validations.append(TaskValidator(config, world, corpus.tokenizer, size))
+        validations.append(TaskValidator(longest.config, world, corpus.tokenizer, size))
     record = None
     if annexes_of(config.model):
         # Rank 0 decides, because other versions of Python have other Unicode tables.
@@ -242,9 +245,7 @@ def set_up_inputs(
         record = AnnexRecord.of(config.model, ids)
     require_fit = initial.require_fit if initial else lambda config: None
     broadcast_from_rank_0(world, lambda: require_fit(config))
-    return Inputs(
-        config, choices, world, checkpoints, origin, corpus, texts, validations, validation, size, record, initial
-    )
+    return Inputs(config, choices, world, checkpoints, origin, corpus, texts, validations, validation, record, initial)
 
 
 def _validation_texts(config: Config, corpus: TrainingData) -> dict[str, ValidationText]:
@@ -291,7 +292,9 @@ def set_up_resume(inputs: Inputs) -> Setup:
     train_state = broadcast_from_rank_0(
         world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
     )
-    return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state)
+    begin = Position(train_state.step, train_state.tokens, train_state.sequences)
+    schedule = Schedule.of(config, begin)
+    return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state, schedule=schedule)
 
 
 def from_newest_intact(build: Callable[[dict[Path, str]], Result]) -> Result:

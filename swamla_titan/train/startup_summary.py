@@ -42,6 +42,7 @@ from swamla_titan.quantization.native import fuses_activation
 from swamla_titan.system.console import Lines
 from swamla_titan.system.events import record_event, seconds_since_start
 from swamla_titan.train.setup import Setup
+from swamla_titan.train.step import micro_batch_size_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,12 +62,12 @@ def log_startup_summary(setup: Setup, parts: Sequence[nn.Module]) -> None:
     if config.parallel.tables_on_host:
         on_host = world.all_reduce_max(sum(bytes_on_host(part, config) for part in parts))
         logger.info(f"tables: in the memory of the host, at most {on_host / 2**30:.2f} GiB of a rank")
-    _log_data(setup.corpus, config.training.seq_len)
+    _log_data(setup.corpus, setup.schedule.longest.training.seq_len)
     _log_batch(setup)
-    _log_kernels(config, world)
+    _log_kernels(setup.stage.config, world)
     for choice in setup.choices:
         logger.info(choice)
-    _log_float8(config, world, setup.micro_batch_size)
+    _log_float8(setup.stage.config, world, micro_batch_size_of(setup.stage, world))
     for row in group_table(config.model, config.optimizer):
         logger.info(f"optimizer: {row}")
     for advice in stability_advice(config) if world.is_rank_0 else ():
@@ -119,7 +120,7 @@ def _log_corpus(label: str, corpus: Corpus, seq_len: int) -> None:
 
 
 def _log_batch(setup: Setup) -> None:
-    config, world, size = setup.config, setup.world, setup.micro_batch_size
+    config, world, size = setup.stage.config, setup.world, micro_batch_size_of(setup.stage, setup.world)
     training = config.training
     is_gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -129,6 +130,9 @@ def _log_batch(setup: Setup) -> None:
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{setup.corpus.tokenizer.name} tokens, {size} at a time"
     )
+    for stage in setup.schedule.stages:
+        if stage.begin.step > setup.train_state.step:
+            logger.info(f"from step {stage.begin.step + 1}, stage {stage.number}: {stage}")
     first, order, ranks = setup.train_state.sequences, setup.corpus.order, world.degrees.data
     micro_batches = micro_batch_count(first, training.global_batch_size, order, ranks, size)
     if config.parallel.pipeline > micro_batches:

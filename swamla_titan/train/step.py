@@ -9,7 +9,8 @@ from torch import Tensor
 from swamla_titan.checkpoint.initial_load import InitialLoad
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
-from swamla_titan.data import StepBatch, micro_batches
+from swamla_titan.config.schedule import TrainingStage
+from swamla_titan.data import StepBatch, micro_batch_size, micro_batches
 from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import AveragedWeights, Optimizers, build_optimizer, lr_factor
 from swamla_titan.parallel.model_parts import ParallelModel
@@ -67,6 +68,12 @@ class RunState(State):
             self.begin()
 
 
+def micro_batch_size_of(stage: TrainingStage, world: World) -> int:
+    """Sequences of a rank's micro-batch in the steps of `stage`."""
+    training = stage.training
+    return micro_batch_size(training.local_batch_size, training.global_batch_size, world.degrees.data)
+
+
 class TrainStep:
     """Takes a step: updates the weights of `state` by one global batch, of which this rank reads its slice.
 
@@ -75,17 +82,20 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        config: Config,
-        world: World,
-        state: RunState,
-        micro_batch_size: int,
-        before_update: Callable[[], None] = lambda: None,
+        self, stage: TrainingStage, world: World, state: RunState, before_update: Callable[[], None] = lambda: None
     ) -> None:
-        """`before_update` is called before weights and states change, because a checkpoint may still copy them."""
-        self.config, self.world, self.state = config, world, state
-        self.micro_batch_size, self.before_update = micro_batch_size, before_update
-        self.targets = config.training.global_batch_size * config.training.seq_len
+        """Begin with the steps of `stage`.
+
+        `before_update` is called before weights and states change, because a checkpoint may still copy them.
+        """
+        self.world, self.state, self.before_update = world, state, before_update
+        self.begin_stage(stage)
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """Take the steps of `stage` from now on."""
+        self.config, self.targets = stage.config, stage.tokens_per_step
+        self.micro_batch_size = micro_batch_size_of(stage, self.world)
+        self.state.model.begin_stage(stage.config)
 
     def __call__(self, batch: StepBatch, step: int) -> StepOutcome:
         """Take step number `step` (from 1); all ranks call this."""

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from swamla_titan.config.mixture import data_of_sources
+from swamla_titan.config.schedule import TrainingStage
 from swamla_titan.config.sections import Data
+from swamla_titan.distributed.mesh import World
+from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.system.machine import cores
 from swamla_titan.train.policy import Policy, Values
 
@@ -75,11 +78,21 @@ class Throughput(Policy):
         self.peak = peak_flops(device)
         self._reset()
 
+    @classmethod
+    def of(cls, stage: TrainingStage, world: World) -> "Throughput":
+        """Of a run that begins with the steps of `stage`."""
+        return cls(world.device, world.size, _flops_per_token(stage), stage.tokens_per_step)
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """Count the next steps as those of `stage`."""
+        self.flops_per_token, self.tokens_per_step = _flops_per_token(stage), stage.tokens_per_step
+
     def _reset(self) -> None:
         self._start = time.perf_counter()
         self._paused = 0.0
         self._data = 0.0
-        self._steps = 0
+        self._steps = self._tokens = 0
+        self._flops = 0.0
         self._waits: list[tuple[float, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -91,6 +104,8 @@ class Throughput(Policy):
         waited = time.perf_counter() - start
         self._data += waited
         self._steps += 1
+        self._tokens += self.tokens_per_step
+        self._flops += self.tokens_per_step * self.flops_per_token
         if before:
             after = self._event()
             assert after is not None
@@ -128,7 +143,7 @@ class Throughput(Policy):
         """
         step_seconds = (time.perf_counter() - self._start - self._paused) / self._steps
         self.interval = Interval(self._steps, step_seconds * self._steps, self._stalled())
-        rate = self.tokens_per_step / step_seconds
+        rate = self._tokens / (step_seconds * self._steps)
         values: Values = {
             "tokens_per_second": rate,
             "data_seconds": self._data / self._steps,
@@ -136,10 +151,10 @@ class Throughput(Policy):
             "memory_gib": self._peak_memory() / 2**30,
         }
         if self.device.type == "cuda":
-            per_gpu = rate / self.num_devices
-            values |= {"tokens_per_second_per_gpu": per_gpu, "tflops_per_gpu": per_gpu * self.flops_per_token / 1e12}
+            flops_per_gpu = self._flops / (step_seconds * self._steps) / self.num_devices
+            values |= {"tokens_per_second_per_gpu": rate / self.num_devices, "tflops_per_gpu": flops_per_gpu / 1e12}
             if self.peak:
-                values["mfu"] = per_gpu * self.flops_per_token / self.peak
+                values["mfu"] = flops_per_gpu / self.peak
         self._reset()
         return values
 
@@ -151,6 +166,10 @@ class Throughput(Policy):
             return peak
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _flops_per_token(stage: TrainingStage) -> float:
+    return training_flops_per_token(stage.config.model, stage.training.seq_len)
 
 
 class DataWait:

@@ -12,7 +12,6 @@ from swamla_titan.data import StepBatch, completed_epochs
 from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
-from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.system.events import now, timed_event
 from swamla_titan.train.logging import MetricsLogger, step_line
@@ -21,6 +20,7 @@ from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
 from swamla_titan.train.policies.mixture_metrics import mixture_metrics
 from swamla_titan.train.policies.profiling import StepProfiler
+from swamla_titan.train.policies.stages import StageChanges
 from swamla_titan.train.policies.streaks import bad_step_policy
 from swamla_titan.train.policies.unreadable_data import UnreadableData, next_batch
 from swamla_titan.train.policies.watchdog import Watchdog
@@ -50,9 +50,7 @@ class Trainer:
         self.stop, self.hold, self.folder = stop, hold, Path(self.config.job.dump_folder)
         if hold:
             setup.checkpoints.may_write = hold.require
-        start = setup.train_state
-        self.step, self.tokens, self.sequences = start.step, start.tokens, start.sequences
-        self.tokens_per_step = self.config.training.global_batch_size * self.config.training.seq_len
+        self.step = setup.train_state.step
         self.loader = setup.open_loader()
         self.cursors = self.loader.cursors  # of this rank's streams, after `step`
         try:
@@ -77,10 +75,9 @@ class Trainer:
         )
         expected = self.state.size() if unfinished else 0
         self.saver = Saver(config.checkpoint, setup.checkpoints, world.device, self.step, expected)
-        self.train_step = TrainStep(config, world, self.state, setup.micro_batch_size, self.saver.before_update)
+        self.train_step = TrainStep(setup.stage, world, self.state, self.saver.before_update)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
-        flops = training_flops_per_token(config.model, config.training.seq_len)
-        self.throughput = Throughput(world.device, world.size, flops, self.tokens_per_step)
+        self.throughput = Throughput.of(setup.stage, world)
         units = min(corpus.source.num_units for corpus in setup.corpus.corpora)
         self.data_wait = DataWait.of(config.data, units, world.degrees.data)
         self.bad_steps = bad_step_policy(setup, self.state, self.loader)
@@ -90,6 +87,7 @@ class Trainer:
             GarbageCollection(config, self.step + 1),  # before a step: collects what the step before it left
             self.profiler,  # then begins its trace, which shows the wait for data
             self.throughput,  # in a log line: reads the clock before the others wait for the device
+            StageChanges(setup, [watchdog, self.train_step, self.throughput]),  # before a step: begins its stage
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
             *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
@@ -117,12 +115,9 @@ class Trainer:
                 policy.take_batch(self.step + 1, batch)
             self.outcome = self.train_step(batch, self.step + 1)
             self.step += 1
-            self.tokens += self.tokens_per_step
-            self.sequences += config.training.global_batch_size
             self.cursors = batch.cursors
             for policy in self.policies:
                 policy.after_step(self.step, self.outcome)
-
             # Asked once: a signal that comes later in this step ends the next one.
             stop = self.stop.agreed(self.world.all_reduce_max)
             finished = self.step == config.training.steps
@@ -182,26 +177,23 @@ class Trainer:
     def _log_step(self) -> None:
         """Read the step's metrics from the device, which waits for it, and log them."""
         self._require_folder()
-        loss, grad_norm, lr = self.outcome
+        (loss, grad_norm, lr), tokens = self.outcome, self.setup.schedule.after(self.step).tokens
         epoch = int(-self.world.all_reduce_max(-completed_epochs(self.cursors.values())))
-        values: Values = {"time": now(), "tokens": self.tokens, "epoch": epoch}
+        values: Values = {"time": now(), "tokens": tokens, "epoch": epoch}
         values |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
         for policy in self.policies:
             values |= policy.metrics()
         values["memory_gib"] = self.world.all_reduce_max(values["memory_gib"])
         eta = (self.config.training.steps - self.step) * values["step_seconds"]
-        self._log(values, step_line(self.step, self.config.training.steps, values, eta))
+        if self.metrics:
+            self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
         if warning := self.data_wait.warning(self.throughput.interval):
             logger.warning("%s", warning)
         self.bad_steps.require_finite(self.step, self.outcome)
 
-    def _log(self, values: Values, line: str) -> None:
-        if self.metrics:
-            self.metrics.log(self.step, values, line)
-
     def _end_streak(self, too_many_bad: bool) -> None:
         """Where too many bad steps followed each other, rewind, or save and raise RunFailed, on every rank."""
-        if failure := self.bad_steps.end_streak(self.step, self.sequences, too_many_bad, self._pause_to_rewind()):
+        if failure := self.bad_steps.end_streak(self.step, too_many_bad, self._pause_to_rewind()):
             self._save(last=True)
             raise failure
 
@@ -225,9 +217,9 @@ class Trainer:
         with self._pause("validation"):
             self.saver.before_update()  # weights and their average are swapped
             values = validation(self.state.model, average)
-        if values:
+        if values and self.metrics:
             of = "validation of the average" if average else "validation"
-            self._log(values, f"{of}: {validation.line(values)}")
+            self.metrics.log(self.step, values, f"{of}: {validation.line(values)}")
 
     def _save_if_new(self) -> None:
         """Save before the run ends, unless this step is saved already."""
@@ -246,7 +238,7 @@ class Trainer:
             cursors, more = all_gather_dict(self.world, self.cursors), self.unreadable.state(self.world)
             for policy in self.policies:
                 more |= policy.train_state()
-            state = TrainState(self.step, self.tokens, self.sequences, cursors, self.setup.fingerprint, **more)
+            state = TrainState(*self.setup.schedule.after(self.step), cursors, self.setup.fingerprint, **more)
             self.saver.save(self.state.tensors(), state, self.setup.files, last)
 
     def _may_write(self) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swamla_titan.config import load_config
-from swamla_titan.data import IGNORED, BatchLoader, open_corpus
+from swamla_titan.data import IGNORED, BatchLoader, Shape, open_corpus
 from swamla_titan.model import SWAMLAModel
 from tests.config.runner import before_every_call_of
 from tests.train.runs import checkpoint, metrics, tensors, train
@@ -32,7 +32,7 @@ def sequences(run, count: int) -> list[list[int]]:
     """The first global sequences of the data of a finished run."""
     config = load_config(run / "config.toml")
     corpus = open_corpus(config.data, config.validation, config.job.seed)
-    with BatchLoader(corpus, seq_len=config.training.seq_len, global_batch_size=count, num_workers=0) as loader:
+    with BatchLoader(corpus, [Shape(0, count, config.training.seq_len)], num_workers=0) as loader:
         return next(loader).tokens.tolist()
 
 

@@ -243,6 +243,13 @@ def steps(run: Runner) -> None:
     assert len(result.calls) == 5 * 3
 
 
+def stages(run: Runner) -> None:
+    """Each stage begins with the first step that begins with so many tokens or more."""
+    result = run("--training.stages", "[{tokens = 321, seq_len = 48, global_batch_size = 3}]")
+    assert [tuple(call.tokens.shape) for call in result.calls] == [(2, 64)] * 6 + [(2, 48)] * 2
+    assert result.series("tokens") == [5 * 64, 10 * 64, 10 * 64 + 3 * 48]
+
+
 def max_grad_norm(run: Runner) -> None:
     """After one step the first moment is 1 - beta1 of the gradient that the optimizer got."""
     for clip in (0.25, 0.0):
@@ -551,6 +558,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "training.compute_dtype": compute_dtype,
     "training.fp32_precision": fp32_precision,
     "training.gc_interval": gc_interval,
+    "training.stages": stages,
     "optimizer.lr": lr,
     "optimizer.beta1": beta1,
     "optimizer.beta2": beta2,

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data import BatchLoader, Shape, open_corpus
 from swamla_titan.data.background import is_done
 from swamla_titan.data.batches import document_ids
 from swamla_titan.data.loader import StepReader
@@ -39,8 +39,7 @@ def loaders(corpus, size, world_size, workers=0, cursors=None, steps=0, excluded
     return [
         BatchLoader(
             corpus,
-            seq_len=SEQ_LEN,
-            global_batch_size=size,
+            [Shape(0, size, SEQ_LEN)],
             rank=rank,
             world_size=world_size,
             num_workers=workers,
@@ -92,7 +91,8 @@ def simulated(corpus, size, world_size, workers, steps):
         own = list(range(rank, streams, world_size))
         from_start = {stream: cursors[str(stream)] for stream in own}
         parts += [
-            iter(StepReader(corpus, own[worker::workers], SEQ_LEN, size, 0, from_start)) for worker in range(workers)
+            iter(StepReader(corpus, own[worker::workers], [Shape(0, size, SEQ_LEN)], 0, from_start))
+            for worker in range(workers)
         ]
     result = []
     for _ in range(steps):
@@ -386,11 +386,11 @@ def test_a_fault_of_the_program_in_a_worker_is_told_with_its_traceback(tmp_path)
 SCRIPT = """
 import os, signal, sys, time
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data import BatchLoader, Shape, open_corpus
 
 if __name__ == "__main__":
     corpus = open_corpus(Data(source="builtin", tokenizer="byte"), Validation(), 0)
-    loader = BatchLoader(corpus, seq_len=64, global_batch_size=8, num_workers=2)
+    loader = BatchLoader(corpus, [Shape(0, 8, 64)], num_workers=2)
     next(loader)
     if sys.argv[1] == "ctrl-c":
         os.killpg(0, signal.SIGINT)
@@ -519,10 +519,10 @@ def test_workers_start_under_a_long_tmpdir(tmp_path):
     folder.mkdir()
     program = """
 from swamla_titan.config.sections import Data, Validation
-from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data import BatchLoader, Shape, open_corpus
 if __name__ == "__main__":
     corpus = open_corpus(Data(source="builtin", tokenizer="byte", num_workers=1), Validation(), 0)
-    with BatchLoader(corpus, seq_len=16, global_batch_size=2) as loader:
+    with BatchLoader(corpus, [Shape(0, 2, 16)]) as loader:
         print(next(loader).tokens.shape)
 """
     script = tmp_path / "script.py"

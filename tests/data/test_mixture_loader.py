@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from swamla_titan.config.sections import Data, DataSource, Validation
-from swamla_titan.data import BatchLoader, open_corpus, open_mixture
+from swamla_titan.data import BatchLoader, Shape, open_corpus, open_mixture
 from swamla_titan.data.loader import StepReader
 from swamla_titan.data.mixture import Piece
 from swamla_titan.data.retry import all_documents
 from swamla_titan.errors import Damaged, UserError
 
 SEQ_LEN, SIZE, STEPS = 32, 12, 15
+SHAPES = [Shape(0, SIZE, SEQ_LEN)]
 WEIGHTS = {"jsonl": 0.5, "parquet": 0.35, "docs": 0.15}
 EVERY_KIND = {"jsonl": 0.5, "parquet": 0.25, "docs": 0.15, "hub": 0.1}
 MARKS = {"jsonl": "j", "parquet": "p", "hub": "h"}
@@ -55,8 +56,8 @@ def mixture(folder):
 
 
 def loaders(mixture, ranks, cursors=None, steps=0):
-    keys = {"seq_len": SEQ_LEN, "global_batch_size": SIZE, "cursors": cursors, "first": steps * SIZE}
-    return [BatchLoader(mixture, rank=rank, world_size=ranks, **keys) for rank in range(ranks)]
+    keys = {"cursors": cursors, "first": steps * SIZE}
+    return [BatchLoader(mixture, SHAPES, rank=rank, world_size=ranks, **keys) for rank in range(ranks)]
 
 
 def read(mixture, ranks, steps, cursors=None, before=0):
@@ -105,7 +106,7 @@ def test_batches_of_every_kind_of_source_do_not_depend_on_ranks(folder):
 def test_processes_change_nothing(mixture):
     expected, _, _ = read(mixture, 1, 3)
     slots, cursors = list(range(12)), loaders(mixture, 1)[0].cursors
-    readers = [StepReader(mixture, slots[worker::5], SEQ_LEN, SIZE, 0, cursors) for worker in range(5)]
+    readers = [StepReader(mixture, slots[worker::5], SHAPES, 0, cursors) for worker in range(5)]
     elsewhere = [iter(pickle.loads(pickle.dumps(reader))) for reader in readers]
     for step in range(3):
         parts = [next(reader) for reader in elsewhere]

@@ -8,6 +8,7 @@ import torch
 
 from swamla_titan.data.batches import (
     IGNORED,
+    Shape,
     StepBatch,
     document_ids,
     micro_batch_count,
@@ -15,14 +16,15 @@ from swamla_titan.data.batches import (
     sequences_per_rank,
     waits_for_streams,
 )
+from swamla_titan.data.loader import StepReader
 from swamla_titan.data.streams import DocumentStream, PackedStream, TokenCache, initial_cursor
 from swamla_titan.data.tokenizer import load_tokenizer
 
 EOT = 256
 
 
-def open_stream(corpus, stream, seq_len, cursor=None):
-    return PackedStream(corpus, stream, seq_len, TokenCache(corpus.tokenizer), cursor)
+def open_stream(corpus, stream, cursor=None):
+    return PackedStream(corpus, stream, TokenCache(corpus.tokenizer), cursor)
 
 
 def token_row(corpus, stream, length):
@@ -39,9 +41,9 @@ def token_row(corpus, stream, length):
 def test_targets_are_the_token_row(maker, seq_len):
     maker.write(maker.texts(30))
     corpus = maker.open(shuffle_documents=5)
-    stream = open_stream(corpus, 2, seq_len)
+    stream = open_stream(corpus, 2)
     count = 2000 // seq_len
-    sequences = [next(stream).tokens for _ in range(count)]
+    sequences = [stream.next(seq_len).tokens for _ in range(count)]
     row = token_row(corpus, 2, seq_len * count + 1)
     assert all(len(sequence) == seq_len + 1 for sequence in sequences)
     assert np.concatenate([sequence[1:] for sequence in sequences]).tolist() == row[1:]
@@ -52,15 +54,16 @@ def test_targets_are_the_token_row(maker, seq_len):
 def test_resume_from_every_sequence(maker, seq_len):
     maker.write(maker.texts(9))
     corpus = maker.open(shuffle_documents=3, streams=2)
-    stream = open_stream(corpus, 0, seq_len)
+    stream = open_stream(corpus, 0)
     cursors, sequences = [initial_cursor()], []
     for _ in range(60):
-        tokens, cursor, *_ = next(stream)
+        tokens, cursor, *_ = stream.next(seq_len)
         sequences.append(tokens.tolist())
         cursors.append(json.loads(json.dumps(cursor)))
     assert [cursor["sequences"] for cursor in cursors] == list(range(61))
     for start in range(0, 60, 7):
-        found = [next(again) for again in [open_stream(corpus, 0, seq_len, cursors[start])] for _ in range(60 - start)]
+        again = open_stream(corpus, 0, cursors[start])
+        found = [again.next(seq_len) for _ in range(60 - start)]
         assert [packed.cursor for packed in found] == cursors[start + 1 :]
         assert [packed.tokens.tolist() for packed in found] == sequences[start:]
 
@@ -68,7 +71,7 @@ def test_resume_from_every_sequence(maker, seq_len):
 def test_streams_start_at_different_places_of_one_document(maker):
     (maker.folder / "book.txt").write_text("".join(f"{i:05} " for i in range(5000)))
     corpus = maker.open(streams=8, shuffle_documents=1)
-    first = [next(open_stream(corpus, stream, 60)).tokens for stream in range(8)]
+    first = [open_stream(corpus, stream).next(60).tokens for stream in range(8)]
     assert bytes(first[0][:12].astype(np.uint8)) == b"00000 00001 "
     assert len({sequence.tobytes() for sequence in first}) == 8
 
@@ -81,7 +84,7 @@ def test_long_documents_are_tokenized_once_for_all_streams(maker, monkeypatch):
     monkeypatch.setattr(corpus.tokenizer, "encode_array", lambda text: calls.append(1) or encode(text))
     cache = TokenCache(corpus.tokenizer)
     for stream in range(4):
-        next(PackedStream(corpus, stream, 10, cache))
+        PackedStream(corpus, stream, cache).next(10)
     assert len(calls) == 1
     # ... and only as many are kept as there is room for
     monkeypatch.setattr(TokenCache, "MAX_TOKENS", 10)
@@ -94,12 +97,12 @@ def test_long_documents_are_tokenized_once_for_all_streams(maker, monkeypatch):
 def test_replaced_bytes_are_counted_once(maker):
     (maker.folder / "a.txt").write_bytes(b"bad \xff byte" * 10)
     corpus = maker.open(streams=1)
-    stream = open_stream(corpus, 0, 50)
-    first = next(stream)
+    stream = open_stream(corpus, 0)
+    first = stream.next(50)
     assert first.replaced == 10
-    again = open_stream(corpus, 0, 50, first.cursor)
-    assert next(again).replaced == 0
-    assert sum(next(again).replaced for _ in range(10)) >= 10  # the next epoch reads it again
+    again = open_stream(corpus, 0, first.cursor)
+    assert again.next(50).replaced == 0
+    assert sum(again.next(50).replaced for _ in range(10)) >= 10  # the next epoch reads it again
 
 
 def test_document_ids():
@@ -164,6 +167,46 @@ def test_streams_that_keep_ranks_waiting_are_said():
 def test_gpt2_tokens_are_packed(maker):
     maker.write(["hello world", "hello world"])
     corpus = maker.open(tokenizer="gpt2", streams=1)
-    sequence = next(open_stream(corpus, 0, 5)).tokens
+    sequence = open_stream(corpus, 0).next(5).tokens
     assert sequence.tolist() == [31373, 995, 50256, 31373, 995, 50256]
     assert load_tokenizer("gpt2").decode(sequence.tolist()) == "hello worldhello world"
+
+
+def test_sequences_of_several_lengths_lose_no_target(maker):
+    maker.write(maker.texts(30))
+    corpus = maker.open(shuffle_documents=5)
+    lengths = [7, 7, 100, 3, 64, 1, 500, 2]
+    stream, found = open_stream(corpus, 2), []
+    for length in lengths:
+        packed = stream.next(length)
+        assert len(packed.tokens) == length + 1
+        found += packed.tokens[1:].tolist()
+        again = open_stream(corpus, 2, json.loads(json.dumps(packed.cursor)))
+        assert again.next(9).tokens.tolist() == open_stream(corpus, 2, packed.cursor).next(9).tokens.tolist()
+    assert found == token_row(corpus, 2, sum(lengths) + 1)[1:]
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (3, 1), (4, 2)])
+def test_batches_of_several_shapes_are_the_same_for_any_ranks_and_workers(maker, world_size, workers):
+    maker.write(maker.texts(40))
+    corpus = maker.open(streams=5)
+    shapes = [Shape(0, 3, 8), Shape(6, 3, 20), Shape(9, 7, 20), Shape(30, 2, 5)]
+
+    def read(world_size: int, workers: int) -> list[dict[int, list[int]]]:
+        parts = []
+        for rank in range(world_size):
+            own = list(range(rank, 5, world_size))
+            cursors = {stream: initial_cursor() for stream in own}
+            parts += [iter(StepReader(corpus, own[worker::workers], shapes, 0, cursors)) for worker in range(workers)]
+        steps = [[next(part) for part in parts] for _ in range(9)]
+        return [
+            {number: row for part in step for number, row in zip(part.sequences.tolist(), part.tokens.tolist())}
+            for step in steps
+        ]
+
+    found = read(world_size, workers)
+    assert [(min(step), len(step), len(next(iter(step.values()))) - 1) for step in found] == [
+        *((0, 3, 8), (3, 3, 8), (6, 3, 20), (9, 7, 20), (16, 7, 20), (23, 7, 20)),
+        *((30, 2, 5), (32, 2, 5), (34, 2, 5)),
+    ]
+    assert found == read(1, 1)

@@ -103,7 +103,7 @@ def test_added_files_without_text_end_nothing(maker, streams, name, content):
     changes, corpus = resumed(maker, keys, keys, lambda: (maker.folder / name).write_bytes(content))
     assert not changes
     assert corpus.added_files == (name,)
-    stream = PackedStream(corpus, 0, 8, TokenCache(corpus.tokenizer))
+    stream = PackedStream(corpus, 0, TokenCache(corpus.tokenizer))
     for _ in range(200):
-        packed = next(stream)
+        packed = stream.next(8)
     assert packed.cursor["edition"] == 2

@@ -141,11 +141,11 @@ class Numbered(TokenCache):
 def read_by_epochs(corpus, seq_len: int, epochs: int) -> list[np.ndarray]:
     """How often each token was read after each epoch's worth of tokens; streams take turns."""
     cache = Numbered(corpus)
-    streams = [PackedStream(corpus, number, seq_len, cache) for number in range(corpus.data.streams)]
+    streams = [PackedStream(corpus, number, cache) for number in range(corpus.data.streams)]
     counts, found, sequences = np.zeros(cache.total, dtype=int), [], 0
     for epoch in range(1, epochs + 1):
         while sequences * seq_len < epoch * cache.total:
-            np.add.at(counts, next(streams[sequences % len(streams)]).tokens[:-1], 1)
+            np.add.at(counts, streams[sequences % len(streams)].next(seq_len).tokens[:-1], 1)
             sequences += 1
         found.append(counts.copy())
     return found
@@ -353,9 +353,9 @@ def share_of(corpus, letter, size):
     streams = corpus.data.streams
     found = total = 0
     for number in range(streams):
-        stream = PackedStream(corpus, number, SEQ_LEN, TokenCache(corpus.tokenizer))
+        stream = PackedStream(corpus, number, TokenCache(corpus.tokenizer))
         for _ in range(size // SEQ_LEN // streams):
-            tokens = next(stream).tokens[1:]
+            tokens = stream.next(SEQ_LEN).tokens[1:]
             found += int((tokens == ord(letter)).sum())
             total += SEQ_LEN
     return found / total

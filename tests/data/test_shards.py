@@ -271,10 +271,10 @@ def test_the_cursor_after_any_number_of_sequences_is_found_without_reading(maker
     corpus = shards(maker, prepared(maker, maker.texts(90)), Validation(fraction=0.1), **keys)
     tokens = training_tokens(corpus.source.index, corpus.held_out)
     for number in range(0, corpus.data.streams, 30):
-        stream = PackedStream(corpus, number, SEQ_LEN, TokenCache(TOKENIZER))
-        assert indexed_cursor(corpus, number, 0, SEQ_LEN, tokens) == initial_cursor()
+        stream = PackedStream(corpus, number, TokenCache(TOKENIZER))
+        assert indexed_cursor(corpus, number, 0, 0, tokens) == initial_cursor()
         for count in range(1, 60):
-            assert next(stream).cursor == indexed_cursor(corpus, number, count, SEQ_LEN, tokens)
+            assert stream.next(SEQ_LEN).cursor == indexed_cursor(corpus, number, count, count * SEQ_LEN, tokens)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 10, 1023, 1024, 1025, 5000])

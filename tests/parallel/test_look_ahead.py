@@ -74,7 +74,7 @@ def test_a_look_up_of_other_tokens_is_an_error():
     ):
         with pytest.raises(ValueError, match="prepared for other tokens"):
             model.annexes.look_up(tokens, documents, torch.float32, prepared=prepared)
-    stage = ModelStage(TINY, 0, [range(2), range(2, 2)], T).to_empty(device="cpu")
+    stage = ModelStage(TINY, 0, [range(2), range(2, 2)]).to_empty(device="cpu")
     with pytest.raises(ValueError, match="prepared for other tokens"):
         stage(other.tokens, other.document_ids, other.tokens, prepared=prepared)
 

@@ -157,7 +157,7 @@ def test_torchs_schedules_of_several_stages_a_rank(tiny, name):
     overrides = [Override("parallel", key, value) for key, value in keys.items()]
     config = with_vocabulary(load_config(tiny, [*overrides, Override("model", "num_layers", "8")]), 257)
     with fake_world(fit_degrees(config.parallel, ranks), "fsdp", 0) as world:
-        schedule = Pipeline(config, world, build_stages(config, world)).schedule(count, 1)
+        schedule = Pipeline(config, world, build_stages(config, world)).schedule(count, 1, 64)
     order = order_of(name, ranks, count, schedule)
     share = bubble_share(order, [1.0] * ranks * per_rank)
     interleaved = (ranks - 1) / (per_rank * count + ranks - 1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swamla_titan.config.schedule import Position, Schedule
 from swamla_titan.config.sections import Config, FaultTolerance, Float8, Training
 from swamla_titan.train.bad_steps import BadStep, BadSteps
 from swamla_titan.train.policies.streaks import remedies, warning, write_bad_batches
@@ -211,7 +212,8 @@ def test_messages_of_runs_name_them(tiny, skips):
 def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path):
     path = tmp_path / "traces" / "bad.json"
     steps = [BadStep(2, math.nan, math.inf, math.inf), BadStep(3, 2.0, 9.0, 4.0)]
-    write_bad_batches(path, steps, 0, 3, 5, {(3, stream): {"unit": stream} for stream in range(5)})
+    config = Config(training=Training(global_batch_size=3))
+    write_bad_batches(path, steps, Schedule.of(config), 5, {(3, stream): {"unit": stream} for stream in range(5)})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -224,7 +226,8 @@ def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path
             "cursors": {"1": {"unit": 1}, "2": {"unit": 2}, "3": {"unit": 3}},
         },
     ]
-    write_bad_batches(path, steps[1:], 4, 3, 5, {})  # the batch was of another size before
+    resized = Schedule.of(config, Position(5, 5 * 2048, 19))
+    write_bad_batches(path, steps[1:], resized, 5, {})  # the batch was of another size before
     assert (json.loads(path.read_text())[0]["first_sequence"], steps[1].step) == (10, 3)
 
 

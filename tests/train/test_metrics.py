@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from swamla_titan.config import load_config
-from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data import BatchLoader, Shape, open_corpus
 from swamla_titan.errors import RunFailed
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.counts import training_flops_per_token
@@ -69,7 +69,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_batch(tiny, tmp_pat
     model = SWAMLAModel(config.model)
     model.init_weights(config.job.seed)
     corpus = open_corpus(config.data, config.validation, config.job.seed)
-    with BatchLoader(corpus, seq_len=64, global_batch_size=5) as loader:
+    with BatchLoader(corpus, [Shape(0, 5, 64)]) as loader:
         batch = next(loader)
     assert batch.tokens.shape == (5, 64)
     losses = [

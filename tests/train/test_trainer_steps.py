@@ -9,7 +9,7 @@ import torch
 
 from swamla_titan.config import load_config, split_overrides
 from swamla_titan.config.sections import LRSchedule
-from swamla_titan.data import BatchLoader, open_corpus
+from swamla_titan.data import BatchLoader, Shape, open_corpus
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.optim import lr_factor
@@ -35,7 +35,7 @@ def gradient(folder: Path) -> torch.Tensor:
     model = SWAMLAModel(config.model)
     model.init_weights(config.job.seed)
     corpus = open_corpus(config.data, config.validation, config.job.seed)
-    with BatchLoader(corpus, seq_len=64, global_batch_size=5) as loader:
+    with BatchLoader(corpus, [Shape(0, 5, 64)]) as loader:
         batch = next(loader)
     torch.nn.functional.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten()).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -141,7 +141,7 @@ def test_setup_and_step_take_the_trainers_steps_without_it(tiny, tmp_path):
     before = {path.name for path in tmp_path.iterdir()}
     setup = set_up(config, World.alone())
     with setup.open_loader() as loader:
-        take_step = TrainStep(setup.config, setup.world, setup.build_state(), setup.micro_batch_size)
+        take_step = TrainStep(setup.stage, setup.world, setup.build_state())
         outcomes = [take_step(next(loader), step) for step in range(1, 5)]
     assert {path.name for path in tmp_path.iterdir()} == before
 

@@ -37,6 +37,7 @@ from swamla_titan.checkpoint.reader import is_finite
 from swamla_titan.checkpoint.state import State
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.data import BatchLoader
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
@@ -89,13 +90,10 @@ class BadStepPolicy(Policy):
             "newest checkpoints away first"
         )
 
-    def end_streak(
-        self, step: int, sequences: int, too_many: bool, paused: AbstractContextManager[None]
-    ) -> RunFailed | None:
+    def end_streak(self, step: int, too_many: bool, paused: AbstractContextManager[None]) -> RunFailed | None:
         """End a streak that is too long; returns the error to raise once `step` is saved, None: the run continues.
 
-        `too_many`: the answer for `step`. `sequences`: the index of the next global sequence. `paused` encloses a
-        rewind. All ranks call this, after `report`.
+        `too_many`: the answer for `step`. `paused` encloses a rewind. All ranks call this, after `report`.
         """
         return None
 
@@ -112,6 +110,7 @@ class SkippingPolicy(BadStepPolicy):
         # late.
         steps = setup.config.fault_tolerance.max_bad_steps + 1
         self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
+        self._schedule = setup.schedule
 
     def before_step(self, step: int) -> None:
         """Remember where the batch of `step` begins."""
@@ -141,9 +140,7 @@ class SkippingPolicy(BadStepPolicy):
             return False
         raise self._not_finite(step, outcome, "the weights are not finite any more; they are not saved")
 
-    def end_streak(
-        self, step: int, sequences: int, too_many: bool, paused: AbstractContextManager[None]
-    ) -> RunFailed | None:
+    def end_streak(self, step: int, too_many: bool, paused: AbstractContextManager[None]) -> RunFailed | None:
         is_full = self._judge.streak >= self._config.fault_tolerance.max_bad_steps
         # A run stops as soon as the streak is known. A rewind changes the weights, so its step must not depend on
         # whether a log line showed the streak earlier.
@@ -151,7 +148,7 @@ class SkippingPolicy(BadStepPolicy):
             return None
         streak = self._judge.newest_streak()
         what = f"a streak of {len(streak)} bad steps, up to step {streak[-1]}"
-        path = self._write(streak, step, sequences)
+        path = self._write(streak, step)
         if self._rewinding.is_possible(step):
             with paused:
                 target = self._rewinding.rewind(step, self._state)
@@ -167,16 +164,14 @@ class SkippingPolicy(BadStepPolicy):
             "newest checkpoints away first. If good steps pass for spikes, raise fault_tolerance.spike_sigma"
         )
 
-    def _write(self, streak: Sequence[BadStep], step: int, sequences: int) -> Path:
+    def _write(self, streak: Sequence[BadStep], step: int) -> Path:
         """Write a streak's batches with the cursors of all ranks, which all call this; a disk error is only logged."""
         path = self._traces / f"bad-steps-{step}.json"
-        size = self._config.training.global_batch_size
         own = {(step, stream): cursor for step, cursors in self._cursors for stream, cursor in cursors.items()}
         cursors = all_gather_dict(self._world, own)
         if self._world.is_rank_0:
-            first = sequences - step * size  # not 0 if checkpoint.allow has changed the batch or the data
             try:
-                write_bad_batches(path, streak, first, size, self._config.data.streams, cursors)
+                write_bad_batches(path, streak, self._schedule, self._config.data.streams, cursors)
             except OSError as error:  # the run must still rewind or stop
                 logger.error("%s could not be written: %s", path, error.strerror)
         return path
@@ -297,22 +292,21 @@ class Rewinding:
 def write_bad_batches(
     path: Path,
     bad: Sequence[BadStep],
-    first: int,
-    global_batch_size: int,
+    schedule: Schedule,
     streams: int,
     cursors: dict[tuple[int, int], Cursor],
 ) -> None:
     """Write a JSON list with an object for each bad step: loss, norm, and the data of its batch.
 
-    `first_sequence` .. `last_sequence` are global sequence numbers, where step 1 would begin with `first`: 0 if the
-    batch size never changed. Sequence g is the next one of stream g % streams. `cursors` maps (step, stream) to the
-    stream's cursor before the batch; it lacks steps before a restart. NaN and infinities, which JSON lacks, become the
-    strings "nan", "inf" and "-inf". A step without a limit has no key for it. Raises OSError.
+    `first_sequence` .. `last_sequence` are global sequence numbers. Sequence g is the next one of stream g %
+    streams. `cursors` maps (step, stream) to the stream's cursor before the batch; it lacks steps before a restart.
+    NaN and infinities, which JSON lacks, become the strings "nan", "inf" and "-inf". A step without a limit has no
+    key for it. Raises OSError.
     """
     objects: list[dict[str, Any]] = []
     for step in bad:
-        begin = first + (step.step - 1) * global_batch_size
-        numbers = range(begin, begin + global_batch_size)
+        stage = schedule.stage(step.step)
+        numbers = range(stage.after(step.step - 1).sequences, stage.after(step.step).sequences)
         read = sorted({number % streams for number in numbers})
         entry: dict[str, Any] = {"step": step.step, "loss": _number(step.loss), "grad_norm": _number(step.grad_norm)}
         if math.isfinite(step.limit):

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from swamla_titan.config.schedule import TrainingStage
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import EXIT_FAILED
@@ -118,6 +119,11 @@ class Watchdog(Policy):
                 if self._backstop:
                     self._backstop.write_to(self._file, self._backstop_path)
         self._expect(_Progress(step, "first step", self._config.first_step_timeout, time.monotonic()))
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """Expect the first step of a stage, which compiles as the first step of all does."""
+        limit = self._config.first_step_timeout
+        self._expect(_Progress(stage.begin.step, "first step of a stage", limit, time.monotonic()))
 
     def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Expect the next step."""
