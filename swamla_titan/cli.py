@@ -196,6 +196,9 @@ class DataPrepare:
     tokenizer: str | None = None
     """As data.tokenizer."""
 
+    only: str | None = None
+    """Of a configuration with [[data.sources]] the name of the source to prepare."""
+
     deduplicate: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Of documents with equal text keep the first."""
 
@@ -227,10 +230,31 @@ class DataInspect:
 
 
 @dataclass
-class DataCommand:
-    """Prepare data as shards, or show what a run reads."""
+class DataBench:
+    """Measure how fast this machine reads and tokenizes the data, and makes batches of it.
 
-    action: Annotated[DataPrepare, subcommand("prepare")] | Annotated[DataInspect, subcommand("inspect")]
+    Any key of the configuration can be given as `--section.key value`.
+    """
+
+    source: Positional[str]
+    """A configuration; or a file or folder of text, a folder of prepared shards, or the name of a dataset."""
+
+    seconds: float = 5.0
+    """Time of each measurement."""
+
+    workers: tuple[int, ...] = ()
+    """Values of data.num_workers to try; default: 0, 1, 2, 4, ... up to the cores."""
+
+
+@dataclass
+class DataCommand:
+    """Prepare data as shards, show what a run reads, or measure how fast."""
+
+    action: (
+        Annotated[DataPrepare, subcommand("prepare")]
+        | Annotated[DataInspect, subcommand("inspect")]
+        | Annotated[DataBench, subcommand("bench")]
+    )
 
 
 @dataclass
@@ -293,7 +317,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_numbers(rest)
         command = _parsed(rest)
         command = getattr(command, "action", command)
-        if overrides and not isinstance(command, Train | Plan | Check | ConfigShow | DataPrepare | DataInspect):
+        if overrides and not isinstance(
+            command, Train | Plan | Check | ConfigShow | DataPrepare | DataInspect | DataBench
+        ):
             raise UserError(f"--{overrides[0].section}.{overrides[0].key}: this command takes no configuration keys")
         code = _run(command, overrides)
         return code if isinstance(command, Train) else _or_failed_output(code)
@@ -429,12 +455,16 @@ def _run(command: object, overrides: list[Override]) -> int:
             if command.tokenizer is not None:
                 overrides = [*overrides, Override("data", "tokenizer", command.tokenizer)]
             data = load_source(source, overrides, warnings.append).data
-            code = prepare(data, out, command.deduplicate, command.processes)
+            code = prepare(data, out, command.deduplicate, command.processes, command.only)
         case DataInspect(source=source, step=step):
             from swamla_titan.tools.inspect_data import inspect
 
             config = load_source(source, overrides, warnings.append)
             code = inspect(config, step, command.sequences, command.documents, command.verify)
+        case DataBench(source=source, seconds=seconds, workers=workers):
+            from swamla_titan.tools.bench_data import bench
+
+            bench(load_source(source, overrides, warnings.append), seconds, workers)
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):

@@ -137,6 +137,8 @@ def _path(data: Data) -> Iterator[Conflict]:
     wanted = "a file or folder here"
     if data.source == "huggingface":
         wanted = 'the name of a dataset here, as "HuggingFaceFW/fineweb-edu" with data.name = "CC-MAIN-2024-10"'
+    elif data.source == "shards":
+        wanted = "the folder that `data prepare` wrote here"
     yield Conflict(("data.path", "data.source", "data.sources"), f'data.source = "{data.source}" needs {wanted}')
 
 

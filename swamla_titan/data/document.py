@@ -129,6 +129,11 @@ class Source:
         return len(self.units)
 
     @property
+    def num_parts(self) -> int:
+        """How many parts streams can share: documents that can be read at once, or units."""
+        return self.num_units if self.index is None else int(self.index.starts[-1])
+
+    @property
     def text_bytes(self) -> int | None:
         """About how many bytes of text there are; None if it is known only after reading."""
         return sum(self.unit_sizes) if self.sizes_are_known else None

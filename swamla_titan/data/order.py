@@ -6,7 +6,7 @@ from math import isqrt
 import numpy as np
 
 _ROUNDS = 6
-_BLOCK = 1024  # places that are computed together where they are asked for one by one
+_BLOCK = 128  # places that are computed together where they are asked for one by one
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:

@@ -24,7 +24,7 @@ ORDER = 3  # in the fingerprint: a new number whenever cursors of older checkpoi
 # A unit whose documents are known only after reading cannot be cut; it is split into parts of at most this many
 # segments.
 _LARGEST_PART = 1.5
-_BLOCK, _FOUND = 1024, 1 << 14  # documents of a ring that are looked up together
+_BLOCK, _FOUND = 128, 1 << 14  # documents of a ring that are looked up together
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -40,6 +40,7 @@ from swamla_titan.checkpoint.manifest import ANNEX_RECORD, digested
 from swamla_titan.checkpoint.records import read_train_state
 from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.config import Config, to_toml
+from swamla_titan.config.sections import Data, DataSource
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.escaping import one_line
@@ -204,11 +205,19 @@ def _head(config: Config) -> str:
     return "\n".join(lines)
 
 
+Place = TypeVar("Place", Data, DataSource)
+
+
 def _without_places(config: Config) -> Config:
     """The configuration with names alone instead of paths of the machine on which it ran."""
     job = replace(config.job, dump_folder=Path(config.job.dump_folder).name)
     data = replace(config.data, tokenizer=Path(config.data.tokenizer).name)
-    return replace(config, job=job, data=replace(data, path=Path(data.path).name) if data.source == "local" else data)
+    sources = tuple(_without_place(source, source.source or data.source) for source in data.sources)
+    return replace(config, job=job, data=replace(_without_place(data, data.source), sources=sources))
+
+
+def _without_place(source: Place, kind: str) -> Place:
+    return replace(source, path=Path(source.path).name) if kind in ("local", "shards") else source
 
 
 def _data(config: Config) -> str:

@@ -31,6 +31,7 @@ from typing import IO, Any, TextIO
 
 import numpy as np
 
+from swamla_titan.config.mixture import data_of_sources
 from swamla_titan.config.sections import Data
 from swamla_titan.data import load_tokenizer, pinned
 from swamla_titan.data.corpus import retry_of
@@ -115,19 +116,15 @@ class Task:
         return sum(self.source.unit_sizes[unit] for unit in self.units(piece)) if self.source.sizes_are_known else 1
 
 
-def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0) -> int:
-    """Prepare the source that [data] names; `processes` 0: one for each core. Returns the exit code.
+def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0, only: str | None = None) -> int:
+    """Prepare the source that [data] names, of a mixture the one that is called `only`; returns the exit code.
 
-    UserError for data or a folder that cannot be used; a fault of the data ends it too, unless data.on_error =
-    "skip_file". What is prepared by then is kept, and the same call continues.
+    `processes` 0: one for each core. UserError for data or a folder that cannot be used; a fault of the data ends it
+    too, unless data.on_error = "skip_file". What is prepared by then is kept, and the same call continues.
     """
     if processes < 0:
         raise UserError(f"--processes {processes}: expected 0 (one for each core) or more")
-    if data.sources:
-        raise UserError(
-            "data.sources: a mixture is of sources that are prepared one by one, and mixed when they are read"
-        )
-    folder, data = Path(os.path.expanduser(out)), pinned(data)
+    folder, data = Path(os.path.expanduser(out)), pinned(_source_of(data, only))
     tokenizer = load_tokenizer(data.tokenizer)
     source = open_source(data, retry_of(data))
     if source.index:
@@ -161,6 +158,18 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0)
             raise _unusable(folder, error) from error
     print(_report(manifest, folder, time.monotonic() - began))
     return EXIT_DONE
+
+
+def _source_of(data: Data, only: str | None) -> Data:
+    """The section of the source to prepare; UserError if it is not one."""
+    sources = {name: section for name, section in data_of_sources(data).items() if name}
+    if only is None and not sources:
+        return data
+    if only in sources:
+        return sources[only]
+    names = ", ".join(sources) or "there are none"
+    found = "a mixture is prepared source by source: choose one by --only" if only is None else f"no source {only!r}"
+    raise UserError(f"data.sources: {found} ({names})")
 
 
 def _record_of(tokenizer: Tokenizer) -> TokenizerRecord:

@@ -78,7 +78,7 @@ class Trainer:
         self.train_step = TrainStep(setup.stage, world, self.state, self.saver.before_update)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         self.throughput = Throughput.of(setup.stage, world)
-        units = min(corpus.source.num_units for corpus in setup.corpus.corpora)
+        units = min(corpus.source.num_parts for corpus in setup.corpus.corpora)
         self.data_wait = DataWait.of(config.data, units, world.degrees.data)
         self.bad_steps = bad_step_policy(setup, self.state, self.loader)
         # Each hook is called in this order.

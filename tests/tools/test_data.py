@@ -1,6 +1,7 @@
 """`data prepare`, `data inspect` and `data bench` as users call them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,19 @@ def test_prepare_takes_a_path_or_a_configuration_and_keys(corpus, tmp_path, caps
         assert (again / name).read_bytes() == (out / name).read_bytes()
     assert main(["data", "prepare", str(config), str(again)]) == 0
     assert "is prepared already" in capsys.readouterr().out
+    mixture = tmp_path / "mixture.toml"
+    sources = [
+        f'[[data.sources]]\nname = "{name}"\nsource = "{source}"\nweight = 0.5\npath = "{path}"\n'
+        for name, source, path in (("ours", "local", corpus), ("python", "builtin", ""))
+    ]
+    mixture.write_text('[data]\ntokenizer = "byte"\n' + "".join(sources))
+    of_mixture = tmp_path / "of-mixture"
+    command = ["data", "prepare", str(mixture), str(of_mixture), "--processes", "1"]
+    assert main([*command, "--only", "ours"]) == 0
+    assert (of_mixture / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes()
+    assert "choose one by --only (ours, python)" in refused(capsys, *command[1:])
+    assert "no source 'our'" in refused(capsys, *command[1:], "--only", "our")
+    assert "there are none" in refused(capsys, "prepare", config, again, "--only", "ours")
 
 
 def test_prepare_refuses_what_cannot_be_prepared(corpus, tmp_path, capsys):
@@ -146,3 +160,18 @@ def test_shards_train_and_resume(corpus, tiny, tmp_path):
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert f"{len(TEXTS)} documents, " in log
     assert "resumed from" in log
+
+
+@pytest.mark.parametrize("kind", ["text", "shards"])
+def test_bench_measures_reading_tokenizing_and_loading(corpus, capsys, kind):
+    source = corpus if kind == "text" else prepare(corpus)
+    capsys.readouterr()
+    keys = ("--data.tokenizer", "byte", *QUIET)
+    assert main(["data", "bench", str(source), *keys, "--seconds", "0.05", "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    subjects = ["open", "read", *(["tokenize"] if kind == "text" else []), "loader"]
+    assert [line.split()[0] for line in lines] == subjects
+    for line in lines[1:]:
+        assert re.search(r"[1-9][\d.]*[kMG]? tokens/s", line), line
+    assert "in the training process" in lines[-1]
+    assert "--seconds is more than 0" in refused(capsys, "bench", source, "--seconds", "0")

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from swamla_titan.checkpoint import hugging_face
 from swamla_titan.cli import main
+from swamla_titan.config import Config, to_toml
+from swamla_titan.config.sections import Data, DataSource
 from swamla_titan.tools import export
 from swamla_titan.tools.generate import load_model
 from tests.tiny_config import tiny_config
@@ -244,3 +246,12 @@ def test_push_to_hub(trained, tmp_path, capsys, monkeypatch):
     assert main(["export", str(trained), str(tmp_path / "third"), "--push-to-hub", "me/mine"]) == 2
     assert "pip install huggingface_hub" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("source", ["local", "shards"])
+def test_the_card_has_no_path_of_the_machine(source):
+    mixed = (DataSource("ours", path="/secret/ours"), DataSource("hub", source="huggingface", path="someone/texts"))
+    for data in (Data(source=source, path="/secret/texts"), Data(source=source, sources=mixed)):
+        shown = to_toml(export._without_places(Config(data=data)))
+        assert "secret" not in shown
+        assert ("someone/texts" in shown) == bool(data.sources)

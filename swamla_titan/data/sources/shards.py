@@ -11,7 +11,7 @@ import numpy as np
 
 from swamla_titan.config.sections import Data
 from swamla_titan.data.document import Document, Position, Source
-from swamla_titan.data.faults import DataFault, cut_short, readable
+from swamla_titan.data.faults import DataFault, cut_short, readable, refused
 from swamla_titan.data.retry import Retry
 from swamla_titan.data.shards import INDEX, RECORD, UNPACK, Manifest, prepared, read_manifest, shard_name
 from swamla_titan.data.sources.folder import special_kind
@@ -32,14 +32,16 @@ class _File:
             # Not mapped into memory, because a read beyond the end of a truncated file would kill the process.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def read(self, offset: int, size: int, place: str) -> bytes:
-        with readable(self._path, place):
+    def read(self, offset: int, size: int, ordinal: int) -> bytes:
+        """Read for document `ordinal`."""
+        try:
             content = os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise refused(self._path, f"document {ordinal}", error) from error
         if len(content) < size:  # at most 2 GiB are read at once
-            more = self.read(offset + len(content), size - len(content), place) if content else None
-            if more is None:
-                raise cut_short(self._path, place)
-            content += more
+            if not content:
+                raise cut_short(self._path, f"document {ordinal}")
+            content += self.read(offset + len(content), size - len(content), ordinal)
         return content
 
     def __del__(self) -> None:
@@ -54,10 +56,11 @@ _opened = lru_cache(_OPEN_FILES)(_File)
 class Shard:
     """A shard, a unit: documents [first, first + num_documents) of the index."""
 
-    folder: str
-    number: int
+    path: str
+    index: str
     first: int
     num_documents: int
+    tokens: int
     dtype: np.dtype[Any]
 
     def read(self, position: Position | None, every: int, offset: int) -> Iterator[Document]:
@@ -66,21 +69,18 @@ class Shard:
             yield self._document(ordinal)
 
     def _document(self, ordinal: int) -> Document:
-        place, size = f"document {ordinal}", RECORD.itemsize
-        index = _opened(os.path.join(self.folder, INDEX))
+        size, width = RECORD.itemsize, self.dtype.itemsize
         before = 1 if ordinal else 0  # the record before it says where the document begins
-        records = index.read((self.first + ordinal - before) * size, (1 + before) * size, place)
+        records = _opened(self.index).read((self.first + ordinal - before) * size, (1 + before) * size, ordinal)
         start: int = UNPACK(records)[0] if ordinal else 0
         record = UNPACK(records, before * size)
-        path = os.path.join(self.folder, shard_name(self.number))
-        width = self.dtype.itemsize
-        if record[0] <= start:
-            raise DataFault(os.path.join(self.folder, INDEX), place, "a document without tokens", _AGAIN)
-        tokens = _opened(path).read(start * width, (record[0] - start) * width, place)
+        if not start < record[0] <= self.tokens:
+            raise DataFault(self.index, f"document {self.first + ordinal}", "it lies outside of its shard", _AGAIN)
+        tokens = _opened(self.path).read(start * width, (record[0] - start) * width, ordinal)
         try:
             found, replaced = prepared(tokens, record, self.dtype)
         except ValueError as error:
-            raise DataFault(path, place, str(error), _AGAIN, may_pass=True) from error
+            raise DataFault(self.path, f"document {ordinal}", str(error), _AGAIN, may_pass=True) from error
         return Document("", ordinal, {"ordinal": ordinal + 1}, replaced, found)
 
 
@@ -105,7 +105,7 @@ class ShardIndex:
         """The records [first, end), of RECORD."""
         size = RECORD.itemsize
         file = _opened(os.path.join(self._folder, INDEX))
-        return np.frombuffer(file.read(first * size, (end - first) * size, f"document {first}"), RECORD)
+        return np.frombuffer(file.read(first * size, (end - first) * size, first), RECORD)
 
     def require_tokenizer(self, name: str, fingerprint: str) -> None:
         ours = self._tokenizer
@@ -132,7 +132,14 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
     index = ShardIndex(folder, manifest)
     starts = index.starts.tolist()
     units = [
-        Shard(folder, number, starts[number], shard.documents, manifest.token_dtype)
+        Shard(
+            os.path.join(folder, shard_name(number)),
+            os.path.join(folder, INDEX),
+            starts[number],
+            shard.documents,
+            shard.tokens,
+            manifest.token_dtype,
+        )
         for number, shard in manifest.numbered()
     ]
     faults = _faults(folder, manifest, units, retry)
@@ -173,7 +180,7 @@ def _faults(folder: str, manifest: Manifest, units: list[Shard], retry: Retry) -
     if os.path.join(folder, INDEX) in damaged:
         return faults
     for unit in units:
-        if os.path.join(folder, shard_name(unit.number)) in damaged:
+        if unit.path in damaged:
             continue
         # Evenly spread, the first and the last included.
         count = min(unit.num_documents, max(2, _VERIFIED // len(units)))
