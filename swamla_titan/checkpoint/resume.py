@@ -3,6 +3,8 @@
 The fingerprint has all that must be equal: otherwise a resumed run would silently become another one.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 _TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
 # The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
 _KINDS = {"model": "model", "annexes": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
+_LONGEST_STAGES = 2000  # characters of training.stages in a fingerprint; of more it has a digest
 _WITHOUT_CURSORS = {"data", "tokenizer"}  # kinds of differences that make the cursors meaningless
 
 
@@ -138,7 +141,9 @@ def run_fingerprint(config: Config, corpus: TrainingData, annex_record: AnnexRec
         "optimizer.name": config.optimizer.name,
     }
     if stages := [given(stage) for stage in config.training.stages]:
-        training["training.stages"] = stages
+        text = json.dumps(stages, sort_keys=True)
+        long = len(text) > _LONGEST_STAGES
+        training["training.stages"] = hashlib.sha256(text.encode()).hexdigest() if long else stages
     return model | corpus.fingerprint() | training
 
 

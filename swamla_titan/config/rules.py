@@ -49,7 +49,9 @@ def _of_stages(config: Config, known: Collection[Conflict]) -> Iterator[Conflict
         where = f"number {number} (tokens = {stage.tokens})"
         if stage.tokens <= ascending[number - 1]:
             yield Conflict((at,), f"{where} must begin later than the one before it, tokens = {ascending[number - 1]}")
-        if changed == before:
+        if unknown := stage.weights.keys() - {source.name for source in config.data.sources}:
+            yield Conflict((at, "data.sources"), f"{where}: weights: {shown(min(unknown))} is none of [[data.sources]]")
+        elif changed == before:
             yield Conflict((at,), f"{where} changes nothing: give another {', '.join(KEYS_OF_STAGE)}, or leave it out")
         for name in keys_changed_by(stage):
             if name in NEEDS and (missing := NEEDS[name].missing(changed)):

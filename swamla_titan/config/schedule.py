@@ -6,12 +6,13 @@ Where a step begins is a function of the configuration and the step. Everything 
 or the sequences and tokens before it asks a Schedule.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swamla_titan.conditions import replace_at
-from swamla_titan.config.sections import Config, Stage, Training
+from swamla_titan.config.sections import Config, DataSource, Stage, Training
 
 # Keys of a Stage -> the keys of the configuration that they change.
 KEYS_OF_STAGE = {
@@ -19,6 +20,7 @@ KEYS_OF_STAGE = {
     "global_batch_size": "training.global_batch_size",
     "local_batch_size": "training.local_batch_size",
     "swa_window": "model.swa_window",
+    "weights": "data.sources",
 }
 
 
@@ -109,12 +111,16 @@ def configs_of_stages(config: Config) -> list[Config]:
     for stage in config.training.stages:
         changed = found[-1]
         for key, value in keys_changed_by(stage).items():
-            changed = replace_at(changed, key, value)
+            changed = replace_at(changed, key, value if key != "data.sources" else _weighted(changed, stage.weights))
         found.append(changed)
     return found
 
 
-def keys_changed_by(stage: Stage) -> dict[str, int]:
+def _weighted(config: Config, weights: Mapping[str, float]) -> tuple[DataSource, ...]:
+    return tuple(replace(each, weight=weights.get(each.name, each.weight)) for each in config.data.sources)
+
+
+def keys_changed_by(stage: Stage) -> dict[str, Any]:
     """The keys of the configuration that a stage names, and their values."""
     return {key: value for name, key in KEYS_OF_STAGE.items() if (value := getattr(stage, name))}
 

@@ -124,6 +124,8 @@ class Stage:
     """training.local_batch_size from then on."""
     swa_window: _Length = 0
     """model.swa_window from then on."""
+    weights: Annotated[dict[str, float], Limits(0, 1)] = field(default_factory=dict)
+    """Weights of [[data.sources]] from then on, by name; sources that are left out keep theirs."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ class Training:
     gc_interval: _StepsOr0 = 100
     """Steps between runs of Python's garbage collector, in addition to those at checkpoints; 0: automatic."""
     stages: tuple[Stage, ...] = ()
-    """Changes of sequence length, batch or window while the run trains, as [[training.stages]] tables, by the tokens
-    seen."""
+    """Changes of sequence length, batch, window or the weights of a mixture while the run trains, as
+    [[training.stages]] tables, by the tokens seen."""
 
 
 @dataclass(frozen=True)

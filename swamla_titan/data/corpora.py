@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from swamla_titan.config.mixture import data_of_sources, weights_of
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.config.sections import Data, Validation
 from swamla_titan.data.corpus import Corpus, open_corpus
 from swamla_titan.data.faults import Fault
@@ -76,6 +77,12 @@ class Mixture:
 
 
 TrainingData = Corpus | Mixture
+
+
+def weights_by_stage(schedule: Schedule) -> list[Piece]:
+    """The weights of a mixture as the stages of a run have them."""
+    every = [Piece(stage.begin.sequences, weights_of(stage.config.data)) for stage in schedule.stages]
+    return [each for last, each in zip([None, *every], every) if last is None or last.weights != each.weights]
 
 
 def labelled(corpus: TrainingData) -> list[tuple[str, Corpus]]:

@@ -36,6 +36,7 @@ from swamla_titan.config.schedule import Position, Schedule, TrainingStage
 from swamla_titan.data import (
     HELD_OUT_TEXT,
     BatchLoader,
+    Mixture,
     TrainingData,
     ValidationSet,
     ValidationText,
@@ -47,6 +48,7 @@ from swamla_titan.data import (
     prepare_workers,
     shapes_of,
     validation_text,
+    weights_by_stage,
     with_segments,
 )
 from swamla_titan.distributed.mesh import World, all_ranks_or_raise, broadcast_from_rank_0
@@ -294,6 +296,12 @@ def set_up_resume(inputs: Inputs) -> Setup:
     )
     begin = Position(train_state.step, train_state.tokens, train_state.sequences)
     schedule = Schedule.of(config, begin)
+    if schedule != Schedule.of(config) and len(weights_by_stage(Schedule.of(config))) > 1:
+        raise UserError(
+            "training.stages: weights change at certain sequences, and this run, which has had other batches or data "
+            "(checkpoint.allow), does not come to them: leave weights out of training.stages, and give each of "
+            "[[data.sources]] the one that it has from now on"
+        )
     return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state, schedule=schedule)
 
 
@@ -327,6 +335,8 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
             raise
         # It is valid JSON, but not of the form that this program writes.
         raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
+    if isinstance(corpus, Mixture):
+        corpus = corpus.with_weights(weights_by_stage(Schedule.of(config)))
     return config, corpus
 
 

@@ -1,6 +1,7 @@
 """Runs whose sequence length, batch and window change by training.stages."""
 
 import json
+import re
 from itertools import accumulate
 from pathlib import Path
 
@@ -85,3 +86,33 @@ def test_other_stages_are_another_run_unless_they_are_allowed(ramp: Path, tmp_pa
     assert "training.stages: [{'tokens': 1280, 'seq_len': 96}" in capsys.readouterr().err
     assert train(ramp, *again, "--checkpoint.allow", "batch") == 0
     assert metrics(run, "tokens")[7] == sum(TOKENS[:6]) + 5 * 80
+
+
+def test_weights_of_a_mixture_change_with_a_stage_and_a_resumed_run_has_them(ramp: Path, tmp_path: Path, capsys):
+    """Three quarters of one source, then a fifth; 20 sequences before the change, 7 * 5 + ... after it."""
+    tables = ""
+    for name, weight in (("one", 0.75), ("two", 0.25)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"{name} {number} " * 9}) + "\n" for number in range(200))
+        )
+        tables += f'[[data.sources]]\nname = "{name}"\nweight = {weight}\npath = "{tmp_path}/{name}.jsonl"\n'
+    text = re.sub(r'path = ".*made-up-text"\n', "", ramp.read_text())
+    ramp.write_text(text.replace("seq_len = 96\n", "seq_len = 96\nweights = {one = 0.2, two = 0.8}\n") + tables)
+    whole = trained(ramp, tmp_path / "whole", 14)
+    for steps in (5, 13, 14):
+        run = trained(ramp, tmp_path / "run", steps)
+    assert_same_checkpoint(checkpoint(run, 14), checkpoint(whole, 14))
+    tokens = metrics(run, "tokens/one")
+    assert tokens == metrics(whole, "tokens/one")
+    assert tokens[4] == 15 * 64
+    assert tokens[14] == pytest.approx(15 * 64 + 0.2 * sum(TOKENS[4:]), abs=128)
+    capsys.readouterr()
+    other = (*COMMON, "--job.dump_folder", str(run), "--training.local_batch_size", "1", "--training.steps", "15")
+    assert train(ramp, *other, "--training.global_batch_size", "4", "--checkpoint.allow", "batch") == 2
+    assert "leave weights out of training.stages" in capsys.readouterr().err
+    ramp.write_text(ramp.read_text().replace("{one = 0.2, two = 0.8}", "{one = 0.2, three = 0.8}"))
+    assert train(ramp, *COMMON) == 2
+    assert 'weights: "three" is none of [[data.sources]]' in capsys.readouterr().err
+    ramp.write_text(ramp.read_text().replace("three = 0.8", "two = 0.7"))
+    assert train(ramp, *COMMON) == 2
+    assert "number 1 (tokens = 1280): data.sources: the weights add up to 0.9" in capsys.readouterr().err
