@@ -11,5 +11,9 @@ CONFIGS = "swamla_titan.train_configs"
 setup(
     packages=[*find_packages(include=["swamla_titan", "swamla_titan.*"]), CONFIGS],
     package_dir={CONFIGS: "train_configs"},
-    package_data={CONFIGS: ["*.toml"], "swamla_titan.kernels.attention": ["*.cu", "*.cuh"]},
+    package_data={
+        CONFIGS: ["*.toml"],
+        "swamla_titan.kernels.attention": ["*.cu", "*.cuh"],
+        "swamla_titan.tools": ["report.html"],
+    },
 )

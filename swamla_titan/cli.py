@@ -258,6 +258,28 @@ class DataCommand:
 
 
 @dataclass
+class Watch:
+    """Follow a run in the terminal: loss, speed, time left, events; Ctrl-C quits. In a pipe it prints lines."""
+
+    run: Positional[str]
+    """The dump folder of a run, which may be stopped and started again meanwhile."""
+
+
+@dataclass
+class Report:
+    """Write an HTML page on a run, or on several in comparison: curves, events, goodput, cost. It needs no network."""
+
+    runs: Positional[tuple[str, ...]]
+    """Dump folders of runs; others are compared with the first."""
+
+    out: str = "report.html"
+    """File to write; it may replace an earlier report."""
+
+    price: float | None = None
+    """Price of a GPU-hour, for the cost."""
+
+
+@dataclass
 class ConfigList:
     """List the shipped configurations and the model flavors with their true parameter counts."""
 
@@ -300,6 +322,8 @@ Command = (
     | Annotated[Export, subcommand("export")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[DataCommand, subcommand("data")]
+    | Annotated[Watch, subcommand("watch")]
+    | Annotated[Report, subcommand("report")]
     | Annotated[ConfigCommand, subcommand("config")]
 )
 
@@ -465,6 +489,14 @@ def _run(command: object, overrides: list[Override]) -> int:
             from swamla_titan.tools.bench_data import bench
 
             bench(load_source(source, overrides, warnings.append), seconds, workers)
+        case Watch(run=name):
+            from swamla_titan.tools.watch import watch
+
+            watch(name)
+        case Report():
+            from swamla_titan.tools.report import report
+
+            report(**vars(command))
         case ConfigList():
             _list_configs()
         case ConfigShow(config=name):

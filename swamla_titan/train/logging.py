@@ -17,9 +17,9 @@ from tqdm import tqdm
 from swamla_titan.config import Config, to_toml
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
+from swamla_titan.metrics import metric
 from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
-from swamla_titan.train.metric_names import metric
 from swamla_titan.train.policy import Policy, StepOutcome, Values
 
 logger = logging.getLogger(__name__)
@@ -155,33 +155,6 @@ class MetricsLogger(Policy):
                 f"job.dump_folder = {self._folder}: the metrics of the run cannot be written there ({error}). Make "
                 "room or allow it, and start the same command again: it continues from the newest checkpoint"
             ) from error
-
-
-def step_line(step: int, steps: int, values: Values, eta_seconds: float) -> str:
-    """The console's line for a step; parts that do not apply are left out."""
-    width = len(str(steps))
-    parts = [
-        f"step {step:>{width}}/{steps}",
-        f"loss {values['loss']:.4f}",
-        f"grad norm {values['grad_norm']:.3f}",
-        f"lr {values['lr']:.2e}",
-        f"{_thousands(values['tokens_per_second'])} tokens/s",
-    ]
-    if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
-    parts.append(f"{values['memory_gib']:.2f} GiB")
-    parts.append(f"ETA {_clock(eta_seconds)}")
-    return " | ".join(parts)
-
-
-def _thousands(rate: float) -> str:
-    return f"{rate / 1000:.1f}K" if rate >= 1000 else f"{rate:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 def require_wandb() -> Any:

@@ -12,9 +12,10 @@ from swamla_titan.data import StepBatch, completed_epochs
 from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
+from swamla_titan.metrics import step_line
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.system.events import now, timed_event
-from swamla_titan.train.logging import MetricsLogger, step_line
+from swamla_titan.train.logging import MetricsLogger
 from swamla_titan.train.policies.batch_digests import batch_digests
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics

@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import swamla_titan
+from swamla_titan.metrics import METRICS
 from swamla_titan.system import events
 from swamla_titan.system.events import record_event, seconds_since_start
-from swamla_titan.train.metric_names import METRICS
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step
 from tests.train.runs import train

@@ -16,11 +16,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from swamla_titan.config import load_config
 from swamla_titan.data import BatchLoader, Shape, open_corpus
 from swamla_titan.errors import RunFailed
+from swamla_titan.metrics import METRICS, step_line
 from swamla_titan.model import FLAVORS, SWAMLAModel
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.train import throughput
-from swamla_titan.train.logging import MetricsLogger, step_line
-from swamla_titan.train.metric_names import METRICS
+from swamla_titan.train.logging import MetricsLogger
 from swamla_titan.train.throughput import PEAK_BF16_FLOPS, Throughput, peak_flops
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step

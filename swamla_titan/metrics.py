@@ -1,5 +1,9 @@
-"""The metrics of a run: what each is, in which unit, and the group in which TensorBoard and reports show it."""
+"""The metrics of a run: what each is, in which unit, the group in which TensorBoard shows it, and a step's line.
 
+Without torch, because `watch` and `report` start at once.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -53,3 +57,32 @@ def metric(key: str) -> Metric:
     if source and group in OF_SOURCES:
         return OF_SOURCES[group]._replace(tag=f"{OF_SOURCES[group].tag}/{source}")
     return METRICS.get(key) or Metric(key if "/" in key else f"other/{key}", "", "")
+
+
+def step_line(step: int, steps: int, values: Mapping[str, float], eta_seconds: float) -> str:
+    """The console's line for a step; parts that do not apply are left out."""
+    width = len(str(steps))
+    parts = [
+        f"step {step:>{width}}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"grad norm {values['grad_norm']:.3f}",
+        f"lr {values['lr']:.2e}",
+        f"{thousands(values['tokens_per_second'])} tokens/s",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"{values['memory_gib']:.2f} GiB")
+    parts.append(f"ETA {clock(eta_seconds)}")
+    return " | ".join(parts)
+
+
+def thousands(rate: float) -> str:
+    """A rate in a few characters, such as 181.2K."""
+    return f"{rate / 1000:.1f}K" if rate >= 1000 else f"{rate:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as H:MM:SS."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

@@ -1,0 +1,49 @@
+"""Events of a run in words, for `watch` and `report`."""
+
+from typing import Any
+
+from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, EXIT_STOPPED
+from swamla_titan.escaping import one_line
+
+_ENDS = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped on purpose", EXIT_RE_RENDEZVOUS: "stopped for other machines"}
+_MOST = 8  # numbers or names that are listed
+ROUTINE = ("checkpoint", "pause")
+"""Events that every run has many of."""
+
+
+def in_words(event: dict[str, Any]) -> str:
+    """One line; an event that this version does not know is shown with its values."""
+    name, get = event["event"], event.get
+    match name:
+        case "start":
+            ranks = f"{get('ranks')} x {get('device')}" if get("ranks") != 1 else get("device")
+            machines = f" on {get('machines')} machines" if (get("machines") or 1) > 1 else ""
+            after = f", {get('setup_seconds'):.0f} s after its process" if get("setup_seconds") else ""
+            text = f"start after step {get('step')}: {ranks}{machines}{after}"
+        case "pause":
+            text = f"{get('doing')} took {get('seconds')} s after step {get('step')}"
+        case "checkpoint":
+            text = f"checkpoint of step {get('step')} on the disk ({get('seconds')} s)"
+        case "checkpoint_failed":
+            text = f"checkpoint of step {get('step')} failed: {get('error')}"
+        case "skipped":
+            text = f"skipped as bad: step {_listed(get('steps'))}"
+        case "rewind":
+            text = f"rewound after step {get('step')} to the weights of step {get('trained')}"
+        case "skipped_files":
+            text = f"unreadable from step {get('step')} on: {_listed(get('files'))}"
+        case "hang":
+            text = f"hung after step {get('step')} ({get('doing')}): the watchdog ended it"
+        case "end":
+            code = _ENDS.get(get("code", -1), f"ended with code {get('code')}")
+            text = f"ended by {get('error')}" if get("error") else f"{code} after step {get('step')}"
+        case _:
+            values = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
+            text = f"{name}: {values}" if values else str(name)
+    return one_line(text)
+
+
+def _listed(values: Any) -> str:
+    values = values if isinstance(values, list) else [values]
+    more = f" and {len(values) - _MOST} more" if len(values) > _MOST else ""
+    return ", ".join(map(str, values[:_MOST])) + more
