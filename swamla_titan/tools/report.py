@@ -302,7 +302,7 @@ def _source(run: Run, name: str, names: list[str]) -> str:
     if tokens is None:
         return ""
     parts = [f"{round(tokens):,} tokens ({tokens / whole:.1%})" if whole else f"{round(tokens):,} tokens"]
-    for key, words in (("epoch", "epochs"), ("loss", "loss")):
+    for key, words in (("epochs", "epochs"), ("loss", "loss"), ("val_loss", "validation loss")):
         if (value := run.last(f"{key}/{name}")) is not None:
             parts.append(f"{words} {value:.4g}")
     return ", ".join(parts)
@@ -399,8 +399,9 @@ def _charts(runs: list[Run]) -> Iterable[dict[str, Any]]:
     yield from chart("Peak memory", "GiB", {"memory_gib": "peak"}, zero=True)
     by_source = {key: key.partition("/")[2] for key in has if key.startswith("tokens/")}
     yield from chart("Loss by source", nats, {f"loss/{name}": name for name in by_source.values()}, robust=True)
+    yield from chart("Validation loss by source", nats, {f"val_loss/{name}": name for name in by_source.values()})
     yield from chart("Tokens by source", "tokens", by_source, exact=True)
-    yield from chart("Epochs by source", "epochs", {f"epoch/{name}": name for name in by_source.values()}, exact=True)
+    yield from chart("Epochs by source", "epochs", {f"epochs/{name}": name for name in by_source.values()}, exact=True)
     counts = {"skipped_steps": "skipped steps", "rewinds": "rewinds", "skipped_files": "skipped files"}
     if any(run.last(key) for run in runs for key in counts):
         yield from chart("Skipped as bad", "count", counts, zero=True, exact=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from swamla_titan.config import Config, to_toml
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
-from swamla_titan.metrics import metric
+from swamla_titan.metrics import metric, step_line
 from swamla_titan.system.console import LogFormatter
 from swamla_titan.system.line_file import LineFile
 from swamla_titan.train.policy import Policy, StepOutcome, Values
@@ -70,6 +70,7 @@ class MetricsLogger(Policy):
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         """For a run of `config` that continues after `step`."""
         self._folder = folder
+        self._steps = config.training.steps
         self._joining = False
         self._step, self._values = step, Values()  # whose line is not written yet
         with self._disk():
@@ -80,7 +81,7 @@ class MetricsLogger(Policy):
             )
         self._destinations = [each for each in (tensorboard, wandb) if each]
         self._bar = tqdm(
-            total=config.training.steps,
+            total=self._steps,
             initial=step,
             unit="step",
             disable=not (config.metrics.progress_bar and sys.stderr.isatty()),
@@ -91,6 +92,10 @@ class MetricsLogger(Policy):
     def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Advance the progress bar."""
         self._bar.update()
+
+    def log_step(self, step: int, values: Values) -> None:
+        """See `log`; the line is that of a step, with the time left at its pace."""
+        self.log(step, values, step_line(step, self._steps, values, (self._steps - step) * values["step_seconds"]))
 
     def log(self, step: int, values: Values, line: str) -> None:
         """Write the metrics of a step everywhere, and `line` to the console and the log.

@@ -12,7 +12,6 @@ from swamla_titan.data import StepBatch, completed_epochs
 from swamla_titan.distributed.mesh import all_gather_dict, all_ranks_or_raise, broadcast_from_rank_0
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
-from swamla_titan.metrics import step_line
 from swamla_titan.parallel.compile import compilation
 from swamla_titan.system.events import now, timed_event
 from swamla_titan.train.logging import MetricsLogger
@@ -185,9 +184,8 @@ class Trainer:
         for policy in self.policies:
             values |= policy.metrics()
         values["memory_gib"] = self.world.all_reduce_max(values["memory_gib"])
-        eta = (self.config.training.steps - self.step) * values["step_seconds"]
         if self.metrics:
-            self.metrics.log(self.step, values, step_line(self.step, self.config.training.steps, values, eta))
+            self.metrics.log_step(self.step, values)
         if warning := self.data_wait.warning(self.throughput.interval):
             logger.warning("%s", warning)
         self.bad_steps.require_finite(self.step, self.outcome)

@@ -133,7 +133,7 @@ def test_a_long_run_is_thinned_out_and_keeps_its_spikes(tmp_path):
 
 def test_data_by_source(tmp_path):
     lines = [
-        line(step, 10 + step) | {"tokens/web": 75 * step, "tokens/code": 25 * step, "epoch/web": 1, "loss/web": 2.5}
+        line(step, 10 + step) | {"tokens/web": 75 * step, "tokens/code": 25 * step, "epochs/web": 1, "loss/web": 2.5}
         for step in (1, 2)
     ]
     page = made(tmp_path / "page.html", write(tmp_path / "run", lines, [start(0, 10)], steps=2))

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import swamla_titan
-from swamla_titan.metrics import METRICS
+from swamla_titan.metrics import METRICS, metric
 from swamla_titan.system import events
 from swamla_titan.system.events import record_event, seconds_since_start
 from swamla_titan.train.trainer import Trainer
@@ -90,3 +90,9 @@ def test_the_age_of_this_process_is_in_seconds_or_unknown(monkeypatch):
     assert 0 < age < 1e5
     monkeypatch.setattr(events.time, "clock_gettime", lambda clock: 0.0)
     assert seconds_since_start() is None
+
+
+def test_keys_that_the_page_cannot_list_have_a_group():
+    tags = {"loss/web": "sources/loss/web", "val_loss/web": "sources/val_loss/web", "tokens/web": "sources/tokens/web"}
+    tags |= {"arc_easy/acc": "arc_easy/acc", "engram_gate_2": "other/engram_gate_2", "loss": "loss/train"}
+    assert {key: metric(key).tag for key in tags} == tags
