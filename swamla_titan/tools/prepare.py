@@ -125,6 +125,7 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
     if processes < 0:
         raise UserError(f"--processes {processes}: expected 0 (one for each core) or more")
     folder, data = Path(os.path.expanduser(out)), pinned(_source_of(data, only))
+    _require_outside(folder, data)
     tokenizer = load_tokenizer(data.tokenizer)
     source = open_source(data, retry_of(data))
     if source.index:
@@ -140,12 +141,13 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
         "tokenizer": asdict(_record_of(tokenizer)),
         "deduplicated": deduplicate,
     }
-    with _working_folder(folder, identity) as work:
+    starts = _pieces_of(source)
+    with _working_folder(folder, identity, {"pieces": repr(starts)}) as work:
         if work is None:
             print(f"{folder} is prepared already, from the same source in the same way")
             return EXIT_DONE
         print(f"{data.source} {data.path}: {source.description}".replace("  ", " "))
-        task = Task(source, data, work, _pieces_of(source))
+        task = Task(source, data, work, starts)
         began = time.monotonic()
         try:
             with _stopped_by_signals():
@@ -163,13 +165,19 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
 def _source_of(data: Data, only: str | None) -> Data:
     """The section of the source to prepare; UserError if it is not one."""
     sources = {name: section for name, section in data_of_sources(data).items() if name}
-    if only is None and not sources:
-        return data
-    if only in sources:
-        return sources[only]
+    if only in sources or (only is None and not sources):
+        # Local files are cut for the streams that read them; pieces must be the same whatever these are.
+        return replace(sources[only] if only else data, streams=Data().streams)
     names = ", ".join(sources) or "there are none"
     found = "a mixture is prepared source by source: choose one by --only" if only is None else f"no source {only!r}"
     raise UserError(f"data.sources: {found} ({names})")
+
+
+def _require_outside(folder: Path, data: Data) -> None:
+    """Raise UserError for shards among the files that they are made of, which would be other files then."""
+    path = Path(os.path.expanduser(data.path)).resolve() if data.path else None
+    if path and path.is_dir() and path in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(f"{folder} is in the folder that is read, {data.path}: choose one elsewhere for the shards")
 
 
 def _record_of(tokenizer: Tokenizer) -> TokenizerRecord:
@@ -192,10 +200,11 @@ def _pieces_of(source: Source) -> list[int]:
 
 
 @contextlib.contextmanager
-def _working_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path | None]:
+def _working_folder(folder: Path, identity: dict[str, Any], layout: dict[str, Any]) -> Iterator[Path | None]:
     """Hold the folder of the pieces; None if the shards are complete already.
 
-    UserError if the folder holds anything else, is used by another process, or cannot be written.
+    `identity`: what the shards are of; `layout`: beside it what the pieces are of. UserError if the folder holds
+    anything else, is used by another process, or cannot be written.
     """
     work = folder / WORK
     try:
@@ -215,9 +224,9 @@ def _working_folder(folder: Path, identity: dict[str, Any]) -> Iterator[Path | N
                 raise UserError(f"{work} was not written by this program: choose another folder for the shards")
             if task.exists() and any(work.glob("[0-9]*.json")):
                 found = parse_json(read_regular(task, _MOST_JSON))
-                _require_same(folder, found, identity, "an unfinished preparation")
+                _require_same(folder, found, identity | layout, "an unfinished preparation")
             else:  # of other settings nothing is there yet
-                _write(task, json.dumps(identity).encode())
+                _write(task, json.dumps(identity | layout).encode())
             yield work
             if (folder / MANIFEST).exists():
                 shutil.rmtree(work)

@@ -1,6 +1,7 @@
 """Prepared shards: their bytes, their order, what is refused, and what is skipped."""
 
 import base64
+import errno
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from swamla_titan.data.document import text_hash
 from swamla_titan.data.faults import DataFault
 from swamla_titan.data.order import Shuffle
 from swamla_titan.data.retry import all_documents
-from swamla_titan.data.shards import INDEX, MANIFEST, RECORD, new_digest, read_manifest, shard_name
+from swamla_titan.data.shards import INDEX, MANIFEST, RECORD, WORK, new_digest, read_manifest, shard_name
 from swamla_titan.data.sources import open_source
 from swamla_titan.data.sources import shards as shards_source
 from swamla_titan.data.streams import DocumentStream, PackedStream, TokenCache, indexed_cursor, initial_cursor
@@ -196,6 +197,39 @@ def test_what_was_begun_otherwise_is_not_continued(maker, tmp_path, monkeypatch)
     maker.write(maker.texts(31), 3)
     with pytest.raises(UserError, match=r"an unfinished preparation of other data or settings: source.fingerprint"):
         prepare(text_data(maker), str(unfinished), processes=1)
+
+
+def test_what_a_preparation_depends_on(maker, tmp_path):
+    """Not on the streams of the configuration, although local files are cut for them; and not where it would change."""
+    maker.write(maker.texts(60), 2)
+    for streams in (1, 900):
+        assert prepare(text_data(maker, streams=streams), str(tmp_path / "out"), processes=1) == 0  # the same again
+    with pytest.raises(UserError, match=r"is in the folder that is read"):
+        prepare(text_data(maker), str(maker.folder / "shards"), processes=1)
+    rows = [json.loads(line)["text"] for path in sorted(maker.folder.iterdir()) for line in path.open()]
+    hub = Data(source="huggingface", path=str(maker.folder), tokenizer="byte")
+    assert prepare(hub, str(tmp_path / "hub"), processes=1) == 0
+    found = all_documents(open_source(Data(source="shards", path=str(tmp_path / "hub"))))
+    assert [TOKENIZER.decode(each.prepared.tokens) for each in found] == [row for row in rows if row]
+
+
+def test_a_full_disk_ends_a_preparation_that_continues(maker, tmp_path, monkeypatch):
+    expected = contents(prepared(maker, maker.texts(60), 7))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        written = []
+
+        def fsync(descriptor):
+            written.append(descriptor)
+            if len(written) > 5:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(UserError, match=r"No space left on device; what is prepared in .* is kept"):
+            prepare(text_data(maker), str(out), processes=1)
+    assert any((out / WORK).glob("0*.json"))
+    assert prepare(text_data(maker), str(out), processes=1) == 0
+    assert contents(out) == expected
 
 
 def test_damage_ends_a_preparation_or_is_left_out(maker, tmp_path):
@@ -397,6 +431,7 @@ def test_damage_that_is_found_while_training_stops_or_skips_the_shard(maker, mon
     assert "skip_file" in str(caught.value)
 
     skipping = shards(maker, out, on_error="skip_file", recorded=recorded, **keys)
+    assert not skipping.faults  # of documents that are not verified when shards are opened
     assert skipping.fingerprint() == intact.fingerprint()
     ranks = loaders(skipping, 5, 1)
     found = [global_batch(ranks) for _ in range(40)]

@@ -1,10 +1,12 @@
 """`data prepare`, `data inspect` and `data bench` as users call them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -79,6 +81,15 @@ def test_prepare_refuses_what_cannot_be_prepared(corpus, tmp_path, capsys):
     assert "no text" in refused(capsys, "prepare", empty, out, "--tokenizer", "byte", "--processes", "1")
 
 
+def processes_of(session):
+    """The processes that a session has."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(ProcessLookupError):
+            found += [int(name)] if os.getsid(int(name)) == session else []
+    return found
+
+
 @pytest.mark.slow
 def test_a_killed_command_leaves_no_process_and_continues_to_the_same_bytes(tmp_path):
     corpus = tmp_path / "text"
@@ -97,16 +108,12 @@ def test_a_killed_command_leaves_no_process_and_continues_to_the_same_bytes(tmp_
         done = len([*out.glob(".preparing/*.json")])
         process = start(out)
         wait_until(lambda done=done: len([*out.glob(".preparing/0*.json")]) >= max(3, done))
-        workers = [
-            int(line)
-            for line in subprocess.run(
-                ["ps", "-o", "pid=", "-s", str(process.pid)], capture_output=True, text=True
-            ).stdout.split()
-        ]
+        started = processes_of(process.pid)
+        assert len(started) >= 3
         process.send_signal(signal_number)
         assert process.wait(HANG) == code
-        for worker in workers:
-            wait_for_end(worker)
+        for each in started:
+            wait_for_end(each)
         assert not (out / MANIFEST).exists()
     assert start(out).wait(HANG) == 0
     for path in (tmp_path / "whole").iterdir():

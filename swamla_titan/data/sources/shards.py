@@ -155,6 +155,7 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
         fingerprint=manifest.fingerprint,
         description=description(manifest),
         record={"files": [{"name": name, "bytes": size, "digest": digests[name]} for name, size in sizes.items()]},
+        unreadable=list(faults),
         index=index,
     )
 
