@@ -103,10 +103,9 @@ def fault_of_machine(path: str, place: str, error: BaseException) -> Fault | Non
     return kind(path, place, f"cannot be read: {os.strerror(number)}", REMEDIES[number], may_pass=True)
 
 
-def cut_short(file: str, place: str, may_pass: bool = False) -> DataFault:
+def cut_short(file: str, place: str) -> DataFault:
     """The fault of a file that is shorter than when the run began."""
-    size = f", at {_size(file)} bytes" if os.path.exists(file) else ""
-    return DataFault(file, place, f"the file ends here{size}; it was longer when it was opened", may_pass=may_pass)
+    return DataFault(file, place, f"the file ends here, at {_size(file)} bytes; it was longer when it was opened")
 
 
 def of_another_size(file: str, size: int, now_has: int | None = None) -> DataFault:

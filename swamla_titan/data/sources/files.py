@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,12 +39,12 @@ _REMOTE_BLOCK = 1 << 20  # bytes of a request at least, and held for each open f
 _LARGEST_BLOCK = 1 << 20  # bytes of a compressed block, of which nothing is known before its end
 _MOST_HEAD = 16 << 20  # bytes that the head of a compressed file is decompressed to at most
 
-_STORES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # by protocol, the package that reads them
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # by protocol, the extra of this package that reads it
 
 
 def is_url(path: str) -> bool:
-    """Whether fsspec reads a path, and not the operating system."""
-    return "://" in path
+    """Whether fsspec reads a path, and not the operating system; never from web servers, which have no folders."""
+    return "://" in path and not path.startswith(("http://", "https://", "ftp://"))
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -57,8 +58,8 @@ def file_system(url: str) -> tuple[Any, str]:
         # Listings that it keeps would hide that a file has changed.
         system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        package = _STORES.get(url.partition("://")[0])
-        advice = f". Install it: pip install {package}" if package else ""
+        extra = _EXTRAS.get(url.rpartition("::")[2].partition("://")[0])
+        advice = f": pip install 'swamla-titan[{extra}]'" if extra else ""
         raise UserError(f"{url} cannot be read: {one_line(error)}{advice}") from None
     return system, path
 
@@ -68,21 +69,76 @@ def compression(name: str) -> str:
     return next((ending for ending in DECOMPRESSORS if name.lower().endswith(ending)), "")
 
 
+def is_folder(url: str) -> bool:
+    """Whether a URL is that of a folder of a store, and not of a file; FileNotFoundError if it is neither."""
+    system, root = file_system(url)
+    return bool(system.info(root.rstrip("/"))["type"] != "file")
+
+
+def files_below(url: str) -> dict[str, int] | None:
+    """{name: bytes} of the files below a folder of a store, without hidden ones; None if the URL is that of a file."""
+    if not is_folder(url):
+        return None
+    system, root = file_system(url)
+    root = root.rstrip("/")
+    # Not `find`, which leaves out, without a word, folders that cannot be listed now.
+    folders = system.walk(root, detail=True, on_error="raise")
+    entries = (entry for _, _, files in folders for entry in files.values())
+    found = {entry["name"].removeprefix(root).lstrip("/"): int(entry["size"]) for entry in entries}
+    # Names that end in "/" stand for folders in tools that show a store as one.
+    return {name: found[name] for name in sorted(found) if not re.search(r"(^|/)\.|/$|^$", name)}
+
+
+def open_file(path: str) -> Any:
+    """Open a file to read its bytes, as they are; raises whatever the operating system or fsspec raises."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, name = file_system(path)
+    return _StoreFile(system.open(name, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead"))
+
+
+class _StoreFile(io.RawIOBase):
+    """A file of a store; raises ConnectionError where the store answers with less than it was asked for."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def readinto(self, buffer: Any) -> int:
+        at = self._file.tell()
+        data = self._file.read(len(buffer))
+        expected = min(len(buffer), self._file.size - at)
+        if len(data) < expected:
+            raise ConnectionError(f"{len(data)} bytes came from byte {at} on, of {expected} that were asked for")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, at: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(at, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextmanager
 def opened(path: str, compressed: str = "") -> Iterator[Any]:
     """Open a file to be read, decompressed if it is `compressed` (an ending). Errors inside are raised as Faults."""
-    with reading(path, compressed):
-        if is_url(path):
-            system, name = file_system(path)
-            file = system.open(name, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
-        else:
-            file = open(path, "rb")  # noqa: SIM115
-        with file:
-            if not compressed:
-                yield file
-                return
-            with DECOMPRESSORS[compressed](file) as decompressed:
-                yield decompressed
+    with reading(path, compressed), open_file(path) as file:
+        if not compressed:
+            yield file
+            return
+        with DECOMPRESSORS[compressed](file) as decompressed:
+            yield decompressed
 
 
 @contextmanager
@@ -93,15 +149,22 @@ def reading(path: str, compressed: str = "") -> Iterator[None]:
     except (Fault, UserError):
         raise
     except Exception as error:
-        fault = network_fault(path, "", error) if is_url(path) else None
-        is_invalid = bool(compressed) and isinstance(error, _INVALID) and getattr(error, "errno", None) is None
-        if is_invalid and not isinstance(fault, Unreachable):
+        fault = store_fault(path, "", error) if is_url(path) else None
+        if fault is None and compressed and isinstance(error, _INVALID) and getattr(error, "errno", None) is None:
             fault = _invalid(path, compressed, error)
+        elif fault is None and is_url(path):
+            fault = network_fault(path, "", error)
         elif fault is None and isinstance(error, OSError):
             fault = refused(path, "", error)
         if fault is None:
             raise
         raise fault from error
+
+
+def store_fault(path: str, place: str, error: Exception) -> Fault | None:
+    """The fault of a store that does not answer, or has no such file; None for errors that may be the file's own."""
+    fault = network_fault(path, place, error)
+    return fault if isinstance(fault, Unreachable) or not fault.may_pass else None
 
 
 def _invalid(path: str, compressed: str, error: Exception) -> DataFault:

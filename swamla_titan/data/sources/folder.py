@@ -3,9 +3,9 @@
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from swamla_titan.data.sources.files import DECOMPRESSORS, compression
+from swamla_titan.data.sources.files import DECOMPRESSORS, compression, files_below, is_folder, is_url, reading, size_of
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
 
@@ -46,6 +46,7 @@ class Listing:
     names: list[str]  # to be read
     about: list[str]  # that describe the data
     unknown: list[str]  # of other kinds
+    sizes: dict[str, int] = field(default_factory=dict)  # of the files of a store, which lists them with their names
 
 
 def find_files(path: str, setting: str) -> Listing:
@@ -55,20 +56,50 @@ def find_files(path: str, setting: str) -> Listing:
     """
     if not path:
         raise UserError(f"{setting} is empty: give a file or folder ({_KNOWN}).")
+    if is_url(path):
+        return _in_store(path, setting)
     path = os.path.expanduser(path)
     mode = _mode(path, setting)
-    if not stat.S_ISDIR(mode):
-        if not stat.S_ISREG(mode):
-            raise UserError(
-                f"{setting}: {path} is not a regular file but {special_kind(mode)}; give a file or a folder."
-            )
-        if path.lower().endswith(COMPRESSED):
-            raise _compressed(setting, path, 1)
-        if not path.lower().endswith(KNOWN):
-            raise UserError(f"{setting}: {path} is of an unknown kind. Known: {_KNOWN}.")
-        return Listing(os.path.dirname(path), [os.path.basename(path)], [], [])
+    if stat.S_ISDIR(mode):
+        return _selected(path, _below(path, setting), setting)
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{setting}: {path} is not a regular file but {special_kind(mode)}; give a file or a folder.")
+    return _file(path, setting)
 
-    found = _below(path, setting)
+
+def root_of(path: str) -> str:
+    """The folder that names of the files at `path` are relative to; Faults if a store does not answer."""
+    if is_url(path):
+        with reading(path):
+            return path if is_folder(path) else os.path.dirname(path)
+    path = os.path.expanduser(path)
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def _in_store(url: str, setting: str) -> Listing:
+    with reading(url):
+        try:
+            sizes = files_below(url)
+        except FileNotFoundError as error:
+            raise UserError(f"{setting}: {url} does not exist.") from error
+        if sizes is None:
+            listing = _file(url, setting)
+            return replace(listing, sizes={listing.names[0]: size_of(url)})
+    if not sizes:
+        raise UserError(f"{setting}: {url} does not exist, or holds no files.")
+    return replace(_selected(url, list(sizes), setting), sizes=sizes)
+
+
+def _file(path: str, setting: str) -> Listing:
+    if path.lower().endswith(COMPRESSED):
+        raise _compressed(setting, path, 1)
+    if not path.lower().endswith(KNOWN):
+        raise UserError(f"{setting}: {path} is of an unknown kind. Known: {_KNOWN}.")
+    return Listing(os.path.dirname(path), [os.path.basename(path)], [], [])
+
+
+def _selected(path: str, found: list[str], setting: str) -> Listing:
+    """Of the files found below a folder those to be read, and the others."""
     readable = [name for name in found if name.lower().endswith(KNOWN)]
     about = _about(readable, found)
     names = [name for name in readable if name not in about]
@@ -119,7 +150,7 @@ def _hint(path: str) -> str:
     if os.path.islink(path):
         return f" It is a link to {os.readlink(path)}."
     if "://" in path:
-        return ' Only files on disk are read here; data.source = "huggingface" streams a dataset of the Hub.'
+        return ' Only disks and object stores are read; data.source = "huggingface" streams a dataset of the Hub.'
     if re.search(r"[*?\[{]", path):
         return " Patterns are not expanded: give the folder; it is read with all that is below it."
     if any(os.path.exists(part.strip()) for part in re.split("[,;:]", path) if part.strip()):

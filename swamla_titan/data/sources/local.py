@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -12,8 +13,18 @@ from swamla_titan.config.sections import Data
 from swamla_titan.data.document import MIB, Source, Unit, too_large
 from swamla_titan.data.faults import DataFault, Fault, readable
 from swamla_titan.data.retry import Retry
-from swamla_titan.data.sources.files import compression
-from swamla_titan.data.sources.folder import JSON_LINES, PARQUET, TEXT, Listing, find_files, kind, listed, special_kind
+from swamla_titan.data.sources.files import compression, is_url
+from swamla_titan.data.sources.folder import (
+    JSON_LINES,
+    PARQUET,
+    TEXT,
+    Listing,
+    find_files,
+    kind,
+    listed,
+    root_of,
+    special_kind,
+)
 from swamla_titan.data.sources.parquet import NoTextColumn, RowGroup, row_groups
 from swamla_titan.data.sources.text import ENDLESS, FileRange, WholeFile, require_text
 from swamla_titan.errors import UserError
@@ -22,6 +33,8 @@ from swamla_titan.errors import UserError
 # so many that half a range more or less is little, and not so many that opening files costs more than reading them.
 MIN_RANGE, MAX_RANGE = 16 << 10, 16 << 20
 RANGES_PER_STREAM = 64
+
+REQUESTS = 32  # at a time, to a store whose files are opened
 
 SKIPPING = 'data.on_error = "skip_file" skips such files'
 
@@ -54,13 +67,12 @@ def open_local(
     """
     looked_for = entries is None  # recorded files may be unreadable by now
     if entries is None:
-        opening = _Opening(data, setting, retry or Retry(), find_files(path, setting))
+        retry = retry or Retry()
+        opening = _Opening(data, setting, retry, retry.call(lambda: find_files(path, setting)))
         entries = opening.entries(recorded)
     else:
-        path = os.path.expanduser(path)
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        listing = Listing(folder, [entry["name"] for entry in entries], [], [])
-        opening = _Opening(data, setting, retry or Retry(), listing)
+        retry, names = retry or Retry(), [entry["name"] for entry in entries]
+        opening = _Opening(data, setting, retry, Listing(retry.call(lambda: root_of(path)), names, [], []))
         opening.faults += _lost(entries)
     units, sizes, files = [], [], []
     for entry, unit, size in opening.units(entries):
@@ -101,18 +113,33 @@ class _Opening:
         self.faults += _lost(list(before.values()))
         new = {name: size for name, size in now.items() if name not in before}
         try:
-            found = {name: self._entry(self._path(name), name, size) for name, size in new.items()}
+            found = self._entries_of(new)
         except NoTextColumn as fault:
             self._compare_with_others(fault, now)
             raise
         return [entry for _, entry in sorted({**before, **found}.items())]
 
+    def _entries_of(self, sizes: dict[str, int]) -> dict[str, Entry]:
+        """The entries of files as they are now, by name; a store is asked for many at a time."""
+        if not is_url(self._listing.root):
+            return {name: self._entry(self._path(name), name, size) for name, size in sizes.items()}
+        threads = ThreadPoolExecutor(REQUESTS)
+        try:
+            found = threads.map(lambda item: self._entry(self._path(item[0]), *item), sizes.items())
+            entries = dict(zip(sizes, found))
+        finally:
+            threads.shutdown(cancel_futures=True)
+        self.faults.sort(key=lambda fault: fault.file)
+        return entries
+
     def _sizes(self) -> dict[str, int]:
-        """{name: bytes, -1 if it cannot be read} of the files listed.
+        """{name: bytes, -1 if it cannot be read} of the files listed; a store lists them with their sizes.
 
         Only regular files are opened, because reading a pipe or a device may never end.
         """
         sizes: dict[str, int] = {}
+        if self._listing.sizes:
+            return {name: self._listing.sizes[name] for name in self._listing.names}
         for name in self._listing.names:
             found = self._opened(partial(_status, os.path.join(self._listing.root, name)), None)
             if found is not None and not stat.S_ISREG(found.st_mode):
@@ -142,11 +169,12 @@ class _Opening:
 
     def _opened(self, work: Callable[[], Result], otherwise: Result) -> Result:
         """Run `work()` with retries; returns `otherwise` if it fails for good and the file may be skipped."""
+        # Files of a store are opened by threads, each of which waits for its own.
+        retry = Retry(self._retry.seconds) if is_url(self._listing.root) else self._retry
         try:
-            return self._retry.call(work)
-        except (
-            DataFault
-        ) as fault:  # not Unreachable: such a file may answer later, and would be skipped in all of the run
+            return retry.call(work)
+        # Not Unreachable: such a file may answer later, and would be skipped in all of the run.
+        except DataFault as fault:
             self._skip(fault)
             return otherwise
 

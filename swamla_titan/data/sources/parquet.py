@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from swamla_titan.data.faults import (
     fault_of_machine,
     of_another_size,
     one_line,
-    readable,
     refused,
 )
 from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
+from swamla_titan.data.sources.files import head_of, is_url, open_file, require_size, store_fault
 from swamla_titan.data.sources.folder import listed
 
 BATCH_BYTES = 8 << 20  # text decoded at a time
@@ -29,13 +30,20 @@ class NoTextColumn(DataFault):
     """A valid file has no text column of the name in data.text_key; one of both is wrong."""
 
 
+@contextmanager
+def _opened(path: str, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a file; what arrow raises is for `_fault`. A file on disk is read by arrow itself, without the GIL."""
+    with nullcontext(path) if not is_url(path) else open_file(path) as file, pq.ParquetFile(file, **options) as parquet:
+        yield parquet
+
+
 def row_groups(path: str, column: str) -> list[list[int]]:
     """[bytes of text as the file encodes it, rows] of each row group.
 
     DataFault if it is not a parquet file, or its text column does not hold text; NoTextColumn if it has none.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with _opened(path) as file:
             _require_text_column(path, column, file.schema_arrow)
             metadata = file.metadata
             if _is_signed(path, metadata):
@@ -93,7 +101,7 @@ def _require_text_column(path: str, column: str, schema: pa.Schema) -> None:
 
 def _is_signed(path: str, metadata: pq.FileMetaData) -> bool:
     """Whether the footer has more than metadata; pyarrow would abort the process on metadata of an encrypted column."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(-8, os.SEEK_END)
         return int.from_bytes(file.read(4), "little") != int(metadata.serialized_size)
 
@@ -144,8 +152,10 @@ class RowGroup:
         ordinal = 0
         place = f"row group {self.group}"
         try:
-            with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
-                if os.path.getsize(self.path) != self.size:
+            if is_url(self.path):  # where no file is cut: one of another size is another file
+                require_size(self.path, self.size)
+            with _opened(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+                if not is_url(self.path) and os.path.getsize(self.path) != self.size:
                     raise of_another_size(self.path, self.size)
                 if self.group >= file.metadata.num_row_groups:
                     found = f"only {file.metadata.num_row_groups} row groups"
@@ -180,10 +190,11 @@ def _fault(path: str, place: str, error: Exception) -> Fault:
     if fault := fault_of_machine(path, place, error):
         return fault
     # For invalid pages pyarrow raises an OSError without a number.
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and not is_url(path):
         return refused(path, place, error)
-    with readable(path), open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
+    if is_url(path) and (fault := store_fault(path, place, error)):
+        return fault
+    head = head_of(path)
     reason = one_line(error)
     if not head.startswith((b"PAR1", b"PARE")):
         other = other_than_text(head)

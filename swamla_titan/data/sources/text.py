@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from swamla_titan.data.document import Document, Position, decode_utf8, replace_surrogates, too_large
 from swamla_titan.data.faults import DataFault, cut_short, of_another_size
 from swamla_titan.data.sources.content import HEAD_BYTES, other_than_text
-from swamla_titan.data.sources.files import decompressed_head, head_of, is_url, opened, require_size
+from swamla_titan.data.sources.files import decompressed_head, head_of, opened, require_size
 from swamla_titan.data.sources.folder import listed
 
 BOM = b"\xef\xbb\xbf"
@@ -176,8 +176,7 @@ class FileRange:
         if not chunk:
             if self.compressed:  # whose end only reading shows
                 return False
-            # A store may answer with less than it was asked for, and more the next time.
-            raise cut_short(self.path, self._place(there), may_pass=is_url(self.path))
+            raise cut_short(self.path, self._place(there))
         buffer += chunk
         return True
 
