@@ -21,7 +21,7 @@ from swamla_titan.checkpoint.records import (
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
 from swamla_titan.config.sections import ALLOWED_DIFFERENCES, RENAMED
-from swamla_titan.data import TrainingData, fingerprint_changes
+from swamla_titan.data import Continued, TrainingData, continued, fingerprint_changes
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import UserError
 from swamla_titan.escaping import one_line
@@ -60,13 +60,18 @@ class Origin:
         return name if isinstance(name, str) else None
 
     def resume(
-        self, fingerprint: dict[str, Any], allow: str = "", details: Mapping[str, str] | None = None
+        self,
+        fingerprint: dict[str, Any],
+        allow: str = "",
+        details: Mapping[str, str] | None = None,
+        data: TrainingData | None = None,
     ) -> TrainState:
         """The train state that a run with this fingerprint continues from.
 
         `allow` names kinds of differences, as checkpoint.allow does; UserError for a difference of another kind. With
-        other data or another tokenizer the data start from the beginning; with another batch they continue. `details`
-        maps names in the fingerprint to more about their difference.
+        other data or another tokenizer the data start from the beginning, but those sources of a mixture `data` that
+        did not change continue; with another batch they all continue. `details` maps names in the fingerprint to more
+        about their difference.
         """
         state = self.train_state
         if state is None:
@@ -79,13 +84,23 @@ class Origin:
         if not changes:
             return state
         starts_over = not _WITHOUT_CURSORS.isdisjoint(kinds.values())
+        rest = self._continued(data) if data and starts_over else None
         logger.warning(
             "%s differs from this run, as checkpoint.allow permits%s:\n  %s",
             self.path,
-            "; the data start over" if starts_over else "",
-            Lines("\n  ".join(map(one_line, changes.values()))),
+            "; the data start over" if starts_over and not rest else "",
+            Lines("\n  ".join(map(one_line, (*changes.values(), *(rest.report if rest else ()))))),
         )
+        if rest:
+            return replace(state, cursors=rest.cursors, excluded=rest.excluded, source_tokens=rest.source_tokens)
         return replace(state, sequences=0, cursors={}, excluded=[]) if starts_over else state
+
+    def _continued(self, data: TrainingData) -> Continued | None:
+        """What the sources of a mixture continue from."""
+        state = self.train_state
+        if not state or not self.data:
+            return None
+        return continued(data, self.data, state.cursors, state.excluded, state.source_tokens or {"": state.tokens})
 
     def _of_another_run(self, refused: list[str], kinds: set[str]) -> UserError:
         way_out = f". To continue from it all the same: --checkpoint.allow {','.join(sorted(kinds))}"

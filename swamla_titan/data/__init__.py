@@ -19,7 +19,7 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.corpora import Mixture, TrainingData, labelled, open_mixture, weights_by_stage, with_segments
+from swamla_titan.data.corpora import Continued, Mixture, TrainingData, continued, labelled, open_mixture, weights_by_stage, with_segments
 from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences, validation_text
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
@@ -36,6 +36,7 @@ __all__ = [
     "IGNORED",
     "BatchLoader",
     "CompressedVocabulary",
+    "Continued",
     "Corpus",
     "Exclusion",
     "MicroBatch",
@@ -49,6 +50,7 @@ __all__ = [
     "build_validation_set",
     "completed_epochs",
     "compress",
+    "continued",
     "described",
     "distinct_steps",
     "fingerprint_changes",

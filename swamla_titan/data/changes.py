@@ -49,8 +49,11 @@ def fingerprint_changes(
     """
     changes: dict[str, str] = {}
     names = saved.keys() | current.keys()
-    if saved.get("source") != current.get("source"):
-        names -= {"held out"}  # it follows from the source
+    if ("data.sources" in saved) != ("data.sources" in current):
+        names -= {"source", "held out"}  # of one source without a name, which that of the sources says
+    for name in [name for name in names if name.partition(".")[0] == "source"]:
+        if saved.get(name) != current.get(name):
+            names -= {name.replace("source", "held out", 1)}  # it follows from the source
     for name in sorted(names):
         # A hash means nothing to a user, so what it stands for is named where that is known.
         detail = (details or {}).get(name)
@@ -58,6 +61,8 @@ def fingerprint_changes(
             changes[name] = f"{name}: {detail}"
         elif saved.get(name) == current.get(name):
             continue
+        elif name.startswith("source.") and not (name in saved and name in current):
+            changes[name] = f"{name}: {'new' if name in current else 'gone'}"
         elif name == "tokenizer" and _first_word(saved.get(name)) == _first_word(current.get(name)):
             changes[name] = "data.tokenizer: its vocabulary is another than when the run began"
         elif name == "source" and _first_word(saved.get(name)) == _first_word(current.get(name)) == "builtin":

@@ -288,21 +288,19 @@ def _on_held_out(
 def set_up_resume(inputs: Inputs) -> Setup:
     """Compare the run with the checkpoint to resume from; raises UserError if it belongs to another run."""
     config, world, corpus = inputs.config, inputs.world, inputs.corpus
-    files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
-    files |= {ANNEX_RECORD: inputs.annex_record.to_bytes()} if inputs.annex_record else {}
     fingerprint, details = run_fingerprint(config, corpus, inputs.annex_record), corpus.changes
     train_state = broadcast_from_rank_0(
-        world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details)
+        world, lambda: inputs.origin.resume(fingerprint, config.checkpoint.allow, details, corpus)
     )
-    begin = Position(train_state.step, train_state.tokens, train_state.sequences)
-    schedule = Schedule.of(config, begin)
-    if schedule != Schedule.of(config) and len(weights_by_stage(Schedule.of(config))) > 1:
-        raise UserError(
-            "training.stages: weights change at certain sequences, and this run, which has had other batches or data "
-            "(checkpoint.allow), does not come to them: leave weights out of training.stages, and give each of "
-            "[[data.sources]] the one that it has from now on"
-        )
-    return Setup(**vars(inputs), fingerprint=fingerprint, files=files, train_state=train_state, schedule=schedule)
+    schedule = Schedule.of(config, Position(train_state.step, train_state.tokens, train_state.sequences))
+    if isinstance(corpus, Mixture) and inputs.origin.train_state:
+        before = inputs.origin.train_state.fingerprint
+        if any(before.get(name) != now for name, now in fingerprint.items() if not name.startswith("model.")):
+            corpus = corpus.begun_at(train_state.sequences, train_state.cursors, weights_by_stage(schedule))
+    files = all_ranks_or_raise(world, lambda: _files(config, corpus, inputs.validation))
+    files |= {ANNEX_RECORD: inputs.annex_record.to_bytes()} if inputs.annex_record else {}
+    resumed = vars(inputs) | {"corpus": corpus}
+    return Setup(**resumed, fingerprint=fingerprint, files=files, train_state=train_state, schedule=schedule)
 
 
 def from_newest_intact(build: Callable[[dict[Path, str]], Result]) -> Result:
@@ -328,15 +326,18 @@ def open_data(config: Config, recorded: dict[str, Any] | None = None) -> tuple[C
     config = with_vocabulary(config, tokenizer.vocab_size)
     data = dataclasses.replace(config.data, retry_seconds=retry_seconds(config))
     try:
-        opened = data, config.validation, config.job.seed, tokenizer, recorded
-        corpus = open_mixture(*opened) if data.sources else open_corpus(*opened)
+        opened = data, config.validation, config.job.seed, tokenizer
+        if data.sources:
+            corpus: TrainingData = open_mixture(*opened, recorded)
+        else:
+            corpus = open_corpus(*opened, None if recorded and "sources" in recorded else recorded)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         if recorded is None:
             raise
         # It is valid JSON, but not of the form that this program writes.
         raise Damaged(f"{DATA}: not a data record of this program's checkpoints ({error!r})") from error
-    if isinstance(corpus, Mixture):
-        corpus = corpus.with_weights(weights_by_stage(Schedule.of(config)))
+    if isinstance(corpus, Mixture) and not (recorded and "sources" in recorded):
+        corpus = dataclasses.replace(corpus, pieces=tuple(weights_by_stage(Schedule.of(config))))
     return config, corpus
 
 

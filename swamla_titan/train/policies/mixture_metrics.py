@@ -31,6 +31,7 @@ class MixtureMetrics(Policy):
         self._world, self._names, self._streams = setup.world, setup.corpus.names, setup.corpus.data.streams
         self._losses = model.source_losses = SourceLosses(len(self._names), model.parts, setup.world)
         start = setup.train_state
+        self._start = start.source_tokens
         self._before = np.array([start.source_tokens.get(name, 0) for name in self._names])  # of all ranks
         self._tokens = np.zeros(len(self._names), dtype=np.int64)  # of this one, since this start
         self._targets = np.zeros(len(self._names), dtype=np.int64)  # since the last log line
@@ -79,4 +80,5 @@ class MixtureMetrics(Policy):
     def train_state(self) -> dict[str, Any]:
         """`source_tokens`; all ranks call this."""
         every = all_gather_dict(self._world, {self._world.data_rank: self._tokens}).values()
-        return {"source_tokens": dict(zip(self._names, (self._before + np.sum([*every], axis=0)).tolist()))}
+        now = dict(zip(self._names, (self._before + np.sum([*every], axis=0)).tolist()))
+        return {"source_tokens": self._start | now}  # also those of sources that are gone
