@@ -19,13 +19,22 @@ from swamla_titan.data.batches import (
     waits_for_streams,
 )
 from swamla_titan.data.changes import fingerprint_changes
-from swamla_titan.data.corpora import Continued, Mixture, TrainingData, continued, labelled, open_mixture, weights_by_stage, with_segments
+from swamla_titan.data.corpora import (
+    Continued,
+    Mixture,
+    TrainingData,
+    continued,
+    labelled,
+    open_mixture,
+    weights_by_stage,
+    with_segments,
+)
 from swamla_titan.data.corpus import Corpus, build_validation_set, open_corpus, text_sequences, validation_text
 from swamla_titan.data.division import described, uneven
 from swamla_titan.data.exclusions import Exclusion, taken_from_cursors
 from swamla_titan.data.held_out import HELD_OUT_TEXT, ValidationSet, ValidationText, pack
 from swamla_titan.data.loader import BatchLoader
-from swamla_titan.data.mixture import sequence_order
+from swamla_titan.data.mixture import SequenceOrder, sequence_order
 from swamla_titan.data.sources import pinned
 from swamla_titan.data.streams import completed_epochs
 from swamla_titan.data.tokenizer import CompressedVocabulary, Tokenizer, compress, load_tokenizer
@@ -41,6 +50,7 @@ __all__ = [
     "Exclusion",
     "MicroBatch",
     "Mixture",
+    "SequenceOrder",
     "Shape",
     "StepBatch",
     "Tokenizer",

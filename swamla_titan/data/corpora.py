@@ -130,8 +130,9 @@ def open_mixture(
         for name in [name for name, corpus in opened.items() if _is_same(corpus, recorded)][:1]:
             opened[name] = open_corpus(sections[name], validation, seed, tokenizer, recorded)
     corpora = _without_text_held_out_elsewhere(list(opened.values()), validation)
-    before = recorded.get("before", {})
-    pieces = [Piece(*each) for each in recorded.get("weights", [[0, weights_of(data)]])]
+    before, pieces = recorded.get("before", {}), [Piece(0, weights_of(data))]
+    if before.keys() == opened.keys():
+        pieces = [Piece(*each) for each in recorded["weights"]]
     for piece in pieces:
         if problem := weights_problem([*piece.weights.items()]):
             raise ValueError(problem)

@@ -93,7 +93,7 @@ class SequenceOrder:
 
     def _by_piece(self, numbers: np.ndarray) -> list[tuple[np.ndarray, "_Deal", np.ndarray]]:
         """For each piece that has some of the sequences: which of them, how it deals, and their numbers within it."""
-        pieces = np.searchsorted(self._firsts, numbers, side="right") - 1
+        pieces = np.maximum(np.searchsorted(self._firsts, numbers, side="right") - 1, 0)
         chosen = [(piece, np.flatnonzero(pieces == piece)) for piece in np.unique(pieces).tolist()]
         return [(which, self._deals[piece], numbers[which] - self._firsts[piece]) for piece, which in chosen]
 

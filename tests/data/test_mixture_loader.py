@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -160,7 +161,7 @@ def test_one_table_is_read_as_data_without_tables(folder):
 
 def test_weights_that_change_are_read_from_their_sequence_on(mixture):
     weights = {"jsonl": 0.0, "parquet": 0.5, "docs": 0.5}
-    changed = mixture.with_weights([Piece(0, WEIGHTS), Piece(5 * SIZE, weights)])
+    changed = replace(mixture, pieces=(Piece(0, WEIGHTS), Piece(5 * SIZE, weights)))
     expected, sources, _ = read(changed, 1, 9)
     assert np.array_equal(expected[: 5 * SIZE], read(mixture, 1, 5)[0])
     assert {mixture.names[source] for source in sources[5 * SIZE :].tolist()} == {"parquet", "docs"}

@@ -5,12 +5,15 @@ import math
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from swamla_titan.config.schedule import Position, Schedule
 from swamla_titan.config.sections import Config, FaultTolerance, Float8, Training
+from swamla_titan.data import SequenceOrder
+from swamla_titan.data.mixture import Piece
 from swamla_titan.train.bad_steps import BadStep, BadSteps
 from swamla_titan.train.policies.streaks import remedies, warning, write_bad_batches
 from swamla_titan.train.step import TrainStep
@@ -213,7 +216,8 @@ def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path
     path = tmp_path / "traces" / "bad.json"
     steps = [BadStep(2, math.nan, math.inf, math.inf), BadStep(3, 2.0, 9.0, 4.0)]
     config = Config(training=Training(global_batch_size=3))
-    write_bad_batches(path, steps, Schedule.of(config), 5, {(3, stream): {"unit": stream} for stream in range(5)})
+    order = SequenceOrder(5)
+    write_bad_batches(path, steps, Schedule.of(config), order, {(3, stream): {"unit": stream} for stream in range(5)})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -227,8 +231,13 @@ def test_the_dump_is_json_by_the_letter_and_names_sequences_and_streams(tmp_path
         },
     ]
     resized = Schedule.of(config, Position(5, 5 * 2048, 19))
-    write_bad_batches(path, steps[1:], resized, 5, {})  # the batch was of another size before
+    write_bad_batches(path, steps[1:], resized, order, {})  # the batch was of another size before
     assert (json.loads(path.read_text())[0]["first_sequence"], steps[1].step) == (10, 3)
+    mixed = SequenceOrder(5, ["a", "b"], [Piece(0, {"a": 0.5, "b": 0.5})])
+    write_bad_batches(path, steps[1:], Schedule.of(config), mixed, {(3, key): {"unit": key} for key in range(10)})
+    [entry] = json.loads(path.read_text())
+    assert entry["sources"] == ["a", "b"]
+    assert list(entry["cursors"]) == [str(key) for key in sorted(mixed.cursor_keys(np.arange(6, 9)))]
 
 
 # whole runs

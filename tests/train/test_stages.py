@@ -107,9 +107,14 @@ def test_weights_of_a_mixture_change_with_a_stage_and_a_resumed_run_has_them(ram
     assert tokens[4] == 15 * 64
     assert tokens[14] == pytest.approx(15 * 64 + 0.2 * sum(TOKENS[4:]), abs=128)
     capsys.readouterr()
+    # Another batch: the streams continue, and the weights are those of the stage.
     other = (*COMMON, "--job.dump_folder", str(run), "--training.local_batch_size", "1", "--training.steps", "15")
-    assert train(ramp, *other, "--training.global_batch_size", "4", "--checkpoint.allow", "batch") == 2
-    assert "leave weights out of training.stages" in capsys.readouterr().err
+    assert train(ramp, *other, "--training.global_batch_size", "4", "--checkpoint.allow", "batch") == 0
+    first = 4 * 5 + 3 * 5 + 7 * 7
+    assert f"from sequence {first} on the weights are one 0.2, two 0.8" in capsys.readouterr().out
+    assert metrics(run, "tokens/one")[15] - tokens[14] == 128
+    assert train(ramp, *other, "--training.global_batch_size", "4", "--training.steps", "17") == 0
+    assert metrics(run, "tokens/one")[17] - tokens[14] == 2 * 128
     ramp.write_text(ramp.read_text().replace("{one = 0.2, two = 0.8}", "{one = 0.2, three = 0.8}"))
     assert train(ramp, *COMMON) == 2
     assert 'weights: "three" is none of [[data.sources]]' in capsys.readouterr().err

@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,7 +39,7 @@ from swamla_titan.checkpoint.state import State
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
 from swamla_titan.config.schedule import Schedule
-from swamla_titan.data import BatchLoader
+from swamla_titan.data import BatchLoader, SequenceOrder
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
 from swamla_titan.errors import RunFailed
@@ -110,7 +111,7 @@ class SkippingPolicy(BadStepPolicy):
         # late.
         steps = setup.config.fault_tolerance.max_bad_steps + 1
         self._cursors: deque[tuple[int, dict[int, Cursor]]] = deque(maxlen=steps)
-        self._schedule = setup.schedule
+        self._schedule, self._order = setup.schedule, setup.corpus.order
 
     def before_step(self, step: int) -> None:
         """Remember where the batch of `step` begins."""
@@ -171,7 +172,7 @@ class SkippingPolicy(BadStepPolicy):
         cursors = all_gather_dict(self._world, own)
         if self._world.is_rank_0:
             try:
-                write_bad_batches(path, streak, self._schedule, self._config.data.streams, cursors)
+                write_bad_batches(path, streak, self._schedule, self._order, cursors)
             except OSError as error:  # the run must still rewind or stop
                 logger.error("%s could not be written: %s", path, error.strerror)
         return path
@@ -293,13 +294,14 @@ def write_bad_batches(
     path: Path,
     bad: Sequence[BadStep],
     schedule: Schedule,
-    streams: int,
+    order: SequenceOrder,
     cursors: dict[tuple[int, int], Cursor],
 ) -> None:
     """Write a JSON list with an object for each bad step: loss, norm, and the data of its batch.
 
     `first_sequence` .. `last_sequence` are global sequence numbers. Sequence g is the next one of stream g %
-    streams. `cursors` maps (step, stream) to the stream's cursor before the batch; it lacks steps before a restart.
+    streams; of a mixture `sources` has the names of all sources, and stream k of source i is called i * streams + k.
+    `cursors` maps (step, stream) to the stream's cursor before the batch; it lacks steps before a restart.
     NaN and infinities, which JSON lacks, become the strings "nan", "inf" and "-inf". A step without a limit has no
     key for it. Raises OSError.
     """
@@ -307,11 +309,12 @@ def write_bad_batches(
     for step in bad:
         stage = schedule.stage(step.step)
         numbers = range(stage.after(step.step - 1).sequences, stage.after(step.step).sequences)
-        read = sorted({number % streams for number in numbers})
+        read = sorted({*order.cursor_keys(np.array(numbers)).tolist()})
         entry: dict[str, Any] = {"step": step.step, "loss": _number(step.loss), "grad_norm": _number(step.grad_norm)}
         if math.isfinite(step.limit):
             entry["limit"] = step.limit
-        entry |= {"first_sequence": numbers[0], "last_sequence": numbers[-1], "streams": streams}
+        entry |= {"first_sequence": numbers[0], "last_sequence": numbers[-1], "streams": order.streams}
+        entry |= {} if order.has_one_source else {"sources": list(order.names)}
         found = {stream: cursors[step.step, stream] for stream in read if (step.step, stream) in cursors}
         if found:
             entry["cursors"] = found
