@@ -26,6 +26,8 @@ def in_words(event: dict[str, Any]) -> str:
             text = f"checkpoint of step {get('step')} on the disk ({get('seconds')} s)"
         case "checkpoint_failed":
             text = f"checkpoint of step {get('step')} failed: {get('error')}"
+        case "stage":
+            text = f"stage {get('number')} begins at step {get('step')}: {get('shape')}"
         case "skipped":
             text = f"skipped as bad: step {_listed(get('steps'))}"
         case "rewind":

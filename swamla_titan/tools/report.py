@@ -400,8 +400,11 @@ def _charts(runs: list[Run]) -> Iterable[dict[str, Any]]:
     by_source = {key: key.partition("/")[2] for key in has if key.startswith("tokens/")}
     yield from chart("Loss by source", nats, {f"loss/{name}": name for name in by_source.values()}, robust=True)
     yield from chart("Validation loss by source", nats, {f"val_loss/{name}": name for name in by_source.values()})
+    bits = {f"val_bits_per_byte/{name}": name for name in by_source.values()}
+    yield from chart("Bits per byte by source", metric("val_bits_per_byte").unit, bits)
     yield from chart("Tokens by source", "tokens", by_source, exact=True)
-    yield from chart("Epochs by source", "epochs", {f"epochs/{name}": name for name in by_source.values()}, exact=True)
+    epochs = {f"epochs/{name}": name for name in by_source.values()}
+    yield from chart("Epochs by source", "epochs", epochs, zero=True, exact=True)
     counts = {"skipped_steps": "skipped steps", "rewinds": "rewinds", "skipped_files": "skipped files"}
     if any(run.last(key) for run in runs for key in counts):
         yield from chart("Skipped as bad", "count", counts, zero=True, exact=True)

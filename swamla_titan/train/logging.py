@@ -208,11 +208,11 @@ def _open_tensorboard(config: Config, folder: Path, step: int) -> _Destination |
     return _Destination("TensorBoard", write, writer.close)
 
 
-def _hyperparameters(config: Config) -> dict[str, bool | int | float | str]:
+def _hyperparameters(config: Config) -> dict[str, int | float | str]:
     """The keys of the sections that decide what is learned, as SECTION.KEY; others than numbers as text."""
-    sections = {name: getattr(config, name) for name in ("model", "data", "training", "optimizer", "lr_schedule")}
+    sections = {name: getattr(config, name) for name in ("model", "training", "optimizer", "lr_schedule")}
     return {
-        f"{name}.{key}": value if isinstance(value, int | float) else str(value)
+        f"{name}.{key}": value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
         for name, section in sections.items()
         for key, value in asdict(section).items()
     }

@@ -57,6 +57,9 @@ def test_each_stage_has_its_shapes_its_window_and_its_targets(ramp: Path, tmp_pa
     with before_every_call_of(SWAMLAModel, look):
         run = trained(ramp, tmp_path / "run", 14)
     assert list(metrics(run, "tokens").values()) == list(accumulate(TOKENS))
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    stages = [(each["step"], each["number"]) for each in events if each["event"] == "stage"]
+    assert stages == [(5, 1), (8, 2), (12, 3)]
     expected = [(2, 64, 16)] * 12 + [(2, 96, 16)] * 9 + [(3, 96, 16)] * 12 + [(3, 128, 32)] * 9
     assert [shape for training, *shape in calls if training] == [list(each) for each in expected]
     assert {length for training, _, length, _ in calls if not training} == {128}  # the longest, from the beginning

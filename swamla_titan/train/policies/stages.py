@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from swamla_titan.config.schedule import TrainingStage
+from swamla_titan.system.events import record_event
 from swamla_titan.train.policy import Policy
 from swamla_titan.train.setup import Setup
 
@@ -38,3 +39,4 @@ class StageChanges(Policy):
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # memory of the sizes until now fits no tensor of the new ones
         logger.info("step %d begins stage %d: %s", step, stage.number, stage)
+        record_event("stage", step=step, number=stage.number, shape=str(stage))
