@@ -155,6 +155,8 @@ def run_fingerprint(config: Config, corpus: TrainingData, annex_record: AnnexRec
         "training.global_batch_size": config.training.global_batch_size,
         "optimizer.name": config.optimizer.name,
     }
+    if config.data.packing != "concatenate":
+        training["data.packing"] = config.data.packing
     if stages := [given(stage) for stage in config.training.stages]:
         text = json.dumps(stages, sort_keys=True)
         long = len(text) > _LONGEST_STAGES

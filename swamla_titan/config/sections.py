@@ -93,6 +93,9 @@ class Data:
     """Documents shuffled together within a stream, of shards always all; 1: keep the order of the files."""
     num_workers: Annotated[int, Limits(0, 1024)] = 1
     """Loader processes per rank; 0: read in the training process."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """concatenate: documents follow each other and are cut where sequences end, without padding; best_fit: sequences
+    hold whole documents, of which only longer ones are cut, and padding, whose share the metric `padding` is."""
     document_mask: bool = False
     """Attention and positions stop at document boundaries."""
     on_error: Literal["stop", "skip_file"] = "stop"

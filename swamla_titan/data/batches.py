@@ -58,6 +58,12 @@ class StepBatch:
     largest: int = 0
     sources: torch.Tensor | None = None  # [n] int64, of a mixture: the number of the source of each sequence
 
+    def text(self, index: int) -> list[int]:
+        """The tokens of a sequence, without padding."""
+        last = int(torch.nonzero(self.targets[index] != IGNORED)[-1])  # whose target is the last token
+        found: list[int] = self.tokens[index, : last + 2].tolist()
+        return found
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from swamla_titan.data.background import in_background, is_done
-from swamla_titan.data.batches import Shape, StepBatch, document_ids, sequences_per_rank, shape_at
+from swamla_titan.data.batches import IGNORED, Shape, StepBatch, document_ids, sequences_per_rank, shape_at
+from swamla_titan.data.best_fit import PACKINGS
 from swamla_titan.data.corpora import Mixture, TrainingData
 from swamla_titan.data.corpus import Corpus, retry_of
 from swamla_titan.data.document import Cursor
@@ -32,7 +33,7 @@ class Part:
     """One reader's part of a step; if it could not be read, it has an `error` and no data."""
 
     sequences: np.ndarray  # [n] int64, global numbers, ascending
-    tokens: np.ndarray  # [n, T + 1] int32
+    tokens: np.ndarray  # [n, T + 1] int32; IGNORED is padding
     cursors: dict[int, Cursor] = field(default_factory=dict)  # of the streams that were read, after this step
     replaced: int = 0
     excluded: list[Exclusion] = field(default_factory=list)  # found in this step
@@ -104,7 +105,8 @@ class StepReader(Iterator[Part]):
         if stream not in self._streams:
             cursor, source = self._cursors.pop(stream), stream // self._corpus.data.streams
             corpus, cache = self._corpus.corpora[source], self._caches[source]
-            self._streams[stream] = PackedStream(corpus, stream, cache, cursor, self.excluded, self._retry)
+            packed = PACKINGS[self._corpus.data.packing]
+            self._streams[stream] = packed(corpus, stream, cache, cursor, self.excluded, self._retry)
         return self._streams[stream]
 
 
@@ -257,9 +259,15 @@ class BatchLoader(Iterator[StepBatch]):
         # By NumPy, because torch would wake all its threads, which takes 10 ms, and the copy takes 0.1 ms.
         tokens.numpy()[:] = rows[:, :-1]
         targets.numpy()[:] = rows[:, 1:]
+        eot_id, padding = self._corpus.tokenizer.eot_id, None
+        if self._corpus.data.packing != "concatenate":
+            padding = rows[:, :-1] == IGNORED
+            tokens.numpy()[padding] = 0 if eot_id else 1
         ids = None
         if self._corpus.data.document_mask:
-            ids = document_ids(tokens, self._corpus.tokenizer.eot_id)
+            ids = document_ids(tokens, eot_id)
+            if padding is not None:
+                ids.numpy()[padding] += 1  # a document of its own
             ids = ids.pin_memory() if self._pin else ids
         replaced = sum(part.replaced for part in parts)
         excluded = [each for part in parts for each in part.excluded]

@@ -5,6 +5,7 @@ its cursor, a few numbers, is all that is needed to continue from the same place
 no padding, no target lost, no target twice.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ BLOCK_CHARS = 16 << 20
 _SLICES, _BLOCK = range(2)  # seeds by what a permutation is for, so that the two have different random numbers
 
 
-def _data_changed() -> UserError:
+def data_changed() -> UserError:
     """The error for a cursor that points to no document."""
     return UserError(
         "The checkpoint's place in the training data is not there any more: the data have changed since it was "
@@ -101,7 +102,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         self._block_start: Position | None = cursor["position"] if cursor else None
         self._after_block: Position | None = self._block_start
         if self._edition >= len(corpus.sources):
-            raise _data_changed()
+            raise data_changed()
         self._begin_epoch()
         self._next = 0  # index in the block of the next document
         self._reloading = cursor is not None
@@ -111,7 +112,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
                 self._next = cursor["document"]
                 place = (self._item, self._block_start)
                 if place != (cursor["item"], cursor["position"]) or self._next >= len(self._block):
-                    raise _data_changed()
+                    raise data_changed()
         self._reloading = False
 
     def __next__(self) -> tuple[StreamDocument, Cursor]:
@@ -147,7 +148,7 @@ class DocumentStream(Iterator[tuple[StreamDocument, Cursor]]):
         while True:
             if self._item >= len(self._slices):  # the epoch ends; one without text is followed by the next
                 if self._reloading:
-                    raise _data_changed()
+                    raise data_changed()
                 self._next_epoch()
                 source = self._corpus.sources[self._edition]
                 continue
@@ -283,7 +284,7 @@ class TokenCache:
 class Packed(NamedTuple):
     """A sequence of a stream, and the stream's cursor after it."""
 
-    tokens: np.ndarray  # int32 [T + 1]: [:-1] are inputs, [1:] their targets
+    tokens: np.ndarray  # int32 [T + 1]: [:-1] are inputs, [1:] their targets; IGNORED is padding
     cursor: Cursor  # of the next sequence's first token
     replaced: int  # invalid UTF-8 byte sequences in documents that begin in this sequence
     excluded: list[Exclusion]  # what was found unreadable while it was packed
@@ -309,22 +310,23 @@ class PackedStream:
         if cursor is not None and cursor["sequences"] == 0:
             cursor = None  # of a stream that was never read
         excluded = list(excluded)
-        self._cache = cache
+        self._cache, self._eot = cache, corpus.tokenizer.eot_id
         self._documents = DocumentStream(corpus, stream, cursor, excluded, retry)
         self._known = sum(each.stream == stream for each in excluded)  # exclusions that were given, or yielded
+        self._sequences = cursor["sequences"] if cursor else 0
+        self._begin(None if self._documents.lost_its_place else cursor)
+
+    def _begin(self, cursor: Cursor | None) -> None:
+        """Begin with the document that comes next, and if there is a `cursor`, at its token."""
         self._tokens = np.empty(0, dtype=np.int32)
         self._offset = 0  # of the next sequence's first token, in the document's tokens that are read
         self._document = initial_cursor()  # the cursor of the document that is being read
-        self._sequences = 0
         if cursor is not None:
-            self._sequences = cursor["sequences"]
-            if self._documents.lost_its_place:
-                return
             # The document was begun, and its replacements counted, before the cursor was saved.
             self._begin_next_document()
             self._offset = cursor["token"]
             if self._offset >= len(self._tokens):
-                raise _data_changed()
+                raise data_changed()
 
     def next(self, seq_len: int) -> Packed:
         """The next sequence of `seq_len` tokens, and their targets."""
@@ -340,11 +342,14 @@ class PackedStream:
             filled += len(part)
             self._offset += len(part)
         self._offset -= 1
+        return self._packed(sequence, self._document | {"token": self._offset}, replaced)
+
+    def _packed(self, tokens: np.ndarray, document: Cursor, replaced: int, more: Cursor | None = None) -> Packed:
+        """A sequence, after which the stream continues with a token of `document`."""
         self._sequences += 1
-        cursor = {**self._document, "token": self._offset, "sequences": self._sequences}
         excluded = self._documents.excluded[self._known :]
         self._known += len(excluded)
-        return Packed(sequence, cursor, replaced, excluded)
+        return Packed(tokens, document | {"sequences": self._sequences} | (more or {}), replaced, excluded)
 
     def _begin_next_document(self) -> int:
         """Returns the document's number of invalid UTF-8 byte sequences, which count where its beginning is read."""
@@ -365,9 +370,11 @@ def completed_epochs(cursors: Iterable[Cursor]) -> int:
 
 def is_cursor(value: Any) -> bool:
     """Whether a value from a checkpoint has the form of a cursor; whether it points to a document, reading shows."""
-    if not isinstance(value, dict) or value.keys() != initial_cursor().keys():
+    if not isinstance(value, dict) or value.keys() - {"taken"} != initial_cursor().keys():
         return False
-    numbers = {**value, "position": 0}.values()
+    if not re.fullmatch("[0-9a-f]{1,65536}", value["taken"] if type(value.get("taken", "0")) is str else ""):
+        return False
+    numbers = {**value, "position": 0, "taken": 0}.values()
     position = value["position"]
     return all(map(_is_count, numbers)) and (
         position is None or (isinstance(position, dict) and _is_position(position))

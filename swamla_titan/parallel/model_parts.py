@@ -40,7 +40,7 @@ from swamla_titan.quantization.native import cast_weights, forget_casts, save_tr
 class LossScaling:
     """What the passes of a step scale the loss by: nothing. A subclass is train/loss_scale.py."""
 
-    def scaled(self, loss_denominator: float, device: torch.device) -> Tensor | float:
+    def scaled(self, loss_denominator: Tensor | float, device: torch.device) -> Tensor | float:
         """The divisor of the sum over targets that makes the loss of the backward passes, which run on `device`."""
         return loss_denominator
 
@@ -117,7 +117,7 @@ class ParallelModel:
         for part in self.parts:
             part.init_weights(seed, copy_from_full)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: float) -> Tensor:
+    def train_step(self, micro_batches: Sequence[MicroBatch], loss_denominator: Tensor | float) -> Tensor:
         """Run forward and backward for this rank's micro-batches; gradients become those of the global batch.
 
         Returns the loss of the global batch, on the device: the sum over all its targets / `loss_denominator`.

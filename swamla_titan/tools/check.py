@@ -374,7 +374,7 @@ def _sequence(corpus: Corpus) -> Probe:
     def sequence(config: Config, device: torch.device) -> Finding:
         with BatchLoader(corpus, [Shape(0, 1, config.training.seq_len)], num_workers=0) as loader:
             batch = next(loader)
-        tokenizer, tokens = corpus.tokenizer, batch.tokens[0].tolist()
+        tokenizer, tokens = corpus.tokenizer, batch.text(0)
         ends = [index for index, token in enumerate(tokens) if token == tokenizer.eot_id]
         pieces = [tokens[begin + 1 : end] for begin, end in pairwise([-1, *ends, len(tokens)])]
         count = sum(map(bool, pieces))

@@ -165,7 +165,7 @@ def _print_step(config: Config, data: TrainingData, step: int, most: int) -> Non
     schedule = Schedule.of(config)
     size, first = schedule.stage(step).training.global_batch_size, schedule.after(step - 1).sequences
     cursors, begun = None, 0
-    if all(corpus.source.index for corpus in data.corpora):
+    if all(corpus.source.index for corpus in data.corpora) and data.data.packing == "concatenate":
         cursors, begun = _cursors(data, schedule, first), step - 1
     begin = schedule.after(begun).sequences
     with (
@@ -181,7 +181,7 @@ def _print_step(config: Config, data: TrainingData, step: int, most: int) -> Non
     )
     numbers = batch.sequences[:count].numpy()
     places = zip(data.order.sources(numbers).tolist(), data.order.slots(numbers).tolist())
-    for number, (source, slot), row in zip(numbers.tolist(), places, batch.tokens[:count].tolist()):
+    for number, (source, slot), row in zip(numbers.tolist(), places, map(batch.text, range(count))):
         ends = row.count(data.tokenizer.eot_id)
         where = f"stream {slot}" + (f" of {data.names[source]}" if data.names[source] else "")
         print(f"\n==== sequence {number}, of {where}, with {ends} ends of documents ====")

@@ -29,7 +29,7 @@ class LossScale(LossScaling, StateGroup, Policy):
         self.value = torch.full((), _FIRST, dtype=torch.float32, device=device)
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def scaled(self, loss_denominator: float, device: torch.device) -> Tensor:
+    def scaled(self, loss_denominator: Tensor | float, device: torch.device) -> Tensor:
         """As in LossScaling."""
         return loss_denominator / self.value.to(device, non_blocking=True)
 

@@ -10,7 +10,7 @@ from swamla_titan.checkpoint.initial_load import InitialLoad
 from swamla_titan.checkpoint.state import OF_MODELS, Average, OptimizerStates, RandomStates, State, Weights, declared
 from swamla_titan.config import Config
 from swamla_titan.config.schedule import TrainingStage
-from swamla_titan.data import StepBatch, micro_batch_size, micro_batches
+from swamla_titan.data import IGNORED, StepBatch, micro_batch_size, micro_batches
 from swamla_titan.distributed.mesh import World
 from swamla_titan.optim import AveragedWeights, Optimizers, build_optimizer, lr_factor
 from swamla_titan.parallel.model_parts import ParallelModel
@@ -105,7 +105,16 @@ class TrainStep:
         """Compute the gradients of the global batch's mean loss; returns this loss."""
         count = -(-batch.largest // self.micro_batch_size)
         # Sums over the global count of targets give the mean, however ranks and micro-batches divide the batch.
-        return self.state.model.train_step(list(micro_batches(batch, self.micro_batch_size, count)), self.targets)
+        return self.state.model.train_step(
+            list(micro_batches(batch, self.micro_batch_size, count)), self._targets(batch)
+        )
+
+    def _targets(self, batch: StepBatch) -> Tensor | float:
+        """The number of targets in the global batch: a scalar on the device where there is padding."""
+        if self.config.data.packing == "concatenate":
+            return self.targets
+        own = torch.full((), float((batch.targets != IGNORED).sum()), device=self.world.device)
+        return self.world.all_reduce_loss(own) / self.world.degrees.context  # whose ranks have the same sequences
 
     def update(self, loss: Tensor, step: int) -> StepOutcome:
         """Apply the gradients in step number `step`, unless it is bad."""

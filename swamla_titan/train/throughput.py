@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import torch
 from swamla_titan.config.mixture import data_of_sources
 from swamla_titan.config.schedule import TrainingStage
 from swamla_titan.config.sections import Data
+from swamla_titan.data import Corpus
 from swamla_titan.distributed.mesh import World
 from swamla_titan.model.counts import training_flops_per_token
 from swamla_titan.system.machine import cores
@@ -183,8 +184,9 @@ class DataWait:
         self._since_warning = 0  # steps
 
     @classmethod
-    def of(cls, data: Data, units: int, ranks: int) -> "DataWait":
-        """For one of `ranks` ranks that read different sequences, of a source of `units` units."""
+    def of(cls, data: Data, corpora: Sequence[Corpus], ranks: int) -> "DataWait":
+        """For one of `ranks` ranks that read different sequences of `corpora`."""
+        units = min(corpus.source.num_parts for corpus in corpora)
         return cls(data_wait_advice(data, units, streams=-(-data.streams // ranks), cores=cores_per_rank()))
 
     def warning(self, interval: Interval) -> str | None:

@@ -19,6 +19,7 @@ from swamla_titan.train.policies.batch_digests import batch_digests
 from swamla_titan.train.policies.garbage_collection import GarbageCollection
 from swamla_titan.train.policies.lookup_metrics import lookup_metrics
 from swamla_titan.train.policies.mixture_metrics import mixture_metrics
+from swamla_titan.train.policies.padding import padding_metric
 from swamla_titan.train.policies.profiling import StepProfiler
 from swamla_titan.train.policies.stages import StageChanges
 from swamla_titan.train.policies.streaks import bad_step_policy
@@ -78,8 +79,7 @@ class Trainer:
         self.train_step = TrainStep(setup.stage, world, self.state, self.saver.before_update)
         self.profiler = StepProfiler(config.profiling, self.folder / "traces", world.rank)
         self.throughput = Throughput.of(setup.stage, world)
-        units = min(corpus.source.num_parts for corpus in setup.corpus.corpora)
-        self.data_wait = DataWait.of(config.data, units, world.degrees.data)
+        self.data_wait = DataWait.of(config.data, setup.corpus.corpora, world.degrees.data)
         self.bad_steps = bad_step_policy(setup, self.state, self.loader)
         # Each hook is called in this order.
         self.policies: list[Policy] = [
@@ -92,6 +92,7 @@ class Trainer:
             *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
             *mixture_metrics(setup, self.state.model),
+            *padding_metric(config.data, world),
             self.unreadable,
             *batch_digests(config.metrics, self.folder, world),
             *([self.metrics] if self.metrics else []),  # on rank 0; closed last, when no policy logs any more
@@ -100,8 +101,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the last step; returns the exit code. A signal ends the run early, with a checkpoint."""
-        config = self.config
-        first_step = self.step + 1
+        config, first_step = self.config, self.step + 1
         for policy in self.policies:
             policy.begin(self.step)
         while self.step < config.training.steps:

@@ -195,6 +195,16 @@ def num_workers(run: Runner) -> None:
     assert losses[0] == losses[1]
 
 
+def packing(run: Runner) -> None:
+    local = run.local(rows_jsonl="".join(json.dumps({"text": f"{'text ' * (i % 9)}{i}"}) + "\n" for i in range(99)))
+    assert all((call.targets[0] != IGNORED).all() for call in run(*local).calls)
+    result = run(*local, "--data.packing", "best_fit", "--training.local_batch_size", "5")
+    targets = [int((call.targets != IGNORED).sum()) for call in result.calls]
+    assert result.series("padding") == [pytest.approx(1 - count / (5 * 64)) for count in targets]
+    assert all(0 < share < 0.2 for share in result.series("padding"))
+    assert result.series("tokens") == [5 * 64, 10 * 64, 15 * 64]
+
+
 def document_mask(run: Runner) -> None:
     local = run.local(rows_jsonl="".join(json.dumps({"text": f"short {i}"}) + "\n" for i in range(99)))
     off, on = run(*local), run(*local, "--data.document_mask", "true")
@@ -549,6 +559,7 @@ CASES: dict[str, Callable[[Runner], None]] = {
     "data.shuffle_documents": shuffle_documents,
     "data.num_workers": num_workers,
     "data.sources": sources,
+    "data.packing": packing,
     "data.document_mask": document_mask,
     "training.seq_len": seq_len,
     "training.local_batch_size": local_batch_size,
