@@ -1,9 +1,8 @@
 """Events of a run in words, for `watch` and `report`."""
 
-from typing import Any
-
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, EXIT_STOPPED
 from swamla_titan.escaping import one_line
+from swamla_titan.tools.history import Line, integer, number
 
 _ENDS = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped on purpose", EXIT_RE_RENDEZVOUS: "stopped for other machines"}
 _MOST = 8  # numbers or names that are listed
@@ -11,14 +10,14 @@ ROUTINE = ("checkpoint", "pause")
 """Events that every run has many of."""
 
 
-def in_words(event: dict[str, Any]) -> str:
+def in_words(event: Line) -> str:
     """One line; an event that this version does not know is shown with its values."""
     name, get = event["event"], event.get
     match name:
         case "start":
             ranks = f"{get('ranks')} x {get('device')}" if get("ranks") != 1 else get("device")
-            machines = f" on {get('machines')} machines" if (get("machines") or 1) > 1 else ""
-            after = f", {get('setup_seconds'):.0f} s after its process" if get("setup_seconds") else ""
+            machines = f" on {get('machines')} machines" if integer(event, "machines") > 1 else ""
+            after = f", {setup:.0f} s after its process" if (setup := number(event, "setup_seconds")) else ""
             text = f"start after step {get('step')}: {ranks}{machines}{after}"
         case "pause":
             text = f"{get('doing')} took {get('seconds')} s after step {get('step')}"
@@ -37,7 +36,7 @@ def in_words(event: dict[str, Any]) -> str:
         case "hang":
             text = f"hung after step {get('step')} ({get('doing')}): the watchdog ended it"
         case "end":
-            code = _ENDS.get(get("code", -1), f"ended with code {get('code')}")
+            code = next((words for each, words in _ENDS.items() if each == get("code")), f"ended with {get('code')}")
             text = f"ended by {get('error')}" if get("error") else f"{code} after step {get('step')}"
         case _:
             values = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
@@ -45,7 +44,7 @@ def in_words(event: dict[str, Any]) -> str:
     return one_line(text)
 
 
-def _listed(values: Any) -> str:
+def _listed(values: object) -> str:
     values = values if isinstance(values, list) else [values]
     more = f" and {len(values) - _MOST} more" if len(values) > _MOST else ""
     return ", ".join(map(str, values[:_MOST])) + more

@@ -1,10 +1,11 @@
 """Goodput: the share of a run's wall time that went into steps that count, and what took the rest."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from swamla_titan.tools.history import History, Start, number
+from swamla_titan.tools.history import History, Start, integer, number
 
 PURPOSES = {
     "counted": "steps that count",
@@ -51,21 +52,23 @@ def goodput(history: History) -> Goodput | None:
     if not starts:
         return None
     found = Goodput(dict.fromkeys(PURPOSES, 0.0), 0.0, 0.0, 0.0)
-    skipped = {step for each in history.events if each["event"] == "skipped" for step in each.get("steps", [])}
+    listed = (each.get("steps") for each in history.events if each["event"] == "skipped")
+    skipped = sorted({step for steps in listed if isinstance(steps, list) for step in steps if type(step) is int})
     for index, start in enumerate(starts):
         _add(found, start, starts[index + 1 :], skipped)
     return found
 
 
-def _add(found: Goodput, start: Start, later: Sequence[Start], skipped: set[int]) -> None:
+def _add(found: Goodput, start: Start, later: Sequence[Start], skipped: Sequence[int]) -> None:
     """Add the time of a start, and that until the next one."""
     begin, last = start.begin, start.last
     assert begin is not None
     whole = max(0.0, (last or begin) - begin)
     spent = dict.fromkeys(PURPOSES, 0.0)
     for each in start.events:
-        if each["event"] == "pause" and each.get("doing") in spent:
-            spent[each["doing"]] += number(each, "seconds") or 0.0
+        doing = str(each.get("doing"))
+        if each["event"] == "pause" and doing in spent:
+            spent[doing] += number(each, "seconds") or 0.0
     _add_steps(spent, start, later, skipped)
     first = next(start.intervals(), None)
     trains_at = (number(first[1], "time") or begin) - first[2] if first else begin + whole
@@ -85,10 +88,11 @@ def _add(found: Goodput, start: Start, later: Sequence[Start], skipped: set[int]
         found.gpu_hours += (whole + spent["down"]) * start.ranks / 3600
 
 
-def _add_steps(spent: dict[str, float], start: Start, later: Sequence[Start], skipped: set[int]) -> None:
+def _add_steps(spent: dict[str, float], start: Start, later: Sequence[Start], skipped: Sequence[int]) -> None:
+    """Add the time of a start's steps; `skipped`: those that were bad, in order."""
     resumed = min((each.step for each in later), default=None)
     rewinds = [each for of in (start, *later) for each in of.events if each["event"] == "rewind"]
-    discarded = [range(each.get("trained", 0) + 1, each.get("step", 0) + 1) for each in rewinds]
+    discarded = [range(integer(each, "trained") + 1, integer(each, "step") + 1) for each in rewinds]
     usual = median([number(line, "step_seconds") or 0.0 for line in start.lines[1:]] or [float("inf")])
     for index, (before, line, seconds) in enumerate(start.intervals()):
         steps = range(before + 1, line["step"] + 1)
@@ -98,10 +102,19 @@ def _add_steps(spent: dict[str, float], start: Start, later: Sequence[Start], sk
             spent[purpose] += usually * count / len(steps)
 
 
-def _purposes(steps: range, resumed: int | None, skipped: set[int], discarded: Sequence[range]) -> dict[str, int]:
+def _purposes(steps: range, resumed: int | None, skipped: Sequence[int], discarded: Sequence[range]) -> dict[str, int]:
     """How many of the steps were spent on what."""
     kept = steps if resumed is None else range(steps.start, min(steps.stop, max(steps.start, resumed + 1)))
-    bad = sum(step in skipped for step in kept) if skipped else 0
-    rewound = sum(step not in skipped and any(step in each for each in discarded) for step in kept) if discarded else 0
-    repeated = len(steps) - len(kept)
-    return {"repeated": repeated, "skipped": bad, "rewound": rewound, "counted": len(kept) - bad - rewound}
+    bad, rewound, begin = _count(skipped, kept), 0, kept.start
+    for each in sorted(discarded, key=lambda each: each.start):
+        part = range(max(each.start, begin), min(each.stop, kept.stop))
+        if part:
+            rewound += len(part) - _count(skipped, part)
+            begin = part.stop
+    counted = len(kept) - bad - rewound
+    return {"repeated": len(steps) - len(kept), "skipped": bad, "rewound": rewound, "counted": counted}
+
+
+def _count(numbers: Sequence[int], within: range) -> int:
+    """How many of the numbers, which are in order, are within a range."""
+    return bisect_left(numbers, within.stop) - bisect_left(numbers, within.start) if within else 0

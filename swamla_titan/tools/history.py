@@ -20,6 +20,7 @@ from swamla_titan.system.events import EVENTS
 METRICS = "metrics.jsonl"
 
 Line = dict[str, Any]
+_MOST_STEPS = 1 << 40  # more is no number of a step
 
 
 class Tail:
@@ -58,9 +59,15 @@ def _object(line: bytes) -> Line | None:
 
 
 def number(line: Line, key: str) -> float | None:
-    """A finite number of a line, or None."""
+    """A number of a line, or None where there is none, or none that a run can have measured."""
     value = line.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 else None
+
+
+def integer(line: Line, key: str) -> int:
+    """A count, such as a step; 0 where there is none."""
+    value = line.get(key)
+    return value if type(value) is int and 0 <= value <= _MOST_STEPS else 0
 
 
 @dataclass
@@ -104,7 +111,7 @@ class Start:
     def ranks(self) -> int:
         """Its processes, one for each GPU."""
         if self.event:
-            return int(number(self.event, "ranks") or 1)
+            return integer(self.event, "ranks") or 1
         line = self.lines[0] if self.lines else {}
         job, gpu = number(line, "tokens_per_second"), number(line, "tokens_per_second_per_gpu")
         return round(job / gpu) if job and gpu else 1
@@ -140,8 +147,8 @@ class History:
     @property
     def steps(self) -> int | None:
         """The steps that the newest start is to reach; None if the configuration cannot be read."""
-        steps = self.config.get("training", {}).get("steps")
-        return steps if type(steps) is int else None
+        training = self.config.get("training")
+        return integer(training, "steps") or None if isinstance(training, dict) else None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class History:
 
     def update(self) -> list[Line]:
         """Read what was added since the last call; returns it in order: events, and lines of steps, without `event`."""
-        new = [line for line in self._metrics.read() if type(line.get("step")) is int]
+        new = [line for line in self._metrics.read() if integer(line, "step")]
         # Read after the lines, so that it has the starts of all of them.
         events = [each for each in self._events.read() if isinstance(each.get("event"), str)]
         events = [each for each in events if number(each, "time") is not None]
@@ -167,7 +174,7 @@ class History:
 
     def _add_event(self, event: Line) -> Line:
         if event["event"] == "start":
-            self.starts.append(Start(int(number(event, "step") or 0), event))
+            self.starts.append(Start(integer(event, "step"), event))
         elif self.starts:
             self.starts[-1].events.append(event)
         return event

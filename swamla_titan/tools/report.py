@@ -371,49 +371,58 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+_NATS, _BITS = metric("val_loss").unit, metric("val_bits_per_byte").unit
+_LOSSES = {"loss": "training", "val_loss": "validation"}
+# Title, unit of the y axis, names of the metrics by their keys, and what the script draws otherwise.
+_CHARTS: tuple[tuple[str, str, dict[str, str], dict[str, Any]], ...] = (
+    ("Loss", _NATS, _LOSSES, {"wide": True, "height": 330, "robust": True}),
+    ("Difference in loss", _NATS, _LOSSES, {"wide": True, "difference": True, "zero": True}),
+    ("Bits per byte of held-out text", _BITS, {"val_bits_per_byte": "validation"}, {}),
+    ("Learning rate", "learning rate", {"lr": "learning rate"}, {"zero": True, "exact": True}),
+    ("Gradient norm", "norm", {"grad_norm": "before clipping"}, {"log": True}),
+    ("Throughput", "tokens/s", {"tokens_per_second": "whole job"}, {"zero": True}),
+    ("MFU", "% of the bf16 peak", {"mfu": "MFU"}, {"scale": 100, "zero": True}),
+    (
+        "Time of a step",
+        "s",
+        {"step_seconds": "step", "data_seconds": "waiting for data"},
+        {"zero": True, "robust": True},
+    ),
+    ("Peak memory", "GiB", {"memory_gib": "peak"}, {"zero": True}),
+)
+_OF_SOURCES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("Loss by source", _NATS, "loss", {"robust": True}),
+    ("Validation loss by source", _NATS, "val_loss", {}),
+    ("Bits per byte by source", _BITS, "val_bits_per_byte", {}),
+    ("Tokens by source", "tokens", "tokens", {"zero": True, "exact": True}),
+    ("Epochs by source", "epochs", "epochs", {"zero": True, "exact": True}),
+)
+_COUNTS = {"skipped_steps": "skipped steps", "rewinds": "rewinds", "skipped_files": "skipped files"}
+
+
 def _charts(runs: list[Run]) -> Iterable[dict[str, Any]]:
-    """The charts, in order; those of metrics that no run has are left out."""
+    """The charts, in order, with the metrics that any of the runs has; every metric has one, but for a few."""
     has = dict.fromkeys(key for run in runs for line in run.history.lines() for key in line)
-    drawn: set[str] = set()
+    sources = [key.partition("/")[2] for key in has if key.startswith("tokens/")]
+    known = [each for each in _CHARTS if len(runs) > 1 or "difference" not in each[3]]
+    known += [(title, unit, {f"{key}/{name}": name for name in sources}, how) for title, unit, key, how in _OF_SOURCES]
+    if any(run.last(key) for run in runs for key in _COUNTS):
+        known.append(("Skipped as bad", "count", _COUNTS, {"zero": True, "exact": True}))
+    drawn = _NO_CHART | set(_COUNTS) | {key for _, _, keys, _ in known for key in keys}
+    families = dict.fromkeys(_family(key) for key in has if key not in drawn)
+    known += [
+        (name, "value", {key: key for key in has if key not in drawn and _family(key) == name}, {}) for name in families
+    ]
+    note = f"minus that of {runs[0].name}, at the same place of the x axis; smoothed"
+    for title, unit, keys, how in known:
+        if found := [_drawn(key, name) for key, name in keys.items() if key in has]:
+            chart = {"title": title, "unit": unit, "keys": found} | how
+            yield chart | ({"note": note} if "difference" in how else {})
 
-    def chart(title: str, unit: str, keys: dict[str, str], **more: Any) -> Iterable[dict[str, Any]]:
-        present = {key: name for key, name in keys.items() if key in has}
-        found = [{"key": key, "name": name, "points": key.startswith("val_")} for key, name in present.items()]
-        drawn.update(keys)
-        if found:
-            yield {"title": title, "unit": unit, "keys": found} | more
 
-    losses = {"loss": "training", "val_loss": "validation"}
-    nats = metric("loss").unit
-    yield from chart("Loss", nats, losses, wide=True, height=330, robust=True)
-    if len(runs) > 1:
-        note = f"minus that of {runs[0].name}, at the same place of the x axis; smoothed"
-        yield from chart("Difference in loss", nats, losses, wide=True, difference=True, zero=True, note=note)
-    yield from chart("Bits per byte of held-out text", "bits/byte", {"val_bits_per_byte": "validation"})
-    yield from chart("Learning rate", "learning rate", {"lr": "learning rate"}, zero=True, exact=True)
-    yield from chart("Gradient norm", "norm", {"grad_norm": "before clipping"}, log=True)
-    yield from chart("Throughput", "tokens/s", {"tokens_per_second": "whole job"}, zero=True)
-    yield from chart("MFU", "% of the bf16 peak", {"mfu": "MFU"}, scale=100, zero=True)
-    times = {"step_seconds": "step", "data_seconds": "waiting for data"}
-    yield from chart("Time of a step", "s", times, zero=True, robust=True)
-    yield from chart("Peak memory", "GiB", {"memory_gib": "peak"}, zero=True)
-    by_source = {key: key.partition("/")[2] for key in has if key.startswith("tokens/")}
-    yield from chart("Loss by source", nats, {f"loss/{name}": name for name in by_source.values()}, robust=True)
-    yield from chart("Validation loss by source", nats, {f"val_loss/{name}": name for name in by_source.values()})
-    bits = {f"val_bits_per_byte/{name}": name for name in by_source.values()}
-    yield from chart("Bits per byte by source", metric("val_bits_per_byte").unit, bits)
-    yield from chart("Tokens by source", "tokens", by_source, exact=True)
-    epochs = {f"epochs/{name}": name for name in by_source.values()}
-    yield from chart("Epochs by source", "epochs", epochs, zero=True, exact=True)
-    counts = {"skipped_steps": "skipped steps", "rewinds": "rewinds", "skipped_files": "skipped files"}
-    if any(run.last(key) for run in runs for key in counts):
-        yield from chart("Skipped as bad", "count", counts, zero=True, exact=True)
-    drawn |= set(counts)
-    for key in has:
-        if key not in drawn | _NO_CHART:
-            about = metric(key)
-            group = {each: each for each in has if _family(each) == _family(key)}
-            yield from chart(_family(key), about.unit or "value", group)
+def _drawn(key: str, name: str) -> dict[str, Any]:
+    """`points`: it is so sparse that each value is marked."""
+    return {"key": key, "name": name, "points": key.startswith("val_")}
 
 
 def _family(key: str) -> str:

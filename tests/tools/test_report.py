@@ -1,17 +1,23 @@
 """The page of `report`: what it says of runs, that it needs nothing but itself, and what it refuses."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from swamla_titan.cli import main
 from swamla_titan.tools import report as report_module
+from swamla_titan.tools import watch
+from swamla_titan.tools.history import History
+from swamla_titan.tools.watch import panel
 from tests.tools.histories import killed_and_resumed, line, start, write
 from tests.train.runs import train
 
@@ -169,6 +175,27 @@ def test_what_is_refused(tmp_path, capsys):
     assert (tmp_path / "mine.html").read_text() == "<p>mine"
     made(tmp_path / "page.html", run)
     made(tmp_path / "page.html", run)  # an earlier report is replaced
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_values_of_any_type_raise_nothing(tmp_path, seed, capsys):
+    """The files may be damaged, or of another program; what is no number is left out."""
+    random = Random(seed)
+    values = [None, True, -1, 0, 3, 1e308, float("nan"), 10**400, 2**70, "text", "", [], [1, "a"], {}, {"a": []}]
+    folder = killed_and_resumed(tmp_path / "run")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        objects = [json.loads(each) for each in (folder / name).read_text().splitlines()]
+        for each in objects:
+            for key in each:
+                if random.random() < 0.3:
+                    each[key] = random.choice(values)
+        (folder / name).write_text("".join(json.dumps(each) + "\n" for each in objects))
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html"), "--price", "1"]) in (0, 2)
+    history = History(folder)
+    history.update()
+    Console(file=io.StringIO()).print(panel(history, 80))
+    for each in history.lines():
+        watch._text(history, each)
 
 
 DRAWN = """
