@@ -40,6 +40,7 @@ from swamla_titan.checkpoint.manifest import ANNEX_RECORD, digested
 from swamla_titan.checkpoint.records import read_train_state
 from swamla_titan.checkpoint.store import find_checkpoint
 from swamla_titan.config import Config, to_toml
+from swamla_titan.config.mixture import data_of_sources
 from swamla_titan.config.sections import Data, DataSource
 from swamla_titan.data import Tokenizer, load_tokenizer
 from swamla_titan.errors import RunFailed, UserError
@@ -176,7 +177,8 @@ def model_card(checkpoint: Path, config: Config, model: SWAMLAModel, dtype: str,
         "documents": "attention stops at document boundaries"
         if config.data.document_mask
         else "a sequence of training may hold several documents, and attention crosses their boundaries",
-        "data": _data(config),
+        **{f"data{name and f', {name}'}": _data(own) for name, own in data_of_sources(config.data).items()},
+        **{f"tokens of {name}": f"{tokens:,}" for name, tokens in state.source_tokens.items()},
         "steps": f"{state.step:,} of {config.training.steps:,}",
         "tokens": f"{state.tokens:,}",
         **_losses(checkpoint, state.step),
@@ -200,8 +202,9 @@ def _head(config: Config) -> str:
     """The metadata of the Hub, in YAML; JSON strings are YAML strings."""
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     lines += [f"- {tag}" for tag in ("swamla", "custom_code", "sliding-window-attention", "latent-attention")]
-    if config.data.source == "huggingface" and not Path(config.data.path).is_absolute():
-        lines += ["datasets:", f"- {json.dumps(config.data.path)}"]
+    sources = data_of_sources(config.data).values()
+    hub = {each.path for each in sources if each.source == "huggingface" and not Path(each.path).is_absolute()}
+    lines += ["datasets:", *(f"- {json.dumps(path)}" for path in sorted(hub))] if hub else []
     return "\n".join(lines)
 
 
@@ -220,8 +223,7 @@ def _without_place(source: Place, kind: str) -> Place:
     return replace(source, path=Path(source.path).name) if kind in ("local", "shards") else source
 
 
-def _data(config: Config) -> str:
-    own = config.data
+def _data(own: Data) -> str:
     return " ".join(
         filter(None, (own.source, own.path, own.name, own.split * (own.source == "huggingface"), own.revision))
     )
