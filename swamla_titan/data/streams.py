@@ -372,7 +372,8 @@ def is_cursor(value: Any) -> bool:
     """Whether a value from a checkpoint has the form of a cursor; whether it points to a document, reading shows."""
     if not isinstance(value, dict) or value.keys() - {"taken"} != initial_cursor().keys():
         return False
-    if not re.fullmatch("[0-9a-f]{1,65536}", value["taken"] if type(value.get("taken", "0")) is str else ""):
+    taken = value.get("taken", "0")  # see best_fit.py
+    if type(taken) is not str or not re.fullmatch("[0-9a-f]{1,65536}", taken):
         return False
     numbers = {**value, "position": 0, "taken": 0}.values()
     position = value["position"]
