@@ -130,23 +130,12 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
     source = open_source(data, retry_of(data))
     if source.index:
         raise UserError(f"{data.path} is prepared already: give its text, to prepare it in another way")
-    identity = {
-        "source": {
-            "source": data.source,
-            "path": data.path,
-            **{name: getattr(data, name) for name in source.keys if name != "path"},
-            "max_document_mib": data.max_document_mib,
-            "fingerprint": source.fingerprint,
-        },
-        "tokenizer": asdict(_record_of(tokenizer)),
-        "deduplicated": deduplicate,
-    }
-    starts = _pieces_of(source)
+    identity, starts = _identity(data, source, tokenizer, deduplicate), _pieces_of(source)
     with _working_folder(folder, identity, {"pieces": repr(starts)}) as work:
         if work is None:
-            print(f"{folder} is prepared already, from the same source in the same way")
+            print(one_line(f"{folder} is prepared already, from the same source in the same way"))
             return EXIT_DONE
-        print(f"{data.source} {data.path}: {source.description}".replace("  ", " "))
+        print(one_line(" ".join(filter(None, (data.source, data.path))) + f": {source.description}"))
         task = Task(source, data, work, starts)
         began = time.monotonic()
         try:
@@ -160,6 +149,21 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
             raise _unusable(folder, error) from error
     print(_report(manifest, folder, time.monotonic() - began))
     return EXIT_DONE
+
+
+def _identity(data: Data, source: Source, tokenizer: Tokenizer, deduplicate: bool) -> dict[str, Any]:
+    """What the shards are of, and how they are made, as the manifest has it."""
+    return {
+        "source": {
+            "source": data.source,
+            "path": data.path,
+            **{name: getattr(data, name) for name in source.keys if name != "path"},
+            "max_document_mib": data.max_document_mib,
+            "fingerprint": source.fingerprint,
+        },
+        "tokenizer": asdict(_record_of(tokenizer)),
+        "deduplicated": deduplicate,
+    }
 
 
 def _source_of(data: Data, only: str | None) -> Data:
@@ -503,7 +507,7 @@ def _join(task: Task, folder: Path, identity: dict[str, Any], tokenizer: Tokeniz
         replaced=joined.replaced,
         empty=sum(piece.empty for piece in pieces.all),
         duplicates=duplicates,
-        skipped=list(pieces.damaged.values()),
+        skipped=[*map(str, task.source.unreadable), *pieces.damaged.values()],
         index=joined.index_digest,
         shards=shards,
     )

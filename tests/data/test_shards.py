@@ -236,7 +236,14 @@ def test_damage_ends_a_preparation_or_is_left_out(maker, tmp_path):
     rows = [json.dumps({"text": f"text {number} " + "x" * 600}) for number in range(200)]
     (maker.folder / "a.jsonl").write_text("\n".join([*rows[:70], "{damaged", *rows[70:]]))
     (maker.folder / "b.jsonl").write_text("\n".join(rows[:5]))
+    (maker.folder / "c.parquet").write_bytes(b"PAR1 and no more")
     out = tmp_path / "out"
+    with pytest.raises(DataFault, match=r"c.parquet: not a whole parquet file"):
+        prepare(text_data(maker), str(out), processes=1)
+    lost = tmp_path / "lost"
+    assert prepare(text_data(maker, on_error="skip_file"), str(lost), processes=1) == 0
+    assert ["c.parquet" in each for each in read_manifest(str(lost), "").skipped] == [True, False]
+    (maker.folder / "c.parquet").unlink()
     with pytest.raises(DataFault, match=r"a.jsonl, line 71: not valid JSON"):
         prepare(text_data(maker), str(out), processes=1)
     assert prepare(text_data(maker, on_error="skip_file"), str(out), processes=1) == 0  # it continues
@@ -409,6 +416,7 @@ def test_shards_that_are_not_as_they_were_prepared_are_refused(maker, tmp_path):
     assert "5 tokens, but" in broken(lambda: (out / MANIFEST).write_text(json.dumps(unequal)))
     assert "does not exist" in refusal(maker, tmp_path / "nowhere")
     assert "is empty" in refusal(maker, "")
+    assert "are read from a disk" in refusal(maker, "s3://bucket/shards")
 
 
 def test_damage_that_is_found_while_training_stops_or_skips_the_shard(maker, monkeypatch):

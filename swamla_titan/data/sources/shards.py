@@ -14,6 +14,7 @@ from swamla_titan.data.document import Document, Position, Source
 from swamla_titan.data.faults import DataFault, cut_short, readable, refused
 from swamla_titan.data.retry import Retry
 from swamla_titan.data.shards import INDEX, RECORD, UNPACK, Manifest, prepared, read_manifest, shard_name
+from swamla_titan.data.sources.files import is_url
 from swamla_titan.data.sources.folder import special_kind
 from swamla_titan.errors import UserError
 
@@ -126,6 +127,10 @@ def open_source(data: Data, retry: Retry, recorded: dict[str, Any] | None = None
     """
     if not data.path:
         raise UserError("data.path is empty: give the folder of the shards.")
+    if is_url(data.path):
+        raise UserError(
+            f"data.path: {data.path}: shards are read from a disk, because documents are read one by one: copy them"
+        )
     _opened.cache_clear()  # other files may have the names since
     folder = os.path.expanduser(data.path)
     manifest = read_manifest(folder, "data.path")
