@@ -23,7 +23,7 @@ from swamla_titan.config import Config
 from swamla_titan.config.sections import ALLOWED_DIFFERENCES, RENAMED
 from swamla_titan.data import Continued, TrainingData, continued, fingerprint_changes
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
-from swamla_titan.errors import UserError
+from swamla_titan.errors import Damaged, UserError
 from swamla_titan.escaping import one_line
 from swamla_titan.fields import given, settings, split_words
 from swamla_titan.model import ModelConfig
@@ -100,7 +100,11 @@ class Origin:
         state = self.train_state
         if not state or not self.data:
             return None
-        return continued(data, self.data, state.cursors, state.excluded, state.source_tokens or {"": state.tokens})
+        tokens = state.source_tokens or {"": state.tokens}
+        try:
+            return continued(data, self.data, state.cursors, state.excluded, tokens)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise Damaged(f"{self.path}: its data record is none that this program writes ({error!r})") from error
 
     def _of_another_run(self, refused: list[str], kinds: set[str]) -> UserError:
         way_out = f". To continue from it all the same: --checkpoint.allow {','.join(sorted(kinds))}"

@@ -10,17 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from swamla_titan.config.sections import Data, DataSource, Validation
+from swamla_titan.config.sections import KEYS, Data, DataSource, Validation
 from swamla_titan.data import BatchLoader, Shape, open_corpus, open_mixture
 from swamla_titan.data.loader import StepReader
 from swamla_titan.data.mixture import Piece
 from swamla_titan.data.retry import all_documents
 from swamla_titan.errors import Damaged, UserError
+from swamla_titan.tools.prepare import prepare
 
 SEQ_LEN, SIZE, STEPS = 32, 12, 15
 SHAPES = [Shape(0, SIZE, SEQ_LEN)]
 WEIGHTS = {"jsonl": 0.5, "parquet": 0.35, "docs": 0.15}
-EVERY_KIND = {"jsonl": 0.5, "parquet": 0.25, "docs": 0.15, "hub": 0.1}
+EVERY_KIND = {"jsonl": 0.4, "parquet": 0.25, "docs": 0.15, "hub": 0.1, "shards": 0.1}
 MARKS = {"jsonl": "j", "parquet": "p", "hub": "h"}
 
 
@@ -43,7 +44,7 @@ def folder(tmp_path):
 
 
 def sections(folder, weights=WEIGHTS, **keys):
-    kinds = {"docs": "builtin", "hub": "huggingface"}
+    kinds = {"docs": "builtin", "hub": "huggingface", "shards": "shards"}
     sources = [
         DataSource(name, weight, kinds.get(name, "local"), "" if name == "docs" else str(folder / name))
         for name, weight in weights.items()
@@ -101,7 +102,39 @@ def test_batches_do_not_depend_on_ranks_and_resume_twice_across_epochs(mixture):
 
 @pytest.mark.slow
 def test_batches_of_every_kind_of_source_do_not_depend_on_ranks(folder):
+    assert {*KEYS["data.source"].choices} == {"local", "builtin", "huggingface", "shards"}
+    assert prepare(Data(source="local", path=str(folder / "jsonl"), tokenizer="byte"), str(folder / "shards")) == 0
     require_same_on_any_ranks(open_mixture(sections(folder, EVERY_KIND), Validation(fraction=0), 7))
+
+
+def test_a_source_that_cannot_be_read_on_is_skipped_and_the_others_are_not(folder):
+    mixture = open_mixture(sections(folder, on_error="skip_file"), Validation(fraction=0), 7)
+    _ = [corpus.segments for corpus in mixture.corpora]
+    for part in range(2):
+        damaged = folder / "jsonl" / f"{part}.jsonl"
+        lines = damaged.read_text().splitlines(keepends=True)
+        damaged.write_text("".join([*lines[:20], "{" + "x" * (len(lines[20]) - 2) + "\n", *lines[21:]]))
+    expected, _, cursors = read(mixture, 1, STEPS)
+    [reader] = loaders(mixture, 1)
+    for _ in range(6):
+        next(reader)
+    found, kept = reader.excluded, json.loads(json.dumps(reader.cursors))
+    jsonl = mixture.names.index("jsonl")
+    assert found
+    assert {each.stream // 12 for each in found} == {jsonl}
+    rest = [
+        BatchLoader(mixture, SHAPES, rank=rank, world_size=3, cursors=kept, excluded=found, first=6 * SIZE)
+        for rank in range(3)
+    ]
+    merged = kept
+    for step in range(6, STEPS):
+        parts = [next(each) for each in rest]
+        order = np.argsort(np.concatenate([part.sequences for part in parts]))
+        tokens = np.concatenate([part.tokens for part in parts])[order]
+        assert np.array_equal(tokens, expected[step * SIZE : (step + 1) * SIZE, :-1])
+        for part in parts:
+            merged = merged | {str(key): cursor for key, cursor in part.cursors.items()}
+    assert merged == cursors
 
 
 def test_processes_change_nothing(mixture):

@@ -1,6 +1,7 @@
 """A mixture trains under every plan as in one process, with the same loss, tokens and epochs of each source."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -112,3 +113,27 @@ def test_pipelines_of_every_schedule_have_the_losses_of_each_source(tmp_path, sc
 def test_a_composition_of_three_has_the_losses_of_each_source(tmp_path, plan):
     assert on_ranks(8, run, str(tiny_config(tmp_path)), *TRIPLES[plan]) == [0] * 8
     assert_same_curves(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_mixture_continues_on_other_numbers_of_ranks(tmp_path):
+    """One rank, then four, then three, over epochs: the batches are those of one rank."""
+    digests = ("--metrics.batch_digests", "true", "--data.streams", "12", "--training.global_batch_size", "12")
+    (tmp_path / "alone").mkdir()
+    assert run(str(tiny_config(tmp_path / "alone")), *digests, "--training.steps", "40") == 0
+    config = str(tiny_config(tmp_path))
+    for ranks, steps in ((1, "10"), (4, "25"), (3, "40")):
+        assert on_ranks(ranks, run, config, *digests, "--training.steps", steps) == [0] * ranks
+    found, expected = (metrics_of_batches(folder / "run") for folder in (tmp_path, tmp_path / "alone"))
+    assert found == expected
+    assert len(found) == 40
+    for name in WEIGHTS:
+        assert (
+            metrics(tmp_path / "run", f"tokens/{name}")[40] == metrics(tmp_path / "alone" / "run", f"tokens/{name}")[40]
+        )
+    assert metrics(tmp_path / "run", "epochs/more")[40] > 1
+
+
+def metrics_of_batches(folder: Path) -> dict[int, str]:
+    lines = [json.loads(line) for line in (folder / "batch_digests.jsonl").read_text().splitlines()]
+    return {line["step"]: line["digest"] for line in lines}
