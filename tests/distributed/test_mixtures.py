@@ -27,11 +27,17 @@ SHAPE = (
 FUSED = ("--kernels.loss", "fused")
 
 
+def configured(folder: Path) -> Path:
+    """The tiny configuration, and beside its text a source that is read in a few steps."""
+    (folder / "more.txt").write_text("\n".join(f"some more words, line {number}" for number in range(80)))
+    return tiny_config(folder)
+
+
 def run(config: str, *overrides: str) -> int:
     text = Path(config).parent / "made-up-text"
     tables = (
         f'[{{name = "text", path = "{text}", weight = 0.5}}, {{name = "docs", source = "builtin", weight = 0.3}}, '
-        f'{{name = "more", path = "{text}", text_separator = " ", weight = 0.2}}]'
+        f'{{name = "more", path = "{text.parent}/more.txt", text_separator = "\\n", weight = 0.2}}]'
     )
     return main(["train", config, *COMMON, "--data.path", "", "--data.sources", tables, *SHAPE, *overrides])
 
@@ -39,7 +45,7 @@ def run(config: str, *overrides: str) -> int:
 @functools.cache
 def alone(*overrides: str) -> dict[str, dict[int, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        assert run(str(tiny_config(Path(folder))), *overrides) == 0
+        assert run(str(configured(Path(folder))), *overrides) == 0
         return curves(Path(folder))
 
 
@@ -72,7 +78,7 @@ def test_losses_and_tokens_of_the_sources_add_up_to_those_of_the_run():
 )
 def test_a_plan_has_the_losses_of_each_source(tmp_path, plan):
     ranks, overrides = PLANS[plan]
-    assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides) == [0] * ranks
+    assert on_ranks(ranks, run, str(configured(tmp_path)), *overrides) == [0] * ranks
     assert_same_curves(tmp_path)
 
 
@@ -80,12 +86,12 @@ def test_a_plan_has_the_losses_of_each_source(tmp_path, plan):
 @pytest.mark.parametrize("plan", ["fsdp-2-every", "cp-2-ddp-2"])
 def test_head_and_loss_as_one_have_the_losses_of_each_source(tmp_path, plan):
     ranks, overrides = PLANS[plan]
-    assert on_ranks(ranks, run, str(tiny_config(tmp_path)), *overrides, *FUSED) == [0] * ranks
+    assert on_ranks(ranks, run, str(configured(tmp_path)), *overrides, *FUSED) == [0] * ranks
     assert_same_curves(tmp_path)
 
 
 def test_head_and_loss_as_one_in_one_process(tmp_path):
-    assert run(str(tiny_config(tmp_path)), *FUSED, "--training.local_batch_size", "3") == 0
+    assert run(str(configured(tmp_path)), *FUSED, "--training.local_batch_size", "3") == 0
     assert_same_curves(tmp_path)
 
 
@@ -100,7 +106,7 @@ def test_pipelines_of_every_schedule_have_the_losses_of_each_source(tmp_path, sc
         "--training.local_batch_size",
         "1",
     )
-    config = str(tiny_config(tmp_path))
+    config = str(configured(tmp_path))
     model = ("--model.num_layers", "6") if "Interleaved" in schedule or "ZBV" in schedule else ()
     assert on_ranks(2, run, config, *overrides, *model) == [0, 0]
     expected, found = alone(*model), curves(tmp_path)
@@ -111,7 +117,7 @@ def test_pipelines_of_every_schedule_have_the_losses_of_each_source(tmp_path, sc
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", TRIPLES)
 def test_a_composition_of_three_has_the_losses_of_each_source(tmp_path, plan):
-    assert on_ranks(8, run, str(tiny_config(tmp_path)), *TRIPLES[plan]) == [0] * 8
+    assert on_ranks(8, run, str(configured(tmp_path)), *TRIPLES[plan]) == [0] * 8
     assert_same_curves(tmp_path)
 
 
@@ -120,8 +126,8 @@ def test_a_mixture_continues_on_other_numbers_of_ranks(tmp_path):
     """One rank, then four, then three, over epochs: the batches are those of one rank."""
     digests = ("--metrics.batch_digests", "true", "--data.streams", "12", "--training.global_batch_size", "12")
     (tmp_path / "alone").mkdir()
-    assert run(str(tiny_config(tmp_path / "alone")), *digests, "--training.steps", "40") == 0
-    config = str(tiny_config(tmp_path))
+    assert run(str(configured(tmp_path / "alone")), *digests, "--training.steps", "40") == 0
+    config = str(configured(tmp_path))
     for ranks, steps in ((1, "10"), (4, "25"), (3, "40")):
         assert on_ranks(ranks, run, config, *digests, "--training.steps", steps) == [0] * ranks
     found, expected = (metrics_of_batches(folder / "run") for folder in (tmp_path, tmp_path / "alone"))
