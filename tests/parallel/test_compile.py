@@ -1,10 +1,14 @@
 """Compilation: how often, where it is kept, and what is said about it."""
 
+import functools
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,17 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import async_compile
 
+from swamla_titan.config import Override, load_config, with_vocabulary
+from swamla_titan.config.schedule import Schedule
 from swamla_titan.config.sections import ActivationCheckpoint, Compile, Float8
+from swamla_titan.data import MicroBatch
+from swamla_titan.distributed.mesh import World
 from swamla_titan.errors import UserError
 from swamla_titan.parallel import compile as compile_file
+from swamla_titan.parallel import model_parts
 from swamla_titan.parallel.activation_checkpoint import apply_activation_checkpointing
 from swamla_titan.parallel.compile import DEFAULT_FOLDER, compilation, compile_model, set_cache_folder, warm_compiler
+from swamla_titan.parallel.model_parts import ParallelModel
 from swamla_titan.quantization.float8 import convert_to_float8
 from tests.parallel.plan import MODES, batch, gradients, small_model, watch_compiled
 from tests.waiting import HANG
@@ -63,6 +73,51 @@ def _train_validate_train(layers: int, mode: str) -> int:
 def test_graphs_do_not_grow_with_depth(layers: int, mode: str):
     # two kinds of block and the loss, in training and in validation
     assert _train_validate_train(layers, mode) == 6
+
+
+STAGES = """
+[[training.stages]]
+tokens = 1000
+seq_len = 96
+[[training.stages]]
+tokens = 3000
+local_batch_size = 3
+[[training.stages]]
+tokens = 6000
+swa_window = 32
+"""
+
+
+def test_each_stage_of_training_compiles_once(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two kinds of block and the loss, where a stage changes their shape; on a CPU another window is another mask."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(model_parts, "compile_model", functools.partial(compile_model, backend=backend))
+    tiny.write_text(tiny.read_text() + STAGES)
+    config = with_vocabulary(
+        load_config(tiny, [Override("compile", "enabled", "true"), Override("model", "dropout", "0")]), 257
+    )
+    world = World.alone()
+    model = ParallelModel(config, world)
+    model.init_weights(0)
+    counts, losses, held_out = [], [], torch.zeros(2, 96, dtype=torch.int64)
+    for stage in Schedule.of(config).stages:
+        model.begin_stage(stage.config)
+        shape = stage.training.local_batch_size, stage.training.seq_len
+        tokens = torch.randint(0, 257, shape, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            losses.append(model.train_step([MicroBatch(tokens, tokens, None, len(tokens))] * 2, tokens.numel()).item())
+        counts.append(len(compiled))
+        model.evaluate([MicroBatch(held_out, held_out, None, 2)])
+        counts.append(len(compiled))
+    # After training and after validation, which is of one shape, but for the window.
+    assert [after - before for before, after in pairwise([0, *counts])] == [3, 3, 3, 0, 3, 0, 0, 0]
+    assert losses[0::3] == losses[1::3] == losses[2::3]
+    assert len(set(losses)) == 4  # the window counts
 
 
 def test_compiling_too_often_is_an_error():

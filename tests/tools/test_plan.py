@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from swamla_titan.cli import main
 from swamla_titan.config import Override, load_config, shipped_configs, with_vocabulary
+from swamla_titan.config.schedule import configs_of_stages
 from swamla_titan.config.sections import Optimizer, Parallel
 from swamla_titan.data import MicroBatch
 from swamla_titan.distributed.dtensor import local
@@ -560,3 +561,36 @@ def test_native_weights_that_are_cast_for_all_micro_batches_take_two_bytes_a_num
     converted = sum(each.weight.numel() for each in model.blocks.modules() if isinstance(each, torch.nn.Linear))
     assert in_use("ddp", 8) - in_use("ddp", 4) == converted
     assert in_use("fsdp", 8) == in_use("fsdp", 4) == in_use("ddp", 4)
+
+
+STAGES = """
+[[training.stages]]
+tokens = 1000
+seq_len = 128
+global_batch_size = 8
+[[training.stages]]
+tokens = 5000
+seq_len = 96
+local_batch_size = 1
+swa_window = 32
+"""
+
+
+@pytest.mark.parametrize("overrides", [[], parallel(pipeline=2), parallel(context=2)], ids=["", "pp-2", "cp-2"])
+def test_stages_are_planned_one_by_one_and_the_one_that_needs_the_most_memory_in_full(tiny, overrides):
+    alone = resolved(tiny, *overrides)
+    tiny.write_text(tiny.read_text() + STAGES)
+    config = resolved(tiny, *overrides)
+    ranks = ranks_asked_for(config.parallel)
+    found = plan(config, ranks)
+    assert [each.stage.begin.step for each in found.stages] == [0, 4, 8]
+    assert found.config == configs_of_stages(config)[1]
+    assert found.worst.memory == found.stages[1].worst.memory == plan(found.config, ranks).worst.memory
+    assert found.stages[0].worst.memory.total == plan(alone, ranks).worst.memory.total < found.worst.memory.total
+    lines = "\n".join(report(found)).partition("stages: by training.stages")[2].splitlines()[1:5]
+    assert [line.split()[:5] for line in lines[1:]] == [
+        ["0", "1", "0", "5", "x"],
+        ["1*", "5", "1,280", "8", "x"],
+        ["2", "9", "5,376", "8", "x"],
+    ]
+    assert [line.split()[-3] for line in lines[1:]] == ["16", "16", "32"]
