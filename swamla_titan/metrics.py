@@ -32,6 +32,7 @@ METRICS = {
     "memory_gib": Metric("memory/peak_gib", "GiB", "peak of the rank that needs most"),
     "tokens": Metric("progress/tokens", "tokens", "trained on in all"),
     "epoch": Metric("progress/epoch", "", "passes over the data that are complete"),
+    "padding": Metric("data/padding", "", 'share of positions without a target, with data.packing = "best_fit"'),
     "skipped_steps": Metric("events/skipped_steps", "steps", "skipped as bad in all"),
     "rewinds": Metric("events/rewinds", "", "returns to older weights in all"),
     "skipped_files": Metric("events/skipped_files", "files", "of which a part could not be read"),
