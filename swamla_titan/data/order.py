@@ -21,8 +21,8 @@ def permutation(size: int, *seeds: int) -> np.ndarray:
 class Shuffle(Sequence[int]):
     """A random order of `size` things that depends on `seeds` alone, and takes no memory: any place can be asked for.
 
-    A Feistel cipher over the numbers below width x height, which are the smallest near sqrt(size) whose product is
-    large enough; what it maps to `size` or beyond is mapped again (Black and Rogaway, "Ciphers with Arbitrary Finite
+    A Feistel cipher over the numbers below width x height, both near sqrt(size), of which there are hardly more than
+    `size`; what it maps to `size` or beyond is mapped again (Black and Rogaway, "Ciphers with Arbitrary Finite
     Domains", 2002).
     """
 
