@@ -3,25 +3,24 @@
 Nothing here has a gradient. The plain form of each is what blocks compute in `decode`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swamla_titan.kernels import decode_triton as kernels
 from swamla_titan.kernels.device import Limit, is_tuned_for, power_of_two, why_no_kernels
-from swamla_titan.kernels.swiglu import triton_swiglu
 
 # Elements of tiles of which several must fit in 227 KiB of shared memory.
 WIDEST_HEAD, WIDEST_LATENT = 256, 512
 MOST_TOKENS_TO_SAMPLE = 1 << 16  # of a vocabulary, whose logits lie in the registers of one program
+_LOGITS = 1024  # of which a program finds the largest
+_ALIGNED = 16  # bytes
 _LEAST = 16  # a side of a tensor core's tile
 _MULTIPROCESSORS = 132  # of an H100
 _PARTS = 64  # of a sequence's latents, at most
 _SLOTS = 64  # of latents, in a tile
-_RING_SLOTS = 256  # of a ring, in a tile of a program that has a multiprocessor to itself
-_RING_OF_MANY = {"BN": 64, "num_warps": 4, "num_stages": 3}
+_RING_SLOTS = 256, 16  # of a ring, in a tile of a program that has a multiprocessor to itself, and of one of many
 
 
 def why_no_decode_kernels(device: torch.device, dtype: torch.dtype) -> Limit | None:
@@ -31,23 +30,64 @@ def why_no_decode_kernels(device: torch.device, dtype: torch.dtype) -> Limit | N
     return None if is_tuned_for(device, dtype) else Limit("not timed on such a device")
 
 
-def linear(
-    x: Tensor, weight: Tensor, gain: Tensor | None = None, eps: float = 0.0, residual: Tensor | None = None,
-    group: int = 0,
-) -> Tensor:  # fmt: skip
-    """x [B, K] and weight [N, K] -> residual + rms_norm(x, gain) weight^T, [B, N]; without what is None.
+class Stream(NamedTuple):
+    """The residual stream [B, dim] of a step, and what is still to be added to it [parts, B, dim] float32, if anything.
 
-    The result is written over the residual. `group` > 0: the weight is of gates and up projections in groups, as SwiGLU
-    has them, and the result silu(gate) up, [B, N / 2]. Of several tokens cuBLAS reads the weights as fast.
+    Functions that are given one may write over it.
     """
-    if len(x) > 1:
-        x = x if gain is None else rms_norm(x, gain, eps)
-        if group:
-            return triton_swiglu(F.linear(x, weight), group)
-        return F.linear(x, weight) if residual is None else residual.addmm_(x, weight.t())
-    width, outputs = x.shape[1], weight.shape[0] // (2 if group else 1)
-    out = x.new_empty(1, outputs) if residual is None else residual
-    tile = _tile(width, outputs, group, gain is not None)
+
+    x: Tensor
+    added: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """[B, dim]."""
+        return self.x if self.added is None else (self.x + self.added.sum(dim=0)).to(self.x.dtype)
+
+
+def fits(*weights: Tensor, group: int = 0) -> bool:
+    """Whether linear layers of several sequences take such weights [N, K]; `group` as in normed_linear."""
+    has_tiles = not group or group >= _LEAST
+    return has_tiles and not any(each.shape[1] * each.element_size() % _ALIGNED for each in weights)
+
+
+def normed_linear(stream: Stream, gain: Tensor, eps: float, weight: Tensor, group: int = 0) -> tuple[Stream, Tensor]:
+    """The stream, summed, and rms_norm(stream, gain) weight^T, [B, N], of weight [N, dim].
+
+    `group` > 0: the weight is of gates and up projections in groups, as SwiGLU has them, and the result
+    silu(gate) up, [B, N / 2].
+    """
+    x, (outputs, width) = stream.x, weight.shape
+    outputs //= 2 if group else 1
+    if len(x) == 1:
+        assert stream.added is None
+        return stream, _linear_of_one(x, weight, x.new_empty(1, outputs), gain=gain, eps=eps, group=group)
+    normed = x.new_empty(x.shape)
+    parts = 0 if stream.added is None else len(stream.added)
+    kernels.rms_norm_rows[(len(x),)](
+        *(x, stream.added, gain, normed, eps, x.stride(0)),
+        K=width,
+        BK=power_of_two(width),
+        PARTS=parts,
+        **_pdl(x),
+        num_warps=16,
+    )
+    return Stream(x), _linear_of_many(normed, weight, group)[0]
+
+
+def add_linear(stream: Stream, x: Tensor, weight: Tensor) -> Stream:
+    """The stream with x weight^T added: x [B, K], weight [dim, K]."""
+    assert stream.added is None
+    if len(x) == 1:
+        return Stream(_linear_of_one(x, weight, stream.x, residual=stream.x))
+    return Stream(stream.x, _linear_of_many(x, weight, in_parts=True))
+
+
+def _linear_of_one(
+    x: Tensor, weight: Tensor, out: Tensor, gain: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, group: int = 0,
+) -> Tensor:  # fmt: skip
+    outputs, width = out.shape[1], x.shape[1]
+    tile = _tile_of_one(width, outputs, group, gain is not None)
     kernels.linear_of_one[(-(-outputs // tile["BN"]),)](
         *(x, gain, weight, residual, out, eps, outputs),
         K=width,
@@ -60,11 +100,21 @@ def linear(
     return out
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * gain of [B, K]."""
-    width = x.shape[1]
-    out = x.new_empty(x.shape)
-    kernels.rms_norm_rows[(len(x),)](x, gain, out, eps, x.stride(0), K=width, BK=power_of_two(width), **_pdl(x))
+def _linear_of_many(x: Tensor, weight: Tensor, group: int = 0, in_parts: bool = False) -> Tensor:
+    """x weight^T, [1, B, N], or its addends [parts, B, N] float32."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (batch, width), outputs = x.shape, len(weight) // (2 if group else 1)
+    tile, chunk = _tile_of_many(batch, width, outputs, group, in_parts)
+    parts = -(-width // chunk)
+    out = x.new_empty(parts, batch, outputs, dtype=torch.float32 if in_parts else x.dtype)
+    grid = -(-outputs // tile["BN"]), parts, -(-batch // tile["BM"])
+    tiles = [
+        TensorDescriptor(each, list(each.shape), list(each.stride()), [rows, tile["BK"]])
+        for each, rows in ((x, tile["BM"]), (weight, tile["BN"]))
+    ]
+    given = *tiles, weight, out, batch, outputs
+    kernels.linear_of_many[grid](*given, K=width, CHUNK=chunk, GROUP=group, **tile, **_pdl(x))
     return out
 
 
@@ -87,19 +137,21 @@ def ring_attention(
     """
     batch, groups, members, width = qkv.shape
     per_key, of_norms = members - 2, gains or (None, None)
-    out, half = qkv.new_empty(batch, groups * per_key * width), width // 2
+    out = qkv.new_empty(batch, groups * per_key * width)
     window = keys.shape[1] - sink
-    given = qkv, *rotation, *of_norms, *clock, keys, values, out, scale, eps, groups
-    sizes = {"PER_KEY": per_key, "HALF": half, "WINDOW": window, "SINK": sink, "QK_NORM": gains is not None}
-    if groups * batch > _MULTIPROCESSORS:
-        queries, padded = max(_LEAST, power_of_two(per_key)), max(_LEAST, power_of_two(half))
-        tile = _RING_OF_MANY | {"QUERIES": queries, "PADDED": padded}
-        kernels.ring_attention_of_many[(groups, batch)](*given, **sizes, **tile)
-        return out
-    padded, slots = power_of_two(half), min(power_of_two(window), _RING_SLOTS)
-    warps = max(1, min(8, slots * padded // 2048))
-    sizes |= {"PADDED": padded, "SINKS": power_of_two(max(sink, 1)), "BN": slots}
-    kernels.ring_attention[(groups, batch)](*given, **sizes, **_pdl(qkv), num_warps=warps)
+    assert keys.transpose(1, 2).is_contiguous()
+    kernels.ring_attention[(groups, batch)](
+        *(qkv, *rotation, *of_norms, *clock, keys, values, out, scale, eps, groups),
+        PER_KEY=per_key,
+        HALF=width // 2,
+        PARTS=width // (width & -width),
+        WINDOW=window,
+        SINK=sink,
+        SINKS=power_of_two(max(sink, 1)),
+        QK_NORM=gains is not None,
+        **_ring_tile(groups * batch, window, width),
+        **_pdl(qkv),
+    )
     return out
 
 
@@ -124,7 +176,10 @@ def latent_attention(
     nope, parts = width - rope, _parts(batch, heads, room)
     value = up.shape[1] - nope
     of_rank = {"RANK": rank, "PADDED_RANK": max(_LEAST, power_of_two(rank))}
-    latent_query, out = query.new_empty(batch, heads, rank), query.new_empty(batch, heads * value)
+    out = query.new_empty(batch, heads * value)
+    mixed = query.new_empty(batch, parts, heads, rank, dtype=torch.float32)
+    largest, denominator = mixed.new_empty(2, batch, parts, heads)
+    latent_query = query.new_empty(batch, heads, rank)
     rows = max(_LEAST, min(power_of_two(batch), 64))
     kernels.latent_queries[(heads, -(-rank // 64), -(-batch // rows))](
         *(query, up, latent_query, batch, query.stride(0), heads),
@@ -137,13 +192,10 @@ def latent_attention(
         BR=64,
         **_pdl(query),
     )
-    mixed = query.new_empty(batch, parts, heads, rank, dtype=torch.float32)
-    largest, denominator = mixed.new_empty(2, batch, parts, heads)
-    chunk = -(-room // (parts * _SLOTS)) * _SLOTS
     block = min(max(_LEAST, power_of_two(heads)), 32)
     kernels.latent_attention[(parts, -(-heads // block), batch)](
         *(query, latent_query, new, gain, *rotation, *clock, latents, rope_keys, mixed, largest, denominator),
-        *(scale, eps, query.stride(0), new.stride(0), room, chunk),
+        *(scale, eps, query.stride(0), new.stride(0), room),
         HEADS=heads,
         BH=block,
         NOPE=nope,
@@ -172,22 +224,31 @@ def latent_attention(
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+    logits: Tensor,
+    out: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token id per sequence, [B] int64, from logits [B, V]; V is at most MOST_TOKENS_TO_SAMPLE.
+    """One token id per sequence in `out`, [B] int64, from logits [B, V]; V is at most MOST_TOKENS_TO_SAMPLE.
 
     As model/generation.py defines it, and of the same distribution, but other draws. `temperature` 0: the likeliest.
     """
     batch, size = logits.shape
-    out = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    seed = out
-    if temperature:
-        seed = torch.randint(1 << 62, (1,), device=logits.device, generator=generator)
+    if not temperature:
+        parts = -(-size // _LOGITS)
+        values = torch.empty(batch, parts, device=logits.device)
+        indices = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+        given = logits, values, indices, size, logits.stride(0)
+        kernels.largest_of_parts[(parts, batch)](*given, BN=_LOGITS, PARTS=parts)
+        kernels.largest_of_rows[(batch,)](values, indices, out, PARTS=parts, PADDED=power_of_two(parts), num_warps=1)
+        return out
+    seed = torch.randint(1 << 62, (1,), device=logits.device, generator=generator)
     columns = power_of_two(size)
     kernels.sample_rows[(batch,)](
-        *(logits, seed, out, size, logits.stride(0), 1 / temperature if temperature else 1.0, top_k, top_p),
+        *(logits, seed, out, size, logits.stride(0), 1 / temperature, top_k, top_p),
         SIZE=columns,
-        GREEDY=not temperature,
         TOP_K=0 < top_k < size,
         TOP_P=top_p < 1,
         num_warps=max(1, min(32, columns // 1024)),
@@ -198,18 +259,41 @@ def sample(
 def _parts(batch: int, heads: int, room: int) -> int:
     """Into how many parts a sequence's latents are cut, so that there are programs for all multiprocessors."""
     programs = batch * -(-heads // 32)
-    return max(1, min(-(-_MULTIPROCESSORS // programs), _PARTS, -(-room // _SLOTS)))
+    return max(1, min(round(2 * _MULTIPROCESSORS / programs), _PARTS, -(-room // _SLOTS)))
 
 
-def _tile(width: int, outputs: int, group: int, is_normed: bool) -> dict[str, int]:
-    """Outputs and inputs of a program of linear_of_one at a time, and its warps: the fastest on an H200."""
-    if not is_normed:
-        return {"BN": 8 if width <= 2048 else 2, "BK": min(power_of_two(width), 2048), "num_warps": 8}
+def _ring_tile(programs: int, window: int, width: int) -> dict[str, int]:
+    """Slots of a ring in a tile, warps of a program, whether it holds the first tile, and how many it reads ahead."""
+    is_many = programs > _MULTIPROCESSORS
+    slots = min(power_of_two(window), _RING_SLOTS[is_many])
+    if is_many:
+        return {"BN": slots, "num_warps": max(1, slots * power_of_two(width) // 1024), "HELD": 0, "STAGES": 5}
+    return {"BN": slots, "num_warps": max(1, min(8, slots * power_of_two(width) // 2048)), "HELD": 1, "STAGES": 1}
+
+
+def _tile_of_one(width: int, outputs: int, group: int, is_normed: bool) -> dict[str, int]:
+    """The tile of a program of linear_of_one, and how much of the weight is read ahead: the fastest on an H200."""
+    if is_normed:
+        held = 3 if outputs > 8192 else 1
+        return {"BN": 8 if group else 4, "BK": 512, "num_warps": 2, "HELD": min(held, -(-width // 512)), "AHEAD": 1}
+    if width <= 2048:
+        return {"BN": 8, "BK": power_of_two(width), "num_warps": 8, "HELD": 1, "AHEAD": 0}
+    return {"BN": 4, "BK": 512, "num_warps": 2, "HELD": min(8, -(-width // 512)), "AHEAD": 0}
+
+
+def _tile_of_many(batch: int, width: int, outputs: int, group: int, in_parts: bool) -> tuple[dict[str, int], int]:
+    """The tile of a program of linear_of_many, and the inputs that it sums: the fastest on an H200 for 64 sequences."""
+    tile = {"BM": max(_LEAST, min(power_of_two(batch), 64)), "BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
+    if outputs > 512 * _MULTIPROCESSORS // 4:
+        tile |= {"BN": 128, "BK": 64, "num_stages": 5}
     if group:
-        return {"BN": 8, "BK": 512, "num_warps": 2}
-    return {"BN": 8, "BK": 512, "num_warps": 4} if outputs > 8192 else {"BN": 4, "BK": 512, "num_warps": 2}
+        tile["BN"] = min(group, tile["BN"])
+    parts = -(-_MULTIPROCESSORS * tile["BN"] // outputs) if in_parts else 1
+    inputs = tile["BK"]
+    parts = next((each for each in range(parts, 2 * parts) if not width % (each * inputs)), parts)
+    return tile | {"AHEAD": 0}, -(-width // (parts * inputs)) * inputs
 
 
 def _pdl(x: Tensor) -> dict[str, Any]:
-    """Launch options of kernels that begin while the one before them ends: of one token, because cuBLAS has no such."""
-    return {"PDL": True, "launch_pdl": True} if x.is_cuda and len(x) == 1 else {"PDL": False}
+    """Launch options of kernels that begin while the one before them ends."""
+    return {"PDL": True, "launch_pdl": True} if x.is_cuda else {"PDL": False}

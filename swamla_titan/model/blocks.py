@@ -81,11 +81,11 @@ class FeedForward(Branch):
         return out
 
     def fused_decode(self, norm: Norm) -> Step:
-        """The stream [B, dim] with this branch, behind its norm, added by kernels/decode.py."""
+        """What adds this branch, behind its norm, to the stream by kernels/decode.py."""
 
-        def step(x: Tensor) -> Tensor:
-            hidden = kernels.linear(x, self.gate_up.weight, norm.weight, EPS, group=self.group)
-            return kernels.linear(hidden, self.down.weight, residual=x)
+        def step(stream: kernels.Stream) -> kernels.Stream:
+            stream, hidden = kernels.normed_linear(stream, norm.weight, EPS, self.gate_up.weight, self.group)
+            return kernels.add_linear(stream, hidden, self.down.weight)
 
         return step
 
@@ -122,18 +122,20 @@ class Block(nn.Module):
         return self._add(x, self.attention.decode(self.attention_norm(x), context[self.kind], cache))
 
     def fused_decode(self, cache: Any, rotation: Rotation, dtype: torch.dtype) -> Step | None:
-        """What computes `decode` with this cache by kernels/decode.py, on the stream [B, dim]; None: nothing can.
+        """What computes `decode` with this cache by kernels/decode.py; None: nothing can.
 
         `rotation` is that of every position, and `dtype` the activations'.
         """
         norms = self.attention_norm, self.ffn_norm
         linears = [each for each in self.modules() if isinstance(each, Linear)]
         are_plain = all(each.is_plain(dtype) for each in linears) and all(type(norm) is RMSNorm for norm in norms)
-        attend = self.attention.fused_decode(self.attention_norm, cache, rotation) if are_plain else None
+        if not are_plain or not kernels.fits(*(each.weight for each in linears), group=self.feed_forward.group):
+            return None
+        attend = self.attention.fused_decode(self.attention_norm, cache, rotation)
         if attend is None:
             return None
         feed_forward = self.feed_forward.fused_decode(self.ffn_norm)
-        return lambda x: feed_forward(attend(x))
+        return lambda stream: feed_forward(attend(stream))
 
     def _forward(self, x: Tensor, context: TokenContext) -> Tensor:
         return self._add(x, self.regions.run("attention", self._attention_branch, x, context))

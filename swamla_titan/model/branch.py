@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from swamla_titan.kernels.attention.dispatch import FusedImplementation, Heads, Implementation, Projections, Request
 from swamla_titan.kernels.attention.masks import Mask, MaskSpec, Selection, SelectionRule, causal_pairs, window_pairs
 from swamla_titan.kernels.attention.selective import saved_sums
+from swamla_titan.kernels.decode import Stream
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.layers import Rotary, Rotation, rotation, spec_of
 
 KeyExchange = Literal["halo", "gather"]
-Step = Callable[[Tensor], Tensor]  # of decoding: the stream [B, dim], which may be overwritten -> [B, dim]
+Step = Callable[[Stream], Stream]  # of decoding
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ Sequences of a batch share one clock. Prompts of different length are padded on 
 sequence has the same index; the prompt of sequence b begins at index starts[b], and its position there is 0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swamla_titan.kernels.attention.dispatch import for_decoding
-from swamla_titan.kernels.decode import why_no_decode_kernels
+from swamla_titan.kernels.decode import Stream, why_no_decode_kernels
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.blocks import attention_kinds
 from swamla_titan.model.branch import (
@@ -76,7 +77,7 @@ class DecodeCache:
         }
         # What computes a layer's next token by kernels, where these can; the other layers by Block.decode.
         self.steps: dict[str, Step] = {}
-        self.head_step: Step | None = None
+        self.head_step: Callable[[Stream], Tensor] | None = None
         if model.attention_backend != "reference" and not why_no_decode_kernels(model.device, self.dtype):
             self.steps = self._fused_steps()
             self.head_step = model.fused_head(self.dtype)
@@ -146,11 +147,10 @@ class DecodeCache:
         `asked`: the model's attention_backend. It is for the layers on one device.
         """
         clock = self.clocks[device_number]
-        positions = clock.length - clock.starts[:, None]  # [B, 1]
         implementation = for_decoding(asked)
 
         def of_layer(layer: str) -> TokenContext:
-            mixer = self.blocks[layer].attention
+            mixer, positions = self.blocks[layer].attention, clock.length - clock.starts[:, None]  # [B, 1]
             if not isinstance(mixer, Attention):
                 return TokenContext(positions)
             rotation = mixer.rotation(self.config, positions, self.dtype)

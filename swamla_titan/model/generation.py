@@ -37,8 +37,8 @@ class Decoder:
         self._captures = is_plain and model.device.type == "cuda"
         self._is_warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        self._logits = self._tokens
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=model.device)  # which may be given to `decode`
+        self._logits = self.tokens
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Empty the cache and read prompts -> logits of the next token, [B, vocab_size]."""
@@ -53,7 +53,8 @@ class Decoder:
             self._is_warm = True
             return self.model.decode(tokens[:, None], self.cache)
         self.cache.require_room()
-        self._tokens.copy_(tokens[:, None])
+        if tokens is not self.tokens:
+            self.tokens.copy_(tokens)
         if self._graph is None:
             graph, device = torch.cuda.CUDAGraph(), self.model.device
             # On a stream of this device, because torch's own belongs to the device of the process's first capture.
@@ -61,7 +62,7 @@ class Decoder:
                 torch.cuda.device(device),
                 torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
             ):
-                self._logits = self.model.decode_step(self._tokens, self.cache)
+                self._logits = self.model.decode_step(self.tokens[:, None], self.cache)
             self._graph = graph
         self._graph.replay()
         self.cache.length += 1
@@ -170,7 +171,8 @@ def stream(model: SWAMLAModel, prompts: list[list[int]], options: Options) -> It
     try:
         logits = decoder.prefill(prompts)
         for step in range(max_new_tokens):
-            tokens = sample(logits, options.temperature, options.top_k, options.top_p, options.generator)  # [B]
+            choice = options.temperature, options.top_k, options.top_p, options.generator
+            tokens = sample(logits, *choice, out=decoder.tokens)  # [B]
             copies.append(_Copied.of(tokens))
             while len(copies) > (ahead if step < max_new_tokens - 1 else 0):
                 yield seen(copies.popleft().wait())
@@ -183,19 +185,28 @@ def stream(model: SWAMLAModel, prompts: list[list[int]], options: Options) -> It
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """One token id per sequence, [B] int64, from logits [B, V]; the options as in Options."""
+    """One token id per sequence, [B] int64, from logits [B, V], written to `out` if there is one.
+
+    The options are as in Options.
+    """
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device) if out is None else out
     temperature = 0 if temperature < GREEDY_BELOW else temperature
     if not why_no_kernels(logits.device) and logits.shape[1] <= kernels.MOST_TOKENS_TO_SAMPLE:
         with torch.cuda.device_of(logits):  # Triton launches on the current one
-            return kernels.sample(logits, temperature, top_k, top_p, generator)
+            return kernels.sample(logits, out, temperature, top_k, top_p, generator)
     if not temperature:
-        return logits.argmax(dim=-1)
+        return out.copy_(logits.argmax(dim=-1))
     probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
     # As torch.multinomial draws one, which would wait for a GPU to see whether these are probabilities.
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=-1)
+    return out.copy_((probabilities / noise).argmax(dim=-1))
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:

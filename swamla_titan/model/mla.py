@@ -252,14 +252,15 @@ class LatentAttention(Attention):
         up = self.wkv_b.weight.unflatten(0, (-1, self.nope_dim + self.v_dim))
         clock = cache.clock.starts, cache.clock.length
 
-        def step(x: Tensor) -> Tensor:
-            query, new = kernels.linear(x, weight, norm.weight, EPS).split(widths, dim=1)
+        def step(stream: kernels.Stream) -> kernels.Stream:
+            stream, projected = kernels.normed_linear(stream, norm.weight, EPS, weight)
+            query, new = projected.split(widths, dim=1)
             if self.q_lora_rank:
-                query = kernels.linear(query, self.wq_b.weight, self.q_norm.weight, EPS)
+                _, query = kernels.normed_linear(kernels.Stream(query), self.q_norm.weight, EPS, self.wq_b.weight)
             query, gain = query.unflatten(1, (-1, self.qk_dim)), self.kv_norm.weight
             stored = cache.latents, cache.rope_keys
             attended = kernels.latent_attention(query, new, up, rotation, gain, clock, *stored, self.scale, EPS)
-            return kernels.linear(attended, self.wo.weight, residual=x)
+            return kernels.add_linear(stream, attended, self.wo.weight)
 
         return step
 

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import choose_for_prompts
 from swamla_titan.kernels.cross_entropy import IGNORE
+from swamla_titan.kernels.decode import Stream, fits, normed_linear
 from swamla_titan.kernels.limits import AttentionBackend
 from swamla_titan.model.annexes import Memories, ModelAnnexes, PreparedLookUp
 from swamla_titan.model.blocks import Block
-from swamla_titan.model.branch import SequenceContext, Step
+from swamla_titan.model.branch import SequenceContext
 from swamla_titan.model.cache import DecodeCache
 from swamla_titan.model.config import ModelConfig
 from swamla_titan.model.context import FullSequences
@@ -206,25 +206,37 @@ class SWAMLAModel(nn.Module):
         """What a GPU does of `decode`: the same for every token, and nothing waits for the host."""
         contexts = [cache.next_context(self.attention_backend, number) for number in range(len(cache.devices))]
         memories = self.annexes.look_up_next(tokens, cache, self.activation_dtype)
-        x = self.embed(tokens)
+        stream = Stream(self.embed(tokens)[:, 0])
         for name, block in self.blocks.items():
             assert isinstance(block, Block)
-            x, number = self.annexes.decode(name, x, memories, cache), cache.device_number[name]
-            x, step = x.to(cache.devices[number]), cache.steps.get(name)
-            with torch.cuda.device_of(x):  # Triton launches on the current one
-                x = block.decode(x, contexts[number], cache.layers[name]) if step is None else step(x[:, 0])[:, None]
+            number, step = cache.device_number[name], cache.steps.get(name)
+            device = cache.devices[number]
+            if name in self.annexes:
+                stream = Stream(self.annexes.decode(name, stream.sum()[:, None], memories, cache)[:, 0])
+            if stream.x.device != device:
+                stream = Stream(stream.sum().to(device))
+            with torch.cuda.device_of(stream.x):  # Triton launches on the current one
+                if step is not None:
+                    stream = step(stream)
+                else:
+                    x = block.decode(stream.sum()[:, None], contexts[number], cache.layers[name])
+                    stream = Stream(x[:, 0])
+        if stream.x.device != tokens.device:
+            stream = Stream(stream.sum().to(tokens.device))
+        with torch.cuda.device_of(stream.x):
+            head = cache.head_step or (lambda stream: self.loss_head.logits(self.head, self.norm(stream.sum())))
+            logits = head(stream)
         for clock in cache.clocks:
             clock.length.add_(1)
-        x = x[:, 0].to(tokens.device)
-        with torch.cuda.device_of(x):
-            return cache.head_step(x) if cache.head_step else self.loss_head.logits(self.head, self.norm(x))
+        return logits
 
-    def fused_head(self, dtype: torch.dtype) -> Step | None:
-        """What computes the logits of the stream [B, dim] by kernels/decode.py; None: they cannot."""
+    def fused_head(self, dtype: torch.dtype) -> Callable[[Stream], Tensor] | None:
+        """What computes the logits of the stream by kernels/decode.py; None: they cannot."""
         head, norm = self.head, self.norm
-        if not head.is_plain(dtype) or type(norm) is not RMSNorm:
+        if not head.is_plain(dtype) or type(norm) is not RMSNorm or not fits(head.weight):
             return None
-        return lambda x: kernels.linear(x, head.weight, norm.weight, EPS)[:, : self.config.vocab_size]
+        size = self.config.vocab_size
+        return lambda stream: normed_linear(stream, norm.weight, EPS, head.weight)[1][:, :size]
 
     def _context_of_prompts(self, seq_len: int, real: Tensor | None, device: torch.device) -> SequenceContext:
         real = None if real is None else real.to(device)

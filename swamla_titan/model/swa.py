@@ -16,8 +16,9 @@ from swamla_titan.model.layers import EPS, Linear, RMSNorm, Role, Rotary, Rotati
 class SWACache:
     """Rotated keys and values of a document's first `sink` tokens and of the newest `window` ones.
 
-    keys and values are [B, sink + window, G, D]. The token at index t goes to slot sink + t % window; a token at
-    position p < sink goes to slot p as well. A key that is in both is seen through the window only (`next_mask`).
+    keys and values are [B, sink + window, G, D]; in memory the slots of a head lie together. The token at index t goes
+    to slot sink + t % window; a token at position p < sink goes to slot p as well. A key that is in both is seen
+    through the window only (`next_mask`).
     """
 
     def __init__(self, config: ModelConfig, clock: Clock, max_tokens: int, dtype: torch.dtype) -> None:
@@ -25,9 +26,9 @@ class SWACache:
         # At most as many slots as tokens.
         self.sink, self.window = min(config.swa_sink_size, max_tokens), min(config.swa_window, max_tokens)
         # Zeros and not empty: a slot that is masked still meets a weight of 0, and 0 * NaN is NaN.
-        shape = (clock.starts.shape[0], self.sink + self.window, config.kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=clock.starts.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=clock.starts.device)
+        shape = (clock.starts.shape[0], config.kv_heads, self.sink + self.window, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=clock.starts.device).transpose(1, 2)
+        self.values = torch.zeros(shape, dtype=dtype, device=clock.starts.device).transpose(1, 2)
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Store the prompts' keys and values [B, T, G, D]."""
@@ -143,12 +144,12 @@ class SlidingWindowAttention(Attention):
             gains = self.q_norm.weight, self.k_norm.weight
         clock = cache.clock.starts, cache.clock.length
 
-        def step(x: Tensor) -> Tensor:
-            qkv = kernels.linear(x, self.wqkv.weight, norm.weight, EPS)
+        def step(stream: kernels.Stream) -> kernels.Stream:
+            stream, qkv = kernels.normed_linear(stream, norm.weight, EPS, self.wqkv.weight)
             qkv = qkv.unflatten(1, (-1, self.queries_per_key + 2, self.head_dim))
             slots = cache.keys, cache.values, cache.sink
             attended = kernels.ring_attention(qkv, rotation, gains, clock, *slots, self.scale, EPS)
-            return kernels.linear(attended, self.wo.weight, residual=x)
+            return kernels.add_linear(stream, attended, self.wo.weight)
 
         return step
 

@@ -19,7 +19,7 @@ SHAPE = ModelConfig(
     num_heads=2,
     vocab_size=50,
     max_seq_len=256,
-    ffn_hidden_dim=32,
+    ffn_hidden_dim=128,
     swa_layers_per_cycle=1,
     swa_window=6,
     swa_sink_size=3,
@@ -64,6 +64,10 @@ def largest_error(made, lengths, new=NEW):
     return worst, memory
 
 
+def sample(logits, *options):
+    return kernels.sample(logits, torch.empty(len(logits), dtype=torch.int64, device=DEVICE), *options)
+
+
 GROUPED = {"num_kv_heads": 1, "q_lora_rank": 28, "qk_norm": True}
 ENGRAM = {"engram": {"layers": [0, 1], "orders": [2, 3], "heads": 2, "d_mem": 16, "table_size": 31}}
 LARGE_SINK = {"swa_window": 2, "swa_sink_size": 5}
@@ -83,7 +87,7 @@ OTHERS = [GROUPED, ENGRAM, LARGE_SINK, {"swa_window": 1, "swa_sink_size": 0}]
 )
 def test_equals_the_full_forward(changes, lengths, monkeypatch):
     if lengths is LENGTHS:
-        monkeypatch.setattr(kernels, "_RING_SLOTS", 4)  # several tiles of the window
+        monkeypatch.setattr(kernels, "_RING_SLOTS", (4, 4))  # several tiles of the window
     if len(lengths) > 9:
         monkeypatch.setattr(kernels, "_MULTIPROCESSORS", 8)  # fewer than programs
     error, memory = largest_error(model(**changes), lengths, NEW if len(lengths) < 9 else 4)
@@ -92,10 +96,11 @@ def test_equals_the_full_forward(changes, lengths, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_latents_in_many_parts():
-    error, _ = largest_error(model(swa_layers_per_cycle=0, num_layers=1), [150, 3, 70], 3)
+@pytest.mark.parametrize("lengths", [[150, 3, 70], [150]])
+def test_latents_in_many_parts(lengths):
+    error, _ = largest_error(model(swa_layers_per_cycle=0, num_layers=1), lengths, 3)
     assert error < 1e-5
-    assert kernels._parts(3, 2, 153) > 2
+    assert kernels._parts(len(lengths), 2, 153) > 2
 
 
 @pytest.mark.gpu
@@ -124,22 +129,31 @@ def test_layers_that_no_kernel_takes_are_computed_as_before():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"norm": True}, {"residual": True}, {"norm": True, "group": 16}])
-def test_linear(tokens, options, monkeypatch):
-    monkeypatch.setattr(kernels, "_tile", lambda *sizes: {"BN": 4, "BK": 32})  # several tiles of the width
-    x, weight = torch.randn(tokens, 72, device=DEVICE), torch.randn(96, 72, device=DEVICE)
-    gain = torch.rand(72, device=DEVICE) if "norm" in options else None
-    residual = torch.randn(tokens, 96, device=DEVICE) if "residual" in options else None
-    group = options.get("group", 0)
-    exact = x.double() if gain is None else torch.nn.functional.rms_norm(x.double(), (72,), gain.double(), 1e-6)
-    exact = exact @ weight.double().T
-    if residual is not None:
-        exact = exact + residual.double()
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_linear_layers_behind_a_norm_and_into_the_stream(tokens, group, held, monkeypatch):
+    tile = {"BN": 4, "BK": 32, "HELD": held, "AHEAD": 0}  # several tiles of the width
+    monkeypatch.setattr(kernels, "_tile_of_one", lambda *sizes: tile)
+    many = {"BM": 16, "BN": 16, "BK": 16, "AHEAD": 0}
+    monkeypatch.setattr(kernels, "_tile_of_many", lambda *sizes: (many, 32 if sizes[-1] else 80))
+    x, weight, gain = (torch.randn(size, device=DEVICE) for size in ((tokens, 72), (96, 72), (72,)))
+    back = torch.randn(72, 96 // (2 if group else 1), device=DEVICE)
+    normed = torch.nn.functional.rms_norm(x.double(), (72,), gain.double(), 1e-6)
+    expected = normed @ weight.double().T
     if group:
-        gate, up = exact.unflatten(-1, (-1, 2, group)).unbind(dim=-2)
-        exact = (torch.nn.functional.silu(gate) * up).flatten(-2)
-    ours = kernels.linear(x, weight, gain, 1e-6, residual, group)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+        gate, up = expected.unflatten(-1, (-1, 2, group)).unbind(dim=-2)
+        expected = (torch.nn.functional.silu(gate) * up).flatten(-2)
+    stream, hidden = kernels.normed_linear(kernels.Stream(x.clone()), gain, 1e-6, weight, group)
+    torch.testing.assert_close(hidden.double(), expected, rtol=1e-4, atol=1e-4)
+    stream = kernels.add_linear(stream, hidden, back)
+    expected = x.double() + expected @ back.double().T
+    torch.testing.assert_close(stream.sum().double(), expected, rtol=1e-4, atol=1e-3)
+    assert stream.added is None or len(stream.added) > 1
+    stream, again = kernels.normed_linear(stream, gain, 1e-6, weight)
+    normed = torch.nn.functional.rms_norm(expected, (72,), gain.double(), 1e-6)
+    torch.testing.assert_close(again.double(), normed @ weight.double().T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(stream.x.double(), expected, rtol=1e-4, atol=1e-3)
+    assert stream.added is None
 
 
 @pytest.mark.gpu
@@ -153,14 +167,14 @@ def test_draws_are_those_that_top_k_and_top_p_leave_in_their_frequencies(top_k, 
     logits = torch.tensor([2.0, 0.5, 1.0, 1.0, -1.0, 1.0, 2.0, -3.0, 0.5, 0.0], device=DEVICE)
     expected = restrict(logits[None] / 0.7, top_k, top_p).softmax(dim=-1)[0]
     padded = torch.nn.functional.pad(logits, (0, 6), value=99.0).expand(rows, 16)  # what lies behind is not drawn
-    drawn = kernels.sample(padded[:, :10], 0.7, top_k, top_p, torch.Generator(DEVICE).manual_seed(3))
+    drawn = sample(padded[:, :10], 0.7, top_k, top_p, torch.Generator(DEVICE).manual_seed(3))
     frequencies = torch.bincount(drawn, minlength=10) / rows
     # Of values equal to the smallest that stays, any may be left.
     for value in logits.unique():
         found, wanted = frequencies[logits == value].sum(), expected[logits == value].sum()
         assert abs(found - wanted) < 4 * (wanted * (1 - wanted) / rows).sqrt() + 1e-6, value
     assert (frequencies > 0).sum() <= (expected > 0).sum()
-    again = kernels.sample(padded[:, :10], 0.7, top_k, top_p, torch.Generator(DEVICE).manual_seed(3))
+    again = sample(padded[:, :10], 0.7, top_k, top_p, torch.Generator(DEVICE).manual_seed(3))
     assert torch.equal(drawn, again)
 
 
@@ -168,7 +182,7 @@ def test_draws_are_those_that_top_k_and_top_p_leave_in_their_frequencies(top_k, 
 def test_tokens_are_of_the_vocabulary_whatever_the_logits_are():
     logits = torch.full((2, 300), float("nan"), device=DEVICE)
     logits[1, 7] = 1.0
-    drawn = kernels.sample(logits, 0, 0, 1.0).tolist()
+    drawn = sample(logits, 0, 0, 1.0).tolist()
     assert 0 <= drawn[0] < 300
     assert drawn[1] == 7
 
@@ -176,4 +190,4 @@ def test_tokens_are_of_the_vocabulary_whatever_the_logits_are():
 @pytest.mark.gpu
 def test_of_temperature_0_the_likeliest_is_drawn():
     logits = torch.randn(5, 1000, device=DEVICE)
-    assert torch.equal(kernels.sample(logits[:, :777], 0, 0, 1.0), logits[:, :777].argmax(dim=-1))
+    assert torch.equal(sample(logits[:, :777], 0, 0, 1.0), logits[:, :777].argmax(dim=-1))

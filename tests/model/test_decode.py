@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swamla_titan.kernels import decode as kernels
 from swamla_titan.kernels.attention.dispatch import ATTENTION_BACKENDS, for_decoding
 from swamla_titan.model import SWAMLAModel
 from swamla_titan.model.cache import DecodeCache
@@ -165,3 +166,11 @@ def test_misuse_is_refused():
 def test_what_is_too_wide_for_the_kernels_is_left_to_the_plain_form(changes):
     block = build(**changes).blocks["0"]
     assert block.attention.fused_decode(block.attention_norm, None, None) is None
+
+
+def test_weights_that_the_kernels_tiles_cannot_hold_are_left_to_the_plain_form():
+    half = torch.empty(4, 24, dtype=torch.bfloat16)
+    assert kernels.fits(half)
+    assert kernels.fits(half, group=16)
+    assert not kernels.fits(half, group=8)
+    assert not kernels.fits(half, half[:, :20])
