@@ -379,7 +379,7 @@ def refusal(maker, out, **keys):
     return str(caught.value)
 
 
-def test_shards_that_are_not_as_they_were_prepared_are_refused(maker, tmp_path):
+def test_shards_that_are_not_as_they_were_prepared_are_refused(maker, tmp_path, monkeypatch):
     out = prepared(maker, [text + "!" for text in maker.texts(80)])
     other = tmp_path / "other.tiktoken"
     other.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
@@ -408,6 +408,11 @@ def test_shards_that_are_not_as_they_were_prepared_are_refused(maker, tmp_path):
     changed = bytes([whole[name][0] ^ 1]) + whole[name][1:]
     assert f"{name}, document 0: it is not what was prepared" in broken(lambda: (out / name).write_bytes(changed))
     assert f"{INDEX}: it has 32 bytes" in broken(lambda: os.truncate(out / INDEX, 32))
+    records = np.fromfile(out / INDEX, RECORD)
+    records["end"][len(records) // 2] += 1
+    with monkeypatch.context() as patch:  # also of a document that is not among those that are verified
+        patch.setattr(shards_source, "_VERIFIED", 0)
+        assert f"{INDEX}: it is not what was prepared" in broken(lambda: records.tofile(out / INDEX))
     assert "holds no prepared shards" in broken((out / MANIFEST).unlink)
     assert "is no manifest of shards" in broken(lambda: (out / MANIFEST).write_text("{"))
     later = json.loads(whole[MANIFEST]) | {"version": 2}

@@ -13,7 +13,7 @@ from swamla_titan.config.sections import Data
 from swamla_titan.data.document import Document, Position, Source
 from swamla_titan.data.faults import DataFault, cut_short, readable, refused
 from swamla_titan.data.retry import Retry
-from swamla_titan.data.shards import INDEX, RECORD, UNPACK, Manifest, prepared, read_manifest, shard_name
+from swamla_titan.data.shards import INDEX, RECORD, UNPACK, Manifest, new_digest, prepared, read_manifest, shard_name
 from swamla_titan.data.sources.files import is_url
 from swamla_titan.data.sources.folder import special_kind
 from swamla_titan.errors import UserError
@@ -89,24 +89,27 @@ class ShardIndex:
     """The index of a folder of shards, see `Index`."""
 
     def __init__(self, folder: str, manifest: Manifest) -> None:
-        self._folder, self._tokenizer = folder, manifest.tokenizer
+        self._path, self._tokenizer, self._digest = os.path.join(folder, INDEX), manifest.tokenizer, manifest.index
         self.starts = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
 
     def scan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Number of tokens and `text_hash` of all documents."""
+        """Number of tokens and `text_hash` of all documents; at the end DataFault if the file was changed."""
+        digest = new_digest()
         for first, end in zip(self.starts.tolist(), self.starts[1:].tolist()):
             before = 0
             for start in range(first, end, _SCANNED):
-                records = self.records(start, min(end, start + _SCANNED))
+                records = self._records(start, min(end, start + _SCANNED))
+                digest.update(records.tobytes())
                 counts = np.diff(records["end"].astype(np.int64), prepend=before)
                 before = int(records["end"][-1])
                 yield counts, records["hash"]
+        if digest.hexdigest() != self._digest:
+            raise DataFault(self._path, "", "it is not what was prepared: its digest differs", _AGAIN)
 
-    def records(self, first: int, end: int) -> np.ndarray:
+    def _records(self, first: int, end: int) -> np.ndarray:
         """The records [first, end), of RECORD."""
         size = RECORD.itemsize
-        file = _opened(os.path.join(self._folder, INDEX))
-        return np.frombuffer(file.read(first * size, (end - first) * size, first), RECORD)
+        return np.frombuffer(_opened(self._path).read(first * size, (end - first) * size, first), RECORD)
 
     def require_tokenizer(self, name: str, fingerprint: str) -> None:
         ours = self._tokenizer
@@ -114,8 +117,8 @@ class ShardIndex:
             return
         differs = f"data.tokenizer is {name}" if name != ours.name else "that of data.tokenizer has another vocabulary"
         raise UserError(
-            f"data.path: {self._folder} was prepared with the tokenizer {ours.name} ({ours.vocab_size} tokens), and "
-            f"{differs}. Set data.tokenizer to it, or prepare the shards again"
+            f"data.path: {os.path.dirname(self._path)} was prepared with the tokenizer {ours.name} "
+            f"({ours.vocab_size} tokens), and {differs}. Set data.tokenizer to it, or prepare the shards again"
         )
 
 
