@@ -92,7 +92,7 @@ def test_a_job_of_two_processes_is_done(tmp_path: Path, start: Start) -> None:
     out = end(start(), 0)
     assert_finished(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == STEPS + 2
+    assert len(lines) == STEPS
     assert out.count(f"step {STEPS}/{STEPS}") == 1
     assert out.count("on 2 x CPU, ") == 1
     for rank in range(2):
