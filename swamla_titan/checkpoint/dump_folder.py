@@ -251,15 +251,15 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         raise _unusable(folder, error) from None
 
 
-def log_to_folder(folder: Path, rank: int) -> None:
-    """Append log lines also to logs/rank-N.log in the dump folder, and on rank 0 events to events.jsonl.
+def log_to_folder(folder: Path, rank: int, events: bool) -> None:
+    """Append log lines also to logs/rank-N.log in the dump folder, and with `events` on rank 0 those to events.jsonl.
 
     Raises UserError if that is impossible.
     """
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         handler = LineFileHandler(folder / "logs" / f"rank-{rank}.log")
-        if rank == 0:
+        if events and rank == 0:
             open_events(folder)
     except OSError as error:
         raise _unusable(folder, error) from None

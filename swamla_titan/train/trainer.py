@@ -69,7 +69,7 @@ class Trainer:
         unfinished = self.step < config.training.steps  # the folder of a finished run keeps its configuration
         if unfinished:
             broadcast_from_rank_0(world, setup.prepare_folder)
-        all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank))
+        all_ranks_or_raise(world, lambda: log_to_folder(self.folder, world.rank, unfinished))
         self.unreadable = UnreadableData(self.folder, setup.corpus, setup.train_state, writes=self._may_write)
         self.metrics = all_ranks_or_raise(
             world, lambda: MetricsLogger(config, self.folder, self.step) if world.is_rank_0 else None
