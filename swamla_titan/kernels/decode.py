@@ -14,7 +14,7 @@ from swamla_titan.kernels.device import Limit, is_tuned_for, power_of_two, why_n
 # Elements of tiles of which several must fit in 227 KiB of shared memory.
 WIDEST_HEAD, WIDEST_LATENT = 256, 512
 MOST_TOKENS_TO_SAMPLE = 1 << 16  # of a vocabulary, whose logits lie in the registers of one program
-_LOGITS = 1024  # of which a program finds the largest
+_LOGITS = 4096  # of which a program finds the largest
 _ALIGNED = 16  # bytes
 _LEAST = 16  # a side of a tensor core's tile
 _MULTIPROCESSORS = 132  # of an H100
@@ -241,8 +241,10 @@ def sample(
         values = torch.empty(batch, parts, device=logits.device)
         indices = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
         given = logits, values, indices, size, logits.stride(0)
-        kernels.largest_of_parts[(parts, batch)](*given, BN=_LOGITS, PARTS=parts)
-        kernels.largest_of_rows[(batch,)](values, indices, out, PARTS=parts, PADDED=power_of_two(parts), num_warps=1)
+        pdl = _pdl(logits)
+        kernels.largest_of_parts[(parts, batch)](*given, BN=_LOGITS, PARTS=parts, **pdl, num_warps=8)
+        found = values, indices, out
+        kernels.largest_of_rows[(batch,)](*found, PARTS=parts, PADDED=power_of_two(parts), **pdl, num_warps=1)
         return out
     seed = torch.randint(1 << 62, (1,), device=logits.device, generator=generator)
     columns = power_of_two(size)

@@ -529,8 +529,13 @@ def _valid(logits_ptrs, inside):
 
 
 @jit
-def largest_of_parts(logits_ptr, value_ptr, index_ptr, size, stride, BN: tl.constexpr, PARTS: tl.constexpr):
+def largest_of_parts(
+    logits_ptr, value_ptr, index_ptr, size, stride, BN: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+):
     """The largest of BN logits of a row, and its column: [B, size], rows `stride` apart -> two of [B, PARTS]."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     column = part * BN + tl.arange(0, BN)
     x = _valid(logits_ptr + row.to(tl.int64) * stride + column, column < size)
@@ -540,8 +545,10 @@ def largest_of_parts(logits_ptr, value_ptr, index_ptr, size, stride, BN: tl.cons
 
 
 @jit
-def largest_of_rows(value_ptr, index_ptr, out_ptr, PARTS: tl.constexpr, PADDED: tl.constexpr):
+def largest_of_rows(value_ptr, index_ptr, out_ptr, PARTS: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
     """The column of the largest of PARTS values; of equals the first: two of [B, PARTS] -> out [B]."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0), tl.arange(0, PADDED)
     value = tl.load(value_ptr + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
     best = tl.minimum(tl.argmax(value, axis=0), PARTS - 1)
