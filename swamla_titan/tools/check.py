@@ -47,7 +47,7 @@ from swamla_titan.parallel.float8 import (
     resolve_auto,
 )
 from swamla_titan.parallel.kernels import attention_choices, attention_summary, choose_kernels
-from swamla_titan.quantization.coverage import table, warnings
+from swamla_titan.quantization.coverage import LinearCoverage, table, warnings
 from swamla_titan.quantization.float8 import convert_to_float8
 from swamla_titan.tools.plan import plan, ranks_asked_for
 from swamla_titan.train.precision import set_precision_and_determinism
@@ -417,9 +417,13 @@ def _matmuls(config: Config, device: torch.device) -> Finding:
     config = _resolved(config)
     coverage = float8_coverage(config)
     text = "\n         ".join(table(coverage, config.float8.recipe))
-    sequences = micro_batch_size(config.training.local_batch_size, config.training.global_batch_size, 1)
-    doubts = "; ".join(warnings(coverage, config, sequences))
+    doubts = "; ".join(dict.fromkeys(doubt for each in configs_of_stages(config) for doubt in _doubts(coverage, each)))
     return Finding("warning" if doubts else "ok", "matmuls", text, doubts)
+
+
+def _doubts(coverage: list[LinearCoverage], config: Config) -> Iterator[str]:
+    training = config.training
+    return warnings(coverage, config, micro_batch_size(training.local_batch_size, training.global_batch_size, 1))
 
 
 def _optimizer(config: Config, device: torch.device) -> Finding:

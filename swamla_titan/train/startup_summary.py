@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import swamla_titan
 from swamla_titan.checkpoint.manifest import CONFIG
 from swamla_titan.config import Config
 from swamla_titan.config.rules import why_not_gathered
+from swamla_titan.config.schedule import TrainingStage
 from swamla_titan.config.sections import LRSchedule, Optimizer
 from swamla_titan.config.stability import stability_advice
 from swamla_titan.data import (
@@ -130,18 +131,26 @@ def _log_batch(setup: Setup) -> None:
         f"on {name}: {training.steps} steps of {training.global_batch_size} sequences of {training.seq_len} "
         f"{setup.corpus.tokenizer.name} tokens, {size} at a time"
     )
-    for stage in setup.schedule.stages:
-        if stage.begin.step > setup.train_state.step:
-            logger.info(f"from step {stage.begin.step + 1}, stage {stage.number}: {stage}")
-    first, order, ranks = setup.train_state.sequences, setup.corpus.order, world.degrees.data
+    later = [stage for stage in setup.schedule.stages if stage.begin.step > setup.train_state.step]
+    for stage in later:
+        logger.info(f"from step {stage.begin.step + 1}, stage {stage.number}: {stage}")
+    for warning in dict.fromkeys(line for stage in (setup.stage, *later) for line in _waits(setup, stage)):
+        logger.warning(warning)
+
+
+def _waits(setup: Setup, stage: TrainingStage) -> Iterator[str]:
+    """Why ranks will wait for each other in the steps of a stage."""
+    training, pipeline = stage.training, stage.config.parallel.pipeline
+    size, order, ranks = micro_batch_size_of(stage, setup.world), setup.corpus.order, setup.world.degrees.data
+    first = max(stage.begin.sequences, setup.train_state.sequences)
     micro_batches = micro_batch_count(first, training.global_batch_size, order, ranks, size)
-    if config.parallel.pipeline > micro_batches:
-        logger.warning(
-            f"parallel.pipeline = {config.parallel.pipeline}, but a step has {micro_batches} micro-batches a rank: "
+    if pipeline > micro_batches:
+        yield (
+            f"parallel.pipeline = {pipeline}, but a step has {micro_batches} micro-batches a rank: "
             f"stages wait for each other; lower training.local_batch_size, or raise training.global_batch_size"
         )
     if waits := waits_for_streams(training.global_batch_size, order, ranks, size):
-        logger.warning(waits)
+        yield waits
 
 
 def _log_kernels(config: Config, world: World) -> None:
