@@ -5,7 +5,7 @@ A step is bad if its loss or its gradient norm, both of the global batch, is not
     norm > mean + spike_sigma * std    of the norms of the last `spike_window` good steps,
 
 where std is that of the window as a population (divided by its size). Until the window is full nothing is a spike, and
-a bad step's norm never enters the window.
+a bad step's norm never enters the window. A stage of training.stages begins with an empty one.
 
 A bad step is computed like any other but not applied: the optimizer's kernels read the flag on the device and leave
 weights, moments and step counts unchanged, and apply no weight decay. The run's step number advances, so that the order
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swamla_titan.checkpoint.state import StateGroup
+from swamla_titan.config.schedule import TrainingStage
 from swamla_titan.config.sections import FaultTolerance
 from swamla_titan.distributed.mesh import World
 
@@ -162,6 +163,10 @@ class BadSteps(StateGroup):
     def reset_streak(self) -> None:
         """Count the streak from zero again, so that a run which a streak stopped can be started again."""
         self._counts[_STREAK].zero_()
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """Empty the window, because steps of another length or batch have norms of another size."""
+        self._norms.fill_(_EMPTY)
 
     def empty_window(self) -> dict[str, Tensor]:
         """New tensors of `state_dict` that depend on the weights; a checkpoint's are loaded into them for `rewound`."""

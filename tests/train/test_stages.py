@@ -71,10 +71,15 @@ def test_each_stage_has_its_shapes_its_window_and_its_targets(ramp: Path, tmp_pa
 
 
 def test_a_run_resumed_twice_in_mid_ramp_is_the_same_bit_for_bit(ramp: Path, tmp_path: Path):
-    """In the second stage, and at the first step of the last one."""
-    whole = trained(ramp, tmp_path / "whole", 14)
+    """In the second stage, and at the first step of the last one; with spikes, whose window begins anew in a stage."""
+    spikes = ("--fault_tolerance.spike_sigma", "0.05", "--fault_tolerance.spike_window", "2")
+    whole = trained(ramp, tmp_path / "whole", 14, *spikes)
     for steps in (6, 11, 14):
-        run = trained(ramp, tmp_path / "run", steps)
+        run = trained(ramp, tmp_path / "run", steps, *spikes)
+    skipped = metrics(whole, "skipped_steps")
+    assert 0 < skipped[14] < 10
+    # The first two steps of a stage are no spikes, whatever their norms.
+    assert [skipped[step] - skipped[step - 1] for step in (5, 6, 8, 9, 12, 13)] == [0] * 6
     assert_same_checkpoint(checkpoint(run, 14), checkpoint(whole, 14))
     assert metrics(run) == metrics(whole)
     assert metrics(run, "tokens") == metrics(whole, "tokens")

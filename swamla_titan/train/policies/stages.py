@@ -25,8 +25,9 @@ class StageChanges(Policy):
     """Begins a stage before its first step, in all `parts` that depend on the shape of steps."""
 
     def __init__(self, setup: Setup, parts: Sequence[OfStages]) -> None:
-        """`parts` have begun the stage of the first step."""
-        self._schedule, self._stage, self._parts = setup.schedule, setup.stage, parts
+        """A resumed run that stands between two stages begins the second one, as if it had not been interrupted."""
+        self._schedule, self._parts = setup.schedule, parts
+        self._stage = self._schedule.stage(max(setup.train_state.step, 1))  # of the step before
 
     def before_step(self, step: int) -> None:
         """Begin the stage of `step`, if it is another than that of the step before."""

@@ -38,7 +38,7 @@ from swamla_titan.checkpoint.reader import is_finite
 from swamla_titan.checkpoint.state import State
 from swamla_titan.checkpoint.store import Checkpoints
 from swamla_titan.config import Config
-from swamla_titan.config.schedule import Schedule
+from swamla_titan.config.schedule import Schedule, TrainingStage
 from swamla_titan.data import BatchLoader, SequenceOrder
 from swamla_titan.distributed.dtensor import local
 from swamla_titan.distributed.mesh import World, all_gather_dict, broadcast_from_rank_0
@@ -66,6 +66,9 @@ class BadStepPolicy(Policy):
 
     def __init__(self, config: Config) -> None:
         self._config = config
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        """The next step is the first of `stage`."""
 
     def report(self) -> None:
         """Warn of the steps skipped since the last call; waits for the device."""
@@ -122,6 +125,9 @@ class SkippingPolicy(BadStepPolicy):
         self.report()
         values: Values = {"skipped_steps": self._judge.skipped}
         return values | ({"rewinds": self._judge.rewinds} if self._judge.rewinds else {})
+
+    def begin_stage(self, stage: TrainingStage) -> None:
+        self._judge.begin_stage(stage)
 
     def report(self) -> None:
         if skipped := self._judge.read():
