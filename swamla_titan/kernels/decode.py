@@ -241,10 +241,10 @@ def sample(
         values = torch.empty(batch, parts, device=logits.device)
         indices = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
         given = logits, values, indices, size, logits.stride(0)
-        pdl = _pdl(logits)
-        kernels.largest_of_parts[(parts, batch)](*given, BN=_LOGITS, PARTS=parts, **pdl, num_warps=8)
+        # What comes before may be a graph, so only the second kernel begins while the first ends.
+        kernels.largest_of_parts[(parts, batch)](*given, BN=_LOGITS, PARTS=parts, num_warps=8)
         found = values, indices, out
-        kernels.largest_of_rows[(batch,)](*found, PARTS=parts, PADDED=power_of_two(parts), **pdl, num_warps=1)
+        kernels.largest_of_rows[(batch,)](*found, PARTS=parts, PADDED=power_of_two(parts), **_pdl(logits), num_warps=1)
         return out
     seed = torch.randint(1 << 62, (1,), device=logits.device, generator=generator)
     columns = power_of_two(size)

@@ -529,13 +529,8 @@ def _valid(logits_ptrs, inside):
 
 
 @jit
-def largest_of_parts(
-    logits_ptr, value_ptr, index_ptr, size, stride, BN: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
-):
+def largest_of_parts(logits_ptr, value_ptr, index_ptr, size, stride, BN: tl.constexpr, PARTS: tl.constexpr):
     """The largest of BN logits of a row, and its column: [B, size], rows `stride` apart -> two of [B, PARTS]."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     part, row = tl.program_id(0), tl.program_id(1)
     column = part * BN + tl.arange(0, BN)
     x = _valid(logits_ptr + row.to(tl.int64) * stride + column, column < size)
