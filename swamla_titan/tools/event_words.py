@@ -2,7 +2,7 @@
 
 from swamla_titan.errors import EXIT_DONE, EXIT_RE_RENDEZVOUS, EXIT_STOPPED
 from swamla_titan.escaping import one_line
-from swamla_titan.tools.history import Line, integer, number
+from swamla_titan.tools.history import Line, first_line, integer, number
 
 _ENDS = {EXIT_DONE: "finished", EXIT_STOPPED: "stopped on purpose", EXIT_RE_RENDEZVOUS: "stopped for other machines"}
 _MOST = 8  # numbers or names that are listed
@@ -24,7 +24,7 @@ def in_words(event: Line) -> str:
         case "checkpoint":
             text = f"checkpoint of step {get('step')} on the disk ({get('seconds')} s)"
         case "checkpoint_failed":
-            text = f"checkpoint of step {get('step')} failed: {get('error')}"
+            text = f"checkpoint of step {get('step')} failed: {first_line(get('error'))}"
         case "stage":
             text = f"stage {get('number')} begins at step {get('step')}: {get('shape')}"
         case "skipped":
@@ -37,7 +37,7 @@ def in_words(event: Line) -> str:
             text = f"hung after step {get('step')} ({get('doing')}): the watchdog ended it"
         case "end":
             code = next((words for each, words in _ENDS.items() if each == get("code")), f"ended with {get('code')}")
-            text = f"ended by {get('error')}" if get("error") else f"{code} after step {get('step')}"
+            text = f"ended by {first_line(get('error'))}" if get("error") else f"{code} after step {get('step')}"
         case _:
             values = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
             text = f"{name}: {values}" if values else str(name)

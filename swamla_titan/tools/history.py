@@ -64,6 +64,11 @@ def number(line: Line, key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 else None
 
 
+def first_line(value: object) -> str:
+    """Of a text, such as an error's."""
+    return str(value).partition("\n")[0]
+
+
 def integer(line: Line, key: str) -> int:
     """A count, such as a step; 0 where there is none."""
     value = line.get(key)
@@ -249,7 +254,7 @@ def state(history: History) -> tuple[str, str]:
             return "killed", f"{where}: its process ended without a word; the same command continues it"
         return "running", where
     if "error" in end:
-        return "failed", str(end["error"])
+        return "failed", first_line(end["error"])
     if end.get("code") == EXIT_DONE:
         return "finished", f"all {end.get('step')} steps were taken"
     if end.get("code") == EXIT_STOPPED:
@@ -257,12 +262,20 @@ def state(history: History) -> tuple[str, str]:
     return "stopped", f"after step {end.get('step')}, to continue with other machines"
 
 
-def _holder_is_alive(folder: Path) -> bool | None:
-    """Whether the process that took the folder last is there; None if that was on another machine, or is unknown."""
+def holder(folder: Path) -> str:
+    """What the process that took the folder last wrote of itself, "process PID on MACHINE"; empty if unknown."""
     try:
-        words = (folder / LOCK).read_text(errors="replace")[:200].split("\n")[0].split(" on ")
+        return (folder / LOCK).read_text(errors="replace")[:200].split("\n")[0]
+    except OSError:
+        return ""
+
+
+def _holder_is_alive(folder: Path) -> bool | None:
+    """Whether that process is there; None if it was on another machine, or is unknown."""
+    words = holder(folder).split(" on ")
+    try:
         process, machine = int(words[0].removeprefix("process ")), words[1]
-    except (OSError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
     if machine != platform.node():
         return None

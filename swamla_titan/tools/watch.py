@@ -25,7 +25,7 @@ from swamla_titan.system.console import lost_output
 from swamla_titan.system.events import now
 from swamla_titan.tools.event_words import ROUTINE, in_words
 from swamla_titan.tools.goodput import goodput
-from swamla_titan.tools.history import History, Line, number, state
+from swamla_titan.tools.history import History, Line, holder, number, state
 
 _INTERVAL = 1.0  # seconds between two looks at the files
 _EVENTS = 6  # that are shown
@@ -136,6 +136,8 @@ def _ranks(history: History) -> Iterator[Text]:
         return
     start = history.starts[-1]
     words = [f"{start.ranks} x {start.device}"]
+    if start.end is None and (process := holder(history.folder)):
+        words.append(process)
     if len(history.starts) > 1:
         words.append(f"start {len(history.starts)}")
     quiet = now() - start.last if start.last is not None else 0.0

@@ -147,7 +147,7 @@ def ended(**how: object) -> list[dict]:
         ([start(0, 5)], "here", "running", "starting"),
         ([start(0, 5)], "gone", "killed", "starting: its process ended without a word; the same command continues it"),
         ([start(0, 5)], "another machine", "running", "starting"),
-        (ended(step=0, error="RunFailed: full"), "gone", "failed", "RunFailed: full"),
+        (ended(step=0, error="RunFailed: full\nmore"), "gone", "failed", "RunFailed: full"),
         (ended(step=3, code=75), "gone", "stopped", "on purpose after step 3; the same command continues it"),
         (ended(step=3, code=76), "gone", "stopped", "after step 3, to continue with other machines"),
         (ended(step=10, code=0), "here", "finished", "all 10 steps were taken"),

@@ -82,6 +82,15 @@ def test_the_panel_shows_state_progress_figures_and_the_last_events(tmp_path):
     assert "loss 1.0000" in narrow
 
 
+def test_a_run_that_is_at_work_shows_its_process(tmp_path):
+    folder = write(tmp_path / "run", [line(1, 11), line(2, 12)], [start(0, 10, 8, "H200")])
+    (folder / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}\nrun")
+    text = shown(folder)
+    assert "running  at step 2" in text
+    assert f"8 x H200  process {os.getpid()} on {os.uname().nodename}  last sign" in text
+    assert "ETA 0:00:08" in text
+
+
 def test_before_the_first_step_it_waits(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
