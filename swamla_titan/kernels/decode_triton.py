@@ -149,6 +149,9 @@ def rms_norm_rows(
 ):  # fmt: skip
     """x [rows, K], rows `x_stride` apart -> x / rms(x) * gain, a row a program.
 
+        program 0   x [ K ]  + added 0 [ K ] + added 1 [ K ] + ...  ->  x [ K ]  / rms, * gain [ K ]  ->  out [ K ]
+        program 1   x [ K ]  + ...
+
     With PARTS x += added[0] + added[1] + ... first, of [PARTS, rows, K].
     """
     k = tl.arange(0, BK)
@@ -162,6 +165,7 @@ def rms_norm_rows(
         total = tl.zeros((BK,), tl.float32)
         for part in tl.static_range(PARTS):
             total += tl.load(added_ptr + (part * tl.num_programs(0) + row) * K + k, mask=k < K, other=0.0)
+        # Rounded before it is normed, because that is the stream that later kernels read.
         kept = (x + total).to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + row * x_stride + k, kept, mask=k < K)
         x = kept.to(tl.float32)
@@ -350,6 +354,7 @@ def latent_queries(
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
     n = tl.arange(0, PADDED_NOPE)
+    # The weight is on its way before the kernel waits for the query, which the kernel before writes.
     up_ptrs = up_ptr + (head * UP + n).to(tl.int64)[:, None] * RANK + r[None, :]
     up = tl.load(up_ptrs, mask=(n < NOPE)[:, None] & (r < RANK)[None, :], other=0.0)
     if PDL:
@@ -420,7 +425,7 @@ def latent_attention(
     kind = latents_ptr.dtype.element_ty
     chunk = tl.cdiv(tl.cdiv(length, BN), tl.num_programs(0)) * BN  # tokens of a part
     end = tl.minimum(part * chunk + chunk, length)
-    first = tl.maximum(part * chunk, start // BN * BN)
+    first = tl.maximum(part * chunk, start // BN * BN)  # tiles of nothing but padding are not read
     latents_of, keys_of = latents_ptr + batch * room * RANK, rope_keys_ptr + batch * room * 2 * HALF
     latents, keys1, keys2, seen = _latents(latents_of, keys_of, first, start, end, r, half, BN, RANK, HALF)
     if PDL:
@@ -438,6 +443,8 @@ def latent_attention(
     denominator = tl.zeros((BH,), tl.float32)
     mixed = tl.zeros((BH, PADDED_RANK), tl.float32)
     if part == 0:
+        # The new token sees itself: the softmax begins with it. It is taken from here and not from the cache, because
+        # the programs of other heads do not wait for the one that stores it.
         new_ptr += batch * new_stride
         latent = tl.load(new_ptr + r, mask=in_rank, other=0.0).to(tl.float32)
         latent = (latent / tl.sqrt(tl.sum(latent * latent, axis=0) / RANK + eps) * gain).to(kind)
@@ -456,7 +463,7 @@ def latent_attention(
         largest *= scale
         denominator += 1
         mixed += wide
-    if first < end:
+    if first < end:  # a part without tokens gives a denominator of 0
         largest, denominator, mixed = _attend_to_latents(
             query, q1, q2, latents, keys1, keys2, seen, scale, largest, denominator, mixed
         )
