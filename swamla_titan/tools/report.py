@@ -159,7 +159,8 @@ def _table(rows: dict[str, list[str]], columns: Sequence[str], swatches: bool = 
         for name, cells in rows.items()
     )
     titles = f"<thead><tr><th></th>{head}</tr></thead>" if columns else ""
-    return f'<div class="scroll"><table>{titles}<tbody>{body}</tbody></table></div>'
+    kind = ' class="compared"' if columns else ""
+    return f'<div class="scroll"><table{kind}>{titles}<tbody>{body}</tbody></table></div>'
 
 
 def _swatch(index: int) -> str:
