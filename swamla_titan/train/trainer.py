@@ -87,9 +87,7 @@ class Trainer:
             GarbageCollection(config, self.step + 1),  # before a step: collects what the step before it left
             self.profiler,  # then begins its trace, which shows the wait for data
             self.throughput,  # in a log line: reads the clock before the others wait for the device
-            StageChanges(
-                setup, [watchdog, self.train_step, self.throughput, self.bad_steps]
-            ),  # before a step: begins it
+            StageChanges(setup, [watchdog, self.train_step, self.throughput, self.bad_steps]),  # before a step
             self.bad_steps,  # before a step: remembers where the batch begins, which the loader then moves on from
             *self.state.policies,
             *lookup_metrics(config.model, self.state, world),
