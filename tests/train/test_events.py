@@ -6,12 +6,15 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 import swamla_titan
 from swamla_titan.metrics import METRICS, metric
 from swamla_titan.system import events
 from swamla_titan.system.events import record_event, seconds_since_start
 from swamla_titan.train.trainer import Trainer
 from tests.distributed.job import before_step
+from tests.tiny_config import tiny_config
 from tests.train.runs import train
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -35,9 +38,18 @@ def test_the_page_has_every_metric_and_no_other_under_its_tag_and_in_its_unit():
     }
 
 
-def test_a_run_writes_no_metric_that_the_page_does_not_have(tiny, tmp_path):
-    assert train(tiny, *FAST) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run that was resumed after step 2, which tests only read."""
+    folder = tmp_path_factory.mktemp("events")
+    config = tiny_config(folder)
+    assert train(config, *FAST, "--training.steps", "2") == 0
+    assert train(config, *FAST) == 0
+    return folder / "run"
+
+
+def test_a_run_writes_no_metric_that_the_page_does_not_have(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     always = {key.strip("`") for key, _, when, _, _ in documented(5) if when == "always"}
     of_validation = {"val_loss", "val_bits_per_byte"}
     for line in lines:
@@ -51,10 +63,8 @@ def test_the_page_has_every_event_that_the_program_records():
     assert recorded == {row[0].strip("`") for row in documented(3)}
 
 
-def test_a_run_records_starts_pauses_checkpoints_and_ends_with_the_keys_of_the_page(tiny, tmp_path):
-    assert train(tiny, *FAST, "--training.steps", "2") == 0
-    assert train(tiny, *FAST) == 0
-    seen = found(tmp_path / "run")
+def test_a_run_records_starts_pauses_checkpoints_and_ends_with_the_keys_of_the_page(run):
+    seen = found(run)
     assert [each["time"] for each in seen] == sorted(each["time"] for each in seen)
     keys = {name.strip("`"): set(re.findall(r"`(\w+)`", text)) for name, text, _ in documented(3)}
     for each in seen:
@@ -68,9 +78,8 @@ def test_a_run_records_starts_pauses_checkpoints_and_ends_with_the_keys_of_the_p
         (step, doing) for step in (2, 4) for doing in ("validation", "checkpoint")
     }
     assert [(each["step"], each["code"]) for each in seen if each["event"] == "end"] == [(2, 0), (4, 0)]
-    before = (tmp_path / "run" / "events.jsonl").read_text()
     record_event("start", step=9)  # outside of a run it goes nowhere
-    assert (tmp_path / "run" / "events.jsonl").read_text() == before
+    assert found(run) == seen
 
 
 def test_how_a_run_ended_is_recorded(tiny, tmp_path, monkeypatch):
