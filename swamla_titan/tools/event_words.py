@@ -27,6 +27,8 @@ def in_words(event: Line) -> str:
             text = f"checkpoint of step {get('step')} failed: {first_line(get('error'))}"
         case "stage":
             text = f"stage {get('number')} begins at step {get('step')}: {get('shape')}"
+        case "epoch":
+            text = f"{get('source')} begins its epoch {get('epoch')} at step {get('step')}"
         case "skipped":
             text = f"skipped as bad: step {_listed(get('steps'))}"
         case "rewind":

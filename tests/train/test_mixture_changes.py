@@ -152,6 +152,9 @@ def test_a_source_that_begins_another_epoch_says_so(tiny, tmp_path, corpus, caps
     text = "".join(capsys.readouterr())
     assert text.count("data: b begins its epoch 2") == 1
     assert "data: a begins" not in text
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    [event] = [each for each in events if each["event"] == "epoch"]
+    assert (event["source"], event["epoch"]) == ("b", 2)
     epochs = metrics(tmp_path / "run", "epochs/b")
     assert 0 < epochs[14] <= 1
     assert epochs[1] == metrics(tmp_path / "run", "epochs/a")[14] == 0

@@ -8,6 +8,7 @@ import numpy as np
 from swamla_titan.data import IGNORED, StepBatch
 from swamla_titan.distributed.mesh import all_gather_dict
 from swamla_titan.parallel.model_parts import ParallelModel, SourceLosses
+from swamla_titan.system.events import record_event
 from swamla_titan.train.policy import Policy, Values
 from swamla_titan.train.setup import Setup
 
@@ -44,6 +45,7 @@ class MixtureMetrics(Policy):
     def take_batch(self, step: int, batch: StepBatch) -> None:
         """Count this rank's sequences."""
         assert batch.sources is not None
+        self._step = step
         sources, sequences = batch.sources.numpy(), len(self._names)
         self._tokens += np.bincount(sources, minlength=sequences) * batch.tokens.shape[1]
         targets = (batch.targets.numpy() != IGNORED).sum(axis=1)
@@ -70,6 +72,7 @@ class MixtureMetrics(Policy):
 
     def _log_epoch(self, source: int, epoch: int) -> None:
         if epoch > self._latest[source] and self._world.is_rank_0:
+            record_event("epoch", step=self._step, source=self._names[source], epoch=epoch + 1)
             logger.info(
                 "data: %s begins its epoch %d: text of it that was read before is read again from here on",
                 self._names[source],
