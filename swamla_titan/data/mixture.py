@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
 
 class SequenceOrder:
-    """Deals global sequences to the sources of a mixture and to `streams` slots; slot k reads stream k of each source.
+    """Assigns global sequences to sources of a mixture and to `streams` slots; slot k reads stream k of each source.
 
     After any number of sequences each source has had its exact share to within one sequence, also where weights change
     (`_Quotas`). Each `streams` sequences are a round, in which each slot has one. Ranks own slots; where the number of
@@ -194,7 +194,7 @@ def _parts(pieces: tuple[tuple[int, tuple[Fraction, ...]], ...]) -> list[_Part]:
         if piece == len(pieces) - 1:
             found.append(_Part(head, table, _NEVER, head[:0]))
             break
-        # In the last period sequences are dealt with a view to the next weights.
+        # In the last period deadlines depend on the next weights too.
         repeats = [now - was for was, now in zip(begun, taken)] == counts
         periods = max(0, length - len(head) - period) // period if repeats else 0
         end, taken = len(head) + periods * period, [was + periods * count for was, count in zip(begun, counts)]
