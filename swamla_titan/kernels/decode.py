@@ -113,8 +113,7 @@ def _linear_of_many(x: Tensor, weight: Tensor, group: int = 0, in_parts: bool = 
         TensorDescriptor(each, list(each.shape), list(each.stride()), [rows, tile["BK"]])
         for each, rows in ((x, tile["BM"]), (weight, tile["BN"]))
     ]
-    given = *tiles, weight, out, batch, outputs
-    kernels.linear_of_many[grid](*given, K=width, CHUNK=chunk, GROUP=group, **tile, **_pdl(x))
+    kernels.linear_of_many[grid](*tiles, out, batch, outputs, CHUNK=chunk, GROUP=group, **tile, **_pdl(x))
     return out
 
 
@@ -286,14 +285,13 @@ def _tile_of_one(width: int, outputs: int, group: int, is_normed: bool) -> dict[
 def _tile_of_many(batch: int, width: int, outputs: int, group: int, in_parts: bool) -> tuple[dict[str, int], int]:
     """The tile of a program of linear_of_many, and the inputs that it sums: the fastest on an H200 for 64 sequences."""
     tile = {"BM": max(_LEAST, min(power_of_two(batch), 64)), "BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
-    if outputs > 512 * _MULTIPROCESSORS // 4:
+    if outputs > 128 * _MULTIPROCESSORS:
         tile |= {"BN": 128, "BK": 64, "num_stages": 5}
     if group:
         tile["BN"] = min(group, tile["BN"])
-    parts = -(-_MULTIPROCESSORS * tile["BN"] // outputs) if in_parts else 1
-    inputs = tile["BK"]
+    parts, inputs = -(-_MULTIPROCESSORS * tile["BN"] // outputs) if in_parts else 1, tile["BK"]
     parts = next((each for each in range(parts, 2 * parts) if not width % (each * inputs)), parts)
-    return tile | {"AHEAD": 0}, -(-width // (parts * inputs)) * inputs
+    return tile, -(-width // (parts * inputs)) * inputs
 
 
 def _pdl(x: Tensor) -> dict[str, Any]:

@@ -11,8 +11,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit
-def _prefetch(ptrs, is_wanted, size):
-    """Read `size` bytes from each pointer on, 16 or a multiple, into the L2, where that is wanted; nothing waits."""
+def _prefetch_rows(weight_ptr, row, is_wanted, begin, WIDTH: tl.constexpr, K: tl.constexpr):
+    """Read WIDTH elements from `begin` on of some rows of weight [N, K] into the L2; nothing waits for them.
+
+    They are 16 bytes or a multiple.
+    """
+    ptrs = weight_ptr + row.to(tl.int64) * K + begin
+    size = WIDTH * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     tl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -29,13 +34,6 @@ def _prefetch(ptrs, is_wanted, size):
         is_pure=False,
         pack=1,
     )
-
-
-@jit
-def _prefetch_rows(weight_ptr, row, is_wanted, begin, WIDTH: tl.constexpr, K: tl.constexpr):
-    """Of some rows of weight [N, K], WIDTH elements from `begin` on."""
-    ptrs = weight_ptr + row.to(tl.int64) * K + begin
-    _prefetch(ptrs, is_wanted, WIDTH * weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @jit
@@ -103,29 +101,22 @@ def linear_of_one(
 
 @jit
 def linear_of_many(
-    x, weight, weight_ptr, out_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    x, weight, out_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], weight [N, K] -> x weight^T in parts [K / CHUNK, M, N], each the sum over CHUNK of K.
 
         x     BM [ part 0: CHUNK | part 1 | ... ]   times    weight, transposed  BN [ part 0: CHUNK | part 1 | ... ]
                    BK  BK  ...                                                        BK  BK  ...
 
-    x and weight are descriptors of tiles. GROUP: the weight is of gates and up projections, GROUP of each in turn, and
-    BN divides it; out [1, M, N] is silu(gate) * up. With AHEAD weights are on their way to the L2 before the kernel
-    waits for x.
+    x and weight are descriptors of tiles, and K is theirs. GROUP: the weight is of gates and up projections, GROUP of
+    each in turn, and BN divides it; out [1, M, N] is silu(gate) * up.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     column, part, token = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2) * BM
     row = column if GROUP == 0 else column // GROUP * 2 * GROUP + column % GROUP
     begin = part * CHUNK
     if PDL:
-        if AHEAD:
-            n = tl.arange(0, BN)
-            _prefetch_rows(weight_ptr, row + n, column + n < N, begin, CHUNK, K)
-            if GROUP:
-                _prefetch_rows(weight_ptr, row + GROUP + n, column + n < N, begin, CHUNK, K)
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros((BM, BN), tl.float32)
     total_up = tl.zeros((BM, BN), tl.float32)

@@ -134,7 +134,7 @@ def test_layers_that_no_kernel_takes_are_computed_as_before():
 def test_linear_layers_behind_a_norm_and_into_the_stream(tokens, group, held, monkeypatch):
     tile = {"BN": 4, "BK": 32, "HELD": held, "AHEAD": 0}  # several tiles of the width
     monkeypatch.setattr(kernels, "_tile_of_one", lambda *sizes: tile)
-    many = {"BM": 16, "BN": 16, "BK": 16, "AHEAD": 0}
+    many = {"BM": 16, "BN": 16, "BK": 16}
     monkeypatch.setattr(kernels, "_tile_of_many", lambda *sizes: (many, 32 if sizes[-1] else 80))
     x, weight, gain = (torch.randn(size, device=DEVICE) for size in ((tokens, 72), (96, 72), (72,)))
     back = torch.randn(72, 96 // (2 if group else 1), device=DEVICE)
