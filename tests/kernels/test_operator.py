@@ -1,13 +1,20 @@
 """What a compiler sees of an operator: its kernels on a GPU, on a CPU the operator alone. And what autograd does."""
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.ir import ExternKernel, FallbackKernel
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from swamla_titan import kernels
 from swamla_titan.kernels import operator as module
 
 
@@ -50,3 +57,21 @@ def test_gradients_come_of_an_operator_that_takes_inputs_and_outputs_by_their_na
     assert counter.get_total_flops() == 2 + 2 * 2
     [grad] = torch.autograd.grad(scaled(x, None, [5.0])[0].sum(), [x])
     assert grad.tolist() == [15, 20]
+
+
+def test_no_argument_of_our_operators_has_the_name_of_one_that_the_compiler_gives_beside_them():
+    """torch.compile passes an operator's arguments on by their names, some of them, to functions with own ones."""
+    for each in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        if not each.name.endswith("_triton"):
+            importlib.import_module(each.name)
+    names = {
+        name: {argument.name for argument in made._opoverload._schema.arguments}
+        for name, made in OPDEFS.items()
+        if name.startswith("swamla_titan::")
+    }
+    assert {"swamla_titan::window_attention", "swamla_titan::chunked_causal_attention_backward"} <= names.keys()
+    taken = {"self", "cls"}
+    for function in (FallbackKernel.create, FallbackKernel.__init__, ExternKernel.process_kernel):
+        taken |= inspect.signature(function).parameters.keys()
+    assert "kernel" in taken
+    assert {name: found for name, own in names.items() if (found := own & taken)} == {}

@@ -165,10 +165,10 @@ def _heads_first(x: Tensor, start: int, end: int) -> Tensor:
 
 @torch.library.custom_op("swamla_titan::chunked_causal_attention", mutates_args=())
 def _chunked(
-    query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, by: str
 ) -> tuple[Tensor, Tensor]:
     """out [B, Q, H, E] and lse [B, H, Q]."""
-    forward = KERNELS[kernel].forward
+    forward = KERNELS[by].forward
     length = query.shape[1] // len(starts)
     outs, lses = [], []
     for j, start in enumerate(starts):
@@ -206,9 +206,9 @@ def _chunked_backward(
     lse: Tensor,
     starts: list[int],
     scale: float,
-    kernel: str,
+    by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward, grad_out = KERNELS[kernel].backward, grad_out.contiguous()
+    backward, grad_out = KERNELS[by].backward, grad_out.contiguous()
     length = query.shape[1] // len(starts)
     grad_queries = []
     grad_key, grad_value = key.new_zeros(key.shape), value.new_zeros(value.shape)

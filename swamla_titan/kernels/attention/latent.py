@@ -54,7 +54,7 @@ def _forward(
     scale: float,
     starts: Tensor | None,
     ends: Tensor | None,
-    kernel: str,
+    by: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse [B, H, T] in float32, rotated queries and keys [B, T, H, nope + rope]."""
     rotated, key = torch.empty_like(query), torch.empty_like(query)
@@ -64,7 +64,7 @@ def _forward(
     if starts is not None and ends is not None:
         return *document_attention.run_forward(rotated, key, value, starts, ends, scale), rotated, key
     heads = [x.transpose(1, 2) for x in (rotated, key, value)]
-    out, lse = KERNELS[kernel].forward(heads[0], heads[1], heads[2], scale, True)
+    out, lse = KERNELS[by].forward(heads[0], heads[1], heads[2], scale, True)
     return out.transpose(1, 2).contiguous(), lse.contiguous(), rotated, key
 
 
@@ -89,7 +89,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    kernel: str,
+    by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, rope_dim = grad_out.contiguous(), 2 * cos.shape[-1]
     value = keys_values[..., query.shape[-1] - rope_dim :]
@@ -97,7 +97,7 @@ def _backward(
         gradients = document_attention.run_backward(grad_out, query, key, value, starts, ends, out, lse, scale)
     else:
         grad_out, query, key, value, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-        gradients = KERNELS[kernel].backward(grad_out, query, key, value, out, lse, scale, True)
+        gradients = KERNELS[by].backward(grad_out, query, key, value, out, lse, scale, True)
         gradients = gradients[0].transpose(1, 2), gradients[1].transpose(1, 2), gradients[2].transpose(1, 2)
     grad_query, grad_key, grad_value = (x.contiguous() for x in gradients)
     grad_keys_values = torch.empty_like(keys_values)

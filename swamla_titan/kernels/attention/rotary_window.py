@@ -48,13 +48,13 @@ def _forward(
     window: int,
     sink: int,
     scale: float,
-    kernel: str = "triton",
+    by: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out, lse as in `window_attention`, and rotated queries [B, T, H, D] and keys [B, T, G, D]."""
     query, key = _empty_query_key(qkv)
     with torch.cuda.device_of(qkv):  # Triton launches on the current one
         _rotate(qkv, query, key, cos, sin, back=False)
-        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale, kernel)
+        out, lse = run_forward(query, key, qkv[..., -1, :], starts, window, sink, scale, by)
     return out, lse, query, key
 
 
@@ -79,13 +79,13 @@ def _backward(
     window: int,
     sink: int,
     scale: float,
-    kernel: str = "triton",
+    by: str = "triton",
 ) -> Tensor:
     grad_qkv = torch.empty_like(qkv)
     grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
     gradients = grad_query, grad_key, grad_qkv[..., -1, :]
     with torch.cuda.device_of(qkv):
-        rule = window, sink, scale, kernel
+        rule = window, sink, scale, by
         run_backward(grad_out, query, key, qkv[..., -1, :], starts, out, lse, *rule, gradients)
         _rotate(grad_qkv, grad_query, grad_key, cos, sin, back=True)
     return grad_qkv

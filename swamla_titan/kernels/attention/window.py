@@ -64,7 +64,7 @@ def run_forward(
     window: int,
     sink: int,
     scale: float,
-    kernel: str = "triton",
+    by: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T], the logarithm of each softmax's denominator, in float32."""
     batch, length, heads, width = query.shape
@@ -75,7 +75,7 @@ def run_forward(
     assert window >= 1
     assert starts is None or (starts.shape == (batch, length) and starts.is_contiguous())
     assert starts is None or starts.dtype == torch.int32
-    if kernel == "cuda":
+    if by == "cuda":
         return hopper_window.run_forward(query, key, value, starts, window, sink, scale)
     out = query.new_empty(query.shape)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -104,14 +104,14 @@ def run_backward(
     window: int,
     sink: int,
     scale: float,
-    kernel: str,
+    by: str,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients of query, key and value into `gradients`, tensors of their shapes.
 
     Their strides are multiples of 16 bytes but for the last.
     """
-    if kernel == "cuda":
+    if by == "cuda":
         return hopper_window.run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, gradients)
     grad_out = tma_readable(grad_out)
     batch, length, heads, width = query.shape
@@ -176,10 +176,10 @@ def _backward(
     window: int,
     sink: int,
     scale: float,
-    kernel: str = "triton",
+    by: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, kernel, gradients)
+    run_backward(grad_out, query, key, value, starts, out, lse, window, sink, scale, by, gradients)
     return gradients
 
 
