@@ -178,3 +178,32 @@ def test_validation_has_a_loss_of_each_source_and_the_joint_one(tiny, tmp_path, 
     assert train(tiny, *command, *text, *in_folder(tmp_path / "other")) == 0
     assert metrics(tmp_path / "other", "val_loss").keys() == {2, 4}
     assert not metrics(tmp_path / "other", "val_loss/a")
+
+
+def test_files_that_are_skipped_are_named_with_their_source(tiny, tmp_path, corpus, capsys):
+    """Files of one name, of which those of two sources end in what is no JSON."""
+    for letter in "ab":
+        path = corpus / letter / "text.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:30], "{" + "x" * (len(lines[30]) - 2) + "\n", *lines[31:]]))
+    command = mixed(corpus, 8, {"a": 0.4, "b": 0.4, "c": 0.2})
+    assert train(tiny, *command, "--data.on_error", "skip_file", "--training.global_batch_size", "20") == 0
+    text = "".join(capsys.readouterr())
+    run = tmp_path / "run"
+    for name in "ab":
+        assert f"data: {name}: " in text
+    assert metrics(run, "skipped_files")[8] == 2
+    entries = json.loads((run / "skipped_files.json").read_text())
+    assert {entry["file"].partition(": ")[0] for entry in entries} == {"a", "b"}
+    assert {entry["stream"] // STREAMS for entry in entries} <= {0, 1}
+    assert (
+        train(
+            tiny,
+            *mixed(corpus, 9, {"a": 0.4, "b": 0.4, "c": 0.2}),
+            *("--data.on_error", "skip_file"),
+            "--training.global_batch_size",
+            "20",
+        )
+        == 0
+    )
+    assert metrics(run, "skipped_files")[9] == 2

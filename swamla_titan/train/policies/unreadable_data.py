@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swamla_titan.checkpoint.records import TrainState
-from swamla_titan.data import BatchLoader, Exclusion, StepBatch, TrainingData
+from swamla_titan.data import BatchLoader, Exclusion, StepBatch, TrainingData, labelled
 from swamla_titan.distributed.mesh import World, all_gather_dict, all_ranks_or_raise
 from swamla_titan.errors import RunFailed, UserError
 from swamla_titan.launch.signals import Stop, StopRequest
@@ -31,8 +31,9 @@ class UnreadableData(Policy):
     """Counts and logs the data that the run could not read; holds the job's list of exclusions, on every rank.
 
     Rank 0 writes `folder`/skipped_files.json: a list of objects `file`, `stream`, `step` (None: before this start),
-    `place`, `reason`; a file that streams share has an object for each stream that reached the damage. A resumed run
-    reads the list from its checkpoint and does not need this file.
+    `place`, `reason`; a file that streams share has an object for each stream that reached the damage, and a file of a
+    mixture begins with the name of its source. A resumed run reads the list from its checkpoint and does not need this
+    file.
     """
 
     def __init__(self, folder: Path, corpus: TrainingData, start: TrainState, writes: Callable[[], bool]) -> None:
@@ -44,16 +45,17 @@ class UnreadableData(Policy):
         self._path, self._writes = folder / NAME, writes
         self._files: set[str] = set()
         self._entries: list[dict[str, Any]] = []
-        unreadable = [fault for each in corpus.corpora for fault in each.source.unreadable]
-        for fault in unreadable:
-            self._note(None, None, fault.file, fault.place, fault.reason)
-        opened = {fault.file for fault in unreadable}
-        for fault in [fault for each in corpus.corpora for fault in each.faults]:
-            if writes() and fault.file not in opened:
-                logger.warning("data: %s; held-out text is taken from the rest", fault)
+        self._streams, self._labels = corpus.data.streams, [label for label, _ in labelled(corpus)]
+        for label, each in labelled(corpus):
+            for fault in each.source.unreadable:
+                self._note(None, None, label + fault.file, fault.place, fault.reason)
+            opened = {fault.file for fault in each.source.unreadable}
+            for fault in each.faults:
+                if writes() and fault.file not in opened:
+                    logger.warning("data: %s%s; held-out text is taken from the rest", label, fault)
         self._excluded = list(start.excluded)
-        for each in self._excluded:
-            self._note(None, each.stream, each.file, each.place, each.reason)
+        for exclusion in self._excluded:
+            self._note_exclusion(None, exclusion)
         if self._entries:
             self._write()
 
@@ -76,10 +78,16 @@ class UnreadableData(Policy):
         """Add what ranks found unreadable in the batch of `step` (from 1); several ranks may have found the same."""
         new = sorted({each.key: each for each in found}.values(), key=lambda each: each.key)
         self._excluded += new
-        record_event("skipped_files", step=step, files=sorted({each.file for each in new}))
+        record_event("skipped_files", step=step, files=sorted({self._file(each) for each in new}))
         for each in new:
-            self._note(step, each.stream, each.file, each.place, each.reason)
+            self._note_exclusion(step, each)
         self._write()
+
+    def _file(self, exclusion: Exclusion) -> str:
+        return self._labels[exclusion.stream // self._streams] + exclusion.file
+
+    def _note_exclusion(self, step: int | None, exclusion: Exclusion) -> None:
+        self._note(step, exclusion.stream, self._file(exclusion), exclusion.place, exclusion.reason)
 
     def _note(self, step: int | None, stream: int | None, file: str, place: str, reason: str) -> None:
         self._entries.append({"file": file, "stream": stream, "step": step, "place": place, "reason": reason})
