@@ -9,6 +9,7 @@ overlap by one token, so that each token but its first is a target once. A piece
 document, or of one that a border of segments cuts) is the last of its sequence, because nothing could follow it.
 """
 
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,59 +46,71 @@ class BestFitStream(PackedStream):
     of the number in hexadecimal digits for the k-th.
     """
 
-    _window: list[_Waiting]
-
     def _begin(self, cursor: Cursor | None) -> None:
-        self._window, self._numbers = [], 0  # of the documents that were read
-        self._taken = (
-            int(cursor.get("taken", "0"), 16) if cursor else 0
-        )  # of documents that are not read yet: bit k of number k
-        self._taken <<= 1
-        if cursor is None:
-            return
-        self._read_document()
-        [oldest] = self._window
-        oldest.offset = cursor["token"]
-        oldest.replaced = oldest.replaced if oldest.offset == 0 else 0  # counted where its beginning was placed
-        if oldest.left < 1:
-            raise data_changed()
+        self._window: dict[int, _Waiting] = {}  # by number, the oldest first
+        self._sizes: list[tuple[int, int]] = []  # (tokens left, -number) of each, ascending
+        self._waiting_tokens = self._numbers = 0  # tokens in the window; documents that were read
+        self._taken = int(cursor.get("taken", "0"), 16) << 1 if cursor else 0  # before the cursor: bit k of number k
+        if cursor is not None:
+            self._read_document(cursor["token"])
 
     def next(self, seq_len: int) -> Packed:
         """As in PackedStream."""
-        while not self._window or (
-            len(self._window) < WINDOW_DOCUMENTS and sum(each.left for each in self._window) < WINDOW_TOKENS
-        ):
+        while not self._window or (len(self._window) < WINDOW_DOCUMENTS and self._waiting_tokens < WINDOW_TOKENS):
             self._read_document()
         sequence = np.full(seq_len + 1, IGNORED, dtype=np.int32)
         filled = replaced = 0
-        chosen: _Waiting | None = self._window[0]
+        chosen: _Waiting | None = self._oldest
         while chosen:
+            self._remove(chosen)
             size = min(chosen.left, seq_len + 1 - filled)
             sequence[filled : filled + size] = chosen.tokens[chosen.offset : chosen.offset + size]
             filled, replaced, chosen.replaced = filled + size, replaced + chosen.replaced, 0
-            if size < chosen.left:
-                chosen.offset += size - 1  # of a document that is longer than a sequence, which is full now
+            if size < chosen.left:  # it is longer than a sequence, which is full now
+                chosen.offset += size - 1
+                self._window = {chosen.number: chosen} | self._window
+                self._count(chosen)
                 break
-            self._window.remove(chosen)
-            closes = sequence[filled - 1] != self._eot
-            fitting = [each for each in self._window if each.left <= seq_len + 1 - filled]
-            chosen = None if closes else max(fitting, key=lambda each: each.left, default=None)
+            chosen = self._longest_within(seq_len + 1 - filled) if sequence[filled - 1] == self._eot else None
         if not self._window:
             self._read_document()  # for the cursor
-        oldest = self._window[0]
-        left = sum(1 << each.number - oldest.number for each in self._window)
+        oldest = self._oldest
+        left = sum(1 << number - oldest.number for number in self._window)
         taken = ((1 << self._numbers - oldest.number) - 1 & ~left) >> 1
         return self._packed(sequence, oldest.cursor | {"token": oldest.offset}, replaced, {"taken": f"{taken:x}"})
 
-    def _read_document(self) -> None:
-        """Add the next document to the window that was not used before the cursor."""
+    @property
+    def _oldest(self) -> _Waiting:
+        return next(iter(self._window.values()))
+
+    def _longest_within(self, room: int) -> _Waiting | None:
+        """The longest document of at most `room` tokens, of several the oldest."""
+        at = bisect_right(self._sizes, (room, 1))
+        return self._window[-self._sizes[at - 1][1]] if at else None
+
+    def _read_document(self, offset: int = 0) -> None:
+        """Add the next document to the window that was not used before the cursor, from its token `offset` on."""
         while True:
             document, cursor = next(self._documents)
             number, self._numbers = self._numbers, self._numbers + 1
             if not self._taken >> number & 1:
                 break
         tokens = self._cache.tokens(document)
-        self._window.append(_Waiting(number, cursor, tokens, 0 if document.begin else document.replaced))
+        if offset >= len(tokens):
+            raise data_changed()
+        # Replaced bytes count where the beginning of a document is placed.
+        replaced = 0 if document.begin or offset else document.replaced
+        waiting = self._window[number] = _Waiting(number, cursor, tokens, replaced, offset)
+        self._count(waiting)
+
+    def _count(self, waiting: _Waiting) -> None:
+        insort(self._sizes, (waiting.left, -waiting.number))
+        self._waiting_tokens += waiting.left
+
+    def _remove(self, waiting: _Waiting) -> None:
+        del self._window[waiting.number]
+        del self._sizes[bisect_left(self._sizes, (waiting.left, -waiting.number))]
+        self._waiting_tokens -= waiting.left
 
 
 PACKINGS: dict[str, type[PackedStream]] = {"concatenate": PackedStream, "best_fit": BestFitStream}
