@@ -59,8 +59,8 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Characters, or bytes where these are not known."""
-        return self.prepared.size if self.prepared else len(self.text)
+        """Bytes in UTF-8."""
+        return self.prepared.size if self.prepared else len(self.text.encode(errors="surrogatepass"))
 
 
 class Unit(Protocol):

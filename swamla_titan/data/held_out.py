@@ -24,7 +24,7 @@ HELD_OUT_TEXT = "held_out.npz"  # in the dump folder
 
 # A corpus within both limits is small: it is read in full at start-up, and the fraction held out is exact.
 SMALL_DOCUMENTS = 2048
-SMALL_CHARS = 64 << 20
+SMALL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ def choose_held_out(documents: Iterable[Document], fraction: float, separator: s
     if fraction == 0:
         return HeldOut(0)
     hashes: set[int] = set()
-    chars = 0
+    size = 0
     for document in documents:
         if document.is_empty:
             continue
-        hashes.add(document.hash)
-        chars += document.size
-        if len(hashes) > SMALL_DOCUMENTS or chars > SMALL_CHARS:
+        if document.hash not in hashes:  # so that shards without duplicates have the same held out
+            hashes.add(document.hash)
+            size += document.size
+        if len(hashes) > SMALL_DOCUMENTS or size > SMALL_BYTES:
             return HeldOut(int(fraction * 2**64))
     if len(hashes) < 2:
         split = "Split it by data.text_separator"

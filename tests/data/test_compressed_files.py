@@ -51,6 +51,13 @@ def test_it_gives_the_documents_of_the_file_that_was_compressed(tmp_path, monkey
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
+def test_an_empty_file_is_empty_compressed_too(tmp_path, ending):
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(COMPRESS[ending](b""))
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    assert texts(local(tmp_path)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
 def test_files_of_several_parts_are_read_to_the_last(tmp_path, ending):
     """As tools that compress in parallel write them, or cat."""
     half = LINES.index(b"\n", len(LINES) // 2) - 7
@@ -111,6 +118,13 @@ def test_what_is_something_else_is_named_before_the_run_begins(tmp_path, content
     source = local(tmp_path, on_error="skip_file")
     assert texts(source) == DOCUMENTS
     assert [fault.file.rpartition("/")[2] for fault in source.unreadable] == ["b.jsonl.gz"]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_short_file_that_was_cut_is_said_to_be(tmp_path, ending):
+    whole = COMPRESS[ending](b'{"text": "a"}\n')
+    (tmp_path / f"b.jsonl.{ending}").write_bytes(whole[:-3])
+    assert f"its .{ending} data are not whole (they end too early" in refused(tmp_path)
 
 
 def test_a_text_that_decompresses_to_more_than_a_document_may_have_is_refused(tmp_path):

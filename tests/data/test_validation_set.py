@@ -12,6 +12,8 @@ from swamla_titan.config.sections import Validation
 from swamla_titan.data import IGNORED, build_validation_set, validation_text
 from swamla_titan.data.batches import document_ids
 from swamla_titan.data.corpus import all_documents
+from swamla_titan.data.document import Document, Prepared, text_hash
+from swamla_titan.data.held_out import choose_held_out
 from swamla_titan.data.streams import DocumentStream
 from swamla_titan.errors import UserError
 
@@ -116,6 +118,20 @@ def test_a_share_that_holds_out_nothing_is_refused(maker, monkeypatch):
     validation = Validation(fraction=1e-9)
     with pytest.raises(UserError, match=r"validation\.fraction = 1e-09 holds out no document"):
         build_validation_set(maker.open(validation), validation, SEQ_LEN)
+
+
+@pytest.mark.parametrize("text, small", [("ä" * 40, True), ("ä" * 60, False), ("a" * 60, True)])
+def test_text_and_its_shards_hold_out_the_same(monkeypatch, text, small):
+    """A corpus is small or not by its bytes, of which shards know the number, and each text counts once."""
+    monkeypatch.setattr("swamla_titan.data.held_out.SMALL_BYTES", 100)
+    texts = [text[:-2], text[:-2], "end"]
+    documents = [Document(each, i, {}) for i, each in enumerate(texts)]
+    sizes = [len(each.encode()) for each in texts]
+    prepared = [Prepared(np.zeros(1, np.uint16), text_hash(each), size) for each, size in zip(texts, sizes)]
+    shards = [Document("", i, {}, prepared=each) for i, each in enumerate([prepared[0], prepared[2]])]
+    found = choose_held_out(documents, 0.5)
+    assert found == choose_held_out(shards, 0.5)
+    assert (found.threshold != 1 << 63) == small
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 100])

@@ -32,6 +32,7 @@ DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda file: pa.CompressedInputStream(file, "zstd"),
 }
+_CALLED = {".gz": "gzip data", ".bz2": "bzip2 data", ".xz": "xz data", ".zst": "Zstandard data"}  # in content.py
 # What decompressors raise for invalid bytes; of OSErrors, those without a number.
 _INVALID = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid, OSError)
 
@@ -169,14 +170,12 @@ def store_fault(path: str, place: str, error: Exception) -> Fault | None:
 
 def _invalid(path: str, compressed: str, error: Exception) -> DataFault:
     cut = isinstance(error, EOFError) or "Truncated" in str(error)
-    found = "they end too early" if cut else f"{one_line(error)}"
-    return DataFault(
-        path,
-        "",
-        f"its {compressed} data are not whole ({found})",
-        "Write or download it again, or remove it",
-        may_pass=True,
-    )
+    return _not_whole(path, compressed, "they end too early" if cut else f"{one_line(error)}")
+
+
+def _not_whole(path: str, compressed: str, found: str) -> DataFault:
+    reason = f"its {compressed} data are not whole ({found})"
+    return DataFault(path, "", reason, "Write or download it again, or remove it", may_pass=True)
 
 
 def size_of(path: str) -> int:
@@ -215,18 +214,21 @@ def decompressed_head(path: str, compressed: str) -> tuple[bytes, float]:
         if not found and len(head) == HEAD_BYTES:  # not yet the end of the first block, which bzip2 needs
             head += file.read(_LARGEST_BLOCK)
             found = _decompressed(head, compressed)
-    if head and not found:
+    if head and found is None:
         other = other_than_text(head)
+        if other and other.what == _CALLED[compressed]:
+            raise _not_whole(path, compressed, "they end too early, or are damaged")
         begins = other.what if other else f"begins with {head[:20]!r}"
         advice = "Write or download it again, give it the ending of what it is, or remove it"
         raise DataFault(path, "", f"it is not whole {compressed} data but {begins}", advice)
-    return found, len(found) / max(1, len(head))
+    return found or b"", len(found or b"") / max(1, len(head))
 
 
-def _decompressed(head: bytes, compressed: str) -> bytes:
-    """What the beginning of a compressed file holds, as far as it can be decompressed."""
-    found = bytearray()
+def _decompressed(head: bytes, compressed: str) -> bytes | None:
+    """What the beginning of a compressed file holds, as far as it can be decompressed; None if that is nothing."""
+    found, is_whole = bytearray(), False
     with suppress(*_INVALID), DECOMPRESSORS[compressed](io.BytesIO(head)) as file:
         while len(found) < _MOST_HEAD and (part := file.read(HEAD_BYTES)):
             found += part
-    return bytes(found)
+        is_whole = True
+    return bytes(found) if found or is_whole else None
