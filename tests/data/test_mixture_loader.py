@@ -96,15 +96,21 @@ def require_same_on_any_ranks(mixture):
     assert sources.tolist() == mixture.order.sources(np.arange(STEPS * SIZE)).tolist()
 
 
-def test_batches_do_not_depend_on_ranks_and_resume_twice_across_epochs(mixture):
-    require_same_on_any_ranks(mixture)
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_batches_do_not_depend_on_ranks_and_resume_twice_across_epochs(folder, packing):
+    data = sections(folder, packing=packing)
+    require_same_on_any_ranks(open_mixture(data, Validation(fraction=0), 7))
 
 
 @pytest.mark.slow
 def test_batches_of_every_kind_of_source_do_not_depend_on_ranks(folder):
     assert {*KEYS["data.source"].choices} == {"local", "builtin", "huggingface", "shards"}
     assert prepare(Data(source="local", path=str(folder / "jsonl"), tokenizer="byte"), str(folder / "shards")) == 0
-    require_same_on_any_ranks(open_mixture(sections(folder, EVERY_KIND), Validation(fraction=0), 7))
+    (folder / "copied").symlink_to(folder / "jsonl")
+    data = sections(folder, EVERY_KIND)
+    local, *others = data.sources
+    of_a_store = replace(local, path=f"file://{folder}/copied")
+    require_same_on_any_ranks(open_mixture(replace(data, sources=(of_a_store, *others)), Validation(fraction=0), 7))
 
 
 def test_a_source_that_cannot_be_read_on_is_skipped_and_the_others_are_not(folder):
