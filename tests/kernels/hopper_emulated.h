@@ -88,18 +88,6 @@ inline float __shfl_xor_sync(u32 mask, float x, int by) {
   meet(key + 200, lanes, [] {}, "shuffle");
   return r;
 }
-inline int __shfl_sync(u32 mask, int x, int from) {
-  memcpy(&current->shuffled, &x, 4);
-  meet(200 + warp_index(), 32, [] {}, "shuffle");
-  memcpy(&x, &fibers[(threadIdx.x & ~31) + from].shuffled, 4);
-  meet(400 + warp_index(), 32, [] {}, "shuffle");
-  return x;
-}
-inline bool __any_sync(u32 mask, bool x) {
-  float any = x;
-  for (int by = 16; by > 0; by /= 2) any += __shfl_xor_sync(mask, any, by);
-  return any > 0;
-}
 inline void named_sync(int id, int threads) { meet(1000 + id, threads, [] {}, "bar.sync"); }
 inline void named_arrive(int id, int threads) {
   Meeting& m = meetings[1000 + id];

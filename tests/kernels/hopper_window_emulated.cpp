@@ -25,9 +25,3 @@ extern "C" int run_window_grad_key(int blocks, int seed, TensorMap* q, TensorMap
     hopper_window_grad_key(*q, *grad_out, *k, *v, *dk, *dv, lse2, delta, sums, starts, ends, batch, key_heads, members, seq_len, window, sink, scale);
   }, seed);
 }
-extern "C" int run_window_sum_far(int blocks, int seed, const float* far, float* sums, const int* starts, const int* ends,
-                                  int key_heads, int members, int seq_len, int sink_tiles, int window, int sink) {
-  return launch(blocks, 1, 256, [=] {
-    hopper_window_sum_far(far, sums, starts, ends, key_heads, members, seq_len, sink_tiles, window, sink);
-  }, seed);
-}

@@ -11,14 +11,12 @@
 //   hopper_window_forward       output and lse, with a running softmax
 //   hopper_window_grad_query    gradients of queries, delta (the sum over a head of out * its gradient), lse in powers of
 //                               two, and each tile's contribution to the gradients of its far keys and values
-//   hopper_window_sum_far       the sum of those contributions, in order
-//   hopper_window_grad_key      gradients of keys and values: of near queries, and that sum
+//   hopper_window_grad_key      gradients of keys and values: of near queries, and the sum of those contributions
 //
-// The backward pass computes scores twice. By count, to move gradients of queries or of scores between two passes through
-// memory takes as long as the matmuls that it would save.
+// The backward pass computes scores twice, because a pass that keeps the gradients of keys and of queries at once has to
+// move one of them: 0.1 ms more in memory traffic (heads of 96, 16 sequences of 2,048), as much as the second matmuls.
 //
-// A block takes items in turn: tiles of one head, one for each of its warp groups. Two threads of warp group 0 copy (TMA),
-// one an item's own tiles, one those that it passes over.
+// A block takes items in turn: tiles of one head, one for each of its warp groups. One thread of warp group 0 copies (TMA).
 // Barriers `full` and `empty` hand a stage of shared memory back and forth.
 #ifndef EMULATED  // by a test, on a CPU
 #include "hopper_instructions.cuh"
@@ -82,9 +80,6 @@ __device__ __forceinline__ void store_tile(const TensorMap* map, u32 from, int h
   for (int i = 0; i < PARTS; ++i) tma_store(map, from + i * PART, 64 * i, head, token, batch);
 }
 
-// What all threads of a warp have: the compiler then keeps it, and the addresses of matmuls, in registers of the warp.
-__device__ __forceinline__ int same(int x) { return __shfl_sync(~0u, x, 0); }
-
 struct Rule {
   const int* starts;  // of this sequence
   int seq_len, tiles, window, sink;
@@ -129,7 +124,7 @@ template <int STAGES> __device__ __forceinline__ void load_keys(
 struct Seen {
   int limit0, from0, sink0, limit1, from1, sink1, sinks;
 };
-template <int N> __device__ __forceinline__ void mask(float (&s)[N], const Seen& seen, bool has_start, bool has_sinks, float otherwise) {
+template <int N> __device__ __forceinline__ void mask(float (&s)[N], const Seen& seen, bool has_sinks, float otherwise) {
   if (has_sinks) {
 #pragma unroll
     for (int j = 0; j < N / 4; ++j)
@@ -139,15 +134,6 @@ template <int N> __device__ __forceinline__ void mask(float (&s)[N], const Seen&
         const bool sink0 = c >= seen.sink0 && c < seen.sink0 + seen.sinks, sink1 = c >= seen.sink1 && c < seen.sink1 + seen.sinks;
         if (c > seen.limit0 || (c < seen.from0 && !sink0)) s[4 * j + e] = otherwise;
         if (c > seen.limit1 || (c < seen.from1 && !sink1)) s[4 * j + 2 + e] = otherwise;
-      }
-  } else if (!DOCUMENTS && !has_start) {
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 8 * j + e;
-        if (c > seen.limit0) s[4 * j + e] = otherwise;
-        if (c > seen.limit1) s[4 * j + 2 + e] = otherwise;
       }
   } else {
 #pragma unroll
@@ -175,12 +161,10 @@ struct Queries {
   }
   // Whether some query sees not all keys of a tile.
   __device__ __forceinline__ bool is_masked(const Rule& rule, int tile) const {
-    return tile * 64 == first || has_start(rule, tile) || (DOCUMENTS && tile * 64 < newest);
+    return tile * 64 == first || tile * 64 < first + 64 - rule.window || (DOCUMENTS && tile * 64 < newest);
   }
-  // Whether some query's window begins after the first key of a tile; whether a tile then has sinks.
-  __device__ __forceinline__ bool has_start(const Rule& rule, int tile) const { return tile * 64 < first + 64 - rule.window; }
   __device__ __forceinline__ bool has_sinks(const Rule& rule, int tile) const {
-    return has_start(rule, tile) && tile * 64 < newest + rule.sink;
+    return tile * 64 < first + 64 - rule.window && tile * 64 < newest + rule.sink;
   }
   __device__ __forceinline__ Seen sees(const Rule& rule, int tile) const {
     const int at = tile * 64 + column;
@@ -220,26 +204,6 @@ template <int N> __device__ __forceinline__ void raise(const float (&s)[N], floa
     highest1 = fmaxf(highest1, __shfl_xor_sync(~0u, highest1, i));
   }
 }
-// Let the maxima of both rows follow scores that would get weights above 2^8; whether sums then have to shrink, in a warp.
-template <int N> __device__ __forceinline__ bool follow(
-    const float (&s)[N], float scale_log2, float& highest0, float& highest1, float& total0, float& total1, float& shrink0, float& shrink1) {
-  float new0 = highest0, new1 = highest1;
-  raise(s, new0, new1);
-  const bool shrinks = __any_sync(~0u, fmaxf(new0 - highest0, new1 - highest1) * scale_log2 > 8.f);
-  if (shrinks) {
-    shrink0 = exp2_fast((highest0 - new0) * scale_log2), shrink1 = exp2_fast((highest1 - new1) * scale_log2);
-    highest0 = new0, highest1 = new1;
-    total0 *= shrink0, total1 *= shrink1;
-  }
-  return shrinks;
-}
-template <int N> __device__ __forceinline__ void shrink(float (&o)[N], float shrink0, float shrink1) {
-#pragma unroll
-  for (int j = 0; j < N / 4; ++j) {
-    o[4 * j] *= shrink0, o[4 * j + 1] *= shrink0;
-    o[4 * j + 2] *= shrink1, o[4 * j + 3] *= shrink1;
-  }
-}
 template <int N> __device__ __forceinline__ void pack_all(u32 (&p)[N], const float (&s)[2 * N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) p[i] = pack(s[2 * i], s[2 * i + 1]);
@@ -260,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared), stages = base + KV_AT;
   const u32 q_full = base + BAR_AT, q_empty = q_full + 8, full = q_full + 16, empty = full + 8 * STAGES;
-  const int wg = same(threadIdx.x >> 7), lane = threadIdx.x & 31;
+  const int wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const int tiles = (seq_len + 63) / 64, blocks = (tiles + GROUPS - 1) / GROUPS, items = blocks * batch * heads;
   if (threadIdx.x == 0) {
     prefetch_map(&q_map);
@@ -279,25 +243,18 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
   Turn<STAGES> at;
   if (wg == 0) {
     fewer_registers<FEW<GROUPS>>();
-    if (threadIdx.x == 32) {  // beside the keys', so that queries of the next item do not wait for them
+    if (threadIdx.x == 0) {
       for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x, ++n) {
-        const int both = item / blocks, b = both / heads, head = both % heads, first = item % blocks * GROUPS;
-        barrier_wait(q_empty, (n & 1) ^ 1);
-        barrier_expect(q_full, GROUPS * TILE);
-        for (int u = 0; u < GROUPS; ++u) load_tile(base + Q_AT + u * TILE, &q_map, q_full, head, (first + u) * 64, b);
-      }
-    } else if (threadIdx.x == 0) {
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const int both = item / blocks, b = both / heads, head = both % heads, key_head = head / members;
         const Rule rule{starts + (long)b * seq_len, seq_len, tiles, window, sink};
         const int first = item % blocks * GROUPS, end = min(first + GROUPS, tiles);
-#pragma unroll 1
+        barrier_wait(q_empty, (n & 1) ^ 1);
+        barrier_expect(q_full, GROUPS * TILE);
+        for (int u = 0; u < GROUPS; ++u) load_tile(base + Q_AT + u * TILE, &q_map, q_full, head, (first + u) * 64, b);
         for (int tile = end - 1; tile >= near_of(rule, first, document_of(rule, first)); --tile)
           load_keys(at, stages, full, empty, &k_map, &v_map, PART, key_head, tile * 64, b);
-#pragma unroll 1
         for (int tile = first, before = -1; tile < end; ++tile) {
           const int far = far_of(rule, tile);
-#pragma unroll 1
           for (int s = 0; far != before && far >= 0 && s < sink; s += FAR)
             load_keys(at, stages, full, empty, &far_k_map, &far_v_map, FAR_PART, key_head, far + s, b);
           before = far;
@@ -314,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
     const int both = item / blocks, b = both / heads, head = both % heads;
     const Rule rule{starts + (long)b * seq_len, seq_len, tiles, window, sink};
     const int first = item % blocks * GROUPS, end = min(first + GROUPS, tiles), own = first + wg - 1;
-    const int earliest = same(near_of(rule, first, document_of(rule, first)));
+    const int earliest = near_of(rule, first, document_of(rule, first));
     u32 q[D / 4], p[16];
     barrier_wait(q_full, n & 1);
     load_rows(q, base + Q_AT + (wg - 1) * TILE);
@@ -324,13 +281,13 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
     if (own >= tiles) {  // nothing to do here
       for (; tile >= earliest; --tile) pass_over(at, full, empty);
       for (int each = first, before = -1; each < end; ++each) {
-        const int far = same(far_of(rule, each));
+        const int far = far_of(rule, each);
         for (int s = 0; far != before && far >= 0 && s < sink; s += FAR) pass_over(at, full, empty);
         before = far;
       }
       continue;
     }
-    const int own_far = same(far_of(rule, own)), near = same(near_of(rule, own, document_of(rule, own)));
+    const int own_far = far_of(rule, own), near = near_of(rule, own, document_of(rule, own));
     const Queries queries(rule, own);
     for (; tile > own; --tile) pass_over(at, full, empty);
 
@@ -345,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
     wgmma_commit();
     wgmma_wait<0>();
     hold(s);
-    mask(s, queries.sees(rule, own), queries.has_start(rule, own), queries.has_sinks(rule, own), NEVER);
+    mask(s, queries.sees(rule, own), queries.has_sinks(rule, own), NEVER);
     float highest0 = NEVER, highest1 = NEVER, total0 = 0.f, total1 = 0.f;
     raise(s, highest0, highest1);
     weigh(s, scale_log2, highest0, highest1, total0, total1);
@@ -364,16 +321,23 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
       wgmma_commit();
       wgmma_wait<1>();
       hold(s);
-      if (queries.is_masked(rule, tile)) mask(s, queries.sees(rule, tile), queries.has_start(rule, tile), queries.has_sinks(rule, tile), NEVER);
-      float shrink0, shrink1;
-      const bool shrinks = follow(s, scale_log2, highest0, highest1, total0, total1, shrink0, shrink1);
+      if (queries.is_masked(rule, tile)) mask(s, queries.sees(rule, tile), queries.has_sinks(rule, tile), NEVER);
+      float new0 = highest0, new1 = highest1;
+      raise(s, new0, new1);
+      const float shrink0 = exp2_fast((highest0 - new0) * scale_log2), shrink1 = exp2_fast((highest1 - new1) * scale_log2);
+      highest0 = new0, highest1 = new1;
+      total0 *= shrink0, total1 *= shrink1;
       weigh(s, scale_log2, highest0, highest1, total0, total1);
       wgmma_wait<0>();
       hold(o);
       hold(p);
       if (lane == 0) barrier_arrive(empty + 8 * before.stage);
       pack_all(p, s);
-      if (shrinks) shrink(o, shrink0, shrink1);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        o[4 * j] *= shrink0, o[4 * j + 1] *= shrink0;
+        o[4 * j + 2] *= shrink1, o[4 * j + 3] *= shrink1;
+      }
       before = at;
       at.next();
     }
@@ -388,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
     if (lane == 0) barrier_arrive(empty + 8 * before.stage);
     for (; tile >= earliest; --tile) pass_over(at, full, empty);
     for (int each = first, of_before = -1; each < end; ++each) {
-      const int far = same(far_of(rule, each));
+      const int far = far_of(rule, each);
       const bool is_new = far != of_before && far >= 0, is_own = is_new && far == own_far;
       for (int sinks = 0; is_new && !is_own && sinks < sink; sinks += FAR) pass_over(at, full, empty);
 #pragma unroll 1
@@ -403,11 +367,19 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_GROUPS + 128, 1) hopp
         wgmma_commit();
         wgmma_wait<0>();
         hold(f);
-        mask(f, queries.sees_far(rule, far, near, sinks), false, false, NEVER);
-        float shrink0, shrink1;
-        if (follow(f, scale_log2, highest0, highest1, total0, total1, shrink0, shrink1)) shrink(o, shrink0, shrink1);
+        mask(f, queries.sees_far(rule, far, near, sinks), false, NEVER);
+        float new0 = highest0, new1 = highest1;
+        raise(f, new0, new1);
+        const float shrink0 = exp2_fast((highest0 - new0) * scale_log2), shrink1 = exp2_fast((highest1 - new1) * scale_log2);
+        highest0 = new0, highest1 = new1;
+        total0 *= shrink0, total1 *= shrink1;
         weigh(f, scale_log2, highest0, highest1, total0, total1);
         pack_all(few, f);
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+          o[4 * j] *= shrink0, o[4 * j + 1] *= shrink0;
+          o[4 * j + 2] *= shrink1, o[4 * j + 3] *= shrink1;
+        }
         hold(o);
         hold(few);
         wgmma_fence();
@@ -465,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared), stages = base + KV_AT;
   const u32 q_full = base + BAR_AT, q_empty = q_full + 8, full = q_full + 16, empty = full + 8 * STAGES;
-  const int wg = same(threadIdx.x >> 7), lane = threadIdx.x & 31;
+  const int wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const int tiles = (seq_len + 63) / 64, blocks = (tiles + GROUPS - 1) / GROUPS, items = blocks * batch * heads;
   if (threadIdx.x == 0) {
     prefetch_map(&q_map);
@@ -486,9 +458,11 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
   Turn<STAGES> at;
   if (wg == 0) {
     fewer_registers<FEW<GROUPS>>();
-    if (threadIdx.x == 32) {  // beside the keys', so that queries of the next item do not wait for them
+    if (threadIdx.x == 0) {
       for (int item = blockIdx.x, n = 0; item < items; item += gridDim.x, ++n) {
-        const int both = item / blocks, b = both / heads, head = both % heads, first = item % blocks * GROUPS;
+        const int both = item / blocks, b = both / heads, head = both % heads, key_head = head / members;
+        const Rule rule{starts + (long)b * seq_len, seq_len, tiles, window, sink};
+        const int first = item % blocks * GROUPS, end = min(first + GROUPS, tiles);
         barrier_wait(q_empty, (n & 1) ^ 1);
         barrier_expect(q_full, GROUPS * OWN);
         for (int u = 0; u < GROUPS; ++u) {
@@ -497,26 +471,17 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
           load_tile(to + TILE, &do_map, q_full, head, (first + u) * 64, b);
           load_tile(to + 2 * TILE, &out_map, q_full, head, (first + u) * 64, b);
         }
-      }
-    } else if (threadIdx.x == 0) {
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int both = item / blocks, b = both / heads, head = both % heads, key_head = head / members;
-        const Rule rule{starts + (long)b * seq_len, seq_len, tiles, window, sink};
-        const int first = item % blocks * GROUPS, end = min(first + GROUPS, tiles);
-#pragma unroll 1
         for (int tile = first, before = -1; tile < end; ++tile) {
           const int far = far_of(rule, tile);
-#pragma unroll 1
           for (int s = 0; far != before && far >= 0 && s < sink; s += FAR)
             load_keys(at, stages, full, empty, &far_k_map, &far_v_map, FAR_PART, key_head, far + s, b);
           before = far;
         }
-#pragma unroll 1
         for (int tile = near_of(rule, first, document_of(rule, first)); tile < end; ++tile)
           load_keys(at, stages, full, empty, &k_map, &v_map, PART, key_head, tile * 64, b);
       }
-    } else if (DOCUMENTS && threadIdx.x >= 64) {  // beside the copies: where each token's document ends, for the next pass
-      for (int i = blockIdx.x * 64 + threadIdx.x - 64; i < batch * seq_len; i += gridDim.x * 64) {
+    } else if (DOCUMENTS && threadIdx.x >= 32) {  // beside the copies: where each token's document ends, for the next pass
+      for (int i = blockIdx.x * 96 + threadIdx.x - 32; i < batch * seq_len; i += gridDim.x * 96) {
         const int b = i / seq_len, token = i % seq_len;
         int end = seq_len;
         for (int from = token + 1; from < end;) {  // the first later token whose document begins after this one
@@ -538,28 +503,22 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
     const int both = item / blocks, b = both / heads, head = both % heads;
     const Rule rule{starts + (long)b * seq_len, seq_len, tiles, window, sink};
     const int first = item % blocks * GROUPS, end = min(first + GROUPS, tiles), own = first + wg - 1;
-    int tile = same(near_of(rule, first, document_of(rule, first)));
+    int tile = near_of(rule, first, document_of(rule, first));
+    barrier_wait(q_full, n & 1);
     if (own >= tiles) {  // nothing to do here
-      barrier_wait(q_full, n & 1);
       if (lane == 0) barrier_arrive(q_empty);
       for (int each = first, before = -1; each < end; ++each) {
-        const int far = same(far_of(rule, each));
+        const int far = far_of(rule, each);
         for (int s = 0; far != before && far >= 0 && s < sink; s += FAR) pass_over(at, full, empty);
         before = far;
       }
       for (; tile < end; ++tile) pass_over(at, full, empty);
       continue;
     }
-    const int own_far = same(far_of(rule, own)), near = same(near_of(rule, own, document_of(rule, own)));
+    const int own_far = far_of(rule, own), near = near_of(rule, own, document_of(rule, own));
     const Queries queries(rule, own);
     float delta0 = 0.f, delta1 = 0.f, lse0 = __int_as_float(0x7f800000), lse1 = lse0;
-    {  // No weight of a query outside of the sequence is more than zero.
-      const float* from = lse + (long)both * seq_len;
-      if (queries.query < seq_len) lse0 = from[queries.query] * LOG2_E;
-      if (queries.query + 8 < seq_len) lse1 = from[queries.query + 8] * LOG2_E;
-    }
     u32 q[D / 4], g[D / 4];
-    barrier_wait(q_full, n & 1);
     {
       load_rows(g, own_tiles + TILE);
       load_rows(q, own_tiles + 2 * TILE);  // outputs, which are not kept
@@ -574,6 +533,10 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
         delta1 += __shfl_xor_sync(~0u, delta1, i);
       }
       load_rows(q, own_tiles);
+      // No weight of a query outside of the sequence is more than zero.
+      const float* from = lse + (long)both * seq_len;
+      if (queries.query < seq_len) lse0 = from[queries.query] * LOG2_E;
+      if (queries.query + 8 < seq_len) lse1 = from[queries.query + 8] * LOG2_E;
       if (queries.column == 0) {
         const long to = (long)both * tiles * 64 + queries.query;
         lse2[to] = lse0, lse2[to + 8] = lse1;
@@ -584,7 +547,7 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
     int add = 0;
     if (copies) bulk_wait_read<0>();  // before what is stored below
     for (int each = first, of_before = -1; each < end; ++each) {
-      const int far = same(far_of(rule, each));
+      const int far = far_of(rule, each);
       const bool is_new = far != of_before && far >= 0, is_own = is_new && far == own_far;
       for (int sinks = 0; is_new && !is_own && sinks < sink; sinks += FAR) pass_over(at, full, empty);
 #pragma unroll 1
@@ -609,7 +572,7 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
             f[4 * j + e] = exp2_fast(f[4 * j + e] * scale_log2 - lse0);
             f[4 * j + 2 + e] = exp2_fast(f[4 * j + 2 + e] * scale_log2 - lse1);
           }
-        mask(f, queries.sees_far(rule, far, near, sinks), false, false, 0.f);
+        mask(f, queries.sees_far(rule, far, near, sinks), false, 0.f);
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -633,27 +596,24 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
         store_matrices_transposed(to + FAR_PART, ds[0], ds[1], ds[2], ds[3]);
         fence_async_proxy();
         named_sync(wg, 128);
-        float dk[PARTS][8], dv[PARTS][8];
-        wgmma_fence();
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-          product_transposed(dk[part], own_tiles + part * PART, own_out + FAR_PART);
-          product_transposed(dv[part], own_tiles + TILE + part * PART, own_out);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
         const long here = ((long)both * tiles + own) * 2 * sink;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
-          hold(dk[part]);
-          hold(dv[part]);
+          float dk[8], dv[8];
+          wgmma_fence();
+          product_transposed(dk, own_tiles + part * PART, own_out + FAR_PART);
+          product_transposed(dv, own_tiles + TILE + part * PART, own_out);
+          wgmma_commit();
+          wgmma_wait<0>();
+          hold(dk);
+          hold(dv);
           const int d = part * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int index = sinks + (i >> 2) * 8 + queries.column + (i & 1), element = d + ((i >> 1) & 1) * 8;
             if (index < sink && element < D) {
-              far_to[(here + index) * D + element] = dk[part][i] * scale;
-              far_to[(here + sink + index) * D + element] = dv[part][i];
+              far_to[(here + index) * D + element] = dk[i] * scale;
+              far_to[(here + sink + index) * D + element] = dv[i];
             }
           }
         }
@@ -695,7 +655,7 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
           s[4 * j + e] = exp2_fast(s[4 * j + e] * scale_log2 - lse0);
           s[4 * j + 2 + e] = exp2_fast(s[4 * j + 2 + e] * scale_log2 - lse1);
         }
-      if (queries.is_masked(rule, tile)) mask(s, queries.sees(rule, tile), queries.has_start(rule, tile), queries.has_sinks(rule, tile), 0.f);
+      if (queries.is_masked(rule, tile)) mask(s, queries.sees(rule, tile), queries.has_sinks(rule, tile), 0.f);
       wgmma_wait<0>();
       hold(dp);
 #pragma unroll
@@ -733,35 +693,13 @@ extern "C" __global__ void __launch_bounds__(128 * QUERY_GROUPS + 128, 1) hopper
   if (copies) bulk_wait_read<0>();
 }
 
-// far -> sums [B, key heads, tiles, 2, sink, D]: what far queries add to the first keys of a tile's last document, which
-// are in its first tiles: `sink_tiles` of each key head may have some. Tiles without are not written. Grid: chunks of 256
-// elements, of each of those tiles.
-extern "C" __global__ void __launch_bounds__(256) hopper_window_sum_far(
-    const float* __restrict__ far_from, float* __restrict__ sums, const int* __restrict__ starts, const int* __restrict__ ends,
-    int key_heads, int members, int seq_len, int sink_tiles, int window, int sink) {
-  const int tiles = (seq_len + 63) / 64, size = 2 * sink * D, chunks = (size + 255) / 256;
-  const int tile = blockIdx.x / chunks % sink_tiles, both = blockIdx.x / chunks / sink_tiles, b = both / key_heads;
-  const int element = blockIdx.x % chunks * 256 + threadIdx.x, after = tile * 64 + 64;
-  const long own = (long)b * seq_len;
-  const int newest = DOCUMENTS ? starts[own + min(after, seq_len) - 1] : 0;
-  if (newest + sink <= tile * 64 || after >= seq_len || element >= size) return;
-  // Tiles of queries in that document to which its first key is far.
-  const int first = max(tile + 1, newest / 64 + 1 + (window + 62) / 64), end = DOCUMENTS ? (ends[own + newest] + 63) / 64 : tiles;
-  float total = 0.f;
-  for (int member = 0; member < members; ++member) {
-    const float* from = far_from + ((long)both * members + member) * tiles * size + element;
-#pragma unroll 8
-    for (int i = first; i < end; ++i) total += from[(long)i * size];
-  }
-  sums[((long)both * tiles + tile) * size + element] = total;
-}
-
 namespace of_keys {
 constexpr int GROUPS = KEY_GROUPS, STAGES = WIDTH > 64 ? 3 : 5, BUFFERS = 2, SUMS = 512;
 constexpr int OWN = 2 * TILE, Q_AT = BUFFERS * GROUPS * OWN, SUMS_AT = Q_AT + STAGES * 2 * TILE, BAR_AT = SUMS_AT + STAGES * SUMS;
 }  // namespace of_keys
 
-// Grid: any; an item is GROUPS tiles of keys of a key head.
+// Grid: any; an item is GROUPS tiles of keys of a key head. `sums` [B, key heads, tiles, 2, sink, D]: what far queries add
+// to the first keys of a tile's last document.
 extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_window_grad_key(
     const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap do_map, const __grid_constant__ TensorMap k_map,
     const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap dk_map, const __grid_constant__ TensorMap dv_map,
@@ -772,7 +710,7 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
   extern __shared__ __align__(1024) char shared[];
   const u32 base = smem_address(shared);
   const u32 own_full = base + BAR_AT, own_empty = own_full + 8 * BUFFERS, full = own_empty + 8 * BUFFERS, empty = full + 8 * STAGES;
-  const int wg = same(threadIdx.x >> 7), warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int wg = threadIdx.x >> 7, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int tiles = (seq_len + 63) / 64, blocks = (tiles + GROUPS - 1) / GROUPS, items = blocks * batch * key_heads;
   if (threadIdx.x == 0) {
     prefetch_map(&q_map);
@@ -800,9 +738,10 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
   };
   if (wg == 0) {
     fewer_registers<FEW<GROUPS>>();
-    if (threadIdx.x == 32) {  // beside the queries', so that keys of the next item do not wait for them
+    if (threadIdx.x == 0) {
       for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int both = item / blocks, b = both / key_heads, key_head = both % key_heads, first = item % blocks * GROUPS;
+        const int both = item / blocks, b = both / key_heads, key_head = both % key_heads;
+        const int first = item % blocks * GROUPS, last = last_of(min(first + GROUPS, tiles) - 1, b);
         const u32 bar = own_full + 8 * buffer.stage;
         barrier_wait(own_empty + 8 * buffer.stage, buffer.phase ^ 1);
         barrier_expect(bar, GROUPS * OWN);
@@ -812,14 +751,7 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
           load_tile(to + TILE, &v_map, bar, key_head, (first + u) * 64, b);
         }
         buffer.next();
-      }
-    } else if (threadIdx.x == 0) {
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int both = item / blocks, b = both / key_heads, key_head = both % key_heads;
-        const int first = item % blocks * GROUPS, last = last_of(min(first + GROUPS, tiles) - 1, b);
-#pragma unroll 1
         for (int head = key_head * members; head < (key_head + 1) * members; ++head)
-#pragma unroll 1
           for (int tile = first; tile <= last; ++tile) {
             const u32 bar = full + 8 * at.stage, to = base + Q_AT + at.stage * 2 * TILE, sums_to = base + SUMS_AT + at.stage * SUMS;
             const long from = ((long)(b * key_heads * members + head) * tiles + tile) * 64;
@@ -843,7 +775,7 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
   int stored = -1;  // the buffer whose results are being copied
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int both = item / blocks, b = both / key_heads, key_head = both % key_heads;
-    const int first = item % blocks * GROUPS, last = same(last_of(min(first + GROUPS, tiles) - 1, b)), own = first + wg - 1;
+    const int first = item % blocks * GROUPS, last = last_of(min(first + GROUPS, tiles) - 1, b), own = first + wg - 1;
     const u32 k = base + (buffer.stage * GROUPS + wg - 1) * OWN, v = k + TILE;
     barrier_wait(own_full + 8 * buffer.stage, buffer.phase);
     if (own >= tiles) {  // nothing to do here
@@ -857,7 +789,7 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
       for (int tile = members * (last - first + 1); tile > 0; --tile) pass_over(at, full, empty);
       continue;
     }
-    const int own_last = same(last_of(own, b)), key = own * 64 + row;
+    const int own_last = last_of(own, b), key = own * 64 + row;
     // Queries see a key from its own place on, up to its window's or, if it is a sink, to its document's end.
     int end0 = seq_len, end1 = seq_len, start0 = 0, start1 = 0, newest = 0, oldest = own * 64 + window;
     if (DOCUMENTS) {
@@ -924,13 +856,8 @@ extern "C" __global__ void __launch_bounds__(128 * KEY_GROUPS + 128, 1) hopper_w
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           const float2 l = load_shared2(sums_at + 256 + j * 32);
-          if (D == 96) {
-            ds[2 * j] = pack(s[4 * j] * (dp[4 * j] - l.x), s[4 * j + 1] * (dp[4 * j + 1] - l.y));
-            ds[2 * j + 1] = pack(s[4 * j + 2] * (dp[4 * j + 2] - l.x), s[4 * j + 3] * (dp[4 * j + 3] - l.y));
-          } else {  // no registers are left for weights beside their 16 bits
-            ds[2 * j] = pack(low_of(p[2 * j]) * (dp[4 * j] - l.x), high_of(p[2 * j]) * (dp[4 * j + 1] - l.y));
-            ds[2 * j + 1] = pack(low_of(p[2 * j + 1]) * (dp[4 * j + 2] - l.x), high_of(p[2 * j + 1]) * (dp[4 * j + 3] - l.y));
-          }
+          ds[2 * j] = pack(low_of(p[2 * j]) * (dp[4 * j] - l.x), high_of(p[2 * j]) * (dp[4 * j + 1] - l.y));
+          ds[2 * j + 1] = pack(low_of(p[2 * j + 1]) * (dp[4 * j + 2] - l.x), high_of(p[2 * j + 1]) * (dp[4 * j + 3] - l.y));
         }
         hold(ds);
         hold(dk);

@@ -1,7 +1,7 @@
 """Sliding-window attention with sinks and documents by CUDA C++ kernels for Hopper (H100, H200).
 
-hopper_window.cu says what each kernel does. The forward pass is one, the backward pass two, and between them a sum of
-what far queries add to the gradients of sinks. Output and gradients are deterministic.
+hopper_window.cu says what each kernel does. The forward pass is one, the backward pass two and a sum over what far
+queries add to the gradients of sinks. Output and gradients are deterministic.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swamla_titan.kernels import cuda
+from swamla_titan.kernels.attention import window_triton
 from swamla_titan.kernels.cuda import CannotCompile, Kernel, TensorMap
 from swamla_titan.kernels.device import Limit, dtype_name, tma_readable, why_no_kernels
 from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
@@ -20,7 +21,6 @@ from swamla_titan.kernels.limits import WINDOW_SINKS, WINDOW_WIDTHS
 _CAPABILITY = (9, 0)
 _LOG2_E = 1.4426950408889634
 _TILE, _FAR = 64, 16  # tokens of a tile, and far keys at a time
-_SUM_THREADS = 256
 
 
 def _bytes(width: int, groups: int, *tiles: int) -> int:
@@ -44,7 +44,6 @@ def _shared(width: int) -> dict[str, int]:
     return {
         "hopper_window_forward": _bytes(width, groups["hopper_window_forward"], 2, 2 * (6 if narrow else 4)),
         "hopper_window_grad_query": _bytes(width, groups["hopper_window_grad_query"], 4, 2 * (6 if narrow else 3)),
-        "hopper_window_sum_far": 0,
         "hopper_window_grad_key": _bytes(width, groups["hopper_window_grad_key"], 4, 2 * (5 if narrow else 3))
         + 512 * (5 if narrow else 3),
     }
@@ -157,11 +156,10 @@ def run_backward(
             *(lse, lse2, delta, far, starts, ends, batch, heads, members, length, window, sink, scale),
         )
         if sink:
-            sink_tiles = tiles if has_documents else 1
-            _kernel(torch.cuda.current_device(), width, has_documents, "hopper_window_sum_far")(
-                batch * key_heads * sink_tiles * -(-2 * sink * width // _SUM_THREADS),
-                _SUM_THREADS,
-                *(far, sums, starts, ends, key_heads, members, length, sink_tiles, window, sink),
+            window_triton.window_sum_far[(tiles, key_heads, batch)](
+                *(far, sums, starts, heads, length, tiles),
+                **{"GROUP": members, "WINDOW": window, "SINK": sink, "DOCUMENTS": has_documents},
+                **{"D": width, "BN": _TILE, "FAR_BM": _TILE, "STEP": _TILE},
             )
         _launch(
             "hopper_window_grad_key",
