@@ -97,7 +97,8 @@ class MixtureValidator(Validation):
 
     def __call__(self, model: ParallelModel, average: AveragedWeights | None = None) -> Values:
         """`val_loss`, `val_bits_per_byte`, `val_set` as of Validator; `val_loss/NAME` and the like for each source."""
-        found = {name: each(model, average) for name, each in self.of_sources.items()}
+        with average.in_place_of_weights() if average else nullcontext():
+            found = {name: each(model) for name, each in self.of_sources.items()}
         loss = sum(self.weights[name] * values["val_loss"] for name, values in found.items())
         bytes_a_target = sum(
             self.weights[name] * each.num_bytes / each.num_targets for name, each in self.of_sources.items()
