@@ -96,7 +96,7 @@ def require_same_on_any_ranks(mixture):
     assert sources.tolist() == mixture.order.sources(np.arange(STEPS * SIZE)).tolist()
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("packing", ["concatenate", pytest.param("best_fit", marks=pytest.mark.slow)])
 def test_batches_do_not_depend_on_ranks_and_resume_twice_across_epochs(folder, packing):
     data = sections(folder, packing=packing)
     require_same_on_any_ranks(open_mixture(data, Validation(fraction=0), 7))

@@ -77,9 +77,8 @@ def test_losses_and_tokens_of_the_sources_add_up_to_those_of_the_run(packing):
         assert loss == pytest.approx(sum(found[f"val_loss/{name}"][step] * share for name, share in WEIGHTS.items()))
 
 
-@pytest.mark.parametrize(
-    "plan", ["cp-2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS if plan != "cp-2")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
 def test_a_plan_has_the_losses_of_each_source(tmp_path, plan):
     ranks, overrides = PLANS[plan]
     assert on_ranks(ranks, run, str(configured(tmp_path)), *overrides) == [0] * ranks

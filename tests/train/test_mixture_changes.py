@@ -138,6 +138,7 @@ def test_a_run_of_one_source_continues_as_a_source_of_a_mixture(tiny, tmp_path, 
     assert "the data start over" in "".join(capsys.readouterr())
 
 
+@pytest.mark.slow
 def test_another_number_of_streams_starts_all_sources_over(tiny, corpus, capsys):
     weights = {"a": 0.5, "b": 0.5}
     assert train(tiny, *mixed(corpus, 2, weights)) == 0
