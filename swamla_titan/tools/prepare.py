@@ -22,7 +22,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ import numpy as np
 from swamla_titan.config.mixture import data_of_sources
 from swamla_titan.config.sections import Data
 from swamla_titan.data import load_tokenizer, pinned
+from swamla_titan.data.changes import files_by_name
 from swamla_titan.data.corpus import retry_of
 from swamla_titan.data.document import MIB, Source
 from swamla_titan.data.faults import DataFault
@@ -53,7 +54,9 @@ from swamla_titan.data.shards import (
     shard_name,
 )
 from swamla_titan.data.sources import open_source
-from swamla_titan.data.sources.local import counted, readable_size
+from swamla_titan.data.sources.files import version_of
+from swamla_titan.data.sources.folder import listed, root_of
+from swamla_titan.data.sources.local import REQUESTS, counted, readable_size
 from swamla_titan.data.sources.shards import description as shards_in_words
 from swamla_titan.data.tokenizer import Tokenizer, with_eot
 from swamla_titan.data.worker import fork_server, settle
@@ -68,10 +71,10 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 1 << 30  # of tokens; a document that does not fit begins the next shard
 PIECES = 256  # at least, if there is text for so many, so that all processes end together
 SMALLEST_PIECE, LARGEST_PIECE = 256 << 10, 64 * MIB  # of text; the larger, the more a kill loses
-_TASK, _LOCK = "task.json", "lock"
+_TASK, _FILES, _LOCK = "task.json", "files.json", "lock"
 _SORTED = 1 << 24  # documents whose hashes are compared at a time
 _COPIED = 8 * MIB
-_MOST_JSON = 64 << 20
+_MOST_JSON = 1 << 30  # bytes; a million files have some 100 MB of names
 
 
 @dataclass
@@ -111,6 +114,10 @@ class Task:
     def path(self, piece: int, ending: str) -> Path:
         return self.folder / f"{piece:06}.{ending}"
 
+    def is_done(self, piece: int) -> bool:
+        """Whether it is tokenized already."""
+        return self.path(piece, "json").exists()
+
     def text_bytes(self, piece: int) -> int:
         """About how much text a piece holds; 1 if that is known only after reading."""
         return sum(self.source.unit_sizes[unit] for unit in self.units(piece)) if self.source.sizes_are_known else 1
@@ -140,7 +147,9 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
         began = time.monotonic()
         try:
             with _stopped_by_signals():
+                _require_unchanged(task, folder)
                 _tokenize(task, processes or cores(), tokenizer)
+                _require_unchanged(task, folder)
                 manifest = _join(task, folder, identity, tokenizer)
         except _Stopped as stop:
             print(f"stopped by {stop}; what is prepared is kept, and the same command continues")
@@ -269,6 +278,40 @@ def _items(part: Any) -> Iterable[tuple[str, Any]]:
     return part.items() if isinstance(part, dict) else [("value", part)]
 
 
+def _require_unchanged(task: Task, folder: Path) -> None:
+    """Note the versions of the files; UserError if one changed of which pieces are tokenized.
+
+    Their text would be joined with that of another version. Files of which there is nothing yet may change, for example
+    because a damaged one was downloaded again.
+    """
+    noted, now = task.folder / _FILES, _versions(task)
+    before = parse_json(read_regular(noted, _MOST_JSON)) if noted.exists() else now
+    files = task.source.unit_files
+    tokenized = {files[unit] for piece in filter(task.is_done, task.pieces) for unit in task.units(piece)}
+    untouched = {*files} - tokenized
+    changed = [name for name in now if name not in untouched and before.get(name) != now[name]]
+    if changed and tokenized:  # units of `datasets` do not tell which files they are of
+        found = f"{counted(len(changed), 'file')} changed since the preparation of {folder} began ({listed(changed)})"
+        raise UserError(f"{found}: the shards would hold text of before and after. Remove {folder}, and prepare again")
+    _write(noted, json.dumps(now).encode())
+
+
+def _versions(task: Task) -> dict[str, str]:
+    """The version of each file of the source, "" if it cannot be read; none if the files are not known."""
+    names, data = [*files_by_name(task.source.record)], task.data
+    if not names:
+        return {}
+    root = retry_of(data).call(lambda: root_of(data.path))
+
+    def version(name: str) -> str:
+        with contextlib.suppress(DataFault):
+            return retry_of(data).call(lambda: version_of(os.path.join(root, name)))
+        return ""
+
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        return dict(zip(names, threads.map(version, names)))
+
+
 def _write(path: Path, content: bytes) -> None:
     """Write a file that has its name only when it is complete and on the disk."""
     new = path.with_name(f"{path.name}.new")
@@ -288,7 +331,7 @@ def _flush(file: IO[bytes]) -> None:
 
 def _tokenize(task: Task, processes: int, tokenizer: Tokenizer) -> None:
     """Tokenize the pieces that are not there yet."""
-    done = [piece for piece in task.pieces if task.path(piece, "json").exists()]
+    done = [*filter(task.is_done, task.pieces)]
     missing = sorted({*task.pieces} - {*done})
     if done:
         print(f"continuing: {len(done)} of {len(task.pieces)} pieces are tokenized already")

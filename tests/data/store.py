@@ -43,8 +43,8 @@ class Store(AbstractFileSystem):
         path = self._strip_protocol(path)
         self.ask("size", path)
         file = self.root / path
-        kind = "directory" if file.is_dir() else "file"
-        return {"name": path, "size": file.stat().st_size, "type": kind}
+        kind, status = "directory" if file.is_dir() else "file", file.stat()
+        return {"name": path, "size": status.st_size, "type": kind, "ETag": f'"{status.st_mtime_ns:x}"'}
 
     def ls(self, path: str, detail: bool = True, **unused: Any) -> list[Any]:
         path = self._strip_protocol(path)

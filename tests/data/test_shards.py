@@ -26,6 +26,7 @@ from swamla_titan.data.tokenizer import ByteTokenizer, with_eot
 from swamla_titan.errors import UserError
 from swamla_titan.tools import prepare as prepare_tool
 from swamla_titan.tools.prepare import prepare
+from tests.data.store import serving
 from tests.data.test_loader import SEQ_LEN, all_cursors, all_excluded, global_batch, loaders, read
 
 TOKENIZER = ByteTokenizer()
@@ -211,6 +212,69 @@ def test_what_a_preparation_depends_on(maker, tmp_path):
     assert prepare(hub, str(tmp_path / "hub"), processes=1) == 0
     found = all_documents(open_source(Data(source="shards", path=str(tmp_path / "hub"))))
     assert [TOKENIZER.decode(each.prepared.tokens) for each in found] == [row for row in rows if row]
+
+
+def edited(file):
+    """Write a file again, with other text of the same size."""
+    before = file.stat()
+    file.write_text(file.read_text().replace("xx", "yy"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # whatever the clock of the file system resolves
+    assert file.stat().st_size == before.st_size
+
+
+def after_pieces(monkeypatch, pieces, then):
+    """A preparation runs `then` after so many pieces."""
+    tokenize, done = prepare_tool._tokenize_piece, []
+
+    def tokenize_piece(*args):
+        if len(done) == pieces:
+            then()
+        done.append(tokenize(*args))
+        return done[-1]
+
+    monkeypatch.setattr(prepare_tool, "_tokenize_piece", tokenize_piece)
+
+
+def stop():
+    raise prepare_tool._Stopped("SIGTERM")
+
+
+@pytest.fixture(params=["local", "huggingface", "store"])
+def of_files(request, maker):
+    """Data of three files, a piece each."""
+    rows = [json.dumps({"text": f"{number} " + "x" * 90}) for number in range(30)]
+    for name in "abc":
+        (maker.folder / f"{name}.jsonl").write_text("\n".join(rows))
+    if request.param == "store":
+        with serving(maker.folder) as url:
+            yield text_data(maker, path=url)
+    else:
+        yield text_data(maker, source=request.param)
+
+
+def test_files_that_change_before_a_preparation_continues_are_named(of_files, maker, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        after_pieces(patch, 2, stop)
+        assert prepare(of_files, str(out), processes=1) == 75
+    if of_files.source == "local":
+        edited(maker.folder / "c.jsonl")  # nothing of it is there yet
+        with monkeypatch.context() as patch:
+            after_pieces(patch, 0, stop)
+            assert prepare(of_files, str(out), processes=1) == 75
+    edited(maker.folder / "a.jsonl")
+    with pytest.raises(UserError, match=r"1 file changed since .* began \(a.jsonl\): the shards would.* Remove"):
+        prepare(of_files, str(out), processes=1)
+    assert not (out / MANIFEST).exists()
+
+
+def test_a_file_that_changes_while_it_is_prepared_is_named(of_files, maker, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_pieces(patch, 1, lambda: edited(maker.folder / "a.jsonl"))
+        with pytest.raises(UserError, match=r"1 file changed since .* began \(a.jsonl\): the shards would.* Remove"):
+            prepare(of_files, str(tmp_path / "out"), processes=1)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert prepare(of_files, str(tmp_path / "again"), processes=1) == 0
 
 
 def test_a_full_disk_ends_a_preparation_that_continues(maker, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ _REMOTE_BLOCK = 1 << 20  # bytes of a request at least, and held for each open f
 _LARGEST_BLOCK = 1 << 20  # bytes of a compressed block, of which nothing is known before its end
 _MOST_HEAD = 16 << 20  # bytes that the head of a compressed file is decompressed to at most
 
+_VERSION = ("size", "ETag", "etag", "blob_id", "mtime")  # as stores call what shows that a file was written again
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # by protocol, the extra of this package that reads it
 
 
@@ -185,6 +186,17 @@ def size_of(path: str) -> int:
             return os.path.getsize(path)
         system, name = file_system(path)
         return int(system.size(name))
+
+
+def version_of(path: str) -> str:
+    """What changes if a file is written again, even with the same size; raises its Fault if it cannot be asked for."""
+    with reading(path):
+        if not is_url(path):
+            status = os.stat(path)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        system, name = file_system(path)
+        found = system.info(name)
+        return " ".join(str(found[key]) for key in _VERSION if key in found)
 
 
 def require_size(path: str, size: int) -> None:
