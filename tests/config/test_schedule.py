@@ -39,7 +39,7 @@ def walked(config: Config, steps: int) -> list[tuple[Position, Training, int]]:
 
 def test_each_step_is_of_the_last_stage_that_has_begun_by_its_first_token():
     rng = random.Random(1)
-    for _ in range(25):
+    for _ in range(12):
         config = drawn(rng)
         schedule = Schedule.of(config)
         for place, training, window in walked(config, 40):

@@ -49,9 +49,8 @@ def assert_alike(found: Path, expected: Path) -> None:
         assert (of_one[name] - of_other[name]).abs().max() < 2e-4, name
 
 
-@pytest.mark.parametrize(
-    "plan", [pytest.param(name, marks=[] if name == "cp-2" else pytest.mark.slow) for name in PLANS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
 def test_stages_train_alike_under_every_plan(ramp: Path, tmp_path: Path, whole: Path, plan: str):
     ranks, keys = PLANS[plan]
     assert set(on_ranks(ranks, run, str(ramp), *COMMON, "--training.steps", "14", *keys)) == {0}

@@ -38,6 +38,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_batch(tiny: Path, t
         assert metrics(tmp_path / size, "padding") == {1: int((batch.targets == IGNORED).sum()) / (5 * 64)}
 
 
+@pytest.mark.slow
 def test_a_run_resumed_twice_is_the_same_bit_for_bit(tiny: Path, tmp_path: Path):
     def trained(name: str, steps: int) -> Path:
         where = ("--job.dump_folder", str(tmp_path / name), "--training.steps", str(steps))
@@ -56,7 +57,7 @@ def test_a_run_resumed_twice_is_the_same_bit_for_bit(tiny: Path, tmp_path: Path)
     "ranks, plan",
     [
         pytest.param(3, (), marks=pytest.mark.slow),
-        (2, ("--parallel.context", "2")),
+        pytest.param(2, ("--parallel.context", "2"), marks=pytest.mark.slow),
         pytest.param(2, ("--parallel.tensor", "2"), marks=pytest.mark.slow),
         pytest.param(2, ("--parallel.pipeline", "2"), marks=pytest.mark.slow),
     ],

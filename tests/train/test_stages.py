@@ -96,6 +96,7 @@ def test_other_stages_are_another_run_unless_they_are_allowed(ramp: Path, tmp_pa
     assert metrics(run, "tokens")[7] == sum(TOKENS[:6]) + 5 * 80
 
 
+@pytest.mark.slow
 def test_weights_of_a_mixture_change_with_a_stage_and_a_resumed_run_has_them(ramp: Path, tmp_path: Path, capsys):
     """Three quarters of one source, then a fifth; 20 sequences before the change, 7 * 5 + ... after it."""
     tables = ""
