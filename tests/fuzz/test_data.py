@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.data.test_compressed_files import COMPRESS
 from tests.fuzz.harness import Bench, Case, fuzz
 from tests.tiny_config import TINY
 
@@ -54,6 +55,7 @@ NAMES = [
         "dataset_info.json",
     ),
     *("v1.metadata.json", "state.json", "_SUCCESS", ".hidden.txt", "g.csv", "h.jsonl.gz", "i.txt.zst", "sub/j.txt"),
+    *("v.jsonl.xz", "w.md.bz2", "x.json.zst", "y.txt.gz", "z.parquet.gz"),
     *("sub/k.jsonl", "sub/deep/l.parquet", "_delta_log/0.json", "line\nend.txt", "no utf-8 \udcff.jsonl", "-m.txt"),
     *("n" * 250 + ".txt", "*.txt", "~.md", "o", "p.txt ", "q..jsonl", "r.txt/", "ümläut.parquet"),
 ]
@@ -191,7 +193,11 @@ def a_content(rng: random.Random, name: str) -> bytes:
     data = rng.choice([own] * 8 + [plain, json_lines, parquet])(rng)
     for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
         data = rng.choice(CHANGES)(data, rng)
-    return gzip.compress(data, mtime=0) if name.endswith(".gz") and rng.random() < 0.9 else data
+    ending = name.rpartition(".")[2]
+    if ending not in COMPRESS or rng.random() < 0.1:
+        return data
+    packed = COMPRESS[ending](data)
+    return rng.choice([change_bytes, cut, insert])(packed, rng) if rng.random() < 0.3 else packed
 
 
 def something_else(path: Path, rng: random.Random) -> None:
