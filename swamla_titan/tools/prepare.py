@@ -138,7 +138,7 @@ def prepare(data: Data, out: str, deduplicate: bool = False, processes: int = 0,
     if source.index:
         raise UserError(f"{data.path} is prepared already: give its text, to prepare it in another way")
     identity, starts = _identity(data, source, tokenizer, deduplicate), _pieces_of(source)
-    with _working_folder(folder, identity, {"pieces": repr(starts)}) as work:
+    with _working_folder(folder, identity, {"pieces": repr(starts)}, _versions(source, data)) as work:
         if work is None:
             print(one_line(f"{folder} is prepared already, from the same source in the same way"))
             return EXIT_DONE
@@ -213,11 +213,13 @@ def _pieces_of(source: Source) -> list[int]:
 
 
 @contextlib.contextmanager
-def _working_folder(folder: Path, identity: dict[str, Any], layout: dict[str, Any]) -> Iterator[Path | None]:
+def _working_folder(
+    folder: Path, identity: dict[str, Any], layout: dict[str, Any], versions: dict[str, str]
+) -> Iterator[Path | None]:
     """Hold the folder of the pieces; None if the shards are complete already.
 
-    `identity`: what the shards are of; `layout`: beside it what the pieces are of. UserError if the folder holds
-    anything else, is used by another process, or cannot be written.
+    `identity`: what the shards are of; `layout`: beside it what the pieces are of; `versions`: of the files. UserError
+    if the folder holds anything else, is used by another process, or cannot be written.
     """
     work = folder / WORK
     try:
@@ -237,7 +239,8 @@ def _working_folder(folder: Path, identity: dict[str, Any], layout: dict[str, An
                 raise UserError(f"{work} was not written by this program: choose another folder for the shards")
             if task.exists() and any(work.glob("[0-9]*.json")):
                 found = parse_json(read_regular(task, _MOST_JSON))
-                _require_same(folder, found, identity | layout, "an unfinished preparation")
+                changed = _changed_files(work, versions)
+                _require_same(folder, found, identity | layout, "an unfinished preparation", changed)
             else:  # of other settings nothing is there yet
                 _write(task, json.dumps(identity | layout).encode())
             yield work
@@ -261,8 +264,8 @@ def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}; what is prepared in {folder} is kept")
 
 
-def _require_same(folder: Path, found: Any, identity: dict[str, Any], what: str) -> None:
-    """Raise UserError if the folder holds what was prepared in another way."""
+def _require_same(folder: Path, found: Any, identity: dict[str, Any], what: str, changed: Iterable[str] = ()) -> None:
+    """Raise UserError if the folder holds what was prepared in another way; it names files that `changed`."""
     if found == identity:
         return
     before, now = (
@@ -271,6 +274,7 @@ def _require_same(folder: Path, found: Any, identity: dict[str, Any], what: str)
     )
     differing = [name for name in now if before.get(name) != now[name]]
     shown = "; ".join(f"{name} = {before.get(name)!r} there, {now[name]!r} now" for name in differing[:3])
+    shown += f"; files that changed: {listed([*changed])}" if changed else ""
     raise UserError(f"{folder} holds {what} of other data or settings: {shown}. Remove it, or choose another folder")
 
 
@@ -284,21 +288,26 @@ def _require_unchanged(task: Task, folder: Path) -> None:
     Their text would be joined with that of another version. Files of which there is nothing yet may change, for example
     because a damaged one was downloaded again.
     """
-    noted, now = task.folder / _FILES, _versions(task)
-    before = parse_json(read_regular(noted, _MOST_JSON)) if noted.exists() else now
-    files = task.source.unit_files
+    now, files = _versions(task.source, task.data), task.source.unit_files
     tokenized = {files[unit] for piece in filter(task.is_done, task.pieces) for unit in task.units(piece)}
     untouched = {*files} - tokenized
-    changed = [name for name in now if name not in untouched and before.get(name) != now[name]]
+    changed = [name for name in _changed_files(task.folder, now) if name not in untouched]
     if changed and tokenized:  # units of `datasets` do not tell which files they are of
         found = f"{counted(len(changed), 'file')} changed since the preparation of {folder} began ({listed(changed)})"
         raise UserError(f"{found}: the shards would hold text of before and after. Remove {folder}, and prepare again")
-    _write(noted, json.dumps(now).encode())
+    _write(task.folder / _FILES, json.dumps(now).encode())
 
 
-def _versions(task: Task) -> dict[str, str]:
+def _changed_files(work: Path, now: dict[str, str]) -> list[str]:
+    """The names of files that are not as they were noted, with those that are gone or new."""
+    noted = work / _FILES
+    before = parse_json(read_regular(noted, _MOST_JSON)) if noted.exists() else now
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def _versions(source: Source, data: Data) -> dict[str, str]:
     """The version of each file of the source, "" if it cannot be read; none if the files are not known."""
-    names, data = [*files_by_name(task.source.record)], task.data
+    names = [*files_by_name(source.record)]
     if not names:
         return {}
     root = retry_of(data).call(lambda: root_of(data.path))

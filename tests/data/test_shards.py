@@ -196,7 +196,11 @@ def test_what_was_begun_otherwise_is_not_continued(maker, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"is not complete: its preparation is running, or was interrupted"):
         shards(maker, unfinished)
     maker.write(maker.texts(31), 3)
-    with pytest.raises(UserError, match=r"an unfinished preparation of other data or settings: source.fingerprint"):
+    (maker.folder / "part-0.jsonl").rename(maker.folder / "part-3.jsonl")
+    settings = r"an unfinished preparation of other data or settings: source.fingerprint"
+    with pytest.raises(
+        UserError, match=rf"{settings}.*; files that changed: part-0.jsonl, part-1.jsonl, part-2.jsonl, .*Remove"
+    ):
         prepare(text_data(maker), str(unfinished), processes=1)
 
 
