@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Fields of the model that change how it is trained, not what it is.
 _TRAINING_ONLY = {"dropout", "z_loss", "label_smoothing", "max_seq_len"}
+# Values that a fingerprint leaves out, because it had no such names before.
+_LEFT_OUT: dict[str, Any] = {"data.packing": "concatenate", "training.stages": []}
 # The kind, as checkpoint.allow has it, of a difference in a section of the fingerprint.
 _KINDS = {"model": "model", "annexes": "model", "tokenizer": "tokenizer", "training": "batch", "optimizer": "optimizer"}
 _LONGEST_STAGES = 2000  # characters of training.stages in a fingerprint; of more it has a digest
@@ -76,7 +78,8 @@ class Origin:
         state = self.train_state
         if state is None:
             return TrainState(step=0, tokens=0, sequences=0, cursors={}, fingerprint=fingerprint)
-        changes = fingerprint_changes(same_names(state.fingerprint, fingerprint), fingerprint, details)
+        before = same_names(state.fingerprint, fingerprint)
+        changes = fingerprint_changes(_LEFT_OUT | before, _LEFT_OUT | fingerprint, details)
         kinds = {name: _KINDS.get(name.split(".")[0], "data") for name in changes}
         allowed = split_words(allow)
         if refused := [change for name, change in changes.items() if kinds[name] not in allowed]:
@@ -159,7 +162,7 @@ def run_fingerprint(config: Config, corpus: TrainingData, annex_record: AnnexRec
         "training.global_batch_size": config.training.global_batch_size,
         "optimizer.name": config.optimizer.name,
     }
-    if config.data.packing != "concatenate":
+    if config.data.packing != _LEFT_OUT["data.packing"]:
         training["data.packing"] = config.data.packing
     if stages := [given(stage) for stage in config.training.stages]:
         text = json.dumps(stages, sort_keys=True)

@@ -100,3 +100,19 @@ def test_a_key_of_the_model_that_came_after_the_checkpoint_had_its_default(key: 
     with pytest.raises(UserError) as refused:
         origin.resume(written | {f"model.{key}": other})
     assert f"model.{key}: {default!r} in the checkpoint, {other!r} now" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "key, default, other", [("data.packing", "concatenate", "best_fit"), ("training.stages", [], [{"tokens": 1280}])]
+)
+def test_what_a_fingerprint_leaves_out_is_named_as_its_default(key: str, default: object, other: object):
+    written = {"model.dim": 64}
+    for before, now, found in (
+        (written, written | {key: other}, (default, other)),
+        (written | {key: other}, written, (other, default)),
+    ):
+        origin = Origin(Path("run"), TrainState(step=3, tokens=0, sequences=0, cursors={}, fingerprint=before))
+        assert origin.resume(before).step == 3
+        with pytest.raises(UserError) as refused:
+            origin.resume(now)
+        assert f"{key}: {found[0]!r} in the checkpoint, {found[1]!r} now" in str(refused.value)
