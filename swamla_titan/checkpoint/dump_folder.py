@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
@@ -251,6 +252,20 @@ def prepare_folder(folder: Path, config_text: str) -> None:
         raise _unusable(folder, error) from None
 
 
+@contextmanager
+def early_records_kept() -> Iterator[None]:
+    """Keep the log lines of a start in memory until `log_to_folder` has a file for them; drop them if it never has.
+
+    What a run resumes from, and what differs, is found before anything is written to the dump folder.
+    """
+    early = MemoryHandler(capacity=0, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    logging.getLogger("swamla_titan").addHandler(early)
+    try:
+        yield
+    finally:
+        logging.getLogger("swamla_titan").removeHandler(early)
+
+
 def log_to_folder(folder: Path, rank: int, events: bool) -> None:
     """Append log lines also to logs/rank-N.log in the dump folder, and with `events` on rank 0 those to events.jsonl.
 
@@ -264,4 +279,9 @@ def log_to_folder(folder: Path, rank: int, events: bool) -> None:
     except OSError as error:
         raise _unusable(folder, error) from None
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger("swamla_titan").addHandler(handler)
+    ours = logging.getLogger("swamla_titan")
+    for early in [each for each in ours.handlers if isinstance(each, MemoryHandler)]:
+        ours.removeHandler(early)
+        early.setTarget(handler)
+        early.flush()
+    ours.addHandler(handler)

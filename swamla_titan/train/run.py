@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from swamla_titan.checkpoint.dump_folder import FolderLost, Hold, exclusive
+from swamla_titan.checkpoint.dump_folder import FolderLost, Hold, early_records_kept, exclusive
 from swamla_titan.config import Config
 from swamla_titan.distributed.mesh import World, broadcast_from_rank_0
 from swamla_titan.errors import RankFailed, RunFailed, UserError
@@ -53,6 +53,7 @@ def train(config: Config, advise: Advise) -> int:
     validate_open_files(config)  # before each process opens connections to all others
     stop = StopRequest()
     with ExitStack() as stack:
+        stack.enter_context(early_records_kept())
         stack.callback(stop.forget)
         stack.push(_leave_process_group)
         world = init_distributed(config.parallel, stop.exit_without_peers)

@@ -57,6 +57,15 @@ def test_a_run_writes_no_metric_that_the_page_does_not_have(run):
         assert line.keys() == expected
 
 
+def test_the_log_file_has_the_lines_of_before_there_was_a_file(run):
+    """Such as what the run resumes from, and which differences were allowed."""
+    lines = (run / "logs" / "rank-0.log").read_text().splitlines()
+    counts = {
+        part: sum(part in line for line in lines) for part in ("a new run", "resumed from", " model: ", " data: ")
+    }
+    assert counts == {"a new run": 1, "resumed from": 1, " model: ": 2, " data: ": 2}
+
+
 def test_the_page_has_every_event_that_the_program_records():
     sources = (path.read_text() for path in Path(swamla_titan.__file__).parent.rglob("*.py"))
     recorded = {name for source in sources for name in re.findall(r"(?:record|timed)_event\(\s*\"(\w+)\"", source)}
