@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from swamla_titan.data import IGNORED, BatchLoader, Shape, best_fit
 from swamla_titan.data.best_fit import PACKINGS, BestFitStream
-from swamla_titan.data.loader import StepReader
 from swamla_titan.data.streams import DocumentStream, TokenCache, initial_cursor
 from swamla_titan.model import ModelConfig, SWAMLAModel
+from tests.data.steps import steps_read
 
 EOT = 256
 BEST_FIT = {"packing": "best_fit", "shuffle_documents": 5}
@@ -114,19 +114,7 @@ def test_batches_do_not_depend_on_ranks_and_workers(maker, world_size, workers):
     maker.write(maker.texts(60))
     corpus, shapes = maker.open(**BEST_FIT), [Shape(0, 3, 30), Shape(9, 5, 64)]
 
-    def read(world_size: int, workers: int) -> list[dict[int, list[int]]]:
-        parts = []
-        for rank in range(world_size):
-            own = list(range(rank, 4, world_size))
-            cursors = {stream: initial_cursor() for stream in own}
-            parts += [iter(StepReader(corpus, own[worker::workers], shapes, 0, cursors)) for worker in range(workers)]
-        steps = [[next(part) for part in parts] for _ in range(9)]
-        return [
-            {number: row for part in step for number, row in zip(part.sequences.tolist(), part.tokens.tolist())}
-            for step in steps
-        ]
-
-    assert read(world_size, workers) == read(1, 1)
+    assert steps_read(corpus, shapes, world_size, workers) == steps_read(corpus, shapes, 1, 1)
 
 
 def test_padding_has_no_target_and_a_document_of_its_own(maker):

@@ -16,9 +16,9 @@ from swamla_titan.data.batches import (
     sequences_per_rank,
     waits_for_streams,
 )
-from swamla_titan.data.loader import StepReader
 from swamla_titan.data.streams import DocumentStream, PackedStream, TokenCache, initial_cursor
 from swamla_titan.data.tokenizer import load_tokenizer
+from tests.data.steps import steps_read
 
 EOT = 256
 
@@ -192,21 +192,9 @@ def test_batches_of_several_shapes_are_the_same_for_any_ranks_and_workers(maker,
     corpus = maker.open(streams=5)
     shapes = [Shape(0, 3, 8), Shape(6, 3, 20), Shape(9, 7, 20), Shape(30, 2, 5)]
 
-    def read(world_size: int, workers: int) -> list[dict[int, list[int]]]:
-        parts = []
-        for rank in range(world_size):
-            own = list(range(rank, 5, world_size))
-            cursors = {stream: initial_cursor() for stream in own}
-            parts += [iter(StepReader(corpus, own[worker::workers], shapes, 0, cursors)) for worker in range(workers)]
-        steps = [[next(part) for part in parts] for _ in range(9)]
-        return [
-            {number: row for part in step for number, row in zip(part.sequences.tolist(), part.tokens.tolist())}
-            for step in steps
-        ]
-
-    found = read(world_size, workers)
+    found = steps_read(corpus, shapes, world_size, workers)
     assert [(min(step), len(step), len(next(iter(step.values()))) - 1) for step in found] == [
         *((0, 3, 8), (3, 3, 8), (6, 3, 20), (9, 7, 20), (16, 7, 20), (23, 7, 20)),
         *((30, 2, 5), (32, 2, 5), (34, 2, 5)),
     ]
-    assert found == read(1, 1)
+    assert found == steps_read(corpus, shapes, 1, 1)
